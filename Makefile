@@ -1,0 +1,48 @@
+# Every target makes the environment it needs; `make` alone lists them.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PIN    := -c constraints-cpu.txt
+
+# Ranks share the cores: more threads each would only make them wait for one another.
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(VENV)/.stamp ## make .venv with the pinned dependencies
+
+# torch comes first and alone: it is most of the download, and brings the setuptools that builds this package.
+$(VENV)/.stamp: pyproject.toml setup.py constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'This needs Python 3.11 or newer as "$(PYTHON)"; name another: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo '[1/3] making $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+	@echo '[2/3] installing torch (the larger half)'
+	@$(PIP) install --quiet $(PIN) torch
+	@echo '[3/3] installing everything else'
+	@$(PIP) install --quiet $(PIN) --no-build-isolation -e '.[dev]'
+	@touch $@
+	@echo 'ready: $(BIN)/megatron-rl'
+
+quickstart: setup ## train the Countdown example: make quickstart ARGS="algorithm.name=grpo"
+	$(BIN)/megatron-rl train examples/quickstart/countdown.yaml $(ARGS)
+
+# Unit tests share the cores; a whole run starts several processes of its own, so those go one at a time.
+test: setup ## every test that needs no GPU
+	$(BIN)/pytest -m "not gpu and not e2e" -n 2 --dist worksteal
+	$(BIN)/pytest -m "not gpu and e2e"
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy lpreg megatron_rl
+
+clean: ## remove the environment and the caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find lpreg megatron_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +

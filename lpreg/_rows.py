@@ -1,0 +1,176 @@
+"""The row work behind `token_stats`: passes over one rank's logits, a chunk of rows at a time.
+
+Legend: T tokens, C this rank's true vocabulary columns (its padding excluded), R a subset of the rows. Every pass reads
+x = logits / temperature in fp32 (fp64 for fp64 logits) into a work buffer that is small enough to stay in cache, so the
+logits are never copied whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of one work buffer: on a CPU it should fit a core's cache, on a GPU outweigh the kernel launches.
+CPU_WORK_ELEMENTS = 2**18
+GPU_WORK_ELEMENTS = 2**25
+
+# exp() of it is 0 in fp64 too, and unlike -inf it may be multiplied by that 0 (entropy terms of impossible tokens).
+LOG_FLOOR = -1e4
+
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one rank reads: its slice of the vocabulary and how to scale it."""
+
+    logits: Tensor
+    """[T, V/TP], raw."""
+    targets: Tensor
+    """[T] int64, column of the sampled token in this shard; outside [0, columns) where another rank owns it."""
+    columns: int
+    """C: leading columns that are true vocabulary; the rest is padding and is never read."""
+    temperature: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all arithmetic and of the statistics."""
+        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+
+    @property
+    def owned(self) -> Tensor:
+        """[T] bool: the sampled token is one of this rank's columns."""
+        return (self.targets >= 0) & (self.targets < self.columns)
+
+    @property
+    def target_columns(self) -> Tensor:
+        """[T]: like `targets`, but always a column that exists (meaningless where not owned)."""
+        return self.targets.clamp(0, self.columns - 1)
+
+    def chunk_rows(self) -> int:
+        budget = CPU_WORK_ELEMENTS if self.logits.device.type == "cpu" else GPU_WORK_ELEMENTS
+        return max(1, min(self.logits.shape[0], budget // self.logits.shape[1]))
+
+    def buffer(self) -> Tensor:
+        return torch.empty(self.chunk_rows(), self.logits.shape[1], dtype=self.dtype, device=self.logits.device)
+
+    def read(self, rows: Rows, buffer: Tensor) -> Tensor:
+        """x of `rows` as a view of `buffer`: [R, C]."""
+        if isinstance(rows, slice):
+            source = self.logits[rows]
+            x = buffer[: source.shape[0], : self.columns].copy_(source[:, : self.columns])
+        else:
+            x = buffer[: rows.shape[0]]
+            if x.dtype == self.logits.dtype:
+                torch.index_select(self.logits, 0, rows, out=x)
+            else:
+                x.copy_(self.logits.index_select(0, rows))
+            x = x[:, : self.columns]
+        return x if self.temperature == 1.0 else x.div_(self.temperature)
+
+
+def _chunks(shard: Shard, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
+    """(place in the list of rows, rows to read); None means all rows, read without an index."""
+    count = shard.logits.shape[0] if rows is None else rows.shape[0]
+    for start in range(0, count, shard.chunk_rows()):
+        place = slice(start, min(start + shard.chunk_rows(), count))
+        yield place, place if rows is None else rows[place]
+
+
+def summarise(shard: Shard, with_entropy: bool) -> Tensor:
+    """One read of every row: [4, T] of max x, sum e, sum e * (x - max), x of the target; e = exp(x - max).
+
+    A shard without columns, or whose row is all -inf, gives (-inf, 0, 0, -inf), which adds nothing when ranks combine.
+    """
+    tokens = shard.logits.shape[0]
+    pack = torch.zeros(4, tokens, dtype=shard.dtype, device=shard.logits.device)
+    pack[0] = pack[3] = -torch.inf
+    if shard.columns == 0 or tokens == 0:
+        return pack
+    shifted_buffer, exp_buffer = shard.buffer(), shard.buffer()
+    for place, rows in _chunks(shard, None):
+        x = shard.read(rows, shifted_buffer)
+        high = x.amax(-1)
+        x.sub_(torch.where(high == -torch.inf, 0.0, high)[:, None])
+        if with_entropy:
+            x.clamp_min_(LOG_FLOOR)
+        e = torch.exp(x, out=exp_buffer[: x.shape[0], : shard.columns])
+        pack[0, place], pack[1, place] = high, e.sum(-1)
+        if with_entropy:
+            pack[2, place] = x.mul_(e).sum(-1)
+    own = shard.logits.gather(1, shard.target_columns[:, None]).squeeze(1).to(shard.dtype) / shard.temperature
+    pack[3] = torch.where(shard.owned, own, -torch.inf)
+    return pack
+
+
+def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum: Tensor) -> Tensor:
+    """Second read, of `rows` only: [2, R] of this shard's probability inside and outside the filter x >= threshold.
+
+    threshold, log_sum: [T], over the whole vocabulary.
+    """
+    count = shard.logits.shape[0] if rows is None else rows.shape[0]
+    masses = torch.zeros(2, count, dtype=shard.dtype, device=shard.logits.device)
+    if shard.columns == 0 or count == 0:
+        return masses
+    buffer = shard.buffer()
+    for place, chunk in _chunks(shard, rows):
+        x = shard.read(chunk, buffer)
+        keep = x >= threshold[chunk, None]
+        p = x.sub_(log_sum[chunk, None]).exp_()
+        masses[0, place] = (p * keep).sum(-1)
+        masses[1, place] = p.masked_fill_(keep, 0.0).sum(-1)
+    return masses
+
+
+@dataclass(frozen=True, slots=True)
+class RowGradients:
+    """The factors of d loss / d x = p * (coefficient - entropy * (log p + H)) + target * onehot, all [T]."""
+
+    target: Tensor
+    kept: Tensor
+    """Coefficient of the columns inside the filter."""
+    dropped: Tensor
+    """Coefficient of the columns outside it."""
+    entropy: Tensor | None
+    filtered: Tensor | None
+    """bool, the rows where `kept` and `dropped` differ; None for no such row."""
+
+
+def write_gradient(
+    out: Tensor, shard: Shard, grads: RowGradients, threshold: Tensor, log_sum: Tensor, entropy: Tensor | None
+) -> None:
+    """Fills `out` [T, V/TP] with d loss / d x; it may be the logits themselves. Rows without gradient are not read."""
+    active = (grads.target != 0) | (grads.dropped != 0)
+    if grads.entropy is not None:
+        active |= grads.entropy != 0
+    if grads.filtered is None:
+        parts = [(active, False)]
+    else:
+        parts = [(active & ~grads.filtered, False), (grads.filtered, True)]
+        active = active | grads.filtered
+    idle = (~active).nonzero().squeeze(1)
+    if idle.numel():
+        out.index_fill_(0, idle, 0.0)
+    out[:, shard.columns :] = 0.0
+    if shard.columns == 0:
+        return
+    buffer = shard.buffer()
+    for mask, filtered in parts:
+        rows = mask.nonzero().squeeze(1)
+        every_row = rows.shape[0] == mask.shape[0]
+        for _, chunk in _chunks(shard, None if every_row else rows):
+            x = shard.read(chunk, buffer)
+            coefficient = grads.dropped[chunk, None]
+            if filtered:
+                coefficient = torch.where(x >= threshold[chunk, None], grads.kept[chunk, None], coefficient)
+            x.sub_(log_sum[chunk, None])
+            if grads.entropy is not None and entropy is not None:
+                log_p = x.clamp_min(LOG_FLOOR)
+                coefficient = coefficient - grads.entropy[chunk, None] * log_p.add_(entropy[chunk, None])
+            x.exp_().mul_(coefficient)
+            onehot = torch.where(shard.owned[chunk], grads.target[chunk], 0.0)
+            x.scatter_add_(1, shard.target_columns[chunk, None], onehot[:, None])
+            out[chunk, : shard.columns] = x.to(out.dtype)

@@ -1,0 +1,6 @@
+"""Policy losses: one method a file, found by name through `make_loss`."""
+
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, ProxySource
+from lpreg.losses.registry import make_loss
+
+__all__ = ["LossInputs", "LossOutput", "Mean", "PolicyLoss", "ProxySource", "make_loss"]

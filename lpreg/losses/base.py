@@ -1,0 +1,150 @@
+"""What goes into a policy loss, what comes out, and what a driver may ask of it.
+
+Legend: T tokens that carry loss, flat over the responses of one micro-batch on one rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+ProxySource = Literal["current", "old", "lagged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean that is still open: parts from micro-batches and ranks add up to the exact one."""
+
+    total: Tensor
+    count: Tensor
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        """NaN when nothing was counted."""
+        return float(self.total) / float(self.count) if float(self.count) else float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """One micro-batch on one rank; all tensors are [T]. A method names the field it needs if that is missing."""
+
+    log_probs: Tensor
+    """Of the sampled tokens under the policy being trained; carries the gradient."""
+    advantages: Tensor
+    denominator: float | Tensor
+    """Response tokens in the whole global batch of this update, over all micro-batches and data-parallel ranks."""
+    old_log_probs: Tensor | None = None
+    """Under the policy that generated the batch. None: one update per batch, so they are log_probs itself, detached."""
+    mask: Tensor | None = None
+    """bool, tokens that count. None: all."""
+    entropy: Tensor | None = None
+    """For methods that reward or rank by entropy."""
+    log_z: Tensor | None = None
+    """TokenStats.log_z of the policy being trained; must be real wherever `selection` holds."""
+    kept: Tensor | None = None
+    """TokenStats.kept of the policy being trained."""
+    old_log_z: Tensor | None = None
+    """TokenStats.log_z of the policy that generated the batch."""
+    old_kept: Tensor | None = None
+    """TokenStats.kept of the policy that generated the batch."""
+    proxy_log_probs: Tensor | None = None
+    """TokenStats.proxy_log_probs of a lagged policy: log q of the sampled token, -inf where it is filtered."""
+    sequence_ids: Tensor | None = None
+    """Which response a token belongs to, for methods that work on whole responses."""
+    groups: Tensor | None = None
+    """Which prompt a token's response answers, for methods that work on groups."""
+    selection: Tensor | None = None
+    """bool, this micro-batch's part of the globally selected tokens, for methods with a selection_fraction."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and field.name != "denominator" and value.shape != self.log_probs.shape:
+                raise ValueError(
+                    f"{field.name} has shape {list(value.shape)}, but log_probs has {list(self.log_probs.shape)}"
+                )
+        for name in ("mask", "kept", "old_kept", "selection"):
+            value = getattr(self, name)
+            if value is not None and value.dtype != torch.bool:
+                raise ValueError(f"{name} must be bool, got {value.dtype}")
+        if not isinstance(self.denominator, Tensor) and self.denominator <= 0:
+            raise ValueError(f"denominator must be the global count of response tokens, got {self.denominator}")
+
+    @property
+    def counted(self) -> Tensor:
+        """[T] bool: `mask`, or all tokens."""
+        return torch.ones_like(self.log_probs, dtype=torch.bool) if self.mask is None else self.mask
+
+    @property
+    def ratio(self) -> Tensor:
+        """[T], pi / pi_old of the sampled token; without old_log_probs exactly 1, with the policy gradient attached."""
+        old = self.log_probs if self.old_log_probs is None else self.old_log_probs
+        return (self.log_probs - old.detach()).exp()
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    loss: Tensor
+    """Scalar: this micro-batch's sum over tokens, over the global denominator. Adds up over micro-batches and ranks."""
+    metrics: dict[str, Mean]
+    """Detached, without a prefix; the same names on every call."""
+
+
+class PolicyLoss(ABC):
+    """A method with its settings. Holds no state, so one object serves every micro-batch."""
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[Any]]
+    """Frozen dataclass of the method's settings; raises ValueError on values that make no sense."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @property
+    def selection_fraction(self) -> float | None:
+        """Share of all response tokens of the global batch, lowest log-probs first, that the caller must mark in
+        LossInputs.selection before the first backward. None: the method needs no selection."""
+        return None
+
+    @property
+    def proxy_source(self) -> ProxySource | None:
+        """Whose filter statistics the method reads: log_z and kept of the "current" policy, old_log_z and old_kept
+        ("old"), or proxy_log_probs ("lagged"). None: nobody's."""
+        return None
+
+    def token_stats_kwargs(self) -> dict[str, float]:
+        """The filter to hand to `token_stats`: min_p or fixed_tau; empty when the method has no filter."""
+        return {}
+
+    @abstractmethod
+    def __call__(self, inputs: LossInputs) -> LossOutput: ...
+
+    def need(self, value: Tensor | None, field: str) -> Tensor:
+        if value is None:
+            raise ValueError(f"{self.name} needs LossInputs.{field}")
+        return value
+
+
+def mean_over(values: Tensor, mask: Tensor) -> Mean:
+    """Mean of `values` [T] where `mask` [T] holds, ready to be added up."""
+    return Mean(torch.where(mask, values.detach(), 0).sum(dtype=torch.float64), mask.sum(dtype=torch.float64))
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not (low < value if open_low else low <= value) or not value <= high:
+        raise ValueError(f"{name} must lie in {'(' if open_low else '['}{low:g}, {high:g}], got {value}")

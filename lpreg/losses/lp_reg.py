@@ -1,0 +1,169 @@
+"""Lp-Reg: keeps rare tokens that the filtered policy still holds for plausible (arXiv 2510.03222, equation 6)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lpreg.aggregation import token_mean
+from lpreg.losses.base import (
+    LossInputs,
+    LossOutput,
+    PolicyLoss,
+    ProxySource,
+    check_choice,
+    check_range,
+    mean_over,
+)
+from lpreg.selection import select_lowest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LpRegSettings:
+    kl_estimator: Literal["k3", "full"] = "k3"
+    """"full": KL(q || p) over the vocabulary, which is -log Z. "k3": exp(d) - d - 1 on the sampled token with
+    d = log q - log p; with the current policy's proxy its gradient is an advantage shift of beta * (1/Z - 1)."""
+    rho: float = 0.01
+    """Share of tokens, lowest log-probs first, that may be regularised."""
+    beta: float = 1.0
+    """Weight of the KL term."""
+    min_p: float = 0.02
+    """The filter keeps tokens with p >= min_p * max p (kappa in the paper)."""
+    fixed_tau: float | None = None
+    """If set, the filter keeps tokens with p >= fixed_tau instead."""
+    clip_low: float = 1.0
+    """The ratio counts down to 1 - clip_low where the advantage is negative."""
+    clip_high: float = 9.0
+    """The ratio counts up to 1 + clip_high (U in the paper)."""
+    clip_negative_upper: bool = True
+    """The upper bound holds for negative advantages too, as in the paper. False: only for positive ones, as in PPO."""
+    selection_scope: Literal["batch", "micro_batch_negatives"] = "batch"
+    """"batch": the lowest rho of all response tokens of the global batch. "micro_batch_negatives": of the tokens of
+    negative advantage in the micro-batch at hand, so the loss depends on how the batch is split."""
+    require_below_proxy: bool = False
+    """Regularise only tokens with p < q."""
+    k3_clamp: float | None = None
+    """Upper bound of the k3 value. The gradient is 0 beyond it, so a token that fell far is no longer protected."""
+    proxy_source: ProxySource = "current"
+    """Whose filtered distribution q is: of the policy being trained, of the one that generated the batch, of a lagged
+    copy. "old" without old_log_probs is "current": one update per batch."""
+
+    def __post_init__(self) -> None:
+        check_choice("kl_estimator", self.kl_estimator, ("k3", "full"))
+        check_choice("selection_scope", self.selection_scope, ("batch", "micro_batch_negatives"))
+        check_choice("proxy_source", self.proxy_source, ("current", "old", "lagged"))
+        check_range("rho", self.rho, 0.0, 1.0, open_low=True)
+        check_range("beta", self.beta, 0.0, math.inf)
+        check_range("min_p", self.min_p, 0.0, 1.0, open_low=True)
+        check_range("clip_low", self.clip_low, 0.0, 1.0)
+        check_range("clip_high", self.clip_high, 0.0, math.inf)
+        if self.fixed_tau is not None:
+            check_range("fixed_tau", self.fixed_tau, 0.0, 1.0, open_low=True)
+        if self.k3_clamp is not None:
+            check_range("k3_clamp", self.k3_clamp, 0.0, math.inf, open_low=True)
+        if self.kl_estimator == "full" and self.proxy_source != "current":
+            raise ValueError(
+                f"kl_estimator='full' with proxy_source={self.proxy_source!r} needs q over the whole filter of "
+                "another policy, which is not stored yet (a sparse store comes later); use kl_estimator='k3' "
+                "or proxy_source='current'"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Proxy:
+    """The filtered distribution at the sampled tokens; all [T], detached."""
+
+    log_q: Tensor
+    """-inf where filtered."""
+    kept: Tensor
+    log_z: Tensor | None
+    """None for a lagged proxy, which is known only through log q."""
+
+
+class LpReg(PolicyLoss):
+    """-clip(r, 0, U) A, plus beta * KL on tokens that are rare, kept by the filter and of negative advantage."""
+
+    name = "lp_reg"
+    Settings = LpRegSettings
+    settings: LpRegSettings
+
+    @property
+    def selection_fraction(self) -> float | None:
+        return self.settings.rho if self.settings.selection_scope == "batch" else None
+
+    @property
+    def proxy_source(self) -> ProxySource:
+        return self.settings.proxy_source
+
+    def token_stats_kwargs(self) -> dict[str, float]:
+        if self.settings.fixed_tau is not None:
+            return {"fixed_tau": self.settings.fixed_tau}
+        return {"min_p": self.settings.min_p}
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        counted, ratio = inputs.counted, inputs.ratio
+        proxy = self._proxy(inputs)
+        low = self._low(inputs)
+        regularised = low & proxy.kept & (inputs.advantages < 0)
+        if self.settings.require_below_proxy:
+            regularised &= inputs.log_probs.detach() < proxy.log_q
+
+        # d = log q - log p; 0 on all other tokens, where log q may be -inf and would poison the gradient.
+        gap = torch.where(regularised, proxy.log_q - inputs.log_probs, 0.0)
+        kl, clamped = self._kl(inputs, gap, regularised)
+        bounded = self._bounded_ratio(ratio, inputs.advantages)
+        loss = token_mean(-inputs.advantages * bounded + self.settings.beta * kl, counted, inputs.denominator)
+        metrics = {
+            "ratio": mean_over(ratio, counted),
+            "clip_fraction": mean_over((bounded != ratio) & (inputs.advantages != 0), counted),
+            "selected_fraction": mean_over(regularised, counted),
+            "kept_fraction": mean_over(proxy.kept, low),
+            "kl": mean_over(kl, regularised),
+            "advantage_shift": mean_over(self.settings.beta * gap.expm1(), regularised),
+            "clamped_fraction": mean_over(clamped, regularised),
+        }
+        if proxy.log_z is not None:
+            metrics["one_minus_z"] = mean_over(-proxy.log_z.expm1(), regularised)
+        return LossOutput(loss, metrics)
+
+    def _proxy(self, inputs: LossInputs) -> _Proxy:
+        source = self.settings.proxy_source
+        if source == "lagged":
+            log_q = self.need(inputs.proxy_log_probs, "proxy_log_probs").detach()
+            return _Proxy(log_q, log_q > -torch.inf, None)
+        log_probs, prefix = inputs.log_probs, ""
+        log_z, kept = inputs.log_z, inputs.kept
+        if source == "old" and inputs.old_log_probs is not None:
+            log_probs, prefix = inputs.old_log_probs, "old_"
+            log_z, kept = inputs.old_log_z, inputs.old_kept
+        log_z = self.need(log_z, prefix + "log_z").detach()
+        kept = self.need(kept, prefix + "kept")
+        return _Proxy(torch.where(kept, log_probs.detach() - log_z, -torch.inf), kept, log_z)
+
+    def _low(self, inputs: LossInputs) -> Tensor:
+        """[T] bool, the tokens rare enough to be regularised."""
+        if self.settings.selection_scope == "batch":
+            return self.need(inputs.selection, "selection") & inputs.counted
+        negative = inputs.counted & (inputs.advantages < 0)
+        return select_lowest(inputs.log_probs, negative, self.settings.rho).mask
+
+    def _kl(self, inputs: LossInputs, gap: Tensor, regularised: Tensor) -> tuple[Tensor, Tensor]:
+        """([T] the KL term, 0 where not regularised; [T] bool, where the clamp cut it)."""
+        if self.settings.kl_estimator == "full":
+            log_z = self.need(inputs.log_z, "log_z")
+            return torch.where(regularised, -log_z, 0.0), torch.zeros_like(regularised)
+        k3 = gap.expm1() - gap
+        if self.settings.k3_clamp is None:
+            return k3, torch.zeros_like(regularised)
+        return k3.clamp(max=self.settings.k3_clamp), k3.detach() > self.settings.k3_clamp
+
+    def _bounded_ratio(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        low, high = 1 - self.settings.clip_low, 1 + self.settings.clip_high
+        bounded = torch.where(advantages < 0, ratio.clamp(min=low), ratio)
+        if self.settings.clip_negative_upper:
+            return bounded.clamp(max=high)
+        return torch.where(advantages < 0, bounded, bounded.clamp(max=high))

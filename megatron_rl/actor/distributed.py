@@ -1,0 +1,28 @@
+"""Data parallelism where gradients are sums: the loss arrives normalised over the global batch, so nothing divides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+
+def wrap_ddp(model: GPTModel) -> DistributedDataParallel:
+    """Megatron's DDP around one stage, its schedules told how to finish: after `get_forward_backward_func()(...)`
+    every `parameter.main_grad` (fp32) is the sum over micro-batches and data-parallel ranks.
+
+    A loss function returns (loss, token count, metrics); the count is ignored. Call `zero_grad_buffer()` before a step.
+    """
+    if not model.config.calculate_per_token_loss:
+        raise ValueError("the model's config must say calculate_per_token_loss: Megatron divides gradients otherwise")
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    model.config.finalize_model_grads_func = _finalize_sums
+    model.config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def _finalize_sums(models: list[DistributedDataParallel], num_tokens: Tensor | None = None, **settings: Any) -> None:
+    """Megatron's, minus the division by the number of tokens."""
+    finalize_model_grads(models, None, **settings)

@@ -1,0 +1,92 @@
+"""How a model is spread over ranks, and whether a model can be. Standard library only, so a dry run can ask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.actor.architecture import Architecture
+from megatron_rl.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Degrees of parallelism. Ranks are numbered tensor first, then data, then pipeline."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    expert: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Expert parallelism lives inside the data-parallel ranks and adds none."""
+        return self.tensor * self.pipeline * self.data * self.context
+
+
+def padded_vocabulary(vocabulary: int, tensor: int) -> int:
+    """The smallest multiple of `tensor` that holds `vocabulary` tokens."""
+    return -(-vocabulary // tensor) * tensor
+
+
+def validate_layout(hf_config: Mapping[str, Any], layout: Layout, pad_vocabulary: bool) -> None:
+    """Raises UserError, naming the number and the nearest that work, when the model cannot be spread this way."""
+    model = Architecture.from_hf(hf_config)
+    _check_degrees(layout)
+    _check_tensor(model, layout.tensor)
+    if model.layers % layout.pipeline:
+        raise UserError(
+            f"actor.pipeline_parallel is {layout.pipeline}, which does not divide the model's {model.layers} layers. "
+            f"{_nearest(layout.pipeline, _divisors(model.layers))}"
+        )
+    if not pad_vocabulary and model.vocabulary % layout.tensor:
+        fitting = set(_divisors(model.vocabulary)) & set(_divisors(_head_unit(model)))
+        raise UserError(
+            f"actor.tensor_parallel is {layout.tensor}, which does not divide the vocabulary of {model.vocabulary} "
+            f"tokens. Set actor.pad_vocabulary to true, or change it. {_nearest(layout.tensor, fitting)}"
+        )
+
+
+def _check_degrees(layout: Layout) -> None:
+    for name in ("tensor", "pipeline", "data", "context", "expert"):
+        if getattr(layout, name) < 1:
+            raise UserError(f"actor.{name}_parallel is {getattr(layout, name)}; it must be 1 or more.")
+    if layout.context > 1:
+        raise UserError(
+            f"actor.context_parallel is {layout.context}, but sequences cannot be split over ranks yet. Set it to 1; "
+            "for longer sequences use tensor_parallel or pipeline_parallel."
+        )
+    if layout.expert > 1:
+        raise UserError(
+            f"actor.expert_parallel is {layout.expert}, but only dense models are supported, which have no experts. "
+            "Set it to 1."
+        )
+
+
+def _check_tensor(model: Architecture, tensor: int) -> None:
+    sizes = {"attention heads": model.heads, "key/value heads": model.kv_heads, "feed-forward size": model.ffn}
+    for what, size in sizes.items():
+        if size % tensor:
+            raise UserError(
+                f"actor.tensor_parallel is {tensor}, which does not divide the model's {what} ({size}). "
+                f"{_nearest(tensor, _divisors(_head_unit(model)))}"
+            )
+
+
+def _head_unit(model: Architecture) -> int:
+    """What tensor parallelism must divide, but for the vocabulary."""
+    return math.gcd(model.heads, model.kv_heads, model.ffn)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _nearest(value: int, choices: Iterable[int]) -> str:
+    below = [c for c in choices if c < value]
+    above = [c for c in choices if c > value]
+    nearest = ([max(below)] if below else []) + ([min(above)] if above else [])
+    return f"Nearest values that work: {', '.join(map(str, nearest))}."

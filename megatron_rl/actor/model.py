@@ -1,0 +1,124 @@
+"""Builds this rank's part of a Hugging Face model as a Megatron GPTModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import silu
+
+from megatron_rl.actor import platform, process_groups
+from megatron_rl.actor.architecture import Architecture
+from megatron_rl.actor.attention import SDPAttention
+from megatron_rl.actor.layout import Layout, padded_vocabulary, validate_layout
+from megatron_rl.actor.norm import RMSNorm
+
+
+def build_model(
+    hf_config: Mapping[str, Any],
+    *,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    pad_vocabulary: bool = True,
+) -> GPTModel:
+    """This rank's pipeline stage, on `device`, its weights not initialised: load them with `checkpoint.weight_map`.
+
+    Logits of the last stage are [batch, length, padded vocabulary / tensor]. Micro-batches are [batch, length], padded
+    on the right, or packed [1, T] with PackedSeqParams(qkv_format="thd"); the attention mask is None always.
+
+    Raises UserError as `validate_layout` does.
+    """
+    validate_layout(hf_config, layout, pad_vocabulary)
+    model = Architecture.from_hf(hf_config)
+    config = transformer_config(model, layout, dtype, device)
+    gpt = GPTModel(
+        config,
+        _layer_spec(config, device),
+        vocab_size=padded_vocabulary(model.vocabulary, layout.tensor),
+        max_sequence_length=model.max_positions,
+        pre_process=process_groups.is_first_stage(),
+        post_process=process_groups.is_last_stage(),
+        share_embeddings_and_output_weights=model.tied,
+        position_embedding_type="rope",
+        rotary_base=model.rope_theta,
+    )
+    _mark_shards(gpt)
+    return gpt.to(device)
+
+
+def transformer_config(
+    model: Architecture, layout: Layout, dtype: torch.dtype, device: torch.device
+) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Losses come normalised over the global batch: gradients are summed over ranks and micro-batches, not divided.
+        calculate_per_token_loss=True,
+        # Packed micro-batches differ in length; between stages that needs this, and this needs alltoall.
+        variable_seq_lengths=layout.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,
+        # Fusions need CUDA, and some of them Apex.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _mark_shards(model: GPTModel) -> None:
+    """Mark which weights are shards, as the initialisation left out would have: without the mark a gradient norm counts
+    them on the first tensor-parallel rank only."""
+    split_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        if type(module) in split_dim and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, split_dim[type(module)], 1)
+
+
+def _layer_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec | TransformerBlockSubmodules:
+    if platform.has_transformer_engine(device):
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = SDPAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

@@ -1,0 +1,158 @@
+"""Where the actor runs. The one module that makes megatron-core, written for CUDA, run on CPU.
+
+`torch.cpu` mirrors the part of `torch.cuda` that megatron-core calls (current_device, synchronize), and tensors have
+`.cpu()` as they have `.cuda()`. So one mechanism is enough: in the functions listed in `CUDA_SITES`, the name `cuda`
+and the constants "cuda" and "torch.cuda.<X>Tensor" become their CPU twins. Nothing outside those functions changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+from megatron_rl.errors import UserError
+
+KNOWN_VERSIONS = ("0.16.1",)
+"""Of megatron-core, those whose CUDA assumptions are the ones listed below."""
+
+CUDA_SITES = {
+    "rotary embedding": ("models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.get_emb",),
+    "tied embeddings over pipeline stages": (
+        "models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+    ),
+    "gathering logits": ("tensor_parallel.mappings:_gather_along_last_dim",),
+    "schedules": (
+        "pipeline_parallel.schedules:forward_backward_no_pipelining",
+        "pipeline_parallel.schedules:forward_backward_pipelining_without_interleaving",
+    ),
+    "pipeline communication": (
+        "pipeline_parallel.p2p_communication:P2PCommunicator._communicate_shapes",
+        "pipeline_parallel.p2p_communication:P2PCommunicator._communicate",
+    ),
+    "gradient buffers": ("distributed.param_and_grad_buffer:_ParamAndGradBuffer.__init__",),
+    "optimizers": (
+        "optimizer.optimizer:FP32Optimizer.__init__",
+        "optimizer.optimizer:MixedPrecisionOptimizer.__init__",
+        "optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__",
+        "optimizer.optimizer:ChainedOptimizer.get_loss_scale",
+    ),
+    "gradient clipping": (
+        "optimizer.clip_grads:get_grad_norm_fp32",
+        "optimizer.clip_grads:clip_grad_by_total_norm_fp32",
+        "utils:local_multi_tensor_l2_norm",
+    ),
+}
+"""What it is for -> functions of megatron.core that name CUDA."""
+
+_device: torch.device | None = None
+"""What `prepare` chose."""
+
+
+def prepare(device: str) -> torch.device:
+    """The device this process trains on, with megatron-core ready for it. Call before building anything.
+
+    `device` is "auto" (CUDA where there is one), "cpu" or "cuda". On CUDA the process takes the GPU that LOCAL_RANK
+    names. Raises UserError when CUDA is asked for and absent, or megatron-core's version is not known to run on CPU.
+    """
+    global _device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        _check_version()
+        _run_on_cpu()
+        _device = torch.device("cpu")
+        return _device
+    if not torch.cuda.is_available():
+        raise UserError("actor.device is 'cuda', but torch sees no GPU. Use 'cpu' or 'auto', or a CUDA build of torch.")
+    _device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(_device)
+    return _device
+
+
+def backend(device: torch.device) -> str:
+    """The name of torch.distributed's backend for this device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def has_transformer_engine(device: torch.device) -> bool:
+    """Whether layers come from Transformer Engine, which runs on CUDA only."""
+    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+
+
+def describe() -> str:
+    """One line for the log, after `prepare`."""
+    if _device is None:
+        raise RuntimeError("call prepare() first")
+    layers = "Transformer Engine layers" if has_transformer_engine(_device) else "local layers"
+    apex = "Apex" if importlib.util.find_spec("apex") else "no Apex"
+    return f"{_device}, megatron-core {megatron_version()}, {layers}, {apex}"
+
+
+def megatron_version() -> str:
+    """Raises UserError when megatron-core is not installed."""
+    try:
+        return importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        fix = f"pip install megatron-core=={KNOWN_VERSIONS[-1]}"
+        raise UserError(f"megatron-core is not installed. Run: {fix}") from None
+
+
+def _check_version() -> None:
+    version = megatron_version()
+    if version not in KNOWN_VERSIONS:
+        raise UserError(
+            f"megatron-core {version} is not known to run on CPU; known: {', '.join(KNOWN_VERSIONS)}. "
+            f"Run: pip install megatron-core=={KNOWN_VERSIONS[-1]}, or use actor.device: cuda"
+        )
+
+
+@cache
+def _run_on_cpu() -> None:
+    """Once a process: a second time there is nothing left to replace, which is an error."""
+    for sites in CUDA_SITES.values():
+        for site in sites:
+            _retarget(_find(site))
+
+
+def _find(site: str) -> FunctionType:
+    """The function behind "module:Qualified.name", decorators taken off."""
+    module, _, qualified = site.partition(":")
+    found: Any = importlib.import_module(f"megatron.core.{module}")
+    for name in qualified.split("."):
+        if not hasattr(found, name):
+            raise RuntimeError(f"megatron.core.{module} has no {qualified}: megatron-core changed")
+        found = getattr(found, name)
+    function = inspect.unwrap(found)
+    assert isinstance(function, FunctionType)
+    return function
+
+
+def _retarget(function: FunctionType) -> None:
+    """Make one function name the CPU where it names CUDA; fails when it names none."""
+    changed = _on_cpu(function.__code__)
+    if changed == function.__code__:
+        raise RuntimeError(f"{function.__module__}.{function.__qualname__} names no CUDA: megatron-core changed")
+    function.__code__ = changed
+
+
+def _on_cpu(constant: Any) -> Any:
+    """A function's code, or one of its constants, with every mention of CUDA replaced; inner functions included."""
+    if isinstance(constant, CodeType):
+        names = tuple("cpu" if name == "cuda" else name for name in constant.co_names)
+        return constant.replace(co_names=names, co_consts=_on_cpu(constant.co_consts))
+    if isinstance(constant, str):
+        if constant == "cuda":
+            return "cpu"
+        if constant.startswith("torch.cuda.") and constant.endswith("Tensor"):
+            return constant.replace("torch.cuda.", "torch.")
+    if isinstance(constant, tuple | frozenset):
+        return type(constant)(_on_cpu(item) for item in constant)
+    return constant

@@ -1,0 +1,87 @@
+"""Process groups of a layout, and where this rank stands in them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_rl.actor import platform
+from megatron_rl.actor.layout import Layout
+
+TIMEOUT_MINUTES = 10
+"""Longer than any collective here waits; short enough that a lost rank is noticed."""
+
+
+def init_process_groups(layout: Layout, *, rank: int, world_size: int, init_method: str, device: torch.device) -> None:
+    """Join the world and make the groups of `layout`. `init_method` is torch's, such as "tcp://host:port"."""
+    if world_size != layout.world_size:
+        raise ValueError(f"{layout} needs {layout.world_size} ranks, not {world_size}")
+    dist.init_process_group(
+        platform.backend(device),
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=TIMEOUT_MINUTES),
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        distributed_timeout_minutes=TIMEOUT_MINUTES,
+    )
+
+
+def destroy() -> None:
+    """Leave every group; safe to call twice."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def tp_group() -> dist.ProcessGroup:
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def dp_group() -> dist.ProcessGroup:
+    return parallel_state.get_data_parallel_group()
+
+
+def pp_group() -> dist.ProcessGroup:
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def tp_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def dp_rank() -> int:
+    return parallel_state.get_data_parallel_rank()
+
+
+def pp_rank() -> int:
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def is_first_stage() -> bool:
+    return parallel_state.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    return parallel_state.is_pipeline_last_stage()
+
+
+def gather_shards(local: Tensor) -> list[Tensor]:
+    """Every tensor-parallel rank's tensor, in their order, on each of them; all of one shape. No gradient."""
+    shards = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(tp_group().size())]
+    dist.all_gather(shards, local.contiguous(), group=tp_group())
+    return shards
+
+
+def gather_vocabulary(logits: Tensor) -> Tensor:
+    """[..., padded vocabulary / tensor] -> [..., padded vocabulary]. No gradient."""
+    return torch.cat(gather_shards(logits.detach()), dim=-1)

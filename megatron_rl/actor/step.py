@@ -1,0 +1,56 @@
+"""One pass over micro-batches through Megatron's pipeline schedule: forward and backward, or forward only.
+
+Losses arrive already divided by the global denominator, so everything downstream only adds: micro-batches,
+data-parallel ranks and pipeline stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megatron_rl.actor.micro_batch import MicroBatch
+
+Result = TypeVar("Result")
+OnLogits = Callable[[Tensor, MicroBatch], tuple[Tensor, Result]]
+"""(this rank's logits of the response tokens [T, V / TP], micro-batch) -> (loss, what to collect)."""
+
+
+def run_schedule(
+    model: nn.Module, micro_batches: list[MicroBatch], on_logits: OnLogits[Result], *, backward: bool
+) -> list[Result]:
+    """What `on_logits` gave for each micro-batch; empty on every pipeline stage but the last."""
+    if not micro_batches:
+        return []
+
+    def forward(batches: Iterator[MicroBatch], stage: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        output = stage(batch.tokens, batch.positions, None)
+        return output, partial(_collect, batch=batch, on_logits=on_logits)
+
+    longest = max(batch.tokens.shape[1] for batch in micro_batches)
+    with torch.set_grad_enabled(backward):
+        results: list[Result] = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(micro_batches),
+            model=[model],
+            num_microbatches=len(micro_batches),
+            seq_length=longest,
+            micro_batch_size=micro_batches[0].tokens.shape[0],
+            forward_only=not backward,
+        )
+    return results
+
+
+def _collect(
+    logits: Tensor, *, batch: MicroBatch, on_logits: OnLogits[Result]
+) -> tuple[Tensor, Tensor, Result]:
+    """logits [b, s, V / TP]. The token count is Megatron's to divide by; ours is done, so it is unused."""
+    rows = logits.flatten(0, 1).index_select(0, batch.predictors)
+    loss, result = on_logits(rows, batch)
+    return loss, torch.ones((), dtype=torch.int32, device=loss.device), result

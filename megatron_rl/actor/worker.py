@@ -1,0 +1,274 @@
+"""One rank of the actor: what the driver may ask of it. Knows nothing of Ray.
+
+Every method is collective: the driver calls it on all ranks. Only the reporting rank of each data-parallel replica
+(last pipeline stage, first tensor rank) returns tables; the other ranks return None.
+"""
+
+from __future__ import annotations
+
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lpreg
+from lpreg import LossInputs
+from megatron_rl.actor import optimizer as adam
+from megatron_rl.actor import platform, process_groups
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.micro_batch import MicroBatch, micro_batch
+from megatron_rl.actor.results import Table, TrainResult, Weights
+from megatron_rl.actor.distributed import wrap_ddp
+from megatron_rl.actor.model import build_model
+from megatron_rl.actor.step import run_schedule
+from megatron_rl.batching.buckets import share_out
+from megatron_rl.batching.rows import Rows
+from megatron_rl.checkpoint import state as checkpoint_state
+from megatron_rl.checkpoint.hf_format import open_weights, read_config
+from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
+from megatron_rl.policy_loss import LossChoice
+from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport
+from megatron_rl.weight_sync.transport import WeightUpdate
+
+if TYPE_CHECKING:
+    from megatron_rl.config.schema import ActorSettings, OptimizerSettings
+
+TABLE = ("log_probs", "entropy", "log_z", "kept")
+
+
+class MegatronWorker:
+    """A rank. Call `start` on all ranks at once, with rank 0's `address`."""
+
+    def __init__(self, settings: ActorSettings, layout: Layout, rank: int) -> None:
+        self.settings = settings
+        self.layout = layout
+        self.rank = rank
+        self.snapshot_weights: dict[str, Tensor] = {}
+        self.loss: lpreg.PolicyLoss | None = None
+
+    def address(self) -> tuple[str, int]:
+        """A host and a free port for the process group."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            host = "127.0.0.1" if self.settings.device == "cpu" else socket.gethostbyname(socket.gethostname())
+            return host, int(probe.getsockname()[1])
+
+    def start(self, host: str, port: int, model_folder: Path) -> str:
+        """Join the process groups and build this rank's part of the model. Returns what it runs on, for the log."""
+        self.device = platform.prepare(self.settings.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+        process_groups.init_process_groups(
+            self.layout,
+            rank=self.rank,
+            world_size=self.layout.world_size,
+            init_method=f"tcp://{host}:{port}",
+            device=self.device,
+        )
+        self.dtype = getattr(torch, self.settings.dtype)
+        self.hf_config = read_config(model_folder)
+        self.model = build_model(
+            self.hf_config,
+            layout=self.layout,
+            dtype=self.dtype,
+            device=self.device,
+            pad_vocabulary=self.settings.pad_vocabulary,
+        )
+        self.ddp = wrap_ddp(self.model)
+        self.load_hf(model_folder)
+        return platform.describe()
+
+    def load_hf(self, folder: Path) -> None:
+        """Weights from a Hugging Face folder. The optimizer must be built anew afterwards."""
+        load_hf_weights(self.model, self.hf_config, open_weights(folder))
+
+    def build_optimizer(self, settings: OptimizerSettings) -> None:
+        self.optimizer = adam.build_optimizer(self.ddp, settings, self.dtype)
+
+    def set_loss(self, choice: LossChoice | None) -> None:
+        """A policy loss; None for supervised training."""
+        self.loss = choice.make() if choice else None
+
+    # ------------------------------------------------------------------ passes
+
+    def train(self, batch: Rows, lr: float, denominator: float, temperature: float) -> TrainResult | None:
+        """One optimizer step. `denominator`: response tokens of the whole global batch, dropped rows included."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def on_logits(logits: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+            stats = self._stats(logits, part.targets, temperature, training=True)
+            if self.loss is None:
+                loss, metrics = -stats.log_probs.sum() / denominator, {}
+            else:
+                output = self.loss(_loss_inputs(stats, part, denominator))
+                loss, metrics = output.loss, {k: (float(m.total), float(m.count)) for k, m in output.metrics.items()}
+            return loss, (part.rows, float(loss.detach()), metrics, _columns(stats))
+
+        results = run_schedule(self.ddp, self._share(batch), on_logits, backward=True)
+        adam.set_learning_rate(self.optimizer, lr)
+        _, grad_norm, _ = self.optimizer.step()
+        if not self._reports:
+            return None
+        metrics: dict[str, tuple[float, float]] = {}
+        for _, _, part, _ in results:
+            for name, (total, count) in part.items():
+                old = metrics.get(name, (0.0, 0.0))
+                metrics[name] = (old[0] + total, old[1] + count)
+        return TrainResult(
+            table=_table([(rows, columns) for rows, _, _, columns in results]),
+            loss=sum(loss for _, loss, _, _ in results),
+            metrics=metrics,
+            grad_norm=float(grad_norm),
+        )
+
+    def score(self, batch: Rows, temperature: float, weights: Weights = "current") -> Table | None:
+        """Log-prob, entropy, log Z and kept of every response token, without gradients.
+
+        Rows may carry `probe_targets`: then log-probs are of those tokens in place of the sampled ones.
+        """
+
+        def on_logits(logits: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+            targets = part.values.get("probe_targets", part.targets)
+            stats = self._stats(logits, targets, temperature, training=False)
+            return stats.log_probs.sum(), (part.rows, _columns(stats))
+
+        with self._weights(weights):
+            results = run_schedule(self.ddp, self._share(batch), on_logits, backward=False)
+        return _table(results) if self._reports else None
+
+    def logits(self, batch: Rows) -> Table | None:
+        """Whole logits [T, V] of the response tokens, gathered: for checks on a few rows."""
+
+        def on_logits(logits: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+            whole = process_groups.gather_vocabulary(logits)[:, : self.hf_config["vocab_size"]]
+            return logits.new_zeros(()), (part.rows, {"logits": whole.float().cpu().numpy()})
+
+        results = run_schedule(self.ddp, self._share(batch), on_logits, backward=False)
+        return _table(results) if self._reports else None
+
+    def snapshot(self) -> None:
+        """Keep the weights as they are now, on the CPU, as the lagged policy."""
+        self.snapshot_weights = {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters()}
+
+    # ------------------------------------------------------------------ weights out and in
+
+    def push_weights(self, folder: Path, version: int, checksums: bool) -> WeightUpdate | None:
+        """Gather tensor by tensor to Hugging Face names and publish this stage's part."""
+        tensors = export_hf_weights(self.model, self.hf_config)
+        if not self._publishes:
+            for _ in tensors:  # the gathers are collective
+                pass
+            return None
+        transport = SharedMemoryTransport(folder, process_groups.pp_rank())
+        transport.connect()
+        return transport.push(tensors, version, checksums=checksums)
+
+    def save(self, folder: Path) -> dict[str, str] | None:
+        """This stage's weights, moments and snapshot. Returns file name -> SHA-256."""
+        return checkpoint_state.save_stage(
+            folder, self.model, self.hf_config, self.optimizer, self.snapshot_weights, process_groups.pp_rank(), self._publishes
+        )
+
+    def state_bytes(self) -> int:
+        """What this rank's parameters, moments and snapshot take in a checkpoint (fp32); replicas write nothing."""
+        copies = 4 if self.snapshot_weights else 3
+        weights = sum(param.numel() * 4 for param in self.model.parameters())
+        return copies * weights if process_groups.dp_rank() == 0 else 0
+
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`, under any layout."""
+        self.snapshot_weights = checkpoint_state.load_stage(folder, self.model, self.hf_config, self.optimizer)
+
+    def export_hf(self, folder: Path) -> dict[str, Any] | None:
+        """This stage's shard of a Hugging Face export; the driver writes the index."""
+        return checkpoint_state.export_stage(
+            folder, self.model, self.hf_config, process_groups.pp_rank(), self.layout.pipeline, self._publishes
+        )
+
+    def peak_memory(self) -> float:
+        """GiB: of the device on CUDA, resident otherwise."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def close(self) -> None:
+        process_groups.destroy()
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def _reports(self) -> bool:
+        return process_groups.is_last_stage() and process_groups.tp_rank() == 0
+
+    @property
+    def _publishes(self) -> bool:
+        return process_groups.tp_rank() == 0 and process_groups.dp_rank() == 0
+
+    def _share(self, batch: Rows) -> list[MicroBatch]:
+        """This replica's micro-batches."""
+        shares = share_out(batch.lengths.tolist(), self.settings.micro_batch_tokens, self.layout.data)
+        return [micro_batch(batch, rows, self.device) for rows in shares[process_groups.dp_rank()]]
+
+    def _stats(self, logits: Tensor, targets: Tensor, temperature: float, *, training: bool) -> lpreg.TokenStats:
+        return lpreg.token_stats(
+            logits,
+            targets,
+            temperature=temperature,
+            vocab_size=self.hf_config["vocab_size"],
+            tp_group=process_groups.tp_group(),
+            inplace_backward=training,
+            **(self.loss.token_stats_kwargs() if self.loss else {}),
+        )
+
+    @contextmanager
+    def _weights(self, which: Weights) -> Iterator[None]:
+        """Run with the lagged weights by pointing the parameters at them for a while."""
+        if which == "current":
+            yield
+            return
+        if not self.snapshot_weights:
+            raise RuntimeError("there is no lagged snapshot yet: call snapshot() first")
+        current = {name: param.data for name, param in self.model.named_parameters()}
+        try:
+            for name, param in self.model.named_parameters():
+                param.data = self.snapshot_weights[name].to(self.device)
+            yield
+        finally:
+            for name, param in self.model.named_parameters():
+                param.data = current[name]
+
+
+def _loss_inputs(stats: lpreg.TokenStats, part: MicroBatch, denominator: float) -> LossInputs:
+    values = part.values
+    return LossInputs(
+        log_probs=stats.log_probs,
+        old_log_probs=None,  # one update a rollout: the old policy is this one
+        advantages=values["advantages"],
+        mask=torch.ones_like(part.targets, dtype=torch.bool),
+        entropy=stats.entropy,
+        log_z=stats.log_z,
+        kept=stats.kept,
+        selection=values.get("selected"),
+        proxy_log_probs=values.get("proxy_log_probs"),
+        sequence_ids=part.sequence_ids,
+        denominator=denominator,
+    )
+
+
+def _columns(stats: lpreg.TokenStats) -> dict[str, np.ndarray]:
+    return {name: getattr(stats, name).detach().cpu().numpy() for name in TABLE}
+
+
+def _table(parts: list[tuple[tuple[int, ...], dict[str, np.ndarray]]]) -> Table:
+    names = parts[0][1] if parts else ()
+    return Table(
+        rows=np.array([row for rows, _ in parts for row in rows], dtype=np.int64),
+        values={name: np.concatenate([columns[name] for _, columns in parts]) for name in names},
+    )

@@ -1,0 +1,1 @@
+"""From samples to rows, and from rows to micro-batches."""

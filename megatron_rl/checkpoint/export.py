@@ -1,0 +1,53 @@
+"""The trained model as an ordinary Hugging Face folder, and the proof that it is the same model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.checkpoint.hf_format import INDEX, copy_all_but_weights
+
+
+def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[dict[str, Any]]]) -> None:
+    """Every pipeline stage writes its shard, the index is added, and what else `source` holds is copied.
+
+    The folder appears whole or not at all.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        copy_all_but_weights(source, partial)
+        shards = write_shards(partial)
+        if len(shards) > 1:
+            weight_map = {name: shard["file"] for shard in shards for name in shard["tensors"]}
+            total = sum(shard["bytes"] for shard in shards)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@torch.inference_mode()
+def largest_logit_difference(folder: Path, rows: Rows, actor_logits: Array, dtype: str) -> float:
+    """Reload the export with plain transformers; the largest difference over the rows' response tokens.
+
+    actor_logits [T, V], as the actor computed them.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    model.eval()
+    reloaded = [
+        model(torch.tensor(row[None, :-1])).logits[0, start - 1 :].float().numpy()
+        for row, start in zip(rows.tokens, rows.prompt_lengths.tolist(), strict=True)
+    ]
+    return float(np.abs(np.concatenate(reloaded) - actor_logits).max())

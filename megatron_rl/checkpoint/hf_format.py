@@ -1,0 +1,95 @@
+"""Hugging Face model folders: its config, its weights read lazily, its other files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from megatron_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # a dry run reads configs without torch
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises UserError when the folder or the file is not there, or is not a JSON object."""
+    if not folder.is_dir():
+        raise UserError(f"The model folder {folder} does not exist. Set model.path to a Hugging Face model folder.")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
+    return _read_json(path)
+
+
+class FolderWeights(Mapping[str, "Tensor"]):
+    """A folder's tensors by name; each is read when asked for, and held no longer than the caller does."""
+
+    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
+        """`files`: tensor name -> name of the safetensors file that holds it."""
+        self._folder = folder
+        self._files = files
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._folder / self._files[name]
+        with _open(path) as file:
+            if name not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                raise UserError(f"{path} does not hold {name}, which {INDEX} says it does. Copy the model again.")
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def open_weights(folder: Path) -> FolderWeights:
+    """The weights of a folder, one file or many. Raises UserError when there are none, or a shard is missing."""
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file():
+        files = _read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise UserError(f"{index} has no weight_map. Copy the model again.")
+        missing = sorted({file for file in files.values() if not (folder / file).is_file()})
+        if missing:
+            raise UserError(f"{index} names files that are not there: {', '.join(missing)}. Copy the model again.")
+        return FolderWeights(folder, files)
+    if single.is_file():
+        with _open(single) as file:
+            return FolderWeights(folder, dict.fromkeys(file.keys(), SINGLE))
+    raise UserError(
+        f"{folder} is a model folder without weights: neither {SINGLE} nor {INDEX} is there. "
+        "Copy the safetensors files beside config.json."
+    )
+
+
+def copy_all_but_weights(source: Path, folder: Path) -> None:
+    """Configuration, tokenizer and whatever else lies in a model folder."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object.")
+    return content
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}). Copy the model again.") from None

@@ -1,0 +1,64 @@
+"""The command line: `megatron-rl train CONFIG [key=value ...]` and `megatron-rl report RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_rl.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-rl", description="RLVR on Megatron, with Lp-Reg.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a model as a configuration file says")
+    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as actor.tensor_parallel=1")
+    train.add_argument("--dry-run", action="store_true", help="check the configuration and its files, start nothing")
+    train.set_defaults(command=_train)
+    report = commands.add_parser("report", help="write report.html of a run, also while it goes on")
+    report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from megatron_rl.config import check_inputs, expand, load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        print(expand(config), end="")
+        check_inputs(config, prepared=False, weights=False)
+        print(f"# {options.config}: nothing wrong found", file=sys.stderr)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share the machine
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from megatron_rl.loop import train
+
+    train(config)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megatron_rl.observability.report import write_report
+
+    print(write_report(options.folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

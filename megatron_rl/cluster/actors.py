@@ -1,0 +1,140 @@
+"""The actor: one process a rank, called as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from megatron_rl.actor.layout import Layout
+from megatron_rl.batching.rows import Rows
+from megatron_rl.actor.results import Table, TrainResult, Weights
+from megatron_rl.cluster.runtime import host_process, results
+from megatron_rl.policy_loss import LossChoice
+from megatron_rl.weight_sync.transport import WeightUpdate
+
+if TYPE_CHECKING:
+    from megatron_rl.config.schema import ActorSettings, OptimizerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """An optimizer step over all replicas."""
+
+    values: dict[str, np.ndarray]
+    """Name -> [T]: log_probs, entropy, log_z, kept, as they were before the update."""
+    loss: float
+    metrics: dict[str, tuple[float, float]]
+    """Name -> (total, count)."""
+    grad_norm: float
+    """Before clipping."""
+
+
+class Actors:
+    """All ranks of the Megatron actor."""
+
+    def __init__(self, settings: ActorSettings, layout: Layout, model_folder: Path, logs: Path) -> None:
+        self.ranks = [
+            host_process(
+                "megatron_rl.actor.worker:MegatronWorker",
+                (settings, layout, rank),
+                log_file=logs / f"actor-rank-{rank}.log",
+                gpu=settings.device != "cpu",
+            )
+            for rank in range(layout.world_size)
+        ]
+        host, port = self._all("address")[0]
+        self.description: str = self._all("start", host, port, model_folder)[0]
+
+    def _submit(self, method: str, *args: Any) -> list[ray.ObjectRef]:
+        return [rank.call.remote(method, *args) for rank in self.ranks]
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        return results(self._submit(method, *args))
+
+    def prepare(self, loss: LossChoice | None, optimizer: OptimizerSettings) -> None:
+        """A policy loss (None: supervised training) and a fresh optimizer for it."""
+        self._all("set_loss", loss)
+        self._all("build_optimizer", optimizer)
+
+    def load_hf(self, folder: Path) -> None:
+        self._all("load_hf", folder)
+
+    def train(self, batch: Rows, *, lr: float, denominator: float, temperature: float = 1.0) -> StepResult:
+        """One optimizer step on the batch."""
+        return self.train_result(self.submit_train(batch, lr=lr, denominator=denominator, temperature=temperature), batch)
+
+    def submit_train(
+        self, batch: Rows, *, lr: float, denominator: float, temperature: float = 1.0
+    ) -> list[ray.ObjectRef]:
+        """Start a step without waiting: ranks take calls in order, so the next batch can be made meanwhile."""
+        return self._submit("train", ray.put(batch), lr, denominator, temperature)
+
+    def train_result(self, refs: list[ray.ObjectRef], batch: Rows) -> StepResult:
+        parts: list[TrainResult] = [part for part in results(refs) if part is not None]
+        metrics: dict[str, tuple[float, float]] = {}
+        for part in parts:
+            for name, (total, count) in part.metrics.items():
+                old = metrics.get(name, (0.0, 0.0))
+                metrics[name] = (old[0] + total, old[1] + count)
+        return StepResult(
+            values=_merge(batch, [part.table for part in parts]),
+            loss=sum(part.loss for part in parts),
+            metrics=metrics,
+            grad_norm=parts[0].grad_norm,
+        )
+
+    def score(self, batch: Rows, *, temperature: float = 1.0, weights: Weights = "current") -> dict[str, np.ndarray]:
+        """Name -> [T]: log_probs, entropy, log_z, kept of every response token, without gradients."""
+        if not len(batch):
+            return {}
+        return _merge(batch, [t for t in self._all("score", ray.put(batch), temperature, weights) if t is not None])
+
+    def logits(self, batch: Rows) -> np.ndarray:
+        """[T, V]."""
+        return _merge(batch, [t for t in self._all("logits", ray.put(batch)) if t is not None])["logits"]
+
+    def snapshot(self) -> None:
+        self._all("snapshot")
+
+    def push_weights(self, folder: Path, version: int, *, checksums: bool) -> WeightUpdate:
+        return WeightUpdate.merge(u for u in self._all("push_weights", folder, version, checksums) if u is not None)
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """File name -> SHA-256, of all stages."""
+        return {name: digest for part in self._all("save", folder) if part for name, digest in part.items()}
+
+    def state_bytes(self) -> int:
+        """What `save` will write, over all stages."""
+        return sum(self._all("state_bytes"))
+
+    def load(self, folder: Path) -> None:
+        self._all("load", folder)
+
+    def export_hf(self, folder: Path) -> list[dict[str, Any]]:
+        return [shard for shard in self._all("export_hf", folder) if shard]
+
+    def peak_memory(self) -> float:
+        """GiB, summed over ranks."""
+        return sum(self._all("peak_memory"))
+
+    def close(self) -> None:
+        for ref in self._submit("close"):
+            ray.wait([ref], timeout=5)
+        for rank in self.ranks:
+            ray.kill(rank)
+
+
+def _merge(batch: Rows, tables: list[Table]) -> dict[str, np.ndarray]:
+    """Tables of some rows each -> flat values in the batch's own order."""
+    merged: dict[str, np.ndarray] = {}
+    for table in tables:
+        index = batch.token_index(table.rows)
+        for name, values in table.values.items():
+            if name not in merged:
+                merged[name] = np.empty((batch.num_response_tokens, *values.shape[1:]), dtype=values.dtype)
+            merged[name][index] = values
+    return merged

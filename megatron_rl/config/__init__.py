@@ -1,0 +1,7 @@
+"""Configuration: the schema, loading with overrides, and what can be checked before anything starts."""
+
+from .load import expand, load_config
+from .schema import Config
+from .validate import check_inputs
+
+__all__ = ["Config", "check_inputs", "expand", "load_config"]

@@ -1,0 +1,58 @@
+"""The `actor` section: where and how the policy is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .fields import Betas, Count, NonNegative, Positive, PositiveInt, Section, ShareOrZero
+
+
+class OptimizerSettings(Section):
+    """AdamW and its schedule."""
+
+    lr: Positive = 1e-6
+    """Peak learning rate."""
+    betas: Betas = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    clip_grad: NonNegative = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up from zero."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate between warm-up and the last step."""
+    min_lr_ratio: ShareOrZero = 0.0
+    """Learning rate at the last step, as a share of lr; read only where the schedule decays."""
+
+
+class ActorSettings(Section):
+    """The Megatron actor: device, parallel sizes, precision, optimizer."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is a GPU, else cpu."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks that share each layer."""
+    pipeline_parallel: PositiveInt = 1
+    """Ranks that share the layers out between them."""
+    data_parallel: PositiveInt = 1
+    """Copies of the model; each takes its part of a step's rows."""
+    context_parallel: PositiveInt = 1
+    """Ranks that share each sequence; only 1 so far."""
+    expert_parallel: PositiveInt = 1
+    """Ranks that share the experts; only 1 so far."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations in forward and backward."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Most tokens, prompts included, in one forward pass; a longer row goes alone."""
+    pad_vocabulary: bool = True
+    """Pad the vocabulary to a multiple of tensor_parallel; false: refuse one that does not divide."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Of the RL phase; warm_start has its own."""
+
+    @property
+    def world_size(self) -> int:
+        """Actor processes."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel

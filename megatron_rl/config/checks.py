@@ -1,0 +1,78 @@
+"""What no single key can tell: settings that contradict each other, and what is not available yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from .schema import Config
+
+REWARDS = ("countdown", "math")
+"""Built-in verifiers; anything else must be an import path."""
+_FULL_KL_PRESETS = ("paper",)
+
+
+def contradictions(config: Config) -> list[str]:
+    """One sentence a problem, naming the keys; empty when the settings go together."""
+    return [*_algorithm(config), *_parallel(config), *_reward(config), *_rest(config)]
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    algorithm, lp_reg = config.algorithm, config.algorithm.lp_reg
+    if config.rollout.samples_per_prompt < 2:
+        yield (
+            "rollout.samples_per_prompt: 1 is given, but advantages are relative within a prompt's group "
+            f"(algorithm.advantage: {algorithm.advantage}); give at least 2"
+        )
+    if algorithm.name != "lp_reg":
+        return
+    full = lp_reg.kl_estimator == "full" or (lp_reg.kl_estimator is None and algorithm.preset in _FULL_KL_PRESETS)
+    if full and algorithm.proxy_source != "current":
+        cause = "lp_reg.kl_estimator: full" if lp_reg.kl_estimator else f"preset: {algorithm.preset}"
+        yield (
+            f"algorithm.{cause} with algorithm.proxy_source: {algorithm.proxy_source} is not available yet: it needs "
+            "the whole proxy distribution of another policy; set algorithm.lp_reg.kl_estimator to k3 "
+            "or algorithm.proxy_source to current"
+        )
+    if lp_reg.min_p is not None and lp_reg.fixed_tau is not None:
+        yield "algorithm.lp_reg.min_p and algorithm.lp_reg.fixed_tau are two forms of one filter; give only one"
+
+
+def _parallel(config: Config) -> Iterator[str]:
+    actor = config.actor
+    if actor.context_parallel > 1:
+        yield "actor.context_parallel: must be 1; splitting sequences over ranks is not available yet"
+    if actor.expert_parallel > 1:
+        yield "actor.expert_parallel: must be 1; mixture-of-experts models are not available yet"
+    rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    if actor.data_parallel > rows:
+        yield (
+            f"actor.data_parallel: {actor.data_parallel} copies cannot share the {rows} rows of a step "
+            "(rollout.prompts_per_step x rollout.samples_per_prompt)"
+        )
+    if config.rollout.engines > config.rollout.prompts_per_step:
+        yield (
+            f"rollout.engines: {config.rollout.engines} engines cannot share "
+            f"rollout.prompts_per_step: {config.rollout.prompts_per_step}"
+        )
+
+
+def _reward(config: Config) -> Iterator[str]:
+    name = config.reward.name
+    module, colon, function = name.partition(":")
+    own = colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    if name not in REWARDS and not own:
+        near = get_close_matches(name, REWARDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"reward.name: {name!r} is neither one of {', '.join(REWARDS)} nor package.module:function{hint}"
+
+
+def _rest(config: Config) -> Iterator[str]:
+    optimizer = config.actor.optimizer
+    if optimizer.schedule != "constant" and optimizer.warmup_steps >= config.train.steps:
+        yield (
+            f"actor.optimizer.warmup_steps: {optimizer.warmup_steps} leaves nothing of train.steps: "
+            f"{config.train.steps} for the {optimizer.schedule} schedule"
+        )
+    if config.evaluation.probes and not config.evaluation.suites:
+        yield "evaluation.probes are measured on suites, but evaluation.suites is empty"

@@ -1,0 +1,186 @@
+"""Every key of a configuration file. The text under a field is its documentation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .actor import ActorSettings
+from .algorithm import AlgorithmSettings
+from .fields import Betas, Count, FilePath, Name, NonNegative, Positive, PositiveInt, Section, ShareOrZero, Text
+
+
+class RunSettings(Section):
+    """Name and place of the run. `load_config` fills both in where the file leaves them out."""
+
+    name: Text
+    """Unset: `<stem of the YAML file>-<YYYYmmdd-HHMMSS>`."""
+    folder: FilePath
+    """Everything the run writes goes here. Unset: `runs/<name>`."""
+
+
+class PrepareSettings(Section):
+    """An embedded task, written before training unless it is already there."""
+
+    task: Literal["countdown"]
+    """Which task."""
+    folder: FilePath
+    """Where its model and data go."""
+
+
+class ModelSettings(Section):
+    """The policy to train."""
+
+    path: FilePath
+    """A Hugging Face folder: config.json, tokenizer, weights."""
+
+
+class DataSettings(Section):
+    """Training prompts. `template` to `label_field` hold for the evaluation suites too."""
+
+    train: FilePath
+    """A .jsonl or .parquet file; slime's, verl's and TRL's columns are recognised."""
+    template: Literal["none", "chat"] = "none"
+    """none: the prompt as it is (messages joined by newlines); chat: the tokenizer's chat template."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Longest prompt, in tokens, after the template."""
+    long_prompts: Literal["drop", "truncate_left", "error"] = "drop"
+    """What happens to a longer one."""
+    drop_duplicates: bool = False
+    """Keep only the first row of those with the same prompt and label; DAPO-Math-17k as shipped repeats its rows."""
+    shuffle: bool = True
+    """A new order each epoch, from the seed."""
+    label_field: Text | None = None
+    """Column that holds the ground truth; unset: as the recognised schema has it."""
+
+
+class WarmStartPhase(Section):
+    """One stretch of supervised training."""
+
+    data: FilePath
+    """A .parquet file with the text columns prompt and response; the loss is on the response."""
+    steps: PositiveInt
+    """Optimizer steps."""
+    lr: Positive
+    """Peak learning rate of a cosine."""
+
+
+class WarmStartSettings(Section):
+    """Supervised training before RL, through the same actor. Its result is cached by content."""
+
+    cache_folder: FilePath = Field(default="runs/cache", validate_default=True)
+    """Where results are kept between runs."""
+    batch_size: PositiveInt
+    """Rows a step."""
+    phases: list[WarmStartPhase] = Field(min_length=1)
+    """One after another, each with its own schedule."""
+    betas: Betas = (0.9, 0.999)
+    """Decay rates of Adam's first and second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up, in every phase."""
+    min_lr_ratio: ShareOrZero = 0.0
+    """Learning rate at a phase's last step, as a share of its lr."""
+
+
+class RolloutSettings(Section):
+    """Sampling the responses of a step."""
+
+    engine: Literal["transformers"] = "transformers"
+    """What generates."""
+    engines: PositiveInt = 1
+    """Engines that share a step's prompts."""
+    prompts_per_step: PositiveInt
+    """Prompts a step; one group each."""
+    samples_per_prompt: PositiveInt
+    """Responses in a group."""
+    max_response_tokens: PositiveInt
+    """Longest response, in tokens, its stop token included."""
+    temperature: Positive = 1.0
+    """Of sampling, and of the log-probabilities in the loss. There is no top-p or top-k: both would falsify them."""
+    stop_token_ids: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Token ids that end a response; unset: the end tokens of the generation config, or else of the tokenizer."""
+
+
+class RewardSettings(Section):
+    """The verifier and the processes it runs in."""
+
+    name: Text
+    """countdown, math, or a function of your own as `package.module:function`."""
+    workers: PositiveInt = 2
+    """Processes."""
+    timeout_seconds: Positive = 10.0
+    """Longest one sample may take; beyond it its process is killed and the score is 0."""
+
+
+class TrainSettings(Section):
+    """Length of training, checkpoints, and what a step updates on."""
+
+    steps: PositiveInt
+    """RL steps, one optimizer update each."""
+    save_every: Count = 0
+    """Steps between checkpoints; 0: one at the end only."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    drop_zero_advantage: bool = True
+    """Leave groups whose rewards are all equal out of the update; the loss is still normalised over all tokens."""
+    score_dropped: bool = True
+    """Still run those groups forward, so that entropy and the other metrics cover the whole batch."""
+
+
+class Probe(Section):
+    """A probability to follow: of `token` right after `after`, averaged over a suite's responses."""
+
+    after: Text
+    """Text of one token."""
+    token: Text
+    """Text of one token."""
+
+
+class EvaluationSettings(Section):
+    """Benchmarks before, during and after training."""
+
+    every: Count = 0
+    """Steps between evaluations; 0: before and after training only."""
+    samples_per_prompt: PositiveInt = 8
+    """Responses per prompt: the k of avg@k and pass@k."""
+    temperature: Positive = 1.0
+    """Of sampling."""
+    suites: dict[Name, FilePath] = Field(default_factory=dict)
+    """Data file of each suite; its name appears in the metrics."""
+    probes: dict[Name, Probe] = Field(default_factory=dict)
+    """Probabilities to follow, by the name they get in the metrics."""
+
+
+class ObservabilitySettings(Section):
+    """What a run shows and records."""
+
+    view: Literal["auto", "live", "plain", "off"] = "auto"
+    """On the terminal; auto: live on a terminal, plain lines elsewhere."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside metrics.jsonl."""
+    rollouts_every: Count = 10
+    """Steps between dumps of a step's rollouts; 0: none."""
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunSettings
+    seed: Count = 0
+    """Of sampling, shuffling and initialisation."""
+    resume: Annotated[Literal["never", "auto"] | FilePath, Field(union_mode="left_to_right")] = "never"
+    """auto: go on from the run folder's newest checkpoint, if any; or the path of a checkpoint or of a run's folder."""
+    prepare: PrepareSettings | None = None
+    model: ModelSettings
+    data: DataSettings
+    warm_start: WarmStartSettings | None = None
+    rollout: RolloutSettings
+    reward: RewardSettings
+    algorithm: AlgorithmSettings = AlgorithmSettings()
+    actor: ActorSettings = ActorSettings()
+    train: TrainSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+    observability: ObservabilitySettings = ObservabilitySettings()

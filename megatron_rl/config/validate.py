@@ -1,0 +1,91 @@
+"""What can be checked before anything starts: without a GPU, without torch, without the model's weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.errors import UserError
+
+from .schema import Config
+
+DATA_SUFFIXES = (".jsonl", ".parquet")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def check_inputs(config: Config, *, prepared: bool = True, weights: bool = True) -> None:
+    """Look at every file the run will read; raise UserError with all that is wrong.
+
+    prepared: whether `prepare` ran already; if not, files under its folder are not looked for.
+    weights: whether the model folder must hold weights (a dry run can do without).
+    """
+    problems = [*_check_files(config, prepared), *_check_model(config, prepared, weights)]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _expected_later(config: Config, path: Path, prepared: bool) -> bool:
+    prepare = config.prepare
+    return prepare is not None and not prepared and path.resolve().is_relative_to(prepare.folder.resolve())
+
+
+def _check_files(config: Config, prepared: bool) -> Iterator[str]:
+    prompts = {"data.train": config.data.train}
+    prompts |= {f"evaluation.suites.{name}": path for name, path in config.evaluation.suites.items()}
+    for key, path in prompts.items():
+        if path.suffix not in DATA_SUFFIXES:
+            yield f"{key}: {path} has the extension {path.suffix!r}; expected {' or '.join(DATA_SUFFIXES)}"
+    phases = config.warm_start.phases if config.warm_start else []
+    files = prompts | {f"warm_start.phases.{index}.data": phase.data for index, phase in enumerate(phases)}
+    for key, path in files.items():
+        if not path.is_file() and not _expected_later(config, path, prepared):
+            yield f"{key}: no such file: {path}{_relative_to(path)}"
+    if isinstance(config.resume, Path) and not config.resume.is_dir():
+        yield f"resume: no such folder: {config.resume}{_relative_to(config.resume)}"
+
+
+def _relative_to(path: Path) -> str:
+    return "" if path.is_absolute() else f" (relative to {Path.cwd()})"
+
+
+def _check_model(config: Config, prepared: bool, weights: bool) -> Iterator[str]:
+    folder = config.model.path
+    if _expected_later(config, folder, prepared):
+        return
+    if not folder.is_dir():
+        yield f"model.path: no such folder: {folder}{_relative_to(folder)}"
+        return
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        yield f"model.path: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})"
+    if weights and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
+        yield f"model.path: {folder} has no weights ({', '.join(_WEIGHT_PATTERNS)})"
+    try:
+        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        yield f"model.path: {folder} has no config.json; a Hugging Face model folder is expected"
+    except (OSError, ValueError) as error:
+        yield f"model.path: {folder / 'config.json'} cannot be read: {error}"
+    else:
+        yield from _check_shape(config, shape)
+
+
+def _check_shape(config: Config, shape: dict[str, Any]) -> Iterator[str]:
+    """Whether the parallel sizes divide the model. `shape` is the model's config.json."""
+    actor = config.actor
+    tensor, pipeline = actor.tensor_parallel, actor.pipeline_parallel
+
+    def undivided(key: str, size: int, name: str) -> str:
+        return f"actor.{key}: {size} does not divide the model's {name} ({shape[name]}, in {config.model.path})"
+
+    heads = [name for name in ("num_attention_heads", "intermediate_size") if name in shape]
+    for name in heads + ([] if actor.pad_vocabulary or "vocab_size" not in shape else ["vocab_size"]):
+        if shape[name] % tensor:
+            yield undivided("tensor_parallel", tensor, name)
+    groups = shape.get("num_key_value_heads") or tensor
+    if groups % tensor and tensor % groups:  # fewer groups than ranks: Megatron repeats them
+        yield undivided("tensor_parallel", tensor, "num_key_value_heads")
+    if shape.get("num_hidden_layers", pipeline) % pipeline:
+        yield undivided("pipeline_parallel", pipeline, "num_hidden_layers")

@@ -1,0 +1,5 @@
+"""The embedded Countdown task: its problems, warm-start traces, tokenizer and model, written as ordinary files."""
+
+from megatron_rl.data.countdown.task import write_task
+
+__all__ = ["write_task"]

@@ -1,0 +1,89 @@
+"""The 95-word tokenizer and the untrained 0.6M-parameter Qwen3, as ordinary Hugging Face files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_rl.data.countdown.problems import LARGEST, OPERATORS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+VOCABULARY = (
+    *(PAD, BOS, EOS, ">", ":", *OPERATORS, "=", "ok", "no", "wait", "hmm", "so"),
+    *(str(number) for number in range(LARGEST + 1)),
+)
+MAX_POSITIONS = 64
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, words separated by spaces. A word outside the vocabulary is an error, never a silent token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel(vocab={word: index for index, word in enumerate(VOCABULARY)}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def build_model(seed: int) -> Qwen3ForCausalLM:
+    """An fp32 model with seeded weights: embedding N(0, 0.02), linear N(0, 1/sqrt(fan_in)), half of that where a
+    block's output joins the residual stream. The caller's random state is left as it was."""
+    import torch
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    pad, bos, eos = (VOCABULARY.index(word) for word in (PAD, BOS, EOS))
+    config = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=384,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        pad_token_id=pad,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = Qwen3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            joins_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            fan_in = parameter.shape[1]
+            std = 0.02 if "embed_tokens" in name else (0.5 if joins_residual else 1.0) / math.sqrt(fan_in)
+            torch.nn.init.normal_(parameter, 0.0, std, generator=generator)
+    model.generation_config = GenerationConfig(pad_token_id=pad, bos_token_id=bos, eos_token_id=eos)
+    return model
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """Writes config, weights, generation config and tokenizer."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    # For one file of 2 MB a bar is noise.
+    logging.disable_progress_bar()
+    try:
+        build_model(seed).save_pretrained(folder)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    build_tokenizer().save_pretrained(folder)

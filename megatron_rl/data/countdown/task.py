@@ -1,0 +1,114 @@
+"""Writes the whole task into a folder, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_rl.data.countdown.model import write_model
+from megatron_rl.data.countdown.problems import RL_MIN_SHARE, Numbers, Problem, label, prompt, split_problems
+from megatron_rl.data.countdown.traces import MIX_A, MIX_B, traces
+from megatron_rl.errors import UserError
+
+VERSION = 1
+"""Raise it whenever the same arguments would write other content."""
+WARM_START_TRACES = (900 * 128, 260 * 128)
+MANIFEST = "manifest.json"
+
+
+def write_task(folder: Path, *, seed: int = 0, warm_start_traces: tuple[int, int] = WARM_START_TRACES) -> None:
+    """Writes the Countdown task unless `folder` already holds it.
+
+    `train.jsonl`, `held_out.jsonl`, `fresh.jsonl`  rows of prompt and label; problems with solution share >= 0.12
+    `warm_start_a.parquet`, `warm_start_b.parquet`  columns prompt and response; train problems of all shares
+    `model/`                                        untrained weights, configuration and tokenizer
+    `manifest.json`                                 what was asked for, and the SHA-256 of every file
+
+    The folder appears whole or not at all. Raises UserError when it holds anything else, another version of the
+    task, or changed files, and when it cannot be written.
+    """
+    settings = {"task": "countdown", "version": VERSION, "seed": seed, "warm_start_traces": list(warm_start_traces)}
+    if _is_written(folder, settings):
+        return
+    # A sibling, so that the rename stays within one file system.
+    draft = folder.parent / f".{folder.name}.writing-{os.getpid()}"
+    try:
+        draft.mkdir(parents=True)
+        _write_files(draft, seed, warm_start_traces)
+        manifest = settings | {"files": {name: _sha256(draft / name) for name in _file_names(draft)}}
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        draft.rename(folder)
+    except OSError as error:
+        # Another process may have written the same task meanwhile.
+        if not _is_written(folder, settings):
+            raise UserError(f"cannot write the Countdown task to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_files(folder: Path, seed: int, warm_start_traces: tuple[int, int]) -> None:
+    splits = split_problems(seed)
+    rng = random.Random(seed)
+    train = (
+        (order, problem) for problem in _for_rl(splits.train) for order in sorted(set(permutations(problem.numbers)))
+    )
+    _write_rows(folder / "train.jsonl", train)
+    for name, problems in (("held_out", splits.held_out), ("fresh", splits.fresh)):
+        one_order = ((tuple(rng.sample(problem.numbers, 3)), problem) for problem in _for_rl(problems))
+        _write_rows(folder / f"{name}.jsonl", one_order)
+    # Phases must not repeat each other's draws.
+    for phase, (name, mix) in enumerate((("warm_start_a", MIX_A), ("warm_start_b", MIX_B))):
+        columns = traces(splits.train, warm_start_traces[phase], mix, seed=2 * seed + phase)
+        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+    write_model(folder / "model", seed)
+
+
+def _for_rl(problems: Sequence[Problem]) -> list[Problem]:
+    return [problem for problem in problems if problem.share >= RL_MIN_SHARE]
+
+
+def _write_rows(path: Path, rows: Iterable[tuple[Numbers, Problem]]) -> None:
+    lines = (
+        json.dumps({"prompt": prompt(order, problem.target), "label": label(order, problem.target)})
+        for order, problem in rows
+    )
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _is_written(folder: Path, settings: dict[str, Any]) -> bool:
+    """True for the very task asked for, False where nothing stands in the way; UserError for anything else."""
+    mend = "Delete the folder or choose another."
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a folder for the Countdown task. Choose another path.")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest.pop("files")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder} holds something else than the Countdown task. {mend}") from error
+    if manifest != settings:
+        raise UserError(f"{folder} holds another Countdown task: {manifest}, and {settings} is wanted. {mend}")
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != digest:
+            raise UserError(f"{path} is missing or was changed since the Countdown task was written. {mend}")
+    return True
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

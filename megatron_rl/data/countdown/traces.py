@@ -1,0 +1,59 @@
+"""Warm-start traces: attempts, verdicts, now and then a retry (`wait`) and a little noise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_rl.data.countdown.problems import Numbers, Problem, attempts, prompt, solutions
+
+MAX_TRIES = 4
+"""Four attempts with three retries make 45 tokens; a response has at most 46."""
+FILLERS = ("hmm", "so")
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Probabilities that make one phase of the warm start."""
+
+    oracle: float
+    """An attempt is drawn from the solutions, not from all attempts."""
+    wait_after_no: float
+    wait_after_ok: float
+    noise: float
+    """A filler stands before the end."""
+
+
+MIX_A = Mix(oracle=0.2, wait_after_no=0.03, wait_after_ok=0.03, noise=0.02)
+MIX_B = Mix(oracle=0.35, wait_after_no=0.04, wait_after_ok=0.015, noise=0.01)
+
+
+def response(rng: random.Random, numbers: Numbers, target: int, mix: Mix) -> str:
+    """One response with a true verdict after every attempt; it ends in `<eos>`."""
+    words: list[str] = []
+    for tries in range(1, MAX_TRIES + 1):
+        pool = solutions(numbers, target) if rng.random() < mix.oracle else attempts(numbers)
+        attempt = rng.choice(pool)
+        solved = attempt.result == target
+        words += [attempt.text, "ok" if solved else "no"]
+        draw = rng.random()
+        if tries == MAX_TRIES or draw >= (mix.wait_after_ok if solved else mix.wait_after_no):
+            break
+        words.append("wait")
+    if draw > 1 - mix.noise:
+        words.append(rng.choice(FILLERS))
+    words.append("<eos>")
+    return " ".join(words)
+
+
+def traces(problems: Sequence[Problem], count: int, mix: Mix, seed: int) -> dict[str, list[str]]:
+    """`count` traces over problems drawn with equal weight, as columns `prompt` and `response`."""
+    rng = random.Random(seed)
+    columns: dict[str, list[str]] = {"prompt": [], "response": []}
+    for _ in range(count):
+        problem = rng.choice(problems)
+        order = tuple(rng.sample(problem.numbers, 3))
+        columns["prompt"].append(prompt(order, problem.target))
+        columns["response"].append(response(rng, problem.numbers, problem.target, mix))
+    return columns

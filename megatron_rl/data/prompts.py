@@ -1,0 +1,97 @@
+"""From a data file to prompts ready for an engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_rl.config.schema import DataSettings
+from megatron_rl.errors import UserError
+from megatron_rl.types import Prompt
+
+from .rows import read_rows
+from .schemas import Row, Schema, SchemaName, recognise
+from .template import Tokenizer, check_template, render
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one file, and what became of the rows that are not among them."""
+
+    prompts: list[Prompt]
+    schema: SchemaName
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows left out, by reason: "too long", "duplicate"."""
+    truncated: int = 0
+    """Prompts cut on the left to `max_prompt_tokens`."""
+
+
+def load_prompts(path: Path, *, tokenizer: Tokenizer, settings: DataSettings) -> PromptSet:
+    """Read, recognise, render and tokenize a .jsonl or .parquet file; of `settings`, all but `train` and `shuffle`.
+
+    Raises UserError with the file, the line or row and the column for anything that cannot be used.
+    """
+    check_template(tokenizer, settings.template)
+    return _Loading(path, tokenizer, settings).run()
+
+
+class _Loading:
+    """The state of one pass over a file."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, settings: DataSettings) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.prompts: list[Prompt] = []
+        self.dropped: Counter[str] = Counter()
+        self.truncated = 0
+        self.seen: set[tuple[str, str]] = set()
+        self.encoded: dict[str, tuple[int, ...]] = {}  # files repeat prompts: one tokenization, one tuple in memory
+
+    def run(self) -> PromptSet:
+        schema: Schema | None = None
+        for index, (place, row) in enumerate(read_rows(self.path)):
+            if schema is None:
+                source, label_field = f"{self.path}, {place}", self.settings.label_field
+                schema = recognise(list(row), label_field=label_field, source=source)
+            try:
+                self._add(index, row, schema)
+            except ValueError as error:
+                raise UserError(f"{self.path}, {place}: {error}") from error
+        if schema is None:
+            raise UserError(f"{self.path}: the data set is empty")
+        if not self.prompts:
+            raise UserError(
+                f"{self.path}: all {self.dropped['too long']} prompts are longer than data.max_prompt_tokens: "
+                f"{self.settings.max_prompt_tokens}; raise it, or set data.long_prompts: truncate_left"
+            )
+        return PromptSet(self.prompts, schema.name, dict(self.dropped), self.truncated)
+
+    def _add(self, index: int, row: Row, schema: Schema) -> None:
+        text = render(schema.prompt(row), tokenizer=self.tokenizer, template=self.settings.template)
+        text.encode()  # JSON allows lone surrogates, tokenizers don't: a ValueError here
+        label = schema.label(row)
+        if self.settings.drop_duplicates:
+            key = (text, repr(label))
+            if key in self.seen:
+                self.dropped["duplicate"] += 1
+                return
+            self.seen.add(key)
+        if text not in self.encoded:
+            self.encoded[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        token_ids = self.encoded[text]
+        if not token_ids:
+            raise ValueError("column prompt: the prompt is empty")
+        limit = self.settings.max_prompt_tokens
+        if len(token_ids) > limit:
+            if self.settings.long_prompts == "error":
+                raise ValueError(f"the prompt has {len(token_ids)} tokens; data.max_prompt_tokens is {limit}")
+            if self.settings.long_prompts == "drop":
+                self.dropped["too long"] += 1
+                return
+            self.truncated += 1
+            token_ids = token_ids[-limit:]
+            text = self.tokenizer.decode(list(token_ids))
+        metadata = schema.metadata(row)
+        self.prompts.append(Prompt(f"{self.path.stem}:{index}", token_ids, text, label, metadata))

@@ -1,0 +1,60 @@
+"""Rows of a .jsonl or .parquet file, one at a time, each with where it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_rl.errors import UserError
+
+from .schemas import Row
+
+_PARQUET_BATCH = 4096
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yields ("line 7", row) or ("row 6", row): lines count from 1, rows from 0. Blank lines are skipped.
+
+    Raises UserError for a missing or unreadable file, an unknown extension, or a broken line.
+    """
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: unknown extension {path.suffix!r}; expected {' or '.join(readers)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such data file")
+    try:
+        yield from readers[path.suffix](path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})") from error
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number}: not UTF-8: {error.reason} (byte {error.start})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: expected an object, {{...}}, found {line.strip()[:40]!r}")
+            yield f"line {number}", row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_PARQUET_BATCH):
+                for row in batch.to_pylist():
+                    yield f"row {number}", row
+                    number += 1
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a readable Parquet file: {error}") from error

@@ -1,0 +1,5 @@
+"""The one exception that reaches a user as plain words."""
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what is wrong, where, and what to do; the command line prints it bare."""

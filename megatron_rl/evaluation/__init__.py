@@ -1,0 +1,1 @@
+"""Accuracy on held-out problems, and what the policy does there."""

@@ -1,0 +1,59 @@
+"""A training step's metrics, from its batch and what the actor said of it. Legend: N rows, T response tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.types import Sample
+
+
+def rollout_metrics(samples: Sequence[Sample], advantages: Array) -> dict[str, float]:
+    """Reward and response length of the step's samples; advantages [N]."""
+    rewards = [sample.reward.score for sample in samples if sample.reward is not None]
+    lengths = [len(sample.generation.token_ids) for sample in samples]
+    groups = {sample.group for sample in samples}
+    live = {sample.group for sample, advantage in zip(samples, advantages, strict=True) if advantage != 0}
+    return {
+        "reward/mean": float(np.mean(rewards)),
+        "reward/std": float(np.std(rewards)),
+        "reward/zero_advantage_fraction": 1 - len(live) / len(groups),
+        "response_length/mean": float(np.mean(lengths)),
+        "response_length/max": float(np.max(lengths)),
+        "response_length/truncated_fraction": float(np.mean([s.generation.finish_reason == "length" for s in samples])),
+    }
+
+
+def policy_metrics(batch: Rows, seen: Mapping[str, Array]) -> dict[str, float]:
+    """Entropy, the kept share and the rollout-actor gap over the tokens the actor saw (NaN where it did not)."""
+    if "entropy" not in seen:
+        return {}
+    entropy = np.asarray(seen["entropy"], dtype=np.float64)
+    known = np.isfinite(entropy)
+    row_of = batch.per_token(np.arange(len(batch)))
+    sums = np.bincount(row_of[known], weights=entropy[known], minlength=len(batch))
+    counts = np.bincount(row_of[known], minlength=len(batch))
+    gap = np.abs(np.asarray(seen["log_probs"], dtype=np.float64) - batch.values["rollout_log_probs"])[known]
+    return {
+        "entropy/token_mean": float(entropy[known].mean()),
+        "entropy/sequence_mean": float((sums[counts > 0] / counts[counts > 0]).mean()),
+        "lpreg/kept_fraction": float(np.asarray(seen["kept"], dtype=np.float64)[known].mean()),
+        "lpreg/one_minus_z": float(-np.expm1(np.asarray(seen["log_z"], dtype=np.float64)[known]).mean()),
+        "logprob/rollout_actor_abs_diff": float(gap.mean()),
+        "logprob/rollout_actor_max_diff": float(gap.max()),
+    }
+
+
+def loss_metrics(parts: Mapping[str, tuple[float, float]], num_response_tokens: int) -> dict[str, float]:
+    """The loss's own (total, count) pairs as means. Shares of tokens are of the whole batch, dropped rows included."""
+    metrics = {}
+    for name, (total, count) in parts.items():
+        if name == "kept_fraction":
+            continue  # known for the whole batch, see policy_metrics
+        if name == "selected_fraction":
+            count = num_response_tokens
+        room = "train" if name in ("ratio", "clip_fraction") else "lpreg"
+        metrics[f"{room}/{name}"] = total / count if count else 0.0
+    return metrics

@@ -1,0 +1,29 @@
+"""Where a step's time goes."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Phases:
+    """Seconds per phase, until `flush`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def flush(self) -> dict[str, float]:
+        """`perf/<phase>_seconds` since the last call."""
+        metrics = {f"perf/{name}_seconds": value for name, value in self.seconds.items()}
+        self.seconds.clear()
+        return metrics

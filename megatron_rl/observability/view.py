@@ -1,0 +1,146 @@
+"""What a run says while it goes on: one live view on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Literal, Self, TextIO
+
+from megatron_rl.observability.format import duration, number
+
+Kind = Literal["auto", "live", "plain", "off"]
+Metrics = Mapping[str, float | None]
+
+PLAIN_EVERY_STEPS = 10
+PLAIN_EVERY_SECONDS = 10.0
+
+PLAIN_METRICS = (
+    ("reward", "reward/mean"),
+    ("entropy", "entropy/token_mean"),
+    ("length", "response_length/mean"),
+    ("truncated", "response_length/truncated_fraction"),
+    ("selected", "lpreg/selected_fraction"),
+    ("tokens/s", "perf/tokens_per_second"),
+)
+
+
+class View:
+    """What the loop tells; shown nowhere (`off`). The other views say the same things to someone."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leaves the terminal as it was found, after an error too."""
+
+    def phase(self, name: str) -> None:
+        """What is going on from now on: "warm start", "rollout", "train", "evaluate", ..."""
+
+    def warm_start(self, step: int, total: int, loss: float, seconds_left: float | None) -> None:
+        """After a step of supervised warm start."""
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """After an RL step, steps rising, with that step's metrics under their full names."""
+
+    def eval(self, step: int, metrics: Metrics) -> None:
+        """After an evaluation, with its `eval/<suite>/...` metrics."""
+
+    def message(self, text: str) -> None:
+        """One thing worth knowing, as a line that stays."""
+
+
+class TimeLeft:
+    """Seconds to the last step at the pace of the last 50 steps, whatever happened between them included."""
+
+    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
+        self._total = total_steps
+        self._clock = clock
+        self._done: deque[tuple[int, float]] = deque(maxlen=50)
+
+    def step(self, step: int) -> None:
+        self._done.append((step, self._clock()))
+
+    def seconds(self) -> float | None:
+        done = list(self._done)
+        if len(done) < 2:
+            return None
+        (first, start), (last, end) = done[0], done[-1]
+        return (end - start) / (last - first) * (self._total - last) - (self._clock() - end)
+
+
+class PlainView(View):
+    """One readable line of `name=value` pairs every 10 steps or 10 seconds, and one for each evaluated suite."""
+
+    def __init__(
+        self, total_steps: int, title: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total = total_steps
+        self._title = title
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._time_left = TimeLeft(total_steps, clock)
+        self._phases: set[str] = set()
+        self._last_time = -float("inf")
+
+    def __enter__(self) -> Self:
+        self.message(f"{self._title}: {self._total} steps")
+        return self
+
+    def phase(self, name: str) -> None:
+        # Phases come back every step: each is worth a line only once.
+        if name not in self._phases:
+            self._phases.add(name)
+            self.message(f"phase={name.replace(' ', '_')}")
+
+    def warm_start(self, step: int, total: int, loss: float, seconds_left: float | None) -> None:
+        if self._is_time(anyway=step == total):
+            self.message(f"warm_start={step}/{total} loss={number(loss)} left={_compact(seconds_left)}")
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        self._time_left.step(step)
+        if self._is_time(anyway=step % PLAIN_EVERY_STEPS == 0 or step in (1, self._total)):
+            values = [f"{label}={number(metrics[name])}" for label, name in PLAIN_METRICS if name in metrics]
+            left = f"left={_compact(self._time_left.seconds())}"
+            self.message(" ".join([f"step={step}/{self._total}", *values, left]))
+
+    def eval(self, step: int, metrics: Metrics) -> None:
+        suites: dict[str, list[str]] = {}
+        for name, value in metrics.items():
+            suite, _, metric = name.removeprefix("eval/").rpartition("/")
+            suites.setdefault(suite, []).append(f"{metric}={number(value)}")
+        for suite, values in suites.items():
+            self.message(" ".join([f"eval step={step} suite={suite}", *values]))
+
+    def message(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def _is_time(self, *, anyway: bool) -> bool:
+        now = self._clock()
+        if anyway or now - self._last_time >= PLAIN_EVERY_SECONDS:
+            self._last_time = now
+            return True
+        return False
+
+
+def make_view(kind: Kind, total_steps: int, title: str) -> View:
+    """The view for a run. `auto`: live if standard output is a terminal that can move its cursor, plain elsewhere."""
+    from rich.console import Console
+
+    from megatron_rl.observability.live_view import LiveView
+
+    console = Console()
+    if kind == "off":
+        return View()
+    if kind == "live" or (kind == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal):
+        return LiveView(total_steps, title, console)
+    return PlainView(total_steps, title)
+
+
+def _compact(seconds: float | None) -> str:
+    """A duration without blanks, so that a line splits at them."""
+    return duration(seconds).replace(" ", "")

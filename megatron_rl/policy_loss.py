@@ -1,0 +1,37 @@
+"""From the `algorithm` section to a policy loss of `lpreg`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl.config.algorithm import AlgorithmSettings
+
+if TYPE_CHECKING:
+    from lpreg import PolicyLoss
+
+
+@dataclass(frozen=True, slots=True)
+class LossChoice:
+    """What a rank needs to make its loss: plain values, so that it travels."""
+
+    name: str
+    preset: str | None
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, algorithm: AlgorithmSettings) -> LossChoice:
+        """The method's section of the configuration, less what it leaves unset."""
+        section = getattr(algorithm, algorithm.name).model_dump(exclude_none=True)
+        settings = {name: None if value == "none" else value for name, value in section.items()}
+        if algorithm.name == "lp_reg":
+            settings["proxy_source"] = algorithm.proxy_source
+        return cls(algorithm.name, algorithm.preset, settings)
+
+    def make(self) -> PolicyLoss:
+        """Raises ValueError on settings that the method refuses."""
+        from lpreg import make_loss
+
+        if self.preset is None:
+            return make_loss(self.name, **self.settings)
+        return make_loss.preset(self.name, self.preset, **self.settings)

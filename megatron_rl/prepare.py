@@ -1,0 +1,17 @@
+"""Writes an embedded task before training, where a configuration asks for one."""
+
+from __future__ import annotations
+
+from megatron_rl.config import Config
+from megatron_rl.data.countdown import write_task
+from megatron_rl.observability.view import View
+
+TASKS = {"countdown": write_task}
+
+
+def prepare(config: Config, view: View) -> None:
+    """Write the task's problems, tokenizer and model into its folder unless they are there."""
+    if config.prepare:
+        view.phase(f"preparing the {config.prepare.task} task")
+        TASKS[config.prepare.task](config.prepare.folder)
+        view.message(f"{config.prepare.task} task: {config.prepare.folder}")

@@ -1,0 +1,180 @@
+"""Verifiers in processes of their own, which can be killed."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Self
+
+from pebble import ProcessExpired, ProcessPool
+
+from megatron_rl.reward.resolve import load_reward
+from megatron_rl.types import Reward, RewardResult, Sample
+
+CHUNKS_PER_WORKER = 4
+"""More even out the load, fewer cost fewer round trips."""
+CHUNK_SECONDS = 1.0
+"""A worker hands a chunk back unfinished after this long, so that slow samples cannot add up to a timeout."""
+ATTEMPTS = 3
+"""How often a call of `score` may find its whole pool broken."""
+
+TIMEOUT = "timeout"
+ERROR = "error: "
+
+
+class RewardPool:
+    """Scores samples with the reward called `name` in `workers` processes; a sample has `timeout_seconds`.
+
+    A verifier that hangs, crashes or raises costs only its own sample: score 0, detail "timeout" or "error: ...".
+    Workers ignore Ctrl-C, send what a verifier prints to stderr, and import only what the verifier needs. Use it as a
+    context manager: no worker outlives it, nor the process that made it.
+    """
+
+    def __init__(self, name: str, workers: int, timeout_seconds: float) -> None:
+        """Raises UserError at once for a reward that cannot be loaded."""
+        load_reward(name)
+        self._name = name
+        self._workers = workers
+        self._timeout_seconds = timeout_seconds
+        self._pool = self._start()
+
+    def score(self, samples: Sequence[Sample]) -> list[RewardResult]:
+        """One result a sample, in order. RuntimeError if the workers cannot be kept alive."""
+        for _ in range(ATTEMPTS):
+            try:
+                return self._score(samples)
+            except BrokenProcessPool:
+                # A worker died between two samples, of something from outside: no sample is to blame.
+                self.close()
+                self._pool = self._start()
+        raise RuntimeError(f"the reward workers died {ATTEMPTS} times in a row; is the machine out of memory?")
+
+    def _score(self, samples: Sequence[Sample]) -> list[RewardResult]:
+        results: dict[int, RewardResult] = {}
+        size = max(1, math.ceil(len(samples) / (self._workers * CHUNKS_PER_WORKER)))
+        everything = list(range(len(samples)))
+        waiting = [everything[first : first + size] for first in range(0, len(samples), size)]
+        running: dict[Future[list[RewardResult]], list[int]] = {}
+        while waiting or running:
+            if not self._pool.active:
+                raise BrokenProcessPool
+            for indices in waiting:
+                # A chunk ends by itself after CHUNK_SECONDS and the time of the sample it is at.
+                timeout = self._timeout_seconds + (CHUNK_SECONDS if len(indices) > 1 else 0.0)
+                running[self._pool.schedule(_score_chunk, [[samples[i] for i in indices]], timeout=timeout)] = indices
+            waiting = []
+            # Not for ever: a pool that breaks may leave futures behind.
+            for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                waiting += _collect(future, running.pop(future), results)
+        return [results[i] for i in range(len(samples))]
+
+    def close(self) -> None:
+        """Ends the workers, busy or not. May be called again."""
+        self._pool.stop()
+        self._pool.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> ProcessPool:
+        pool = ProcessPool(
+            max_workers=self._workers,
+            initializer=_prepare_worker,
+            initargs=(self._name, self._timeout_seconds),
+            # Not fork: the driver has threads, and its memory is not the workers' business.
+            context=multiprocessing.get_context("spawn"),
+        )
+        # The first task starts the processes, so they load while the caller does other things.
+        pool.schedule(_score_chunk, args=([],))
+        return pool
+
+
+def outcome_rates(results: Sequence[RewardResult]) -> dict[str, float]:
+    """The fractions of samples whose verifier timed out or failed; zeros for no samples."""
+    count = max(len(results), 1)
+    return {
+        "reward/timeout_fraction": sum(result.detail == TIMEOUT for result in results) / count,
+        "reward/error_fraction": sum(result.detail.startswith(ERROR) for result in results) / count,
+    }
+
+
+def _collect(
+    future: Future[list[RewardResult]], indices: list[int], results: dict[int, RewardResult]
+) -> list[list[int]]:
+    """Puts a finished chunk's results in their places; returns the chunks that are still to be scored."""
+    error = future.exception()
+    if isinstance(error, BrokenProcessPool):
+        raise error
+    if error is None:
+        scored = future.result()
+        results.update(zip(indices, scored, strict=False))
+        return [indices[len(scored) :]] if len(scored) < len(indices) else []
+    if len(indices) > 1:
+        # One of them hung or crashed. Alone, it harms nobody else.
+        return [[index] for index in indices]
+    results[indices[0]] = RewardResult(0.0, detail=_describe(error))
+    return []
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return TIMEOUT
+    if isinstance(error, ProcessExpired):
+        return f"{ERROR}the verifier's process died with exit code {error.exitcode}"
+    return f"{ERROR}{type(error).__name__}: {error}"
+
+
+# What follows runs in a worker.
+
+_reward: Reward
+_patience: float
+
+
+def _prepare_worker(name: str, timeout_seconds: float) -> None:
+    global _reward, _patience
+    # The parent's stdout belongs to its progress view.
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The kernel's own action: a handler in Python would wait for a verifier stuck in C code.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    _reward = load_reward(name)
+    _patience = 2 * timeout_seconds + CHUNK_SECONDS
+
+
+def _score_chunk(samples: list[Sample]) -> list[RewardResult]:
+    """The results of the first samples: all of them, unless CHUNK_SECONDS run out."""
+    results: list[RewardResult] = []
+    started = time.monotonic()
+    for sample in samples:
+        # Should the parent die while a verifier hangs, nobody is left to kill this process but the kernel.
+        signal.setitimer(signal.ITIMER_REAL, _patience)
+        results.append(_score(sample))
+        if time.monotonic() - started > CHUNK_SECONDS:
+            break
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return results
+
+
+def _score(sample: Sample) -> RewardResult:
+    try:
+        result = _reward(sample)
+        if not isinstance(result, RewardResult):
+            raise TypeError(f"the reward returned {type(result).__name__}, not RewardResult")
+        if not math.isfinite(result.score):
+            raise ValueError(f"the score is {result.score}")
+    except (Exception, SystemExit) as error:
+        return RewardResult(0.0, detail=f"{ERROR}{type(error).__name__}: {error}")
+    return result

@@ -1,0 +1,1 @@
+"""Rollout engines and what is asked of them."""

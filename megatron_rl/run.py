@@ -1,0 +1,157 @@
+"""A run: its rooms, and how far it is. `megatron_rl/setup.py` opens one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import lpreg
+from megatron_rl.actor.schedule import learning_rate
+from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.checkpoint.save import DriverState, keep_last, save_checkpoint
+from megatron_rl.cluster.actors import Actors
+from megatron_rl.cluster.engines import Engines
+from megatron_rl.config import Config
+from megatron_rl.data.cursor import Cursor
+from megatron_rl.data.prompts import PromptSet
+from megatron_rl.observability.metrics import MetricsLog
+from megatron_rl.observability.rollouts import write_rollouts
+from megatron_rl.observability.timing import Phases
+from megatron_rl.observability.view import View
+from megatron_rl.reward.pool import RewardPool, outcome_rates
+from megatron_rl.types import Prompt, Sample, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EVALUATION_STREAM = 2**31 - 1
+"""Evaluations draw from a stream of random numbers of their own, the same at every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads, loaded and checked."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: PromptSet
+    suites: dict[str, list[Prompt]]
+    probes: dict[str, tuple[int, int]]
+    """Name -> (token before, token whose probability is followed)."""
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass
+class Run:
+    """Everything a step needs, and how far the run is."""
+
+    config: Config
+    folder: Path
+    inputs: Inputs
+    cursor: Cursor
+    loss: lpreg.PolicyLoss
+    rewards: RewardPool
+    actors: Actors
+    engines: Engines
+    weights_folder: Path
+    view: View
+    metrics: MetricsLog
+    step: int = 0
+    """Steps done."""
+    weight_version: int = 0
+    grading_metrics: dict[str, float] = field(default_factory=dict)
+    phase: Phases = field(default_factory=Phases)
+    synced: bool = False
+    saved_step: int | None = None
+
+    @property
+    def temperature(self) -> float:
+        return self.config.rollout.temperature
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps (0: at the end only) happens after this one."""
+        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+
+    def next_prompts(self) -> list[Prompt]:
+        return [self.inputs.train.prompts[i] for i in self.cursor.take(self.config.rollout.prompts_per_step)]
+
+    def sampling(self, step: int) -> SamplingParams:
+        """Depends on seed and step alone, so that a resumed run draws what the uninterrupted one would have."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            n=rollout.samples_per_prompt,
+            max_tokens=rollout.max_response_tokens,
+            temperature=rollout.temperature,
+            stop_token_ids=self.inputs.stop_token_ids,
+            seed=self.config.seed,
+        ).reseeded(step)
+
+    def evaluation_sampling(self) -> SamplingParams:
+        settings = self.config.evaluation
+        return SamplingParams(
+            n=settings.samples_per_prompt,
+            max_tokens=self.config.rollout.max_response_tokens,
+            temperature=settings.temperature,
+            stop_token_ids=self.inputs.stop_token_ids,
+            seed=self.config.seed,
+        ).reseeded(EVALUATION_STREAM)
+
+    def grade(self, samples: list[Sample]) -> list[float]:
+        """Fill in the samples' rewards; returns the scores."""
+        results = self.rewards.score(samples)
+        for sample, result in zip(samples, results, strict=True):
+            sample.reward = result
+        self.grading_metrics = outcome_rates(results)
+        return [result.score for result in results]
+
+    def snapshot_due(self, step: int) -> bool:
+        """Whether the lagged proxy is refreshed before this step. A resumed run brings its snapshot along."""
+        return step == 1 or step % self.config.algorithm.proxy_refresh_steps == 0
+
+    def learning_rate(self, step: int) -> float:
+        settings = self.config.actor.optimizer
+        return learning_rate(
+            step,
+            peak=settings.lr,
+            total_steps=self.config.train.steps,
+            warmup_steps=settings.warmup_steps,
+            schedule=settings.schedule,
+            min_ratio=settings.min_lr_ratio,
+        )
+
+    def sync_weights(self) -> None:
+        """Give the engines the actor's weights. The first time, every tensor's checksum is compared on both sides."""
+        update = self.actors.push_weights(self.weights_folder, self.weight_version, checksums=not self.synced)
+        self.engines.update_weights(update)
+        self.synced = True
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """A step's metrics, to file and screen."""
+        self.metrics.write(self.step, metrics | self.phase.flush())
+        if self.step:
+            self.view.step(self.step, metrics)
+
+    def dump_rollouts(
+        self, step: int, samples: list[Sample], advantages: Array, batch: Rows, seen: dict[str, Array]
+    ) -> None:
+        every = self.config.observability.rollouts_every
+        if every and (step == 1 or step % every == 0):
+            ends = np.cumsum(batch.response_lengths)[:-1]
+            columns = {name: np.split(values, ends) for name, values in seen.items()}
+            if "selected" in batch.values:
+                columns["selected"] = np.split(batch.values["selected"], ends)
+            write_rollouts(self.folder / "rollouts", step, samples, advantages.tolist(), columns)
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless it has one."""
+        if self.saved_step == self.step:
+            return
+        state = DriverState(self.step, self.weight_version, self.cursor.state())
+        with self.phase("checkpoint"):
+            path = save_checkpoint(self.folder / "checkpoints", state, self.actors.save, self.actors.state_bytes())
+            if self.config.train.keep_checkpoints:
+                keep_last(self.folder / "checkpoints", self.config.train.keep_checkpoints)
+        self.saved_step = self.step
+        self.view.message(f"checkpoint: {path}")

@@ -1,0 +1,142 @@
+"""Opens a run: checks everything that can be checked in the order of what it costs, then starts the processes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from megatron_rl import run_folder
+from megatron_rl.actor.layout import Layout, validate_layout
+from megatron_rl.checkpoint.hf_format import open_weights, read_config
+from megatron_rl.checkpoint.save import read_checkpoint
+from megatron_rl.cluster.actors import Actors
+from megatron_rl.cluster.engines import Engines
+from megatron_rl.cluster.runtime import ray_runtime
+from megatron_rl.config import Config, check_inputs
+from megatron_rl.data.cursor import Cursor
+from megatron_rl.data.prompts import PromptSet, load_prompts
+from megatron_rl.data.template import load_tokenizer
+from megatron_rl.data.tokens import single_token, stop_token_ids
+from megatron_rl.observability.metrics import MetricsLog
+from megatron_rl.observability.view import View, make_view
+from megatron_rl.policy_loss import LossChoice
+from megatron_rl.prepare import prepare
+from megatron_rl.reward.pool import RewardPool
+from megatron_rl.run import Inputs, Run
+from megatron_rl.warm_start import warm_start
+from megatron_rl.weight_sync.shared_memory import shared_folder
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Everything a run reads, checked: nothing is started or written yet. Raises UserError."""
+    check_inputs(config)
+    validate_layout(read_config(config.model.path), layout_of(config), config.actor.pad_vocabulary)
+    open_weights(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
+    probes = {
+        name: (
+            single_token(tokenizer, probe.after, f"evaluation.probes.{name}.after"),
+            single_token(tokenizer, probe.token, f"evaluation.probes.{name}.token"),
+        )
+        for name, probe in config.evaluation.probes.items()
+    }
+    return Inputs(
+        tokenizer=tokenizer,
+        train=load_prompts(config.data.train, tokenizer=tokenizer, settings=config.data),
+        suites={
+            name: load_prompts(path, tokenizer=tokenizer, settings=config.data).prompts
+            for name, path in config.evaluation.suites.items()
+        },
+        probes=probes,
+        stop_token_ids=stop_token_ids(tokenizer, config.model.path, config.rollout.stop_token_ids),
+    )
+
+
+def with_device(config: Config) -> Config:
+    """`actor.device: auto` decided, so that every process agrees."""
+    if config.actor.device != "auto":
+        return config
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return config.model_copy(update={"actor": config.actor.model_copy(update={"device": device})})
+
+
+def layout_of(config: Config) -> Layout:
+    actor = config.actor
+    return Layout(tensor=actor.tensor_parallel, pipeline=actor.pipeline_parallel, data=actor.data_parallel)
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """A run ready for its next step. All processes end with the block, however it ends."""
+    config = with_device(config)
+    checkpoint = run_folder.checkpoint_to_resume(config)
+    state = read_checkpoint(checkpoint) if checkpoint else None
+    choice = LossChoice.of(config.algorithm)
+    with ExitStack() as stack:
+        view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
+        prepare(config, view)
+        inputs = load_inputs(config)
+        cursor = Cursor(len(inputs.train.prompts), config.seed, config.data.shuffle)
+        if state:
+            cursor.load_state(state.cursor)
+        rewards = stack.enter_context(
+            RewardPool(config.reward.name, config.reward.workers, config.reward.timeout_seconds)
+        )
+        run_folder.create(config)
+        for line in (f"run folder: {config.run.folder}", _describe(inputs.train)):
+            view.message(line)
+        metrics = MetricsLog(
+            config.run.folder,
+            tensorboard=config.observability.tensorboard,
+            keep_up_to_step=None if config.resume == "never" else (state.step if state else -1),
+        )
+        processes = layout_of(config).world_size + config.rollout.engines
+        stack.enter_context(ray_runtime(processes, gpus=0 if config.actor.device == "cpu" else processes))
+        actors, engines = _start(config, choice, inputs, view, stack)
+        weights_folder = shared_folder()
+        stack.callback(shutil.rmtree, weights_folder, ignore_errors=True)
+        run = Run(
+            config=config,
+            folder=config.run.folder,
+            inputs=inputs,
+            cursor=cursor,
+            loss=choice.make(),
+            rewards=rewards,
+            actors=actors,
+            engines=engines,
+            weights_folder=weights_folder,
+            view=view,
+            metrics=metrics,
+        )
+        if checkpoint and state:
+            actors.load(checkpoint)
+            run.step, run.weight_version, run.saved_step = state.step, state.weight_version, state.step
+            view.message(f"resumed from {checkpoint}")
+        run.sync_weights()
+        yield run
+
+
+def _start(
+    config: Config, choice: LossChoice, inputs: Inputs, view: View, stack: ExitStack
+) -> tuple[Actors, Engines]:
+    """The actor, warm-started and with its loss and optimizer, and the engines."""
+    logs, layout = config.run.folder / "logs", layout_of(config)
+    view.phase("starting")
+    actors = Actors(config.actor, layout, config.model.path, logs)
+    stack.callback(actors.close)
+    view.message(f"actor: {layout.world_size} ranks, {actors.description}")
+    model_folder = warm_start(config, actors, inputs.tokenizer, view)
+    actors.load_hf(model_folder)
+    actors.prepare(choice, config.actor.optimizer)
+    engines = Engines(config.rollout, config.actor, model_folder, logs)
+    stack.callback(engines.close)
+    return actors, engines
+
+
+def _describe(prompts: PromptSet) -> str:
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in prompts.dropped.items())
+    truncated = f", {prompts.truncated} truncated" if prompts.truncated else ""
+    return f"data: {len(prompts.prompts)} prompts ({prompts.schema} schema){dropped}{truncated}"

@@ -1,0 +1,109 @@
+"""Supervised training before RL, through the same actor; cached by the content of all that goes into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from megatron_rl.actor.schedule import learning_rate
+from megatron_rl.batching.rows import Rows
+from megatron_rl.checkpoint.export import export_hf
+from megatron_rl.config import Config
+from megatron_rl.config.actor import OptimizerSettings
+from megatron_rl.config.schema import WarmStartPhase, WarmStartSettings
+from megatron_rl.errors import UserError
+from megatron_rl.observability.view import View
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megatron_rl.cluster.actors import Actors
+
+VERSION = 1
+"""Raise it whenever the same inputs would be trained into other weights."""
+
+
+def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBase, view: View) -> Path:
+    """The folder of the warm-started model, trained now unless it is in the cache. The actor's weights are undefined."""
+    settings = config.warm_start
+    if settings is None:
+        return config.model.path
+    folder = settings.cache_folder / f"warm_start-{_key(config, settings)}"
+    if folder.is_dir():
+        view.message(f"warm start: from the cache, {folder}")
+        return folder
+    view.phase("warm start")
+    total, done, start = sum(phase.steps for phase in settings.phases), 0, time.monotonic()
+    actors.load_hf(config.model.path)
+    for phase in settings.phases:
+        actors.prepare(
+            None,
+            OptimizerSettings(lr=phase.lr, betas=settings.betas, weight_decay=settings.weight_decay),
+        )
+        rows = _read_traces(phase.data, tokenizer)
+        for loss in _train(phase, settings, rows, actors):
+            done += 1
+            left = (time.monotonic() - start) / done * (total - done)
+            view.warm_start(done, total, loss, left)
+    export_hf(folder, config.model.path, actors.export_hf)
+    view.message(f"warm start: {total} steps in {time.monotonic() - start:.0f} s, kept in {folder}")
+    return folder
+
+
+def _train(phase: WarmStartPhase, settings: WarmStartSettings, rows: Rows, actors: Actors) -> Iterator[float]:
+    """Yields each step's loss. One step is under way while the next is cut and sent."""
+    waiting = None
+    for step in range(1, phase.steps + 1):
+        first = (step - 1) * settings.batch_size
+        batch = rows.take([i % len(rows) for i in range(first, first + settings.batch_size)])
+        lr = learning_rate(
+            step,
+            peak=phase.lr,
+            total_steps=phase.steps,
+            warmup_steps=settings.warmup_steps,
+            schedule="cosine",
+            min_ratio=settings.min_lr_ratio,
+        )
+        submitted = actors.submit_train(batch, lr=lr, denominator=batch.num_response_tokens), batch
+        if waiting:
+            yield actors.train_result(*waiting).loss
+        waiting = submitted
+    if waiting:
+        yield actors.train_result(*waiting).loss
+
+
+def _read_traces(path: Path, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Columns `prompt` and `response`, both text as the tokenizer reads it."""
+    try:
+        table = pq.read_table(path, columns=["prompt", "response"])
+    except Exception as error:
+        raise UserError(f"{path}: a parquet file with the columns prompt and response is expected: {error}") from error
+    if not len(table):
+        raise UserError(f"{path}: there are no traces in it")
+    prompts, responses = (
+        tokenizer(table[name].to_pylist(), add_special_tokens=False)["input_ids"] for name in ("prompt", "response")
+    )
+    return Rows(
+        tokens=[np.array(p + r, dtype=np.int64) for p, r in zip(prompts, responses, strict=True)],
+        prompt_lengths=np.array([len(p) for p in prompts], dtype=np.int64),
+    )
+
+
+def _key(config: Config, settings: WarmStartSettings) -> str:
+    """A hash of the model's files, the traces, and every setting that shapes the result; not of the layout."""
+    digest = hashlib.sha256()
+    dump = settings.model_dump(mode="json", exclude={"cache_folder": True, "phases": {"__all__": {"data"}}})
+    digest.update(json.dumps([VERSION, config.seed, config.actor.dtype, dump], sort_keys=True).encode())
+    files = [*sorted(p for p in config.model.path.iterdir() if p.is_file()), *(p.data for p in settings.phases)]
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

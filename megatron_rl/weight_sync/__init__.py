@@ -1,0 +1,1 @@
+"""How an engine gets the actor's weights: one file a transport."""

@@ -1,0 +1,207 @@
+"""The processes of `test_megatron_matches_hf.py`: each measures how far Megatron is from Hugging Face.
+
+Run as: megatron_worker.py TENSOR PIPELINE DATA FOLDER. Writes FOLDER/<rank>.json. Imports happen once, then it forks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_rl.actor import platform, process_groups
+from megatron_rl.actor.distributed import wrap_ddp
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.model import build_model
+from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, load_hf_weights
+
+CASES = {"qwen3": False, "qwen3-tied": True, "qwen2": False, "qwen2-tied": True}
+VOCABULARY = 101  # odd: tensor parallelism of 2 needs padding
+LENGTHS = (7, 12, 3, 9, 5, 16, 8, 4)
+DEVICE = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What Hugging Face says, each sequence run on its own. The loss is a mean over the tokens of all sequences."""
+
+    hf_config: dict[str, object]
+    weights: dict[str, Tensor]
+    sequences: list[Tensor]
+    logits: list[Tensor]
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def reference(case: str) -> Reference:
+    torch.manual_seed(7)
+    settings = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=CASES[case],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    if case.startswith("qwen3"):
+        model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **settings))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**settings))
+    with torch.no_grad():  # norms of one and biases of nought would hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    sequences = [torch.randint(0, VOCABULARY, (length,)) for length in LENGTHS]
+    logits = [model(tokens[None]).logits[0] for tokens in sequences]
+    loss = mean_loss(logits, sequences)
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    return Reference(
+        hf_config={**model.config.to_dict(), "architectures": [type(model).__name__]},
+        weights={name: parameter.detach().clone() for name, parameter in parameters.items()},
+        sequences=sequences,
+        logits=[x.detach() for x in logits],
+        loss=loss.item(),
+        gradients={name: parameter.grad for name, parameter in parameters.items()},
+    )
+
+
+def mean_loss(logits: Iterable[Tensor], sequences: Iterable[Tensor]) -> Tensor:
+    """These sequences' part of the mean over every sequence's tokens, the first of each left out."""
+    pairs = zip(logits, sequences, strict=True)
+    losses = [cross_entropy(x[:-1], tokens[1:], reduction="sum") for x, tokens in pairs]
+    return torch.stack(losses).sum() / (sum(LENGTHS) - len(LENGTHS))
+
+
+class Run:
+    """One forward and backward pass of Megatron over this rank's share: micro-batches of two packed sequences."""
+
+    def __init__(self, wanted: Reference, layout: Layout) -> None:
+        self.wanted = wanted
+        self.model = build_model(wanted.hf_config, layout=layout, dtype=torch.float32, device=DEVICE)
+        load_hf_weights(self.model, wanted.hf_config, wanted.weights)
+        self.wrapped = wrap_ddp(self.model)
+        self.logits_error = 0.0
+        mine = range(process_groups.dp_rank(), len(LENGTHS), layout.data)
+        self.micro_batches = [mine[start : start + 2] for start in range(0, len(mine), 2)]
+
+    def losses(self) -> list[float]:
+        """Of each micro-batch, on the last stage; gradients are left in `main_grad`."""
+        self.wrapped.zero_grad_buffer()
+        metrics = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=iter(self.micro_batches),
+            model=[self.wrapped],
+            num_microbatches=len(self.micro_batches),
+            seq_length=1,  # lengths vary: stages tell each other
+            micro_batch_size=1,
+        )
+        return [metric["loss"].item() for metric in metrics]
+
+    def _forward(self, micro_batches: Iterator[range], model: torch.nn.Module) -> tuple[Tensor, object]:
+        numbers = next(micro_batches)
+        sequences = [self.wanted.sequences[n] for n in numbers]
+        lengths = [len(tokens) for tokens in sequences]
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+        )
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        output = model(torch.cat(sequences)[None], positions[None], None, packed_seq_params=packed)
+
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            logits = gather_from_tensor_model_parallel_region(output)[0, :, :VOCABULARY].split(lengths)
+            errors = [difference(x, self.wanted.logits[n]) for x, n in zip(logits, numbers, strict=True)]
+            self.logits_error = max(self.logits_error, *errors)
+            total = mean_loss(logits, sequences)
+            return total, torch.tensor(sum(lengths), dtype=torch.int), {"loss": total.detach().clone()}
+
+        return output, loss
+
+
+def measure(case: str, layout: Layout) -> dict[str, object]:
+    wanted = reference(case)
+    run = Run(wanted, layout)
+    losses = run.losses()
+    config, model = wanted.hf_config, run.model
+    exported = dict(export_hf_weights(model, config))
+    main_grads = {name: parameter.main_grad for name, parameter in model.named_parameters()}
+    gradients = dict(export_hf_weights(model, config, main_grads))
+    imported = import_values(model, config, wanted.weights)
+    parameters = dict(model.named_parameters())
+    return {
+        "logits_error": run.logits_error,
+        "loss": sum(losses),
+        "expected_loss": wanted.loss,
+        "is_last_stage": process_groups.is_last_stage(),
+        "tensor_rank": process_groups.tp_rank(),
+        "gradient_errors": {n: relative(g, wanted.gradients[n]) for n, g in gradients.items()},
+        "exported": sorted(exported),
+        "expected_names": sorted(wanted.weights),
+        "export_error": max(difference(tensor, wanted.weights[name]) for name, tensor in exported.items()),
+        "import_error": max(difference(imported[name], parameters[name]) for name in parameters),
+        "bf16_export_error": bf16_export_error(wanted, layout),
+        "grad_norm": clipped_norm(run, model),
+        "expected_grad_norm": torch.stack([g.norm() for g in wanted.gradients.values()]).norm().item(),
+    }
+
+
+def bf16_export_error(wanted: Reference, layout: Layout) -> float:
+    model = build_model(wanted.hf_config, layout=layout, dtype=torch.bfloat16, device=DEVICE)
+    load_hf_weights(model, wanted.hf_config, wanted.weights)
+    exported = export_hf_weights(model, wanted.hf_config)
+    return max(difference(tensor, wanted.weights[name].bfloat16()) for name, tensor in exported)
+
+
+def clipped_norm(run: Run, model: torch.nn.Module) -> float:
+    """The gradient norm Megatron's optimizer reports: over every rank, shared parameters counted once."""
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1e-3), [run.wrapped])
+    _, norm, _ = optimizer.step()
+    return float(norm)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return (found - expected).abs().max().item()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return difference(found, expected) / expected.abs().max().item()
+
+
+def run_rank(rank: int, layout: Layout, folder: Path) -> None:
+    process_groups.init_process_groups(
+        layout, rank=rank, world_size=layout.world_size, init_method=f"file://{folder}/rendezvous", device=DEVICE
+    )
+    measured = {case: measure(case, layout) for case in CASES}
+    (folder / f"{rank}.json").write_text(json.dumps(measured))
+    process_groups.destroy()
+
+
+def main(layout: Layout, folder: Path) -> None:
+    torch.set_num_threads(1)
+    platform.prepare("cpu")
+    torch.multiprocessing.start_processes(run_rank, (layout, folder), layout.world_size, start_method="fork")
+
+
+if __name__ == "__main__":
+    tensor, pipeline, data = map(int, sys.argv[1:4])
+    main(Layout(tensor=tensor, pipeline=pipeline, data=data), Path(sys.argv[4]))

@@ -1,0 +1,67 @@
+"""Megatron is Hugging Face: same logits, loss, gradients and weights, however the model is spread over processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).parent / "megatron_worker.py"
+LAYOUTS = {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2), "tp2-pp2": (2, 2, 1)}  # tensor, pipeline, data
+CASES = ("qwen3", "qwen3-tied", "qwen2", "qwen2-tied")
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every rank of a layout measured, all cases in one start of the processes."""
+    tensor, pipeline, data = LAYOUTS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(WORKER), *map(str, (tensor, pipeline, data, folder))],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(tensor * pipeline * data)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_loss(measured: list[dict[str, Any]], case: str) -> None:
+    last = [rank[case] for rank in measured if rank[case]["is_last_stage"]]
+    assert max(rank["logits_error"] for rank in last) < TOLERANCE
+    # Data-parallel ranks each hold a part of the loss, tensor-parallel ranks the same part.
+    loss = sum(rank["loss"] for rank in last if rank["tensor_rank"] == 0)
+    assert loss == pytest.approx(last[0]["expected_loss"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_gradient(measured: list[dict[str, Any]], case: str) -> None:
+    errors: dict[str, float] = {}
+    for rank in measured:
+        for name, error in rank[case]["gradient_errors"].items():
+            errors[name] = max(error, errors.get(name, 0.0))
+    assert sorted(errors) == measured[0][case]["expected_names"]
+    assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_norm_counts_every_parameter_once(measured: list[dict[str, Any]], case: str) -> None:
+    for rank in measured:
+        assert rank[case]["grad_norm"] == pytest.approx(rank[case]["expected_grad_norm"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_survive_the_round_trip_exactly(measured: list[dict[str, Any]], case: str) -> None:
+    ranks = [rank[case] for rank in measured]
+    assert sorted({name for rank in ranks for name in rank["exported"]}) == ranks[0]["expected_names"]
+    for error in ("export_error", "import_error", "bf16_export_error"):
+        assert max(rank[error] for rank in ranks) == 0.0, error

@@ -1,0 +1,150 @@
+"""Exact selection does not depend on how the tokens lie over ranks: one, two or four processes, in any order, equal a sort.
+
+Run as a script this file is one rank; the tests start four of them once and look at what they saved.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lpreg import Selection, select_highest, select_lowest
+
+RANKS = 4
+SPLITS = (1, 2, 4)
+FRACTIONS = (0.01, 0.3, 1.0)
+# Where the tokens are cut between four ranks; between two, at the middle cut.
+SHARES = {"even": (0.25, 0.5, 0.75), "one rank holds all": (0.0, 1.0, 1.0), "uneven": (0.6, 0.6, 0.61)}
+ORDERS = (0, 1)
+SELECTORS = {"lowest": select_lowest, "highest": select_highest}
+
+
+def populations() -> dict[str, tuple[Tensor, Tensor]]:
+    """Values and who is eligible, over all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    heavy_tail = -(torch.randn(3001, generator=generator).abs() ** 3)
+    ties = -torch.randint(0, 7, (500,), generator=generator).float()
+    zeros = torch.where(torch.rand(100, generator=generator) < 0.5, 0.0, -0.0)
+    holes = torch.where(torch.rand(400, generator=generator) < 0.1, -math.inf, heavy_tail[:400])
+    return {
+        "heavy tail": (heavy_tail, torch.rand(3001, generator=generator) < 0.8),
+        "fp64": (heavy_tail.double() * (1 + 1e-10), torch.ones(3001, dtype=torch.bool)),
+        "ties": (ties, torch.ones(500, dtype=torch.bool)),
+        "signed zeros": (zeros, torch.ones(100, dtype=torch.bool)),
+        "minus infinity": (holes, torch.rand(400, generator=generator) < 0.5),
+        "nobody eligible": (ties, torch.zeros(500, dtype=torch.bool)),
+        "nothing": (torch.zeros(0), torch.zeros(0, dtype=torch.bool)),
+    }
+
+
+def places(count: int, shares: str, order: int, ranks: int) -> list[Tensor]:
+    """Which tokens each rank holds: a shuffle, cut into `ranks` parts."""
+    shuffle = torch.randperm(count, generator=torch.Generator().manual_seed(order))
+    cuts = {1: (), 2: SHARES[shares][1:2], 4: SHARES[shares]}[ranks]
+    return list(shuffle.tensor_split([int(cut * count) for cut in cuts]))
+
+
+def all_cases() -> list[tuple[str, str, int, float, str]]:
+    return [
+        (name, shares, order, fraction, selector)
+        for name in populations()
+        for shares in SHARES
+        for order in ORDERS
+        for fraction in FRACTIONS
+        for selector in SELECTORS
+    ]
+
+
+def refusal(group: dist.ProcessGroup, rank: int) -> str:
+    values = torch.full((3,), math.nan if rank == 1 else 0.0)
+    try:
+        select_lowest(values, torch.ones(3, dtype=torch.bool), 0.5, group=group)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def one_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    results: dict[Any, Any] = {}
+    everything = populations()
+    for ranks in SPLITS:
+        # Every rank must take part in making every group.
+        groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, RANKS, ranks)]
+        group, place = groups[rank // ranks], rank % ranks
+        for case in all_cases():
+            name, shares, order, fraction, selector = case
+            values, eligible = everything[name]
+            mine = places(len(values), shares, order, ranks)[place]
+            got = SELECTORS[selector](values[mine], eligible[mine], fraction, group=group)
+            results[ranks, case] = (got.threshold, got.mask, got.count, got.population)
+        if ranks > 1:
+            results[ranks, "refusal"] = refusal(group, place)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def sorted_out(values: Tensor, eligible: Tensor, fraction: float, selector: str) -> Selection:
+    """The definition."""
+    ranked = values[eligible].sort(descending=selector == "highest").values
+    if len(ranked) == 0:
+        return Selection(math.inf if selector == "highest" else -math.inf, torch.zeros_like(eligible), 0, 0)
+    threshold = ranked[max(1, int(fraction * len(ranked))) - 1]
+    mask = eligible & ((values >= threshold) if selector == "highest" else (values <= threshold))
+    return Selection(float(threshold), mask, int(mask.sum()), len(ranked))
+
+
+@pytest.mark.parametrize("ranks", SPLITS)
+@pytest.mark.parametrize("name", populations())
+def test_every_layout_equals_a_sort(by_rank: list[dict[Any, Any]], name: str, ranks: int) -> None:
+    values, eligible = populations()[name]
+    for case in (case for case in all_cases() if case[0] == name):
+        _, shares, order, fraction, selector = case
+        want = sorted_out(values, eligible, fraction, selector)
+        parts = places(len(values), shares, order, ranks)
+        assert len(parts) == ranks
+        for rank in range(RANKS):
+            threshold, mask, count, population = by_rank[rank][ranks, case]
+            assert (threshold, count, population) == (want.threshold, want.count, want.population), case
+            assert torch.equal(mask, want.mask[parts[rank % ranks]]), case
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[dict[Any, Any]], ranks: int) -> None:
+    for rank, results in enumerate(by_rank):
+        where = "the first on this rank at [0, 1, 2]" if rank % ranks == 1 else "none of them on this rank"
+        assert results[ranks, "refusal"].startswith("values: 3 eligible tokens are NaN, " + where)
+
+
+if __name__ == "__main__":
+    one_rank(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,169 @@
+"""token_stats with the vocabulary split over real processes: the same bits on every rank, the same numbers as unsplit.
+
+Run as a script this file is one rank; the tests start four of them once and look at what they saved.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lpreg import token_stats
+
+RANKS = 4
+SPLITS = (2, 4)
+TOKENS = 37
+FLOATS = ("log_probs", "entropy", "log_z", "max_logit")
+
+
+@dataclass(frozen=True)
+class Case:
+    columns: int
+    """Of all ranks together, padding included."""
+    dtype: torch.dtype = torch.float64
+    settings: dict[str, Any] = field(default_factory=dict)
+    some_rows: bool = True
+    banned: tuple[int, int] = (0, 0)
+    """First and last + 1 of the columns whose logits are -inf on every third row."""
+
+
+CASES = {
+    "plain": Case(96),
+    "warm": Case(96, settings={"temperature": 0.7}),
+    "padded": Case(96, settings={"vocab_size": 83, "entropy": "grad"}),
+    "two shards all padding": Case(40, settings={"vocab_size": 17, "entropy": "grad"}),
+    "one true column": Case(8, settings={"vocab_size": 1}, some_rows=False),
+    "fixed threshold": Case(96, settings={"fixed_tau": 0.02}, some_rows=False),
+    "threshold that keeps nothing": Case(96, settings={"fixed_tau": 0.9}, some_rows=False),
+    "a shard of impossible tokens": Case(96, settings={"entropy": "grad"}, banned=(24, 48)),
+    "no entropy": Case(96, settings={"entropy": "none"}),
+    "in place": Case(96, settings={"inplace_backward": True, "entropy": "grad"}),
+    "fp32": Case(512, torch.float32, {"vocab_size": 500}),
+    "bf16": Case(512, torch.bfloat16, {"vocab_size": 500, "inplace_backward": True}),
+}
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Logits [TOKENS, columns] with NaN in the padding, targets, rows that need log Z, weights of a loss."""
+    generator = torch.Generator().manual_seed(case.columns)
+    logits = torch.randn(TOKENS, case.columns, generator=generator, dtype=torch.float64) * 3
+    vocab = case.settings.get("vocab_size", case.columns)
+    logits[:, vocab:] = torch.nan
+    logits[::3, slice(*case.banned)] = -torch.inf
+    targets = torch.randint(vocab, (TOKENS,), generator=generator)
+    targets[logits[torch.arange(TOKENS), targets] == -torch.inf] = 0
+    rows = torch.rand(TOKENS, generator=generator) < 0.4 if case.some_rows else None
+    weights = torch.randn(3, TOKENS, generator=generator, dtype=torch.float64)
+    weights *= torch.rand(3, TOKENS, generator=generator) < 0.7
+    return logits.to(case.dtype), targets, rows, weights
+
+
+def run(case: Case, group: dist.ProcessGroup | None, rank: int, ranks: int) -> dict[str, Tensor]:
+    logits, targets, rows, weights = inputs(case)
+    width = case.columns // ranks
+    leaf = logits[:, rank * width : (rank + 1) * width].clone().requires_grad_()
+    stats = token_stats(leaf * 1, targets, log_z_rows=rows, tp_group=group, **case.settings)
+    weights = weights.to(stats.log_probs.dtype)
+    finite_log_z = torch.where(stats.log_z == -torch.inf, 0, stats.log_z)
+    loss = (weights[0] * stats.log_probs + weights[1] * finite_log_z).sum()
+    if case.settings.get("entropy") == "grad":
+        assert stats.entropy is not None
+        loss = loss + (weights[2] * stats.entropy).sum()
+    loss.backward()
+    assert leaf.grad is not None
+    saved = {name: getattr(stats, name) for name in (*FLOATS, "kept")}
+    return {name: value.detach() for name, value in saved.items() if value is not None} | {"grad": leaf.grad}
+
+
+def refusal(group: dist.ProcessGroup, rank: int) -> str:
+    """What a rank says when the logits of another one hold a NaN."""
+    logits = torch.zeros(3, 4)
+    if rank == 1:
+        logits[2, 0] = torch.nan
+    try:
+        token_stats(logits, torch.tensor([0, 1, 2]), tp_group=group)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def one_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    results: dict[Any, Any] = {}
+    for ranks in SPLITS:
+        # Every rank must take part in making every group.
+        groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, RANKS, ranks)]
+        group, place = groups[rank // ranks], rank % ranks
+        for name, case in CASES.items():
+            results[ranks, name] = run(case, group, place, ranks)
+        results[ranks, "refusal"] = refusal(group, place)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("ranks", SPLITS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_holds_the_same_bits(by_rank: list[dict[Any, Any]], name: str, ranks: int) -> None:
+    first = by_rank[0][ranks, name]
+    for rank in range(1, RANKS):
+        for statistic, value in by_rank[rank][ranks, name].items():
+            if statistic != "grad":
+                assert torch.equal(value, first[statistic]), f"{statistic} on rank {rank}"
+
+
+@pytest.mark.parametrize("ranks", SPLITS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_split_changes_no_number(by_rank: list[dict[Any, Any]], name: str, ranks: int) -> None:
+    case = CASES[name]
+    want = run(case, None, 0, 1)
+    got = by_rank[0][ranks, name]
+    got["grad"] = torch.cat([by_rank[rank][ranks, name]["grad"] for rank in range(ranks)], 1)
+    assert got.keys() == want.keys()
+    assert torch.equal(got["kept"], want["kept"])
+    close = {"rtol": 1e-11, "atol": 1e-12} if case.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for statistic in (*FLOATS, "grad"):
+        if statistic in want:
+            loose = {"rtol": 1e-2, "atol": 1e-4} if (statistic, case.dtype) == ("grad", torch.bfloat16) else close
+            torch.testing.assert_close(got[statistic], want[statistic], **loose)
+    vocab = case.settings.get("vocab_size", case.columns)
+    assert (got["grad"][:, vocab:] == 0).all()
+
+
+@pytest.mark.parametrize("ranks", SPLITS)
+def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[dict[Any, Any]], ranks: int) -> None:
+    for results in by_rank:
+        assert "1 of 3 rows" in results[ranks, "refusal"] and "[2]" in results[ranks, "refusal"]
+
+
+if __name__ == "__main__":
+    one_rank(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.actor.layout import Layout, padded_vocabulary, validate_layout
+from megatron_rl.errors import UserError
+
+
+def qwen3(**changes: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 12,
+        "hidden_size": 768,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 1024,
+        "vocab_size": 1001,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    } | changes
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=8, pipeline=12, data=5), Layout(tensor=2, pipeline=3)])
+def test_fitting_layouts_pass(layout: Layout) -> None:
+    validate_layout(qwen3(), layout, pad_vocabulary=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "words"),
+    [
+        ({}, Layout(tensor=3), ["actor.tensor_parallel is 3", "attention heads (16)", "that work: 2, 4."]),
+        ({}, Layout(tensor=16), ["key/value heads (8)", "that work: 8."]),
+        ({"intermediate_size": 1028}, Layout(tensor=8), ["feed-forward size (1028)", "that work: 4."]),
+        ({}, Layout(pipeline=5), ["actor.pipeline_parallel is 5", "12 layers", "that work: 4, 6."]),
+        ({}, Layout(context=2), ["actor.context_parallel is 2", "Set it to 1"]),
+        ({}, Layout(expert=4), ["actor.expert_parallel is 4", "dense"]),
+        ({}, Layout(data=0), ["actor.data_parallel is 0"]),
+        ({"architectures": ["LlamaForCausalLM"]}, Layout(), ["LlamaForCausalLM", "Qwen3ForCausalLM, Qwen2ForCausalLM"]),
+        ({"architectures": None, "model_type": "qwen3_moe"}, Layout(), ["qwen3_moe", "Supported"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, Layout(), ["rope scaling 'yarn'"]),
+        ({"use_sliding_window": True}, Layout(), ["sliding-window"]),
+        ({"attention_bias": True}, Layout(), ["attention_bias"]),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, Layout(), ["llama3"]),
+    ],
+)
+def test_refusals_name_the_number_and_the_way_out(changes: dict[str, Any], layout: Layout, words: list[str]) -> None:
+    with pytest.raises(UserError) as refusal:
+        validate_layout(qwen3(**changes), layout, pad_vocabulary=True)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_vocabulary_must_divide_unless_padded() -> None:
+    validate_layout(qwen3(), Layout(tensor=2), pad_vocabulary=True)
+    with pytest.raises(UserError, match=r"1001\s+tokens.*pad_vocabulary.*that work: 1\."):
+        validate_layout(qwen3(), Layout(tensor=2), pad_vocabulary=False)
+    validate_layout(qwen3(vocab_size=1002), Layout(tensor=2), pad_vocabulary=False)
+
+
+def test_a_missing_key_is_named() -> None:
+    config = qwen3()
+    del config["intermediate_size"]
+    with pytest.raises(UserError, match="lacks 'intermediate_size'"):
+        validate_layout(config, Layout(), pad_vocabulary=True)
+
+
+def test_model_type_serves_where_architectures_is_absent() -> None:
+    validate_layout(qwen3(architectures=None, model_type="qwen3"), Layout(), pad_vocabulary=True)
+
+
+@given(st.integers(1, 200_000), st.integers(1, 64))
+def test_padding_is_the_least_that_divides(vocabulary: int, tensor: int) -> None:
+    padded = padded_vocabulary(vocabulary, tensor)
+    assert padded % tensor == 0
+    assert 0 <= padded - vocabulary < tensor
+
+
+def test_a_dry_run_needs_no_torch() -> None:
+    imports = "import sys, megatron_rl.actor.layout, megatron_rl.checkpoint.hf_format"
+    code = f"{imports}; print({{'torch', 'megatron'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

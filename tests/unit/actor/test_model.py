@@ -1,0 +1,135 @@
+"""What the plug-in modules do by themselves, and what a built stage promises its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.actor import platform, process_groups
+from megatron_rl.actor.attention import SDPAttention
+from megatron_rl.actor.distributed import wrap_ddp
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.model import build_model
+from megatron_rl.actor.norm import RMSNorm
+
+CPU = torch.device("cpu")
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": 37,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    platform.prepare("cpu")
+    meeting: Path = tmp_path_factory.mktemp("groups") / "rendezvous"
+    process_groups.init_process_groups(Layout(), rank=0, world_size=1, init_method=f"file://{meeting}", device=CPU)
+    yield
+    process_groups.destroy()
+
+
+def config(**changes: Any) -> TransformerConfig:
+    settings = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "attention_dropout": 0.0}
+    return TransformerConfig(**(settings | changes))
+
+
+def stage(dtype: torch.dtype = torch.float32) -> GPTModel:
+    model = build_model(CONFIG, layout=Layout(), dtype=dtype, device=CPU)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    model, lengths = stage(), (5, 3, 9)
+    tokens = torch.randint(0, 37, (sum(lengths),))
+    bounds = torch.tensor([0, 5, 8, 17], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=9, max_seqlen_kv=9
+    )
+    together = model(tokens[None], None, None, packed_seq_params=packed)[0]
+    alone = torch.cat([model(part[None], None, None)[0] for part in tokens.split(lengths)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_on_the_right_changes_nothing_before_it() -> None:
+    model = stage()
+    tokens = torch.randint(0, 37, (2, 12))
+    whole, cut = model(tokens, None, None), model(tokens[:, :7], None, None)
+    torch.testing.assert_close(whole[:, :7], cut, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_refuses_what_it_does_not_do() -> None:
+    with pytest.raises(ValueError, match="dropout"):
+        SDPAttention(config(attention_dropout=0.1), layer_number=1)
+    query = torch.zeros(3, 1, 4, 8)
+    with pytest.raises(ValueError, match="no mask"):
+        SDPAttention(config(), layer_number=1)(query, query, query, torch.ones(1, 1, 3, 3, dtype=torch.bool))
+
+
+def test_norm_carries_the_sequence_parallel_mark() -> None:
+    settings = config(sequence_parallel=True, tensor_model_parallel_size=2, params_dtype=torch.bfloat16)
+    norm = RMSNorm(settings, hidden_size=32, eps=1e-6)
+    assert getattr(norm.weight, "sequence_parallel", None) is True
+    assert norm.weight.dtype == torch.bfloat16
+
+
+def test_a_stage_is_of_one_dtype() -> None:
+    assert {parameter.dtype for parameter in stage(torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_matrices_are_marked_as_shards_and_norms_are_not() -> None:
+    marks = {name: getattr(p, "tensor_model_parallel", False) for name, p in stage().named_parameters()}
+    assert {name for name, sharded in marks.items() if not sharded} == {name for name in marks if "norm" in name}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_step_is_that_of_adamw(dtype: torch.dtype) -> None:
+    """The optimizer and clipping shims, against torch: clipped gradients, AdamW on fp32 main weights."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    model = stage(dtype)
+    wrapped = wrap_ddp(model)
+    settings = OptimizerConfig(
+        optimizer="adam", lr=1e-2, weight_decay=0.0, clip_grad=0.5, bf16=dtype == torch.bfloat16, params_dtype=dtype
+    )
+    optimizer = get_megatron_optimizer(settings, [wrapped])
+    expected = {name: p.detach().float().requires_grad_() for name, p in model.named_parameters()}
+    reference = torch.optim.AdamW(expected.values(), lr=1e-2, weight_decay=0.0)
+    for step in range(2):
+        wrapped.zero_grad_buffer()
+        wrapped(torch.randint(0, 37, (2, 6)), None, None).float().square().mean().backward()
+        for name, gradient in ((name, p.main_grad) for name, p in model.named_parameters()):
+            expected[name].grad = gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_(expected.values(), 0.5)
+        reference.step()
+        _, reported, _ = optimizer.step()
+        assert float(reported) == pytest.approx(norm.item(), rel=1e-5), step
+    main = {name: getattr(p, "main_param", p).detach() for name, p in model.named_parameters()}
+    torch.testing.assert_close(main, {name: p.detach() for name, p in expected.items()}, atol=1e-6, rtol=1e-5)
+
+
+def test_ddp_refuses_a_model_that_would_divide_its_gradients() -> None:
+    model = stage()
+    model.config.calculate_per_token_loss = False
+    with pytest.raises(ValueError, match="calculate_per_token_loss"):
+        wrap_ddp(model)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import cast
+
+import pytest
+import torch
+
+from megatron_rl.actor import platform
+from megatron_rl.errors import UserError
+
+
+@pytest.fixture
+def retargeted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The functions that would have been made to name the CPU, in a process where none has been yet."""
+    found: list[str] = []
+    monkeypatch.setattr(platform, "_run_on_cpu", platform._run_on_cpu.__wrapped__)
+    monkeypatch.setattr(platform, "_retarget", lambda function: found.append(function.__qualname__))
+    monkeypatch.setattr(platform, "_device", None)
+    return found
+
+
+def test_an_unknown_version_is_refused_on_cpu(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
+    monkeypatch.setattr(platform, "megatron_version", lambda: "0.99.0")
+    with pytest.raises(UserError, match=r"0\.99\.0.*known: 0\.16\.1.*pip install megatron-core==0\.16\.1"):
+        platform.prepare("cpu")
+    assert retargeted == []
+
+
+def test_a_missing_megatron_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise platform.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(platform.importlib.metadata, "version", absent)
+    with pytest.raises(UserError, match=r"not installed.*pip install"):
+        platform.megatron_version()
+
+
+def test_cpu_retargets_every_site(retargeted: list[str]) -> None:
+    assert platform.prepare("cpu") == torch.device("cpu")
+    assert len(retargeted) == sum(map(len, platform.CUDA_SITES.values()))
+    assert {"RotaryEmbedding.get_emb", "P2PCommunicator._communicate", "get_grad_norm_fp32"} <= set(retargeted)
+
+
+def test_cuda_retargets_nothing_and_takes_the_local_gpu(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(platform, "megatron_version", lambda: "0.99.0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert platform.prepare("auto") == torch.device("cuda", 3)
+    assert chosen == [torch.device("cuda", 3)]
+    assert retargeted == []
+
+
+def test_auto_is_cpu_without_a_gpu_and_cuda_is_refused(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert platform.prepare("auto").type == "cpu"
+    with pytest.raises(UserError, match=r"actor\.device is 'cuda'"):
+        platform.prepare("cuda")
+
+
+def test_preparing_twice_is_harmless() -> None:
+    platform.prepare("cpu")
+    platform.prepare("cpu")
+    assert platform.describe() == f"cpu, megatron-core {platform.megatron_version()}, local layers, no Apex"
+
+
+def test_backend() -> None:
+    assert platform.backend(torch.device("cpu")) == "gloo"
+    assert platform.backend(torch.device("cuda", 1)) == "nccl"
+
+
+def test_retarget_reaches_names_constants_and_inner_functions() -> None:
+    def outer(tensor: torch.Tensor) -> tuple[str, str, bool, str]:
+        def inner() -> str:
+            return str(torch.cuda.current_device())
+
+        return (
+            inner(),
+            torch.zeros(1, device="cuda").device.type,
+            tensor.type() in ["torch.cuda.HalfTensor"],
+            "cudagraph",
+        )
+
+    platform._retarget(cast(FunctionType, outer))
+    assert outer(torch.zeros(1).half()) == ("cpu", "cpu", True, "cudagraph")
+
+
+def nothing_to_do() -> str:
+    return "cpu"
+
+
+@pytest.mark.parametrize(
+    "break_in",
+    [
+        lambda: platform._retarget(cast(FunctionType, nothing_to_do)),
+        lambda: platform._find("utils:no_such_function"),
+        lambda: platform._find("optimizer.optimizer:FP32Optimizer.no_such_method"),
+    ],
+)
+def test_a_changed_megatron_fails_loudly(break_in: Callable[[], object]) -> None:
+    with pytest.raises(RuntimeError, match="megatron-core changed"):
+        break_in()

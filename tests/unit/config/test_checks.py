@@ -1,0 +1,55 @@
+"""Settings that contradict each other are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_rl.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["rollout.samples_per_prompt=1"], ["rollout.samples_per_prompt", "algorithm.advantage"]),
+        (["algorithm.proxy_source=lagged", "algorithm.lp_reg.kl_estimator=full"],
+         ["algorithm.lp_reg.kl_estimator: full", "algorithm.proxy_source: lagged"]),
+        (["algorithm.proxy_source=old", "algorithm.preset=paper"],
+         ["algorithm.preset: paper", "algorithm.proxy_source: old"]),
+        (["algorithm.lp_reg={min_p: 0.1, fixed_tau: 0.1}"], ["algorithm.lp_reg.min_p", "algorithm.lp_reg.fixed_tau"]),
+        (["actor.context_parallel=2"], ["actor.context_parallel: must be 1"]),
+        (["actor.expert_parallel=2"], ["actor.expert_parallel: must be 1"]),
+        (["actor.data_parallel=9"], ["actor.data_parallel: 9", "8 rows", "rollout.prompts_per_step"]),
+        (["rollout.engines=5"], ["rollout.engines: 5", "rollout.prompts_per_step: 4"]),
+        (["reward.name=countdwn"], ["reward.name: 'countdwn'", "did you mean countdown?"]),
+        (["reward.name='my module:f'"], ["reward.name: 'my module:f'", "package.module:function"]),
+        (["actor.optimizer={schedule: cosine, warmup_steps: 10}"],
+         ["actor.optimizer.warmup_steps: 10", "train.steps: 10"]),
+        (["evaluation.probes={p: {after: a, token: b}}"], ["evaluation.probes", "evaluation.suites"]),
+    ],
+)  # fmt: skip
+def test_refused(load, overrides, keys):
+    with pytest.raises(UserError) as caught:
+        load(*overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [key for key in keys if key not in message] == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.name=grpo", "algorithm.proxy_source=lagged", "algorithm.preset=paper"],
+        ["algorithm.preset=paper", "algorithm.proxy_source=lagged", "algorithm.lp_reg.kl_estimator=k3"],
+        ["algorithm.lp_reg.kl_estimator=full"],
+        ["reward.name=my_package.rewards:score"],
+        ["actor.data_parallel=8"],
+    ],
+)
+def test_allowed(load, overrides):
+    load(*overrides)
+
+
+def test_contradictions_are_listed_together(load):
+    with pytest.raises(UserError) as caught:
+        load("rollout.samples_per_prompt=1", "actor.context_parallel=2")
+    assert len(str(caught.value).splitlines()) == 2

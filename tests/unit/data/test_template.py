@@ -1,0 +1,67 @@
+"""Templates with a real tokenizer: what the model gets is what the template wrote, once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from megatron_rl.data import load_tokenizer
+from megatron_rl.errors import UserError
+
+WORDS = ["<bos>", "<unk>", "<user>", "<assistant>", "hello", "world"]
+TEMPLATE = (
+    "<bos> {% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}{% endif %}"
+    "<user> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that, left to itself, puts <bos> in front of everything."""
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_special_tokens_come_from_the_prompt_or_its_template_alone(folder, read):
+    tokenizer = load_tokenizer(folder)
+    rows = [{"prompt": "<bos> hello"}, {"prompt": [{"role": "user", "content": "hello world"}]}]
+    plain = read(rows, tokenizer=tokenizer).prompts
+    assert [prompt.token_ids for prompt in plain] == [(0, 4), (4, 5)]
+    chat = read(rows[1:], tokenizer=tokenizer, template="chat").prompts
+    assert [prompt.token_ids for prompt in chat] == [(0, 2, 4, 5, 3)]
+
+
+def test_a_template_that_refuses_the_messages(folder, read):
+    rows = [{"prompt": [{"role": "system", "content": "hello"}]}]
+    with pytest.raises(UserError, match=r"line 1: column prompt: the chat template refuses .*users only"):
+        read(rows, tokenizer=load_tokenizer(folder), template="chat")
+
+
+def test_a_tokenizer_without_a_chat_template(folder, read):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="tokenizer has no chat template"):
+        read([{"prompt": "hello"}], tokenizer=tokenizer, template="chat")
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer here; expected one of tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,59 @@
+"""group_advantages: GRPO's formula, and the groups that teach nothing."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lpreg import group_advantages
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.floats(-3, 3, width=32)), min_size=1, max_size=40))
+def test_equals_the_formula_in_any_order_of_groups(responses: list[tuple[int, float]]) -> None:
+    ids = torch.tensor([group for group, _ in responses])
+    rewards = torch.tensor([reward for _, reward in responses], dtype=torch.float64)
+    got = group_advantages(rewards, ids).tolist()
+    for (group, reward), advantage in zip(responses, got, strict=True):
+        members = [r for g, r in responses if g == group]
+        if len(set(members)) == 1:
+            assert advantage == 0
+        else:
+            want = (reward - statistics.fmean(members)) / (statistics.stdev(members) + 1e-6)
+            assert advantage == pytest.approx(want, rel=1e-6, abs=1e-9)
+
+
+def test_binary_rewards_by_hand() -> None:
+    # One success in four: mean .25, Bessel std .5.
+    got = group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]), eps=0.0)
+    torch.testing.assert_close(got, torch.tensor([1.5, -0.5, -0.5, -0.5]))
+
+
+def test_equal_rewards_and_a_group_of_one_give_exactly_zero() -> None:
+    got = group_advantages(torch.tensor([0.1] * 7 + [3.0]), torch.tensor([0] * 7 + [1]), eps=0.0)
+    assert (got == 0).all()
+
+
+def test_integer_rewards_give_fp32_and_nothing_gives_nothing() -> None:
+    assert group_advantages(torch.tensor([1, 0]), torch.tensor([0, 0])).dtype == torch.float32
+    assert group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"estimator": "rloo2"}, "'rloo2' is not known; known: grpo"),
+        ({"group_ids": torch.tensor([0, 0, 1])}, r"\[2\] and \[3\]"),
+        ({"group_ids": torch.tensor([0.0, 0.0])}, "integers"),
+        ({"rewards": torch.tensor([1.0, math.nan])}, r"rewards\[1\] is nan"),
+        ({"eps": -1.0}, "eps"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, message: str) -> None:
+    arguments = {"rewards": torch.tensor([1.0, 0.0]), "group_ids": torch.tensor([0, 0])} | change
+    with pytest.raises(ValueError, match=message):
+        group_advantages(**arguments)

@@ -1,0 +1,115 @@
+"""The registry, the presets and the checks on settings and inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lpreg import LossInputs, Mean, make_loss
+from lpreg.losses.registry import METHODS
+from lpreg.presets import PRESETS
+
+
+def test_every_method_has_both_presets_and_they_build() -> None:
+    assert set(PRESETS) == set(METHODS)
+    for name in METHODS:
+        assert set(PRESETS[name]) == {"paper", "reference"}
+        for preset in PRESETS[name]:
+            loss = make_loss.preset(name, preset)
+            assert loss.name == name
+            for setting, value in PRESETS[name][preset].items():
+                assert getattr(loss.settings, setting) == value
+
+
+def test_overrides_win_over_the_preset() -> None:
+    loss = make_loss.preset("lp_reg", "reference", rho=0.05, proxy_source="lagged")
+    assert loss.settings.rho == 0.05 and loss.settings.k3_clamp == 10.0
+    assert loss.proxy_source == "lagged"
+
+
+def test_what_a_driver_may_ask() -> None:
+    paper = make_loss.preset("lp_reg", "paper")
+    assert paper.selection_fraction == 0.01 and paper.proxy_source == "current"
+    assert paper.token_stats_kwargs() == {"min_p": 0.02}
+    reference = make_loss.preset("lp_reg", "reference", fixed_tau=0.02)
+    assert reference.selection_fraction is None and reference.token_stats_kwargs() == {"fixed_tau": 0.02}
+    grpo = make_loss("grpo")
+    assert grpo.selection_fraction is None and grpo.proxy_source is None and grpo.token_stats_kwargs() == {}
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(AttributeError):
+        make_loss("grpo").settings.clip_low = 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("lpreg", {}, "'lpreg' is not a method; did you mean 'lp_reg'"),
+        ("xyz", {}, "'xyz' is not a method; known: grpo, lp_reg"),
+        ("lp_reg", {"betta": 1}, "'betta' is not a setting of lp_reg; did you mean 'beta'"),
+        ("grpo", {"rho": 0.1}, "'rho' is not a setting of grpo; known: clip_low, clip_high"),
+        ("lp_reg", {"rho": 0.0}, r"rho must lie in \(0, 1\]"),
+        ("lp_reg", {"rho": "0.1"}, "rho must be a number"),
+        ("lp_reg", {"beta": -1.0}, "beta"),
+        ("lp_reg", {"beta": float("nan")}, "beta"),
+        ("lp_reg", {"min_p": 2.0}, "min_p"),
+        ("lp_reg", {"fixed_tau": 0.0}, "fixed_tau"),
+        ("lp_reg", {"k3_clamp": 0.0}, "k3_clamp"),
+        ("lp_reg", {"clip_low": 1.5}, "clip_low"),
+        ("lp_reg", {"kl_estimator": "k2"}, "kl_estimator must be one of k3, full"),
+        ("lp_reg", {"selection_scope": "all"}, "selection_scope must be one of"),
+        ("lp_reg", {"proxy_source": "new"}, "proxy_source must be one of"),
+        ("lp_reg", {"kl_estimator": "full", "proxy_source": "old"}, "sparse store comes later"),
+        ("lp_reg", {"kl_estimator": "full", "proxy_source": "lagged"}, "sparse store comes later"),
+    ],
+)
+def test_bad_settings_are_named(name: str, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_loss(name, **settings)
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(ValueError, match="'papers' is not a preset of grpo; did you mean 'paper'"):
+        make_loss.preset("grpo", "papers")
+    with pytest.raises(ValueError, match="is not a method"):
+        make_loss.preset("groo", "paper")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"advantages": torch.zeros(2)}, r"advantages has shape \[2\], but log_probs has \[3\]"),
+        ({"kept": torch.zeros(3)}, "kept must be bool"),
+        ({"denominator": 0}, "denominator"),
+    ],
+)
+def test_bad_inputs_are_named(change: dict, message: str) -> None:
+    arguments = {"log_probs": torch.zeros(3), "advantages": torch.zeros(3), "denominator": 3} | change
+    with pytest.raises(ValueError, match=message):
+        LossInputs(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "missing"),
+    [
+        ({}, (), "log_z"),
+        ({}, ("log_z",), "kept"),
+        ({}, ("log_z", "kept"), "selection"),
+        ({"proxy_source": "lagged"}, ("log_z", "kept", "selection"), "proxy_log_probs"),
+        ({"proxy_source": "old"}, ("log_z", "kept", "selection", "old_log_probs"), "old_log_z"),
+        ({"proxy_source": "old"}, ("log_z", "kept", "selection", "old_log_probs", "old_log_z"), "old_kept"),
+    ],
+)
+def test_a_missing_input_is_named(settings: dict, given: tuple[str, ...], missing: str) -> None:
+    flags = {"kept", "selection"}
+    fields = {name: torch.zeros(3, dtype=torch.bool if name in flags else torch.float32) for name in given}
+    inputs = LossInputs(log_probs=torch.zeros(3), advantages=torch.zeros(3), denominator=3, **fields)
+    with pytest.raises(ValueError, match=rf"lp_reg needs LossInputs\.{missing}$"):
+        make_loss("lp_reg", **settings)(inputs)
+
+
+def test_means_add_up() -> None:
+    both = Mean(torch.tensor(3.0), torch.tensor(2)) + Mean(torch.tensor(1.0), torch.tensor(6))
+    assert both.value == 0.5
+    assert Mean(torch.tensor(0.0), torch.tensor(0)).value != Mean(torch.tensor(0.0), torch.tensor(0)).value  # NaN

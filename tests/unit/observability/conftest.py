@@ -1,0 +1,91 @@
+"""A run as training would leave it: 200 steps, an evaluation every 50, values that wander as real ones do."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG = """\
+run: {name: countdown-lp_reg, folder: null}
+seed: 0
+model: {path: runs/data/countdown/model}
+algorithm: {name: lp_reg, preset: paper, proxy_source: lagged}
+train: {steps: 200, save_every: 50}
+"""
+
+
+def training_row(step: int, rng: random.Random) -> dict[str, Any]:
+    share = step / 200
+    rollout, update = 0.12 + 0.02 * rng.random(), 0.2 + 0.05 * rng.random()
+    return {
+        "step": step,
+        "time": 1.7e9 + 10 + 0.45 * step,
+        "train/loss": rng.gauss(0, 0.02),
+        "train/grad_norm": None if step == 7 else 0.4 * math.exp(rng.gauss(0, 0.3)),
+        "train/lr": 3e-4,
+        "reward/mean": min(1.0, 0.25 + 0.5 * share**0.5 + rng.gauss(0, 0.06)),
+        "reward/std": 0.45,
+        "entropy/token_mean": 0.3 - 0.1 * share + rng.gauss(0, 0.01),
+        "entropy/sequence_mean": 0.33 - 0.1 * share + rng.gauss(0, 0.01),
+        "response_length/mean": 16 + 8 * share + rng.gauss(0, 0.7),
+        "response_length/truncated_fraction": abs(rng.gauss(0, 0.01)),
+        "lpreg/delta": 0.05 * math.exp(-4 * share + rng.gauss(0, 0.2)),
+        "lpreg/selected_fraction": 0.01 * (1 - share / 2) + rng.gauss(0, 0.001),
+        "lpreg/kept_fraction": 0.985 + rng.gauss(0, 0.002),
+        "lpreg/kl": 0.02 + abs(rng.gauss(0, 0.01)),
+        "lpreg/advantage_shift": 0.05 + abs(rng.gauss(0, 0.02)),
+        "logprob/rollout_actor_abs_diff": 2e-6 * math.exp(rng.gauss(0, 0.2)),
+        "perf/tokens_per_second": 9000 + rng.gauss(0, 300),
+        "perf/rollout_seconds": rollout,
+        "perf/reward_seconds": 0.03,
+        "perf/train_seconds": update,
+        "perf/weight_sync_seconds": 0.01,
+        "perf/step_seconds": rollout + update + 0.05,
+    }
+
+
+def evaluation(step: int, suite: str, shift: float) -> dict[str, float]:
+    share = step / 200
+    return {
+        f"eval/{suite}/avg@8": 0.223 + 0.45 * share**0.7 - shift,
+        f"eval/{suite}/pass@8": 0.871 + 0.08 * math.sin(3 * share) - shift,
+        f"eval/{suite}/entropy": 0.303 - 0.1 * share,
+        f"eval/{suite}/response_length": 16.2 + 8 * share,
+        f"eval/{suite}/truncated_fraction": 0.01 * share,
+        f"eval/{suite}/p_wait_after_no": 0.031 + (0.6 - 2 * shift) * share**2,
+    }
+
+
+def all_rows() -> list[dict[str, Any]]:
+    rng = random.Random(0)
+    rows = [{"step": 0, "time": 1.7e9} | evaluation(0, "held_out", 0) | evaluation(0, "fresh", 0.03)]
+    for step in range(1, 201):
+        row = training_row(step, rng)
+        if step % 50 == 0:
+            row |= evaluation(step, "held_out", 0) | evaluation(step, "fresh", 0.03)
+        rows.append(row)
+    return rows
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    return all_rows()
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A finished run's folder with config.yaml and metrics.jsonl."""
+    folder = tmp_path / "countdown-lp_reg"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(CONFIG)
+    write_rows(folder, rows)
+    return folder

@@ -1,0 +1,201 @@
+"""The pool: a bad sample costs itself and nothing else, and no process stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rl.errors import UserError
+from megatron_rl.reward import RewardPool, outcome_rates
+from megatron_rl.types import RewardResult, Sample
+
+MISBEHAVING = """
+import os, sys, time
+from megatron_rl.types import RewardResult
+
+HEAVY = ("torch", "ray", "megatron", "transformers", "numpy", "math_verify", "pyarrow")
+
+def score(sample):
+    match sample.text:
+        case "sleep":
+            time.sleep(3600)
+        case "stuck in C":
+            9**9**9**9
+        case "exit":
+            os._exit(3)
+        case "raise":
+            raise KeyError("lost")
+        case "sys.exit":
+            sys.exit("bye")
+        case "print":
+            print("a verifier speaks")
+        case "slow":
+            time.sleep(0.4)
+        case "nan":
+            return RewardResult(float("nan"))
+        case "number":
+            return 1.0
+        case "imports":
+            return RewardResult(1.0, ",".join(name for name in HEAVY if name in sys.modules))
+        case "interrupt":
+            os.kill(os.getpid(), 2)
+    return RewardResult(1.0, sample.text)
+"""
+
+MakeSample = Callable[..., Sample]
+
+
+@pytest.fixture(scope="module")
+def verifiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("verifiers")
+    (folder / "misbehaving.py").write_text(MISBEHAVING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def pool(verifiers: Path) -> Iterator[RewardPool]:
+    with RewardPool("misbehaving:score", workers=2, timeout_seconds=0.5) as pool:
+        yield pool
+
+
+def workers() -> list[psutil.Process]:
+    """Python's own resource tracker stays as long as the process that uses it."""
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_results_keep_the_order(pool: RewardPool, make_sample: MakeSample) -> None:
+    for count in (0, 1, 2, 9, 128):
+        texts = [str(i) for i in range(count)]
+        assert pool.score([make_sample(text) for text in texts]) == [RewardResult(1.0, text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("sleep", "timeout"),
+        ("stuck in C", "timeout"),
+        ("exit", "error: the verifier's process died with exit code 3"),
+        ("raise", "error: KeyError: 'lost'"),
+        ("sys.exit", "error: SystemExit: bye"),
+        ("nan", "error: ValueError: the score is nan"),
+        ("number", "error: TypeError: the reward returned float, not RewardResult"),
+    ],
+)
+def test_only_the_offender_pays(pool: RewardPool, make_sample: MakeSample, text: str, detail: str) -> None:
+    samples = [make_sample("good") for _ in range(20)]
+    samples[7] = make_sample(text)
+    results = pool.score(samples)
+    assert results.pop(7) == RewardResult(0.0, None, detail)
+    assert results == [RewardResult(1.0, "good")] * 19
+
+
+def test_several_offenders_at_once(pool: RewardPool, make_sample: MakeSample) -> None:
+    results = pool.score([make_sample(text) for text in ["sleep", "exit", "good"] * 2])
+    assert [result.score for result in results] == [0, 0, 1] * 2
+    rates = outcome_rates(results)
+    assert rates == {"reward/timeout_fraction": 2 / 6, "reward/error_fraction": 2 / 6}
+
+
+def test_slow_samples_of_a_chunk_do_not_add_up_to_a_timeout(pool: RewardPool, make_sample: MakeSample) -> None:
+    assert pool.score([make_sample("slow")] * 48) == [RewardResult(1.0, "slow")] * 48
+
+
+def test_workers_import_only_what_they_need(pool: RewardPool, make_sample: MakeSample) -> None:
+    assert pool.score([make_sample("imports")]) == [RewardResult(1.0, "")]
+
+
+def test_workers_ignore_ctrl_c(pool: RewardPool, make_sample: MakeSample) -> None:
+    assert pool.score([make_sample("interrupt")]) == [RewardResult(1.0, "interrupt")]
+
+
+def test_prints_stay_off_stdout(pool: RewardPool, make_sample: MakeSample, capfd: pytest.CaptureFixture[str]) -> None:
+    assert pool.score([make_sample("print")])[0].score == 1.0
+    assert capfd.readouterr().out == ""
+
+
+def test_killed_idle_workers_are_replaced(pool: RewardPool, make_sample: MakeSample) -> None:
+    for worker in workers():
+        worker.kill()
+    assert pool.score([make_sample("good")] * 9) == [RewardResult(1.0, "good")] * 9
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "label"), [("countdown", "1 + 1 = 2 + 1 = 3 ok", "1 1 1 > 3"), ("math", "\\boxed{3}", "3")]
+)
+def test_built_in_rewards_run_in_a_pool(make_sample: MakeSample, name: str, text: str, label: str) -> None:
+    with RewardPool(name, workers=1, timeout_seconds=20) as pool:
+        results = pool.score([make_sample(text, label), make_sample(text, None)])
+    assert results[0].detail == "correct"
+    assert results[1].detail.startswith("error: ValueError: ")
+
+
+def test_an_endless_comparison_times_out(make_sample: MakeSample) -> None:
+    with RewardPool("math", workers=1, timeout_seconds=2) as pool:
+        results = pool.score([make_sample("\\boxed{5^{5^{5^{5^{5}}}}}", "5"), make_sample("\\boxed{5}", "5")])
+    assert [result.detail for result in results] == ["timeout", "correct"]
+
+
+def test_a_wrong_name_fails_at_once() -> None:
+    before = workers()
+    with pytest.raises(UserError, match="Did you mean 'countdown'"):
+        RewardPool("countdow", workers=2, timeout_seconds=1)
+    assert workers() == before
+
+
+def test_close_ends_busy_workers(verifiers: Path, make_sample: MakeSample) -> None:
+    before = {worker.pid for worker in workers()}
+    pool = RewardPool("misbehaving:score", workers=2, timeout_seconds=600)
+    pool.score([make_sample("good")])
+    ours = [worker for worker in workers() if worker.pid not in before]
+    assert len(ours) == 2
+    signal_after = 0.3
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, signal_after)
+    with pytest.raises(KeyboardInterrupt), pool:
+        pool.score([make_sample("sleep"), make_sample("stuck in C")])
+    pool.close()
+    assert psutil.wait_procs(ours, timeout=10)[1] == []
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_workers_end_with_their_parent(verifiers: Path) -> None:
+    """Idle or stuck, and although the parent had no chance to stop them."""
+    script = textwrap.dedent("""
+        import os, threading, time
+        from megatron_rl.reward import RewardPool
+        from megatron_rl.types import Generation, Prompt, Sample
+
+        def sample(text):
+            return Sample(Prompt("x:0", (1,), "", None), 0, Generation([2], [0.0], "stop", 0), text)
+
+        if __name__ == "__main__":
+            pool = RewardPool("misbehaving:score", workers=2, timeout_seconds=0.5)
+            pool.score([sample("good")])
+            threading.Thread(target=pool.score, args=([sample("stuck in C")],), daemon=True).start()
+            time.sleep(0.2)
+            print("ready", flush=True)
+            time.sleep(60)
+    """)
+    (verifiers / "parent.py").write_text(script)
+    root = Path(__file__).parents[3]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{verifiers}"}
+    with subprocess.Popen(
+        [sys.executable, str(verifiers / "parent.py")], env=environment, stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"ready\n"
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert len(children) >= 2
+        parent.kill()
+    assert psutil.wait_procs(children, timeout=30)[1] == []
