@@ -40,11 +40,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_rl.config import check_inputs, expand, load_config
+    from megatron_rl.layout_check import check_layout
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:
         print(expand(config), end="")
         check_inputs(config, prepared=False, weights=False)
+        check_layout(config)
         print(f"# {options.config}: nothing wrong found", file=sys.stderr)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share the machine

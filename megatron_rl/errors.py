@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong, where, and what to do; the command line prints it bare."""
+    """Something the user can mend. The message says what is wrong, where, and what to do; it is printed bare."""

@@ -35,12 +35,16 @@ def finish(run: Run) -> None:
 
 
 def check_export(run: Run) -> str:
-    """Compare the export, reloaded by plain transformers, with the actor on a few responses. Raises when they differ."""
+    """Compare the export, reloaded by plain transformers, with the actor on a few responses; raises if they differ."""
     config = run.config
-    samples = collect(run.engines, run.inputs.train.prompts[:CHECKED_PROMPTS], run.evaluation_sampling(), run.inputs.tokenizer)
+    samples = collect(
+        run.engines, run.inputs.train.prompts[:CHECKED_PROMPTS], run.evaluation_sampling(), run.inputs.tokenizer
+    )
     rows = rows_of(samples)
     difference = largest_logit_difference(run.folder / "hf", rows, run.actors.logits(rows), config.actor.dtype)
     limit = TOLERANCE.get(config.actor.dtype, np.inf)
     if difference > limit:
-        raise RuntimeError(f"the export {run.folder / 'hf'} differs from the actor: logits by {difference:.2e} > {limit}")
+        raise RuntimeError(
+            f"the export {run.folder / 'hf'} differs from the actor: logits by {difference:.2e} > {limit}"
+        )
     return f"export reloaded with transformers: largest logit difference to the actor {difference:.1e}"

@@ -8,24 +8,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from megatron_rl.observability.view import View
-
 
 @dataclass
 class Stop:
+    """Set by the first signal; the loop looks at it between steps."""
+
     requested: bool = False
 
 
 @contextmanager
-def stop_on_interrupt(view: View) -> Iterator[Stop]:
-    """A flag that the first signal sets; the loop looks at it between steps."""
+def stop_on_interrupt() -> Iterator[Stop]:
     stop = Stop()
 
-    def handle(number: int, _frame: FrameType | None) -> None:
+    def handle(_number: int, _frame: FrameType | None) -> None:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
-        view.message(f"{signal.Signals(number).name}: finishing this step, then a checkpoint (again: stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -18,8 +18,8 @@ from megatron_rl.errors import UserError
 from megatron_rl.evaluation.run_suites import evaluate
 from megatron_rl.finish import finish
 from megatron_rl.interrupt import stop_on_interrupt
-from megatron_rl.observability.summary import print_summary
 from megatron_rl.observability.step_metrics import loss_metrics, policy_metrics, rollout_metrics
+from megatron_rl.observability.summary import print_summary
 from megatron_rl.rollout.collect import collect
 from megatron_rl.run import Run
 from megatron_rl.setup import open_run
@@ -27,7 +27,7 @@ from megatron_rl.setup import open_run
 
 def train(config: Config) -> None:
     """Train to the last step, or to a clean stop with a checkpoint when interrupted."""
-    with open_run(config) as run, stop_on_interrupt(run.view) as stop:
+    with open_run(config) as run, stop_on_interrupt() as stop:
         if run.step == 0:
             run.log(evaluate(run))
         while run.step < config.train.steps and not stop.requested:
@@ -91,7 +91,10 @@ def select(run: Run, step: int, batch: Rows) -> tuple[Rows, dict[str, float]]:
     batch = batch.with_values(selected=selected)
     if loss.proxy_source == "lagged":
         batch = batch.with_values(proxy_log_probs=lagged_proxy(run, batch))
-    return batch, {"lpreg/delta": float(np.exp(selection.threshold)), "lpreg/below_delta_fraction": float(selected.mean())}
+    return batch, {
+        "lpreg/delta": float(np.exp(selection.threshold)),
+        "lpreg/below_delta_fraction": float(selected.mean()),
+    }
 
 
 def lagged_proxy(run: Run, batch: Rows) -> Array:
@@ -109,7 +112,7 @@ def lagged_proxy(run: Run, batch: Rows) -> Array:
 
 
 def update(run: Run, step: int, batch: Rows, advantages: Array) -> tuple[dict[str, Array], dict[str, float]]:
-    """One optimizer step. Returns what the actor saw on each token before it ([T], NaN where it did not look), and metrics.
+    """One optimizer step. Returns what the actor saw of each token before it ([T], NaN where it did not look); metrics.
 
     Groups without an advantage have no gradient: they are left out of the update, but not out of the token mean.
     """
@@ -127,8 +130,8 @@ def update(run: Run, step: int, batch: Rows, advantages: Array) -> tuple[dict[st
         )
         if not np.isfinite([result.loss, result.grad_norm]).all():
             raise UserError(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}. The weights are spoilt and were not "
-                f"saved: go on from the last checkpoint with resume=auto and a lower actor.optimizer.lr"
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}. The weights are spoilt and were "
+                f"not saved: go on from the last checkpoint with resume=auto and a lower actor.optimizer.lr"
             )
         run.weight_version += 1
         _fill(seen, result.values, batch, live)

@@ -58,11 +58,11 @@ class Run:
     weights_folder: Path
     view: View
     metrics: MetricsLog
+    phase: Phases
     step: int = 0
     """Steps done."""
     weight_version: int = 0
     grading_metrics: dict[str, float] = field(default_factory=dict)
-    phase: Phases = field(default_factory=Phases)
     synced: bool = False
     saved_step: int | None = None
 

@@ -12,7 +12,7 @@ CONFIG = "config.yaml"
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:
-    """The checkpoint that `resume` names, or None for a start from step 0. Raises UserError where that would mix runs."""
+    """The checkpoint that `resume` names; None for a start from step 0. Raises UserError where runs would mix."""
     folder, resume = config.run.folder, config.resume
     if isinstance(resume, Path):
         if (resume / MANIFEST).is_file():
@@ -25,9 +25,7 @@ def checkpoint_to_resume(config: Config) -> Path | None:
         found = checkpoints(folder / "checkpoints")
         return found[-1] if found else None
     if (folder / CONFIG).exists():
-        raise UserError(
-            f"{folder} already holds a run. Go on with it: resume=auto; or start another: run.name=NAME"
-        )
+        raise UserError(f"{folder} already holds a run. Go on with it: resume=auto; or start another: run.name=NAME")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run: choose another with run.folder=FOLDER")
     return None

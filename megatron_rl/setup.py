@@ -9,8 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from megatron_rl import run_folder
-from megatron_rl.actor.layout import Layout, validate_layout
-from megatron_rl.checkpoint.hf_format import open_weights, read_config
+from megatron_rl.checkpoint.hf_format import open_weights
 from megatron_rl.checkpoint.save import read_checkpoint
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engines import Engines
@@ -20,7 +19,9 @@ from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.data.template import load_tokenizer
 from megatron_rl.data.tokens import single_token, stop_token_ids
+from megatron_rl.layout_check import check_layout, layout_of
 from megatron_rl.observability.metrics import MetricsLog
+from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View, make_view
 from megatron_rl.policy_loss import LossChoice
 from megatron_rl.prepare import prepare
@@ -33,7 +34,7 @@ from megatron_rl.weight_sync.shared_memory import shared_folder
 def load_inputs(config: Config) -> Inputs:
     """Everything a run reads, checked: nothing is started or written yet. Raises UserError."""
     check_inputs(config)
-    validate_layout(read_config(config.model.path), layout_of(config), config.actor.pad_vocabulary)
+    check_layout(config)
     open_weights(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     probes = {
@@ -61,11 +62,6 @@ def with_device(config: Config) -> Config:
         return config
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return config.model_copy(update={"actor": config.actor.model_copy(update={"device": device})})
-
-
-def layout_of(config: Config) -> Layout:
-    actor = config.actor
-    return Layout(tensor=actor.tensor_parallel, pipeline=actor.pipeline_parallel, data=actor.data_parallel)
 
 
 @contextmanager
@@ -110,6 +106,7 @@ def open_run(config: Config) -> Iterator[Run]:
             weights_folder=weights_folder,
             view=view,
             metrics=metrics,
+            phase=Phases(view.phase),
         )
         if checkpoint and state:
             actors.load(checkpoint)
@@ -119,9 +116,7 @@ def open_run(config: Config) -> Iterator[Run]:
         yield run
 
 
-def _start(
-    config: Config, choice: LossChoice, inputs: Inputs, view: View, stack: ExitStack
-) -> tuple[Actors, Engines]:
+def _start(config: Config, choice: LossChoice, inputs: Inputs, view: View, stack: ExitStack) -> tuple[Actors, Engines]:
     """The actor, warm-started and with its loss and optimizer, and the engines."""
     logs, layout = config.run.folder / "logs", layout_of(config)
     view.phase("starting")

@@ -31,7 +31,7 @@ VERSION = 1
 
 
 def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBase, view: View) -> Path:
-    """The folder of the warm-started model, trained now unless it is in the cache. The actor's weights are undefined."""
+    """The folder of the warm-started model, trained now unless cached. Leaves the actor's weights undefined."""
     settings = config.warm_start
     if settings is None:
         return config.model.path
@@ -100,7 +100,7 @@ def _key(config: Config, settings: WarmStartSettings) -> str:
     """A hash of the model's files, the traces, and every setting that shapes the result; not of the layout."""
     digest = hashlib.sha256()
     dump = settings.model_dump(mode="json", exclude={"cache_folder": True, "phases": {"__all__": {"data"}}})
-    digest.update(json.dumps([VERSION, config.seed, config.actor.dtype, dump], sort_keys=True).encode())
+    digest.update(json.dumps([VERSION, config.actor.dtype, dump], sort_keys=True).encode())
     files = [*sorted(p for p in config.model.path.iterdir() if p.is_file()), *(p.data for p in settings.phases)]
     for path in files:
         digest.update(path.name.encode())

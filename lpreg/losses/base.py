@@ -8,12 +8,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 ProxySource = Literal["current", "old", "lagged"]
+
+
+class FilterSettings(TypedDict, total=False):
+    """The arguments of `token_stats` that say which tokens the proxy keeps; one of the two, or none."""
+
+    min_p: float
+    fixed_tau: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +127,8 @@ class PolicyLoss(ABC):
         ("old"), or proxy_log_probs ("lagged"). None: nobody's."""
         return None
 
-    def token_stats_kwargs(self) -> dict[str, float]:
-        """The filter to hand to `token_stats`: min_p or fixed_tau; empty when the method has no filter."""
+    def token_stats_kwargs(self) -> FilterSettings:
+        """The filter to hand to `token_stats`; empty when the method has none."""
         return {}
 
     @abstractmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lpreg.aggregation import token_mean
 from lpreg.losses.base import (
+    FilterSettings,
     LossInputs,
     LossOutput,
     PolicyLoss,
@@ -99,7 +100,7 @@ class LpReg(PolicyLoss):
     def proxy_source(self) -> ProxySource:
         return self.settings.proxy_source
 
-    def token_stats_kwargs(self) -> dict[str, float]:
+    def token_stats_kwargs(self) -> FilterSettings:
         if self.settings.fixed_tau is not None:
             return {"fixed_tau": self.settings.fixed_tau}
         return {"min_p": self.settings.min_p}

@@ -32,15 +32,22 @@ def padded_vocabulary(vocabulary: int, tensor: int) -> int:
     return -(-vocabulary // tensor) * tensor
 
 
+def last_stage_layers(layers: int, pipeline: int) -> int:
+    """Layers of the last pipeline stage when the others get equal shares: fewer than theirs where possible, since the
+    last stage has the LM head as well."""
+    share = -(-layers // pipeline)
+    left = layers - share * (pipeline - 1)
+    return left if left > 0 else layers - (layers // pipeline) * (pipeline - 1)
+
+
 def validate_layout(hf_config: Mapping[str, Any], layout: Layout, pad_vocabulary: bool) -> None:
     """Raises UserError, naming the number and the nearest that work, when the model cannot be spread this way."""
     model = Architecture.from_hf(hf_config)
     _check_degrees(layout)
     _check_tensor(model, layout.tensor)
-    if model.layers % layout.pipeline:
+    if layout.pipeline > model.layers:
         raise UserError(
-            f"actor.pipeline_parallel is {layout.pipeline}, which does not divide the model's {model.layers} layers. "
-            f"{_nearest(layout.pipeline, _divisors(model.layers))}"
+            f"actor.pipeline_parallel is {layout.pipeline}, but the model has only {model.layers} layers to share out."
         )
     if not pad_vocabulary and model.vocabulary % layout.tensor:
         fitting = set(_divisors(model.vocabulary)) & set(_divisors(_head_unit(model)))

@@ -41,7 +41,10 @@ def micro_batch(batch: Rows, rows: Sequence[int], device: torch.device) -> Micro
     for i, row in enumerate(part.tokens):
         tokens[i, : len(row) - 1] = row[:-1]
     predictors = np.concatenate(
-        [np.arange(start - 1, length - 1) + i * width for i, (start, length) in enumerate(zip(starts, lengths, strict=True))]
+        [
+            np.arange(start - 1, length - 1) + i * width
+            for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
+        ]
     )
 
     def tensor(array: np.ndarray) -> Tensor:

@@ -25,7 +25,7 @@ from torch.nn.functional import silu
 from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.attention import SDPAttention
-from megatron_rl.actor.layout import Layout, padded_vocabulary, validate_layout
+from megatron_rl.actor.layout import Layout, last_stage_layers, padded_vocabulary, validate_layout
 from megatron_rl.actor.norm import RMSNorm
 
 
@@ -83,6 +83,9 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        num_layers_in_last_pipeline_stage=(
+            last_stage_layers(model.layers, layout.pipeline) if model.layers % layout.pipeline else None
+        ),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -10,13 +10,13 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from megatron_rl.config.schema import OptimizerSettings
+    from megatron_rl.config.actor import OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> Any:
-    """AdamW over a DDP-wrapped model; fp32 main weights when the model is in bf16. The learning rate is set at each step."""
+    """AdamW over a DDP-wrapped model, with fp32 main weights under bf16. The learning rate is set at each step."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -43,7 +43,7 @@ def _states(optimizer: Any) -> dict[Tensor, dict[str, Tensor]]:
 
 
 def main_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameter name -> the weights the optimizer steps: fp32 copies under bf16, the parameters themselves otherwise."""
+    """Parameter name -> the weights the optimizer steps: fp32 copies under bf16, else the parameters themselves."""
     return {name: getattr(param, "main_param", param) for name, param in model.named_parameters()}
 
 

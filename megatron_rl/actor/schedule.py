@@ -15,7 +15,7 @@ def learning_rate(
     schedule: Literal["constant", "linear", "cosine"] = "constant",
     min_ratio: float = 0.0,
 ) -> float:
-    """The rate of a step counted from 1: linear warm-up, then the schedule down to `min_ratio` of the peak at the last step."""
+    """The rate of a step, counted from 1: linear warm-up, then the schedule, ending at `min_ratio` of the peak."""
     if step <= warmup_steps:
         return peak * step / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)

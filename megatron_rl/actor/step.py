@@ -47,9 +47,7 @@ def run_schedule(
     return results
 
 
-def _collect(
-    logits: Tensor, *, batch: MicroBatch, on_logits: OnLogits[Result]
-) -> tuple[Tensor, Tensor, Result]:
+def _collect(logits: Tensor, *, batch: MicroBatch, on_logits: OnLogits[Result]) -> tuple[Tensor, Tensor, Result]:
     """logits [b, s, V / TP]. The token count is Megatron's to divide by; ours is done, so it is unused."""
     rows = logits.flatten(0, 1).index_select(0, batch.predictors)
     loss, result = on_logits(rows, batch)

@@ -21,11 +21,11 @@ import lpreg
 from lpreg import LossInputs
 from megatron_rl.actor import optimizer as adam
 from megatron_rl.actor import platform, process_groups
+from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.micro_batch import MicroBatch, micro_batch
-from megatron_rl.actor.results import Table, TrainResult, Weights
-from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.model import build_model
+from megatron_rl.actor.results import Table, TrainResult, Weights
 from megatron_rl.actor.step import run_schedule
 from megatron_rl.batching.buckets import share_out
 from megatron_rl.batching.rows import Rows
@@ -37,7 +37,7 @@ from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport
 from megatron_rl.weight_sync.transport import WeightUpdate
 
 if TYPE_CHECKING:
-    from megatron_rl.config.schema import ActorSettings, OptimizerSettings
+    from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 
 TABLE = ("log_probs", "entropy", "log_z", "kept")
 
@@ -173,7 +173,13 @@ class MegatronWorker:
     def save(self, folder: Path) -> dict[str, str] | None:
         """This stage's weights, moments and snapshot. Returns file name -> SHA-256."""
         return checkpoint_state.save_stage(
-            folder, self.model, self.hf_config, self.optimizer, self.snapshot_weights, process_groups.pp_rank(), self._publishes
+            folder,
+            self.model,
+            self.hf_config,
+            self.optimizer,
+            self.snapshot_weights,
+            process_groups.pp_rank(),
+            self._publishes,
         )
 
     def state_bytes(self) -> int:

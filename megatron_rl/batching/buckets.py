@@ -10,7 +10,7 @@ import numpy as np
 def length_buckets(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Row indices in micro-batches of at most `token_budget` padded tokens (rows times longest row).
 
-    Longest rows first, so that memory peaks in the first micro-batch. A row longer than the budget is a micro-batch alone.
+    Longest rows first, so that memory peaks in the first micro-batch. A row longer than the budget goes alone.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     buckets: list[list[int]] = []

@@ -88,7 +88,9 @@ def read_checkpoint(folder: Path) -> DriverState:
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged ({error}): choose an older checkpoint with resume=PATH") from error
+        raise UserError(
+            f"{folder / MANIFEST} is damaged ({error}): choose an older checkpoint with resume=PATH"
+        ) from error
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():

@@ -1,7 +1,7 @@
 """A stage's training state as safetensors files with Hugging Face names, so that any layout can load it.
 
-Each file holds one kind of tensor for one pipeline stage: `weights`, Adam's `exp_avg` and `exp_avg_sq`, and the `lagged`
-snapshot where there is one. All kinds have the shapes of the weights, so one weight map serves them all.
+Each file holds one kind of tensor for one pipeline stage: `weights`, Adam's `exp_avg` and `exp_avg_sq`, and the
+`lagged` snapshot where there is one. All kinds have the shapes of the weights, so one weight map serves them all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ STEPS = "adam_steps"
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write through Python, so that a full disk is an OSError with a name. Returns the file's SHA-256."""
-    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"format": "pt", **(metadata or {})})
+    data = save(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"format": "pt", **(metadata or {})}
+    )
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -35,7 +37,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def save_stage(
-    folder: Path, model: nn.Module, hf_config: HfConfig, optimizer: Any, snapshot: dict[str, Tensor], stage: int, publishes: bool
+    folder: Path,
+    model: nn.Module,
+    hf_config: HfConfig,
+    optimizer: Any,
+    snapshot: dict[str, Tensor],
+    stage: int,
+    publishes: bool,
 ) -> dict[str, str] | None:
     """Collective over the tensor-parallel group; only the publishing rank writes. Returns file name -> SHA-256."""
     moments, steps = read_moments(optimizer, model)
@@ -58,7 +66,7 @@ def _kept(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> Iterable[tuple[s
 
 
 def load_stage(folder: Path, model: nn.Module, hf_config: HfConfig, optimizer: Any) -> dict[str, Tensor]:
-    """Weights and moments into model and optimizer, exactly; returns the lagged snapshot (empty where none was saved)."""
+    """Weights and moments into model and optimizer, exactly; returns the lagged snapshot, empty if none was saved."""
     shards = {kind: _Shards(folder, kind) for kind in ("weights", "exp_avg", "exp_avg_sq", "lagged")}
     weights = import_values(model, hf_config, shards["weights"])
     with torch.no_grad():
@@ -71,7 +79,9 @@ def load_stage(folder: Path, model: nn.Module, hf_config: HfConfig, optimizer: A
     return import_values(model, hf_config, shards["lagged"]) if shards["lagged"] else {}
 
 
-def export_stage(folder: Path, model: nn.Module, hf_config: HfConfig, stage: int, stages: int, publishes: bool) -> dict[str, Any] | None:
+def export_stage(
+    folder: Path, model: nn.Module, hf_config: HfConfig, stage: int, stages: int, publishes: bool
+) -> dict[str, Any] | None:
     """This stage's shard of a Hugging Face folder: its file name, tensor names and bytes."""
     tensors = dict(_kept(export_hf_weights(model, hf_config), publishes))
     if not publishes:

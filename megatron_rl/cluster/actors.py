@@ -10,14 +10,14 @@ import numpy as np
 import ray
 
 from megatron_rl.actor.layout import Layout
-from megatron_rl.batching.rows import Rows
 from megatron_rl.actor.results import Table, TrainResult, Weights
+from megatron_rl.batching.rows import Rows
 from megatron_rl.cluster.runtime import host_process, results
 from megatron_rl.policy_loss import LossChoice
 from megatron_rl.weight_sync.transport import WeightUpdate
 
 if TYPE_CHECKING:
-    from megatron_rl.config.schema import ActorSettings, OptimizerSettings
+    from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,9 @@ class Actors:
 
     def train(self, batch: Rows, *, lr: float, denominator: float, temperature: float = 1.0) -> StepResult:
         """One optimizer step on the batch."""
-        return self.train_result(self.submit_train(batch, lr=lr, denominator=denominator, temperature=temperature), batch)
+        return self.train_result(
+            self.submit_train(batch, lr=lr, denominator=denominator, temperature=temperature), batch
+        )
 
     def submit_train(
         self, batch: Rows, *, lr: float, denominator: float, temperature: float = 1.0

@@ -59,4 +59,3 @@ class Engines:
     def close(self) -> None:
         for engine in self.engines:
             ray.kill(engine)
-

@@ -21,7 +21,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 
 @contextmanager
 def ray_runtime(processes: int, *, gpus: int) -> Iterator[None]:
-    """Ray for as long as the block lasts; a Ray that was started here ends with it. Raises UserError on too few GPUs."""
+    """Ray for as long as the block lasts; one started here ends with it. Raises UserError on too few GPUs."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -31,7 +31,9 @@ def ray_runtime(processes: int, *, gpus: int) -> Iterator[None]:
     try:
         available = int(ray.cluster_resources().get("GPU", 0))
         if available < gpus:
-            raise UserError(f"{gpus} GPUs are needed (actor ranks and engines), Ray has {available}: use actor.device=cpu?")
+            raise UserError(
+                f"{gpus} GPUs are needed (actor ranks and engines), Ray has {available}: use actor.device=cpu?"
+            )
         yield
     finally:
         ray.shutdown()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_rl.errors import UserError
 
@@ -63,29 +62,8 @@ def _check_model(config: Config, prepared: bool, weights: bool) -> Iterator[str]
     if weights and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
         yield f"model.path: {folder} has no weights ({', '.join(_WEIGHT_PATTERNS)})"
     try:
-        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         yield f"model.path: {folder} has no config.json; a Hugging Face model folder is expected"
     except (OSError, ValueError) as error:
         yield f"model.path: {folder / 'config.json'} cannot be read: {error}"
-    else:
-        yield from _check_shape(config, shape)
-
-
-def _check_shape(config: Config, shape: dict[str, Any]) -> Iterator[str]:
-    """Whether the parallel sizes divide the model. `shape` is the model's config.json."""
-    actor = config.actor
-    tensor, pipeline = actor.tensor_parallel, actor.pipeline_parallel
-
-    def undivided(key: str, size: int, name: str) -> str:
-        return f"actor.{key}: {size} does not divide the model's {name} ({shape[name]}, in {config.model.path})"
-
-    heads = [name for name in ("num_attention_heads", "intermediate_size") if name in shape]
-    for name in heads + ([] if actor.pad_vocabulary or "vocab_size" not in shape else ["vocab_size"]):
-        if shape[name] % tensor:
-            yield undivided("tensor_parallel", tensor, name)
-    groups = shape.get("num_key_value_heads") or tensor
-    if groups % tensor and tensor % groups:  # fewer groups than ranks: Megatron repeats them
-        yield undivided("tensor_parallel", tensor, "num_key_value_heads")
-    if shape.get("num_hidden_layers", pipeline) % pipeline:
-        yield undivided("pipeline_parallel", pipeline, "num_hidden_layers")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class Phases:
-    """Seconds per phase, until `flush`."""
+    """Seconds per phase, until `flush`; each phase is announced as it begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self.announce = announce
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self.announce(name.replace("_", " "))
         start = time.perf_counter()
         try:
             yield

@@ -25,7 +25,9 @@ def collect(
     samples = []
     for i, (prompt, generations) in enumerate(zip(prompts, groups, strict=True)):
         if len(generations) != sampling.n:
-            raise RuntimeError(f"prompt {prompt.id}: {len(generations)} responses came back, {sampling.n} were asked for")
+            raise RuntimeError(
+                f"prompt {prompt.id}: {len(generations)} responses came back, {sampling.n} were asked for"
+            )
         for generation in generations:
             text = tokenizer.decode(generation.token_ids, skip_special_tokens=True)
             samples.append(Sample(prompt=prompt, group=i, generation=generation, text=text))

@@ -52,7 +52,9 @@ class TransformersEngine:
         return results
 
     @torch.inference_mode()
-    def _generate_batch(self, prompts: Tensor, sampling: SamplingParams, generator: torch.Generator) -> list[Generation]:
+    def _generate_batch(
+        self, prompts: Tensor, sampling: SamplingParams, generator: torch.Generator
+    ) -> list[Generation]:
         """prompts [P, L] -> P * n generations, prompt-major."""
         rows = prompts.shape[0] * sampling.n
         tokens = torch.zeros(rows, sampling.max_tokens, dtype=torch.int64, device=self.device)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.actor.layout import Layout, padded_vocabulary, validate_layout
+from megatron_rl.actor.layout import Layout, last_stage_layers, padded_vocabulary, validate_layout
 from megatron_rl.errors import UserError
 
 
@@ -39,7 +39,7 @@ def test_fitting_layouts_pass(layout: Layout) -> None:
         ({}, Layout(tensor=3), ["actor.tensor_parallel is 3", "attention heads (16)", "that work: 2, 4."]),
         ({}, Layout(tensor=16), ["key/value heads (8)", "that work: 8."]),
         ({"intermediate_size": 1028}, Layout(tensor=8), ["feed-forward size (1028)", "that work: 4."]),
-        ({}, Layout(pipeline=5), ["actor.pipeline_parallel is 5", "12 layers", "that work: 4, 6."]),
+        ({}, Layout(pipeline=13), ["actor.pipeline_parallel is 13", "only 12 layers"]),
         ({}, Layout(context=2), ["actor.context_parallel is 2", "Set it to 1"]),
         ({}, Layout(expert=4), ["actor.expert_parallel is 4", "dense"]),
         ({}, Layout(data=0), ["actor.data_parallel is 0"]),
@@ -88,3 +88,20 @@ def test_a_dry_run_needs_no_torch() -> None:
     code = f"{imports}; print({{'torch', 'megatron'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@given(layers=st.integers(1, 80), pipeline=st.integers(1, 16))
+def test_every_stage_has_layers_and_the_others_share_equally(layers: int, pipeline: int) -> None:
+    if pipeline > layers:
+        return
+    last = last_stage_layers(layers, pipeline)
+    assert last >= 1
+    if pipeline > 1:
+        assert (layers - last) % (pipeline - 1) == 0
+        assert (layers - last) // (pipeline - 1) >= 1
+    if layers % pipeline == 0:
+        assert last == layers // pipeline
+
+
+def test_three_layers_on_two_stages_leave_the_head_the_smaller_part() -> None:
+    assert last_stage_layers(3, 2) == 1

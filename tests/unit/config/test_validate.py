@@ -88,22 +88,6 @@ def test_a_dry_run_needs_no_weights(load, inputs):
     check_inputs(load(), weights=False)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["actor.tensor_parallel=3"], "actor.tensor_parallel: 3 does not divide the model's num_attention_heads (4,"),
-        (["actor.pipeline_parallel=2"], "actor.pipeline_parallel: 2 does not divide the model's num_hidden_layers (3,"),
-        (["actor.tensor_parallel=2", "actor.pad_vocabulary=false"], "does not divide the model's vocab_size (95,"),
-    ],
-)
-def test_parallel_sizes_that_do_not_divide_the_model(load, inputs, overrides, words):
-    assert any(words in line for line in problems(load(*overrides)))
-
-
-def test_fewer_key_value_heads_than_ranks_are_fine(load, inputs):
-    check_inputs(load("actor.tensor_parallel=4"))
-
-
 def test_what_prepare_will_write_is_not_looked_for_before_it_ran(load):
     config = load(
         "prepare={task: countdown, folder: task}",

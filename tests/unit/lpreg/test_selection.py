@@ -1,4 +1,4 @@
-"""select_lowest and select_highest on one process against a sort. Over ranks: tests/invariance/test_selection_splits.py."""
+"""select_lowest and select_highest on one process against a sort."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""token_stats stays small: work buffers instead of copies, gradients over the logits, idle rows unread, nothing held."""
+"""token_stats stays small: work buffers for copies, gradients over the logits, idle rows unread, nothing held."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_are_never_copied_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_rows, "CPU_WORK_ELEMENTS", 4 * VOCAB)
-    leaf, logits, targets = case(dtype)
+    _, logits, targets = case(dtype)
     weights = torch.ones(TOKENS)
     weights[::3] = 0
     with LargestTensor(logits) as seen:

@@ -1,0 +1,18 @@
+"""Whether the configured layout suits the configured model. Needs the model's config.json alone."""
+
+from __future__ import annotations
+
+from megatron_rl.actor.layout import Layout, validate_layout
+from megatron_rl.checkpoint.hf_format import read_config
+from megatron_rl.config import Config
+
+
+def layout_of(config: Config) -> Layout:
+    actor = config.actor
+    return Layout(tensor=actor.tensor_parallel, pipeline=actor.pipeline_parallel, data=actor.data_parallel)
+
+
+def check_layout(config: Config) -> None:
+    """Raises UserError where the model cannot be spread as asked. One that `prepare` has yet to write passes."""
+    if config.model.path.exists():
+        validate_layout(read_config(config.model.path), layout_of(config), config.actor.pad_vocabulary)
