@@ -12,7 +12,12 @@ from megatron_rl.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse takes no overrides after an option
+        if any(text.startswith("-") for text in rest) or "overrides" not in options:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides += rest
     try:
         options.command(options)
     except UserError as error:

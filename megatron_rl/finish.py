@@ -43,7 +43,7 @@ def check_export(run: Run) -> str:
     rows = rows_of(samples)
     difference = largest_logit_difference(run.folder / "hf", rows, run.actors.logits(rows), config.actor.dtype)
     limit = TOLERANCE.get(config.actor.dtype, np.inf)
-    if difference > limit:
+    if not difference <= limit:  # a nan is a difference too
         raise RuntimeError(
             f"the export {run.folder / 'hf'} differs from the actor: logits by {difference:.2e} > {limit}"
         )

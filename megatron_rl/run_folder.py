@@ -14,21 +14,26 @@ CONFIG = "config.yaml"
 def checkpoint_to_resume(config: Config) -> Path | None:
     """The checkpoint that `resume` names; None for a start from step 0. Raises UserError where runs would mix."""
     folder, resume = config.run.folder, config.resume
-    if isinstance(resume, Path):
-        if (resume / MANIFEST).is_file():
-            return resume
-        found = checkpoints(resume / "checkpoints")
-        if not found:
-            raise UserError(f"resume: {resume} is neither a checkpoint nor the folder of a run that has one")
-        return found[-1]
-    if resume == "auto":
-        found = checkpoints(folder / "checkpoints")
-        return found[-1] if found else None
-    if (folder / CONFIG).exists():
-        raise UserError(f"{folder} already holds a run. Go on with it: resume=auto; or start another: run.name=NAME")
-    if folder.exists() and any(folder.iterdir()):
+    holds_run = (folder / CONFIG).is_file()
+    if folder.exists() and not holds_run and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty and holds no run: choose another with run.folder=FOLDER")
+    if resume == "auto":
+        return _newest(folder)
+    if isinstance(resume, Path):
+        checkpoint = resume if (resume / MANIFEST).is_file() else _newest(resume)
+        if checkpoint is None:
+            raise UserError(f"resume: {resume} is neither a checkpoint nor the folder of a run that has one")
+        if holds_run and not checkpoint.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder} already holds another run than {resume}: choose another with run.name=NAME")
+        return checkpoint
+    if holds_run:
+        raise UserError(f"{folder} already holds a run. Go on with it: resume=auto; or start another: run.name=NAME")
     return None
+
+
+def _newest(run_folder: Path) -> Path | None:
+    found = checkpoints(run_folder / "checkpoints")
+    return found[-1] if found else None
 
 
 def create(config: Config) -> None:

@@ -35,7 +35,7 @@ class SamplingParams:
 
     def reseeded(self, stream: int) -> SamplingParams:
         """The same sampling from another stream of random numbers."""
-        return replace(self, seed=self.seed * 1_000_003 + stream)
+        return replace(self, seed=(self.seed * 1_000_003 + stream) % 2**63)  # what a generator takes
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -50,6 +51,8 @@ def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBas
         rows = _read_traces(phase.data, tokenizer)
         for loss in _train(phase, settings, rows, actors):
             done += 1
+            if not math.isfinite(loss):
+                raise UserError(f"warm start: the loss is {loss} at step {done}: try a lower lr in warm_start.phases")
             left = (time.monotonic() - start) / done * (total - done)
             view.warm_start(done, total, loss, left)
     export_hf(folder, config.model.path, actors.export_hf)
@@ -88,12 +91,22 @@ def _read_traces(path: Path, tokenizer: PreTrainedTokenizerBase) -> Rows:
     if not len(table):
         raise UserError(f"{path}: there are no traces in it")
     prompts, responses = (
-        tokenizer(table[name].to_pylist(), add_special_tokens=False)["input_ids"] for name in ("prompt", "response")
+        _tokenized(table[name].to_pylist(), f"{path}: {name}", tokenizer) for name in ("prompt", "response")
     )
     return Rows(
         tokens=[np.array(p + r, dtype=np.int64) for p, r in zip(prompts, responses, strict=True)],
         prompt_lengths=np.array([len(p) for p in prompts], dtype=np.int64),
     )
+
+
+def _tokenized(texts: list[Any], what: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise UserError(f"{what} of row {row} is {text!r}; text is expected")
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if [] in ids:
+        raise UserError(f"{what} of row {ids.index([])} is no token to the model's tokenizer")
+    return ids
 
 
 def _key(config: Config, settings: WarmStartSettings) -> str:

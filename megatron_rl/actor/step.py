@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_rl.actor.micro_batch import MicroBatch
@@ -26,6 +27,8 @@ def run_schedule(
 ) -> list[Result]:
     """What `on_logits` gave for each micro-batch; empty on every pipeline stage but the last."""
     if not micro_batches:
+        if backward:  # this replica adds nothing, but the others wait for it to say so
+            get_model_config(model).finalize_model_grads_func([model])
         return []
 
     def forward(batches: Iterator[MicroBatch], stage: nn.Module) -> tuple[Tensor, Any]:

@@ -26,8 +26,8 @@ def length_buckets(lengths: Sequence[int], token_budget: int) -> list[list[int]]
 def share_out(lengths: Sequence[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
     """Micro-batches of every data-parallel rank: buckets, the heaviest first, each to the rank with the least work.
 
-    A rank may get none when there are fewer rows than ranks. Buckets are made small enough for every rank to get a
-    share of a batch that would fit into one.
+    Buckets hold at most a rank's even part of the tokens, so that a batch that would fit into one is shared too; a rank
+    may still get none, when rows are few.
     """
     total = int(np.sum(lengths, dtype=np.int64))
     buckets = length_buckets(lengths, max(1, min(token_budget, -(-total // ranks))))

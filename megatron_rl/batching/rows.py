@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from megatron_rl.types import Sample
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rows:
     """N sequences (prompt and response) with values on their T response tokens."""
 
@@ -31,12 +32,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """[N], prompt and response."""
         return np.array([len(row) for row in self.tokens], dtype=np.int64)
 
-    @property
+    @cached_property
     def response_lengths(self) -> npt.NDArray[np.int64]:
         """[N]."""
         return self.lengths - self.prompt_lengths
@@ -66,7 +67,7 @@ class Rows:
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Rows:
         """The given rows, in the given order, with their values."""
-        index = self.token_index(rows)
+        index = self.token_index(rows) if self.values else None
         return Rows(
             tokens=[self.tokens[i] for i in rows],
             prompt_lengths=self.prompt_lengths[list(rows)],

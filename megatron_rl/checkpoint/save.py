@@ -1,6 +1,6 @@
 """Checkpoints as folders that exist whole or not at all.
 
-Ranks write into `step_000050.partial`; the driver adds the manifest and renames. Whatever has a manifest is complete.
+Ranks write into `step_000050.partial`; the driver adds the manifest and renames.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class DriverState:
 def save_checkpoint(
     folder: Path, state: DriverState, save_ranks: Callable[[Path], dict[str, str]], bytes_needed: int
 ) -> Path:
-    """Write `folder/step_NNNNNN`. On a full disk: nothing half-written, older checkpoints untouched, a UserError."""
+    """Write `folder/step_NNNNNN`. On a full disk: nothing half-written, older checkpoints untouched, a UserError.
+
+    Checkpoints of later steps belong to a course that a resume from an older one has left: they are removed.
+    """
     target = folder / f"step_{state.step:06d}"
     partial = target.with_suffix(".partial")
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +61,9 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    for path in checkpoints(folder):
+        if _step(path) > state.step:
+            shutil.rmtree(path)
     return target
 
 
@@ -70,7 +76,12 @@ def _full_disk(target: Path, what: str) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).is_file())
+    named = (path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal())
+    return sorted((path for path in named if (path / MANIFEST).is_file()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def keep_last(folder: Path, count: int) -> None:
@@ -84,7 +95,7 @@ def read_checkpoint(folder: Path) -> DriverState:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         state = DriverState(**manifest["state"])
-        hashes: dict[str, str] = manifest["sha256"]
+        hashes = dict(manifest["sha256"])
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError) as error:

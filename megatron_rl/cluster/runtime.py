@@ -60,10 +60,10 @@ def host_process(target: str, arguments: tuple[Any, ...], *, log_file: Path, gpu
 
 
 def results(refs: list[ray.ObjectRef]) -> list[Any]:
-    """`ray.get`, with what a process found wrong with the user's files raised as the UserError it was."""
+    """`ray.get`, with a process's UserError or OSError raised as the error it was: Ray's copy lacks the errno."""
     try:
         return ray.get(refs)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
+        if isinstance(error.cause, UserError | OSError):
+            raise error.cause from error
         raise

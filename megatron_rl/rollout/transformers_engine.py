@@ -61,7 +61,7 @@ class TransformersEngine:
         log_probs = torch.zeros(rows, sampling.max_tokens, device=self.device)
         lengths = torch.full((rows,), sampling.max_tokens, device=self.device)
         stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        stop_ids = torch.tensor(sampling.stop_token_ids, device=self.device)
+        stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
 
         cache = DynamicCache(config=self.model.config)
         logits = self.model(prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -102,6 +102,9 @@ class TransformersEngine:
         for name, tensor in update.tensors():
             if name not in own:
                 raise KeyError(f"weight update {update.version} has {name}, which the engine's model has not")
+            if own[name].shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, the engine's model {list(own[name].shape)}"
+                raise ValueError(f"weight update {update.version} has {name} as {shapes}")
             own[name].copy_(tensor)
             received[name] = update.checksum(tensor)
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())

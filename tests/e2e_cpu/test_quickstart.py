@@ -1,0 +1,137 @@
+"""The quickstart, shortened: what it learns, what it leaves, and that every layout learns the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_rl.config import load_config
+from tests.e2e_cpu.conftest import CommandLine, Finished, values
+
+pytestmark = pytest.mark.e2e
+
+STEPS = 40
+STANDARD_METRICS = {
+    *("train/loss", "train/grad_norm", "train/lr", "reward/mean", "reward/std"),
+    *("entropy/token_mean", "entropy/sequence_mean", "response_length/mean", "response_length/truncated_fraction"),
+    *("lpreg/delta", "lpreg/selected_fraction", "lpreg/kept_fraction", "lpreg/kl", "lpreg/advantage_shift"),
+    *("logprob/rollout_actor_abs_diff", "perf/tokens_per_second", "perf/step_seconds"),
+    *("perf/rollout_seconds", "perf/reward_seconds", "perf/train_seconds", "perf/weight_sync_seconds"),
+}
+
+
+@pytest.fixture(scope="module")
+def learned(quickstart: Callable[..., Finished]) -> Finished:
+    return quickstart("learned", f"train.steps={STEPS}", "evaluation.every=20", "train.save_every=20")
+
+
+def test_the_reward_rises(learned: Finished) -> None:
+    rewards = values(learned, "reward/mean")
+    assert len(rewards) == STEPS
+    assert np.mean(rewards[-8:]) > np.mean(rewards[:8]) + 0.05
+    accuracy = values(learned, "eval/held_out/avg@8")
+    assert len(accuracy) == 3  # before, during, after
+    assert accuracy[-1] > accuracy[0] + 0.03
+
+
+def test_every_metric_is_written_at_every_step(learned: Finished) -> None:
+    rows = [row for row in learned.metrics if row["step"] > 0]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        missing = {name for name in STANDARD_METRICS if row.get(name) is None}
+        assert not missing - {"lpreg/kl", "lpreg/advantage_shift"}, f"step {row['step']}"
+    assert all(0 < len(values(learned, name)) <= STEPS for name in STANDARD_METRICS)
+
+
+def test_the_engine_samples_from_the_policy_being_trained(learned: Finished) -> None:
+    assert max(values(learned, "logprob/rollout_actor_max_diff")) < 1e-4
+
+
+def test_lp_reg_selects(learned: Finished) -> None:
+    assert all(0.05 <= share < 0.06 for share in values(learned, "lpreg/below_delta_fraction"))
+    assert np.mean(values(learned, "lpreg/selected_fraction")) > 0.001
+
+
+def test_the_run_folder_holds_what_was_promised(learned: Finished) -> None:
+    folder = learned.folder
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "hf/config.json", "hf/tokenizer.json"):
+        assert (folder / name).is_file(), name
+    assert any((folder / "tensorboard").iterdir())
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000020", "step_000040"]
+    assert {path.name for path in (folder / "logs").iterdir()} >= {
+        "actor-rank-0.log",
+        "actor-rank-1.log",
+        "engine-0.log",
+    }
+    assert load_config(folder / "config.yaml", []).run.name == "learned"
+    rollouts = pq.read_table(folder / "rollouts/step_000010.parquet").to_pylist()
+    assert len(rollouts) == 128
+    assert all(len(row["token_ids"]) == len(row["log_probs"]) == len(row["entropy"]) for row in rollouts)
+
+
+def test_the_terminal_says_how_it_went(learned: Finished) -> None:
+    assert "largest logit difference" in learned.output
+    assert "Before and after" in learned.output
+    assert "report.html" in learned.output
+    assert "\x1b" not in learned.output  # no terminal, no escape codes
+
+
+def test_plain_transformers_reads_the_export(learned: Finished) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(learned.folder / "hf")
+    model = AutoModelForCausalLM.from_pretrained(learned.folder / "hf", dtype=torch.float32)
+    prompt = tokenizer("<bos> 2 3 4 > 24 :", add_special_tokens=False, return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(prompt, do_sample=False, max_new_tokens=46, use_cache=True)[0])
+    assert "=" in text.split(":")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("tp1", ["actor.tensor_parallel=1"]),
+        ("pp2", ["actor.tensor_parallel=1", "actor.pipeline_parallel=2"]),
+        ("dp2", ["actor.tensor_parallel=1", "actor.data_parallel=2"]),
+    ],
+)
+def test_every_layout_takes_the_same_first_step(
+    learned: Finished, quickstart: Callable[..., Finished], name: str, overrides: list[str]
+) -> None:
+    """Same weights and seed, so the same samples; the same loss and gradient then, whatever the split."""
+    other = quickstart(
+        name,
+        *overrides,
+        "train.steps=2",
+        "observability.rollouts_every=1",
+        "evaluation.suites={}",
+        "evaluation.probes={}",
+    )
+    first, reference = other.metrics[1], learned.metrics[1]
+    assert first["reward/mean"] == reference["reward/mean"]
+    assert first["lpreg/delta"] == reference["lpreg/delta"]
+    assert first["lpreg/below_delta_fraction"] == reference["lpreg/below_delta_fraction"]
+    for metric in ("train/loss", "train/grad_norm", "entropy/token_mean", "lpreg/kl"):
+        assert first[metric] == pytest.approx(reference[metric], rel=1e-5, abs=1e-6), metric
+    assert other.metrics[2]["reward/mean"] == reference_second(learned)
+
+
+def reference_second(learned: Finished) -> float:
+    return learned.metrics[2]["reward/mean"]
+
+
+def test_grpo_runs_on_the_lp_reg_configuration(quickstart: Callable[..., Finished]) -> None:
+    grpo = quickstart("grpo", "algorithm.name=grpo", "train.steps=2", "evaluation.every=0")
+    assert not values(grpo, "lpreg/delta")
+    assert len(values(grpo, "train/loss")) == 2
+    assert "from the cache" in grpo.output
+
+
+def test_a_folder_with_a_run_is_refused(learned: Finished, command_line: CommandLine) -> None:
+    before = (learned.folder / "metrics.jsonl").read_bytes()
+    refused = command_line.train("learned")
+    assert refused.status == 2
+    assert "already holds a run" in refused.output
+    assert (learned.folder / "metrics.jsonl").read_bytes() == before

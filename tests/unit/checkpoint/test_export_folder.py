@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from megatron_rl.batching.rows import Rows
+from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
+from megatron_rl.checkpoint.hf_format import INDEX, SINGLE, open_weights
+from megatron_rl.checkpoint.state import write_tensors
+
+CONFIG = Qwen3Config(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    tie_word_embeddings=False,
+)
+
+
+def model(seed: int) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(CONFIG).eval()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Another model's folder, with a file that is neither configuration nor weights."""
+    model(0).save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    return tmp_path / "source"
+
+
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> list[dict[str, Any]]:
+    """As `count` pipeline stages do it."""
+    names, shards = list(tensors), []
+    for i in range(count):
+        own = {name: tensors[name] for name in names[i::count]}
+        file = SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        write_tensors(folder / file, own)
+        shards.append({"file": file, "tensors": list(own), "bytes": sum(t.nbytes for t in own.values())})
+    return shards
+
+
+def rows() -> Rows:
+    return Rows([np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8])], np.array([2, 1]))
+
+
+def logits(of: Qwen3ForCausalLM) -> np.ndarray:
+    """[T, V], one response token at a time."""
+    parts = []
+    with torch.inference_mode():
+        for row, start in zip(rows().tokens, rows().prompt_lengths, strict=True):
+            parts += [of(torch.tensor(row[None, :end])).logits[0, -1].numpy() for end in range(start, len(row))]
+    return np.stack(parts)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_an_export_loads_as_the_same_model(tmp_path: Path, source: Path, stages: int) -> None:
+    trained = model(1)
+    tensors = trained.state_dict()
+    export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, tensors, stages))
+    weights = open_weights(tmp_path / "hf")
+    assert set(weights) == set(tensors)
+    assert all(torch.equal(weights[name], tensors[name]) for name in tensors)
+    assert (tmp_path / "hf" / INDEX).exists() == (stages > 1)
+    if stages > 1:
+        total = json.loads((tmp_path / "hf" / INDEX).read_text())["metadata"]["total_size"]
+        assert total == sum(t.nbytes for t in tensors.values())
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == "{}"
+    assert largest_logit_difference(tmp_path / "hf", rows(), logits(trained), "float32") < 1e-5
+
+
+def test_another_model_or_a_nan_is_seen(tmp_path: Path, source: Path) -> None:
+    trained = model(1)
+    export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, model(2).state_dict(), 1))
+    assert largest_logit_difference(tmp_path / "hf", rows(), logits(trained), "float32") > 1e-2
+    spoilt = logits(trained)
+    spoilt[0, 0] = np.nan
+    assert np.isnan(largest_logit_difference(tmp_path / "hf", rows(), spoilt, "float32"))
+
+
+def test_an_export_that_fails_leaves_the_old_one(tmp_path: Path, source: Path) -> None:
+    tensors = model(1).state_dict()
+    export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, tensors, 3))
+
+    def fail(folder: Path) -> list[dict[str, Any]]:
+        save_file({"w": torch.zeros(1)}, folder / SINGLE)
+        raise RuntimeError("a rank died")
+
+    for name in ("hf", "other"):
+        with pytest.raises(RuntimeError, match="a rank died"):
+            export_hf(tmp_path / name, source, fail)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "hf"}
+    assert set(open_weights(tmp_path / "hf")) == set(tensors)
+
+
+def test_a_new_export_replaces_the_old_one_whole(tmp_path: Path, source: Path) -> None:
+    for stages in (3, 1):
+        export_hf(tmp_path / "hf", source, lambda folder, n=stages: write_shards(folder, model(n).state_dict(), n))  # type: ignore[misc]
+    assert {path.name for path in (tmp_path / "hf").glob("*.safetensors*")} == {SINGLE}
+    assert torch.equal(load_file(tmp_path / "hf" / SINGLE)["lm_head.weight"], model(1).state_dict()["lm_head.weight"])

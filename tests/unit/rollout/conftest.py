@@ -1,0 +1,60 @@
+"""Engines around random models small enough to check token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from megatron_rl.rollout.transformers_engine import TransformersEngine
+
+VOCABULARY = 50
+
+
+def write_model(folder: Path, *, seed: int, tied: bool, vocabulary: int = VOCABULARY) -> Path:
+    """A Qwen3 whose distributions are far from uniform, so that log-probs tell tokens and positions apart."""
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(seed)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", params=[True, False], ids=["tied", "untied"])
+def model_folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two models of one shape and different weights."""
+    folder = tmp_path_factory.mktemp("models")
+    tied = request.param
+    return write_model(folder / "a", seed=0, tied=tied), write_model(folder / "b", seed=1, tied=tied)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), seed=0, tied=True)
+
+
+@pytest.fixture(scope="session")
+def engine(model_folder: Path) -> TransformersEngine:
+    """For tests that leave it as it is."""
+    return TransformersEngine(model_folder, "cpu", "float32")

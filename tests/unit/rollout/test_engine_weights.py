@@ -1,0 +1,97 @@
+"""New weights in a running engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.rollout.transformers_engine import TransformersEngine
+from megatron_rl.types import SamplingParams
+from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport
+from megatron_rl.weight_sync.transport import WeightUpdate, verify
+
+SAMPLING = SamplingParams(n=3, max_tokens=6, temperature=1.0, stop_token_ids=(), seed=0)
+PROMPTS = [(1, 2), (3, 4, 5)]
+
+
+def weights(engine: TransformersEngine) -> dict[str, Tensor]:
+    """As an actor publishes them: a tied head is not among them."""
+    tied = set(engine.model.all_tied_weights_keys)
+    return {name: tensor for name, tensor in engine.model.state_dict().items() if name not in tied}
+
+
+def publish(folder: Path, tensors: dict[str, Tensor], version: int = 7) -> WeightUpdate:
+    """In two parts, as from two pipeline stages."""
+    names = sorted(tensors)
+    parts = []
+    for part, own in enumerate((names[::2], names[1::2])):
+        transport = SharedMemoryTransport(folder, part)
+        transport.connect()
+        parts.append(transport.push(((name, tensors[name]) for name in own), version, checksums=True))
+    return WeightUpdate.merge(parts)
+
+
+def test_the_next_token_comes_from_the_new_weights(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    engine, other = (TransformersEngine(folder, "cpu", "float32") for folder in model_folders)
+    before = engine.generate(PROMPTS, SAMPLING)
+    expected = other.generate(PROMPTS, SAMPLING)
+    assert before != expected
+    places = {name: tensor.data_ptr() for name, tensor in engine.model.state_dict().items()}
+
+    update = publish(tmp_path, weights(other))
+    verify(update, engine.update_weights(update), "engine 0")
+
+    after = engine.generate(PROMPTS, SAMPLING)
+    for group, expected_group in zip(after, expected, strict=True):
+        for generation, wanted in zip(group, expected_group, strict=True):
+            assert generation.token_ids == wanted.token_ids
+            assert generation.log_probs == wanted.log_probs
+            assert generation.weight_version == 7
+    assert engine.health() == 7
+    assert places == {name: tensor.data_ptr() for name, tensor in engine.model.state_dict().items()}, "not in place"
+
+
+def test_a_tensor_left_out_is_refused(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    engine = TransformersEngine(model_folders[0], "cpu", "float32")
+    tensors = weights(engine)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(KeyError, match=r"update 7 leaves out .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        engine.update_weights(publish(tmp_path, tensors))
+    assert engine.health() == 0
+
+
+def test_an_unknown_tensor_is_refused(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    engine = TransformersEngine(model_folders[0], "cpu", "float32")
+    tensors = weights(engine) | {"model.layers.2.mlp.up_proj.weight": torch.zeros(2)}
+    with pytest.raises(KeyError, match=r"update 7 has model\.layers\.2\.mlp\.up_proj\.weight"):
+        engine.update_weights(publish(tmp_path, tensors))
+
+
+def test_a_tensor_of_another_shape_is_refused(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """One row would otherwise be spread over all of them."""
+    engine = TransformersEngine(model_folders[0], "cpu", "float32")
+    name = "model.embed_tokens.weight"
+    tensors = weights(engine) | {name: torch.zeros(1, 32)}
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight as \[1, 32\].*\[50, 32\]"):
+        engine.update_weights(publish(tmp_path, tensors))
+
+
+def test_a_damaged_part_is_found_out(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    engine = TransformersEngine(model_folders[0], "cpu", "float32")
+    update = publish(tmp_path, weights(engine))
+    data = bytearray(update.parts[0].read_bytes())
+    data[-1] ^= 1
+    update.parts[0].write_bytes(data)
+    with pytest.raises(RuntimeError, match=r"version 7 arrived damaged in engine 3: 1 of \d+ tensors"):
+        verify(update, engine.update_weights(update), "engine 3")
+
+
+def test_bf16_weights_arrive_bit_for_bit(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    engine, other = (TransformersEngine(folder, "cpu", "bfloat16") for folder in model_folders)
+    engine.update_weights(publish(tmp_path, weights(other)))
+    for name, tensor in other.model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(engine.model.state_dict()[name], tensor), name

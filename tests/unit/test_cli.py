@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.cli import main
+from megatron_rl.config import load_config
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "quickstart" / "countdown.yaml"
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*arguments: str) -> int:
+    return main(["train", str(EXAMPLE), *arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", str(EXAMPLE), "--dry-run"]])
+def test_torch_is_not_loaded_before_it_is_needed(arguments: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "from megatron_rl.cli import main\n"
+        "try: code = main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'ray', 'megatron', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env={**os.environ}
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_dry_run_writes_nothing(empty_folder: Path, capsys: Output) -> None:
+    assert train("--dry-run") == 0
+    assert list(empty_folder.iterdir()) == []
+    out, err = capsys.readouterr()
+    assert f"{EXAMPLE}: nothing wrong found" in err
+    (empty_folder / "expanded.yaml").write_text(out)
+    expanded = load_config(empty_folder / "expanded.yaml", [])
+    assert expanded == load_config(EXAMPLE, [f"run.name={expanded.run.name}"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.steps=7", "seed=5", "--dry-run"],
+        ["--dry-run", "train.steps=7", "seed=5"],
+        ["train.steps=7", "--dry-run", "seed=5"],
+        ["train.steps=6", "--dry-run", "seed=5", "train.steps=7"],
+    ],
+)
+def test_options_and_overrides_come_in_any_order(arguments: list[str], capsys: Output) -> None:
+    assert train(*arguments) == 0
+    out = capsys.readouterr().out
+    assert "\n  steps: 7\n" in out and "\nseed: 5\n" in out
+
+
+def test_an_unknown_key_is_answered_with_the_nearest(empty_folder: Path, capsys: Output) -> None:
+    assert train("train.stepz=3") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "train.stepz" in err and "did you mean train.steps?" in err
+    assert "Traceback" not in err
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "missing.yaml"], "missing.yaml: no such configuration file"),
+        (["train", "missing.yaml", "--dry-run"], "missing.yaml: no such configuration file"),
+        (["train", str(EXAMPLE), "--dry-run", "data.train=gone.jsonl"], "data.train: no such file: "),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_the_user_can_mend_is_said_in_words(arguments: list[str], words: str, capsys: Output) -> None:
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and words in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["tran"],
+        ["train"],
+        ["report"],
+        ["train", str(EXAMPLE), "--dryrun"],
+        ["train", str(EXAMPLE), "--dry-run", "seed=1", "--wat"],
+        ["report", "a", "b"],
+    ],
+)
+def test_a_command_line_that_makes_no_sense(arguments: list[str], capsys: Output) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_rl.config.load_config", interrupt)
+    assert train() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_the_installed_command_and_the_module_are_one() -> None:
+    done = subprocess.run([sys.executable, "-m", "megatron_rl.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: megatron-rl")

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from lpreg.losses.registry import METHODS
+from lpreg.presets import PRESETS
+from megatron_rl.config.algorithm import AlgorithmSettings, GrpoSettings, LpRegSettings
+from megatron_rl.config.fields import Section
+from megatron_rl.policy_loss import LossChoice
+
+SECTIONS: dict[str, type[Section]] = {"lp_reg": LpRegSettings, "grpo": GrpoSettings}
+
+
+def settings_of(section: dict[str, Any]) -> Any:
+    loss: Any = LossChoice.of(AlgorithmSettings.model_validate(section)).make()
+    return loss.settings
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_methods_keys_are_its_settings(name: str) -> None:
+    known = {field.name for field in fields(METHODS[name].Settings)} - {"proxy_source"}
+    assert set(SECTIONS[name].model_fields) == known
+    assert all(field.default is None for field in SECTIONS[name].model_fields.values())
+
+
+def test_every_method_has_a_section() -> None:
+    assert set(SECTIONS) == set(METHODS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_unset_keys_leave_the_methods_defaults(name: str) -> None:
+    assert LossChoice.of(AlgorithmSettings.model_validate({"name": name})).settings in ({}, {"proxy_source": "current"})
+    assert settings_of({"name": name}) == METHODS[name].Settings()
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("preset", ["paper", "reference"])
+def test_presets(name: str, preset: str) -> None:
+    assert settings_of({"name": name, "preset": preset}) == METHODS[name].Settings(**PRESETS[name][preset])
+    overridden = settings_of({"name": name, "preset": preset, name: {"clip_high": 0.5}})
+    assert overridden == METHODS[name].Settings(**PRESETS[name][preset] | {"clip_high": 0.5})
+
+
+def test_none_in_words_is_none() -> None:
+    assert PRESETS["lp_reg"]["reference"]["k3_clamp"] == 10.0
+    assert settings_of({"preset": "reference", "lp_reg": {"k3_clamp": "none"}}).k3_clamp is None
+    assert settings_of({"preset": "reference"}).k3_clamp == 10.0
+    assert settings_of({"preset": "paper", "lp_reg": {"k3_clamp": 3.0}}).k3_clamp == 3.0
+
+
+def test_every_key_arrives() -> None:
+    given = {
+        "rho": 0.5,
+        "beta": 0.0,
+        "min_p": 0.3,
+        "fixed_tau": 0.25,
+        "kl_estimator": "k3",
+        "selection_scope": "micro_batch_negatives",
+        "require_below_proxy": False,
+        "k3_clamp": 2.0,
+        "clip_low": 0.0,
+        "clip_high": 0.0,
+        "clip_negative_upper": False,
+    }
+    assert set(given) == set(LpRegSettings.model_fields)
+    settings = settings_of({"lp_reg": given, "proxy_source": "lagged"})
+    assert {name: getattr(settings, name) for name in given} == given
+    assert settings.proxy_source == "lagged"
+
+
+def test_the_other_methods_section_is_not_read() -> None:
+    assert settings_of({"name": "grpo", "lp_reg": {"clip_high": 5.0}, "grpo": {"clip_low": 0.1}}).clip_high == 0.2
