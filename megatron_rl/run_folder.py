@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from megatron_rl.checkpoint.save import MANIFEST, checkpoints
 from megatron_rl.config import Config, expand
@@ -36,11 +39,24 @@ def _newest(run_folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def create(config: Config) -> None:
-    """Make the folder and write the resolved configuration into it."""
+def create(config: Config) -> list[str]:
+    """Make the folder and write the resolved configuration into it. Returns what a resumed run changes in it."""
     folder = config.run.folder
+    path = folder / CONFIG
     try:
+        before = yaml.safe_load(path.read_text()) if path.is_file() else None
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(expand(config))
+        path.write_text(expand(config))
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is damaged ({error}): a run cannot be resumed in this folder") from error
+    return _changes(before, yaml.safe_load(expand(config))) if isinstance(before, dict) else []
+
+
+def _changes(before: Any, after: Any, key: str = "") -> list[str]:
+    """`key: old -> new` for every value that differs; how a run was resumed is no part of it."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = [name for name in {**before, **after} if f"{key}{name}" != "resume"]
+        return [line for name in names for line in _changes(before.get(name), after.get(name), f"{key}{name}.")]
+    return [] if before == after else [f"{key.rstrip('.')}: {before} -> {after}"]

@@ -71,6 +71,7 @@ def open_run(config: Config) -> Iterator[Run]:
     checkpoint = run_folder.checkpoint_to_resume(config)
     state = read_checkpoint(checkpoint) if checkpoint else None
     choice = LossChoice.of(config.algorithm)
+    loss = choice.make()
     with ExitStack() as stack:
         view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
         prepare(config, view)
@@ -81,9 +82,11 @@ def open_run(config: Config) -> Iterator[Run]:
         rewards = stack.enter_context(
             RewardPool(config.reward.name, config.reward.workers, config.reward.timeout_seconds)
         )
-        run_folder.create(config)
+        changes = run_folder.create(config)
         for line in (f"run folder: {config.run.folder}", _describe(inputs.train)):
             view.message(line)
+        for change in changes:
+            view.message(f"resumed with another setting: {change}")
         metrics = MetricsLog(
             config.run.folder,
             tensorboard=config.observability.tensorboard,
@@ -99,7 +102,7 @@ def open_run(config: Config) -> Iterator[Run]:
             folder=config.run.folder,
             inputs=inputs,
             cursor=cursor,
-            loss=choice.make(),
+            loss=loss,
             rewards=rewards,
             actors=actors,
             engines=engines,

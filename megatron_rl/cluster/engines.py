@@ -10,7 +10,7 @@ import ray
 
 from megatron_rl.cluster.runtime import host_process, results
 from megatron_rl.types import Generation, Prompt, SamplingParams
-from megatron_rl.weight_sync.transport import WeightUpdate, verify
+from megatron_rl.weight_sync.transport import WeightUpdate
 
 if TYPE_CHECKING:
     from megatron_rl.config.schema import ActorSettings, RolloutSettings
@@ -53,8 +53,7 @@ class Engines:
         """All engines take the update; what they took is compared with what was sent when checksums came with it."""
         received = results([engine.call.remote("update_weights", update) for engine in self.engines])
         for i, checksums in enumerate(received):
-            if update.checksums:
-                verify(update, checksums, f"engine {i}")
+            update.verify(checksums, f"engine {i}")
 
     def close(self) -> None:
         for engine in self.engines:

@@ -33,6 +33,15 @@ class WeightUpdate:
         """The tensor's checksum, or 0 where the sender took none."""
         return tensor_checksum(tensor) if self.checksums else 0
 
+    def verify(self, received: dict[str, int], receiver: str) -> None:
+        """Raise unless the receiver took exactly what was sent; says nothing where the sender took no checksums."""
+        wrong = [name for name, value in self.checksums.items() if received.get(name) != value]
+        if wrong:
+            raise RuntimeError(
+                f"weights of version {self.version} arrived damaged in {receiver}: {len(wrong)} of "
+                f"{len(self.checksums)} tensors differ, the first is {wrong[0]}"
+            )
+
     @staticmethod
     def merge(updates: Iterable[WeightUpdate]) -> WeightUpdate:
         """The parts of all pipeline stages as one update."""
@@ -49,7 +58,7 @@ class WeightUpdate:
 
 
 class WeightTransport(Protocol):
-    """The sending side, one on each publishing rank."""
+    """The sending side, one on each publishing rank. What arrived is checked by `WeightUpdate.verify`."""
 
     def connect(self) -> None: ...
 
@@ -61,13 +70,3 @@ class WeightTransport(Protocol):
 def tensor_checksum(tensor: Tensor) -> int:
     """CRC-32 of the tensor's bytes, whatever its dtype."""
     return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
-
-
-def verify(update: WeightUpdate, received: dict[str, int], engine: str) -> None:
-    """Raise unless the engine took exactly what was sent. Sender must have taken checksums."""
-    wrong = [name for name, value in update.checksums.items() if received.get(name) != value]
-    if wrong:
-        raise RuntimeError(
-            f"weights of version {update.version} arrived damaged in {engine}: {len(wrong)} of {len(update.checksums)} "
-            f"tensors differ, the first is {wrong[0]}"
-        )

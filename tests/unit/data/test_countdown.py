@@ -141,9 +141,9 @@ def test_the_version_stands_for_the_content(task: Path) -> None:
     text = "".join((task / name).read_text() for name in names)
     for phase in "ab":
         text += json.dumps(pq.read_table(task / f"warm_start_{phase}.parquet").to_pydict())
-    assert json.loads((task / "manifest.json").read_text())["version"] == 1
+    assert json.loads((task / "manifest.json").read_text())["version"] == 2
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "11b28b7959773a49b5032cb040178921d5c24144660d908ee95bb3fd1b038b18"
+        hashlib.sha256(text.encode()).hexdigest() == "64463cea1cf8f9fc296beda4f78ed76fe4e16480913d6d890861c50c99b359b8"
     )
 
 

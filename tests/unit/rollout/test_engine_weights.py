@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_rl.rollout.transformers_engine import TransformersEngine
 from megatron_rl.types import SamplingParams
 from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport
-from megatron_rl.weight_sync.transport import WeightUpdate, verify
+from megatron_rl.weight_sync.transport import WeightUpdate
 
 SAMPLING = SamplingParams(n=3, max_tokens=6, temperature=1.0, stop_token_ids=(), seed=0)
 PROMPTS = [(1, 2), (3, 4, 5)]
@@ -42,7 +42,7 @@ def test_the_next_token_comes_from_the_new_weights(model_folders: tuple[Path, Pa
     places = {name: tensor.data_ptr() for name, tensor in engine.model.state_dict().items()}
 
     update = publish(tmp_path, weights(other))
-    verify(update, engine.update_weights(update), "engine 0")
+    update.verify(engine.update_weights(update), "engine 0")
 
     after = engine.generate(PROMPTS, SAMPLING)
     for group, expected_group in zip(after, expected, strict=True):
@@ -86,7 +86,7 @@ def test_a_damaged_part_is_found_out(model_folders: tuple[Path, Path], tmp_path:
     data[-1] ^= 1
     update.parts[0].write_bytes(data)
     with pytest.raises(RuntimeError, match=r"version 7 arrived damaged in engine 3: 1 of \d+ tensors"):
-        verify(update, engine.update_weights(update), "engine 3")
+        update.verify(engine.update_weights(update), "engine 3")
 
 
 def test_bf16_weights_arrive_bit_for_bit(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
