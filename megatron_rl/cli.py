@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_rl.config import check_inputs, expand, load_config
-    from megatron_rl.layout_check import check_layout
+    from megatron_rl.session.layout_check import check_layout
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:

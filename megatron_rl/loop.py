@@ -1,6 +1,6 @@
 """The whole algorithm, one line a room: rollout, reward, advantage, selection, update, weight sync.
 
-`train` is the run from start to end; `rl_step` is one step of it. `run` (megatron_rl/run.py) holds the rooms.
+`train` is the run from start to end; `rl_step` is one step of it. `session/` opens a run and holds its rooms.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from megatron_rl.batching.rows import Array, Rows, rows_of
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.run_suites import evaluate
-from megatron_rl.finish import finish
-from megatron_rl.interrupt import stop_on_interrupt
 from megatron_rl.observability.step_metrics import loss_metrics, policy_metrics, rollout_metrics
 from megatron_rl.observability.summary import print_summary
 from megatron_rl.rollout.collect import collect
-from megatron_rl.run import Run
-from megatron_rl.setup import open_run
+from megatron_rl.session.finish import finish
+from megatron_rl.session.interrupt import stop_on_interrupt
+from megatron_rl.session.opening import open_run
+from megatron_rl.session.run import Run
 
 
 def train(config: Config) -> None:

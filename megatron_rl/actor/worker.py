@@ -25,6 +25,7 @@ from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.model import build_model
+from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.results import Table, TrainResult, Weights
 from megatron_rl.actor.step import run_schedule
 from megatron_rl.batching.buckets import share_out
@@ -32,7 +33,6 @@ from megatron_rl.batching.rows import Rows
 from megatron_rl.checkpoint import state as checkpoint_state
 from megatron_rl.checkpoint.hf_format import open_weights, read_config
 from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
-from megatron_rl.policy_loss import LossChoice
 from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport
 from megatron_rl.weight_sync.transport import WeightUpdate
 

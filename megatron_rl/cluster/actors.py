@@ -10,10 +10,10 @@ import numpy as np
 import ray
 
 from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.results import Table, TrainResult, Weights
 from megatron_rl.batching.rows import Rows
 from megatron_rl.cluster.runtime import host_process, results
-from megatron_rl.policy_loss import LossChoice
 from megatron_rl.weight_sync.transport import WeightUpdate
 
 if TYPE_CHECKING:

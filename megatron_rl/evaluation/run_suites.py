@@ -11,7 +11,7 @@ from megatron_rl.evaluation.suite import accuracy, probe_rows
 from megatron_rl.rollout.collect import collect
 
 if TYPE_CHECKING:
-    from megatron_rl.run import Run
+    from megatron_rl.session.run import Run
 
 
 def evaluate(run: Run) -> dict[str, float]:

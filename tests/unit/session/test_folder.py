@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl import run_folder
 from megatron_rl.checkpoint.save import DriverState, save_checkpoint
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
-from megatron_rl.run_folder import checkpoint_to_resume
+from megatron_rl.session import folder as run_folder
+from megatron_rl.session.folder import checkpoint_to_resume
 
 TEXT = """\
 model: {path: model}

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from megatron_rl.interrupt import stop_on_interrupt
+from megatron_rl.session.interrupt import stop_on_interrupt
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

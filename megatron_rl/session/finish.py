@@ -12,7 +12,7 @@ from megatron_rl.observability.report import write_report
 from megatron_rl.rollout.collect import collect
 
 if TYPE_CHECKING:
-    from megatron_rl.run import Run
+    from megatron_rl.session.run import Run
 
 CHECKED_PROMPTS = 4
 TOLERANCE = {"float32": 1e-5}

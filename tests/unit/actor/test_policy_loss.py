@@ -7,9 +7,9 @@ import pytest
 
 from lpreg.losses.registry import METHODS
 from lpreg.presets import PRESETS
+from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.config.algorithm import AlgorithmSettings, GrpoSettings, LpRegSettings
 from megatron_rl.config.fields import Section
-from megatron_rl.policy_loss import LossChoice
 
 SECTIONS: dict[str, type[Section]] = {"lp_reg": LpRegSettings, "grpo": GrpoSettings}
 

@@ -14,7 +14,7 @@ from megatron_rl.actor.schedule import learning_rate
 from megatron_rl.batching.rows import Rows
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
-from megatron_rl.warm_start import _key, _read_traces, warm_start
+from megatron_rl.session.warm_start import _key, _read_traces, warm_start
 
 TEXT = """\
 model: {path: model}

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from megatron_rl import run_folder
+from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.checkpoint.hf_format import open_weights
 from megatron_rl.checkpoint.save import read_checkpoint
 from megatron_rl.cluster.actors import Actors
@@ -19,15 +19,15 @@ from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.data.template import load_tokenizer
 from megatron_rl.data.tokens import single_token, stop_token_ids
-from megatron_rl.layout_check import check_layout, layout_of
 from megatron_rl.observability.metrics import MetricsLog
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View, make_view
-from megatron_rl.policy_loss import LossChoice
-from megatron_rl.prepare import prepare
 from megatron_rl.reward.pool import RewardPool
-from megatron_rl.run import Inputs, Run
-from megatron_rl.warm_start import warm_start
+from megatron_rl.session import folder as run_folder
+from megatron_rl.session.layout_check import check_layout, layout_of
+from megatron_rl.session.prepare import prepare
+from megatron_rl.session.run import Inputs, Run
+from megatron_rl.session.warm_start import warm_start
 from megatron_rl.weight_sync.shared_memory import shared_folder
 
 

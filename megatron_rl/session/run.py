@@ -1,4 +1,4 @@
-"""A run: its rooms, and how far it is. `megatron_rl/setup.py` opens one."""
+"""A run: its rooms, and how far it is. `session/opening.py` opens one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""A run from its opening to its end: folder, inputs, processes, warm start, interruption, what is left behind."""
