@@ -32,31 +32,31 @@ VERSION = 1
 
 
 def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBase, view: View) -> Path:
-    """The folder of the warm-started model, trained now unless cached. Leaves the actor's weights undefined."""
+    """The folder of the warm-started model. Each phase is trained unless cached. Leaves the actor's weights undefined."""
     settings = config.warm_start
     if settings is None:
         return config.model.path
-    folder = settings.cache_folder / f"warm_start-{_key(config, settings)}"
-    if folder.is_dir():
-        view.message(f"warm start: from the cache, {folder}")
-        return folder
+    folder = config.model.path
     view.phase("warm start")
-    total, done, start = sum(phase.steps for phase in settings.phases), 0, time.monotonic()
-    actors.load_hf(config.model.path)
-    for phase in settings.phases:
+    for number, phase in enumerate(settings.phases, start=1):
+        source = folder
+        folder = settings.cache_folder / f"warm_start-{number}-{_key(config, settings, number)}"
+        if folder.is_dir():
+            view.message(f"warm start, phase {number}: from the cache, {folder}")
+            continue
+        start = time.monotonic()
+        actors.load_hf(source)
         actors.prepare(
-            None,
-            OptimizerSettings(lr=phase.lr, betas=settings.betas, weight_decay=settings.weight_decay),
+            None, OptimizerSettings(lr=phase.lr, betas=settings.betas, weight_decay=settings.weight_decay)
         )
-        rows = _read_traces(phase.data, tokenizer)
-        for loss in _train(phase, settings, rows, actors):
-            done += 1
+        for step, loss in enumerate(_train(phase, settings, _read_traces(phase.data, tokenizer), actors), start=1):
             if not math.isfinite(loss):
-                raise UserError(f"warm start: the loss is {loss} at step {done}: try a lower lr in warm_start.phases")
-            left = (time.monotonic() - start) / done * (total - done)
-            view.warm_start(done, total, loss, left)
-    export_hf(folder, config.model.path, actors.export_hf)
-    view.message(f"warm start: {total} steps in {time.monotonic() - start:.0f} s, kept in {folder}")
+                raise UserError(f"warm start: the loss is {loss} at step {step}: try a lower lr in warm_start.phases")
+            view.warm_start(step, phase.steps, loss, (time.monotonic() - start) / step * (phase.steps - step))
+        export_hf(folder, config.model.path, actors.export_hf)
+        view.message(
+            f"warm start, phase {number}: {phase.steps} steps in {time.monotonic() - start:.0f} s, kept in {folder}"
+        )
     return folder
 
 
@@ -109,13 +109,15 @@ def _tokenized(texts: list[Any], what: str, tokenizer: PreTrainedTokenizerBase) 
     return ids
 
 
-def _key(config: Config, settings: WarmStartSettings) -> str:
-    """A hash of the model's files, the traces, and every setting that shapes the result; not of the layout."""
+def _key(config: Config, settings: WarmStartSettings, phases: int) -> str:
+    """A hash of all that shapes the result of the first `phases` phases: the model's files, traces and settings. The
+    layout is no part of it."""
     digest = hashlib.sha256()
-    dump = settings.model_dump(mode="json", exclude={"cache_folder": True, "phases": {"__all__": {"data"}}})
-    digest.update(json.dumps([VERSION, config.actor.dtype, dump], sort_keys=True).encode())
-    files = [*sorted(p for p in config.model.path.iterdir() if p.is_file()), *(p.data for p in settings.phases)]
-    for path in files:
+    used = settings.phases[:phases]
+    shape = settings.model_dump(mode="json", exclude={"cache_folder", "phases"})
+    shape["phases"] = [phase.model_dump(mode="json", exclude={"data"}) for phase in used]
+    digest.update(json.dumps([VERSION, config.actor.dtype, shape], sort_keys=True).encode())
+    for path in [*sorted(p for p in config.model.path.iterdir() if p.is_file()), *(phase.data for phase in used)]:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -56,10 +56,10 @@ def config(*overrides: str) -> Config:
     return load_config(Path("example.yaml"), ["run.name=mine", *overrides])
 
 
-def key(*overrides: str) -> str:
+def key(*overrides: str, phases: int = 2) -> str:
     settings = config(*overrides)
     assert settings.warm_start is not None
-    return _key(settings, settings.warm_start)
+    return _key(settings, settings.warm_start, phases)
 
 
 class Tokenizer:
@@ -127,6 +127,13 @@ def test_the_key_changes_with_every_setting_that_shapes_the_result(override: str
 )
 def test_the_key_does_not_change_with_the_layout_nor_with_what_comes_later(override: str) -> None:
     assert key(override) == key()
+
+
+def test_a_later_phase_leaves_the_key_of_an_earlier_one_alone() -> None:
+    before = key(phases=1)
+    assert before != key(phases=2)
+    change_a_trace()
+    assert key("warm_start.phases.1.lr=2e-3", phases=1) == before
 
 
 def test_the_key_does_not_depend_on_where_the_files_lie() -> None:
@@ -220,9 +227,10 @@ def test_a_run_without_a_warm_start_takes_the_model_as_it_is() -> None:
 def test_the_steps_of_each_phase() -> None:
     actors, view = FakeActors(), FakeView()
     folder = start(actors, view)
+    first = f"runs/cache/warm_start-1-{key(phases=1)}"
     assert actors.calls == [
-        f"load {config().model.path}",
-        *(f"optimizer {lr} (0.9, 0.999) 0.0" for lr in (0.01, 0.001)),
+        *(f"load {config().model.path}", "optimizer 0.01 (0.9, 0.999) 0.0"),
+        *(f"load {first}", "optimizer 0.001 (0.9, 0.999) 0.0"),
     ]
     one, two, three, other = [1, 2, 3], [4, 5, 6], [7, 8], [2, 1, 1]
     wanted = [
@@ -240,7 +248,7 @@ def test_the_steps_of_each_phase() -> None:
         for step in range(1, total + 1)
     ]
     np.testing.assert_allclose([lr for _, lr, _ in actors.steps], rates)
-    assert [told for told in view.told if isinstance(told, tuple)] == [(i, 5, 1.0) for i in range(1, 6)]
+    assert [told for told in view.told if isinstance(told, tuple)] == [(1, 3, 1.0), (2, 3, 1.0), (3, 3, 1.0), (1, 2, 1.0), (2, 2, 1.0)]
     assert folder.parent.resolve() == Path("runs/cache").resolve()
     assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
     assert (folder / "model.safetensors").read_text() == "trained"
@@ -267,3 +275,11 @@ def test_a_warm_start_that_dies_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(KeyboardInterrupt):
         start(FakeActors(), FakeView())
     assert not list(Path("runs/cache").iterdir())
+
+
+def test_another_second_phase_starts_from_the_first_in_the_cache() -> None:
+    start(FakeActors(), FakeView())
+    actors = FakeActors()
+    start(actors, FakeView(), "warm_start.phases.1.lr=2e-3")
+    assert len(actors.steps) == 2
+    assert actors.calls[0] == f"load runs/cache/warm_start-1-{key(phases=1)}"
