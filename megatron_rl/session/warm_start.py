@@ -32,7 +32,7 @@ VERSION = 1
 
 
 def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBase, view: View) -> Path:
-    """The folder of the warm-started model. Each phase is trained unless cached. Leaves the actor's weights undefined."""
+    """The folder of the warm-started model. Each phase is trained unless cached; the actor is left undefined."""
     settings = config.warm_start
     if settings is None:
         return config.model.path
@@ -46,9 +46,7 @@ def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBas
             continue
         start = time.monotonic()
         actors.load_hf(source)
-        actors.prepare(
-            None, OptimizerSettings(lr=phase.lr, betas=settings.betas, weight_decay=settings.weight_decay)
-        )
+        actors.prepare(None, OptimizerSettings(lr=phase.lr, betas=settings.betas, weight_decay=settings.weight_decay))
         for step, loss in enumerate(_train(phase, settings, _read_traces(phase.data, tokenizer), actors), start=1):
             if not math.isfinite(loss):
                 raise UserError(f"warm start: the loss is {loss} at step {step}: try a lower lr in warm_start.phases")

@@ -248,7 +248,13 @@ def test_the_steps_of_each_phase() -> None:
         for step in range(1, total + 1)
     ]
     np.testing.assert_allclose([lr for _, lr, _ in actors.steps], rates)
-    assert [told for told in view.told if isinstance(told, tuple)] == [(1, 3, 1.0), (2, 3, 1.0), (3, 3, 1.0), (1, 2, 1.0), (2, 2, 1.0)]
+    assert [told for told in view.told if isinstance(told, tuple)] == [
+        (1, 3, 1.0),
+        (2, 3, 1.0),
+        (3, 3, 1.0),
+        (1, 2, 1.0),
+        (2, 2, 1.0),
+    ]
     assert folder.parent.resolve() == Path("runs/cache").resolve()
     assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
     assert (folder / "model.safetensors").read_text() == "trained"
