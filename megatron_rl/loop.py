@@ -28,7 +28,7 @@ from megatron_rl.session.run import Run
 def train(config: Config) -> None:
     """Train to the last step, or to a clean stop with a checkpoint when interrupted."""
     with open_run(config) as run, stop_on_interrupt() as stop:
-        if run.step == 0:
+        if run.saved_step is None:  # a resumed run has its first evaluation already
             run.log(evaluate(run))
         while run.step < config.train.steps and not stop.requested:
             metrics = rl_step(run, run.step + 1)
@@ -77,32 +77,31 @@ def select(run: Run, step: int, batch: Rows) -> tuple[Rows, dict[str, float]]:
 
     The driver holds the log-probs of the whole batch, so the selection is exact whatever the layout of the actor.
     """
-    algorithm, loss = run.config.algorithm, run.loss
+    algorithm, loss, metrics = run.config.algorithm, run.loss, {}
     if loss.proxy_source == "lagged" and run.snapshot_due(step):
         run.actors.snapshot()
-    if loss.selection_fraction is None:
-        return batch, {}
-    log_probs = batch.values["rollout_log_probs"]
-    if algorithm.selection_log_probs == "actor":
-        log_probs = run.actors.score(batch, temperature=run.temperature)["log_probs"]
-    values = torch.from_numpy(np.ascontiguousarray(log_probs))
-    selection = lpreg.select_lowest(values, torch.ones_like(values, dtype=torch.bool), loss.selection_fraction)
-    selected = selection.mask.numpy()
-    batch = batch.with_values(selected=selected)
+    if loss.selection_fraction is not None:
+        log_probs = batch.values["rollout_log_probs"]
+        if algorithm.selection_log_probs == "actor":
+            log_probs = run.actors.score(batch, temperature=run.temperature)["log_probs"]
+        values = torch.from_numpy(np.ascontiguousarray(log_probs))
+        selection = lpreg.select_lowest(values, torch.ones_like(values, dtype=torch.bool), loss.selection_fraction)
+        batch = batch.with_values(selected=selection.mask.numpy())
+        metrics["lpreg/delta"] = float(np.exp(selection.threshold))
+        metrics["lpreg/below_delta_fraction"] = selection.count / selection.population
     if loss.proxy_source == "lagged":
         batch = batch.with_values(proxy_log_probs=lagged_proxy(run, batch))
-    return batch, {
-        "lpreg/delta": float(np.exp(selection.threshold)),
-        "lpreg/below_delta_fraction": float(selected.mean()),
-    }
+    return batch, metrics
 
 
 def lagged_proxy(run: Run, batch: Rows) -> Array:
     """[T] log q of the sampled tokens under the lagged snapshot, -inf where its filter drops them.
 
-    Only rows on which the loss can act are run: with a selected token and a negative advantage.
+    Only rows on which the loss can act are run: with a negative advantage and, where tokens were selected, one of them.
     """
-    acts = batch.values["selected"] & (batch.values["advantages"] < 0)
+    acts = batch.values["advantages"] < 0
+    if "selected" in batch.values:
+        acts &= batch.values["selected"]
     rows = np.unique(batch.per_token(np.arange(len(batch)))[acts])
     log_q = np.full(batch.num_response_tokens, -np.inf, dtype=np.float32)
     if len(rows):

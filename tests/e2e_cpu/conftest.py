@@ -94,8 +94,9 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 
 SHORT_WARM_START = (
-    "warm_start.phases.0.steps=260",
-    "warm_start.phases.1.steps=60",
+    "warm_start.batch_size=64",
+    "warm_start.phases.0.steps=500",
+    "warm_start.phases.1.steps=80",
     "evaluation.suites={held_out: runs/countdown-task/held_out.jsonl}",
 )
 """Enough for a policy that is right now and then; every test shares its cached result."""
