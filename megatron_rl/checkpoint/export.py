@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.batching.rows import Array, Rows
 from megatron_rl.checkpoint.hf_format import INDEX, copy_all_but_weights
+from megatron_rl.errors import UserError
 
 
 def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[dict[str, Any]]]) -> None:
@@ -34,6 +35,8 @@ def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[di
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write the model {folder}: {error.strerror}; nothing half-written was left") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -57,7 +57,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(_full_disk(target, error.strerror or "no space left")) from error
-        raise
+        raise UserError(f"cannot write the checkpoint {target}: {error.strerror}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

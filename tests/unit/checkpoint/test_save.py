@@ -47,7 +47,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert read_checkpoint(path) == state(50)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a rank died"), KeyboardInterrupt(), PermissionError("no")])
+@pytest.mark.parametrize("error", [RuntimeError("a rank died"), KeyboardInterrupt()])
 def test_a_failure_leaves_nothing_and_keeps_what_is_there(tmp_path: Path, error: BaseException) -> None:
     save(tmp_path, 1)
     before = contents(tmp_path)
