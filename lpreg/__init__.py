@@ -2,7 +2,7 @@
 
 from lpreg.advantages import group_advantages
 from lpreg.losses import LossInputs, LossOutput, Mean, PolicyLoss, make_loss
-from lpreg.selection import Selection, select_highest, select_lowest
+from lpreg.selection import Selection, SelectionRule, apply_rule, select_highest, select_lowest
 from lpreg.token_stats import TokenStats, token_stats
 
 __all__ = [
@@ -11,7 +11,9 @@ __all__ = [
     "Mean",
     "PolicyLoss",
     "Selection",
+    "SelectionRule",
     "TokenStats",
+    "apply_rule",
     "group_advantages",
     "make_loss",
     "select_highest",
