@@ -1,7 +1,9 @@
 """Lp-Reg: low-probability regularisation for reinforcement learning with verifiable rewards. Needs torch alone."""
 
 from lpreg.advantages import group_advantages
+from lpreg.correction import accepted_sequences, masked_weights, truncated_weights
 from lpreg.losses import LossInputs, LossOutput, Mean, PolicyLoss, make_loss
+from lpreg.rewards import overlong_penalty, uninformative
 from lpreg.selection import Selection, SelectionRule, apply_rule, select_highest, select_lowest
 from lpreg.token_stats import TokenStats, token_stats
 
@@ -13,10 +15,15 @@ __all__ = [
     "Selection",
     "SelectionRule",
     "TokenStats",
+    "accepted_sequences",
     "apply_rule",
     "group_advantages",
     "make_loss",
+    "masked_weights",
+    "overlong_penalty",
     "select_highest",
     "select_lowest",
     "token_stats",
+    "truncated_weights",
+    "uninformative",
 ]
