@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
     from lpreg import PolicyLoss
@@ -29,9 +30,12 @@ class LossChoice:
         return cls(algorithm.name, algorithm.preset, settings)
 
     def make(self) -> PolicyLoss:
-        """Raises ValueError on settings that the method refuses."""
+        """Raises UserError on settings that the method refuses."""
         from lpreg import make_loss
 
-        if self.preset is None:
-            return make_loss(self.name, **self.settings)
-        return make_loss.preset(self.name, self.preset, **self.settings)
+        try:
+            if self.preset is None:
+                return make_loss(self.name, **self.settings)
+            return make_loss.preset(self.name, self.preset, **self.settings)
+        except ValueError as error:
+            raise UserError(f"algorithm.{self.name}: {error}") from error

@@ -71,6 +71,7 @@ def open_run(config: Config) -> Iterator[Run]:
     checkpoint = run_folder.checkpoint_to_resume(config)
     state = read_checkpoint(checkpoint) if checkpoint else None
     choice = LossChoice.of(config.algorithm)
+    loss = choice.make()
     with ExitStack() as stack:
         view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
         prepare(config, view)
@@ -99,7 +100,7 @@ def open_run(config: Config) -> Iterator[Run]:
             folder=config.run.folder,
             inputs=inputs,
             cursor=cursor,
-            loss=choice.make(),
+            loss=loss,
             rewards=rewards,
             actors=actors,
             engines=engines,
