@@ -52,7 +52,7 @@ class Shard:
 
     def chunk_rows(self) -> int:
         budget = CPU_WORK_ELEMENTS if self.logits.device.type == "cpu" else GPU_WORK_ELEMENTS
-        return max(1, min(self.logits.shape[0], budget // self.logits.shape[1]))
+        return max(1, min(self.logits.shape[0], budget // max(1, self.logits.shape[1])))
 
     def chunks(self, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
         return row_chunks(self.logits.shape[0], self.chunk_rows(), rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -97,6 +97,11 @@ class RowStatistics:
     max_logit: Tensor
     log_sum: Tensor
     threshold: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[RowStatistics]) -> RowStatistics:
+        """Of consecutive chunks of rows."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def statistics(shard: Shard, log_z_rows: Tensor | None, settings: Settings) -> RowStatistics:
