@@ -2,6 +2,8 @@
 
 from lpreg.advantages import group_advantages
 from lpreg.correction import accepted_sequences, masked_weights, truncated_weights
+from lpreg.fused_head import fused_token_stats
+from lpreg.fused_loss import fused_loss
 from lpreg.losses import LossInputs, LossOutput, Mean, PolicyLoss, make_loss
 from lpreg.rewards import overlong_penalty, uninformative
 from lpreg.selection import Selection, SelectionRule, apply_rule, select_highest, select_lowest
@@ -17,6 +19,8 @@ __all__ = [
     "TokenStats",
     "accepted_sequences",
     "apply_rule",
+    "fused_loss",
+    "fused_token_stats",
     "group_advantages",
     "make_loss",
     "masked_weights",
