@@ -118,13 +118,14 @@ def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum:
     masses = torch.zeros(2, count, dtype=shard.dtype, device=shard.logits.device)
     if shard.columns == 0 or count == 0:
         return masses
-    buffer = shard.buffer()
+    buffer, inside_buffer = shard.buffer(), shard.buffer()
     for place, chunk in shard.chunks(rows):
         x = shard.read(chunk, buffer)
-        keep = x >= threshold[chunk, None]
+        # 1 inside the filter, 0 outside, as floats: much faster on a CPU than work with a bool mask, and as exact.
+        inside = torch.ge(x, threshold[chunk, None], out=inside_buffer[: x.shape[0], : shard.columns])
         p = x.sub_(log_sum[chunk, None]).exp_()
-        masses[0, place] = (p * keep).sum(-1)
-        masses[1, place] = p.masked_fill_(keep, 0.0).sum(-1)
+        masses[0, place] = inside.mul_(p).sum(-1)
+        masses[1, place] = p.sub_(inside).sum(-1)
     return masses
 
 
