@@ -127,10 +127,11 @@ def _forward(
 
 
 def _check_separable(loss: PolicyLoss, inputs: Mapping[str, Any]) -> None:
-    if not getattr(loss, "token_separable", True) or "sequence_ids" in inputs:
+    separable = getattr(loss, "token_separable", getattr(loss.settings, "selection_scope", "batch") == "batch")
+    if not separable or "sequence_ids" in inputs:
         raise ValueError(
-            f"{loss.name} is given whole responses or the whole micro-batch, which a chunk of tokens may cut; leave "
-            "sequence_ids out of the inputs if the method does not need them, else use fused_token_stats and the loss"
+            f"{loss.name} is asked to look at whole responses or the whole micro-batch, which a chunk may cut: "
+            "leave sequence_ids out of the inputs if the method does not need them, else use fused_token_stats"
         )
 
 
