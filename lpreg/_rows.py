@@ -1,4 +1,4 @@
-"""The row work behind `token_stats`: passes over one rank's logits, a chunk of rows at a time.
+"""The row work behind `token_stats` and its fused forms: passes over one rank's logits, a chunk of rows at a time.
 
 Legend: T tokens, C this rank's true vocabulary columns (its padding excluded), R a subset of the rows. Every pass reads
 x = logits / temperature in fp32 (fp64 for fp64 logits) into a work buffer that is small enough to stay in cache, so the
@@ -52,7 +52,10 @@ class Shard:
 
     def chunk_rows(self) -> int:
         budget = CPU_WORK_ELEMENTS if self.logits.device.type == "cpu" else GPU_WORK_ELEMENTS
-        return max(1, min(self.logits.shape[0], budget // self.logits.shape[1]))
+        return max(1, min(self.logits.shape[0], budget // max(1, self.logits.shape[1])))
+
+    def chunks(self, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
+        return row_chunks(self.logits.shape[0], self.chunk_rows(), rows)
 
     def buffer(self) -> Tensor:
         return torch.empty(self.chunk_rows(), self.logits.shape[1], dtype=self.dtype, device=self.logits.device)
@@ -72,11 +75,11 @@ class Shard:
         return x if self.temperature == 1.0 else x.div_(self.temperature)
 
 
-def _chunks(shard: Shard, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
+def row_chunks(tokens: int, size: int, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
     """(place in the list of rows, rows to read); None means all rows, read without an index."""
-    count = shard.logits.shape[0] if rows is None else rows.shape[0]
-    for start in range(0, count, shard.chunk_rows()):
-        place = slice(start, min(start + shard.chunk_rows(), count))
+    count = tokens if rows is None else rows.shape[0]
+    for start in range(0, count, size):
+        place = slice(start, min(start + size, count))
         yield place, place if rows is None else rows[place]
 
 
@@ -91,7 +94,7 @@ def summarise(shard: Shard, with_entropy: bool) -> Tensor:
     if shard.columns == 0 or tokens == 0:
         return pack
     shifted_buffer, exp_buffer = shard.buffer(), shard.buffer()
-    for place, rows in _chunks(shard, None):
+    for place, rows in shard.chunks(None):
         x = shard.read(rows, shifted_buffer)
         high = x.amax(-1)
         x.sub_(torch.where(high == -torch.inf, 0.0, high)[:, None])
@@ -115,13 +118,14 @@ def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum:
     masses = torch.zeros(2, count, dtype=shard.dtype, device=shard.logits.device)
     if shard.columns == 0 or count == 0:
         return masses
-    buffer = shard.buffer()
-    for place, chunk in _chunks(shard, rows):
+    buffer, inside_buffer = shard.buffer(), shard.buffer()
+    for place, chunk in shard.chunks(rows):
         x = shard.read(chunk, buffer)
-        keep = x >= threshold[chunk, None]
+        # 1 inside the filter, 0 outside, as floats: much faster on a CPU than work with a bool mask, and as exact.
+        inside = torch.ge(x, threshold[chunk, None], out=inside_buffer[: x.shape[0], : shard.columns])
         p = x.sub_(log_sum[chunk, None]).exp_()
-        masses[0, place] = (p * keep).sum(-1)
-        masses[1, place] = p.masked_fill_(keep, 0.0).sum(-1)
+        masses[0, place] = inside.mul_(p).sum(-1)
+        masses[1, place] = p.sub_(inside).sum(-1)
     return masses
 
 
@@ -138,19 +142,32 @@ class RowGradients:
     filtered: Tensor | None
     """bool, the rows where `kept` and `dropped` differ; None for no such row."""
 
+    @property
+    def active(self) -> Tensor:
+        """[T] bool: the row has a gradient."""
+        active = (self.target != 0) | (self.dropped != 0)
+        if self.entropy is not None:
+            active |= self.entropy != 0
+        return active if self.filtered is None else active | self.filtered
+
+    def of(self, rows: Rows) -> RowGradients:
+        return RowGradients(
+            self.target[rows],
+            self.kept[rows],
+            self.dropped[rows],
+            None if self.entropy is None else self.entropy[rows],
+            None if self.filtered is None else self.filtered[rows],
+        )
+
 
 def write_gradient(
     out: Tensor, shard: Shard, grads: RowGradients, threshold: Tensor, log_sum: Tensor, entropy: Tensor | None
 ) -> None:
     """Fills `out` [T, V/TP] with d loss / d x; it may be the logits themselves. Rows without gradient are not read."""
-    active = (grads.target != 0) | (grads.dropped != 0)
-    if grads.entropy is not None:
-        active |= grads.entropy != 0
-    if grads.filtered is None:
-        parts = [(active, False)]
-    else:
+    active = grads.active
+    parts = [(active, False)]
+    if grads.filtered is not None:
         parts = [(active & ~grads.filtered, False), (grads.filtered, True)]
-        active = active | grads.filtered
     idle = (~active).nonzero().squeeze(1)
     if idle.numel():
         out.index_fill_(0, idle, 0.0)
@@ -161,7 +178,7 @@ def write_gradient(
     for mask, filtered in parts:
         rows = mask.nonzero().squeeze(1)
         every_row = rows.shape[0] == mask.shape[0]
-        for _, chunk in _chunks(shard, None if every_row else rows):
+        for _, chunk in shard.chunks(None if every_row else rows):
             x = shard.read(chunk, buffer)
             coefficient = grads.dropped[chunk, None]
             if filtered:

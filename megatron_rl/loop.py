@@ -16,7 +16,7 @@ from megatron_rl.batching.rows import Array, Rows, rows_of
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.run_suites import evaluate
-from megatron_rl.observability.step_metrics import loss_metrics, policy_metrics, rollout_metrics
+from megatron_rl.observability.step_metrics import loss_metrics, policy_metrics, rollout_metrics, selection_metrics
 from megatron_rl.observability.summary import print_summary
 from megatron_rl.rollout.collect import collect
 from megatron_rl.session.finish import finish
@@ -73,22 +73,30 @@ def rl_step(run: Run, step: int) -> dict[str, float]:
 
 
 def select(run: Run, step: int, batch: Rows) -> tuple[Rows, dict[str, float]]:
-    """What the loss needs to know before the first backward: the globally lowest tokens, and the lagged proxy there.
+    """What the loss needs to know before the first backward: the tokens it selects, and the lagged proxy there.
 
-    The driver holds the log-probs of the whole batch, so the selection is exact whatever the layout of the actor.
+    The driver holds the values of the whole batch, so the selection is exact whatever the layout of the actor.
     """
     algorithm, loss, metrics = run.config.algorithm, run.loss, {}
     if loss.proxy_source == "lagged" and run.snapshot_due(step):
         run.actors.snapshot()
-    if loss.selection_fraction is not None:
-        log_probs = batch.values["rollout_log_probs"]
-        if algorithm.selection_log_probs == "actor":
-            log_probs = run.actors.score(batch, temperature=run.temperature)["log_probs"]
-        values = torch.from_numpy(np.ascontiguousarray(log_probs))
-        selection = lpreg.select_lowest(values, torch.ones_like(values, dtype=torch.bool), loss.selection_fraction)
+    if (rule := loss.selection) is not None:
+        known = {"log_probs": batch.values["rollout_log_probs"], "advantages": batch.values["advantages"]}
+        if algorithm.selection_log_probs == "actor" or rule.needs_entropy:
+            seen = run.actors.score(batch, temperature=run.temperature)
+            known |= {name: seen[name] for name in ("log_probs", "entropy")}
+        values = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in known.items()}
+        every_token = torch.ones(batch.num_response_tokens, dtype=torch.bool)
+        selection = lpreg.apply_rule(
+            rule,
+            every_token,
+            log_probs=values["log_probs"],
+            entropy=values.get("entropy"),
+            advantages=values["advantages"],
+            seed=run.sampling(step).seed,
+        )
         batch = batch.with_values(selected=selection.mask.numpy())
-        metrics["lpreg/delta"] = float(np.exp(selection.threshold))
-        metrics["lpreg/below_delta_fraction"] = selection.count / selection.population
+        metrics = selection_metrics(rule, selection)
     if loss.proxy_source == "lagged":
         batch = batch.with_values(proxy_log_probs=lagged_proxy(run, batch))
     return batch, metrics
@@ -97,11 +105,10 @@ def select(run: Run, step: int, batch: Rows) -> tuple[Rows, dict[str, float]]:
 def lagged_proxy(run: Run, batch: Rows) -> Array:
     """[T] log q of the sampled tokens under the lagged snapshot, -inf where its filter drops them.
 
-    Only rows on which the loss can act are run: with a negative advantage and, where tokens were selected, one of them.
+    Only rows on which the loss can act are run: with a selected token and an advantage that lets it (a negative one).
     """
-    acts = batch.values["advantages"] < 0
-    if "selected" in batch.values:
-        acts &= batch.values["selected"]
+    acts = run.loss.uses_proxy(torch.from_numpy(batch.values["advantages"])).numpy()
+    acts = acts & batch.values.get("selected", True)
     rows = np.unique(batch.per_token(np.arange(len(batch)))[acts])
     log_q = np.full(batch.num_response_tokens, -np.inf, dtype=np.float32)
     if len(rows):
@@ -113,10 +120,11 @@ def lagged_proxy(run: Run, batch: Rows) -> Array:
 def update(run: Run, step: int, batch: Rows, advantages: Array) -> tuple[dict[str, Array], dict[str, float]]:
     """One optimizer step. Returns what the actor saw of each token before it ([T], NaN where it did not look); metrics.
 
-    Groups without an advantage have no gradient: they are left out of the update, but not out of the token mean.
+    Groups without an advantage mostly have no gradient: then they are left out of the update, but not of the mean.
     """
     settings, lr = run.config.train, run.learning_rate(step)
-    live = np.flatnonzero(advantages) if settings.drop_zero_advantage else np.arange(len(batch))
+    drop = settings.drop_zero_advantage and not run.loss.acts_without_advantage
+    live = np.flatnonzero(advantages) if drop else np.arange(len(batch))
     dropped = np.setdiff1d(np.arange(len(batch)), live)
     seen: dict[str, Array] = {}
     if settings.score_dropped and len(dropped):
@@ -125,7 +133,7 @@ def update(run: Run, step: int, batch: Rows, advantages: Array) -> tuple[dict[st
     metrics = {"train/loss": 0.0, "train/grad_norm": 0.0, "train/lr": lr, "train/row_fraction": len(live) / len(batch)}
     if len(live):
         result = run.actors.train(
-            batch.take(live), lr=lr, denominator=batch.num_response_tokens, temperature=run.temperature
+            batch.take(live), lr=lr, denominator=denominator(run.loss, batch), temperature=run.temperature
         )
         if not np.isfinite([result.loss, result.grad_norm]).all():
             raise UserError(
@@ -137,6 +145,13 @@ def update(run: Run, step: int, batch: Rows, advantages: Array) -> tuple[dict[st
         metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
         metrics |= loss_metrics(result.metrics, batch.num_response_tokens)
     return seen, metrics
+
+
+def denominator(loss: lpreg.PolicyLoss, batch: Rows) -> int:
+    """What the loss is a mean over, dropped rows included."""
+    if loss.denominator_counts == "selected_tokens":
+        return int(batch.values["selected"].sum())
+    return len(batch) if loss.denominator_counts == "sequences" else batch.num_response_tokens
 
 
 def _fill(seen: dict[str, Array], part: dict[str, Array], batch: Rows, rows: Array) -> None:

@@ -13,14 +13,20 @@ from typing import Any, ClassVar, Literal, TypedDict
 import torch
 from torch import Tensor
 
+from lpreg.aggregation import Counted
+from lpreg.selection import SelectionRule
+
 ProxySource = Literal["current", "old", "lagged"]
 
 
-class FilterSettings(TypedDict, total=False):
-    """The arguments of `token_stats` that say which tokens the proxy keeps; one of the two, or none."""
+class StatsSettings(TypedDict, total=False):
+    """Arguments of `token_stats` that a method depends on."""
 
     min_p: float
+    """Which tokens the proxy keeps; this or fixed_tau."""
     fixed_tau: float
+    entropy: Literal["grad"]
+    """The loss has a gradient through the entropy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,8 @@ class LossInputs:
     """Of the sampled tokens under the policy being trained; carries the gradient."""
     advantages: Tensor
     denominator: float | Tensor
-    """Response tokens in the whole global batch of this update, over all micro-batches and data-parallel ranks."""
+    """What `PolicyLoss.denominator_counts` says, response tokens for most methods, counted in the whole global batch of
+    this update, over all micro-batches and data-parallel ranks."""
     old_log_probs: Tensor | None = None
     """Under the policy that generated the batch. None: one update per batch, so they are log_probs itself, detached."""
     mask: Tensor | None = None
@@ -69,7 +76,7 @@ class LossInputs:
     groups: Tensor | None = None
     """Which prompt a token's response answers, for methods that work on groups."""
     selection: Tensor | None = None
-    """bool, this micro-batch's part of the globally selected tokens, for methods with a selection_fraction."""
+    """bool, this micro-batch's part of the globally selected tokens, for methods with a selection rule."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -83,7 +90,10 @@ class LossInputs:
             if value is not None and value.dtype != torch.bool:
                 raise ValueError(f"{name} must be bool, got {value.dtype}")
         if not isinstance(self.denominator, Tensor) and self.denominator <= 0:
-            raise ValueError(f"denominator must be the global count of response tokens, got {self.denominator}")
+            raise ValueError(
+                "denominator must be a count over the global batch (of response tokens, unless the method's "
+                f"denominator_counts says otherwise), got {self.denominator}"
+            )
 
     @property
     def counted(self) -> Tensor:
@@ -91,10 +101,15 @@ class LossInputs:
         return torch.ones_like(self.log_probs, dtype=torch.bool) if self.mask is None else self.mask
 
     @property
+    def log_ratio(self) -> Tensor:
+        """[T], log pi - log pi_old of the sampled token; without old_log_probs 0, with the policy gradient attached."""
+        old = self.log_probs if self.old_log_probs is None else self.old_log_probs
+        return self.log_probs - old.detach()
+
+    @property
     def ratio(self) -> Tensor:
         """[T], pi / pi_old of the sampled token; without old_log_probs exactly 1, with the policy gradient attached."""
-        old = self.log_probs if self.old_log_probs is None else self.old_log_probs
-        return (self.log_probs - old.detach()).exp()
+        return self.log_ratio.exp()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +131,27 @@ class PolicyLoss(ABC):
         self.settings = settings
 
     @property
-    def selection_fraction(self) -> float | None:
-        """Share of all response tokens of the global batch, lowest log-probs first, that the caller must mark in
-        LossInputs.selection before the first backward. None: the method needs no selection."""
+    def selection(self) -> SelectionRule | None:
+        """Which response tokens of the global batch the caller must mark in LossInputs.selection before the first
+        backward, by `apply_rule`. None: the method needs no selection."""
         return None
+
+    @property
+    def selection_fraction(self) -> float | None:
+        """The rule's fraction when it is the lowest log-probs that are marked, so that `select_lowest` will do; None
+        when there is no rule or another one."""
+        rule = self.selection
+        return rule.fraction if rule is not None and rule.kind == "lowest_log_prob" else None
+
+    @property
+    def denominator_counts(self) -> Counted:
+        """What LossInputs.denominator must count over the global batch."""
+        return "tokens"
+
+    @property
+    def acts_without_advantage(self) -> bool:
+        """Whether tokens of advantage 0 have a gradient, so that a caller must not leave them out."""
+        return False
 
     @property
     def proxy_source(self) -> ProxySource | None:
@@ -127,8 +159,12 @@ class PolicyLoss(ABC):
         ("old"), or proxy_log_probs ("lagged"). None: nobody's."""
         return None
 
-    def token_stats_kwargs(self) -> FilterSettings:
-        """The filter to hand to `token_stats`; empty when the method has none."""
+    def uses_proxy(self, advantages: Tensor) -> Tensor:
+        """[T] bool, tokens whose advantage [T] lets the proxy matter; for others a lagged one need not be computed."""
+        return torch.zeros_like(advantages, dtype=torch.bool)
+
+    def token_stats_kwargs(self) -> StatsSettings:
+        """What to hand to `token_stats`: the filter, and entropy="grad" where the loss needs it; else empty."""
         return {}
 
     @abstractmethod

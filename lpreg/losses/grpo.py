@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
+from torch import Tensor
 
-from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, check_range, mean_over
+from lpreg.aggregation import Counted, constant_length_mean, sequence_mean_token_mean, token_mean
+from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, check_choice, check_range, mean_over
+from lpreg.losses.ppo import PPOSettings, ppo_clip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GRPOSettings:
-    clip_low: float = 0.2
-    """The ratio counts down to 1 - clip_low where the advantage is negative."""
-    clip_high: float = 0.2
-    """The ratio counts up to 1 + clip_high where the advantage is positive."""
+class GRPOSettings(PPOSettings):
+    aggregation: Literal["token_mean", "sequence_mean_token_mean", "constant_length"] = "token_mean"
+    """"token_mean": over all response tokens of the global batch. "sequence_mean_token_mean": over tokens in each
+    response, then over responses (GRPO as first published). "constant_length": the sum over constant_length times the
+    count of responses (Dr. GRPO, arXiv 2503.20783)."""
+    constant_length: int | None = None
+    """Tokens; required by that aggregation, usually the longest response allowed."""
 
     def __post_init__(self) -> None:
-        check_range("clip_low", self.clip_low, 0.0, 1.0)
-        check_range("clip_high", self.clip_high, 0.0, math.inf)
+        PPOSettings.__post_init__(self)
+        check_choice("aggregation", self.aggregation, ("token_mean", "sequence_mean_token_mean", "constant_length"))
+        if (self.constant_length is not None) != (self.aggregation == "constant_length"):
+            raise ValueError(
+                "constant_length must be given with aggregation='constant_length' and with no other, got "
+                f"constant_length={self.constant_length} and aggregation={self.aggregation!r}"
+            )
+        if self.constant_length is not None:
+            check_range("constant_length", self.constant_length, 1, float("inf"))
 
 
 class GRPO(PolicyLoss):
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), averaged over tokens."""
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), averaged over tokens. The clip is inert on-policy."""
 
     name = "grpo"
     Settings = GRPOSettings
     settings: GRPOSettings
 
+    @property
+    def denominator_counts(self) -> Counted:
+        return "tokens" if self.settings.aggregation == "token_mean" else "sequences"
+
     def __call__(self, inputs: LossInputs) -> LossOutput:
         ratio, counted = inputs.ratio, inputs.counted
-        clipped = ratio.clamp(1 - self.settings.clip_low, 1 + self.settings.clip_high)
-        free_loss, clipped_loss = -inputs.advantages * ratio, -inputs.advantages * clipped
-        loss = token_mean(torch.maximum(free_loss, clipped_loss), counted, inputs.denominator)
-        metrics = {
-            "ratio": mean_over(ratio, counted),
-            "clip_fraction": mean_over(clipped_loss > free_loss, counted),
-        }
-        return LossOutput(loss, metrics)
+        losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)
+        metrics = {"ratio": mean_over(ratio, counted), "clip_fraction": mean_over(clipped, counted)}
+        return LossOutput(self._aggregate(losses, inputs), metrics)
+
+    def _aggregate(self, losses: Tensor, inputs: LossInputs) -> Tensor:
+        counted, denominator = inputs.counted, inputs.denominator
+        if self.settings.aggregation == "sequence_mean_token_mean":
+            sequence_ids = self.need(inputs.sequence_ids, "sequence_ids")
+            return sequence_mean_token_mean(losses, counted, sequence_ids, denominator)
+        if self.settings.constant_length is not None:
+            return constant_length_mean(losses, counted, self.settings.constant_length, denominator)
+        return token_mean(losses, counted, denominator)

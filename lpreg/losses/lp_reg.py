@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,29 +12,38 @@ from torch import Tensor
 
 from lpreg.aggregation import token_mean
 from lpreg.losses.base import (
-    FilterSettings,
     LossInputs,
     LossOutput,
     PolicyLoss,
     ProxySource,
+    StatsSettings,
     check_choice,
     check_range,
     mean_over,
 )
-from lpreg.selection import select_lowest
+from lpreg.selection import SelectionKind, SelectionRule, select_lowest
+
+_RULES: dict[str, SelectionKind] = {"log_prob": "lowest_log_prob", "entropy": "highest_entropy", "random": "random"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LpRegSettings:
-    kl_estimator: Literal["k3", "full"] = "k3"
-    """"full": KL(q || p) over the vocabulary, which is -log Z. "k3": exp(d) - d - 1 on the sampled token with
-    d = log q - log p; with the current policy's proxy its gradient is an advantage shift of beta * (1/Z - 1)."""
+    kl_estimator: Literal["k3", "full", "reverse"] = "k3"
+    """"full": KL(q || p) over the vocabulary, which is -log Z. On the sampled token, with d = log q - log p: "k3" is
+    exp(d) - d - 1, with the current policy's proxy an advantage shift of beta * (1/Z - 1); "reverse" is d^2 / 2, whose
+    gradient is in expectation that of the reverse KL(p || q), an advantage shift of beta * log(1/Z)."""
+    select_by: Literal["log_prob", "entropy", "random", "all"] = "log_prob"
+    """What makes a token one of the share rho: a low log-prob (the paper), or for its ablations a high entropy or
+    chance. "all": every token, whatever rho."""
+    advantage_sign: Literal["negative", "both"] = "negative"
+    """Regularise tokens of negative advantage (the paper), or of positive advantage too."""
     rho: float = 0.01
-    """Share of tokens, lowest log-probs first, that may be regularised."""
+    """Share of tokens that may be regularised."""
     beta: float = 1.0
     """Weight of the KL term."""
     min_p: float = 0.02
-    """The filter keeps tokens with p >= min_p * max p (kappa in the paper)."""
+    """The filter keeps tokens with p >= min_p * max p (kappa in the paper). 0 keeps all (the paper without tau): q = p,
+    so there is nothing to regularise unless the proxy is old or lagged."""
     fixed_tau: float | None = None
     """If set, the filter keeps tokens with p >= fixed_tau instead."""
     clip_low: float = 1.0
@@ -54,18 +64,26 @@ class LpRegSettings:
     copy. "old" without old_log_probs is "current": one update per batch."""
 
     def __post_init__(self) -> None:
-        check_choice("kl_estimator", self.kl_estimator, ("k3", "full"))
+        check_choice("kl_estimator", self.kl_estimator, ("k3", "full", "reverse"))
+        check_choice("select_by", self.select_by, (*_RULES, "all"))
+        check_choice("advantage_sign", self.advantage_sign, ("negative", "both"))
         check_choice("selection_scope", self.selection_scope, ("batch", "micro_batch_negatives"))
         check_choice("proxy_source", self.proxy_source, ("current", "old", "lagged"))
         check_range("rho", self.rho, 0.0, 1.0, open_low=True)
         check_range("beta", self.beta, 0.0, math.inf)
-        check_range("min_p", self.min_p, 0.0, 1.0, open_low=True)
+        check_range("min_p", self.min_p, 0.0, 1.0)
         check_range("clip_low", self.clip_low, 0.0, 1.0)
         check_range("clip_high", self.clip_high, 0.0, math.inf)
         if self.fixed_tau is not None:
             check_range("fixed_tau", self.fixed_tau, 0.0, 1.0, open_low=True)
         if self.k3_clamp is not None:
             check_range("k3_clamp", self.k3_clamp, 0.0, math.inf, open_low=True)
+        negatives_only = self.select_by == "log_prob" and self.advantage_sign == "negative"
+        if self.selection_scope == "micro_batch_negatives" and not negatives_only:
+            raise ValueError(
+                "selection_scope must be 'batch' with another select_by than 'log_prob' or another advantage_sign than "
+                f"'negative', got select_by={self.select_by!r} and advantage_sign={self.advantage_sign!r}"
+            )
         if self.kl_estimator == "full" and self.proxy_source != "current":
             raise ValueError(
                 f"kl_estimator='full' with proxy_source={self.proxy_source!r} needs q over the whole filter of "
@@ -86,30 +104,40 @@ class _Proxy:
 
 
 class LpReg(PolicyLoss):
-    """-clip(r, 0, U) A, plus beta * KL on tokens that are rare, kept by the filter and of negative advantage."""
+    """-clip(r, 0, U) A, plus beta * KL on tokens that are rare, kept by the filter and of negative advantage.
+
+    The paper's ablations are settings: select_by="entropy" | "random" | "all" (all negatives), advantage_sign="both",
+    kl_estimator="reverse", min_p=0 (no tau), fixed_tau.
+    """
 
     name = "lp_reg"
     Settings = LpRegSettings
     settings: LpRegSettings
 
     @property
-    def selection_fraction(self) -> float | None:
-        return self.settings.rho if self.settings.selection_scope == "batch" else None
+    def selection(self) -> SelectionRule | None:
+        if self.settings.selection_scope != "batch" or self.settings.select_by == "all":
+            return None
+        return SelectionRule(kind=_RULES[self.settings.select_by], fraction=self.settings.rho)
+
+    def uses_proxy(self, advantages: Tensor) -> Tensor:
+        return advantages < 0 if self.settings.advantage_sign == "negative" else advantages != 0
 
     @property
     def proxy_source(self) -> ProxySource:
         return self.settings.proxy_source
 
-    def token_stats_kwargs(self) -> FilterSettings:
+    def token_stats_kwargs(self) -> StatsSettings:
         if self.settings.fixed_tau is not None:
             return {"fixed_tau": self.settings.fixed_tau}
-        return {"min_p": self.settings.min_p}
+        # token_stats wants a positive min_p; this one drops only what has no probability in any floating point.
+        return {"min_p": self.settings.min_p or sys.float_info.min}
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         counted, ratio = inputs.counted, inputs.ratio
         proxy = self._proxy(inputs)
         low = self._low(inputs)
-        regularised = low & proxy.kept & (inputs.advantages < 0)
+        regularised = low & proxy.kept & self.uses_proxy(inputs.advantages)
         if self.settings.require_below_proxy:
             regularised &= inputs.log_probs.detach() < proxy.log_q
 
@@ -124,7 +152,7 @@ class LpReg(PolicyLoss):
             "selected_fraction": mean_over(regularised, counted),
             "kept_fraction": mean_over(proxy.kept, low),
             "kl": mean_over(kl, regularised),
-            "advantage_shift": mean_over(self.settings.beta * gap.expm1(), regularised),
+            "advantage_shift": mean_over(self.settings.beta * self._pull(gap), regularised),
             "clamped_fraction": mean_over(clamped, regularised),
         }
         if proxy.log_z is not None:
@@ -147,6 +175,8 @@ class LpReg(PolicyLoss):
 
     def _low(self, inputs: LossInputs) -> Tensor:
         """[T] bool, the tokens rare enough to be regularised."""
+        if self.settings.select_by == "all":
+            return inputs.counted
         if self.settings.selection_scope == "batch":
             return self.need(inputs.selection, "selection") & inputs.counted
         negative = inputs.counted & (inputs.advantages < 0)
@@ -157,10 +187,16 @@ class LpReg(PolicyLoss):
         if self.settings.kl_estimator == "full":
             log_z = self.need(inputs.log_z, "log_z")
             return torch.where(regularised, -log_z, 0.0), torch.zeros_like(regularised)
+        if self.settings.kl_estimator == "reverse":
+            return gap.square() / 2, torch.zeros_like(regularised)
         k3 = gap.expm1() - gap
         if self.settings.k3_clamp is None:
             return k3, torch.zeros_like(regularised)
         return k3.clamp(max=self.settings.k3_clamp), k3.detach() > self.settings.k3_clamp
+
+    def _pull(self, gap: Tensor) -> Tensor:
+        """[T] what the KL term adds to the advantage of the sampled token, over beta; for "full" what k3 would add."""
+        return gap if self.settings.kl_estimator == "reverse" else gap.expm1()
 
     def _bounded_ratio(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         low, high = 1 - self.settings.clip_low, 1 + self.settings.clip_high

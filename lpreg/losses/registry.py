@@ -8,11 +8,31 @@ from dataclasses import fields
 from typing import Any
 
 from lpreg.losses.base import PolicyLoss
+from lpreg.losses.cispo import CISPO
+from lpreg.losses.clip_cov import ClipCov
+from lpreg.losses.clip_higher import ClipHigher
+from lpreg.losses.dual_clip import DualClip
+from lpreg.losses.entropy_bonus import EntropyBonus
 from lpreg.losses.grpo import GRPO
+from lpreg.losses.gspo import GSPO
+from lpreg.losses.high_entropy import HighEntropy
+from lpreg.losses.kl_cov import KLCov
 from lpreg.losses.lp_reg import LpReg
 from lpreg.presets import PRESETS
 
-METHODS: dict[str, type[PolicyLoss]] = {method.name: method for method in (GRPO, LpReg)}
+_CLASSES: tuple[type[PolicyLoss], ...] = (
+    GRPO,
+    LpReg,
+    ClipHigher,
+    DualClip,
+    GSPO,
+    CISPO,
+    KLCov,
+    ClipCov,
+    HighEntropy,
+    EntropyBonus,
+)
+METHODS = {method.name: method for method in _CLASSES}
 
 
 class _LossFactory:

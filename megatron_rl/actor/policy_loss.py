@@ -38,4 +38,4 @@ class LossChoice:
                 return make_loss(self.name, **self.settings)
             return make_loss.preset(self.name, self.preset, **self.settings)
         except ValueError as error:
-            raise UserError(f"algorithm: {error}") from error
+            raise UserError(f"algorithm.{self.name}: {error}") from error

@@ -10,6 +10,7 @@ from .schema import Config
 REWARDS = ("countdown", "math")
 """Built-in verifiers; anything else must be an import path."""
 _FULL_KL_PRESETS = ("paper",)
+_MICRO_BATCH_PRESETS = ("reference",)
 
 
 def contradictions(config: Config) -> list[str]:
@@ -19,11 +20,18 @@ def contradictions(config: Config) -> list[str]:
 
 def _algorithm(config: Config) -> Iterator[str]:
     algorithm, lp_reg = config.algorithm, config.algorithm.lp_reg
-    if config.rollout.samples_per_prompt < 2:
+    if config.rollout.samples_per_prompt < 2 and algorithm.advantage != "reinforce_plus_plus":
         yield (
             "rollout.samples_per_prompt: 1 is given, but advantages are relative within a prompt's group "
             f"(algorithm.advantage: {algorithm.advantage}); give at least 2"
         )
+    if algorithm.name in ("grpo", "clip_higher"):
+        section = getattr(algorithm, algorithm.name)
+        if (section.aggregation == "constant_length") != (section.constant_length is not None):
+            yield (
+                f"algorithm.{algorithm.name}: aggregation: constant_length and constant_length: TOKENS go together; "
+                "give both or neither"
+            )
     if algorithm.name != "lp_reg":
         return
     full = lp_reg.kl_estimator == "full" or (lp_reg.kl_estimator is None and algorithm.preset in _FULL_KL_PRESETS)
@@ -36,6 +44,13 @@ def _algorithm(config: Config) -> Iterator[str]:
         )
     if lp_reg.min_p is not None and lp_reg.fixed_tau is not None:
         yield "algorithm.lp_reg.min_p and algorithm.lp_reg.fixed_tau are two forms of one filter; give only one"
+    scope = lp_reg.selection_scope or ("micro_batch_negatives" if algorithm.preset in _MICRO_BATCH_PRESETS else "batch")
+    negatives_only = lp_reg.select_by in (None, "log_prob") and lp_reg.advantage_sign in (None, "negative")
+    if scope == "micro_batch_negatives" and not negatives_only:
+        yield (
+            "algorithm.lp_reg.select_by and algorithm.lp_reg.advantage_sign must be left as they are with "
+            "selection_scope: micro_batch_negatives; set algorithm.lp_reg.selection_scope to batch"
+        )
 
 
 def _parallel(config: Config) -> Iterator[str]:

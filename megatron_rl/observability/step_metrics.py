@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_rl.batching.rows import Array, Rows
 from megatron_rl.types import Sample
+
+if TYPE_CHECKING:
+    from lpreg import Selection, SelectionRule
 
 
 def rollout_metrics(samples: Sequence[Sample], advantages: Array) -> dict[str, float]:
@@ -46,6 +50,18 @@ def policy_metrics(batch: Rows, seen: Mapping[str, Array]) -> dict[str, float]:
     }
 
 
+def selection_metrics(rule: SelectionRule, selection: Selection) -> dict[str, float]:
+    """Where the ranking of a batch was cut; a random rule has no such place."""
+    if rule.kind == "lowest_log_prob":
+        return {
+            "lpreg/delta": float(np.exp(selection.threshold)),
+            "lpreg/below_delta_fraction": selection.count / selection.population,
+        }
+    if rule.kind in ("highest_entropy", "highest_covariance"):
+        return {f"lpreg/{rule.kind.removeprefix('highest_')}_threshold": selection.threshold}
+    return {}
+
+
 def loss_metrics(parts: Mapping[str, tuple[float, float]], num_response_tokens: int) -> dict[str, float]:
     """The loss's own (total, count) pairs as means. Shares of tokens are of the whole batch, dropped rows included."""
     metrics = {}
@@ -54,6 +70,6 @@ def loss_metrics(parts: Mapping[str, tuple[float, float]], num_response_tokens: 
             continue  # known for the whole batch, see policy_metrics
         if name == "selected_fraction":
             count = num_response_tokens
-        room = "train" if name in ("ratio", "clip_fraction") else "lpreg"
+        room = "train" if name in ("ratio", "clip_fraction", "dual_clip_fraction") else "lpreg"
         metrics[f"{room}/{name}"] = total / count if count else 0.0
     return metrics

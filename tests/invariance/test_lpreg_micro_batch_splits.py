@@ -1,4 +1,8 @@
-"""However a batch is cut into micro-batches, they add up to the same loss, gradient and metrics."""
+"""However a batch is cut into micro-batches, shuffled and shared out over ranks, every method adds up to the same.
+
+A split deals whole responses out, in any order. The selected set must be the same exactly; loss, gradient and metrics
+to rounding. Ranks that each hold a part of the batch and select together are in `test_selection_splits`.
+"""
 
 from __future__ import annotations
 
@@ -8,56 +12,110 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from lpreg import LossInputs, LossOutput, PolicyLoss, make_loss, select_lowest, token_stats
+from lpreg import LossInputs, LossOutput, PolicyLoss, apply_rule, make_loss, token_stats
+from lpreg.losses.registry import METHODS
 
-TOKENS, VOCAB = 60, 20
+LENGTHS, VOCAB = (5, 1, 9, 3, 7, 2, 8, 4, 6, 11), 20
+TOKENS = sum(LENGTHS)
+RESPONSES = len(LENGTHS)
 
 LOSSES = {
     "grpo": make_loss("grpo"),
+    "grpo, mean of sequences": make_loss("grpo", aggregation="sequence_mean_token_mean"),
+    "dr. grpo": make_loss("grpo", aggregation="constant_length", constant_length=12),
+    "clip_higher": make_loss("clip_higher"),
+    "dual_clip": make_loss("dual_clip", clip_dual=1.5),
+    "gspo": make_loss("gspo", clip_low=0.1, clip_high=0.1),
+    "cispo": make_loss("cispo", clip_high=0.5),
+    "kl_cov": make_loss("kl_cov", share=0.2),
+    "clip_cov": make_loss("clip_cov", share=0.1, cov_low=0.1, cov_high=3.0),
+    "high_entropy": make_loss("high_entropy", share=0.2),
+    "entropy_bonus": make_loss("entropy_bonus", coefficient=0.1),
     "lp_reg paper": make_loss.preset("lp_reg", "paper", rho=0.3, min_p=0.1),
     "lp_reg k3": make_loss("lp_reg", rho=0.3, min_p=0.1, k3_clamp=0.5),
     "lp_reg old": make_loss("lp_reg", rho=0.3, min_p=0.1, proxy_source="old"),
     "lp_reg lagged": make_loss("lp_reg", rho=0.3, min_p=0.1, proxy_source="lagged", require_below_proxy=True),
+    "lp_reg reverse": make_loss("lp_reg", rho=0.3, min_p=0.1, kl_estimator="reverse"),
+    "lp_reg entropy": make_loss("lp_reg", rho=0.3, min_p=0.1, select_by="entropy"),
+    "lp_reg random": make_loss("lp_reg", rho=0.3, min_p=0.1, select_by="random"),
+    "lp_reg all": make_loss("lp_reg", min_p=0.1, select_by="all", advantage_sign="both"),
+    "lp_reg fixed tau": make_loss("lp_reg", rho=0.3, fixed_tau=0.02),
+    "lp_reg no tau": make_loss("lp_reg", rho=0.3, min_p=0, proxy_source="lagged"),
 }
 
 
-def batch() -> dict[str, torch.Tensor]:
-    """Off-policy by enough that the clip binds on some tokens."""
+def batch() -> dict[str, Tensor]:
+    """Off-policy by enough that the clips bind on some tokens. All [T]; logits [T, V]."""
     generator = torch.Generator().manual_seed(1)
     old = torch.randn(TOKENS, VOCAB, generator=generator, dtype=torch.float64) * 2
+    ids = torch.arange(RESPONSES).repeat_interleave(torch.tensor(LENGTHS))
     return {
         "old_logits": old,
         "logits": old + torch.randn(TOKENS, VOCAB, generator=generator, dtype=torch.float64) * 0.5,
         "targets": torch.multinomial(old.softmax(-1), 1, generator=generator)[:, 0],
-        "advantages": torch.randn(TOKENS, generator=generator, dtype=torch.float64),
+        "advantages": torch.randn(RESPONSES, generator=generator, dtype=torch.float64)[ids],
         "mask": torch.rand(TOKENS, generator=generator) < 0.9,
+        "sequence_ids": ids,
+        "token_ids": torch.arange(TOKENS),
     }
 
 
-def add_up(loss: PolicyLoss, cuts: list[int]) -> tuple[float, torch.Tensor, dict[str, Any]]:
-    """Loss, gradient over the logits and metrics, summed over the micro-batches between the cuts."""
+Split = list[list[int]]
+"""The responses of each micro-batch, on whatever rank."""
+
+
+def selected(loss: PolicyLoss, data: dict[str, Tensor], order: Tensor) -> Tensor:
+    """[T] bool in the batch's own order, ranked with the tokens in another one."""
+    if loss.selection is None:
+        return torch.zeros(TOKENS, dtype=torch.bool)
+    old = token_stats(data["old_logits"][order], data["targets"][order])
+    mask = apply_rule(
+        loss.selection,
+        data["mask"][order],
+        log_probs=old.log_probs,
+        entropy=old.entropy,
+        advantages=data["advantages"][order],
+        token_ids=data["token_ids"][order],
+    ).mask
+    return torch.zeros(TOKENS, dtype=torch.bool).index_put((order,), mask)
+
+
+def add_up(loss: PolicyLoss, split: Split) -> tuple[float, Tensor, dict[str, Any], Tensor]:
+    """Loss, gradient over the logits, metrics and selected tokens, summed over the micro-batches of the split."""
     data = batch()
     logits = data["logits"].requires_grad_()
-    filters = loss.token_stats_kwargs()
-    old = token_stats(data["old_logits"], data["targets"], **filters)
-    selection = select_lowest(old.log_probs, data["mask"], loss.selection_fraction or 1.0).mask
+    extra = loss.token_stats_kwargs()
+    places = [
+        torch.cat([(data["sequence_ids"] == response).nonzero().squeeze(1) for response in part])
+        for part in split
+        if part
+    ]
+    selection = selected(loss, data, torch.cat(places))
+    counts = {
+        "tokens": int(data["mask"].sum()),
+        "sequences": RESPONSES,
+        "selected_tokens": int(selection.sum()),
+    }
     outputs: list[LossOutput] = []
-    for start, stop in zip([0, *cuts], [*cuts, TOKENS], strict=True):
-        part = slice(start, stop)
-        stats = token_stats(logits[part], data["targets"][part], log_z_rows=selection[part], **filters)
+    for at in places:
+        stats = token_stats(logits[at], data["targets"][at], **extra)
+        old = token_stats(data["old_logits"][at], data["targets"][at], **extra)
         inputs = LossInputs(
             log_probs=stats.log_probs,
-            old_log_probs=old.log_probs[part],
-            advantages=data["advantages"][part],
-            mask=data["mask"][part],
+            old_log_probs=old.log_probs,
+            advantages=data["advantages"][at],
+            mask=data["mask"][at],
+            entropy=stats.entropy,
             log_z=stats.log_z,
             kept=stats.kept,
-            old_log_z=old.log_z[part],
-            old_kept=old.kept[part],
-            proxy_log_probs=old.proxy_log_probs[part],
-            selection=selection[part],
-            denominator=int(data["mask"].sum()),
+            old_log_z=old.log_z,
+            old_kept=old.kept,
+            proxy_log_probs=old.proxy_log_probs,
+            sequence_ids=data["sequence_ids"][at],
+            selection=selection[at],
+            denominator=counts[loss.denominator_counts],
         )
         outputs.append(loss(inputs))
         outputs[-1].loss.backward()
@@ -65,27 +123,58 @@ def add_up(loss: PolicyLoss, cuts: list[int]) -> tuple[float, torch.Tensor, dict
     for output in outputs[1:]:
         metrics = {name: mean + output.metrics[name] for name, mean in metrics.items()}
     assert logits.grad is not None
-    return sum(float(output.loss.detach()) for output in outputs), logits.grad, metrics
+    return sum(float(output.loss.detach()) for output in outputs), logits.grad, metrics, selection
 
 
-@settings(max_examples=15)
-@given(cuts=st.lists(st.integers(0, TOKENS), max_size=6).map(sorted))
+@st.composite
+def splits(draw: st.DrawFn) -> Split:
+    """Every response on one of up to 4 ranks and there in one of up to 3 micro-batches, in any order."""
+    order = draw(st.permutations(range(RESPONSES)))
+    ranks = draw(st.sampled_from([1, 2, 4]))
+    micro_batches = ranks * draw(st.integers(1, 3))
+    parts: Split = [[] for _ in range(micro_batches)]
+    for response in order:
+        parts[draw(st.integers(0, micro_batches - 1))].append(response)
+    return parts
+
+
+WHOLE: Split = [list(range(RESPONSES))]
+
+
+@settings(max_examples=15, deadline=None)
+@given(split=splits())
 @pytest.mark.parametrize("name", LOSSES)
-def test_micro_batches_add_up_to_the_batch(name: str, cuts: list[int]) -> None:
-    whole_loss, whole_gradient, whole_metrics = add_up(LOSSES[name], [])
-    loss, gradient, metrics = add_up(LOSSES[name], cuts)
+def test_any_split_adds_up_to_the_batch(name: str, split: Split) -> None:
+    whole_loss, whole_gradient, whole_metrics, whole_selection = add_up(LOSSES[name], WHOLE)
+    loss, gradient, metrics, selection = add_up(LOSSES[name], split)
+    assert torch.equal(selection, whole_selection)
     assert loss == pytest.approx(whole_loss, rel=1e-12)
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-12, atol=1e-15)
     assert metrics.keys() == whole_metrics.keys()
     for metric, mean in metrics.items():
         assert mean.value == pytest.approx(whole_metrics[metric].value, rel=1e-12), metric
-    if name != "grpo":
-        assert 0 < metrics["selected_fraction"].value < 0.3, "the regulariser must be at work in this test"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_batch_puts_the_method_to_work(name: str) -> None:
+    """Else the test above would hold for nothing: clips bind, rules select some tokens and not all."""
+    loss = LOSSES[name]
+    _, _, metrics, selection = add_up(loss, WHOLE)
+    if "clip_fraction" in metrics and loss.name != "lp_reg":
+        assert 0 < metrics["clip_fraction"].value < 1
+    if loss.selection is not None:
+        assert 0 < int(selection.sum()) < TOKENS
+    if "selected_fraction" in metrics:
+        assert 0 < metrics["selected_fraction"].value < 0.9
+
+
+def test_every_method_is_here() -> None:
+    assert {loss.name for loss in LOSSES.values()} == set(METHODS)
 
 
 def test_selection_inside_the_micro_batch_depends_on_the_split() -> None:
     """Why "batch" is the default: the scope of the published scripts gives another loss for every packing."""
     loss = make_loss.preset("lp_reg", "reference", rho=0.1, min_p=0.1, require_below_proxy=False)
-    whole, _, _ = add_up(loss, [])
-    split, _, _ = add_up(loss, [10, 20, 30, 40, 50])
+    whole, _, _, _ = add_up(loss, WHOLE)
+    split, _, _, _ = add_up(loss, [[response] for response in range(RESPONSES)])
     assert abs(whole - split) > 1e-4

@@ -1,10 +1,13 @@
 """Exact selection does not depend on how the tokens lie over ranks: one, two or four processes all equal a sort.
 
+Nor does any rule of `apply_rule`: each selects what it selects on one process.
+
 Run as a script this file is one rank; the tests start four of them once and look at what they saved.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -17,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpreg import Selection, select_highest, select_lowest
+from lpreg import Selection, SelectionRule, apply_rule, select_highest, select_lowest
 
 RANKS = 4
 SPLITS = (1, 2, 4)
@@ -52,6 +55,24 @@ def places(count: int, shares: str, ranks: int) -> list[Tensor]:
     return list(shuffle.tensor_split([int(cut * count) for cut in cuts]))
 
 
+RULES = {
+    kind: SelectionRule(kind=kind, fraction=0.03, covariance_range=(0.2, 2.0))
+    for kind in ("lowest_log_prob", "highest_entropy", "highest_covariance", "random_in_covariance", "random")
+}
+
+
+def response_tokens() -> dict[str, Tensor]:
+    """Everything a rule may ask for, over all ranks."""
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "eligible": torch.rand(2000, generator=generator) < 0.9,
+        "log_probs": -(torch.randn(2000, generator=generator) ** 2),
+        "entropy": torch.rand(2000, generator=generator),
+        "advantages": torch.randn(2000, generator=generator),
+        "token_ids": torch.arange(2000),
+    }
+
+
 def all_cases() -> list[tuple[str, str, str, float]]:
     """(population, shares, selector, fraction)."""
     return [(name, shares, *question) for name in populations() for shares in SHARES for question in QUESTIONS]
@@ -81,6 +102,11 @@ def one_rank(rank: int, folder: Path) -> None:
             mine = places(len(values), shares, ranks)[place]
             got = SELECTORS[selector](values[mine], eligible[mine], fraction, group=group)
             results[ranks, case] = (got.threshold, got.mask, got.count, got.population)
+        for (kind, rule), shares in itertools.product(RULES.items(), SHARES):
+            mine = places(2000, shares, ranks)[place]
+            part = {name: value[mine] for name, value in response_tokens().items()}
+            got = apply_rule(rule, **part, seed=9, group=group)
+            results[ranks, kind, shares] = (got.threshold, got.mask, got.count, got.population)
         if ranks > 1:
             results[ranks, "refusal"] = refusal(group, place)
     torch.save(results, folder / f"{rank}.pt")
@@ -130,6 +156,17 @@ def test_every_layout_equals_a_sort(by_rank: list[dict[Any, Any]], name: str, ra
             threshold, mask, count, population = by_rank[rank][ranks, case]
             assert (threshold, count, population) == (want.threshold, want.count, want.population), case
             assert torch.equal(mask, want.mask[parts[rank % ranks]]), case
+
+
+@pytest.mark.parametrize("ranks", SPLITS)
+@pytest.mark.parametrize("kind", RULES)
+def test_every_layout_follows_a_rule_as_one_process_does(by_rank: list[dict[Any, Any]], kind: str, ranks: int) -> None:
+    want = apply_rule(RULES[kind], **response_tokens(), seed=9)
+    assert 0 < want.count < 0.05 * want.population
+    for rank, shares in itertools.product(range(RANKS), SHARES):
+        threshold, mask, count, population = by_rank[rank][ranks, kind, shares]
+        assert (threshold, count, population) == (want.threshold, want.count, want.population)
+        assert torch.equal(mask, want.mask[places(2000, shares, ranks)[rank % ranks]])
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

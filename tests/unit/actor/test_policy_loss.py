@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from lpreg.losses.registry import METHODS
 from lpreg.presets import PRESETS
-from megatron_rl.actor.policy_loss import LossChoice
-from megatron_rl.config.algorithm import AlgorithmSettings, GrpoSettings, LpRegSettings
+from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.config.fields import Section
+from megatron_rl.config.methods import LpRegSettings
+from megatron_rl.errors import UserError
+from megatron_rl.actor.policy_loss import LossChoice
 
-SECTIONS: dict[str, type[Section]] = {"lp_reg": LpRegSettings, "grpo": GrpoSettings}
+SECTIONS: dict[str, type[Section]] = {
+    name: type(field.default) for name, field in AlgorithmSettings.model_fields.items() if name in METHODS
+}
 
 
 def settings_of(section: dict[str, Any]) -> Any:
@@ -27,7 +31,11 @@ def test_a_methods_keys_are_its_settings(name: str) -> None:
 
 
 def test_every_method_has_a_section() -> None:
-    assert set(SECTIONS) == set(METHODS) == set(PRESETS)
+    names = get_args(AlgorithmSettings.model_fields["name"].annotation)
+    assert set(SECTIONS) == set(METHODS) == set(PRESETS) == set(names)
+    assert len(set(SECTIONS.values())) == len(SECTIONS), "each its own"
+    defaults = [name for name, field in AlgorithmSettings.model_fields.items() if isinstance(field.default, Section)]
+    assert set(defaults) == set(METHODS)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -40,8 +48,9 @@ def test_unset_keys_leave_the_methods_defaults(name: str) -> None:
 @pytest.mark.parametrize("preset", ["paper", "reference"])
 def test_presets(name: str, preset: str) -> None:
     assert settings_of({"name": name, "preset": preset}) == METHODS[name].Settings(**PRESETS[name][preset])
-    overridden = settings_of({"name": name, "preset": preset, name: {"clip_high": 0.5}})
-    assert overridden == METHODS[name].Settings(**PRESETS[name][preset] | {"clip_high": 0.5})
+    key = next(iter(PRESETS[name][preset]))
+    overridden = settings_of({"name": name, "preset": preset, name: {key: 0.5}})
+    assert overridden == METHODS[name].Settings(**PRESETS[name][preset] | {key: 0.5})
 
 
 def test_none_in_words_is_none() -> None:
@@ -58,6 +67,8 @@ def test_every_key_arrives() -> None:
         "min_p": 0.3,
         "fixed_tau": 0.25,
         "kl_estimator": "k3",
+        "select_by": "log_prob",
+        "advantage_sign": "negative",
         "selection_scope": "micro_batch_negatives",
         "require_below_proxy": False,
         "k3_clamp": 2.0,
@@ -69,6 +80,11 @@ def test_every_key_arrives() -> None:
     settings = settings_of({"lp_reg": given, "proxy_source": "lagged"})
     assert {name: getattr(settings, name) for name in given} == given
     assert settings.proxy_source == "lagged"
+
+
+def test_what_the_method_refuses_is_the_users_to_mend() -> None:
+    with pytest.raises(UserError, match=r"algorithm\.clip_cov: cov_high must lie in \(1, inf\], got 0\.5"):
+        settings_of({"name": "clip_cov", "clip_cov": {"cov_high": 0.5}})
 
 
 def test_the_other_methods_section_is_not_read() -> None:

@@ -16,6 +16,11 @@ from megatron_rl.errors import UserError
         (["algorithm.proxy_source=old", "algorithm.preset=paper"],
          ["algorithm.preset: paper", "algorithm.proxy_source: old"]),
         (["algorithm.lp_reg={min_p: 0.1, fixed_tau: 0.1}"], ["algorithm.lp_reg.min_p", "algorithm.lp_reg.fixed_tau"]),
+        (["algorithm.lp_reg={select_by: random, selection_scope: micro_batch_negatives}"],
+         ["algorithm.lp_reg.select_by", "algorithm.lp_reg.selection_scope"]),
+        (["algorithm.preset=reference", "algorithm.lp_reg.advantage_sign=both"], ["algorithm.lp_reg.selection_scope"]),
+        (["algorithm.name=clip_higher", "algorithm.clip_higher.constant_length=9"], ["algorithm.clip_higher"]),
+        (["algorithm.name=grpo", "algorithm.grpo.aggregation=constant_length"], ["algorithm.grpo", "give both"]),
         (["actor.context_parallel=2"], ["actor.context_parallel: must be 1"]),
         (["actor.expert_parallel=2"], ["actor.expert_parallel: must be 1"]),
         (["actor.data_parallel=9"], ["actor.data_parallel: 9", "8 rows", "rollout.prompts_per_step"]),
@@ -43,6 +48,10 @@ def test_refused(load, overrides, keys):
         ["algorithm.lp_reg.kl_estimator=full"],
         ["reward.name=my_package.rewards:score"],
         ["actor.data_parallel=8"],
+        ["rollout.samples_per_prompt=1", "algorithm.advantage=reinforce_plus_plus"],
+        ["algorithm.name=clip_higher"],
+        ["algorithm.name=grpo", "algorithm.grpo={aggregation: constant_length, constant_length: 512}"],
+        ["algorithm.preset=reference", "algorithm.lp_reg={select_by: entropy, selection_scope: batch}"],
     ],
 )
 def test_allowed(load, overrides):

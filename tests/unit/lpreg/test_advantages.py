@@ -43,6 +43,37 @@ def test_integer_rewards_give_fp32_and_nothing_gives_nothing() -> None:
     assert group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.floats(-3, 3, width=32)), min_size=1, max_size=30),
+    st.sampled_from(["dr_grpo", "rloo", "reinforce_plus_plus"]),
+)
+def test_the_other_estimators_equal_their_formulae(responses: list[tuple[int, float]], estimator: str) -> None:
+    ids = torch.tensor([group for group, _ in responses])
+    rewards = torch.tensor([reward for _, reward in responses], dtype=torch.float64)
+    got = group_advantages(rewards, ids, estimator=estimator).tolist()
+    everyone = [reward for _, reward in responses]
+    for i, ((group, reward), advantage) in enumerate(zip(responses, got, strict=True)):
+        members = [r for g, r in responses if g == group]
+        others = [r for j, (g, r) in enumerate(responses) if g == group and j != i]
+        if len(set(everyone if estimator == "reinforce_plus_plus" else members)) == 1:
+            assert advantage == 0
+            continue
+        if estimator == "dr_grpo":
+            want = reward - statistics.fmean(members)
+        elif estimator == "rloo":
+            want = reward - statistics.fmean(others)
+        else:
+            want = (reward - statistics.fmean(everyone)) / (statistics.stdev(everyone) + 1e-6)
+        assert advantage == pytest.approx(want, rel=1e-6, abs=1e-9)
+
+
+def test_reinforce_plus_plus_tells_groups_apart_that_grpo_does_not() -> None:
+    rewards, ids = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    assert (group_advantages(rewards, ids) == 0).all()
+    got = group_advantages(rewards, ids, estimator="reinforce_plus_plus", eps=0.0)
+    torch.testing.assert_close(got, torch.tensor([1.0, 1.0, -1.0, -1.0]) * math.sqrt(3) / 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

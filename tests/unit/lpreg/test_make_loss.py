@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lpreg import LossInputs, Mean, make_loss
+from lpreg import LossInputs, Mean, SelectionRule, make_loss
 from lpreg.losses.registry import METHODS
 from lpreg.presets import PRESETS
 
@@ -35,6 +35,13 @@ def test_what_a_driver_may_ask() -> None:
     assert reference.selection_fraction is None and reference.token_stats_kwargs() == {"fixed_tau": 0.02}
     grpo = make_loss("grpo")
     assert grpo.selection_fraction is None and grpo.proxy_source is None and grpo.token_stats_kwargs() == {}
+    assert grpo.selection is None and grpo.denominator_counts == "tokens" and not grpo.acts_without_advantage
+    assert paper.selection == SelectionRule(kind="lowest_log_prob", fraction=0.01)
+    assert make_loss("entropy_bonus").token_stats_kwargs() == {"entropy": "grad"}
+    assert make_loss("gspo").denominator_counts == "sequences"
+    high_entropy = make_loss("high_entropy")
+    assert high_entropy.denominator_counts == "selected_tokens" and high_entropy.selection.needs_entropy
+    assert high_entropy.selection_fraction is None, "select_lowest will not do"
 
 
 def test_settings_cannot_be_changed_afterwards() -> None:
@@ -57,6 +64,23 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         ("lp_reg", {"fixed_tau": 0.0}, "fixed_tau"),
         ("lp_reg", {"k3_clamp": 0.0}, "k3_clamp"),
         ("lp_reg", {"clip_low": 1.5}, "clip_low"),
+        ("grpo", {"aggregation": "mean"}, "aggregation must be one of token_mean"),
+        (
+            "grpo",
+            {"aggregation": "constant_length"},
+            "constant_length must be given with aggregation='constant_length'",
+        ),
+        ("clip_higher", {"constant_length": 8}, "constant_length must be given with"),
+        ("grpo", {"aggregation": "constant_length", "constant_length": 0}, r"constant_length must lie in \[1, inf\]"),
+        ("clip_higher", {"clip_high": -1.0}, "clip_high"),
+        ("dual_clip", {"clip_dual": 1.0}, r"clip_dual must lie in \(1, inf\]"),
+        ("gspo", {"clip_low": 2.0}, "clip_low"),
+        ("kl_cov", {"share": 0.0}, "share"),
+        ("kl_cov", {"beta": -1.0}, "beta"),
+        ("clip_cov", {"share": 1.5}, "share"),
+        ("clip_cov", {"cov_low": 5.0}, r"cov_high must lie in \(5, inf\]"),
+        ("high_entropy", {"share": 2}, "share"),
+        ("entropy_bonus", {"coefficient": -0.1}, "coefficient"),
         ("lp_reg", {"kl_estimator": "k2"}, "kl_estimator must be one of k3, full"),
         ("lp_reg", {"selection_scope": "all"}, "selection_scope must be one of"),
         ("lp_reg", {"proxy_source": "new"}, "proxy_source must be one of"),

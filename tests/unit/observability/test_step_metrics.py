@@ -4,9 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from lpreg import Selection, SelectionRule
+from lpreg.selection import SelectionKind
 from megatron_rl.batching.rows import Rows
-from megatron_rl.observability.step_metrics import loss_metrics, policy_metrics, rollout_metrics
+from megatron_rl.observability.step_metrics import loss_metrics, policy_metrics, rollout_metrics, selection_metrics
 from megatron_rl.types import FinishReason, Generation, Prompt, RewardResult, Sample
 
 NAN = float("nan")
@@ -102,3 +105,17 @@ def test_loss_metrics() -> None:
         "lpreg/kl": 0.25,
         "lpreg/clamped_fraction": 0.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "want"),
+    [
+        ("lowest_log_prob", {"lpreg/delta": 0.25, "lpreg/below_delta_fraction": 0.1}),
+        ("highest_entropy", {"lpreg/entropy_threshold": math.log(0.25)}),
+        ("highest_covariance", {"lpreg/covariance_threshold": math.log(0.25)}),
+        ("random", {}),
+    ],
+)
+def test_selection_metrics(kind: SelectionKind, want: dict[str, float]) -> None:
+    selection = Selection(math.log(0.25), torch.ones(2, dtype=torch.bool), count=2, population=20)
+    assert selection_metrics(SelectionRule(kind=kind, fraction=0.1), selection) == pytest.approx(want)

@@ -1,0 +1,226 @@
+"""The ways to get from logits, or from hidden states and an LM head, to the gradients of an Lp-Reg loss.
+
+All compute the same loss, -sum A log p + sum over 1 % of the tokens of KL(q || p), but where their docstrings say
+otherwise. A variant is prepared once, then gives (refill, step): `refill` undoes what `step` overwrote, unmeasured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpreg import LossInputs, LossOutput, PolicyLoss, TokenStats, fused_loss, fused_token_stats, token_stats
+
+Step = tuple[Callable[[], None], Callable[[], float]]
+MIN_P, MASKED = 0.02, -1e4
+
+
+@dataclass(frozen=True)
+class Problem:
+    hidden: Tensor
+    """[T, d], leaf."""
+    weight: Tensor
+    """[V, d], leaf."""
+    targets: Tensor
+    advantages: Tensor
+    selection: Tensor
+    """1 % of the tokens."""
+
+    @classmethod
+    def random(cls, tokens: int, vocab: int, width: int, dtype: torch.dtype) -> Problem:
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(tokens, width, generator=generator)
+        weight = torch.randn(vocab, width, generator=generator) * (4 / width**0.5)
+        selection = torch.zeros(tokens, dtype=torch.bool)
+        selection[torch.randperm(tokens, generator=generator)[: max(1, tokens // 100)]] = True
+        return cls(
+            hidden.to(dtype).requires_grad_(),
+            weight.to(dtype).requires_grad_(),
+            torch.randint(vocab, (tokens,), generator=generator),
+            torch.randn(tokens, generator=generator),
+            selection,
+        )
+
+    def loss(self, log_probs: Tensor, kl: Tensor) -> Tensor:
+        return (-self.advantages * log_probs + torch.where(self.selection, kl, 0.0)).sum() / self.targets.shape[0]
+
+
+class _Sink(torch.autograd.Function):
+    """Logits that a model seems to have made: not a leaf, their gradient dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _on_logits(problem: Problem, loss_of: Callable[[Tensor], Tensor]) -> Step:
+    logits = torch.empty(problem.hidden.shape[0], problem.weight.shape[0], dtype=problem.hidden.dtype)
+    anchor = torch.zeros((), requires_grad=True)
+
+    def refill() -> None:
+        with torch.no_grad():
+            torch.mm(problem.hidden, problem.weight.t(), out=logits)
+
+    def step() -> float:
+        loss = loss_of(_Sink.apply(anchor, logits))
+        loss.backward()
+        return float(loss.detach())
+
+    return refill, step
+
+
+def _on_head(problem: Problem, loss_of: Callable[[], Tensor]) -> Step:
+    def refill() -> None:
+        problem.hidden.grad = problem.weight.grad = None
+
+    def step() -> float:
+        loss = loss_of()
+        loss.backward()
+        return float(loss.detach())
+
+    return refill, step
+
+
+def _naive_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of the targets, KL(q || p) with q frozen, entropy: the definitions on whole tensors."""
+    log_p = torch.log_softmax(logits.float(), -1)
+    with torch.no_grad():
+        p = torch.softmax(logits.float(), -1)
+        entropy = -(p * log_p).sum(-1)
+        outside = p < MIN_P * p.amax(-1, keepdim=True)
+        log_q = torch.log_softmax(logits.float().masked_fill(outside, MASKED), -1)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), kl, entropy
+
+
+def naive(problem: Problem, compiled: bool = False) -> Step:
+    statistics = torch.compile(_naive_statistics) if compiled else _naive_statistics
+    return _on_logits(problem, lambda logits: problem.loss(*statistics(logits, problem.targets)[:2]))
+
+
+def _ours(problem: Problem, stats: TokenStats) -> Tensor:
+    return problem.loss(stats.log_probs, -stats.log_z)
+
+
+def materialised(problem: Problem, all_rows: bool = False) -> Step:
+    rows = None if all_rows else problem.selection
+    return _on_logits(
+        problem,
+        lambda x: _ours(problem, token_stats(x, problem.targets, log_z_rows=rows, inplace_backward=True)),
+    )
+
+
+def naive_head(problem: Problem) -> Step:
+    return _on_head(
+        problem,
+        lambda: problem.loss(*_naive_statistics(problem.hidden @ problem.weight.t(), problem.targets)[:2]),
+    )
+
+
+def published_passes(problem: Problem) -> Step:
+    """As the published code goes about it: a pass for old log-probs and entropy, one for the min-p proxy, one to train
+    with k3 on the sampled token (spec: 1, 5 and 7 of its departures), so its loss is another."""
+
+    def log_probs_of(logits: Tensor) -> Tensor:
+        return torch.log_softmax(logits, -1).gather(1, problem.targets[:, None]).squeeze(1)
+
+    def entropy_of(logits: Tensor) -> Tensor:
+        return torch.logsumexp(logits, -1) - (torch.softmax(logits, -1) * logits).sum(-1)
+
+    def loss_of() -> Tensor:
+        with torch.no_grad():
+            logits = (problem.hidden @ problem.weight.t()).float()
+            old, _ = log_probs_of(logits), entropy_of(logits)
+            del logits
+            masked = (problem.hidden @ problem.weight.t()).float()
+            p = torch.softmax(masked, -1)
+            masked = masked.clone().masked_fill_(p < MIN_P * p.amax(-1, keepdim=True), MASKED)
+            del p
+            proxy, _ = log_probs_of(masked), entropy_of(masked)
+            del masked
+        log_probs = log_probs_of((problem.hidden @ problem.weight.t()).float())
+        gap = proxy - log_probs
+        ratio = (log_probs - old).exp()
+        return problem.loss(ratio, (gap.exp() - gap - 1).clamp(-10, 10))
+
+    return _on_head(problem, loss_of)
+
+
+def torch_linear_cross_entropy(problem: Problem) -> Step:
+    """PyTorch's own: cross-entropy alone, without advantages, entropy or filter."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
+    fused = torch.nn.functional.linear_cross_entropy
+    return _on_head(problem, lambda: fused(problem.hidden, problem.weight, problem.targets, options=options))
+
+
+def fused_recompute(problem: Problem) -> Step:
+    return _on_head(
+        problem,
+        lambda: _ours(
+            problem,
+            fused_token_stats(problem.hidden, problem.weight, problem.targets, log_z_rows=problem.selection),
+        ),
+    )
+
+
+class _FullLpReg(PolicyLoss):
+    """Problem.loss, token by token, as a method."""
+
+    name = "benchmark"
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        kl = torch.where(self.need(inputs.selection, "selection"), -self.need(inputs.log_z, "log_z"), 0.0)
+        return LossOutput((-inputs.advantages * inputs.log_probs + kl).sum() / inputs.denominator, {})
+
+
+def fused_in_forward(problem: Problem) -> Step:
+    fields = {
+        "advantages": problem.advantages,
+        "selection": problem.selection,
+        "denominator": problem.targets.shape[0],
+    }
+
+    def loss_of() -> Tensor:
+        head = (problem.hidden, problem.weight, problem.targets)
+        return fused_loss(*head, _FullLpReg(None), fields, log_z_rows=problem.selection)[0].loss
+
+    return _on_head(problem, loss_of)
+
+
+def products(problem: Problem, count: int) -> Step:
+    """The matrix products alone, on whole matrices: logits (twice in the recompute form), d hidden, d weight."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def step() -> float:
+        for _ in range(count - 2):
+            torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=d_hidden)
+        torch.mm(logits.t(), hidden, out=d_weight)
+        return 0.0
+
+    return lambda: None, step
+
+
+VARIANTS: dict[str, Callable[[Problem], Step]] = {
+    "naive": naive,
+    "naive compiled": lambda problem: naive(problem, compiled=True),
+    "ours, Z on 1 %": materialised,
+    "ours, Z on all rows": lambda problem: materialised(problem, all_rows=True),
+    "head, naive": naive_head,
+    "head, published passes": published_passes,
+    "head, torch cross-entropy": torch_linear_cross_entropy,
+    "head, ours, recompute": fused_recompute,
+    "head, ours, in forward": fused_in_forward,
+    "3 products alone": lambda problem: products(problem, 3),
+    "4 products alone": lambda problem: products(problem, 4),
+}

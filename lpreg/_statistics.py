@@ -1,0 +1,185 @@
+"""From the passes over rows to statistics and back, the same for whole logits and for chunks of them.
+
+Ranks exchange per-row numbers only, all-gathered and combined in rank order, so that every rank holds the same bits; an
+all-reduce does not promise that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lpreg._checks import check_settings, check_targets
+from lpreg._rows import RowGradients, Shard, filter_masses, summarise
+
+EntropyMode = Literal["metric", "grad", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the caller asked for, and this rank's place."""
+
+    columns: int
+    """True vocabulary columns of this rank."""
+    temperature: float
+    log_cut: float
+    """log min_p, or log fixed_tau if `fixed`."""
+    fixed: bool
+    tp_group: dist.ProcessGroup | None
+    entropy: EntropyMode
+
+    @property
+    def with_entropy(self) -> bool:
+        return self.entropy != "none"
+
+
+def resolve(
+    local: int,
+    targets: Tensor,
+    temperature: float,
+    min_p: float,
+    fixed_tau: float | None,
+    vocab_size: int | None,
+    tp_group: dist.ProcessGroup | None,
+    entropy: EntropyMode,
+) -> tuple[Settings, Tensor]:
+    """Checked settings for `local` columns on this rank, and `targets` [T] as columns of this rank's slice."""
+    check_settings(temperature, min_p, fixed_tau, entropy)
+    ranks, rank = ranks_of(tp_group), 0 if tp_group is None else dist.get_rank(tp_group)
+    vocab_size = local * ranks if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= local * ranks:
+        raise ValueError(f"vocab_size is {vocab_size}, but the logits hold {local} columns on each of {ranks} ranks")
+    check_targets(targets, vocab_size)
+    settings = Settings(
+        columns=min(max(vocab_size - rank * local, 0), local),
+        temperature=float(temperature),
+        log_cut=math.log(min_p if fixed_tau is None else fixed_tau),
+        fixed=fixed_tau is not None,
+        tp_group=tp_group,
+        entropy=entropy,
+    )
+    return settings, targets - rank * local
+
+
+def ranks_of(tp_group: dist.ProcessGroup | None) -> int:
+    return 1 if tp_group is None else dist.get_world_size(tp_group)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What one read of the rows tells once the ranks are combined; all [T]."""
+
+    max_logit: Tensor
+    log_total: Tensor
+    """log sum exp(x - max)."""
+    entropy: Tensor
+    target: Tensor
+    """x of the sampled token."""
+    log_sum: Tensor
+    threshold: Tensor
+    """The filter keeps x >= threshold."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowStatistics:
+    """Everything the caller or the backward needs of each row; all [T]."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    log_z: Tensor
+    kept: Tensor
+    max_logit: Tensor
+    log_sum: Tensor
+    threshold: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[RowStatistics]) -> RowStatistics:
+        """Of consecutive chunks of rows."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+def statistics(shard: Shard, log_z_rows: Tensor | None, settings: Settings) -> RowStatistics:
+    """Of the rows of `shard`; two small collectives. A row that is not finite shows in log_sum: see `check_finite`."""
+    totals = combine(summarise(shard, settings.with_entropy), settings)
+    rows = None if log_z_rows is None else log_z_rows.nonzero().squeeze(1)
+    return finish(totals, filter_masses(shard, rows, totals.threshold, totals.log_sum), rows, settings)
+
+
+def combine(pack: Tensor, settings: Settings) -> Totals:
+    """This rank's [4, T] of `summarise` -> totals over all ranks. One collective."""
+    high, total, weighted, target = _gather(pack, settings.tp_group).unbind(1)
+    max_logit = high.amax(0)
+    shift = torch.where(high == -torch.inf, 0.0, high - max_logit)
+    scale = shift.exp()
+    total_all = (total * scale).sum(0)
+    weighted_all = ((weighted + shift * total) * scale).sum(0)
+    log_total = total_all.log()
+    log_sum = max_logit + log_total
+    # p_v >= min_p * max p and p_v >= tau, both as a cut on x: no softmax needed to know who is kept.
+    threshold = (log_sum if settings.fixed else max_logit) + settings.log_cut
+    return Totals(max_logit, log_total, log_total - weighted_all / total_all, target.amax(0), log_sum, threshold)
+
+
+def finish(totals: Totals, masses: Tensor, rows: Tensor | None, settings: Settings) -> RowStatistics:
+    """Adds log Z from this rank's [2, R] of `filter_masses`, for the given rows or (None) all. One collective."""
+    inside, outside = _gather(masses, settings.tp_group).sum(0)
+    # On a peaked row the kept mass rounds to 1 and its log keeps no digits; the mass outside has them all.
+    log_z = torch.where(outside < 0.5, torch.log1p(-outside), inside.log())
+    if rows is not None:
+        log_z = torch.zeros_like(totals.log_sum).index_copy_(0, rows, log_z)
+    return RowStatistics(
+        log_probs=(totals.target - totals.max_logit) - totals.log_total,
+        entropy=totals.entropy,
+        log_z=log_z,
+        kept=totals.target >= totals.threshold,
+        max_logit=totals.max_logit,
+        log_sum=totals.log_sum,
+        threshold=totals.threshold,
+    )
+
+
+def _gather(local: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """[...] -> [ranks, ...]."""
+    if tp_group is None or local.numel() == 0:
+        return local[None]
+    parts = [torch.empty_like(local) for _ in range(ranks_of(tp_group))]
+    dist.all_gather(parts, local, group=tp_group)
+    return torch.stack(parts)
+
+
+def row_gradients(
+    grad_log_probs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_log_z: Tensor | None,
+    log_z: Tensor,
+    log_z_rows: Tensor | None,
+    temperature: float,
+) -> RowGradients:
+    """What the gradients of the statistics mean for the raw logits; all [T]."""
+    target = torch.zeros_like(log_z) if grad_log_probs is None else grad_log_probs / temperature
+    kept = dropped = -target
+    filtered = None
+    if grad_log_z is not None:
+        real = log_z > -torch.inf if log_z_rows is None else log_z_rows & (log_z > -torch.inf)
+        shift = torch.where(real, grad_log_z / temperature, 0.0)
+        # d log Z / dx is q - p: p * (1/Z - 1) inside the filter, -p outside. expm1 keeps its digits near Z = 1.
+        kept = torch.where(real, shift * torch.expm1(-log_z), 0.0) - target
+        dropped = -target - shift
+        filtered = shift != 0
+    return RowGradients(target, kept, dropped, None if grad_entropy is None else grad_entropy / temperature, filtered)
+
+
+def check_finite(log_sum: Tensor, first: int = 0) -> None:
+    """Of the rows from number `first` on. After the gather, so that every rank raises and none waits for the others."""
+    bad = ~torch.isfinite(log_sum)
+    if bad.any():
+        rows: Sequence[int] = (bad.nonzero().squeeze(1)[:5] + first).tolist()
+        raise ValueError(
+            f"logits of {int(bad.sum())} of {bad.numel()} rows hold NaN or +inf, or only -inf; first rows: {rows}"
+        )

@@ -1,0 +1,154 @@
+"""`token_stats` with the LM head inside: hidden states in, statistics out, the logits never whole.
+
+The recompute form. The forward projects a chunk of tokens, reads the statistics off its logits and forgets them; the
+backward projects again the rows that have a gradient. Four matrix products where a head with kept logits needs three,
+for any loss. `lpreg.fused_loss` needs three, for losses that are a sum over tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lpreg._checks import check_head, check_row_tensor
+from lpreg._head import Head, HeadGradient, gather_sequence, sum_over_ranks
+from lpreg._rows import filter_masses, summarise
+from lpreg._statistics import (
+    EntropyMode,
+    RowStatistics,
+    Settings,
+    check_finite,
+    combine,
+    finish,
+    ranks_of,
+    resolve,
+    row_gradients,
+    statistics,
+)
+from lpreg.token_stats import TokenStats
+
+
+def fused_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_tokens: int | None = None,
+    sequence_parallel: bool = False,
+    temperature: float = 1.0,
+    min_p: float = 0.02,
+    fixed_tau: float | None = None,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    log_z_rows: Tensor | None = None,
+    entropy: EntropyMode = "metric",
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """`token_stats(hidden @ weight.T, targets, ...)` and the gradients of hidden and weight, in chunks of tokens.
+
+    Work: 2 T d V/TP FLOPs a matrix product; one forward and three backward, of which rows without gradient are spared.
+    With the vocabulary split, rows that need log Z are projected once more, so name them in log_z_rows (None: a fifth
+    product). Memory beside the gradients: one fp32 chunk of logits, chunk_tokens * V/TP * 4 bytes (6 for bf16 input)
+    and, while the backward runs, an fp32 sum of d weight. Communication: two small all-gathers forward, and backward
+    one sum of d hidden. Statistics are the same bits on every rank. Projecting twice may move a logit by its last bit,
+    so a token exactly on the filter's edge may count as kept and yet not be in its Z.
+
+    Args:
+        hidden: [T, d], the same on every rank of tp_group; bf16, fp16, fp32 or fp64. With sequence_parallel this rank's
+            [T/TP, d], equal parts in rank order: they are all-gathered in the forward, the whole is kept for the
+            backward, and the gradient is reduce-scattered. Everything else is about all T tokens on every rank.
+        weight: [V/TP, d], this rank's rows of the LM head, dtype of hidden; rows beyond vocab_size are never read.
+        targets: [T] int64, sampled tokens as ids in the whole vocabulary.
+        chunk_tokens: tokens projected at a time. None: 512 on a CPU, 2048 elsewhere.
+        inplace_backward: changes nothing here, where logits never outlive their chunk.
+        The others: as in `token_stats`.
+
+    Raises:
+        ValueError: arguments that do not fit together, a target outside the vocabulary, logits that are not finite.
+    """
+    check_head(hidden, weight, chunk_tokens)
+    tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
+    check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
+    if log_z_rows is not None:
+        check_row_tensor("log_z_rows", log_z_rows, torch.bool, tokens, hidden, "hidden states")
+    settings, columns_of_targets = resolve(
+        weight.shape[0], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
+    )
+    log_probs, entropies, log_z, kept, max_logit = _FusedTokenStats.apply(
+        hidden, weight, columns_of_targets, log_z_rows, settings, chunk_tokens, sequence_parallel
+    )
+    return TokenStats(log_probs, None if entropy == "none" else entropies, log_z, kept, max_logit)
+
+
+class _FusedTokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        log_z_rows: Tensor | None,
+        settings: Settings,
+        chunk_tokens: int | None,
+        sequence_parallel: bool,
+    ) -> tuple[Tensor, ...]:
+        if sequence_parallel:
+            hidden = gather_sequence(hidden, settings.tp_group)
+        head = Head(hidden, weight, targets, settings, chunk_tokens)
+        one_rank = ranks_of(settings.tp_group) == 1
+        stats = _in_one_pass(head, log_z_rows) if one_rank else _over_ranks(head, log_z_rows)
+        check_finite(stats.log_sum)
+        ctx.settings, ctx.chunk_tokens, ctx.sequence_parallel = settings, chunk_tokens, sequence_parallel
+        ctx.save_for_backward(
+            hidden, weight, targets, log_z_rows, stats.log_sum, stats.threshold, stats.entropy, stats.log_z
+        )
+        constants = [stats.kept, stats.max_logit]
+        ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
+        ctx.set_materialize_grads(False)
+        return stats.log_probs, stats.entropy, stats.log_z, stats.kept, stats.max_logit
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, grad_log_z: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, log_z_rows, log_sum, threshold, entropies, log_z = ctx.saved_tensors
+        settings: Settings = ctx.settings
+        head = Head(hidden, weight, targets, settings, ctx.chunk_tokens)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        total = HeadGradient(head, need_hidden, weight.shape[0] if need_weight else 0)
+        grads = row_gradients(grad_log_probs, grad_entropy, grad_log_z, log_z, log_z_rows, settings.temperature)
+        active = grads.active
+        for _place, rows in head.chunks(None if active.all() else active.nonzero().squeeze(1)):
+            total.add(rows, head.project(rows), grads.of(rows), threshold[rows], log_sum[rows], entropies[rows])
+        d_hidden = total.hidden
+        if d_hidden is not None:
+            d_hidden = sum_over_ranks(d_hidden, ctx.sequence_parallel, settings.tp_group)
+        d_weight = None if total.weight is None else total.weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None, None, None
+
+
+def _in_one_pass(head: Head, log_z_rows: Tensor | None) -> RowStatistics:
+    """Nobody to ask for totals, so a chunk's log Z is read while its logits are there."""
+    parts = [
+        statistics(head.project(rows), None if log_z_rows is None else log_z_rows[rows], head.settings)
+        for _, rows in head.chunks()
+    ]
+    return RowStatistics.join(parts)
+
+
+def _over_ranks(head: Head, log_z_rows: Tensor | None) -> RowStatistics:
+    """Two collectives whatever the number of chunks, for the price of projecting twice the rows that need log Z."""
+    with_entropy = head.settings.with_entropy
+    packs = [summarise(head.project(rows), with_entropy) for _, rows in head.chunks()]
+    totals = combine(torch.cat(packs, 1), head.settings)
+    wanted = None if log_z_rows is None else log_z_rows.nonzero().squeeze(1)
+    masses = [
+        filter_masses(head.project(rows), None, totals.threshold[rows], totals.log_sum[rows])
+        for _, rows in head.chunks(wanted)
+    ]
+    return finish(totals, torch.cat(masses, 1), wanted, head.settings)

@@ -1,0 +1,35 @@
+"""CISPO: clips the importance weight, never the gradient (MiniMax-M1, arXiv 2506.13585)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lpreg.aggregation import token_mean
+from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, mean_over
+from lpreg.losses.ppo import PPOSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CISPOSettings(PPOSettings):
+    clip_low: float = 1.0
+    """The weight is at least 1 - clip_low."""
+    clip_high: float = 4.0
+    """The weight is at most 1 + clip_high; 5 in all, as in ScaleRL (arXiv 2510.13786)."""
+
+
+class CISPO(PolicyLoss):
+    """-stop(clip(r, 1 - clip_low, 1 + clip_high)) A log p, averaged over tokens: every token keeps a gradient.
+
+    On-policy the weight is 1, so it is the plain policy gradient.
+    """
+
+    name = "cispo"
+    Settings = CISPOSettings
+    settings: CISPOSettings
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        ratio, counted = inputs.ratio.detach(), inputs.counted
+        weight = ratio.clamp(1 - self.settings.clip_low, 1 + self.settings.clip_high)
+        loss = token_mean(-weight * inputs.advantages * inputs.log_probs, counted, inputs.denominator)
+        metrics = {"ratio": mean_over(ratio, counted), "clip_fraction": mean_over(weight != ratio, counted)}
+        return LossOutput(loss, metrics)

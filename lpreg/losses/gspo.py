@@ -1,0 +1,44 @@
+"""GSPO: one ratio for a whole response (arXiv 2507.18071), in its token form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lpreg.aggregation import Counted, mean_of_sequence, sequence_mean_token_mean
+from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, mean_over
+from lpreg.losses.ppo import PPOSettings, ppo_clip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GSPOSettings(PPOSettings):
+    clip_low: float = 3e-4
+    """The response's ratio counts down to 1 - clip_low where the advantage is negative."""
+    clip_high: float = 4e-4
+    """The response's ratio counts up to 1 + clip_high where the advantage is positive."""
+
+
+class GSPO(PolicyLoss):
+    """The PPO clip on s = exp(mean over the response of log r), averaged over tokens, then over responses.
+
+    In the token form each token carries s with its own gradient, s * p / stop(p), so advantages may differ within a
+    response; where they do not, value and gradient are those of the ratio of the whole response. Inert on-policy, but
+    for the average over responses. A response must not be split over micro-batches or ranks.
+    """
+
+    name = "gspo"
+    Settings = GSPOSettings
+    settings: GSPOSettings
+
+    @property
+    def denominator_counts(self) -> Counted:
+        return "sequences"
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        counted = inputs.counted
+        sequence_ids = self.need(inputs.sequence_ids, "sequence_ids")
+        mean_log_ratio = mean_of_sequence(inputs.log_ratio.detach(), counted, sequence_ids)
+        ratio = (mean_log_ratio + inputs.log_probs - inputs.log_probs.detach()).exp()
+        losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)
+        loss = sequence_mean_token_mean(losses, counted, sequence_ids, inputs.denominator)
+        metrics = {"ratio": mean_over(ratio, counted), "clip_fraction": mean_over(clipped, counted)}
+        return LossOutput(loss, metrics)

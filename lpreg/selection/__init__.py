@@ -1,0 +1,6 @@
+"""Which tokens of a global batch a method acts on: exact rankings, and the rules that methods state."""
+
+from lpreg.selection.ranking import Selection, select_highest, select_lowest
+from lpreg.selection.rules import SelectionKind, SelectionRule, apply_rule
+
+__all__ = ["Selection", "SelectionKind", "SelectionRule", "apply_rule", "select_highest", "select_lowest"]

@@ -1,0 +1,121 @@
+"""What a method asks to have selected, and the one function that selects it from a global batch.
+
+Legend: T tokens of this rank; together the ranks of `group` hold the global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lpreg.selection.exact import exact_mean, uniform
+from lpreg.selection.ranking import Selection, select_highest, select_lowest
+
+SelectionKind = Literal["lowest_log_prob", "highest_entropy", "highest_covariance", "random_in_covariance", "random"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionRule:
+    """Which tokens to mark. The covariance of a token is (A - mean A)(log p - mean log p), means over the batch."""
+
+    kind: SelectionKind
+    fraction: float
+    """Share of all eligible tokens of the global batch, at least one; in (0, 1]."""
+    covariance_range: tuple[float, float] | None = None
+    """Only for "random_in_covariance": tokens strictly between the two may be drawn."""
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `apply_rule` wants entropies, which a rollout engine seldom reports."""
+        return self.kind == "highest_entropy"
+
+
+def apply_rule(
+    rule: SelectionRule,
+    eligible: Tensor,
+    *,
+    log_probs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    advantages: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    seed: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> Selection:
+    """The tokens that `rule` chooses from the eligible ones of the global batch, the same set under any layout.
+
+    Everything is known before the first backward: log-probs and entropies are those of the policy that generated the
+    batch. Rankings take all ties at the threshold; random rules draw by a hash of seed and token id.
+
+    Args:
+        eligible: [T] bool, the response tokens.
+        log_probs: [T], of the sampled tokens; for "lowest_log_prob" and both covariance rules.
+        entropy: [T], nats; for "highest_entropy".
+        advantages: [T]; for both covariance rules.
+        token_ids: [T] int64, different for every token of the global batch and travelling with it; for both random
+            rules. None, only without a group: a token's place in this call.
+        seed: for both random rules; another one for every batch.
+        group: the ranks that hold the global batch; each must call. None: this call holds all of it.
+
+    Raises:
+        ValueError: a missing or misshapen argument, or eligible values that cannot be ranked (on every rank).
+    """
+    tensors = {"log_probs": log_probs, "entropy": entropy, "advantages": advantages, "token_ids": token_ids}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != eligible.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but eligible has {list(eligible.shape)}")
+    if rule.kind == "lowest_log_prob":
+        return select_lowest(_need(rule, log_probs, "log_probs"), eligible, rule.fraction, group=group)
+    if rule.kind == "highest_entropy":
+        return select_highest(_need(rule, entropy, "entropy"), eligible, rule.fraction, group=group)
+    if rule.kind == "random":
+        return select_lowest(_draw(rule, eligible, token_ids, seed, group), eligible, rule.fraction, group=group)
+    covariance = _covariance(
+        _need(rule, advantages, "advantages"), _need(rule, log_probs, "log_probs"), eligible, group
+    )
+    if rule.kind == "highest_covariance":
+        return select_highest(covariance, eligible, rule.fraction, group=group)
+    if rule.covariance_range is None:
+        raise ValueError("covariance_range: random_in_covariance needs one")
+    low, high = rule.covariance_range
+    inside = eligible & (covariance > low) & (covariance < high)
+    # The count is a share of all tokens: those outside rank last, and are left out should it reach them.
+    draw = _draw(rule, eligible, token_ids, seed, group).masked_fill(~inside, torch.inf)
+    chosen = select_lowest(draw, eligible, rule.fraction, group=group)
+    mask = chosen.mask & inside
+    return Selection(chosen.threshold, mask, _count(mask, group), chosen.population)
+
+
+def _need(rule: SelectionRule, value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"{name} must be given: the selection rule {rule.kind} needs it")
+    return value
+
+
+def _covariance(advantages: Tensor, log_probs: Tensor, eligible: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[T] fp64; 0 where not eligible, where a value may be anything."""
+    mean_advantage = exact_mean(advantages, eligible, "advantages", group)
+    mean_log_prob = exact_mean(log_probs, eligible, "log_probs", group)
+    covariance = (advantages.detach().double() - mean_advantage) * (log_probs.detach().double() - mean_log_prob)
+    return torch.where(eligible, covariance, 0.0)
+
+
+def _draw(
+    rule: SelectionRule, eligible: Tensor, token_ids: Tensor | None, seed: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    if token_ids is None and group is None:
+        token_ids = torch.arange(eligible.numel(), device=eligible.device).view(eligible.shape)
+    token_ids = _need(rule, token_ids, "token_ids")
+    if token_ids.dtype != torch.int64:
+        raise ValueError(f"token_ids must be int64, got {token_ids.dtype}")
+    return uniform(seed, token_ids)
+
+
+def _count(mask: Tensor, group: dist.ProcessGroup | None) -> int:
+    count = mask.sum()
+    if group is not None:
+        dist.all_reduce(count, group=group)
+    return int(count)
