@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help="where to write the results as JSON")
     arguments = parser.parse_args()
-    load, started = os.getloadavg(), time.strftime("%Y-%m-%d %H:%M:%S")
+    load, started, where = os.getloadavg(), time.strftime("%Y-%m-%d %H:%M:%S"), machine()
     results: dict[str, Any] = {}
     for variants in GROUPS.values():
         results |= measure(variants, arguments)
@@ -184,7 +184,7 @@ def main() -> None:
         record = {
             "benchmark": "token_stats",
             "started": started,
-            "machine": machine(),
+            "machine": where,
             "load_average": {"before": load, "after": os.getloadavg()},
             "settings": settings | {"threads": 1},
             "ratios": verdicts,
