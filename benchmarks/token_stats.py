@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import machine
 
 GROUPS = {
     "logits given": ["naive", "naive compiled", "ours, Z on 1 %", "ours, Z on all rows"],
@@ -132,24 +133,6 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
         met = value <= bound if kind == "cost" else value >= bound
         verdicts.append({"of": over, "over": under, "kind": kind, "value": value, "target": bound, "met": met})
     return verdicts
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {
-        "cpu": models[0].split(":")[1].strip() if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "commit": commit.stdout.strip(),
-        "niceness": os.nice(0),
-    }
 
 
 def show(results: dict[str, Any], verdicts: list[dict[str, Any]]) -> None:

@@ -7,11 +7,11 @@ import pytest
 
 from lpreg.losses.registry import METHODS
 from lpreg.presets import PRESETS
+from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.config.fields import Section
 from megatron_rl.config.methods import LpRegSettings
 from megatron_rl.errors import UserError
-from megatron_rl.actor.policy_loss import LossChoice
 
 SECTIONS: dict[str, type[Section]] = {
     name: type(field.default) for name, field in AlgorithmSettings.model_fields.items() if name in METHODS
