@@ -50,6 +50,8 @@ def write_rollouts(
         [_row(step, sample, advantage) for sample, advantage in zip(samples, advantages, strict=True)], schema=SCHEMA
     )
     for name, arrays in (per_token or {}).items():
+        if name in table.column_names:
+            raise ValueError(f"per-token column {name!r}: there is a column of that name already")
         table = table.append_column(name, _per_token_column(name, arrays, samples))
     path = folder / f"step_{step:06d}.parquet"
     with atomically(path) as partial:

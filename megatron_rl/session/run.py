@@ -139,10 +139,11 @@ class Run:
         every = self.config.observability.rollouts_every
         if every and (step == 1 or step % every == 0):
             ends = np.cumsum(batch.response_lengths)[:-1]
-            columns = {name: np.split(values, ends) for name, values in seen.items()}
+            columns = {"actor_log_probs" if name == "log_probs" else name: values for name, values in seen.items()}
             if "selected" in batch.values:
-                columns["selected"] = np.split(batch.values["selected"], ends)
-            write_rollouts(self.folder / "rollouts", step, samples, advantages.tolist(), columns)
+                columns["selected"] = batch.values["selected"]
+            per_token = {name: np.split(values, ends) for name, values in columns.items()}
+            write_rollouts(self.folder / "rollouts", step, samples, advantages.tolist(), per_token)
 
     def save(self) -> None:
         """A checkpoint of this step, unless it has one."""

@@ -62,6 +62,12 @@ def test_lengths_that_do_not_match_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_second_column_of_one_name_is_refused(tmp_path: Path) -> None:
+    column = [np.zeros(len(sample.generation.token_ids)) for sample in SAMPLES]
+    with pytest.raises(ValueError, match="'log_probs'"):
+        write_rollouts(tmp_path, 1, SAMPLES, [0.0] * 3, {"log_probs": column})
+
+
 def test_a_place_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
     (tmp_path / "rollouts").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
