@@ -8,17 +8,27 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.weight_sync.transport import WeightUpdate, tensor_checksum
 
+PREFIX = "megatron-rl-weights-"
+
 
 def shared_folder() -> Path:
-    """A fresh folder in shared memory, or in the temporary folder where there is none to write to."""
+    """A fresh folder in shared memory, or in the temporary folder where there is none to write to.
+
+    Folders that runs which were killed left there are removed: memory is what they would cost.
+    """
     memory = Path("/dev/shm")
-    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="megatron-rl-weights-", dir=parent))
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    for stale in parent.glob(f"{PREFIX}*"):
+        owner = stale.name.removeprefix(PREFIX).split("-")[0]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(stale, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
 
 
 class SharedMemoryTransport:

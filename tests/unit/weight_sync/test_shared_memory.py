@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport, shared_folder
+from megatron_rl.weight_sync.shared_memory import PREFIX, SharedMemoryTransport, shared_folder
 from megatron_rl.weight_sync.transport import WeightUpdate, tensor_checksum
 
 
@@ -112,3 +114,18 @@ def test_shared_folders_are_fresh_and_go_away() -> None:
     for folder in (first, second):
         SharedMemoryTransport(folder, 0).close()
         assert not folder.exists()
+
+
+def test_what_a_killed_run_left_is_removed_and_a_living_one_is_not_touched() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    living = shared_folder()
+    stale = living.with_name(f"{PREFIX}{ended.pid}-abc")
+    stale.mkdir()
+    try:
+        other = shared_folder()
+        assert not stale.exists()
+        assert living.is_dir() and other.is_dir()
+    finally:
+        for folder in (living, stale, other):
+            shutil.rmtree(folder, ignore_errors=True)
