@@ -5,12 +5,8 @@ Run as a script this file is one rank; the tests start four of them once and loo
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lpreg import LossInputs, fused_loss, fused_token_stats, make_loss
+from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
 
-RANKS = 4
 SPLITS = (2, 4)
 TOKENS, WIDTH, CHUNK = 28, 6, 8
 FORMS = ("recompute", "in forward")
@@ -124,46 +120,25 @@ def refusal(form: str, group: dist.ProcessGroup, rank: int) -> str:
     return "accepted"
 
 
-def one_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    results: dict[Any, Any] = {}
-    for ranks in SPLITS:
-        # Every rank must take part in making every group.
-        groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, RANKS, ranks)]
-        group, place = groups[rank // ranks], rank % ranks
+def work(rank: int) -> Results:
+    results: Results = {}
+    for ranks, group, place in split(rank, SPLITS):
         for form in FORMS:
             for name, case in CASES.items():
                 results[ranks, form, name] = run(case, form, group, place, ranks)
             results[ranks, form, "refusal"] = refusal(form, group, place)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
-def test_every_rank_holds_the_same_bits(by_rank: list[dict[Any, Any]], name: str, form: str, ranks: int) -> None:
+def test_every_rank_holds_the_same_bits(by_rank: list[Results], name: str, form: str, ranks: int) -> None:
     first = by_rank[0][ranks, form, name]
     for rank in range(1, RANKS):
         for statistic in {*STATISTICS, "loss"} & first.keys():
@@ -173,7 +148,7 @@ def test_every_rank_holds_the_same_bits(by_rank: list[dict[Any, Any]], name: str
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_split_changes_no_number(by_rank: list[dict[Any, Any]], name: str, form: str, ranks: int) -> None:
+def test_the_split_changes_no_number(by_rank: list[Results], name: str, form: str, ranks: int) -> None:
     case = CASES[name]
     want = run(case, form, None, 0, 1)
     parts = [by_rank[rank][ranks, form, name] for rank in range(ranks)]
@@ -194,7 +169,7 @@ def test_the_split_changes_no_number(by_rank: list[dict[Any, Any]], name: str, f
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_collectives_are_as_few_as_promised(by_rank: list[dict[Any, Any]], name: str, ranks: int) -> None:
+def test_collectives_are_as_few_as_promised(by_rank: list[Results], name: str, ranks: int) -> None:
     sequence_parallel = CASES[name].sequence_parallel
     gather = 1 if sequence_parallel else 0
     sum_of_hidden = {"reduce_scatter" if sequence_parallel else "all_reduce": 1}
@@ -209,10 +184,10 @@ def test_collectives_are_as_few_as_promised(by_rank: list[dict[Any, Any]], name:
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[dict[Any, Any]], form: str, ranks: int) -> None:
+def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[Results], form: str, ranks: int) -> None:
     for results in by_rank:
         assert "rows hold NaN" in results[ranks, form, "refusal"]
 
 
 if __name__ == "__main__":
-    one_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    one_rank(work)

@@ -9,11 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lpreg import Selection, SelectionRule, apply_rule, select_highest, select_lowest
+from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
 
-RANKS = 4
 SPLITS = (1, 2, 4)
 QUESTIONS = (("lowest", 0.01), ("lowest", 0.3), ("highest", 0.05))
 # Where the tokens are cut between four ranks; between two, at the middle cut.
@@ -87,15 +82,10 @@ def refusal(group: dist.ProcessGroup, rank: int) -> str:
     return "accepted"
 
 
-def one_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    results: dict[Any, Any] = {}
+def work(rank: int) -> Results:
+    results: Results = {}
     everything = populations()
-    for ranks in SPLITS:
-        # Every rank must take part in making every group.
-        groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, RANKS, ranks)]
-        group, place = groups[rank // ranks], rank % ranks
+    for ranks, group, place in split(rank, SPLITS):
         for case in all_cases():
             name, shares, selector, fraction = case
             values, eligible = everything[name]
@@ -109,28 +99,12 @@ def one_rank(rank: int, folder: Path) -> None:
             results[ranks, kind, shares] = (got.threshold, got.mask, got.count, got.population)
         if ranks > 1:
             results[ranks, "refusal"] = refusal(group, place)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 def sorted_out(values: Tensor, eligible: Tensor, fraction: float, selector: str) -> Selection:
@@ -145,7 +119,7 @@ def sorted_out(values: Tensor, eligible: Tensor, fraction: float, selector: str)
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", populations())
-def test_every_layout_equals_a_sort(by_rank: list[dict[Any, Any]], name: str, ranks: int) -> None:
+def test_every_layout_equals_a_sort(by_rank: list[Results], name: str, ranks: int) -> None:
     values, eligible = populations()[name]
     for case in (case for case in all_cases() if case[0] == name):
         _, shares, selector, fraction = case
@@ -160,7 +134,7 @@ def test_every_layout_equals_a_sort(by_rank: list[dict[Any, Any]], name: str, ra
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("kind", RULES)
-def test_every_layout_follows_a_rule_as_one_process_does(by_rank: list[dict[Any, Any]], kind: str, ranks: int) -> None:
+def test_every_layout_follows_a_rule_as_one_process_does(by_rank: list[Results], kind: str, ranks: int) -> None:
     want = apply_rule(RULES[kind], **response_tokens(), seed=9)
     assert 0 < want.count < 0.05 * want.population
     for rank, shares in itertools.product(range(RANKS), SHARES):
@@ -170,11 +144,11 @@ def test_every_layout_follows_a_rule_as_one_process_does(by_rank: list[dict[Any,
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[dict[Any, Any]], ranks: int) -> None:
+def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[Results], ranks: int) -> None:
     for rank, results in enumerate(by_rank):
         where = "the first on this rank at [0, 1, 2]" if rank % ranks == 1 else "none of them on this rank"
         assert results[ranks, "refusal"].startswith("values: 3 eligible tokens are NaN, " + where)
 
 
 if __name__ == "__main__":
-    one_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    one_rank(work)

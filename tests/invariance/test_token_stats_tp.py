@@ -5,11 +5,7 @@ Run as a script this file is one rank; the tests start four of them once and loo
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lpreg import token_stats
+from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
 
-RANKS = 4
 SPLITS = (2, 4)
 TOKENS = 37
 FLOATS = ("log_probs", "entropy", "log_z", "max_logit")
@@ -96,44 +92,23 @@ def refusal(group: dist.ProcessGroup, rank: int) -> str:
     return "accepted"
 
 
-def one_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    results: dict[Any, Any] = {}
-    for ranks in SPLITS:
-        # Every rank must take part in making every group.
-        groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, RANKS, ranks)]
-        group, place = groups[rank // ranks], rank % ranks
+def work(rank: int) -> Results:
+    results: Results = {}
+    for ranks, group, place in split(rank, SPLITS):
         for name, case in CASES.items():
             results[ranks, name] = run(case, group, place, ranks)
         results[ranks, "refusal"] = refusal(group, place)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_every_rank_holds_the_same_bits(by_rank: list[dict[Any, Any]], name: str, ranks: int) -> None:
+def test_every_rank_holds_the_same_bits(by_rank: list[Results], name: str, ranks: int) -> None:
     first = by_rank[0][ranks, name]
     for rank in range(1, RANKS):
         for statistic, value in by_rank[rank][ranks, name].items():
@@ -143,7 +118,7 @@ def test_every_rank_holds_the_same_bits(by_rank: list[dict[Any, Any]], name: str
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_split_changes_no_number(by_rank: list[dict[Any, Any]], name: str, ranks: int) -> None:
+def test_the_split_changes_no_number(by_rank: list[Results], name: str, ranks: int) -> None:
     case = CASES[name]
     want = run(case, None, 0, 1)
     got = by_rank[0][ranks, name]
@@ -159,10 +134,10 @@ def test_the_split_changes_no_number(by_rank: list[dict[Any, Any]], name: str, r
 
 
 @pytest.mark.parametrize("ranks", SPLITS)
-def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[dict[Any, Any]], ranks: int) -> None:
+def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[Results], ranks: int) -> None:
     for results in by_rank:
         assert "1 of 3 rows" in results[ranks, "refusal"] and "[2]" in results[ranks, "refusal"]
 
 
 if __name__ == "__main__":
-    one_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    one_rank(work)
