@@ -1,0 +1,40 @@
+"""The statistics on CUDA are those on the CPU, to the rounding of the inputs' type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lpreg import TokenStats, fused_token_stats, token_stats
+
+pytestmark = pytest.mark.gpu
+
+FLOATS = ("log_probs", "entropy", "log_z", "max_logit")
+Form = Callable[[Tensor, Tensor, Tensor], TokenStats]
+
+
+def materialised(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenStats:
+    return token_stats(hidden.float() @ weight.float().T, targets)
+
+
+def fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenStats:
+    return fused_token_stats(hidden, weight, targets, chunk_tokens=16)
+
+
+@pytest.mark.parametrize("form", [materialised, fused])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_cuda_as_on_the_cpu(form: Form, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).to(dtype).requires_grad_() for n in (40, 64))
+    targets = torch.randint(64, (40,), generator=generator)
+    there = [leaf.detach().cuda().requires_grad_() for leaf in (hidden, weight)]
+    got, want = form(*there, targets.cuda()), form(hidden, weight, targets)
+    for name in FLOATS:
+        torch.testing.assert_close(getattr(got, name).cpu(), getattr(want, name), rtol=1e-3, atol=1e-3)
+    got_grads = torch.autograd.grad((got.log_probs - got.log_z).sum(), there)
+    want_grads = torch.autograd.grad((want.log_probs - want.log_z).sum(), [hidden, weight])
+    for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(got_grad.cpu(), want_grad, rtol=2e-2, atol=2e-2)
