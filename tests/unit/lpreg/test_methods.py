@@ -220,6 +220,13 @@ DEFINITIONS: dict[str, tuple[PolicyLoss, Callable[[Batch, bool], Tensor]]] = {
 }
 
 
+def cut_is_clear(scores: dict[int, float], share: float) -> bool:
+    """Whether rounding cannot change which scores are the highest."""
+    ranked = sorted(scores.values(), reverse=True)
+    count = max(1, int(share * len(ranked)))
+    return count == len(ranked) or ranked[count - 1] - ranked[count] > 1e-9
+
+
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5),
     drift=st.sampled_from([0.05, 0.6]),
@@ -230,8 +237,8 @@ DEFINITIONS: dict[str, tuple[PolicyLoss, Callable[[Batch, bool], Tensor]]] = {
 def test_equals_its_definition(name: str, lengths: list[int], drift: float, seed: int, on_policy: bool) -> None:
     loss, definition = DEFINITIONS[name]
     data = make_batch(lengths, drift, seed)
-    # With one advantage for all, or of two tokens, covariances are equal but for rounding: none is the highest.
-    assume(name != "kl_cov" or (len(data.advantages[data.mask].unique()) > 1 and data.mask.sum() > 2))
+    # Where an advantage happens to be the mean one, covariances are equal but for rounding: none is the highest.
+    assume(name != "kl_cov" or cut_is_clear(covariances(data, on_policy), 0.3))
     got, want = run(loss, data, on_policy=on_policy), definition(data, on_policy)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     gradients = [torch.autograd.grad(value, data.logits)[0] for value in (got, want)]
