@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 Weights = Literal["current", "lagged"]
+Sums = dict[str, tuple[float, float]]
+"""Metric name -> (total, count), a mean that is still open."""
+
+
+def add_up(parts: Iterable[Sums]) -> Sums:
+    """The sums of micro-batches, or of replicas, as one."""
+    whole: Sums = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before = whole.get(name, (0.0, 0.0))
+            whole[name] = (before[0] + total, before[1] + count)
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +40,6 @@ class TrainResult:
     table: Table
     loss: float
     """The replica's part of the loss; the parts add up."""
-    metrics: dict[str, tuple[float, float]]
-    """Name -> (total, count); both add up over replicas."""
+    metrics: Sums
     grad_norm: float
     """Of the whole gradient, before clipping; the same on every rank."""

@@ -6,7 +6,6 @@ Every method is collective: the driver calls it on all ranks. Only the reporting
 
 from __future__ import annotations
 
-import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.model import build_model
 from megatron_rl.actor.policy_loss import LossChoice
-from megatron_rl.actor.results import Table, TrainResult, Weights
+from megatron_rl.actor.results import Table, TrainResult, Weights, add_up
 from megatron_rl.actor.step import run_schedule
 from megatron_rl.batching.buckets import share_out
 from megatron_rl.batching.rows import Rows
@@ -60,7 +59,10 @@ class MegatronWorker:
             return host, int(probe.getsockname()[1])
 
     def start(self, host: str, port: int, model_folder: Path) -> str:
-        """Join the process groups and build this rank's part of the model. Returns what it runs on, for the log."""
+        """Join the process groups and build this rank's part of the model, its weights yet to come by `load_hf`.
+
+        Returns what it runs on, for the log.
+        """
         self.device = platform.prepare(self.settings.device)
         if self.device.type == "cpu":
             torch.set_num_threads(1)
@@ -81,7 +83,6 @@ class MegatronWorker:
             pad_vocabulary=self.settings.pad_vocabulary,
         )
         self.ddp = wrap_ddp(self.model)
-        self.load_hf(model_folder)
         return platform.describe()
 
     def load_hf(self, folder: Path) -> None:
@@ -116,15 +117,10 @@ class MegatronWorker:
         _, grad_norm, _ = self.optimizer.step()
         if not self._reports:
             return None
-        metrics: dict[str, tuple[float, float]] = {}
-        for _, _, part, _ in results:
-            for name, (total, count) in part.items():
-                old = metrics.get(name, (0.0, 0.0))
-                metrics[name] = (old[0] + total, old[1] + count)
         return TrainResult(
             table=_table([(rows, columns) for rows, _, _, columns in results]),
             loss=sum(loss for _, loss, _, _ in results),
-            metrics=metrics,
+            metrics=add_up(part for _, _, part, _ in results),
             grad_norm=float(grad_norm),
         )
 
@@ -197,12 +193,6 @@ class MegatronWorker:
         return checkpoint_state.export_stage(
             folder, self.model, self.hf_config, process_groups.pp_rank(), self.layout.pipeline, self._publishes
         )
-
-    def peak_memory(self) -> float:
-        """GiB: of the device on CUDA, resident otherwise."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def close(self) -> None:
         process_groups.destroy()

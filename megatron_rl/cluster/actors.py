@@ -11,7 +11,7 @@ import ray
 
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.policy_loss import LossChoice
-from megatron_rl.actor.results import Table, TrainResult, Weights
+from megatron_rl.actor.results import Sums, Table, TrainResult, Weights, add_up
 from megatron_rl.batching.rows import Rows
 from megatron_rl.cluster.runtime import host_process, results
 from megatron_rl.weight_sync.transport import WeightUpdate
@@ -27,14 +27,13 @@ class StepResult:
     values: dict[str, np.ndarray]
     """Name -> [T]: log_probs, entropy, log_z, kept, as they were before the update."""
     loss: float
-    metrics: dict[str, tuple[float, float]]
-    """Name -> (total, count)."""
+    metrics: Sums
     grad_norm: float
     """Before clipping."""
 
 
 class Actors:
-    """All ranks of the Megatron actor."""
+    """All ranks of the Megatron actor. Its weights come by `load_hf`."""
 
     def __init__(self, settings: ActorSettings, layout: Layout, model_folder: Path, logs: Path) -> None:
         self.ranks = [
@@ -77,15 +76,10 @@ class Actors:
 
     def train_result(self, refs: list[ray.ObjectRef], batch: Rows) -> StepResult:
         parts: list[TrainResult] = [part for part in results(refs) if part is not None]
-        metrics: dict[str, tuple[float, float]] = {}
-        for part in parts:
-            for name, (total, count) in part.metrics.items():
-                old = metrics.get(name, (0.0, 0.0))
-                metrics[name] = (old[0] + total, old[1] + count)
         return StepResult(
             values=_merge(batch, [part.table for part in parts]),
             loss=sum(part.loss for part in parts),
-            metrics=metrics,
+            metrics=add_up(part.metrics for part in parts),
             grad_norm=parts[0].grad_norm,
         )
 
@@ -118,10 +112,6 @@ class Actors:
 
     def export_hf(self, folder: Path) -> list[dict[str, Any]]:
         return [shard for shard in self._all("export_hf", folder) if shard]
-
-    def peak_memory(self) -> float:
-        """GiB, summed over ranks."""
-        return sum(self._all("peak_memory"))
 
     def close(self) -> None:
         for ref in self._submit("close"):

@@ -94,7 +94,7 @@ def open_run(config: Config) -> Iterator[Run]:
         )
         processes = layout_of(config).world_size + config.rollout.engines
         stack.enter_context(ray_runtime(processes, gpus=0 if config.actor.device == "cpu" else processes))
-        actors, engines = _start(config, choice, inputs, view, stack)
+        actors, engines = _start(config, choice, inputs, view, stack, resumes=state is not None)
         weights_folder = shared_folder()
         stack.callback(shutil.rmtree, weights_folder, ignore_errors=True)
         run = Run(
@@ -119,14 +119,16 @@ def open_run(config: Config) -> Iterator[Run]:
         yield run
 
 
-def _start(config: Config, choice: LossChoice, inputs: Inputs, view: View, stack: ExitStack) -> tuple[Actors, Engines]:
-    """The actor, warm-started and with its loss and optimizer, and the engines."""
+def _start(
+    config: Config, choice: LossChoice, inputs: Inputs, view: View, stack: ExitStack, *, resumes: bool
+) -> tuple[Actors, Engines]:
+    """The actor with its loss and optimizer, and the engines. A run that resumes has its weights: no warm start."""
     logs, layout = config.run.folder / "logs", layout_of(config)
     view.phase("starting")
     actors = Actors(config.actor, layout, config.model.path, logs)
     stack.callback(actors.close)
     view.message(f"actor: {layout.world_size} ranks, {actors.description}")
-    model_folder = warm_start(config, actors, inputs.tokenizer, view)
+    model_folder = config.model.path if resumes else warm_start(config, actors, inputs.tokenizer, view)
     actors.load_hf(model_folder)
     actors.prepare(choice, config.actor.optimizer)
     engines = Engines(config.rollout, config.actor, model_folder, logs)

@@ -63,7 +63,8 @@ class Run:
     """Steps done."""
     weight_version: int = 0
     grading_metrics: dict[str, float] = field(default_factory=dict)
-    synced: bool = False
+    synced_version: int | None = None
+    """Of the weights that the engines have."""
     saved_step: int | None = None
 
     @property
@@ -123,9 +124,11 @@ class Run:
 
     def sync_weights(self) -> None:
         """Give the engines the actor's weights. The first time, every tensor's checksum is compared on both sides."""
-        update = self.actors.push_weights(self.weights_folder, self.weight_version, checksums=not self.synced)
-        self.engines.update_weights(update)
-        self.synced = True
+        if self.synced_version == self.weight_version:
+            return  # a step without an update
+        first = self.synced_version is None
+        self.engines.update_weights(self.actors.push_weights(self.weights_folder, self.weight_version, checksums=first))
+        self.synced_version = self.weight_version
 
     def log(self, metrics: dict[str, float]) -> None:
         """A step's metrics, to file and screen."""
