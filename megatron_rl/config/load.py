@@ -7,32 +7,33 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from megatron_rl.errors import UserError
 
 from .checks import contradictions
+from .files import merge, read_layers
 from .overrides import apply_override, parse_override
-from .problems import show, source, type_problems, unknown_in_path, unknown_keys
+from .problems import source, type_problems, unknown_in_path, unknown_keys
 from .schema import Config
-from .yaml_text import dump_yaml, parse_yaml, yaml_problem
+from .yaml_text import dump_yaml
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
-    """Read a configuration file and apply overrides in order.
+    """Read a configuration file, laid over its `base`, and apply overrides in order.
 
     A null, in the file or as `key=null`, clears the key: its default holds. Raises UserError with every problem found,
     each with its key and where it was set.
     """
-    tree = _read(path)
+    layers = read_layers(path)
     parsed = [parse_override(text) for text in overrides]
-    problems = [f"{path}: {problem}" for problem in unknown_keys(tree, ())]
+    problems = [f"{layer.path}: {problem}" for layer in layers for problem in unknown_keys(layer.tree, ())]
     for override in parsed:
         unknown = unknown_in_path(override.key)
         found = [unknown] if unknown else list(unknown_keys(override.value, override.key))
         problems += [f"override {override.text}: {problem}" for problem in found]
     _raise_if(problems)
+    tree = merge(layers)
     for override in parsed:
         apply_override(tree, override)
     tree = _without_nulls(tree)
@@ -40,7 +41,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        _raise_if([f"{source(key, path, parsed)}: {text}" for key, text in type_problems(error, tree).items()])
+        _raise_if([f"{source(key, layers, parsed)}: {text}" for key, text in type_problems(error, tree).items()])
         raise
     _raise_if([f"{path}: {problem}" for problem in contradictions(config)])
     return config
@@ -54,22 +55,6 @@ def expand(config: Config) -> str:
 def _raise_if(problems: list[str]) -> None:
     if problems:
         raise UserError("\n".join(problems))
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {yaml_problem(error)}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: sections such as `model:` and `train:` are expected, not {show(tree)}")
-    return tree
 
 
 def _without_nulls(tree: Any) -> Any:

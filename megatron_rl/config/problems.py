@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from .keys import Key, expected, has_keys, is_known, nearest
 from .overrides import Override
+
+if TYPE_CHECKING:
+    from .files import Layer
 
 
 def unknown_in_path(key: Key) -> str | None:
@@ -62,13 +64,13 @@ def type_problems(error: ValidationError, tree: dict[Any, Any]) -> dict[Key, str
     return lines
 
 
-def source(key: Key, path: Path, overrides: list[Override]) -> str:
-    """Where the value came from: the last override at, above or below the key, else the file."""
+def source(key: Key, layers: Sequence[Layer], overrides: list[Override]) -> str:
+    """Where the value came from: the last override at, above or below the key, else the last file that says it."""
     for override in reversed(overrides):
         shared = min(len(key), len(override.key))
         if override.key[:shared] == key[:shared]:
             return f"override {override.text}"
-    return str(path)
+    return str(next((layer.path for layer in reversed(layers) if layer.sets(key)), layers[-1].path))
 
 
 def show(value: Any) -> str:
