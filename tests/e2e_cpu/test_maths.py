@@ -7,12 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from tests.e2e_cpu.conftest import REPOSITORY, CommandLine, values
+from tests.hf_models import write_hf_model
 
 pytestmark = pytest.mark.e2e
 
@@ -33,19 +33,15 @@ def write_model(folder: Path, texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE)
     fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen2Config(
+    write_hf_model(
+        folder,
+        "qwen2",
         vocab_size=len(fast),  # odd, so that two ranks must pad it
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=False,
         eos_token_id=fast.eos_token_id,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
     return fast
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -19,15 +20,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.model import build_model
 from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, load_hf_weights
+from tests.hf_models import as_stored, hf_model
 
-CASES = {"qwen3": False, "qwen3-tied": True, "qwen2": False, "qwen2-tied": True}
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3-tied": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+}
 VOCABULARY = 101  # odd: tensor parallelism of 2 needs padding
 LENGTHS = (7, 12, 3, 9, 5, 16, 8, 4)
 DEVICE = torch.device("cpu")
@@ -46,25 +52,10 @@ class Reference:
 
 
 def reference(case: str) -> Reference:
-    torch.manual_seed(7)
-    settings = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=CASES[case],
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    shape = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4
     )
-    if case.startswith("qwen3"):
-        model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **settings))
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(**settings))
-    with torch.no_grad():  # norms of one and biases of nought would hide mistakes
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = hf_model(seed=7, noise=0.1, vocab_size=VOCABULARY, **(shape | CASES[case]))
     sequences = [torch.randint(0, VOCABULARY, (length,)) for length in LENGTHS]
     logits = [model(tokens[None]).logits[0] for tokens in sequences]
     loss = mean_loss(logits, sequences)
@@ -72,11 +63,11 @@ def reference(case: str) -> Reference:
     parameters = dict(model.named_parameters())
     return Reference(
         hf_config={**model.config.to_dict(), "architectures": [type(model).__name__]},
-        weights={name: parameter.detach().clone() for name, parameter in parameters.items()},
+        weights=as_stored({name: parameter.detach().clone() for name, parameter in parameters.items()}),
         sequences=sequences,
         logits=[x.detach() for x in logits],
         loss=loss.item(),
-        gradients={name: parameter.grad for name, parameter in parameters.items()},
+        gradients=as_stored({name: parameter.grad for name, parameter in parameters.items()}),
     )
 
 

@@ -18,22 +18,10 @@ from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.model import build_model
 from megatron_rl.actor.norm import RMSNorm
+from tests.hf_models import config_json
 
 CPU = torch.device("cpu")
-CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "vocab_size": 37,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-}
+CONFIG = config_json("qwen3", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +49,7 @@ def stage(dtype: torch.dtype = torch.float32) -> GPTModel:
 
 def test_packed_sequences_do_not_see_each_other() -> None:
     model, lengths = stage(), (5, 3, 9)
-    tokens = torch.randint(0, 37, (sum(lengths),))
+    tokens = torch.randint(0, 50, (sum(lengths),))
     bounds = torch.tensor([0, 5, 8, 17], dtype=torch.int32)
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=9, max_seqlen_kv=9
@@ -73,7 +61,7 @@ def test_packed_sequences_do_not_see_each_other() -> None:
 
 def test_padding_on_the_right_changes_nothing_before_it() -> None:
     model = stage()
-    tokens = torch.randint(0, 37, (2, 12))
+    tokens = torch.randint(0, 50, (2, 12))
     whole, cut = model(tokens, None, None), model(tokens[:, :7], None, None)
     torch.testing.assert_close(whole[:, :7], cut, atol=1e-5, rtol=1e-5)
 
@@ -117,7 +105,7 @@ def test_an_optimizer_step_is_that_of_adamw(dtype: torch.dtype) -> None:
     reference = torch.optim.AdamW(expected.values(), lr=1e-2, weight_decay=0.0)
     for step in range(2):
         wrapped.zero_grad_buffer()
-        wrapped(torch.randint(0, 37, (2, 6)), None, None).float().square().mean().backward()
+        wrapped(torch.randint(0, 50, (2, 6)), None, None).float().square().mean().backward()
         for name, gradient in ((name, p.main_grad) for name, p in model.named_parameters()):
             expected[name].grad = gradient.clone()
         norm = torch.nn.utils.clip_grad_norm_(expected.values(), 0.5)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,34 +9,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from megatron_rl.batching.rows import Rows
 from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
 from megatron_rl.checkpoint.hf_format import INDEX, SINGLE, open_weights
 from megatron_rl.checkpoint.state import write_tensors
-
-CONFIG = Qwen3Config(
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    tie_word_embeddings=False,
-)
-
-
-def model(seed: int) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    return Qwen3ForCausalLM(CONFIG).eval()
+from tests.hf_models import hf_model
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Another model's folder, with a file that is neither configuration nor weights."""
-    model(0).save_pretrained(tmp_path / "source")
+    hf_model(seed=0).save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
     return tmp_path / "source"
 
@@ -55,7 +41,7 @@ def rows() -> Rows:
     return Rows([np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8])], np.array([2, 1]))
 
 
-def logits(of: Qwen3ForCausalLM) -> np.ndarray:
+def logits(of: PreTrainedModel) -> np.ndarray:
     """[T, V], one response token at a time."""
     parts = []
     with torch.inference_mode():
@@ -66,7 +52,7 @@ def logits(of: Qwen3ForCausalLM) -> np.ndarray:
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_an_export_loads_as_the_same_model(tmp_path: Path, source: Path, stages: int) -> None:
-    trained = model(1)
+    trained = hf_model(seed=1)
     tensors = trained.state_dict()
     export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, tensors, stages))
     weights = open_weights(tmp_path / "hf")
@@ -81,8 +67,8 @@ def test_an_export_loads_as_the_same_model(tmp_path: Path, source: Path, stages:
 
 
 def test_another_model_or_a_nan_is_seen(tmp_path: Path, source: Path) -> None:
-    trained = model(1)
-    export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, model(2).state_dict(), 1))
+    trained = hf_model(seed=1)
+    export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, hf_model(seed=2).state_dict(), 1))
     assert largest_logit_difference(tmp_path / "hf", rows(), logits(trained), "float32") > 1e-2
     spoilt = logits(trained)
     spoilt[0, 0] = np.nan
@@ -90,7 +76,7 @@ def test_another_model_or_a_nan_is_seen(tmp_path: Path, source: Path) -> None:
 
 
 def test_an_export_that_fails_leaves_the_old_one(tmp_path: Path, source: Path) -> None:
-    tensors = model(1).state_dict()
+    tensors = hf_model(seed=1).state_dict()
     export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, tensors, 3))
 
     def fail(folder: Path) -> list[dict[str, Any]]:
@@ -106,6 +92,7 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path: Path, source: Path) -
 
 def test_a_new_export_replaces_the_old_one_whole(tmp_path: Path, source: Path) -> None:
     for stages in (3, 1):
-        export_hf(tmp_path / "hf", source, lambda folder, n=stages: write_shards(folder, model(n).state_dict(), n))  # type: ignore[misc]
+        tensors = hf_model(seed=stages).state_dict()
+        export_hf(tmp_path / "hf", source, partial(write_shards, tensors=tensors, count=stages))
     assert {path.name for path in (tmp_path / "hf").glob("*.safetensors*")} == {SINGLE}
-    assert torch.equal(load_file(tmp_path / "hf" / SINGLE)["lm_head.weight"], model(1).state_dict()["lm_head.weight"])
+    assert torch.equal(load_file(tmp_path / "hf" / SINGLE)["lm_head.weight"], tensors["lm_head.weight"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,22 +19,10 @@ from megatron_rl.actor.optimizer import build_optimizer, main_weights, read_mome
 from megatron_rl.checkpoint.state import STEPS, export_stage, load_stage, save_stage, write_tensors
 from megatron_rl.config.actor import OptimizerSettings
 from megatron_rl.errors import UserError
+from tests.hf_models import config_json
 
 CPU = torch.device("cpu")
-CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-}
+CONFIG = config_json("qwen3", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

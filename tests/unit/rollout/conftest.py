@@ -7,30 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_rl.rollout.transformers_engine import TransformersEngine
+from tests.hf_models import write_hf_model
 
-VOCABULARY = 50
 
-
-def write_model(folder: Path, *, seed: int, tied: bool, vocabulary: int = VOCABULARY) -> Path:
-    """A Qwen3 whose distributions are far from uniform, so that log-probs tell tokens and positions apart."""
-    config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(seed)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
+def write_model(folder: Path, *, seed: int, tied: bool) -> Path:
+    """A model whose distributions are far from uniform, so that log-probs tell tokens and positions apart."""
+    return write_hf_model(folder, seed=seed, tie_word_embeddings=tied, initializer_range=0.3)
 
 
 @pytest.fixture(autouse=True, scope="session")
