@@ -58,7 +58,7 @@ def fused_loss(
     Args:
         hidden, weight, targets, chunk_tokens, sequence_parallel, temperature, vocab_size, tp_group, log_z_rows: as in
             `fused_token_stats`. The filter is what the loss asks for.
-        loss: a method that is a sum over tokens.
+        loss: a method that is `token_separable`.
         inputs: the fields of LossInputs by name, but those that come from the model (log_probs, entropy, log_z, kept);
             tensors [T], all tokens, on every rank.
         entropy: "metric" hands the entropy to the loss without gradient, "none" not at all; where the loss itself asks
@@ -70,7 +70,8 @@ def fused_loss(
     Raises:
         ValueError: as `fused_token_stats`; a loss that is no sum over tokens; an input that is unknown or does not fit.
     """
-    _check_separable(loss, inputs)
+    if not loss.token_separable:
+        raise ValueError(f"{loss.name} as set up looks at more than one token at a time: use fused_token_stats")
     check_head(hidden, weight, chunk_tokens)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
@@ -124,15 +125,6 @@ def _forward(
         _add_gradient(total, place, shard, grads, stats)
     assert value is not None  # there is at least one chunk
     return LossOutput(value, metrics), RowStatistics.join(parts)
-
-
-def _check_separable(loss: PolicyLoss, inputs: Mapping[str, Any]) -> None:
-    separable = getattr(loss, "token_separable", getattr(loss.settings, "selection_scope", "batch") == "batch")
-    if not separable or "sequence_ids" in inputs:
-        raise ValueError(
-            f"{loss.name} is asked to look at whole responses or the whole micro-batch, which a chunk may cut: "
-            "leave sequence_ids out of the inputs if the method does not need them, else use fused_token_stats"
-        )
 
 
 def _check_inputs(inputs: Mapping[str, Any], tokens: int) -> None:

@@ -154,6 +154,12 @@ class PolicyLoss(ABC):
         return False
 
     @property
+    def token_separable(self) -> bool:
+        """Whether the loss is a sum over tokens in which none looks at another of the micro-batch, so that it may be
+        taken a few tokens at a time (`fused_loss`)."""
+        return True
+
+    @property
     def proxy_source(self) -> ProxySource | None:
         """Whose filter statistics the method reads: log_z and kept of the "current" policy, old_log_z and old_kept
         ("old"), or proxy_log_probs ("lagged"). None: nobody's."""

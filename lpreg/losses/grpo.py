@@ -44,6 +44,10 @@ class GRPO(PolicyLoss):
     def denominator_counts(self) -> Counted:
         return "tokens" if self.settings.aggregation == "token_mean" else "sequences"
 
+    @property
+    def token_separable(self) -> bool:
+        return self.settings.aggregation != "sequence_mean_token_mean"
+
     def __call__(self, inputs: LossInputs) -> LossOutput:
         ratio, counted = inputs.ratio, inputs.counted
         losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)

@@ -33,6 +33,10 @@ class GSPO(PolicyLoss):
     def denominator_counts(self) -> Counted:
         return "sequences"
 
+    @property
+    def token_separable(self) -> bool:
+        return False
+
     def __call__(self, inputs: LossInputs) -> LossOutput:
         counted = inputs.counted
         sequence_ids = self.need(inputs.sequence_ids, "sequence_ids")

@@ -120,6 +120,10 @@ class LpReg(PolicyLoss):
             return None
         return SelectionRule(kind=_RULES[self.settings.select_by], fraction=self.settings.rho)
 
+    @property
+    def token_separable(self) -> bool:
+        return self.settings.selection_scope == "batch"
+
     def uses_proxy(self, advantages: Tensor) -> Tensor:
         return advantages < 0 if self.settings.advantage_sign == "negative" else advantages != 0
 
@@ -150,13 +154,13 @@ class LpReg(PolicyLoss):
             "ratio": mean_over(ratio, counted),
             "clip_fraction": mean_over((bounded != ratio) & (inputs.advantages != 0), counted),
             "selected_fraction": mean_over(regularised, counted),
-            "kept_fraction": mean_over(proxy.kept, low),
+            "candidate_kept_fraction": mean_over(proxy.kept, low),
             "kl": mean_over(kl, regularised),
             "advantage_shift": mean_over(self.settings.beta * self._pull(gap), regularised),
             "clamped_fraction": mean_over(clamped, regularised),
         }
         if proxy.log_z is not None:
-            metrics["one_minus_z"] = mean_over(-proxy.log_z.expm1(), regularised)
+            metrics["selected_one_minus_z"] = mean_over(-proxy.log_z.expm1(), regularised)
         return LossOutput(loss, metrics)
 
     def _proxy(self, inputs: LossInputs) -> _Proxy:

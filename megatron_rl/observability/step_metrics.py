@@ -66,12 +66,8 @@ def loss_metrics(parts: Mapping[str, tuple[float, float]], num_response_tokens: 
     """The loss's own (total, count) pairs as means. Shares of tokens are of the whole batch, dropped rows included."""
     metrics = {}
     for name, (total, count) in parts.items():
-        if name == "kept_fraction":
-            continue  # known for the whole batch, see policy_metrics
         if name == "selected_fraction":
             count = num_response_tokens
-        if name == "one_minus_z":
-            name = "selected_one_minus_z"  # policy_metrics has that of all tokens
         room = "train" if name in ("ratio", "clip_fraction", "dual_clip_fraction") else "lpreg"
         metrics[f"{room}/{name}"] = total / count if count else 0.0
     return metrics

@@ -82,16 +82,17 @@ def selected(loss: PolicyLoss, data: dict[str, Tensor], order: Tensor) -> Tensor
     return torch.zeros(TOKENS, dtype=torch.bool).index_put((order,), mask)
 
 
-def add_up(loss: PolicyLoss, split: Split) -> tuple[float, Tensor, dict[str, Any], Tensor]:
-    """Loss, gradient over the logits, metrics and selected tokens, summed over the micro-batches of the split."""
+def places_of(split: Split) -> list[Tensor]:
+    """The tokens of each micro-batch."""
+    ids = batch()["sequence_ids"]
+    return [torch.cat([(ids == response).nonzero().squeeze(1) for response in part]) for part in split if part]
+
+
+def add_up(loss: PolicyLoss, places: list[Tensor]) -> tuple[float, Tensor, dict[str, Any], Tensor]:
+    """Loss, gradient over the logits, metrics and selected tokens, summed over micro-batches of the given tokens."""
     data = batch()
     logits = data["logits"].requires_grad_()
     extra = loss.token_stats_kwargs()
-    places = [
-        torch.cat([(data["sequence_ids"] == response).nonzero().squeeze(1) for response in part])
-        for part in split
-        if part
-    ]
     selection = selected(loss, data, torch.cat(places))
     counts = {
         "tokens": int(data["mask"].sum()),
@@ -138,7 +139,7 @@ def splits(draw: st.DrawFn) -> Split:
     return parts
 
 
-WHOLE: Split = [list(range(RESPONSES))]
+WHOLE = places_of([list(range(RESPONSES))])
 
 
 @settings(max_examples=15, deadline=None)
@@ -146,7 +147,7 @@ WHOLE: Split = [list(range(RESPONSES))]
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_split_adds_up_to_the_batch(name: str, split: Split) -> None:
     whole_loss, whole_gradient, whole_metrics, whole_selection = add_up(LOSSES[name], WHOLE)
-    loss, gradient, metrics, selection = add_up(LOSSES[name], split)
+    loss, gradient, metrics, selection = add_up(LOSSES[name], places_of(split))
     assert torch.equal(selection, whole_selection)
     assert loss == pytest.approx(whole_loss, rel=1e-12)
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-12, atol=1e-15)
@@ -168,6 +169,13 @@ def test_the_batch_puts_the_method_to_work(name: str) -> None:
         assert 0 < metrics["selected_fraction"].value < 0.9
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_separable_loss_may_be_cut_inside_a_response_and_no_other(name: str) -> None:
+    whole, _, _, _ = add_up(LOSSES[name], WHOLE)
+    cut, _, _, _ = add_up(LOSSES[name], list(WHOLE[0].split(3)))
+    assert (cut == pytest.approx(whole, rel=1e-12)) == LOSSES[name].token_separable
+
+
 def test_every_method_is_here() -> None:
     assert {loss.name for loss in LOSSES.values()} == set(METHODS)
 
@@ -176,5 +184,5 @@ def test_selection_inside_the_micro_batch_depends_on_the_split() -> None:
     """Why "batch" is the default: the scope of the published scripts gives another loss for every packing."""
     loss = make_loss.preset("lp_reg", "reference", rho=0.1, min_p=0.1, require_below_proxy=False)
     whole, _, _, _ = add_up(loss, WHOLE)
-    split, _, _, _ = add_up(loss, [[response] for response in range(RESPONSES)])
+    split, _, _, _ = add_up(loss, places_of([[response] for response in range(RESPONSES)]))
     assert abs(whole - split) > 1e-4

@@ -105,7 +105,7 @@ def test_k3_on_policy_is_an_advantage_shift_of_beta_times_one_over_z_minus_one()
     shift = 0.7 * torch.where(chosen, (-inputs.log_z).expm1(), 0).detach()
     torch.testing.assert_close(gradient(out.loss, data), policy_gradient(data["advantages"] + shift, data))
     assert out.metrics["advantage_shift"].value == pytest.approx(float(shift[chosen].mean()))
-    assert out.metrics["one_minus_z"].value == pytest.approx(float(1 - inputs.log_z.detach()[chosen].exp().mean()))
+    assert out.metrics["selected_one_minus_z"].value == pytest.approx(float(1 - inputs.log_z.detach()[chosen].exp().mean()))
     d = -inputs.log_z[chosen].detach()
     assert out.metrics["kl"].value == pytest.approx(float((d.exp() - d - 1).mean()))
 
@@ -163,7 +163,7 @@ def test_k3_off_policy_pulls_by_one_minus_q_over_p(source: str) -> None:
     ratio = (inputs.log_probs.detach() - old.log_probs).exp()
     weights = data["advantages"] * ratio - torch.where(chosen, 1 - q / p, 0)
     torch.testing.assert_close(gradient(out.loss, data), policy_gradient(weights, data))
-    assert ("one_minus_z" in out.metrics) == (source == "old")
+    assert ("selected_one_minus_z" in out.metrics) == (source == "old")
 
 
 def test_the_old_proxy_of_a_single_update_is_the_current_one() -> None:
@@ -243,7 +243,7 @@ def test_micro_batch_negatives_ranks_only_what_has_negative_advantage_here() -> 
     negative = inputs.advantages < 0
     count = int(0.25 * negative.sum())
     low = inputs.log_probs.detach()[negative].sort().values[:count]
-    assert float(out.metrics["kept_fraction"].count) == count
+    assert float(out.metrics["candidate_kept_fraction"].count) == count
     assert float(out.metrics["selected_fraction"].total) == int(
         (inputs.kept & negative & (inputs.log_probs <= low[-1])).sum()
     )
@@ -267,7 +267,7 @@ def test_filtered_tokens_leave_the_gradient_finite() -> None:
         inputs = lp_reg_inputs(data, kept=torch.zeros(TOKENS, dtype=torch.bool))
         out = lp_reg(**settings)(inputs)
         torch.testing.assert_close(gradient(out.loss, data), policy_gradient(data["advantages"], data))
-        assert out.metrics["selected_fraction"].value == 0 and out.metrics["kept_fraction"].value == 0
+        assert out.metrics["selected_fraction"].value == 0 and out.metrics["candidate_kept_fraction"].value == 0
 
 
 def test_a_fixed_threshold_that_keeps_nothing_is_harmless() -> None:

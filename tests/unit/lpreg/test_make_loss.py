@@ -42,6 +42,8 @@ def test_what_a_driver_may_ask() -> None:
     high_entropy = make_loss("high_entropy")
     assert high_entropy.denominator_counts == "selected_tokens" and high_entropy.selection.needs_entropy
     assert high_entropy.selection_fraction is None, "select_lowest will not do"
+    assert paper.token_separable and grpo.token_separable and high_entropy.token_separable
+    assert not reference.token_separable and not make_loss("gspo").token_separable
 
 
 def test_settings_cannot_be_changed_afterwards() -> None:

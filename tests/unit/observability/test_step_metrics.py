@@ -94,7 +94,7 @@ def test_loss_metrics() -> None:
         "ratio": (6.0, 6.0),
         "clip_fraction": (3.0, 6.0),
         "selected_fraction": (2.0, 6.0),
-        "kept_fraction": (1.0, 2.0),
+        "candidate_kept_fraction": (1.0, 2.0),
         "kl": (0.5, 2.0),
         "clamped_fraction": (0.0, 0.0),
     }
@@ -102,6 +102,7 @@ def test_loss_metrics() -> None:
         "train/ratio": 1.0,
         "train/clip_fraction": 0.5,
         "lpreg/selected_fraction": 0.2,  # of the whole batch's tokens, dropped rows included
+        "lpreg/candidate_kept_fraction": 0.5,
         "lpreg/kl": 0.25,
         "lpreg/clamped_fraction": 0.0,
     }
