@@ -42,7 +42,7 @@ TABLE = ("log_probs", "entropy", "log_z", "kept")
 
 
 class MegatronWorker:
-    """A rank. Call `start` on all ranks at once, with rank 0's `address`."""
+    """A rank. Call `start` on all ranks at once, with the address of rank 0 and its `free_port`."""
 
     def __init__(self, settings: ActorSettings, layout: Layout, rank: int) -> None:
         self.settings = settings
@@ -51,12 +51,11 @@ class MegatronWorker:
         self.snapshot_weights: dict[str, Tensor] = {}
         self.loss: lpreg.PolicyLoss | None = None
 
-    def address(self) -> tuple[str, int]:
-        """A host and a free port for the process group."""
+    def free_port(self, host: str) -> int:
+        """One for the process group, at an address of this machine."""
         with socket.socket() as probe:
-            probe.bind(("", 0))
-            host = "127.0.0.1" if self.settings.device == "cpu" else socket.gethostbyname(socket.gethostname())
-            return host, int(probe.getsockname()[1])
+            probe.bind((host, 0))
+            return int(probe.getsockname()[1])
 
     def start(self, host: str, port: int, model_folder: Path) -> str:
         """Join the process groups and build this rank's part of the model, its weights yet to come by `load_hf`.

@@ -13,7 +13,7 @@ from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.results import Sums, Table, TrainResult, Weights, add_up
 from megatron_rl.batching.rows import Rows
-from megatron_rl.cluster.runtime import host_process, results
+from megatron_rl.cluster.runtime import Nodes, host_process, results
 from megatron_rl.weight_sync.transport import WeightUpdate
 
 if TYPE_CHECKING:
@@ -35,17 +35,20 @@ class StepResult:
 class Actors:
     """All ranks of the Megatron actor. Its weights come by `load_hf`."""
 
-    def __init__(self, settings: ActorSettings, layout: Layout, model_folder: Path, logs: Path) -> None:
+    def __init__(self, settings: ActorSettings, layout: Layout, model_folder: Path, logs: Path, nodes: Nodes) -> None:
         self.ranks = [
             host_process(
                 "megatron_rl.actor.worker:MegatronWorker",
                 (settings, layout, rank),
                 log_file=logs / f"actor-rank-{rank}.log",
-                gpu=settings.device != "cpu",
+                nodes=nodes,
+                node=node,
+                gpus=int(nodes.placement.on_gpu),
             )
-            for rank in range(layout.world_size)
+            for rank, node in enumerate(nodes.placement.actors)
         ]
-        host, port = self._all("address")[0]
+        host = results([self.ranks[0].node_address.remote()])[0]
+        port = results([self.ranks[0].call.remote("free_port", host)])[0]
         self.description: str = self._all("start", host, port, model_folder)[0]
 
     def _submit(self, method: str, *args: Any) -> list[ray.ObjectRef]:

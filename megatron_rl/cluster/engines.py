@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from megatron_rl.cluster.runtime import host_process, results
+from megatron_rl.cluster.runtime import Nodes, host_process, results
 from megatron_rl.types import Generation, Prompt, SamplingParams
 from megatron_rl.weight_sync.transport import WeightUpdate
 
@@ -22,16 +22,20 @@ ENGINES = {"transformers": "megatron_rl.rollout.transformers_engine:Transformers
 class Engines:
     """All rollout engines of a run, behind one call."""
 
-    def __init__(self, rollout: RolloutSettings, actor: ActorSettings, model_folder: Path, logs: Path) -> None:
+    def __init__(
+        self, rollout: RolloutSettings, actor: ActorSettings, model_folder: Path, logs: Path, nodes: Nodes
+    ) -> None:
         device = "cpu" if actor.device == "cpu" else "cuda"
         self.engines = [
             host_process(
                 ENGINES[rollout.engine],
                 (model_folder, device, actor.dtype),
                 log_file=logs / f"engine-{i}.log",
-                gpu=device == "cuda",
+                nodes=nodes,
+                node=node,
+                gpus=nodes.placement.engine_gpus,
             )
-            for i in range(rollout.engines)
+            for i, node in enumerate(nodes.placement.engines)
         ]
         results([engine.call.remote("health") for engine in self.engines])
 

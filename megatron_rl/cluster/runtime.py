@@ -1,4 +1,4 @@
-"""A Ray of our own on this machine, or the one that `RAY_ADDRESS` names."""
+"""A Ray of our own on this machine, or the one that `RAY_ADDRESS` names; its nodes, and processes on them."""
 
 from __future__ import annotations
 
@@ -11,52 +11,123 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
+from ray.util import get_node_ip_address, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_rl.cluster.placement import Placement
 from megatron_rl.errors import UserError
 from megatron_rl.observability.process_log import redirect_output
 
 OBJECT_STORE_BYTES = 256 * 2**20
+NODES_TIMEOUT_SECONDS = 120
+"""How long Ray may take to find the nodes: those of a job that has just begun may still be joining."""
+
+
+class Nodes:
+    """The nodes of a placement, reserved."""
+
+    def __init__(self, placement: Placement) -> None:
+        """Raises UserError when Ray does not have them, after waiting for them a while."""
+        self.placement = placement
+        self.bundles = {node: index for index, node in enumerate(placement.nodes)}
+        wanted = [_resources(placement.processes(node), placement.gpus(node)) for node in placement.nodes]
+        self.group = placement_group(wanted, strategy="STRICT_SPREAD")
+        if not self.group.wait(NODES_TIMEOUT_SECONDS):
+            remove_placement_group(self.group)
+            raise UserError(f"Ray has not the nodes for this run.\n  needed: {wanted}\n  there: {_there()}")
+
+    def strategy(self, node: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[node])
+
+    @property
+    def many(self) -> bool:
+        return len(self.bundles) > 1
+
+    def close(self) -> None:
+        remove_placement_group(self.group)
 
 
 @contextmanager
-def ray_runtime(processes: int, *, gpus: int) -> Iterator[None]:
-    """Ray for as long as the block lasts; one started here ends with it. Raises UserError on too few GPUs."""
+def ray_runtime(placement: Placement) -> Iterator[Nodes]:
+    """Ray, and its nodes for this run, for as long as the block lasts. One started here ends with it.
+
+    Raises UserError where there are too few nodes or GPUs.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not os.environ.get("RAY_ADDRESS"):
+        if len(placement.nodes) > 1:
+            raise UserError(
+                f"cluster.nodes: this run needs {len(placement.nodes)} nodes, but RAY_ADDRESS names no Ray that has "
+                "them: start one with `ray start` on each, or submit what `megatron-rl slurm` writes"
+            )
+        processes = sum(placement.processes(node) for node in placement.nodes)
         options |= {"num_cpus": processes, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(**options)
     try:
+        needed = sum(placement.gpus(node) for node in placement.nodes)
         available = int(ray.cluster_resources().get("GPU", 0))
-        if available < gpus:
+        if len(placement.nodes) == 1 and available < needed:
             raise UserError(
-                f"{gpus} GPUs are needed (actor ranks and engines), Ray has {available}: use actor.device=cpu?"
+                f"{needed} GPUs are needed (actor ranks and engines), Ray has {available}: use actor.device=cpu?"
             )
-        yield
+        nodes = Nodes(placement)
+        yield nodes
+        nodes.close()
     finally:
         ray.shutdown()
+
+
+def _resources(processes: int, gpus: int) -> dict[str, float]:
+    return {"CPU": processes} | ({"GPU": gpus} if gpus else {})
+
+
+def _there() -> list[dict[str, float]]:
+    return [
+        {name: amount for name, amount in node["Resources"].items() if name in ("CPU", "GPU")}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 class Hosted:
     """An object that lives in a Ray process. Its module is imported there: the driver stays light."""
 
-    def __init__(self, target: str, arguments: tuple[Any, ...], log_file: Path) -> None:
+    def __init__(self, target: str, arguments: tuple[Any, ...], log_file: Path, many_nodes: bool) -> None:
         redirect_output(log_file)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which stops us in order
+        self.address = get_node_ip_address() if many_nodes else "127.0.0.1"
+        if many_nodes:  # gloo asks the host's name otherwise, which on many systems is a loopback address
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(self.address))
         module, name = target.split(":")
         self.object = getattr(importlib.import_module(module), name)(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self.object, method)(*arguments)
 
+    def node_address(self) -> str:
+        """Where processes on other nodes of this run reach this one."""
+        return self.address
 
-def host_process(target: str, arguments: tuple[Any, ...], *, log_file: Path, gpu: bool) -> Any:
+
+def _interface(address: str) -> str:
+    """The network interface with this address."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            return name
+    raise RuntimeError(f"no network interface of this node has the address {address}, by which Ray knows it")
+
+
+def host_process(target: str, arguments: tuple[Any, ...], *, log_file: Path, nodes: Nodes, node: int, gpus: int) -> Any:
     """A process for one `package.module:Class`; one thread each on CPU, since several share a machine."""
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
-    actor = ray.remote(Hosted).options(num_cpus=1, num_gpus=int(gpu), runtime_env={"env_vars": environment})
-    return actor.remote(target, arguments, log_file.resolve())
+    actor = ray.remote(Hosted).options(
+        num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": environment}, scheduling_strategy=nodes.strategy(node)
+    )
+    return actor.remote(target, arguments, log_file.resolve(), nodes.many)
 
 
 def results(refs: list[ray.ObjectRef]) -> list[Any]:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from .actor import ActorSettings
 from .algorithm import AlgorithmSettings
+from .cluster import ClusterSettings
 from .fields import Betas, Count, FilePath, Name, NonNegative, Positive, PositiveInt, Section, ShareOrZero, Text
 
 
@@ -181,6 +182,7 @@ class Config(Section):
     reward: RewardSettings
     algorithm: AlgorithmSettings = AlgorithmSettings()
     actor: ActorSettings = ActorSettings()
+    cluster: ClusterSettings = ClusterSettings()
     train: TrainSettings
     evaluation: EvaluationSettings = EvaluationSettings()
     observability: ObservabilitySettings = ObservabilitySettings()

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from megatron_rl.actor.layout import Layout, validate_layout
 from megatron_rl.checkpoint.hf_format import read_config
+from megatron_rl.cluster.placement import Placement, place
 from megatron_rl.config import Config
 
 
 def layout_of(config: Config) -> Layout:
     actor = config.actor
     return Layout(tensor=actor.tensor_parallel, pipeline=actor.pipeline_parallel, data=actor.data_parallel)
+
+
+def placement_of(config: Config) -> Placement:
+    """Raises UserError where the cluster is too small."""
+    engine_gpus = 0 if config.actor.device == "cpu" else 1
+    return place(layout_of(config), config.rollout.engines, config.cluster, engine_gpus=engine_gpus)
 
 
 def check_layout(config: Config) -> None:

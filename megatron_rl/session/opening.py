@@ -13,7 +13,7 @@ from megatron_rl.checkpoint.hf_format import open_weights
 from megatron_rl.checkpoint.save import read_checkpoint
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engines import Engines
-from megatron_rl.cluster.runtime import ray_runtime
+from megatron_rl.cluster.runtime import Nodes, ray_runtime
 from megatron_rl.config import Config, check_inputs
 from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet, load_prompts
@@ -24,7 +24,7 @@ from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View, make_view
 from megatron_rl.reward.pool import RewardPool
 from megatron_rl.session import folder as run_folder
-from megatron_rl.session.layout_check import check_layout, layout_of
+from megatron_rl.session.layout_check import check_layout, layout_of, placement_of
 from megatron_rl.session.prepare import prepare
 from megatron_rl.session.run import Inputs, Run
 from megatron_rl.session.warm_start import warm_start
@@ -72,6 +72,7 @@ def open_run(config: Config) -> Iterator[Run]:
     state = read_checkpoint(checkpoint) if checkpoint else None
     choice = LossChoice.of(config.algorithm)
     loss = choice.make()
+    placement = placement_of(config)
     with ExitStack() as stack:
         view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
         prepare(config, view)
@@ -92,9 +93,8 @@ def open_run(config: Config) -> Iterator[Run]:
             tensorboard=config.observability.tensorboard,
             keep_up_to_step=None if config.resume == "never" else (state.step if state else -1),
         )
-        processes = layout_of(config).world_size + config.rollout.engines
-        stack.enter_context(ray_runtime(processes, gpus=0 if config.actor.device == "cpu" else processes))
-        actors, engines = _start(config, choice, inputs, view, stack, resumes=state is not None)
+        nodes = stack.enter_context(ray_runtime(placement))
+        actors, engines = _start(config, choice, inputs, view, stack, nodes, resumes=state is not None)
         weights_folder = shared_folder()
         stack.callback(shutil.rmtree, weights_folder, ignore_errors=True)
         run = Run(
@@ -120,18 +120,25 @@ def open_run(config: Config) -> Iterator[Run]:
 
 
 def _start(
-    config: Config, choice: LossChoice, inputs: Inputs, view: View, stack: ExitStack, *, resumes: bool
+    config: Config,
+    choice: LossChoice,
+    inputs: Inputs,
+    view: View,
+    stack: ExitStack,
+    nodes: Nodes,
+    *,
+    resumes: bool,
 ) -> tuple[Actors, Engines]:
     """The actor with its loss and optimizer, and the engines. A run that resumes has its weights: no warm start."""
     logs, layout = config.run.folder / "logs", layout_of(config)
     view.phase("starting")
-    actors = Actors(config.actor, layout, config.model.path, logs)
+    actors = Actors(config.actor, layout, config.model.path, logs, nodes)
     stack.callback(actors.close)
     view.message(f"actor: {layout.world_size} ranks, {actors.description}")
     model_folder = config.model.path if resumes else warm_start(config, actors, inputs.tokenizer, view)
     actors.load_hf(model_folder)
     actors.prepare(choice, config.actor.optimizer)
-    engines = Engines(config.rollout, config.actor, model_folder, logs)
+    engines = Engines(config.rollout, config.actor, model_folder, logs, nodes)
     stack.callback(engines.close)
     return actors, engines
 

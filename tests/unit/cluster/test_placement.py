@@ -1,0 +1,76 @@
+"""Who goes where."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.actor.layout import Layout
+from megatron_rl.cluster.placement import Placement, place
+from megatron_rl.config.cluster import ClusterSettings
+from megatron_rl.errors import UserError
+
+
+def cluster(nodes: int, gpus: int = 8) -> ClusterSettings:
+    return ClusterSettings(nodes=nodes, gpus_per_node=gpus)
+
+
+def test_ranks_fill_nodes_in_order_and_engines_the_rest() -> None:
+    placed = place(Layout(tensor=8, pipeline=2), engines=4, cluster=cluster(4), engine_gpus=4)
+    assert placed.actors == (0,) * 8 + (1,) * 8
+    assert placed.engines == (2, 2, 3, 3)
+    assert [placed.gpus(node) for node in placed.nodes] == [8, 8, 8, 8]
+
+
+def test_engines_go_to_the_nodes_of_the_actor_first() -> None:
+    assert place(Layout(tensor=4), engines=2, cluster=cluster(2), engine_gpus=2).engines == (0, 0)
+
+
+def test_a_group_leaves_a_gap_rather_than_being_split() -> None:
+    placed = place(Layout(tensor=3, data=3), engines=1, cluster=cluster(2), engine_gpus=1)
+    assert placed.actors == (0,) * 6 + (1,) * 3
+    assert placed.engines == (0,)
+
+
+def test_on_cpu_every_node_gets_its_share() -> None:
+    placed = place(Layout(tensor=2, data=2), engines=2, cluster=cluster(2), engine_gpus=0)
+    assert (placed.actors, placed.engines) == ((0, 0, 1, 1), (0, 1))
+    assert [placed.gpus(node) for node in placed.nodes] == [0, 0]
+    assert [placed.processes(node) for node in placed.nodes] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("layout", "engines", "engine_gpus", "words"),
+    [
+        (Layout(tensor=16), 1, 1, "actor.tensor_parallel is 16, but a node has cluster.gpus_per_node: 8"),
+        (Layout(tensor=8), 1, 16, "GPUs of an engine is 16"),
+        (Layout(tensor=8, data=2), 1, 1, "more GPUs than cluster.nodes: 2 x cluster.gpus_per_node: 8 = 16"),
+    ],
+)
+def test_what_does_not_fit_is_said(layout: Layout, engines: int, engine_gpus: int, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        place(layout, engines, cluster(2), engine_gpus=engine_gpus)
+    assert words in str(caught.value)
+
+
+@given(
+    st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(1, 4), st.integers(1, 8), st.sampled_from([0, 1, 2, 4]),
+    st.integers(1, 8),
+)  # fmt: skip
+def test_no_group_is_split_and_no_node_overfull(
+    tensor: int, pipeline: int, data: int, engines: int, engine_gpus: int, nodes: int
+) -> None:
+    layout = Layout(tensor=tensor, pipeline=pipeline, data=data)
+    try:
+        placed: Placement = place(layout, engines, cluster(nodes), engine_gpus=engine_gpus)
+    except UserError:
+        left = [max(0, min(8, 8 * (node + 1) - layout.world_size)) for node in range(nodes)]
+        assert layout.world_size > 8 * nodes or sum(gpus // engine_gpus for gpus in left) < engines
+        return
+    assert len(placed.actors) == layout.world_size and len(placed.engines) == engines
+    for start in range(0, layout.world_size, tensor):
+        assert len(set(placed.actors[start : start + tensor])) == 1
+    assert list(placed.actors) == sorted(placed.actors)
+    assert all(placed.gpus(node) <= 8 for node in placed.nodes)
+    assert max(placed.nodes) < nodes
