@@ -81,7 +81,7 @@ def ray_runtime(placement: Placement) -> Iterator[Nodes]:
         ray.shutdown()
 
 
-def _resources(processes: int, gpus: int) -> dict[str, float]:
+def _resources(processes: float, gpus: float) -> dict[str, float]:
     return {"CPU": processes} | ({"GPU": gpus} if gpus else {})
 
 

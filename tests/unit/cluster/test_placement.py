@@ -55,9 +55,13 @@ def test_what_does_not_fit_is_said(layout: Layout, engines: int, engine_gpus: in
 
 
 @given(
-    st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(1, 4), st.integers(1, 8), st.sampled_from([0, 1, 2, 4]),
-    st.integers(1, 8),
-)  # fmt: skip
+    tensor=st.sampled_from([1, 2, 4, 8]),
+    pipeline=st.integers(1, 4),
+    data=st.integers(1, 4),
+    engines=st.integers(1, 8),
+    engine_gpus=st.sampled_from([0, 1, 2, 4]),
+    nodes=st.integers(1, 8),
+)
 def test_no_group_is_split_and_no_node_overfull(
     tensor: int, pipeline: int, data: int, engines: int, engine_gpus: int, nodes: int
 ) -> None:
