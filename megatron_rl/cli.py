@@ -1,4 +1,4 @@
-"""The command line: `megatron-rl train CONFIG [key=value ...]` and `megatron-rl report RUN`."""
+"""The command line: `megatron-rl train CONFIG [key=value ...]` and `megatron-rl report RUN...`."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as actor.tensor_parallel=1")
     train.add_argument("--dry-run", action="store_true", help="check the configuration and its files, start nothing")
     train.set_defaults(command=_train)
-    report = commands.add_parser("report", help="write report.html of a run, also while it goes on")
-    report.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    report = commands.add_parser("report", help="write report.html of a run, or of several side by side")
+    report.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: report.html in the run's folder, or here for several runs"
+    )
     report.set_defaults(command=_report)
     return parser
 
@@ -64,7 +67,7 @@ def _train(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from megatron_rl.observability.report import write_report
 
-    print(write_report(options.folder))
+    print(write_report(options.folders, options.output))
 
 
 if __name__ == "__main__":

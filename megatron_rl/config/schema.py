@@ -10,6 +10,7 @@ from .actor import ActorSettings
 from .algorithm import AlgorithmSettings
 from .cluster import ClusterSettings
 from .fields import Betas, Count, FilePath, Name, NonNegative, Positive, PositiveInt, Section, ShareOrZero, Text
+from .observability import ObservabilitySettings
 
 
 class RunSettings(Section):
@@ -153,17 +154,6 @@ class EvaluationSettings(Section):
     """Data file of each suite; its name appears in the metrics."""
     probes: dict[Name, Probe] = Field(default_factory=dict)
     """Probabilities to follow, by the name they get in the metrics."""
-
-
-class ObservabilitySettings(Section):
-    """What a run shows and records."""
-
-    view: Literal["auto", "live", "plain", "off"] = "auto"
-    """On the terminal; auto: live on a terminal, plain lines elsewhere."""
-    tensorboard: bool = True
-    """Write TensorBoard files beside metrics.jsonl."""
-    rollouts_every: Count = 10
-    """Steps between dumps of a step's rollouts; 0: none."""
 
 
 class Config(Section):

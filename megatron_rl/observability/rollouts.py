@@ -59,6 +59,12 @@ def write_rollouts(
     return path
 
 
+def dumps(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of every dump in a run's `rollouts` folder, by step."""
+    found = [(path.stem.removeprefix("step_"), path) for path in folder.glob("step_*.parquet")]
+    return sorted((int(step), path) for step, path in found if step.isdecimal())
+
+
 def _row(step: int, sample: Sample, advantage: float) -> dict[str, Any]:
     generation, reward = sample.generation, sample.reward
     return {

@@ -98,7 +98,6 @@ def test_what_the_user_can_mend_is_said_in_words(arguments: list[str], words: st
         ["report"],
         ["train", str(EXAMPLE), "--dryrun"],
         ["train", str(EXAMPLE), "--dry-run", "seed=1", "--wat"],
-        ["report", "a", "b"],
     ],
 )
 def test_a_command_line_that_makes_no_sense(arguments: list[str], capsys: Output) -> None:

@@ -8,7 +8,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from megatron_rl.observability.rollouts import write_rollouts
+from megatron_rl.types import Generation, Prompt, RewardResult, Sample
 
 CONFIG = """\
 run: {name: countdown-lp_reg, folder: null}
@@ -72,6 +76,49 @@ def all_rows() -> list[dict[str, Any]]:
     return rows
 
 
+WORDS = ["<eos>", "ok", "no", "wait", "hmm", "+", "1", "2", "3"]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One word a token."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>")).save(
+        str(folder / "tokenizer.json")
+    )
+
+
+def write_dump(folder: Path, step: int, groups: int = 4, seed: int = 0) -> None:
+    """A step's rollouts, four answers a prompt; `wait` is rare, and only group 0 has both right and wrong answers."""
+    rng = np.random.default_rng(seed + step)
+    samples, per_token = [], {"actor_log_probs": [], "entropy": [], "kept": [], "selected": []}
+    for index in range(4 * groups):
+        length = int(rng.integers(3, 12))
+        ids = rng.choice(len(WORDS), size=length, p=[0.1, 0.15, 0.15, 0.02, 0.03, 0.25, 0.1, 0.1, 0.1]).tolist()
+        log_probs = np.log(rng.uniform(0.001, 1, size=length))
+        prompt = Prompt(id=f"train:{index // 4}", token_ids=(1,), text=f"problem <b>{index // 4}</b>", label=None)
+        samples.append(
+            Sample(
+                prompt=prompt,
+                group=index // 4,
+                generation=Generation(ids, log_probs.tolist(), "stop", step),
+                text=" ".join(WORDS[i] for i in ids),
+                reward=RewardResult(float(index % 2), answer="<i>12</i>", detail="correct" if index % 2 else "wrong"),
+            )
+        )
+        for name, values in {
+            "actor_log_probs": log_probs.astype(np.float32),
+            "entropy": rng.uniform(0, 2, size=length).astype(np.float32),
+            "kept": log_probs > np.log(0.02),
+            "selected": log_probs < np.log(0.05),
+        }.items():
+            per_token[name].append(values)
+    advantages = [(1.0 if i % 2 else -1.0) if i < 4 else 0.0 for i in range(4 * groups)]
+    write_rollouts(folder / "rollouts", step, samples, advantages, per_token)
+
+
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -89,3 +136,14 @@ def run_folder(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
     (folder / "config.yaml").write_text(CONFIG)
     write_rows(folder, rows)
     return folder
+
+
+@pytest.fixture
+def recorded_run(run_folder: Path) -> Path:
+    """The same run with its tokenizer and rollout dumps of three steps."""
+    write_tokenizer(run_folder)
+    config = run_folder / "config.yaml"
+    config.write_text(config.read_text() + "observability: {word_classes: {retry: [wait], filler: [hmm, so]}}\n")
+    for step in (1, 100, 200):
+        write_dump(run_folder, step)
+    return run_folder

@@ -138,7 +138,7 @@ def test_the_room_loads_no_deep_learning_library(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from megatron_rl.observability import charts, live_view, report, rollouts, summary, view
+from megatron_rl.observability import live_view, report, rollouts, summary, view
 from megatron_rl.observability.metrics import MetricsLog
 MetricsLog(Path({str(tmp_path)!r}), tensorboard=True, keep_up_to_step=None).write(1, {{"a": 1.0}})
 heavy = {{"torch", "tensorflow", "ray", "megatron", "transformers"}} & set(sys.modules)

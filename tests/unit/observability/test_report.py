@@ -10,8 +10,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from megatron_rl.errors import UserError
-from megatron_rl.observability.charts import build_charts
 from megatron_rl.observability.report import write_report
+from megatron_rl.observability.report.curves import build_charts
 
 
 def page(folder: Path) -> str:

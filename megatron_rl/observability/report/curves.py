@@ -18,13 +18,17 @@ Points = tuple[list[int], list[float]]
 @dataclass(frozen=True, slots=True)
 class Line:
     name: str
-    x: list[int]
+    x: list[int] | list[str]
+    """Steps; in a chart of bars, what each bar stands for."""
     y: list[float]
     color: int
     """Index into the page's palette: 0 is training, 1 the first suite, and so on, the same in every chart."""
     dash: str = "solid"
     smooth: list[float] | None = None
     """The moving average; drawn instead of y, which then stays as a faint line behind it."""
+    low: list[float] | None = None
+    high: list[float] | None = None
+    """Lowest and highest seed, drawn as a band around y, the mean of the seeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class Chart:
     caption: str
     lines: list[Line] = field(default_factory=list)
     stacked: bool = False
+    bars: bool = False
     log: bool = False
     """Logarithmic axis: for values that span orders of magnitude."""
 
@@ -195,6 +200,16 @@ def _loss(rows: Sequence[Row]) -> Chart:
     )
 
 
+def _memory(rows: Sequence[Row]) -> Chart:
+    lines: list[Line] = []
+    for metric in metric_names(rows):
+        if metric.startswith("memory/"):
+            x, y = series(rows, metric)
+            name = metric.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
+            lines.append(Line(name, x, y, len(lines)))
+    return Chart("Memory", "Highest use of a process so far, in GiB.", lines)
+
+
 def _throughput(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Throughput", "Tokens per second over the whole step.", _train(rows, "tokens/s", "perf/tokens_per_second")
@@ -226,6 +241,7 @@ _CHARTS: tuple[Callable[[Sequence[Row]], Chart], ...] = (
     _gradient,
     _loss,
     _throughput,
+    _memory,
     _phases,
 )
 
@@ -234,16 +250,23 @@ def as_json(chart: Chart) -> dict[str, Any]:
     """What the page's script draws from; values to six digits, which is more than a screen shows."""
     return {
         "stacked": chart.stacked,
+        "bars": chart.bars,
         "log": chart.log,
         "lines": [
             {
                 "name": line.name,
                 "x": line.x,
-                "y": [float(f"{value:.6g}") for value in line.smooth or line.y],
-                "raw": None if line.smooth is None else [float(f"{value:.6g}") for value in line.y],
+                "y": _six_digits(line.smooth or line.y),
+                "raw": None if line.smooth is None else _six_digits(line.y),
                 "color": line.color,
                 "dash": line.dash,
+                "low": _six_digits(line.low),
+                "high": _six_digits(line.high),
             }
             for line in chart.lines
         ],
     }
+
+
+def _six_digits(values: list[float] | None) -> list[float] | None:
+    return None if values is None else [float(f"{value:.6g}") for value in values]

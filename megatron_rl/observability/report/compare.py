@@ -1,0 +1,87 @@
+"""The curves of several runs in the same charts: one colour a group, seeds as a band around their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from megatron_rl.observability.metrics import Row, metric_names, series
+
+from .curves import Chart, Line, build_charts
+from .run_data import Group
+
+DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+def charts_of(groups: Sequence[Group]) -> list[Chart]:
+    """Every chart that some run has something for. One group: as `build_charts` draws it; several: a colour a group."""
+    own = [_with_seeds(group) for group in groups]
+    if len(own) == 1:
+        return own[0]
+    titles = dict.fromkeys(chart.title for charts in own for chart in charts)
+    return [_side_by_side(title, groups, own) for title in titles]
+
+
+def _with_seeds(group: Group) -> list[Chart]:
+    runs = [run.rows for run in group.runs]
+    if len(runs) == 1:
+        return build_charts(runs[0])
+    mean, low, high = (_over_seeds(runs, how) for how in (lambda v: sum(v) / len(v), min, max))
+    return [
+        replace(chart, lines=[_banded(*lines) for lines in zip(chart.lines, lower.lines, upper.lines, strict=True)])
+        for chart, lower, upper in zip(*map(build_charts, (mean, low, high)), strict=True)
+    ]
+
+
+def _banded(mean: Line, low: Line, high: Line) -> Line:
+    """Smoothed alike, so that the mean stays within its band."""
+    return replace(mean, y=mean.smooth or mean.y, smooth=None, low=low.smooth or low.y, high=high.smooth or high.y)
+
+
+def _over_seeds(runs: Sequence[Sequence[Row]], how: Callable[[list[float]], float]) -> list[Row]:
+    """One row a step; each metric over the seeds that have a value for it there."""
+    rows: dict[int, Row] = {}
+    for name in dict.fromkeys(name for run in runs for name in metric_names(run)):
+        by_step: dict[int, list[float]] = {}
+        for run in runs:
+            for step, value in zip(*series(run, name), strict=True):
+                by_step.setdefault(step, []).append(value)
+        for step, values in by_step.items():
+            rows.setdefault(step, {"step": step})[name] = how(values)
+    return [rows[step] for step in sorted(rows)]
+
+
+def _side_by_side(title: str, groups: Sequence[Group], own: Sequence[Sequence[Chart]]) -> Chart:
+    charts = {i: chart for i, part in enumerate(own) for chart in part if chart.title == title}
+    kinds = list(dict.fromkeys(line.name for chart in charts.values() for line in chart.lines))
+    lines = [
+        replace(
+            line,
+            name=groups[i].label if len(kinds) == 1 else f"{groups[i].label}: {line.name}",
+            color=i,
+            dash=DASHES[kinds.index(line.name) % len(DASHES)],
+        )
+        for i, chart in charts.items()
+        for line in chart.lines
+    ]
+    first = next(iter(charts.values()))
+    if first.stacked:  # areas of several runs would hide each other
+        return replace(
+            first, caption="Mean over the steps so far.", stacked=False, bars=True, lines=_bars(groups, charts)
+        )
+    return replace(first, lines=lines, log=any(chart.log for chart in charts.values()))
+
+
+def _bars(groups: Sequence[Group], charts: Mapping[int, Chart]) -> list[Line]:
+    """One bar a group, stacked from the mean of each line over all steps."""
+    names = dict.fromkeys(line.name for chart in charts.values() for line in chart.lines)
+    bars = []
+    for color, name in enumerate(names):
+        means = {
+            groups[i].label: sum(line.y) / max(len(other.y) for other in chart.lines)
+            for i, chart in charts.items()
+            for line in chart.lines
+            if line.name == name
+        }
+        bars.append(Line(name, list(means), list(means.values()), color))
+    return bars

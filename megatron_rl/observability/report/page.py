@@ -1,0 +1,154 @@
+"""Writes the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from megatron_rl.config.observability import WORD_CLASSES
+from megatron_rl.observability.files import atomically
+from megatron_rl.observability.format import duration, number
+from megatron_rl.observability.metrics import series
+from megatron_rl.observability.summary import Change, before_and_after, signed
+
+from . import token_figures
+from .compare import charts_of
+from .curves import as_json
+from .differences import differences
+from .responses import response_groups
+from .run_data import RunData, group_runs, read_run
+from .token_figures import Classes, Figure
+from .tokens import Vocabulary, flat, read_dump, read_tokens
+
+FIGURE_STEPS = 5
+"""Rollout dumps that the token figures show, first and last included."""
+VIEWER_STEPS = 3
+
+
+def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> Path:
+    """Write one page about one run, or several side by side, and return its path.
+
+    output: unset, `report.html` in the run's folder, or for several runs in the working directory. A run in progress,
+    an interrupted one, and one without any file all give a report of what there is.
+    Errors: UserError when a folder does not exist, a file in it is broken, or the page cannot be written.
+    """
+    folders = [folders] if isinstance(folders, Path) else list(folders)
+    runs = [read_run(folder) for folder in folders]
+    path = output or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
+    with atomically(path) as partial:
+        partial.write_text(_render(runs), encoding="utf-8")
+    return path
+
+
+def _render(runs: Sequence[RunData]) -> str:
+    groups = group_runs(runs)
+    charts = charts_of(groups)
+    classes = _word_classes(runs)
+    shared, per_run = _token_figures(runs, classes)
+    figures = [*shared, *(figure for own in per_run for figure in own["figures"])]
+    environment = Environment(
+        loader=PackageLoader("megatron_rl.observability.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        title=runs[0].name if len(runs) == 1 else " and ".join(group.label for group in groups),
+        runs=[{"name": run.name, "facts": _facts(run), "changes": before_and_after(run.rows)} for run in runs],
+        changes=_changes(runs),
+        config_texts=[(run.name, run.config_text) for run in runs],
+        differences=differences(runs) if len(runs) > 1 else [],
+        charts=charts,
+        shared_figures=shared,
+        token_figures=per_run,
+        figures=figures,
+        responses=_responses(runs),
+        data={
+            "charts": [as_json(chart) for chart in charts],
+            "figures": [{"traces": figure.traces, "layout": figure.layout} for figure in figures],
+        },
+        smoothed=any(line.smooth for chart in charts for line in chart.lines),
+        banded=any(line.low for chart in charts for line in chart.lines),
+        number=number,
+        signed=signed,
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _changes(runs: Sequence[RunData]) -> dict[tuple[str, str], list[Change | None]]:
+    """(suite, measure) -> what each run's first and last evaluation say of it."""
+    own = [{(change.suite, change.label): change for change in before_and_after(run.rows)} for run in runs]
+    return {key: [changes.get(key) for changes in own] for key in dict.fromkeys(key for part in own for key in part)}
+
+
+def _token_figures(runs: Sequence[RunData], classes: Classes) -> tuple[list[Figure], list[dict[str, Any]]]:
+    """The figure that all runs share, and each run's own figures and word clouds."""
+    recorded = [run for run in runs if run.dumps]
+    per_run, frequencies = [], []
+    for run in recorded:
+        vocabulary = _vocabulary(run)
+        ids = ((step, flat(read_dump(path, ["token_ids"]), "token_ids")) for step, path in run.dumps)
+        frequencies.append((run.name, token_figures.frequency(ids, vocabulary, classes)))
+        tables = [read_tokens(step, path) for step, path in spread(run.dumps, FIGURE_STEPS)]
+        last = tables[-1]
+        figures = [token_figures.violins(tables, vocabulary, classes), token_figures.scatter(last, vocabulary, classes)]
+        per_run.append(
+            {
+                "name": run.name,
+                "figures": [figure for figure in figures if figure.traces],
+                "clouds": token_figures.clouds(last, vocabulary, classes),
+            }
+        )
+    shared = token_figures.frequency_figure(frequencies, classes)
+    return [shared] if shared.traces else [], per_run
+
+
+def _responses(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    return [
+        {"run": run.name, **group}
+        for run in runs
+        for group in response_groups(spread(run.dumps, VIEWER_STEPS), _vocabulary(run))
+    ]
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of them, evenly spaced, first and last included."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
+
+
+def _vocabulary(run: RunData) -> Vocabulary:
+    model = run.setting("model", "path")
+    return Vocabulary([run.folder, run.folder / "hf", *([Path(str(model))] if model else [])])
+
+
+def _word_classes(runs: Sequence[RunData]) -> Classes:
+    """The first run's; the paper's where it names none."""
+    found = runs[0].setting("observability", "word_classes")
+    return found if isinstance(found, dict) else WORD_CLASSES
+
+
+def _facts(run: RunData) -> list[tuple[str, str]]:
+    """The line under the title: what was trained, how far, how long and when."""
+    algorithm = " ".join(str(run.setting("algorithm", key) or "") for key in ("name", "preset")).strip()
+    steps, total = max((row["step"] for row in run.rows), default=0), run.setting("train", "steps")
+    done = f"{steps} of {total}" if total is not None else str(steps)
+    if isinstance(total, int) and steps < total:
+        done += " (in progress or interrupted)"
+    facts = [("Algorithm", algorithm), ("Model", str(run.setting("model", "path") or "")), ("Steps", done)]
+    times = [row["time"] for row in run.rows if isinstance(row.get("time"), int | float)]
+    if times:
+        facts.append(("From first to last step", duration(max(times) - min(times))))
+        in_steps = sum(series(run.rows, "perf/step_seconds")[1])
+        facts.append(("Time in training steps", duration(in_steps) if in_steps else ""))
+        facts.append(("Last step", datetime.fromtimestamp(max(times)).astimezone().strftime("%Y-%m-%d %H:%M %Z")))
+    return [(name, value) for name, value in facts if value]

@@ -1,0 +1,94 @@
+"""What a report reads of a run's folder. Every file may be missing: a run in progress has not written them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_rl.errors import UserError
+from megatron_rl.observability.metrics import Row, read_metrics
+from megatron_rl.observability.rollouts import dumps
+
+NOT_THE_EXPERIMENT = ("run", "seed", "resume", "observability", "prepare")
+"""Sections in which runs may differ and still be the same experiment."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run, as far as it is."""
+
+    folder: Path
+    rows: list[Row]
+    config_text: str
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.setting("run", "name") or self.folder.resolve().name)
+
+    @property
+    def dumps(self) -> list[tuple[int, Path]]:
+        """(step, file) of every rollout dump, by step."""
+        return dumps(self.folder / "rollouts")
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of the configuration; None where there is none, for a report must not depend on it."""
+        values = self.config.get(section)
+        return values.get(key) if isinstance(values, dict) else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one experiment: they differ in their seed, if at all. A chart draws one line a group."""
+
+    label: str
+    runs: list[RunData]
+
+
+def read_run(folder: Path) -> RunData:
+    """Raises UserError when the folder does not exist or a file in it is broken."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder. Give the folder of a run, such as runs/<name>.")
+    text, config = _read_config(folder / "config.yaml")
+    return RunData(folder, read_metrics(folder), text, config)
+
+
+def group_runs(runs: Sequence[RunData]) -> list[Group]:
+    """Runs that differ in their seed alone go together, in order of first appearance."""
+    together: dict[str, list[RunData]] = {}
+    for run in runs:
+        experiment = {key: value for key, value in run.config.items() if key not in NOT_THE_EXPERIMENT}
+        key = yaml.safe_dump(experiment) if experiment else str(run.folder)
+        together.setdefault(key, []).append(run)
+    groups = [Group(_label(members), members) for members in together.values()]
+    labels = [group.label for group in groups]
+    return [
+        group if labels.count(group.label) == 1 else Group(f"{group.label} ({group.runs[0].folder})", group.runs)
+        for group in groups
+    ]
+
+
+def _label(runs: list[RunData]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    columns = zip(*(run.name for run in runs), strict=False)
+    common = "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)).rstrip("-_. ")
+    for ending in ("-seed", "_seed", "-s", "_s"):
+        common = common.removesuffix(ending)
+    return f"{common or runs[0].name} ({len(runs)} seeds)"
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    if not path.exists():
+        return "", {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML, so there is no report: {error}") from error
+    return text, config if isinstance(config, dict) else {}

@@ -1,0 +1,220 @@
+"""The paper's figures (arXiv 2510.03222) of sampled tokens, from a run's rollout dumps.
+
+A figure's traces are plotly's; a colour `@c2` or `@soft` is looked up in the page's palette, so that it fits the theme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .tokens import Array, TokenTable, Vocabulary, class_of_tokens
+
+VIOLIN_POINTS = 400
+SCATTER_POINTS = 2500
+CLOUD_WORDS = 50
+LOWEST, HIGHEST = 0.01, 0.01
+"""Shares of tokens in the two clouds: least probable, and most undecided. The paper's."""
+FLOOR = 1e-8
+"""Probabilities below are drawn here: a logarithmic axis has no zero."""
+
+Classes = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    title: str
+    caption: str
+    traces: list[dict[str, Any]]
+    layout: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Words and how often each came, the most frequent first."""
+
+    title: str
+    words: list[tuple[str, int, int]]
+    """(text, count, index of the word class or -1)"""
+
+
+def violins(tables: Sequence[TokenTable], vocabulary: Vocabulary, classes: Classes) -> Figure:
+    """Distribution of the sampled probability of each word class at some steps."""
+    traces = []
+    for index, name in enumerate(classes):
+        x: list[str] = []
+        y: list[float] = []
+        for table in tables:
+            chosen = class_of_tokens(table.ids, vocabulary, classes) == index
+            values = _log10(_sample(table.log_probs[chosen], VIOLIN_POINTS))
+            x += [f"step {table.step}"] * len(values)
+            y += _digits(values)
+        if x:
+            traces.append(_violin(name, x, y, index, side="both" if len(classes) != 2 else _SIDES[index]))
+    return Figure(
+        "Probability of word classes when sampled",
+        "How likely the policy found these words where it said them. Rare and alive is what Lp-Reg wants; a violin "
+        "that vanishes or sticks to 1 means that a class has died out or become a habit.",
+        traces,
+        {"violinmode": "overlay", "violingap": 0.1, "yaxis": _probability_axis()},
+    )
+
+
+_SIDES = ("negative", "positive")
+
+
+def _violin(name: str, x: list[str], y: list[float], color: int, side: str) -> dict[str, Any]:
+    return {
+        "type": "violin",
+        "name": name,
+        "x": x,
+        "y": y,
+        "side": side,
+        "points": False,
+        "spanmode": "hard",
+        "meanline": {"visible": True},
+        "line": {"color": f"@c{color}", "width": 1.5},
+        "hoverinfo": "name",
+    }
+
+
+def scatter(table: TokenTable, vocabulary: Vocabulary, classes: Classes) -> Figure:
+    """Probability against entropy of sampled tokens of one step."""
+    member = class_of_tokens(table.ids, vocabulary, classes)
+    kinds = [
+        ("other tokens", (member < 0) & ~table.selected, "@soft", 4, 0.35),
+        ("selected", (member < 0) & table.selected, "@c6", 5, 0.9),
+        *((name, member == index, f"@c{index}", 6, 0.9) for index, name in enumerate(classes)),
+    ]
+    traces = []
+    for name, chosen, color, size, opacity in kinds:
+        rows = _sample(np.flatnonzero(chosen & np.isfinite(table.entropy)), SCATTER_POINTS // 2)
+        if len(rows):
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": name,
+                    "x": _digits(np.maximum(np.exp(table.log_probs[rows]), FLOOR)),
+                    "y": _digits(table.entropy[rows]),
+                    "text": [vocabulary.text(int(token)) for token in table.ids[rows]],
+                    "marker": {"color": color, "size": size, "opacity": opacity},
+                    "hovertemplate": "%{text}<br>p %{x:.3g}, entropy %{y:.3g}",
+                }
+            )
+    return Figure(
+        f"Probability and entropy, step {table.step}",
+        "Each point is a sampled token. Low probability and high entropy are not the same thing: Lp-Reg selects by the "
+        "first, 80/20 by the second.",
+        traces,
+        {
+            "hovermode": "closest",
+            "xaxis": {
+                "type": "log",
+                "dtick": 1,
+                "exponentformat": "power",
+                "title": {"text": "probability when sampled"},
+            },
+            "yaxis": {"title": {"text": "entropy, nats"}},
+        },
+    )
+
+
+def clouds(table: TokenTable, vocabulary: Vocabulary, classes: Classes) -> list[Cloud]:
+    """The words among the least probable and among the most undecided tokens of one step."""
+    found = [
+        Cloud(f"Least probable 1 %, step {table.step}", _words(table, -table.log_probs, LOWEST, vocabulary, classes))
+    ]
+    if np.isfinite(table.entropy).any():
+        found.append(
+            Cloud(f"Highest entropy 1 %, step {table.step}", _words(table, table.entropy, HIGHEST, vocabulary, classes))
+        )
+    return found
+
+
+def _words(
+    table: TokenTable, score: Array, share: float, vocabulary: Vocabulary, classes: Classes
+) -> list[tuple[str, int, int]]:
+    """Words of the tokens with the highest finite scores."""
+    known = np.flatnonzero(np.isfinite(score))
+    count = max(1, int(share * len(known))) if len(known) else 0
+    top = known[np.argsort(-score[known], kind="stable")[:count]]
+    ids, counts = np.unique(table.ids[top], return_counts=True)
+    member = class_of_tokens(ids, vocabulary, classes)
+    rows = [
+        (vocabulary.text(int(token)).strip() or "␣", int(n), int(kind))
+        for token, n, kind in zip(ids, counts, member, strict=True)
+    ]
+    return sorted(rows, key=lambda row: (-row[1], row[0]))[:CLOUD_WORDS]
+
+
+@dataclass(frozen=True)
+class Frequency:
+    """Share of response tokens in each word class, step by step, of one run."""
+
+    steps: list[int]
+    shares: dict[str, list[float]]
+
+
+def frequency(ids_of_steps: Iterable[tuple[int, Array]], vocabulary: Vocabulary, classes: Classes) -> Frequency:
+    """ids_of_steps: (step, [T] token ids)."""
+    steps: list[int] = []
+    shares: dict[str, list[float]] = {name: [] for name in classes}
+    for step, ids in ids_of_steps:
+        member = class_of_tokens(ids, vocabulary, classes)
+        steps.append(step)
+        for index, name in enumerate(classes):
+            shares[name].append(float((member == index).mean()) if len(ids) else 0.0)
+    return Frequency(steps, shares)
+
+
+def frequency_figure(runs: Sequence[tuple[str, Frequency]], classes: Classes) -> Figure:
+    """One line a run and class: the run is the colour, the class the dash; with one run the class is the colour."""
+    dashes = ("solid", "dash", "dot", "dashdot")
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": name if len(runs) == 1 else f"{label}: {name}",
+            "x": found.steps,
+            "y": _digits(np.array(found.shares[name])),
+            "line": {
+                "color": f"@c{index if len(runs) == 1 else number}",
+                "dash": "solid" if len(runs) == 1 else dashes[index % len(dashes)],
+                "width": 2,
+            },
+            "marker": {"size": 5},
+            "hovertemplate": "%{y:.4~g}",
+        }
+        for number, (label, found) in enumerate(runs)
+        for index, name in enumerate(classes)
+        if any(found.shares[name])
+    ]
+    return Figure("How often word classes are said", "Share of response tokens, from the rollout dumps.", traces)
+
+
+def _probability_axis() -> dict[str, Any]:
+    ticks = list(range(0, -9, -1))
+    return {
+        "title": {"text": "probability when sampled"},
+        "tickvals": ticks,
+        "ticktext": ["1", "0.1", "0.01", "0.001", *(f"1e{tick}" for tick in ticks[4:])],
+    }
+
+
+def _log10(log_probs: Array) -> Array:
+    return np.maximum(log_probs / np.log(10), np.log10(FLOOR))
+
+
+def _sample(values: Array, count: int) -> Array:
+    """At most `count` of the values, evenly spaced, so that a report is the same each time."""
+    if len(values) <= count:
+        return values
+    return values[np.linspace(0, len(values) - 1, count).astype(np.int64)]
+
+
+def _digits(values: Array) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]

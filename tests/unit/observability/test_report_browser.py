@@ -1,0 +1,134 @@
+"""The report in a real browser: every figure drawn, no script error, no network, keyboard and dark mode work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.observability.report import write_report
+
+pytestmark = pytest.mark.browser
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@dataclass
+class Browser:
+    """A page, and all that it complained of or asked the network for."""
+
+    page: Any
+    problems: list[str] = field(default_factory=list)
+
+    def open(self, path: Path) -> Any:
+        self.page.goto(path.resolve().as_uri())
+        return self.page
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.fail(f"none of {', '.join(BROWSERS)} is installed: `make test-browser` installs one on Debian")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Browser]:
+    context = chromium.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light")
+    found = Browser(context.new_page())
+    found.page.on("pageerror", lambda error: found.problems.append(f"script: {error}"))
+    found.page.on("console", lambda line: found.problems.append(line.text) if line.type == "error" else None)
+    found.page.on(
+        "request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else
+        found.problems.append(f"network: {request.url}"),
+    )  # fmt: skip
+    yield found
+    context.close()
+    assert not found.problems
+
+
+def drawn(page: Any) -> list[int]:
+    """How many marks (lines, points, bars, violins) each plot of the page shows."""
+    counts: list[int] = page.evaluate(
+        """() => [...document.querySelectorAll('.plot')].map(plot =>
+             plot.querySelectorAll('.scatterlayer path, .barlayer path, .violinlayer path').length)"""
+    )
+    return counts
+
+
+def background(page: Any) -> str:
+    return str(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
+
+
+def test_every_figure_is_drawn(recorded_run: Path, browser: Browser) -> None:
+    page = browser.open(write_report(recorded_run))
+    counts = drawn(page)
+    assert len(counts) == page.locator("h3").count() - page.locator(".cloud").count()
+    assert len(counts) >= 18 and all(count > 0 for count in counts), counts
+    assert page.locator(".cloud li").count() >= 2
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+
+
+def test_several_runs_are_drawn_side_by_side(recorded_run: Path, tmp_path: Path, browser: Browser) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(recorded_run, other)
+    (other / "config.yaml").write_text((recorded_run / "config.yaml").read_text().replace("lp_reg", "grpo"))
+    page = browser.open(write_report([recorded_run, other], tmp_path / "both.html"))
+    assert all(count > 0 for count in drawn(page))
+    assert page.locator(".column").count() == 2
+    assert page.locator("table", has_text="algorithm.name").count() == 1
+
+
+def test_the_viewer_goes_by_keyboard(recorded_run: Path, browser: Browser) -> None:
+    page = browser.open(write_report(recorded_run))
+    assert page.locator("#prompt").inner_text() == "problem <b>0</b>", "text, not markup"
+    assert page.locator(".sample").count() == 4
+    assert page.locator("#samples .token.selected").count() > 0
+    assert "p 0." in (page.locator(".token").nth(3).get_attribute("title") or "")
+    page.locator("#viewer").focus()
+    page.keyboard.press("ArrowRight")
+    second = page.locator("#prompt").inner_text()
+    assert second != "problem <b>0</b>"
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#prompt").inner_text() == "problem <b>0</b>"
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#group").evaluate("select => select.selectedIndex") == 8, "it goes round"
+    for _ in range(30):  # everything that can be used is reached by Tab
+        page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.id") == "group":
+            break
+    else:
+        pytest.fail("the list of groups is not reached by Tab")
+
+
+def test_light_and_dark(recorded_run: Path, browser: Browser) -> None:
+    page = browser.open(write_report(recorded_run))
+    light = background(page)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
+    dark = background(page)
+    assert dark != light
+    page.keyboard.press("d")
+    assert background(page) == light
+    page.locator("#theme").click()
+    assert background(page) == dark
+    grid = page.evaluate("() => getComputedStyle(document.querySelector('.plot .xgrid')).stroke")
+    assert grid == page.evaluate(
+        """() => { const e = document.createElement('i'); e.style.color = 'var(--grid)'; document.body.append(e);
+                   return getComputedStyle(e).color }"""
+    ), "the charts follow the theme"
+    assert all(count > 0 for count in drawn(page))
+
+
+def test_a_run_that_has_nothing_yet(tmp_path: Path, browser: Browser) -> None:
+    page = browser.open(write_report(tmp_path))
+    assert drawn(page) == [] and page.locator("text=Nothing has been evaluated yet").count() == 1

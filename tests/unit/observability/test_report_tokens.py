@@ -1,0 +1,116 @@
+"""What the report shows of recorded tokens, against the dump read by other means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_rl.errors import UserError
+from megatron_rl.observability.report import token_figures
+from megatron_rl.observability.report.responses import FILTERED, SELECTED, response_groups
+from megatron_rl.observability.report.run_data import read_run
+from megatron_rl.observability.report.tokens import Vocabulary, class_of_tokens, read_tokens
+
+CLASSES = {"retry": ["wait"], "filler": ["hmm", "so"]}
+
+
+def dumped(folder: Path, step: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(folder / "rollouts" / f"step_{step:06d}.parquet").to_pylist()
+    return rows
+
+
+@pytest.fixture
+def vocabulary(recorded_run: Path) -> Vocabulary:
+    return Vocabulary([recorded_run / "nowhere", recorded_run])
+
+
+def test_a_dump_comes_back_flat(recorded_run: Path) -> None:
+    step, path = read_run(recorded_run).dumps[1]
+    table, rows = read_tokens(step, path), dumped(recorded_run, 100)
+    assert step == table.step == 100
+    assert table.ids.tolist() == [token for row in rows for token in row["token_ids"]]
+    assert np.allclose(table.log_probs, [value for row in rows for value in row["actor_log_probs"]])
+    assert table.kept.tolist() == [value for row in rows for value in row["kept"]]
+    assert table.advantages.tolist() == [row["advantage"] for row in rows for _ in row["token_ids"]]
+
+
+def test_where_the_actor_did_not_look_the_engine_speaks(recorded_run: Path) -> None:
+    """GRPO without `score_dropped` leaves NaN; a run without a proxy leaves no column at all."""
+    path = recorded_run / "rollouts" / "step_000001.parquet"
+    table = pq.read_table(path)
+    bare = table.drop_columns(["actor_log_probs", "entropy", "kept", "selected"])
+    pq.write_table(bare, path)
+    tokens = read_tokens(1, path)
+    assert np.allclose(tokens.log_probs, [value for row in table.to_pylist() for value in row["log_probs"]])
+    assert np.isnan(tokens.entropy).all() and not tokens.kept.any() and not tokens.selected.any()
+    groups = response_groups([(1, path)], Vocabulary([recorded_run]))
+    assert all(mark == 0 for group in groups for sample in group["samples"] for mark in sample["marks"])
+
+
+def test_words_belong_to_their_class_whatever_their_case_and_blanks(vocabulary: Vocabulary) -> None:
+    ids = np.arange(9)
+    assert class_of_tokens(ids, vocabulary, {"retry": ["WAIT"], "filler": ["hmm"]}).tolist() == [
+        -1, -1, -1, 0, 1, -1, -1, -1, -1,
+    ]  # fmt: skip
+    assert vocabulary.text(3) == "wait" and Vocabulary([]).text(3) == "#3"
+
+
+def test_frequency_is_the_share_of_tokens(recorded_run: Path, vocabulary: Vocabulary) -> None:
+    tokens = [token for row in dumped(recorded_run, 200) for token in row["token_ids"]]
+    found = token_figures.frequency([(200, np.array(tokens))], vocabulary, CLASSES)
+    assert found.steps == [200]
+    assert found.shares["retry"] == [pytest.approx(tokens.count(3) / len(tokens))]
+    assert found.shares["filler"] == [pytest.approx(tokens.count(4) / len(tokens))]
+
+
+def test_violins_hold_the_probabilities_of_their_class(recorded_run: Path, vocabulary: Vocabulary) -> None:
+    tables = [read_tokens(step, path) for step, path in read_run(recorded_run).dumps]
+    figure = token_figures.violins(tables, vocabulary, CLASSES)
+    drawn = {trace["name"]: trace for trace in figure.traces}
+    expected = [
+        np.log10(np.exp(log_prob))
+        for step in (1, 100, 200)
+        for row in dumped(recorded_run, step)
+        for token, log_prob in zip(row["token_ids"], row["actor_log_probs"], strict=True)
+        if token == 4
+    ]
+    assert drawn["filler"]["y"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_scatter_has_every_token_of_the_step_once(recorded_run: Path, vocabulary: Vocabulary) -> None:
+    table = read_tokens(*read_run(recorded_run).dumps[-1])
+    figure = token_figures.scatter(table, vocabulary, CLASSES)
+    assert sum(len(trace["x"]) for trace in figure.traces) == len(table.ids)
+    assert all(0 < x <= 1 for trace in figure.traces for x in trace["x"])
+
+
+def test_the_clouds_are_of_the_extreme_one_percent(recorded_run: Path, vocabulary: Vocabulary) -> None:
+    table = read_tokens(*read_run(recorded_run).dumps[-1])
+    least, undecided = token_figures.clouds(table, vocabulary, CLASSES)
+    count = max(1, len(table.ids) // 100)
+    assert sum(n for _, n, _ in least.words) == sum(n for _, n, _ in undecided.words) == count
+    assert least.words[0][0] == vocabulary.text(int(table.ids[np.argmin(table.log_probs)]))
+    assert undecided.words[0][0] == vocabulary.text(int(table.ids[np.argmax(table.entropy)]))
+
+
+def test_the_viewer_shows_groups_in_which_the_loss_acts_first(recorded_run: Path, vocabulary: Vocabulary) -> None:
+    first, *others = response_groups(read_run(recorded_run).dumps[:1], vocabulary)
+    assert first["prompt_id"] == "train:0" and len(first["samples"]) == 4
+    assert {sample["advantage"] for sample in first["samples"]} == {-1.0, 1.0}
+    assert all(sample["advantage"] == 0 for group in others for sample in group["samples"])
+    row, sample = dumped(recorded_run, 1)[0], first["samples"][0]
+    assert sample["texts"] == [vocabulary.text(token) for token in row["token_ids"]]
+    assert sample["p"] == pytest.approx(np.exp(row["actor_log_probs"]), rel=5e-3)
+    assert [bool(mark & SELECTED) for mark in sample["marks"]] == row["selected"]
+    assert [not mark & FILTERED for mark in sample["marks"]] == row["kept"]
+
+
+def test_a_broken_dump_is_named(recorded_run: Path) -> None:
+    path = recorded_run / "rollouts" / "step_000100.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"step_000100\.parquet"):
+        read_tokens(100, path)
