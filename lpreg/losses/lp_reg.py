@@ -29,9 +29,10 @@ _RULES: dict[str, SelectionKind] = {"log_prob": "lowest_log_prob", "entropy": "h
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LpRegSettings:
     kl_estimator: Literal["k3", "full", "reverse"] = "k3"
-    """"full": KL(q || p) over the vocabulary, which is -log Z. On the sampled token, with d = log q - log p: "k3" is
-    exp(d) - d - 1, with the current policy's proxy an advantage shift of beta * (1/Z - 1); "reverse" is d^2 / 2, whose
-    gradient is in expectation that of the reverse KL(p || q), an advantage shift of beta * log(1/Z)."""
+    """"full": KL(q || p) over the vocabulary: -log Z with the current policy's proxy, else LossInputs.proxy_kl. On the
+    sampled token, with d = log q - log p: "k3" is exp(d) - d - 1, with the current policy's proxy an advantage shift of
+    beta * (1/Z - 1); "reverse" is d^2 / 2, whose gradient is in expectation that of the reverse KL(p || q), an
+    advantage shift of beta * log(1/Z)."""
     select_by: Literal["log_prob", "entropy", "random", "all"] = "log_prob"
     """What makes a token one of the share rho: a low log-prob (the paper), or for its ablations a high entropy or
     chance. "all": every token, whatever rho."""
@@ -83,12 +84,6 @@ class LpRegSettings:
             raise ValueError(
                 "selection_scope must be 'batch' with another select_by than 'log_prob' or another advantage_sign than "
                 f"'negative', got select_by={self.select_by!r} and advantage_sign={self.advantage_sign!r}"
-            )
-        if self.kl_estimator == "full" and self.proxy_source != "current":
-            raise ValueError(
-                f"kl_estimator='full' with proxy_source={self.proxy_source!r} needs q over the whole filter of "
-                "another policy, which is not stored yet (a sparse store comes later); use kl_estimator='k3' "
-                "or proxy_source='current'"
             )
 
 
@@ -170,12 +165,16 @@ class LpReg(PolicyLoss):
             return _Proxy(log_q, log_q > -torch.inf, None)
         log_probs, prefix = inputs.log_probs, ""
         log_z, kept = inputs.log_z, inputs.kept
-        if source == "old" and inputs.old_log_probs is not None:
+        if inputs.old_log_probs is not None and not self._proxy_is_current(inputs):
             log_probs, prefix = inputs.old_log_probs, "old_"
             log_z, kept = inputs.old_log_z, inputs.old_kept
         log_z = self.need(log_z, prefix + "log_z").detach()
         kept = self.need(kept, prefix + "kept")
         return _Proxy(torch.where(kept, log_probs.detach() - log_z, -torch.inf), kept, log_z)
+
+    def _proxy_is_current(self, inputs: LossInputs) -> bool:
+        source = self.settings.proxy_source
+        return source == "current" or (source == "old" and inputs.old_log_probs is None)
 
     def _low(self, inputs: LossInputs) -> Tensor:
         """[T] bool, the tokens rare enough to be regularised."""
@@ -189,8 +188,11 @@ class LpReg(PolicyLoss):
     def _kl(self, inputs: LossInputs, gap: Tensor, regularised: Tensor) -> tuple[Tensor, Tensor]:
         """([T] the KL term, 0 where not regularised; [T] bool, where the clamp cut it)."""
         if self.settings.kl_estimator == "full":
-            log_z = self.need(inputs.log_z, "log_z")
-            return torch.where(regularised, -log_z, 0.0), torch.zeros_like(regularised)
+            if self._proxy_is_current(inputs):
+                kl = -self.need(inputs.log_z, "log_z")
+            else:
+                kl = self.need(inputs.proxy_kl, "proxy_kl")
+            return torch.where(regularised, kl, 0.0), torch.zeros_like(regularised)
         if self.settings.kl_estimator == "reverse":
             return gap.square() / 2, torch.zeros_like(regularised)
         k3 = gap.expm1() - gap

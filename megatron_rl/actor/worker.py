@@ -244,12 +244,14 @@ def _loss_inputs(stats: lpreg.TokenStats, part: MicroBatch, denominator: float) 
     values = part.values
     return LossInputs(
         log_probs=stats.log_probs,
-        old_log_probs=None,  # one update a rollout: the old policy is this one
+        old_log_probs=values.get("old_log_probs"),  # None: one update a rollout, so the old policy is this one
         advantages=values["advantages"],
         mask=torch.ones_like(part.targets, dtype=torch.bool),
         entropy=stats.entropy,
         log_z=stats.log_z,
         kept=stats.kept,
+        old_log_z=values.get("old_log_z"),
+        old_kept=values.get("old_kept"),
         selection=values.get("selected"),
         proxy_log_probs=values.get("proxy_log_probs"),
         sequence_ids=part.sequence_ids,

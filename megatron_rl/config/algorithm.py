@@ -36,19 +36,21 @@ class AlgorithmSettings(Section):
     """Which loss, from which statistics."""
 
     name: Method = "lp_reg"
-    """The policy loss. With one update a step, no probability ratio has moved: clips, and all of kl_cov's own, are
+    """The policy loss. With one update a rollout, no probability ratio has moved: clips, and all of kl_cov's own, are
     inert."""
     preset: Literal["paper", "reference"] | None = None
     """The paper's settings to the letter, or those of its published scripts; unset: the method's defaults here."""
-    proxy_source: Literal["current", "old", "lagged"] = "current"
-    """Which policy Lp-Reg's proxy comes from: the one in training, the one that sampled, or an older snapshot."""
+    proxy_source: Literal["current", "old", "lagged"] = "old"
+    """Which policy Lp-Reg's proxy comes from: the one in training, the one that sampled (the paper; with one update a
+    rollout they are the same), or an older snapshot."""
     proxy_refresh_steps: PositiveInt = 25
     """Steps between refreshes of the lagged snapshot; read only with `proxy_source: lagged`."""
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] = "grpo"
     """How rewards become advantages: within a prompt's group, or for reinforce_plus_plus within the step."""
-    selection_log_probs: Literal["rollout", "actor"] = "rollout"
-    """Log-probabilities that rank the tokens: the engine's (no extra forward), or recomputed by the actor. Entropies
-    are always the actor's."""
+    selection_log_probs: Literal["auto", "rollout", "actor"] = "auto"
+    """Log-probs that rank the tokens: the engine's, or the actor's before the first update. auto: the actor's where
+    they are known anyway (several updates a rollout), else the engine's, which cost no forward. Entropies are always
+    the actor's."""
     lp_reg: LpRegSettings = LpRegSettings()
     """Overrides for Lp-Reg."""
     grpo: GrpoSettings = GrpoSettings()

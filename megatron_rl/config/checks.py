@@ -15,7 +15,7 @@ _MICRO_BATCH_PRESETS = ("reference",)
 
 def contradictions(config: Config) -> list[str]:
     """One sentence a problem, naming the keys; empty when the settings go together."""
-    return [*_algorithm(config), *_parallel(config), *_reward(config), *_rest(config)]
+    return [*_algorithm(config), *_updates(config), *_parallel(config), *_reward(config), *_rest(config)]
 
 
 def _algorithm(config: Config) -> Iterator[str]:
@@ -35,12 +35,12 @@ def _algorithm(config: Config) -> Iterator[str]:
     if algorithm.name != "lp_reg":
         return
     full = lp_reg.kl_estimator == "full" or (lp_reg.kl_estimator is None and algorithm.preset in _FULL_KL_PRESETS)
-    if full and algorithm.proxy_source != "current":
+    other = algorithm.proxy_source != "current" and config.train.updates_per_rollout > 1
+    if full and (algorithm.proxy_source == "lagged" or other):
         cause = "lp_reg.kl_estimator: full" if lp_reg.kl_estimator else f"preset: {algorithm.preset}"
         yield (
-            f"algorithm.{cause} with algorithm.proxy_source: {algorithm.proxy_source} is not available yet: it needs "
-            "the whole proxy distribution of another policy; set algorithm.lp_reg.kl_estimator to k3 "
-            "or algorithm.proxy_source to current"
+            f"algorithm.{cause} with algorithm.proxy_source: {algorithm.proxy_source} is not available yet where the "
+            "proxy is another policy's; set algorithm.lp_reg.kl_estimator to k3 or algorithm.proxy_source to current"
         )
     if lp_reg.min_p is not None and lp_reg.fixed_tau is not None:
         yield "algorithm.lp_reg.min_p and algorithm.lp_reg.fixed_tau are two forms of one filter; give only one"
@@ -53,17 +53,39 @@ def _algorithm(config: Config) -> Iterator[str]:
         )
 
 
+def _updates(config: Config) -> Iterator[str]:
+    train, prompts = config.train, config.rollout.prompts_per_step
+    if train.updates_per_rollout % train.epochs_per_rollout:
+        yield (
+            f"train.updates_per_rollout: {train.updates_per_rollout} is no multiple of train.epochs_per_rollout: "
+            f"{train.epochs_per_rollout}, so that passes over the rollouts cannot have equal shares of the updates"
+        )
+    elif prompts * train.epochs_per_rollout % train.updates_per_rollout:
+        yield (
+            f"rollout.prompts_per_step: {prompts} cannot be cut into "
+            f"{train.updates_per_rollout // train.epochs_per_rollout} equal mini-batches "
+            "(train.updates_per_rollout / train.epochs_per_rollout)"
+        )
+
+
+def _mini_batch_prompts(config: Config) -> int:
+    """Prompts of one update; at least 1, whatever else is wrong."""
+    train = config.train
+    return max(1, config.rollout.prompts_per_step * train.epochs_per_rollout // train.updates_per_rollout)
+
+
 def _parallel(config: Config) -> Iterator[str]:
     actor = config.actor
     if actor.context_parallel > 1:
         yield "actor.context_parallel: must be 1; splitting sequences over ranks is not available yet"
     if actor.expert_parallel > 1:
         yield "actor.expert_parallel: must be 1; mixture-of-experts models are not available yet"
-    rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    rows = _mini_batch_prompts(config) * config.rollout.samples_per_prompt
     if actor.data_parallel > rows:
         yield (
-            f"actor.data_parallel: {actor.data_parallel} copies cannot share the {rows} rows of a step "
-            "(rollout.prompts_per_step x rollout.samples_per_prompt)"
+            f"actor.data_parallel: {actor.data_parallel} copies cannot share the {rows} rows of an update "
+            "(rollout.prompts_per_step x rollout.samples_per_prompt x train.epochs_per_rollout / "
+            "train.updates_per_rollout)"
         )
     if config.rollout.engines > config.rollout.prompts_per_step:
         yield (

@@ -121,15 +121,22 @@ class TrainSettings(Section):
     """Length of training, checkpoints, and what a step updates on."""
 
     steps: PositiveInt
-    """RL steps, one optimizer update each."""
+    """RL steps: in each, responses are sampled, then trained on."""
+    updates_per_rollout: PositiveInt = 1
+    """Optimizer updates on a step's rollouts, at the step's learning rate. 1 is on-policy. With more, every pass over
+    the rollouts is cut into equal mini-batches of whole prompts, and one forward without gradients before the first
+    update fixes what the loss needs of the old policy."""
+    epochs_per_rollout: PositiveInt = 1
+    """Passes over a step's rollouts, which updates_per_rollout is shared out to; each later one in a new order."""
     save_every: Count = 0
     """Steps between checkpoints; 0: one at the end only."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept; 0 keeps all."""
     drop_zero_advantage: bool = True
-    """Leave groups whose rewards are all equal out of the update; the loss is still normalised over all tokens."""
+    """Leave responses without an advantage out of the update where the loss has no gradient there; it is still
+    normalised over all tokens."""
     score_dropped: bool = True
-    """Still run those groups forward, so that entropy and the other metrics cover the whole batch."""
+    """Still run those responses forward, so that entropy and the other metrics cover the whole batch."""
 
 
 class Probe(Section):

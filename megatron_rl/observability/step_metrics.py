@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_rl.actor.results import add_up
 from megatron_rl.batching.rows import Array, Rows
 from megatron_rl.types import Sample
 
 if TYPE_CHECKING:
     from lpreg import Selection, SelectionRule
+    from megatron_rl.cluster.actors import StepResult
 
 
 def rollout_metrics(samples: Sequence[Sample], advantages: Array) -> dict[str, float]:
@@ -62,8 +64,22 @@ def selection_metrics(rule: SelectionRule, selection: Selection) -> dict[str, fl
     return {}
 
 
+def update_metrics(results: Sequence[StepResult], num_response_tokens: int) -> dict[str, float]:
+    """Of a step's updates; num_response_tokens: of all their mini-batches, dropped rows included.
+
+    Loss and gradient norm are means over the updates; what is counted in tokens is a mean over the tokens of all.
+    """
+    metrics = {
+        "train/updates": float(len(results)),
+        "train/loss": float(np.mean([result.loss for result in results] or 0.0)),
+        "train/grad_norm": float(np.mean([result.grad_norm for result in results] or 0.0)),
+        "train/grad_norm_max": float(np.max([result.grad_norm for result in results] or 0.0)),
+    }
+    return metrics | loss_metrics(add_up(result.metrics for result in results), num_response_tokens)
+
+
 def loss_metrics(parts: Mapping[str, tuple[float, float]], num_response_tokens: int) -> dict[str, float]:
-    """The loss's own (total, count) pairs as means. Shares of tokens are of the whole batch, dropped rows included."""
+    """The loss's own (total, count) pairs as means. Shares of tokens are of all tokens, dropped rows included."""
     metrics = {}
     for name, (total, count) in parts.items():
         if name == "selected_fraction":

@@ -71,6 +71,20 @@ class Run:
     def temperature(self) -> float:
         return self.config.rollout.temperature
 
+    @property
+    def off_policy(self) -> bool:
+        """Whether an update may train a policy other than the one that sampled."""
+        return self.config.train.updates_per_rollout > 1
+
+    @property
+    def ranks_by_actor(self) -> bool:
+        """Whether tokens are ranked by what the actor says of them before the first update, not by what the engine
+        did."""
+        rule, source = self.loss.selection, self.config.algorithm.selection_log_probs
+        if rule is None:
+            return False
+        return rule.needs_entropy or source == "actor" or (source == "auto" and self.off_policy)
+
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: at the end only) happens after this one."""
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)

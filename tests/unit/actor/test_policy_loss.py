@@ -40,17 +40,19 @@ def test_every_method_has_a_section() -> None:
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_unset_keys_leave_the_methods_defaults(name: str) -> None:
-    assert LossChoice.of(AlgorithmSettings.model_validate({"name": name})).settings in ({}, {"proxy_source": "current"})
-    assert settings_of({"name": name}) == METHODS[name].Settings()
+    assert LossChoice.of(AlgorithmSettings.model_validate({"name": name})).settings in ({}, {"proxy_source": "old"})
+    of_lp_reg = {"proxy_source": "old"} if name == "lp_reg" else {}
+    assert settings_of({"name": name}) == METHODS[name].Settings(**of_lp_reg)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
 @pytest.mark.parametrize("preset", ["paper", "reference"])
 def test_presets(name: str, preset: str) -> None:
-    assert settings_of({"name": name, "preset": preset}) == METHODS[name].Settings(**PRESETS[name][preset])
+    of_lp_reg = {"proxy_source": "old"} if name == "lp_reg" else {}
+    assert settings_of({"name": name, "preset": preset}) == METHODS[name].Settings(**PRESETS[name][preset], **of_lp_reg)
     key = next(iter(PRESETS[name][preset]))
     overridden = settings_of({"name": name, "preset": preset, name: {key: 0.5}})
-    assert overridden == METHODS[name].Settings(**PRESETS[name][preset] | {key: 0.5})
+    assert overridden == METHODS[name].Settings(**PRESETS[name][preset] | {key: 0.5}, **of_lp_reg)
 
 
 def test_none_in_words_is_none() -> None:

@@ -86,8 +86,6 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         ("lp_reg", {"kl_estimator": "k2"}, "kl_estimator must be one of k3, full"),
         ("lp_reg", {"selection_scope": "all"}, "selection_scope must be one of"),
         ("lp_reg", {"proxy_source": "new"}, "proxy_source must be one of"),
-        ("lp_reg", {"kl_estimator": "full", "proxy_source": "old"}, "sparse store comes later"),
-        ("lp_reg", {"kl_estimator": "full", "proxy_source": "lagged"}, "sparse store comes later"),
     ],
 )
 def test_bad_settings_are_named(name: str, settings: dict, message: str) -> None:
@@ -124,11 +122,17 @@ def test_bad_inputs_are_named(change: dict, message: str) -> None:
         ({}, ("log_z", "kept"), "selection"),
         ({"proxy_source": "lagged"}, ("log_z", "kept", "selection"), "proxy_log_probs"),
         ({"proxy_source": "old"}, ("log_z", "kept", "selection", "old_log_probs"), "old_log_z"),
+        (
+            {"proxy_source": "old", "kl_estimator": "full"},
+            ("log_z", "kept", "selection", "old_log_probs", "old_log_z", "old_kept"),
+            "proxy_kl",
+        ),
+        ({"proxy_source": "lagged", "kl_estimator": "full"}, ("selection", "proxy_log_probs"), "proxy_kl"),
         ({"proxy_source": "old"}, ("log_z", "kept", "selection", "old_log_probs", "old_log_z"), "old_kept"),
     ],
 )
 def test_a_missing_input_is_named(settings: dict, given: tuple[str, ...], missing: str) -> None:
-    flags = {"kept", "selection"}
+    flags = {"kept", "old_kept", "selection"}
     fields = {name: torch.zeros(3, dtype=torch.bool if name in flags else torch.float32) for name in given}
     inputs = LossInputs(log_probs=torch.zeros(3), advantages=torch.zeros(3), denominator=3, **fields)
     with pytest.raises(ValueError, match=rf"lp_reg needs LossInputs\.{missing}$"):

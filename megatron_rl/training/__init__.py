@@ -1,0 +1,1 @@
+"""What happens to a step's rollouts between the reward and the weight sync."""

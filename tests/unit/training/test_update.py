@@ -1,0 +1,147 @@
+"""Mini-batches, what their losses are means over, and what is said of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lpreg import make_loss
+from megatron_rl.batching.mini_batches import mini_batches
+from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.cluster.actors import StepResult
+from megatron_rl.errors import UserError
+from megatron_rl.training.update import denominator, old_policy_kl, update
+
+
+@given(
+    groups=st.integers(1, 6).flatmap(lambda n: st.permutations(list(range(n)) * 3)),
+    per_pass=st.integers(1, 4),
+    epochs=st.integers(1, 3),
+    seed=st.integers(0, 2**62),
+)
+def test_a_pass_holds_every_row_once_in_whole_groups(groups: list[int], per_pass: int, epochs: int, seed: int) -> None:
+    of_row = np.array(groups)
+    batches = mini_batches(of_row, updates=per_pass * epochs, epochs=epochs, seed=seed)
+    assert len(batches) == per_pass * epochs
+    for start in range(0, len(batches), per_pass):
+        one_pass = batches[start : start + per_pass]
+        assert sorted(np.concatenate(one_pass)) == list(range(len(groups)))
+        for rows in one_pass:
+            assert (np.diff(rows) > 0).all()
+            assert not set(of_row[rows]) & set(np.delete(of_row, rows))
+    again = mini_batches(of_row, updates=per_pass * epochs, epochs=epochs, seed=seed)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+
+
+def test_the_first_pass_goes_in_the_order_of_the_draw_and_the_next_in_another() -> None:
+    groups = np.repeat(np.arange(40), 2)
+    first, second = (mini_batches(groups, updates=80, epochs=2, seed=5)[at : at + 40] for at in (0, 40))
+    assert [int(groups[rows[0]]) for rows in first] == list(range(40))
+    assert [int(groups[rows[0]]) for rows in second] != list(range(40))
+
+
+LENGTHS = [2, 3, 1, 4]
+GROUPS, ADVANTAGES = np.array([0, 0, 1, 1]), np.array([1.0, -1.0, 0.0, 0.0])
+TOKENS = sum(LENGTHS)
+
+
+def batch() -> Rows:
+    rows = Rows([np.full(1 + n, row) for row, n in enumerate(LENGTHS)], np.ones(4, dtype=np.int64))
+    old = np.arange(TOKENS, dtype=np.float32)
+    selected = np.arange(TOKENS) < 4
+    return rows.with_values(advantages=rows.per_token(ADVANTAGES), old_log_probs=old, selected=selected)
+
+
+class Actors:
+    """Says that log-probs have grown by 0.5 since they were old."""
+
+    def __init__(self, loss: float = 2.0) -> None:
+        self.calls: list[tuple[list[int], float]] = []
+        self.loss = loss
+
+    def train(self, rows: Rows, *, lr: float, denominator: float, temperature: float) -> StepResult:
+        self.calls.append(([int(row[0]) for row in rows.tokens], denominator))
+        n = len(self.calls)
+        values = {"log_probs": rows.values["old_log_probs"] + np.float32(0.5)}
+        return StepResult(
+            values, self.loss * n, {"ratio": (3.0 * n, 2.0 * n), "selected_fraction": (1.0, 5.0)}, 4.0 * n
+        )
+
+
+def stepped(actors: Actors, name: str = "grpo", updates: int = 1, epochs: int = 1, **settings: Any) -> tuple:
+    """(metrics, seen, run) of a step's updates."""
+    train = SimpleNamespace(updates_per_rollout=updates, epochs_per_rollout=epochs, drop_zero_advantage=True)
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(train=train),
+        loss=make_loss(name, **settings),
+        actors=actors,
+        temperature=1.0,
+        weight_version=7,
+        off_policy=updates > 1,
+        sampling=lambda step: SimpleNamespace(seed=step),
+        learning_rate=lambda step: 0.1,
+    )
+    rows = batch()
+    seen: dict[str, Array] = {"log_probs": rows.values["old_log_probs"]} if updates > 1 else {}
+    return update(run, 3, rows, GROUPS, ADVANTAGES, seen), seen, run
+
+
+def test_one_update_runs_the_rows_with_an_advantage_and_averages_over_all() -> None:
+    actors = Actors()
+    metrics, seen, run = stepped(actors)
+    assert actors.calls == [([0, 1], TOKENS)]
+    assert run.weight_version == 8
+    assert metrics["train/row_fraction"] == 0.5 and metrics["train/updates"] == 1 and metrics["train/lr"] == 0.1
+    assert metrics["lpreg/selected_fraction"] == 1 / TOKENS
+    assert "train/kl_old_policy" not in metrics
+    assert np.isnan(seen["log_probs"]).tolist() == [False] * 5 + [True] * 5
+
+
+def test_a_mini_batch_averages_over_itself_and_none_is_run_without_an_acting_row() -> None:
+    actors = Actors()
+    metrics, _, run = stepped(actors, updates=2)
+    assert actors.calls == [([0, 1], 5)]
+    assert run.weight_version == 8
+    assert metrics["train/updates"] == 1
+    # All rows act with an entropy bonus.
+    actors = Actors()
+    stepped(actors, "entropy_bonus", updates=2)
+    assert actors.calls == [([0, 1], 5), ([2, 3], 5)]
+
+
+def test_metrics_are_of_all_updates() -> None:
+    metrics, _, run = stepped(Actors(), "entropy_bonus", updates=4, epochs=2)
+    assert run.weight_version == 7 + 4
+    assert metrics["train/loss"] == 5.0 and metrics["train/grad_norm"] == 10.0 and metrics["train/grad_norm_max"] == 16
+    assert metrics["train/ratio"] == 1.5
+    assert metrics["lpreg/selected_fraction"] == 4 / (2 * TOKENS)
+    assert metrics["train/kl_old_policy"] == pytest.approx(np.expm1(0.5) - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "counts"),
+    [
+        ("grpo", {}, [5, 5]),
+        ("grpo", {"aggregation": "sequence_mean_token_mean"}, [2, 2]),
+        ("gspo", {}, [2, 2]),
+        ("high_entropy", {"share": 0.3}, [4, 1]),  # one where none is selected: nothing is divided by 0
+        ("clip_cov", {}, [5, 5]),
+    ],
+)
+def test_denominators(name: str, settings: dict[str, Any], counts: list[int]) -> None:
+    loss = make_loss(name, **settings)
+    assert [denominator(loss, batch().take(rows)) for rows in ([0, 1], [2, 3])] == counts
+
+
+def test_spoilt_weights_end_the_run() -> None:
+    with pytest.raises(UserError, match=r"step 3: loss nan.*resume=auto"):
+        stepped(Actors(loss=np.nan), updates=2)
+
+
+def test_the_old_policys_divergence_is_never_negative() -> None:
+    assert old_policy_kl(np.array([-1.0, 0.0, 1.0])) > 0 == old_policy_kl(np.zeros(3))
