@@ -6,13 +6,36 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .fields import Count, Name, Section, Text
+from .fields import Count, Name, Positive, PositiveInt, Section, Share, Text
 
 WORD_CLASSES: dict[str, list[str]] = {
     "exploratory": ["but", "wait", "perhaps", "alternatively", "however"],
     "irrelevant": ["cost", "fine", "balanced", "ere", "trans"],
 }
 """The paper's two lists (arXiv 2510.03222)."""
+
+
+class DiagnosisSettings(Section):
+    """When a run warns. Means are over `window` steps, starts over the first `window` steps."""
+
+    window: PositiveInt = 10
+    """Steps."""
+    entropy_collapse: Share = 0.1
+    """Share of its start below which the token entropy has collapsed."""
+    entropy_explosion: Positive = 3.0
+    """Multiple of its start above which it has exploded."""
+    kept: Share = 0.9999
+    """Share of tokens above which the proxy keeps everything."""
+    truncated: Share = 0.2
+    """Share of truncated responses that is too large, if it has also doubled."""
+    reward_without_accuracy: Share = 0.05
+    """Rise of the training reward, and fall of every suite's accuracy from its best, that look like cheating."""
+    staleness: Count = 4
+    """Weight versions that samples may be old."""
+    gap: Positive = 0.01
+    """Mean difference of rollout and actor log-probs, in nats, that is too large, if it has also grown."""
+    gap_growth: Positive = 5.0
+    """Multiple of its start that counts as grown."""
 
 
 class ObservabilitySettings(Section):
@@ -24,6 +47,8 @@ class ObservabilitySettings(Section):
     """Write TensorBoard files beside metrics.jsonl."""
     rollouts_every: Count = 10
     """Steps between dumps of a step's rollouts; 0: none."""
+    diagnosis: DiagnosisSettings = DiagnosisSettings()
+    """Thresholds of the warnings in warnings.jsonl, on the terminal and in the report."""
     word_classes: dict[Name, Annotated[list[Text], Field(min_length=1)]] = WORD_CLASSES
     """Words that the report's figures follow, by class; a token belongs to a class when its text, without blanks and in
     lower case, is one of its words. The default is the paper's."""

@@ -18,6 +18,7 @@ PLACES = (
     ("exported model (HF format)", "hf"),
     ("checkpoints", "checkpoints"),
     ("metrics", "metrics.jsonl"),
+    ("warnings", "warnings.jsonl"),
     ("rollouts", "rollouts"),
     ("TensorBoard", "tensorboard"),
     ("configuration", "config.yaml"),

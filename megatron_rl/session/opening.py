@@ -19,7 +19,8 @@ from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.data.template import load_tokenizer
 from megatron_rl.data.tokens import single_token, stop_token_ids
-from megatron_rl.observability.metrics import MetricsLog
+from megatron_rl.observability.diagnosis import Diagnosis
+from megatron_rl.observability.metrics import MetricsLog, read_metrics
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View, make_view
 from megatron_rl.reward.pool import RewardPool
@@ -109,6 +110,7 @@ def open_run(config: Config) -> Iterator[Run]:
             weights_folder=weights_folder,
             view=view,
             metrics=metrics,
+            diagnosis=Diagnosis(config.run.folder, config.observability.diagnosis, read_metrics(config.run.folder)),
             phase=Phases(view.phase),
         )
         if checkpoint and state:

@@ -17,6 +17,7 @@ from megatron_rl.cluster.engines import Engines
 from megatron_rl.config import Config
 from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet
+from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.metrics import MetricsLog
 from megatron_rl.observability.rollouts import write_rollouts
 from megatron_rl.observability.timing import Phases
@@ -58,6 +59,7 @@ class Run:
     weights_folder: Path
     view: View
     metrics: MetricsLog
+    diagnosis: Diagnosis
     phase: Phases
     step: int = 0
     """Steps done."""
@@ -149,6 +151,8 @@ class Run:
         self.metrics.write(self.step, metrics | self.phase.flush())
         if self.step:
             self.view.step(self.step, metrics)
+        for finding in self.diagnosis.step(self.step, metrics):
+            self.view.message(str(finding))
 
     def dump_rollouts(
         self, step: int, samples: list[Sample], advantages: Array, batch: Rows, seen: dict[str, Array]

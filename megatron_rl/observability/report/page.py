@@ -62,7 +62,10 @@ def _render(runs: Sequence[RunData]) -> str:
     )
     return environment.get_template("report.html.j2").render(
         title=runs[0].name if len(runs) == 1 else " and ".join(group.label for group in groups),
-        runs=[{"name": run.name, "facts": _facts(run), "changes": before_and_after(run.rows)} for run in runs],
+        runs=[
+            {"name": run.name, "facts": _facts(run), "changes": before_and_after(run.rows), "findings": run.findings}
+            for run in runs
+        ],
         changes=_changes(runs),
         config_texts=[(run.name, run.config_text) for run in runs],
         differences=differences(runs) if len(runs) > 1 else [],

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_rl.errors import UserError
+from megatron_rl.observability.diagnosis import Finding, read_findings
 from megatron_rl.observability.metrics import Row, read_metrics
 from megatron_rl.observability.rollouts import dumps
 
@@ -35,6 +36,10 @@ class RunData:
     def dumps(self) -> list[tuple[int, Path]]:
         """(step, file) of every rollout dump, by step."""
         return dumps(self.folder / "rollouts")
+
+    @property
+    def findings(self) -> list[Finding]:
+        return read_findings(self.folder)
 
     def setting(self, section: str, key: str) -> Any:
         """A value of the configuration; None where there is none, for a report must not depend on it."""

@@ -1,0 +1,220 @@
+"""What goes wrong in RLVR runs, told while it happens: named warnings with the threshold passed and a remedy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_rl.observability.files import atomically, write_error
+from megatron_rl.observability.format import number
+from megatron_rl.observability.metrics import Row, series
+
+if TYPE_CHECKING:
+    from megatron_rl.config.observability import DiagnosisSettings
+
+FILE_NAME = "warnings.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A warning, from the step on which it began to hold."""
+
+    step: int
+    name: str
+    what: str
+    """The value and the threshold that it passed."""
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"warning {self.name}: {self.what}. {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    name: str
+    holds: Callable[[Sequence[Row], DiagnosisSettings], str | None]
+    """What is wrong after these rows, None while nothing is."""
+    remedy: str
+
+
+class Diagnosis:
+    """Looks at every step's metrics. A warning comes when its condition begins to hold; again only after a break."""
+
+    def __init__(self, folder: Path, settings: DiagnosisSettings, rows: Sequence[Row]) -> None:
+        """rows: what the run has logged before, if it is resumed; warnings of later steps are dropped from the file."""
+        self._path = folder / FILE_NAME
+        self._settings = settings
+        self._rows = list(rows)
+        self._holding = {rule.name for rule in RULES if rule.holds(self._rows, settings)}
+        last = max((row["step"] for row in rows), default=-1)
+        kept = [finding for finding in read_findings(folder) if finding.step <= last]
+        if self._path.exists():
+            with atomically(self._path) as partial:
+                partial.write_text("".join(_line(finding) for finding in kept), encoding="utf-8")
+
+    def step(self, step: int, metrics: Mapping[str, float | None]) -> list[Finding]:
+        """The warnings that begin with this step, written to the run folder's warnings.jsonl as well."""
+        self._rows.append({"step": step, **metrics})
+        what = {rule: text for rule in RULES if (text := rule.holds(self._rows, self._settings))}
+        begun = [
+            Finding(step, rule.name, text, rule.remedy) for rule, text in what.items() if rule.name not in self._holding
+        ]
+        self._holding = {rule.name for rule in what}
+        if begun:
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.writelines(map(_line, begun))
+            except OSError as error:
+                raise write_error(self._path, error) from error
+        return begun
+
+
+def read_findings(folder: Path) -> list[Finding]:
+    """The warnings of a run so far, by step. A torn last line is left out."""
+    path = folder / FILE_NAME
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [Finding(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def _line(finding: Finding) -> str:
+    return json.dumps(asdict(finding)) + "\n"
+
+
+def _start_and_now(rows: Sequence[Row], metric: str, window: int) -> tuple[float, float] | None:
+    """Mean over the first and the last `window` values; None before they are two different stretches."""
+    values = series(rows, metric)[1]
+    if len(values) < 2 * window:
+        return None
+    return sum(values[:window]) / window, sum(values[-window:]) / window
+
+
+def _entropy_collapse(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    means = _start_and_now(rows, "entropy/token_mean", settings.window)
+    if means is None or means[1] >= settings.entropy_collapse * means[0]:
+        return None
+    limit = settings.entropy_collapse * means[0]
+    return f"entropy {number(means[1])} fell below {number(limit)}, {settings.entropy_collapse:g} of its start"
+
+
+def _entropy_explosion(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    means = _start_and_now(rows, "entropy/token_mean", settings.window)
+    if means is None or means[1] <= settings.entropy_explosion * means[0]:
+        return None
+    limit = settings.entropy_explosion * means[0]
+    return f"entropy {number(means[1])} rose above {number(limit)}, {settings.entropy_explosion:g} times its start"
+
+
+def _nothing_selected(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    values = series(rows, "lpreg/selected_fraction")[1][-settings.window :]
+    if len(values) < settings.window or any(values):
+        return None
+    return f"the loss has selected no token for {settings.window} steps"
+
+
+def _everything_kept(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    if not series(rows, "lpreg/selected_fraction")[1]:
+        return None  # the method has no proxy
+    values = series(rows, "lpreg/kept_fraction")[1][-settings.window :]
+    if len(values) < settings.window or min(values) <= settings.kept:
+        return None
+    return f"the proxy has kept {number(min(values))} of the tokens or more, above {settings.kept:g}"
+
+
+def _truncation_growth(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    means = _start_and_now(rows, "response_length/truncated_fraction", settings.window)
+    if means is None or means[1] <= max(settings.truncated, 2 * means[0]):
+        return None
+    limit = max(settings.truncated, 2 * means[0])
+    return f"{number(means[1])} of the responses are truncated, more than {number(limit)}"
+
+
+def _reward_without_accuracy(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    reward = _start_and_now(rows, "reward/mean", settings.window)
+    names = {name for row in rows for name in row if name.startswith("eval/") and "/avg@" in name}
+    evaluations = [series(rows, name)[1] for name in sorted(names)]
+    drops = [max(values) - values[-1] for values in evaluations if len(values) > 1]
+    limit = settings.reward_without_accuracy
+    if reward is None or not drops or reward[1] - reward[0] < limit or min(drops) < limit:
+        return None
+    return (
+        f"the training reward rose by {number(reward[1] - reward[0])} while every suite's accuracy fell by "
+        f"{number(min(drops))} or more from its best; the threshold is {limit:g}"
+    )
+
+
+def _no_reward(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    values = series(rows, "reward/mean")[1][-settings.window :]
+    if len(values) < settings.window or any(values):
+        return None
+    return f"no response has had a reward for {settings.window} steps"
+
+
+def _stale_weights(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    values = series(rows, "rollout/staleness_max")[1][-settings.window :]
+    if len(values) < settings.window or min(values) <= settings.staleness:
+        return None
+    return f"samples are {min(values):.0f} or more weight versions old, more than {settings.staleness}"
+
+
+def _gap_growth(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    means = _start_and_now(rows, "logprob/rollout_actor_abs_diff", settings.window)
+    if means is None or means[1] <= max(settings.gap, settings.gap_growth * means[0]):
+        return None
+    limit = max(settings.gap, settings.gap_growth * means[0])
+    return f"rollout and actor log-probs differ by {number(means[1])} nat on average, more than {number(limit)}"
+
+
+RULES = (
+    _Rule(
+        "entropy_collapse",
+        _entropy_collapse,
+        "Exploration dies: select more tokens (algorithm.lp_reg.rho), weigh them more (beta), or lower "
+        "actor.optimizer.lr",
+    ),
+    _Rule(
+        "entropy_explosion",
+        _entropy_explosion,
+        "The policy dissolves into noise: lower actor.optimizer.lr or the weight of the entropy or KL term; go back to "
+        "an earlier checkpoint",
+    ),
+    _Rule(
+        "nothing_selected",
+        _nothing_selected,
+        "The regulariser does nothing: raise algorithm.lp_reg.rho, or lower kappa (or fixed_tau, which must be well "
+        "below lpreg/delta)",
+    ),
+    _Rule(
+        "everything_kept",
+        _everything_kept,
+        "The proxy filters nothing, so the term has no effect: raise algorithm.lp_reg.kappa",
+    ),
+    _Rule(
+        "truncation_growth",
+        _truncation_growth,
+        "Responses run into the limit: raise rollout.max_response_tokens or penalise overlong ones",
+    ),
+    _Rule(
+        "reward_without_accuracy",
+        _reward_without_accuracy,
+        "The policy may please the verifier by form alone: read responses in the report and tighten the reward",
+    ),
+    _Rule(
+        "no_reward",
+        _no_reward,
+        "Look at a rollout dump: a wrong data.template, label column or reward.name is likelier than a weak model",
+    ),
+    _Rule(
+        "stale_weights",
+        _stale_weights,
+        "Rollouts lag behind: lower the permitted staleness or add engines",
+    ),
+    _Rule(
+        "gap_growth",
+        _gap_growth,
+        "Importance ratios are wrong by as much: check the engine's temperature, log-prob mode and precision, and that "
+        "weights arrive",
+    ),
+)
