@@ -8,13 +8,34 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 
-SUPPORTED = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+SUPPORTED = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 """`model_type` -> architecture."""
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those whose frequencies do not depend on how long a sequence is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture of experts in the sparse layers."""
+
+    count: int
+    per_token: int
+    ffn: int
+    normalised: bool
+    """The weights of a token's experts are made to sum to one."""
+    layers: tuple[bool, ...]
+    """Of each layer of the model, whether it is sparse."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A dense Qwen3 or Qwen2 decoder."""
+    """A decoder of one of the supported families."""
 
     family: str
     """The architecture's name, one of `SUPPORTED`'s values."""
@@ -24,6 +45,7 @@ class Architecture:
     kv_heads: int
     head_dim: int
     ffn: int
+    """Of the dense layers."""
     vocabulary: int
     """True size, before any padding."""
     max_positions: int
@@ -31,14 +53,21 @@ class Architecture:
     rope_theta: float
     tied: bool
     """The output layer shares the embedding's weight."""
+    rope_type: str = "default"
+    """One of `ROPE_TYPES`."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Of the attention's output projection."""
+    experts: Experts | None = None
+    """None where every layer is dense."""
 
     @property
     def qk_norm(self) -> bool:
-        return self.family == "Qwen3ForCausalLM"
+        return self.family in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
-    @property
-    def qkv_bias(self) -> bool:
-        return self.family == "Qwen2ForCausalLM"
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer of the model, counted from 0, has experts."""
+        return self.experts is not None and self.experts.layers[layer]
 
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any]) -> Architecture:
@@ -60,6 +89,10 @@ class Architecture:
                 norm_eps=hf_config["rms_norm_eps"],
                 rope_theta=_rope_theta(hf_config),
                 tied=hf_config.get("tie_word_embeddings", False),
+                rope_type=_rope_type(hf_config),
+                qkv_bias=family == "Qwen2ForCausalLM" or hf_config.get("attention_bias", False),
+                output_bias=family != "Qwen2ForCausalLM" and hf_config.get("attention_bias", False),
+                experts=_experts(hf_config) if family == "Qwen3MoeForCausalLM" else None,
             )
         except KeyError as error:
             raise UserError(f"The model's config.json lacks {error.args[0]!r}, which a {family} needs.") from None
@@ -70,25 +103,56 @@ def _family(hf_config: Mapping[str, Any]) -> str:
     if names[0] in SUPPORTED.values():
         return str(names[0])
     found = names[0] or hf_config.get("model_type") or "none named"
-    raise UserError(
-        f"The model's architecture ({found}) is not supported. Supported: {', '.join(SUPPORTED.values())} (dense)."
+    raise UserError(f"The model's architecture ({found}) is not supported. Supported: {', '.join(SUPPORTED.values())}.")
+
+
+def _experts(hf_config: Mapping[str, Any]) -> Experts | None:
+    """The count is `num_experts` in published folders, `num_local_experts` where transformers 5 wrote the file."""
+    count = hf_config["num_experts"] if "num_experts" in hf_config else hf_config["num_local_experts"]
+    every, dense = hf_config.get("decoder_sparse_step", 1), hf_config.get("mlp_only_layers") or ()
+    sparse = tuple(
+        count > 0 and (layer + 1) % every == 0 and layer not in dense for layer in range(hf_config["num_hidden_layers"])
+    )
+    if not any(sparse):
+        return None
+    if hf_config["num_experts_per_tok"] == 1 and hf_config.get("norm_topk_prob", False):
+        raise UserError(
+            "The model's config.json asks for num_experts_per_tok: 1 with norm_topk_prob: true, under which the router "
+            "has no gradient. Use a model without it."
+        )
+    return Experts(
+        count=count,
+        per_token=hf_config["num_experts_per_tok"],
+        ffn=hf_config["moe_intermediate_size"],
+        normalised=hf_config.get("norm_topk_prob", False),
+        layers=sparse,
     )
 
 
+def _rope(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_parameters` is where transformers 5 keeps it, `rope_scaling` where earlier releases did."""
+    return hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+
+
 def _rope_theta(hf_config: Mapping[str, Any]) -> float:
-    """`rope_parameters` is where transformers 5 keeps it, `rope_theta` where earlier releases did."""
-    rope = hf_config.get("rope_parameters") or {}
-    return float(rope["rope_theta"] if "rope_theta" in rope else hf_config["rope_theta"])
+    return float(_rope(hf_config).get("rope_theta") or hf_config["rope_theta"])
+
+
+def _rope_type(hf_config: Mapping[str, Any]) -> str:
+    rope = _rope(hf_config)
+    return str(rope.get("rope_type", rope.get("type", "default")))
 
 
 def _refuse_variants(hf_config: Mapping[str, Any]) -> None:
     """Settings that change the mathematics and that the Megatron model here would silently leave out."""
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    layer_types = set(hf_config.get("layer_types") or ())
+    rope_type, rope_share = _rope_type(hf_config), _rope(hf_config).get("partial_rotary_factor", 1.0)
     variants = {
-        f"rope scaling {rope_type!r}": rope_type != "default",
+        f"rope scaling {rope_type!r}": rope_type not in ROPE_TYPES,
+        f"rope on a part of each head (partial_rotary_factor: {rope_share})": rope_share != 1.0,
         "sliding-window attention (use_sliding_window: true)": hf_config.get("use_sliding_window", False),
-        "attention_bias: true": hf_config.get("attention_bias", False),
+        f"layer_types {sorted(layer_types)}": layer_types - {"full_attention"},
+        "mlp_bias: true": hf_config.get("mlp_bias", False),
         f"hidden_act: {hf_config.get('hidden_act')}": hf_config.get("hidden_act", "silu") != "silu",
     }
     for what, present in variants.items():

@@ -23,8 +23,13 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Expert parallelism lives inside the data-parallel ranks and adds none."""
+        """Expert parallelism lives inside the tensor- and data-parallel ranks and adds none."""
         return self.tensor * self.pipeline * self.data * self.context
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks that share each expert: those that share the other layers, or one where experts are shared out whole."""
+        return self.tensor if self.expert == 1 else 1
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
@@ -45,6 +50,7 @@ def validate_layout(hf_config: Mapping[str, Any], layout: Layout, pad_vocabulary
     model = Architecture.from_hf(hf_config)
     _check_degrees(layout)
     _check_tensor(model, layout.tensor)
+    _check_experts(model, layout)
     if layout.pipeline > model.layers:
         raise UserError(
             f"actor.pipeline_parallel is {layout.pipeline}, but the model has only {model.layers} layers to share out."
@@ -66,11 +72,6 @@ def _check_degrees(layout: Layout) -> None:
             f"actor.context_parallel is {layout.context}, but sequences cannot be split over ranks yet. Set it to 1; "
             "for longer sequences use tensor_parallel or pipeline_parallel."
         )
-    if layout.expert > 1:
-        raise UserError(
-            f"actor.expert_parallel is {layout.expert}, but only dense models are supported, which have no experts. "
-            "Set it to 1."
-        )
 
 
 def _check_tensor(model: Architecture, tensor: int) -> None:
@@ -81,6 +82,34 @@ def _check_tensor(model: Architecture, tensor: int) -> None:
                 f"actor.tensor_parallel is {tensor}, which does not divide the model's {what} ({size}). "
                 f"{_nearest(tensor, _divisors(_head_unit(model)))}"
             )
+
+
+def _check_experts(model: Architecture, layout: Layout) -> None:
+    if model.experts is None:
+        if layout.expert > 1:
+            raise UserError(
+                f"actor.expert_parallel is {layout.expert}, but the model is dense: it has no experts to share out. "
+                "Set it to 1."
+            )
+        return
+    if layout.tensor > 1:
+        raise UserError(
+            f"actor.tensor_parallel is {layout.tensor}, but a model with experts needs sequence parallelism with it, "
+            "which is not available yet. Set it to 1."
+        )
+    count, ranks = model.experts.count, layout.tensor * layout.data * layout.context
+    for what, number in ((f"experts ({count})", count), (f"ranks of a pipeline stage ({ranks})", ranks)):
+        if number % layout.expert:
+            raise UserError(
+                f"actor.expert_parallel is {layout.expert}, which does not divide the model's {what}. "
+                f"{_nearest(layout.expert, set(_divisors(count)) & set(_divisors(ranks)))}"
+            )
+    if model.experts.ffn % layout.expert_tensor:
+        fitting = _divisors(math.gcd(_head_unit(model), model.experts.ffn))
+        raise UserError(
+            f"actor.tensor_parallel is {layout.tensor}, which does not divide the experts' feed-forward size "
+            f"({model.experts.ffn}). {_nearest(layout.tensor, fitting)}"
+        )
 
 
 def _head_unit(model: Architecture) -> int:

@@ -7,26 +7,20 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.architecture import Architecture
-from megatron_rl.actor.attention import SDPAttention
+from megatron_rl.actor.layers import stage_layers
 from megatron_rl.actor.layout import Layout, last_stage_layers, padded_vocabulary, validate_layout
-from megatron_rl.actor.norm import RMSNorm
+from megatron_rl.actor.rope import ScaledRope
 
 
 def build_model(
@@ -47,9 +41,12 @@ def build_model(
     validate_layout(hf_config, layout, pad_vocabulary)
     model = Architecture.from_hf(hf_config)
     config = transformer_config(model, layout, dtype, device)
+    rope = None if model.rope_type == "default" else ScaledRope.of(hf_config, model.rope_type)
+    if rope:
+        rope.scale_attention(config)
     gpt = GPTModel(
         config,
-        _layer_spec(config, device),
+        stage_layers(config, model.output_bias, device),
         vocab_size=padded_vocabulary(model.vocabulary, layout.tensor),
         max_sequence_length=model.max_positions,
         pre_process=process_groups.is_first_stage(),
@@ -58,6 +55,8 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=model.rope_theta,
     )
+    if rope:
+        rope.set_frequencies(gpt)
     _mark_shards(gpt)
     return gpt.to(device)
 
@@ -79,10 +78,13 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
+        **_moe_settings(model, device),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         num_layers_in_last_pipeline_stage=(
             last_stage_layers(model.layers, layout.pipeline) if model.layers % layout.pipeline else None
         ),
@@ -105,23 +107,29 @@ def transformer_config(
     )
 
 
+def _moe_settings(model: Architecture, device: torch.device) -> dict[str, Any]:
+    """Routing as the model was trained with, in fp32; nothing that balances the experts' load, and no token dropped."""
+    experts = model.experts
+    if experts is None:
+        return {}
+    return dict(
+        num_moe_experts=experts.count,
+        moe_ffn_hidden_size=experts.ffn,
+        moe_layer_freq=[int(sparse) for sparse in experts.layers],
+        moe_router_topk=experts.per_token,
+        moe_router_pre_softmax=not experts.normalised,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_grouped_gemm=platform.has_transformer_engine(device),
+    )
+
+
 def _mark_shards(model: GPTModel) -> None:
     """Mark which weights are shards, as the initialisation left out would have: without the mark a gradient norm counts
     them on the first tensor-parallel rank only."""
     split_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
-        if type(module) in split_dim and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, split_dim[type(module)], 1)
-
-
-def _layer_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec | TransformerBlockSubmodules:
-    if platform.has_transformer_engine(device):
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
-    attention.core_attention = SDPAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+        dim = next((dim for kind, dim in split_dim.items() if isinstance(module, kind)), None)
+        if dim is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)

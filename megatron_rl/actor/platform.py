@@ -44,6 +44,12 @@ CUDA_SITES = {
         "optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__",
         "optimizer.optimizer:ChainedOptimizer.get_loss_scale",
     ),
+    "mixture of experts": (
+        "transformer.moe.router:Router.gating",
+        "transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
+        "tensor_parallel.mappings:_AllToAll.forward",
+        "tensor_parallel.mappings:_gather_along_first_dim",
+    ),
     "gradient clipping": (
         "optimizer.clip_grads:get_grad_norm_fp32",
         "optimizer.clip_grads:clip_grad_by_total_norm_fp32",
@@ -120,6 +126,27 @@ def _run_on_cpu() -> None:
     for sites in CUDA_SITES.values():
         for site in sites:
             _retarget(_find(site))
+    _mend_experts()
+
+
+def _mend_experts() -> None:
+    """The token dispatcher waits for an event of its stream, which `torch.cpu.Stream` has not, and wants its counts as
+    numpy, but turns only CUDA's into that; the router asks whether a name is None that 0.16 defines only with
+    Transformer Engine."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+    def counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and tensor is not None else tensor
+
+    class Stream(torch.cpu.Stream):
+        def record_event(self) -> torch.cpu.Event:
+            return torch.cpu.Event()
+
+    token_dispatcher.maybe_move_tensor_to_cpu = counts
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = Stream()
 
 
 def _find(site: str) -> FunctionType:

@@ -32,6 +32,7 @@ def init_process_groups(layout: Layout, *, rank: int, world_size: int, init_meth
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=TIMEOUT_MINUTES,
     )
 
@@ -55,6 +56,21 @@ def pp_group() -> dist.ProcessGroup:
     return parallel_state.get_pipeline_model_parallel_group()
 
 
+def expert_group() -> dist.ProcessGroup:
+    """Ranks that share the experts out between them."""
+    return parallel_state.get_expert_model_parallel_group()
+
+
+def expert_tp_group() -> dist.ProcessGroup:
+    """Ranks that share each expert."""
+    return parallel_state.get_expert_tensor_parallel_group()
+
+
+def expert_shards_group() -> dist.ProcessGroup:
+    """Both: ranks that together hold every expert of a layer, those that share one beside each other."""
+    return parallel_state.get_expert_tensor_and_model_parallel_group()
+
+
 def tp_rank() -> int:
     return parallel_state.get_tensor_model_parallel_rank()
 
@@ -75,13 +91,13 @@ def is_last_stage() -> bool:
     return parallel_state.is_pipeline_last_stage()
 
 
-def gather_shards(local: Tensor) -> list[Tensor]:
-    """Every tensor-parallel rank's tensor, in their order, on each of them; all of one shape. No gradient."""
-    shards = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(tp_group().size())]
-    dist.all_gather(shards, local.contiguous(), group=tp_group())
+def gather_shards(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The tensor of every rank of a group, in their order, on each of them; all of one shape. No gradient."""
+    shards = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(shards, local.contiguous(), group=group)
     return shards
 
 
 def gather_vocabulary(logits: Tensor) -> Tensor:
     """[..., padded vocabulary / tensor] -> [..., padded vocabulary]. No gradient."""
-    return torch.cat(gather_shards(logits.detach()), dim=-1)
+    return torch.cat(gather_shards(logits.detach(), tp_group()), dim=-1)

@@ -1,6 +1,7 @@
 """The processes of `test_megatron_matches_hf.py`: each measures how far Megatron is from Hugging Face.
 
-Run as: megatron_worker.py TENSOR PIPELINE DATA FOLDER. Writes FOLDER/<rank>.json. Imports happen once, then it forks.
+Run as: megatron_worker.py LAYOUT FOLDER CASE..., the layout as JSON. Writes FOLDER/<rank>.json. Imports happen once,
+then it forks.
 """
 
 from __future__ import annotations
@@ -28,11 +29,28 @@ from megatron_rl.actor.model import build_model
 from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, load_hf_weights
 from tests.hf_models import as_stored, hf_model
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,  # so that every frequency band is scaled in its own way
+}
 CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3"},
     "qwen3-tied": {"model_type": "qwen3", "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3-moe": {"model_type": "qwen3_moe"},
+    "qwen3-moe-mixed": {
+        "model_type": "qwen3_moe",
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+        "tie_word_embeddings": True,
+    },
+    "llama": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE},
+    "llama-tied-biased": {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True},
 }
 VOCABULARY = 101  # odd: tensor parallelism of 2 needs padding
 LENGTHS = (7, 12, 3, 9, 5, 16, 8, 4)
@@ -178,21 +196,20 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return difference(found, expected) / expected.abs().max().item()
 
 
-def run_rank(rank: int, layout: Layout, folder: Path) -> None:
+def run_rank(rank: int, layout: Layout, folder: Path, cases: list[str]) -> None:
     process_groups.init_process_groups(
         layout, rank=rank, world_size=layout.world_size, init_method=f"file://{folder}/rendezvous", device=DEVICE
     )
-    measured = {case: measure(case, layout) for case in CASES}
+    measured = {case: measure(case, layout) for case in cases}
     (folder / f"{rank}.json").write_text(json.dumps(measured))
     process_groups.destroy()
 
 
-def main(layout: Layout, folder: Path) -> None:
+def main(layout: Layout, folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     platform.prepare("cpu")
-    torch.multiprocessing.start_processes(run_rank, (layout, folder), layout.world_size, start_method="fork")
+    torch.multiprocessing.start_processes(run_rank, (layout, folder, cases), layout.world_size, start_method="fork")
 
 
 if __name__ == "__main__":
-    tensor, pipeline, data = map(int, sys.argv[1:4])
-    main(Layout(tensor=tensor, pipeline=pipeline, data=data), Path(sys.argv[4]))
+    main(Layout(**json.loads(sys.argv[1])), Path(sys.argv[2]), sys.argv[3:])

@@ -6,35 +6,59 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_rl.actor.layout import Layout
+
 WORKER = Path(__file__).parent / "megatron_worker.py"
-LAYOUTS = {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2), "tp2-pp2": (2, 2, 1)}  # tensor, pipeline, data
-CASES = ("qwen3", "qwen3-tied", "qwen2", "qwen2-tied")
+DENSE = ("qwen3", "qwen3-tied", "qwen2", "qwen2-tied", "llama", "llama-tied-biased")
+SPARSE = ("qwen3-moe", "qwen3-moe-mixed")
+LAYOUTS: dict[str, dict[str, int]] = {
+    "tp2": {"tensor": 2},
+    "pp2": {"pipeline": 2},
+    "dp2": {"data": 2},
+    "tp2-pp2": {"tensor": 2, "pipeline": 2},
+    "ep2": {"data": 2, "expert": 2},
+    "pp2-ep2": {"pipeline": 2, "data": 2, "expert": 2},
+}
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+def cases(layout: dict[str, int]) -> tuple[str, ...]:
+    """Experts need sequence parallelism beside tensor parallelism; a dense model has nothing for expert ranks."""
+    return (() if "expert" in layout else DENSE) + (() if "tensor" in layout else SPARSE)
+
+
+every_case = pytest.mark.parametrize(
+    ("measured", "case"),
+    [(name, case) for name, layout in LAYOUTS.items() for case in cases(layout)],
+    indirect=["measured"],
+    scope="module",
+)
+
+
+@pytest.fixture(scope="module")
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank of a layout measured, all cases in one start of the processes."""
-    tensor, pipeline, data = LAYOUTS[request.param]
+    layout = Layout(**LAYOUTS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, str(WORKER), *map(str, (tensor, pipeline, data, folder))],
+        [sys.executable, str(WORKER), json.dumps(asdict(layout)), str(folder), *cases(LAYOUTS[request.param])],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
         timeout=180,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(tensor * pipeline * data)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(layout.world_size)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_logits_and_loss(measured: list[dict[str, Any]], case: str) -> None:
     last = [rank[case] for rank in measured if rank[case]["is_last_stage"]]
     assert max(rank["logits_error"] for rank in last) < TOLERANCE
@@ -43,7 +67,7 @@ def test_logits_and_loss(measured: list[dict[str, Any]], case: str) -> None:
     assert loss == pytest.approx(last[0]["expected_loss"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_every_gradient(measured: list[dict[str, Any]], case: str) -> None:
     errors: dict[str, float] = {}
     for rank in measured:
@@ -53,13 +77,13 @@ def test_every_gradient(measured: list[dict[str, Any]], case: str) -> None:
     assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_gradient_norm_counts_every_parameter_once(measured: list[dict[str, Any]], case: str) -> None:
     for rank in measured:
         assert rank[case]["grad_norm"] == pytest.approx(rank[case]["expected_grad_norm"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_weights_survive_the_round_trip_exactly(measured: list[dict[str, Any]], case: str) -> None:
     ranks = [rank[case] for rank in measured]
     assert sorted({name for rank in ranks for name in rank["exported"]}) == ranks[0]["expected_names"]

@@ -28,6 +28,15 @@ def qwen3(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+EXPERTS: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "norm_topk_prob": True,
+}
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=8, pipeline=12, data=5), Layout(tensor=2, pipeline=3)])
 def test_fitting_layouts_pass(layout: Layout) -> None:
     validate_layout(qwen3(), layout, pad_vocabulary=True)
@@ -43,12 +52,21 @@ def test_fitting_layouts_pass(layout: Layout) -> None:
         ({}, Layout(context=2), ["actor.context_parallel is 2", "Set it to 1"]),
         ({}, Layout(expert=4), ["actor.expert_parallel is 4", "dense"]),
         ({}, Layout(data=0), ["actor.data_parallel is 0"]),
-        ({"architectures": ["LlamaForCausalLM"]}, Layout(), ["LlamaForCausalLM", "Qwen3ForCausalLM, Qwen2ForCausalLM"]),
-        ({"architectures": None, "model_type": "qwen3_moe"}, Layout(), ["qwen3_moe", "Supported"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, Layout(), ["rope scaling 'yarn'"]),
+        ({"architectures": ["GemmaForCausalLM"]}, Layout(), ["GemmaForCausalLM", "Qwen3ForCausalLM, Qwen3Moe"]),
+        ({"architectures": None, "model_type": "gemma"}, Layout(), ["gemma", "Supported"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, Layout(), ["rope scaling 'dynamic'"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, Layout(), ["factor: 0.5"]),
         ({"use_sliding_window": True}, Layout(), ["sliding-window"]),
-        ({"attention_bias": True}, Layout(), ["attention_bias"]),
-        ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, Layout(), ["llama3"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, Layout(), ["layer_types", "sliding_attention"]),
+        ({"mlp_bias": True}, Layout(), ["mlp_bias"]),
+        (EXPERTS, Layout(tensor=2), ["actor.tensor_parallel is 2", "sequence parallelism"]),
+        (EXPERTS, Layout(data=4, expert=4), ["actor.expert_parallel is 4", "experts (6)", "that work: 2."]),
+        (
+            EXPERTS,
+            Layout(data=4, expert=3),
+            ["actor.expert_parallel is 3", "ranks of a pipeline stage (4)", "work: 2."],
+        ),
+        (EXPERTS | {"num_experts_per_tok": 1}, Layout(), ["num_experts_per_tok: 1"]),
     ],
 )
 def test_refusals_name_the_number_and_the_way_out(changes: dict[str, Any], layout: Layout, words: list[str]) -> None:
@@ -56,6 +74,11 @@ def test_refusals_name_the_number_and_the_way_out(changes: dict[str, Any], layou
         validate_layout(qwen3(**changes), layout, pad_vocabulary=True)
     for word in words:
         assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pipeline=2, data=4, expert=2), Layout(data=6, expert=3)])
+def test_fitting_layouts_of_a_model_with_experts_pass(layout: Layout) -> None:
+    validate_layout(qwen3(**EXPERTS), layout, pad_vocabulary=True)
 
 
 def test_vocabulary_must_divide_unless_padded() -> None:

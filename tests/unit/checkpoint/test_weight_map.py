@@ -14,9 +14,11 @@ from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.architecture import SUPPORTED, Architecture
 from megatron_rl.actor.layout import Layout, padded_vocabulary
 from megatron_rl.actor.model import build_model
-from megatron_rl.checkpoint import weight_map
-from megatron_rl.checkpoint.weight_map import FAMILIES, export_hf_weights, import_values, load_hf_weights
+from megatron_rl.checkpoint.families import FAMILIES
+from megatron_rl.checkpoint.fusion import full_shapes, join, split
+from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, load_hf_weights
 from megatron_rl.errors import UserError
+from tests.hf_models import as_stored, config_json, hf_model
 
 CPU = torch.device("cpu")
 
@@ -30,47 +32,17 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     process_groups.destroy()
 
 
-def hf_config(family: str = "Qwen3ForCausalLM", tied: bool = False) -> dict[str, Any]:
-    return {
-        "architectures": [family],
-        "num_hidden_layers": 3,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 48,
-        "vocab_size": 37,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "tie_word_embeddings": tied,
-    }
+SHAPE = {"vocab_size": 37, "num_hidden_layers": 3}
+
+
+def hf_config(model_type: str = "qwen3", tied: bool = False, **changes: Any) -> dict[str, Any]:
+    return config_json(model_type, tie_word_embeddings=tied, **(SHAPE | changes))
 
 
 def hf_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """A whole model's weights, written out by hand so as to be independent of the table."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (37, 32), "model.norm.weight": (32,)}
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (37, 32)
-    for layer in range(3):
-        names: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (32,),
-            "post_attention_layernorm.weight": (32,),
-            "self_attn.q_proj.weight": (32, 32),
-            "self_attn.k_proj.weight": (16, 32),
-            "self_attn.v_proj.weight": (16, 32),
-            "self_attn.o_proj.weight": (32, 32),
-            "mlp.gate_proj.weight": (48, 32),
-            "mlp.up_proj.weight": (48, 32),
-            "mlp.down_proj.weight": (32, 48),
-        }
-        if config["architectures"] == ["Qwen3ForCausalLM"]:
-            names |= {"self_attn.q_norm.weight": (8,), "self_attn.k_norm.weight": (8,)}
-        else:
-            names |= {f"self_attn.{x}_proj.bias": (32 if x == "q" else 16,) for x in "qkv"}
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in names.items()}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    """A whole model's weights as transformers has them, so independent of the table."""
+    model = hf_model(seed=seed, noise=0.1, **{key: value for key, value in config.items() if key != "architectures"})
+    return as_stored({name: parameter.detach() for name, parameter in model.named_parameters()})
 
 
 def stage(config: dict[str, Any]) -> torch.nn.Module:
@@ -85,10 +57,14 @@ def test_every_supported_family_has_a_table() -> None:
     assert set(FAMILIES) == set(SUPPORTED.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
-def test_what_is_loaded_is_exported(family: str, tied: bool) -> None:
-    config = hf_config(family, tied)
+@pytest.mark.parametrize("model_type", SUPPORTED)
+@pytest.mark.parametrize(
+    "changes",
+    [{"tied": True}, {"tied": False}, {"attention_bias": True}, {"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}],
+    ids=str,
+)
+def test_what_is_loaded_is_exported(model_type: str, changes: dict[str, Any]) -> None:
+    config = hf_config(model_type, **changes)
     model, tensors = stage(config), hf_tensors(config)
     load_hf_weights(model, config, tensors)
     assert_same(dict(export_hf_weights(model, config)), tensors)
@@ -198,11 +174,11 @@ def test_join_undoes_split(tensor: int, kv_per_rank: int, queries: int, vocabula
     width = (tensor * 2,) if kind == "row" else rest
     whole = [torch.randn(n, *width) for n in rows]
     rule_kind: Any = kind.split()[0]
-    shards = [weight_map._split(rule_kind, whole, model, tensor, rank) for rank in range(tensor)]
+    shards = [split(rule_kind, whole, model, tensor, rank) for rank in range(tensor)]
     assert len({shard.shape for shard in shards}) == 1
-    expected = weight_map._full_shapes(rule_kind, tuple(shards[0].shape), model, tensor)
+    expected = full_shapes(rule_kind, tuple(shards[0].shape), model, tensor)
     assert [tuple(t.shape) for t in whole] == expected
-    for found, wanted in zip(weight_map._join(rule_kind, shards, model), whole, strict=True):
+    for found, wanted in zip(join(rule_kind, shards, model), whole, strict=True):
         assert torch.equal(found, wanted)
     if kind == "vocab":
         padded = torch.cat(shards)

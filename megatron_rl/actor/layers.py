@@ -1,0 +1,47 @@
+"""Which modules a transformer layer is made of: Transformer Engine's where it is installed, else Megatron's local ones
+with the attention and the norm of this project plugged in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.actor import platform
+from megatron_rl.actor.attention import SDPAttention
+from megatron_rl.actor.norm import RMSNorm
+
+
+def stage_layers(config: TransformerConfig, output_bias: bool, device: torch.device) -> TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage. `output_bias`: of the attention's output projection."""
+    engine = platform.has_transformer_engine(device)
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm")
+    for layer in block.layer_specs:
+        attention = layer.submodules.self_attention.submodules
+        if not engine:
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+            attention.core_attention = SDPAttention
+            if config.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if output_bias:
+            attention.linear_proj = _with_bias(attention.linear_proj)
+    if not engine:
+        block.layer_norm = RMSNorm
+    return block
+
+
+def _with_bias(linear: type) -> type:
+    """Megatron has a bias in every linear layer or in none but the fused QKV; this one has its own."""
+    if getattr(linear, "has_own_bias", False):
+        return linear  # layers share their specification
+
+    class BiasedLinear(linear):  # type: ignore[misc]
+        has_own_bias = True
+
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **(settings | {"bias": True}))
+
+    return BiasedLinear

@@ -1,0 +1,71 @@
+"""How a Megatron tensor is made of whole Hugging Face tensors and shared out over tensor-parallel ranks, and back.
+
+G key/value groups, n = heads / G, D = head_dim, r = tensor rank:
+  replicated  the same on every rank
+  row         a row-parallel layer: the matrix's columns over ranks
+  vocab       its rows over ranks, after padding with rows of zeros
+  qkv         [G, (n + 2) * D, ...]: of each group its n query heads, its key head, its value head; groups over ranks
+  gate_up     rank r holds its rows of gate, then its rows of up
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_rl.actor.architecture import Architecture
+from megatron_rl.actor.layout import padded_vocabulary
+from megatron_rl.checkpoint.families import Kind
+
+
+def full_shapes(kind: Kind, local: tuple[int, ...], model: Architecture, tp: int) -> list[tuple[int, ...]]:
+    """Of the Hugging Face tensors, from the shape of a rank's Megatron tensor."""
+    rest = local[1:]
+    match kind:
+        case "replicated":
+            return [local]
+        case "row":
+            return [(local[0], local[1] * tp)]
+        case "vocab":
+            return [(model.vocabulary, *rest)]
+        case "gate_up":
+            return [(local[0] // 2 * tp, *rest)] * 2
+        case "qkv":
+            return [(heads * model.head_dim, *rest) for heads in (model.heads, model.kv_heads, model.kv_heads)]
+
+
+def split(kind: Kind, tensors: list[Tensor], model: Architecture, tp: int, rank: int) -> Tensor:
+    """Whole Hugging Face tensors -> this rank's Megatron tensor."""
+    first = tensors[0]
+    match kind:
+        case "replicated":
+            return first
+        case "row":
+            return first.chunk(tp, dim=1)[rank]
+        case "vocab":
+            rows = padded_vocabulary(model.vocabulary, tp) // tp
+            held = first[rank * rows : (rank + 1) * rows]
+            return torch.cat([held, held.new_zeros(rows - held.shape[0], *held.shape[1:])])
+        case "gate_up":
+            return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
+        case "qkv":
+            by_group = torch.cat([tensor.unflatten(0, (model.kv_heads, -1)) for tensor in tensors], dim=1)
+            return by_group.chunk(tp)[rank].flatten(0, 1)
+
+
+def join(kind: Kind, shards: list[Tensor], model: Architecture) -> tuple[Tensor, ...]:
+    """Every rank's Megatron tensor -> whole Hugging Face tensors; the inverse of `split`."""
+    match kind:
+        case "replicated":
+            return (shards[0],)
+        case "row":
+            return (torch.cat(shards, dim=1),)
+        case "vocab":
+            return (torch.cat(shards)[: model.vocabulary],)
+        case "gate_up":
+            return tuple(torch.cat(halves) for halves in zip(*(shard.chunk(2) for shard in shards), strict=True))
+        case "qkv":
+            by_group = torch.cat(shards).unflatten(0, (model.kv_heads, -1))
+            query_rows = model.heads // model.kv_heads * model.head_dim
+            parts = by_group.split([query_rows, model.head_dim, model.head_dim], dim=1)
+            return tuple(part.flatten(0, 1) for part in parts)

@@ -1,0 +1,82 @@
+"""Scaled rotary embeddings: the model's logits are those of transformers, far beyond the length it was trained at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rl.actor import platform, process_groups
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.model import build_model
+from megatron_rl.checkpoint.weight_map import load_hf_weights
+from tests.hf_models import config_json, hf_model
+
+CPU = torch.device("cpu")
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn, its attention factor given": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "attention_factor": 0.5,
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    platform.prepare("cpu")
+    meeting: Path = tmp_path_factory.mktemp("groups") / "rendezvous"
+    process_groups.init_process_groups(Layout(), rank=0, world_size=1, init_method=f"file://{meeting}", device=CPU)
+    yield
+    process_groups.destroy()
+
+
+def logits(config: dict[str, Any], weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    model = build_model(config, layout=Layout(), dtype=torch.float32, device=CPU)
+    load_hf_weights(model, config, weights)
+    with torch.inference_mode():
+        return model(tokens, None, None)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ROPES)
+def test_logits_are_those_of_transformers(model_type: str, name: str) -> None:
+    rope = {"rope_type": name.split(",")[0], "rope_theta": 1e4, **ROPES[name]}
+    changes = {"rope_parameters": rope, "initializer_range": 0.3}
+    reference = hf_model(model_type, **changes)
+    tokens = torch.randint(0, 50, (1, 100))
+    with torch.inference_mode():
+        expected = reference(tokens).logits
+    weights = {key: value.detach() for key, value in reference.named_parameters()}
+    found = logits(config_json(model_type, **changes), weights, tokens)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    if name != "default":  # the scaling must matter here, or the test would not see it left out
+        plain = config_json(
+            model_type, initializer_range=0.3, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+        )
+        assert (logits(plain, weights, tokens) - expected).abs().max() > 1e-2
+
+
+def test_older_files_keep_the_scaling_in_another_place() -> None:
+    """As published before transformers 5: `rope_theta` beside `rope_scaling`, whose type may be called `type`."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, **ROPES["yarn"]}
+    reference = hf_model("qwen2", rope_parameters=rope, initializer_range=0.3)
+    config = config_json("qwen2")
+    del config["rope_parameters"]
+    config |= {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", **ROPES["yarn"]}}
+    tokens = torch.randint(0, 50, (1, 100))
+    weights = {key: value.detach() for key, value in reference.named_parameters()}
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(config, weights, tokens), reference(tokens).logits, atol=1e-4, rtol=1e-5)
