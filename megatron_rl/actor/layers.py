@@ -38,7 +38,7 @@ def _with_bias(linear: type) -> type:
     if getattr(linear, "has_own_bias", False):
         return linear  # layers share their specification
 
-    class BiasedLinear(linear):  # type: ignore[misc]
+    class BiasedLinear(linear):
         has_own_bias = True
 
         def __init__(self, *args: Any, **settings: Any) -> None:

@@ -28,7 +28,7 @@ class Layout:
 
     @property
     def expert_tensor(self) -> int:
-        """Ranks that share each expert: those that share the other layers, or one where experts are shared out whole."""
+        """Ranks that share each expert: those that share other layers, or one where experts are shared out whole."""
         return self.tensor if self.expert == 1 else 1
 
 

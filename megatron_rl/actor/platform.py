@@ -142,7 +142,7 @@ def _mend_experts() -> None:
         return tensor.numpy() if as_numpy and tensor is not None else tensor
 
     class Stream(torch.cpu.Stream):
-        def record_event(self) -> torch.cpu.Event:
+        def record_event(self) -> torch.cpu.Event:  # type: ignore[override]
             return torch.cpu.Event()
 
     token_dispatcher.maybe_move_tensor_to_cpu = counts
