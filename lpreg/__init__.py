@@ -5,6 +5,7 @@ from lpreg.correction import accepted_sequences, masked_weights, truncated_weigh
 from lpreg.fused_head import fused_token_stats
 from lpreg.fused_loss import fused_loss
 from lpreg.losses import LossInputs, LossOutput, Mean, PolicyLoss, make_loss
+from lpreg.proxy_store import ProxyStore
 from lpreg.rewards import overlong_penalty, uninformative
 from lpreg.selection import Selection, SelectionRule, apply_rule, select_highest, select_lowest
 from lpreg.token_stats import TokenStats, token_stats
@@ -14,6 +15,7 @@ __all__ = [
     "LossOutput",
     "Mean",
     "PolicyLoss",
+    "ProxyStore",
     "Selection",
     "SelectionRule",
     "TokenStats",

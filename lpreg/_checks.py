@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lpreg.proxy_store import ProxyStore
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -54,6 +58,22 @@ def check_row_tensor(name: str, tensor: Tensor, dtype: torch.dtype, tokens: int,
             f"{name} must be {dtype} of shape [{tokens}] on {source.device} to fit the {what}, "
             f"got {tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}"
         )
+
+
+def check_row_flags(
+    tokens: int,
+    source: Tensor,
+    what: str,
+    *,
+    log_z_rows: Tensor | None,
+    proxy_rows: Tensor | None,
+    proxy: ProxyStore | None,
+) -> None:
+    """The optional arguments that mark rows."""
+    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
+    for name, tensor in flags.items():
+        if tensor is not None:
+            check_row_tensor(name, tensor, torch.bool, tokens, source, what)
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:

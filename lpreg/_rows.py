@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lpreg.proxy_store import ShardProxy
 
 # Elements of one work buffer: on a CPU it should fit a core's cache, on a GPU outweigh the kernel launches.
 CPU_WORK_ELEMENTS = 2**18
@@ -131,7 +135,8 @@ def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum:
 
 @dataclass(frozen=True, slots=True)
 class RowGradients:
-    """The factors of d loss / d x = p * (coefficient - entropy * (log p + H)) + target * onehot, all [T]."""
+    """The factors of d loss / d x = p * (coefficient - entropy * (log p + H)) + target * onehot - proxy * q, all
+    [T]."""
 
     target: Tensor
     kept: Tensor
@@ -141,6 +146,10 @@ class RowGradients:
     entropy: Tensor | None
     filtered: Tensor | None
     """bool, the rows where `kept` and `dropped` differ; None for no such row."""
+    proxy: Tensor | None = None
+    """Less this times q of the stored proxy; `kept` and `dropped` have its share of p already. None: no row has one."""
+    stored: ShardProxy | None = None
+    """That proxy; given with `proxy`."""
 
     @property
     def active(self) -> Tensor:
@@ -157,6 +166,8 @@ class RowGradients:
             self.dropped[rows],
             None if self.entropy is None else self.entropy[rows],
             None if self.filtered is None else self.filtered[rows],
+            None if self.proxy is None else self.proxy[rows],
+            None if self.stored is None else self.stored.take(rows),
         )
 
 
@@ -190,4 +201,7 @@ def write_gradient(
             x.exp_().mul_(coefficient)
             onehot = torch.where(shard.owned[chunk], grads.target[chunk], 0.0)
             x.scatter_add_(1, shard.target_columns[chunk, None], onehot[:, None])
+            if grads.proxy is not None and grads.stored is not None:
+                place, columns, log_q = grads.stored.entries(chunk)
+                x[place, columns] -= grads.proxy[chunk][place] * log_q.to(x.dtype).exp()
             out[chunk, : shard.columns] = x.to(out.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lpreg._checks import check_settings, check_targets
 from lpreg._rows import RowGradients, Shard, filter_masses, summarise
+from lpreg.proxy_store import ProxyStore, ShardProxy
 
 EntropyMode = Literal["metric", "grad", "none"]
 
@@ -25,6 +26,8 @@ EntropyMode = Literal["metric", "grad", "none"]
 class Settings:
     """What the caller asked for, and this rank's place."""
 
+    first: int
+    """Id of this rank's column 0."""
     columns: int
     """True vocabulary columns of this rank."""
     temperature: float
@@ -37,6 +40,9 @@ class Settings:
     @property
     def with_entropy(self) -> bool:
         return self.entropy != "none"
+
+    def shard_proxy(self, proxy: ProxyStore | None) -> ShardProxy | None:
+        return None if proxy is None else proxy.shard(self.first, self.columns)
 
 
 def resolve(
@@ -57,6 +63,7 @@ def resolve(
         raise ValueError(f"vocab_size is {vocab_size}, but the logits hold {local} columns on each of {ranks} ranks")
     check_targets(targets, vocab_size)
     settings = Settings(
+        first=rank * local,
         columns=min(max(vocab_size - rank * local, 0), local),
         temperature=float(temperature),
         log_cut=math.log(min_p if fixed_tau is None else fixed_tau),
@@ -97,6 +104,8 @@ class RowStatistics:
     max_logit: Tensor
     log_sum: Tensor
     threshold: Tensor
+    proxy_kl: Tensor
+    """0 where no proxy is stored."""
 
     @classmethod
     def join(cls, parts: Sequence[RowStatistics]) -> RowStatistics:
@@ -104,11 +113,16 @@ class RowStatistics:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
-def statistics(shard: Shard, log_z_rows: Tensor | None, settings: Settings) -> RowStatistics:
+def statistics(
+    shard: Shard, log_z_rows: Tensor | None, settings: Settings, proxy: ShardProxy | None = None
+) -> RowStatistics:
     """Of the rows of `shard`; two small collectives. A row that is not finite shows in log_sum: see `check_finite`."""
     totals = combine(summarise(shard, settings.with_entropy), settings)
     rows = None if log_z_rows is None else log_z_rows.nonzero().squeeze(1)
-    return finish(totals, filter_masses(shard, rows, totals.threshold, totals.log_sum), rows, settings)
+    masses = filter_masses(shard, rows, totals.threshold, totals.log_sum)
+    if proxy is None:
+        return finish(totals, masses, rows, settings)
+    return finish(totals, masses, rows, settings, proxy.stored, proxy.divergence(shard, totals.log_sum))
 
 
 def combine(pack: Tensor, settings: Settings) -> Totals:
@@ -126,9 +140,22 @@ def combine(pack: Tensor, settings: Settings) -> Totals:
     return Totals(max_logit, log_total, log_total - weighted_all / total_all, target.amax(0), log_sum, threshold)
 
 
-def finish(totals: Totals, masses: Tensor, rows: Tensor | None, settings: Settings) -> RowStatistics:
-    """Adds log Z from this rank's [2, R] of `filter_masses`, for the given rows or (None) all. One collective."""
-    inside, outside = _gather(masses, settings.tp_group).sum(0)
+def finish(
+    totals: Totals,
+    masses: Tensor,
+    rows: Tensor | None,
+    settings: Settings,
+    stored: Tensor | None = None,
+    divergence: Tensor | None = None,
+) -> RowStatistics:
+    """Adds log Z from this rank's [2, R] of `filter_masses`, for the given rows or (None) all; and KL(q || p) from its
+    part of it [S] in the S `stored` rows ([T] bool), if given. One collective."""
+    local = masses.flatten() if divergence is None else torch.cat([masses.flatten(), divergence])
+    whole = _gather(local, settings.tp_group).sum(0)
+    inside, outside = whole[: masses.numel()].view_as(masses)
+    proxy_kl = torch.zeros_like(totals.log_sum)
+    if stored is not None:
+        proxy_kl.masked_scatter_(stored, whole[masses.numel() :])
     # On a peaked row the kept mass rounds to 1 and its log keeps no digits; the mass outside has them all.
     log_z = torch.where(outside < 0.5, torch.log1p(-outside), inside.log())
     if rows is not None:
@@ -141,6 +168,7 @@ def finish(totals: Totals, masses: Tensor, rows: Tensor | None, settings: Settin
         max_logit=totals.max_logit,
         log_sum=totals.log_sum,
         threshold=totals.threshold,
+        proxy_kl=proxy_kl,
     )
 
 
@@ -160,6 +188,8 @@ def row_gradients(
     log_z: Tensor,
     log_z_rows: Tensor | None,
     temperature: float,
+    grad_proxy_kl: Tensor | None = None,
+    proxy: ShardProxy | None = None,
 ) -> RowGradients:
     """What the gradients of the statistics mean for the raw logits; all [T]."""
     target = torch.zeros_like(log_z) if grad_log_probs is None else grad_log_probs / temperature
@@ -172,7 +202,11 @@ def row_gradients(
         kept = torch.where(real, shift * torch.expm1(-log_z), 0.0) - target
         dropped = -target - shift
         filtered = shift != 0
-    return RowGradients(target, kept, dropped, None if grad_entropy is None else grad_entropy / temperature, filtered)
+    entropy = None if grad_entropy is None else grad_entropy / temperature
+    if grad_proxy_kl is None or proxy is None:
+        return RowGradients(target, kept, dropped, entropy, filtered)
+    of_proxy = torch.where(proxy.stored, grad_proxy_kl / temperature, 0.0)
+    return RowGradients(target, kept + of_proxy, dropped + of_proxy, entropy, filtered, of_proxy, proxy)
 
 
 def check_finite(log_sum: Tensor, first: int = 0) -> None:

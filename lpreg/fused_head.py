@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg._checks import check_head, check_row_tensor
+from lpreg._checks import check_head, check_row_flags, check_row_tensor
 from lpreg._head import Head, HeadGradient, gather_sequence, sum_over_ranks
 from lpreg._rows import filter_masses, summarise
 from lpreg._statistics import (
@@ -29,6 +29,7 @@ from lpreg._statistics import (
     row_gradients,
     statistics,
 )
+from lpreg.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
 from lpreg.token_stats import TokenStats
 
 
@@ -47,15 +48,18 @@ def fused_token_stats(
     log_z_rows: Tensor | None = None,
     entropy: EntropyMode = "metric",
     inplace_backward: bool = False,
+    proxy: ProxyStore | None = None,
+    proxy_rows: Tensor | None = None,
 ) -> TokenStats:
     """`token_stats(hidden @ weight.T, targets, ...)` and the gradients of hidden and weight, in chunks of tokens.
 
     Work: 2 T d V/TP FLOPs a matrix product; one forward and three backward, of which rows without gradient are spared.
     With the vocabulary split, rows that need log Z are projected once more, so name them in log_z_rows (None: a fifth
-    product). Memory beside the gradients: one fp32 chunk of logits, chunk_tokens * V/TP * 4 bytes (6 for bf16 input)
-    and, while the backward runs, an fp32 sum of d weight. Communication: two small all-gathers forward, and backward
-    one sum of d hidden. Statistics are the same bits on every rank. Projecting twice may move a logit by its last bit,
-    so a token exactly on the filter's edge may count as kept and yet not be in its Z.
+    product), and so are rows with a stored proxy; split or not, rows whose proxy is to be stored are. Memory beside the
+    gradients: one fp32 chunk of logits, chunk_tokens * V/TP * 4 bytes (6 for bf16 input) and, while the backward runs,
+    an fp32 sum of d weight. Communication: two small all-gathers forward, and backward one sum of d hidden. Statistics
+    are the same bits on every rank. Projecting twice may move a logit by its last bit, so a token exactly on the
+    filter's edge may count as kept and yet not be in its Z.
 
     Args:
         hidden: [T, d], the same on every rank of tp_group; bf16, fp16, fp32 or fp64. With sequence_parallel this rank's
@@ -73,15 +77,33 @@ def fused_token_stats(
     check_head(hidden, weight, chunk_tokens)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
-    if log_z_rows is not None:
-        check_row_tensor("log_z_rows", log_z_rows, torch.bool, tokens, hidden, "hidden states")
+    check_row_flags(tokens, hidden, "hidden states", log_z_rows=log_z_rows, proxy_rows=proxy_rows, proxy=proxy)
     settings, columns_of_targets = resolve(
         weight.shape[0], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
     )
-    log_probs, entropies, log_z, kept, max_logit = _FusedTokenStats.apply(
-        hidden, weight, columns_of_targets, log_z_rows, settings, chunk_tokens, sequence_parallel
+    if log_z_rows is not None and proxy_rows is not None:
+        log_z_rows = log_z_rows | proxy_rows
+    *values, threshold, log_sum = _FusedTokenStats.apply(
+        hidden,
+        weight,
+        columns_of_targets,
+        log_z_rows,
+        settings,
+        chunk_tokens,
+        sequence_parallel,
+        settings.shard_proxy(proxy),
     )
-    return TokenStats(log_probs, None if entropy == "none" else entropies, log_z, kept, max_logit)
+    store = None
+    if proxy_rows is not None:
+        whole = gather_sequence(hidden.detach(), tp_group) if sequence_parallel else hidden.detach()
+        head = Head(whole, weight.detach(), columns_of_targets, settings, chunk_tokens)
+        log_scale = log_sum + values[2].detach()
+        parts = [
+            filter_entries(head.project(rows), None, threshold[rows], log_scale[rows])
+            for _, rows in head.chunks(proxy_rows.nonzero().squeeze(1))
+        ]
+        store = make_store(proxy_rows, settings.first, parts)
+    return TokenStats.of(values, settings, proxy, store)
 
 
 class _FusedTokenStats(torch.autograd.Function):
@@ -95,33 +117,52 @@ class _FusedTokenStats(torch.autograd.Function):
         settings: Settings,
         chunk_tokens: int | None,
         sequence_parallel: bool,
+        proxy: ShardProxy | None,
     ) -> tuple[Tensor, ...]:
         if sequence_parallel:
             hidden = gather_sequence(hidden, settings.tp_group)
         head = Head(hidden, weight, targets, settings, chunk_tokens)
         one_rank = ranks_of(settings.tp_group) == 1
-        stats = _in_one_pass(head, log_z_rows) if one_rank else _over_ranks(head, log_z_rows)
+        stats = _in_one_pass(head, log_z_rows, proxy) if one_rank else _over_ranks(head, log_z_rows, proxy)
         check_finite(stats.log_sum)
+        ctx.proxy = proxy
         ctx.settings, ctx.chunk_tokens, ctx.sequence_parallel = settings, chunk_tokens, sequence_parallel
         ctx.save_for_backward(
             hidden, weight, targets, log_z_rows, stats.log_sum, stats.threshold, stats.entropy, stats.log_z
         )
-        constants = [stats.kept, stats.max_logit]
+        constants = [stats.kept, stats.max_logit, stats.threshold, stats.log_sum]
         ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
         ctx.set_materialize_grads(False)
-        return stats.log_probs, stats.entropy, stats.log_z, stats.kept, stats.max_logit
+        values = stats.log_probs, stats.entropy, stats.log_z, stats.kept, stats.max_logit, stats.proxy_kl
+        return *values, stats.threshold, stats.log_sum
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, grad_log_z: Tensor | None, *_: None
+        ctx: Any,
+        grad_log_probs: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_log_z: Tensor | None,
+        _kept: None,
+        _max_logit: None,
+        grad_proxy_kl: Tensor | None,
+        *_: None,
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_z_rows, log_sum, threshold, entropies, log_z = ctx.saved_tensors
         settings: Settings = ctx.settings
         head = Head(hidden, weight, targets, settings, ctx.chunk_tokens)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         total = HeadGradient(head, need_hidden, weight.shape[0] if need_weight else 0)
-        grads = row_gradients(grad_log_probs, grad_entropy, grad_log_z, log_z, log_z_rows, settings.temperature)
+        grads = row_gradients(
+            grad_log_probs,
+            grad_entropy,
+            grad_log_z,
+            log_z,
+            log_z_rows,
+            settings.temperature,
+            grad_proxy_kl,
+            ctx.proxy,
+        )
         active = grads.active
         for _place, rows in head.chunks(None if active.all() else active.nonzero().squeeze(1)):
             total.add(rows, head.project(rows), grads.of(rows), threshold[rows], log_sum[rows], entropies[rows])
@@ -129,20 +170,26 @@ class _FusedTokenStats(torch.autograd.Function):
         if d_hidden is not None:
             d_hidden = sum_over_ranks(d_hidden, ctx.sequence_parallel, settings.tp_group)
         d_weight = None if total.weight is None else total.weight.to(weight.dtype)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None
 
 
-def _in_one_pass(head: Head, log_z_rows: Tensor | None) -> RowStatistics:
+def _in_one_pass(head: Head, log_z_rows: Tensor | None, proxy: ShardProxy | None) -> RowStatistics:
     """Nobody to ask for totals, so a chunk's log Z is read while its logits are there."""
     parts = [
-        statistics(head.project(rows), None if log_z_rows is None else log_z_rows[rows], head.settings)
+        statistics(
+            head.project(rows),
+            None if log_z_rows is None else log_z_rows[rows],
+            head.settings,
+            None if proxy is None else proxy.take(rows),
+        )
         for _, rows in head.chunks()
     ]
     return RowStatistics.join(parts)
 
 
-def _over_ranks(head: Head, log_z_rows: Tensor | None) -> RowStatistics:
-    """Two collectives whatever the number of chunks, for the price of projecting twice the rows that need log Z."""
+def _over_ranks(head: Head, log_z_rows: Tensor | None, proxy: ShardProxy | None) -> RowStatistics:
+    """Two collectives whatever the number of chunks, for the price of projecting twice the rows that need log Z, and
+    the rows with a stored proxy."""
     with_entropy = head.settings.with_entropy
     packs = [summarise(head.project(rows), with_entropy) for _, rows in head.chunks()]
     totals = combine(torch.cat(packs, 1), head.settings)
@@ -151,4 +198,10 @@ def _over_ranks(head: Head, log_z_rows: Tensor | None) -> RowStatistics:
         filter_masses(head.project(rows), None, totals.threshold[rows], totals.log_sum[rows])
         for _, rows in head.chunks(wanted)
     ]
-    return finish(totals, torch.cat(masses, 1), wanted, head.settings)
+    if proxy is None:
+        return finish(totals, torch.cat(masses, 1), wanted, head.settings)
+    divergence = [
+        proxy.take(rows).divergence(head.project(rows), totals.log_sum[rows])
+        for _, rows in head.chunks(proxy.stored.nonzero().squeeze(1))
+    ]
+    return finish(totals, torch.cat(masses, 1), wanted, head.settings, proxy.stored, torch.cat(divergence))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg._checks import check_head, check_row_tensor
+from lpreg._checks import check_head, check_row_flags, check_row_tensor
 from lpreg._head import Head, HeadGradient, compact, gather_sequence, sum_over_ranks
 from lpreg._rows import RowGradients, Shard
 from lpreg._statistics import (
@@ -28,9 +28,10 @@ from lpreg._statistics import (
     statistics,
 )
 from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.proxy_store import ProxyStore, ShardProxy
 from lpreg.token_stats import TokenStats
 
-FROM_THE_MODEL = ("log_probs", "entropy", "log_z", "kept")
+FROM_THE_MODEL = ("log_probs", "entropy", "log_z", "kept", "proxy_kl")
 
 
 def fused_loss(
@@ -47,6 +48,7 @@ def fused_loss(
     tp_group: dist.ProcessGroup | None = None,
     log_z_rows: Tensor | None = None,
     entropy: EntropyMode = "metric",
+    proxy: ProxyStore | None = None,
 ) -> tuple[LossOutput, TokenStats]:
     """The loss over `fused_token_stats(hidden, weight, targets)`, with the gradients of hidden and weight ready.
 
@@ -56,8 +58,8 @@ def fused_loss(
     forward; none in the backward. Without gradients wanted, one product and no memory beside the chunk.
 
     Args:
-        hidden, weight, targets, chunk_tokens, sequence_parallel, temperature, vocab_size, tp_group, log_z_rows: as in
-            `fused_token_stats`. The filter is what the loss asks for.
+        hidden, weight, targets, chunk_tokens, sequence_parallel, temperature, vocab_size, tp_group, log_z_rows,
+        proxy: as in `fused_token_stats`. The filter is what the loss asks for.
         loss: a method that is `token_separable`.
         inputs: the fields of LossInputs by name, but those that come from the model (log_probs, entropy, log_z, kept);
             tensors [T], all tokens, on every rank.
@@ -75,8 +77,7 @@ def fused_loss(
     check_head(hidden, weight, chunk_tokens)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
-    if log_z_rows is not None:
-        check_row_tensor("log_z_rows", log_z_rows, torch.bool, tokens, hidden, "hidden states")
+    check_row_flags(tokens, hidden, "hidden states", log_z_rows=log_z_rows, proxy_rows=None, proxy=proxy)
     _check_inputs(inputs, tokens)
     own = loss.token_stats_kwargs()
     filters = (own.get("min_p", 0.02), own.get("fixed_tau"))
@@ -89,19 +90,22 @@ def fused_loss(
         whole = gather_sequence(hidden, tp_group) if sequence_parallel else hidden
         head = Head(whole.detach(), weight.detach(), columns_of_targets, settings, chunk_tokens)
         total = HeadGradient(head, need_hidden, weight.shape[0] if need_weight else 0)
-        output, stats = _forward(head, total, loss, inputs, log_z_rows)
+        output, stats = _forward(head, total, loss, inputs, log_z_rows, settings.shard_proxy(proxy))
         d_hidden = total.hidden
         if d_hidden is not None:
             d_hidden = sum_over_ranks(d_hidden, sequence_parallel, tp_group)
     attached = _WithGradients.apply(hidden, weight, output.loss, d_hidden, total.weight)
-    entropies = stats.entropy if settings.with_entropy else None
-    return LossOutput(attached, output.metrics), TokenStats(
-        stats.log_probs, entropies, stats.log_z, stats.kept, stats.max_logit
-    )
+    values = (stats.log_probs, stats.entropy, stats.log_z, stats.kept, stats.max_logit, stats.proxy_kl)
+    return LossOutput(attached, output.metrics), TokenStats.of(values, settings, proxy, None)
 
 
 def _forward(
-    head: Head, total: HeadGradient, loss: PolicyLoss, inputs: Mapping[str, Any], log_z_rows: Tensor | None
+    head: Head,
+    total: HeadGradient,
+    loss: PolicyLoss,
+    inputs: Mapping[str, Any],
+    log_z_rows: Tensor | None,
+    proxy: ShardProxy | None,
 ) -> tuple[LossOutput, RowStatistics]:
     parts: list[RowStatistics] = []
     value: Tensor | None = None
@@ -109,19 +113,29 @@ def _forward(
     for place, rows in head.chunks():
         shard = head.project(rows)
         z_rows = None if log_z_rows is None else log_z_rows[rows]
-        stats = statistics(shard, z_rows, head.settings)
+        chunk_proxy = None if proxy is None else proxy.take(rows)
+        stats = statistics(shard, z_rows, head.settings, chunk_proxy)
         check_finite(stats.log_sum, place.start)
         parts.append(stats)
         some = {name: field[rows] if _is_per_token(field) else field for name, field in inputs.items()}
-        leaves = _leaves(stats, head.settings.entropy)
+        leaves = _leaves(stats, head.settings.entropy, proxy)
         with torch.enable_grad():
             output = loss(LossInputs(**leaves, kept=stats.kept, **some))
         value = output.loss.detach() if value is None else value + output.loss.detach()
         metrics = {name: metrics[name] + mean if metrics else mean for name, mean in output.metrics.items()}
         if (total.hidden is None and total.weight is None) or not output.loss.requires_grad:
             continue
-        of_log_probs, of_entropy, of_log_z = _differentiate(output.loss, leaves)
-        grads = row_gradients(of_log_probs, of_entropy, of_log_z, stats.log_z, z_rows, shard.temperature)
+        of = _differentiate(output.loss, leaves)
+        grads = row_gradients(
+            of["log_probs"],
+            of.get("entropy"),
+            of["log_z"],
+            stats.log_z,
+            z_rows,
+            shard.temperature,
+            of.get("proxy_kl"),
+            chunk_proxy,
+        )
         _add_gradient(total, place, shard, grads, stats)
     assert value is not None  # there is at least one chunk
     return LossOutput(value, metrics), RowStatistics.join(parts)
@@ -141,19 +155,20 @@ def _is_per_token(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _leaves(stats: RowStatistics, entropy: EntropyMode) -> dict[str, Tensor]:
+def _leaves(stats: RowStatistics, entropy: EntropyMode, proxy: ShardProxy | None) -> dict[str, Tensor]:
     leaves = {"log_probs": stats.log_probs, "log_z": stats.log_z}
+    if proxy is not None:
+        leaves["proxy_kl"] = stats.proxy_kl
     leaves = {name: value.detach().requires_grad_() for name, value in leaves.items()}
     if entropy != "none":
         leaves["entropy"] = stats.entropy.detach().requires_grad_(entropy == "grad")
     return leaves
 
 
-def _differentiate(loss: Tensor, leaves: dict[str, Tensor]) -> list[Tensor | None]:
-    """Of log_probs, entropy and log_z; None where the loss does not depend on it."""
+def _differentiate(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """By the leaf's name; None where the loss does not depend on it."""
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    grads = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), allow_unused=True), strict=True))
-    return [grads.get(name) for name in ("log_probs", "entropy", "log_z")]
+    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), allow_unused=True), strict=True))
 
 
 def _add_gradient(total: HeadGradient, place: slice, shard: Shard, grads: RowGradients, stats: RowStatistics) -> None:

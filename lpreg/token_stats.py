@@ -8,6 +8,7 @@ asked, writes the gradient over the logits. Row arithmetic lives in `lpreg._rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg._checks import check_logits, check_row_tensor
+from lpreg._checks import check_logits, check_row_flags, check_row_tensor
 from lpreg._rows import Shard, write_gradient
 from lpreg._statistics import EntropyMode, Settings, check_finite, resolve, row_gradients, statistics
+from lpreg.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,27 @@ class TokenStats:
     """[T] bool, the sampled token passes the filter. Known for every row, whatever log_z_rows says."""
     max_logit: Tensor
     """[T], largest logit after the temperature."""
+    proxy_kl: Tensor | None = None
+    """[T], KL(q || p) of the stored `proxy` q over the whole vocabulary; 0, without gradient, where none is stored. Its
+    gradient over the logits is p - q (times 1 / temperature). None without a proxy."""
+    proxy_store: ProxyStore | None = None
+    """This policy's own q in `proxy_rows`, for a later `proxy`: the entries of this rank's columns. None without."""
+
+    @classmethod
+    def of(
+        cls, values: Sequence[Tensor], settings: Settings, proxy: ProxyStore | None, store: ProxyStore | None
+    ) -> TokenStats:
+        """values: log_probs, entropy, log_z, kept, max_logit, proxy_kl; what was not asked for is dropped."""
+        log_probs, entropy, log_z, kept, max_logit, proxy_kl = values
+        return cls(
+            log_probs,
+            entropy if settings.with_entropy else None,
+            log_z,
+            kept,
+            max_logit,
+            None if proxy is None else proxy_kl,
+            store,
+        )
 
     @property
     def proxy_log_probs(self) -> Tensor:
@@ -56,6 +79,8 @@ def token_stats(
     log_z_rows: Tensor | None = None,
     entropy: EntropyMode = "metric",
     inplace_backward: bool = False,
+    proxy: ProxyStore | None = None,
+    proxy_rows: Tensor | None = None,
 ) -> TokenStats:
     """Log-prob, entropy and kept filter mass of each sampled token (Lp-Reg's proxy distribution, arXiv 2510.03222).
 
@@ -70,21 +95,30 @@ def token_stats(
         log_z_rows: [T] bool, the same on every rank, the rows whose log Z is needed. None: all.
         entropy: "metric" (no gradient), "grad" or "none".
         inplace_backward: write the gradient over the logits' memory. Only for logits nobody reads after the loss.
+        proxy: q of another policy for some of the T tokens, on the logits' device; gives proxy_kl.
+        proxy_rows: [T] bool, the same on every rank, the rows whose q is to be stored, which brings their log Z.
 
     Raises:
         ValueError: arguments that do not fit together, a target outside the vocabulary, a row that is not finite.
     """
     check_logits(logits, inplace_backward)
     check_row_tensor("targets", targets, torch.int64, logits.shape[0], logits, "logits")
-    if log_z_rows is not None:
-        check_row_tensor("log_z_rows", log_z_rows, torch.bool, logits.shape[0], logits, "logits")
+    check_row_flags(logits.shape[0], logits, "logits", log_z_rows=log_z_rows, proxy_rows=proxy_rows, proxy=proxy)
     settings, columns_of_targets = resolve(
         logits.shape[1], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
     )
-    log_probs, entropies, log_z, kept, max_logit = _TokenStats.apply(
-        logits, columns_of_targets, log_z_rows, settings, inplace_backward
+    if log_z_rows is not None and proxy_rows is not None:
+        log_z_rows = log_z_rows | proxy_rows
+    *values, threshold, log_sum = _TokenStats.apply(
+        logits, columns_of_targets, log_z_rows, settings, inplace_backward, settings.shard_proxy(proxy)
     )
-    return TokenStats(log_probs, None if entropy == "none" else entropies, log_z, kept, max_logit)
+    store = None
+    if proxy_rows is not None:
+        shard = Shard(logits.detach(), columns_of_targets, settings.columns, settings.temperature)
+        rows = proxy_rows.nonzero().squeeze(1)
+        parts = filter_entries(shard, rows, threshold, log_sum + values[2].detach())
+        store = make_store(proxy_rows, settings.first, [parts])
+    return TokenStats.of(values, settings, proxy, store)
 
 
 class _TokenStats(torch.autograd.Function):
@@ -96,27 +130,45 @@ class _TokenStats(torch.autograd.Function):
         log_z_rows: Tensor | None,
         settings: Settings,
         inplace: bool,
+        proxy: ShardProxy | None,
     ) -> tuple[Tensor, ...]:
         shard = Shard(logits, columns_of_targets, settings.columns, settings.temperature)
-        stats = statistics(shard, log_z_rows, settings)
+        stats = statistics(shard, log_z_rows, settings, proxy)
         check_finite(stats.log_sum)
-        ctx.settings, ctx.inplace = settings, inplace
+        ctx.settings, ctx.inplace, ctx.proxy = settings, inplace, proxy
         ctx.save_for_backward(
             logits, columns_of_targets, log_z_rows, stats.log_sum, stats.threshold, stats.entropy, stats.log_z
         )
-        constants = [stats.kept, stats.max_logit]
+        constants = [stats.kept, stats.max_logit, stats.threshold, stats.log_sum]
         ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
         ctx.set_materialize_grads(False)
-        return stats.log_probs, stats.entropy, stats.log_z, stats.kept, stats.max_logit
+        values = stats.log_probs, stats.entropy, stats.log_z, stats.kept, stats.max_logit, stats.proxy_kl
+        return *values, stats.threshold, stats.log_sum
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, grad_log_z: Tensor | None, *_: None
-    ) -> tuple[Tensor, None, None, None, None]:
+        ctx: Any,
+        grad_log_probs: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_log_z: Tensor | None,
+        _kept: None,
+        _max_logit: None,
+        grad_proxy_kl: Tensor | None,
+        *_: None,
+    ) -> tuple[Tensor, None, None, None, None, None]:
         logits, columns_of_targets, log_z_rows, log_sum, threshold, entropies, log_z = ctx.saved_tensors
         shard = Shard(logits.detach(), columns_of_targets, ctx.settings.columns, ctx.settings.temperature)
-        gradients = row_gradients(grad_log_probs, grad_entropy, grad_log_z, log_z, log_z_rows, shard.temperature)
+        gradients = row_gradients(
+            grad_log_probs,
+            grad_entropy,
+            grad_log_z,
+            log_z,
+            log_z_rows,
+            shard.temperature,
+            grad_proxy_kl,
+            ctx.proxy,
+        )
         out = shard.logits if ctx.inplace else torch.empty_like(logits)
         write_gradient(out, shard, gradients, threshold, log_sum, entropies)
-        return out, None, None, None, None
+        return out, None, None, None, None, None

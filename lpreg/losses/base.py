@@ -72,8 +72,8 @@ class LossInputs:
     proxy_log_probs: Tensor | None = None
     """TokenStats.proxy_log_probs of a lagged policy: log q of the sampled token, -inf where it is filtered."""
     proxy_kl: Tensor | None = None
-    """KL(q || p) of an old or lagged policy's proxy q against the policy being trained, over the whole vocabulary, with
-    its gradient; must be real wherever `selection` holds. For kl_estimator="full"."""
+    """TokenStats.proxy_kl of an old or lagged policy's stored proxy: KL(q || p) over the whole vocabulary, with its
+    gradient; must be real wherever `selection` holds."""
     sequence_ids: Tensor | None = None
     """Which response a token belongs to, for methods that work on whole responses."""
     groups: Tensor | None = None
