@@ -126,10 +126,11 @@ def _moe_settings(model: Architecture, device: torch.device) -> dict[str, Any]:
 
 
 def _mark_shards(model: GPTModel) -> None:
-    """Mark which weights are shards, as the initialisation left out would have: without the mark a gradient norm counts
-    them on the first tensor-parallel rank only."""
+    """Mark which weights are shards, as the initialisation left out would have (newer releases of megatron-core mark them
+    anyway): without the mark a gradient norm counts them on the first tensor-parallel rank only."""
     split_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
         dim = next((dim for kind, dim in split_dim.items() if isinstance(module, kind)), None)
-        if dim is not None and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+        weight = getattr(module, "weight", None)
+        if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dim, 1)

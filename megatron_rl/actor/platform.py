@@ -1,8 +1,10 @@
 """Where the actor runs. The one module that makes megatron-core, written for CUDA, run on CPU.
 
 `torch.cpu` mirrors the part of `torch.cuda` that megatron-core calls (current_device, synchronize), and tensors have
-`.cpu()` as they have `.cuda()`. So one mechanism is enough: in the functions listed in `CUDA_SITES`, the name `cuda`
-and the constants "cuda" and "torch.cuda.<X>Tensor" become their CPU twins. Nothing outside those functions changes.
+`.cpu()` as they have `.cuda()`. So one mechanism is nearly enough: in the functions listed in `CUDA_SITES`, the name
+`cuda` and the constants "cuda" and "torch.cuda.<X>Tensor" become their CPU twins. Random numbers are the exception:
+their CPU twins are in `torch.random`, and two functions that reach for CUDA's generators get another body. Nothing
+outside those functions changes, and every change that finds nothing to change is an error.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import os
+from collections.abc import Callable
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -20,8 +24,8 @@ import torch
 
 from megatron_rl.errors import UserError
 
-KNOWN_VERSIONS = ("0.16.1",)
-"""Of megatron-core, those whose CUDA assumptions are the ones listed below."""
+SUPPORTED = ((0, 16), (0, 19))
+"""Oldest and newest release line of megatron-core whose CUDA assumptions are the ones listed below."""
 
 CUDA_SITES = {
     "rotary embedding": ("models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.get_emb",),
@@ -29,9 +33,16 @@ CUDA_SITES = {
         "models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
     ),
     "gathering logits": ("tensor_parallel.mappings:_gather_along_last_dim",),
+    "sequence parallelism": (
+        "tensor_parallel.mappings:_gather_along_first_dim",
+        "tensor_parallel.mappings:_reduce_scatter_along_first_dim",
+        "tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication.backward",
+        "utils:GlobalMemoryBuffer.get_tensor",
+    ),
     "schedules": (
         "pipeline_parallel.schedules:forward_backward_no_pipelining",
         "pipeline_parallel.schedules:forward_backward_pipelining_without_interleaving",
+        "pipeline_parallel.schedules:forward_backward_pipelining_with_interleaving",
     ),
     "pipeline communication": (
         "pipeline_parallel.p2p_communication:P2PCommunicator._communicate_shapes",
@@ -43,12 +54,13 @@ CUDA_SITES = {
         "optimizer.optimizer:MixedPrecisionOptimizer.__init__",
         "optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__",
         "optimizer.optimizer:ChainedOptimizer.get_loss_scale",
+        "optimizer.distrib_optimizer:DistributedOptimizer.__init__",
+        "optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups",
     ),
     "mixture of experts": (
         "transformer.moe.router:Router.gating",
         "transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
         "tensor_parallel.mappings:_AllToAll.forward",
-        "tensor_parallel.mappings:_gather_along_first_dim",
     ),
     "gradient clipping": (
         "optimizer.clip_grads:get_grad_norm_fp32",
@@ -57,6 +69,32 @@ CUDA_SITES = {
     ),
 }
 """What it is for -> functions of megatron.core that name CUDA."""
+
+NEWER_SITES = {(0, 19): ("optimizer.optimizer:MegatronOptimizer.has_grad_norm_group",)}
+"""Release line -> functions that name CUDA since then."""
+
+RANDOM_SITES = (
+    "tensor_parallel.random:CudaRNGStatesTracker.add",
+    "tensor_parallel.random:model_parallel_cuda_manual_seed",
+)
+"""Functions that seed CUDA's generator, or read its state, by names that `torch.random` has too."""
+
+
+def _get_rng_state(
+    device: int | str | torch.device = "cuda", clone: bool = False, graph_safe: bool = False
+) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+CPU_TWINS: dict[str, Callable[..., Any]] = {
+    "tensor_parallel.random:_get_cuda_rng_state": _get_rng_state,
+    "tensor_parallel.random:_set_cuda_rng_state": _set_rng_state,
+}
+"""Functions of megatron.core whose body is replaced whole."""
 
 _device: torch.device | None = None
 """What `prepare` chose."""
@@ -107,25 +145,37 @@ def megatron_version() -> str:
     try:
         return importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:
-        fix = f"pip install megatron-core=={KNOWN_VERSIONS[-1]}"
-        raise UserError(f"megatron-core is not installed. Run: {fix}") from None
+        raise UserError(f"megatron-core is not installed. Run: {_install()}") from None
+
+
+def _install() -> str:
+    (first, newest), (_, last) = SUPPORTED
+    return f'pip install "megatron-core>={first}.{newest},<{first}.{last + 1}"'
+
+
+def _release_line() -> tuple[int, ...]:
+    return tuple(int(part) for part in megatron_version().split(".")[:2])
 
 
 def _check_version() -> None:
-    version = megatron_version()
-    if version not in KNOWN_VERSIONS:
+    oldest, newest = SUPPORTED
+    if not oldest <= _release_line() <= newest:
         raise UserError(
-            f"megatron-core {version} is not known to run on CPU; known: {', '.join(KNOWN_VERSIONS)}. "
-            f"Run: pip install megatron-core=={KNOWN_VERSIONS[-1]}, or use actor.device: cuda"
+            f"megatron-core {megatron_version()} is not known to run on CPU; known are {'.'.join(map(str, oldest))} to "
+            f"{'.'.join(map(str, newest))}. Run: {_install()}, or use actor.device: cuda"
         )
 
 
 @cache
 def _run_on_cpu() -> None:
     """Once a process: a second time there is nothing left to replace, which is an error."""
-    for sites in CUDA_SITES.values():
-        for site in sites:
-            _retarget(_find(site))
+    newer = [sites for since, sites in NEWER_SITES.items() if _release_line() >= since]
+    for site in itertools.chain(*CUDA_SITES.values(), *newer):
+        _retarget(_find(site))
+    for site in RANDOM_SITES:
+        _retarget(_find(site), twin="random")
+    for site, twin in CPU_TWINS.items():
+        _replace(_find(site), twin)
     _mend_experts()
 
 
@@ -157,29 +207,36 @@ def _find(site: str) -> FunctionType:
         if not hasattr(found, name):
             raise RuntimeError(f"megatron.core.{module} has no {qualified}: megatron-core changed")
         found = getattr(found, name)
-    function = inspect.unwrap(found)
+    function = inspect.unwrap(getattr(found, "__func__", found))
     assert isinstance(function, FunctionType)
     return function
 
 
-def _retarget(function: FunctionType) -> None:
-    """Make one function name the CPU where it names CUDA; fails when it names none."""
-    changed = _on_cpu(function.__code__)
+def _retarget(function: FunctionType, twin: str = "cpu") -> None:
+    """Make one function name `torch.<twin>` where it names CUDA; fails when it names none."""
+    changed = _without_cuda(function.__code__, twin)
     if changed == function.__code__:
         raise RuntimeError(f"{function.__module__}.{function.__qualname__} names no CUDA: megatron-core changed")
     function.__code__ = changed
 
 
-def _on_cpu(constant: Any) -> Any:
+def _replace(function: FunctionType, twin: Callable[..., Any]) -> None:
+    """Give one function another body; fails when its arguments are not those the body was written for."""
+    if list(inspect.signature(function).parameters) != list(inspect.signature(twin).parameters):
+        raise RuntimeError(f"{function.__module__}.{function.__qualname__} has other arguments: megatron-core changed")
+    function.__code__ = twin.__code__
+
+
+def _without_cuda(constant: Any, twin: str) -> Any:
     """A function's code, or one of its constants, with every mention of CUDA replaced; inner functions included."""
     if isinstance(constant, CodeType):
-        names = tuple("cpu" if name == "cuda" else name for name in constant.co_names)
-        return constant.replace(co_names=names, co_consts=_on_cpu(constant.co_consts))
+        names = tuple(twin if name == "cuda" else name for name in constant.co_names)
+        return constant.replace(co_names=names, co_consts=_without_cuda(constant.co_consts, twin))
     if isinstance(constant, str):
         if constant == "cuda":
             return "cpu"
         if constant.startswith("torch.cuda.") and constant.endswith("Tensor"):
             return constant.replace("torch.cuda.", "torch.")
     if isinstance(constant, tuple | frozenset):
-        return type(constant)(_on_cpu(item) for item in constant)
+        return type(constant)(_without_cuda(item, twin) for item in constant)
     return constant

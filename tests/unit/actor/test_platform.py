@@ -16,14 +16,15 @@ def retargeted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The functions that would have been made to name the CPU, in a process where none has been yet."""
     found: list[str] = []
     monkeypatch.setattr(platform, "_run_on_cpu", platform._run_on_cpu.__wrapped__)
-    monkeypatch.setattr(platform, "_retarget", lambda function: found.append(function.__qualname__))
+    monkeypatch.setattr(platform, "_retarget", lambda function, twin="cpu": found.append(function.__qualname__))
+    monkeypatch.setattr(platform, "_replace", lambda function, twin: found.append(function.__qualname__))
     monkeypatch.setattr(platform, "_device", None)
     return found
 
 
 def test_an_unknown_version_is_refused_on_cpu(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
     monkeypatch.setattr(platform, "megatron_version", lambda: "0.99.0")
-    with pytest.raises(UserError, match=r"0\.99\.0.*known: 0\.16\.1.*pip install megatron-core==0\.16\.1"):
+    with pytest.raises(UserError, match=r"0\.99\.0.*known are 0\.16 to 0\.19.*megatron-core>=0\.16,<0\.20"):
         platform.prepare("cpu")
     assert retargeted == []
 
@@ -39,7 +40,8 @@ def test_a_missing_megatron_says_what_to_install(monkeypatch: pytest.MonkeyPatch
 
 def test_cpu_retargets_every_site(retargeted: list[str]) -> None:
     assert platform.prepare("cpu") == torch.device("cpu")
-    assert len(retargeted) == sum(map(len, platform.CUDA_SITES.values()))
+    at_least = sum(map(len, [*platform.CUDA_SITES.values(), platform.RANDOM_SITES, platform.CPU_TWINS]))
+    assert len(retargeted) >= at_least
     assert {"RotaryEmbedding.get_emb", "P2PCommunicator._communicate", "get_grad_norm_fp32"} <= set(retargeted)
 
 
@@ -96,6 +98,7 @@ def nothing_to_do() -> str:
     "break_in",
     [
         lambda: platform._retarget(cast(FunctionType, nothing_to_do)),
+        lambda: platform._replace(cast(FunctionType, nothing_to_do), lambda device: device),
         lambda: platform._find("utils:no_such_function"),
         lambda: platform._find("optimizer.optimizer:FP32Optimizer.no_such_method"),
     ],
