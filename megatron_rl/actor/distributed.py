@@ -9,15 +9,19 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 
-def wrap_ddp(model: GPTModel) -> DistributedDataParallel:
+def wrap_ddp(model: GPTModel, *, distributed_optimizer: bool = False) -> DistributedDataParallel:
     """Megatron's DDP around one stage, its schedules told how to finish: after `get_forward_backward_func()(...)`
-    every `parameter.main_grad` (fp32) is the sum over micro-batches and data-parallel ranks.
+    every `parameter.main_grad` (fp32) is the sum over micro-batches and data-parallel ranks; with the distributed
+    optimizer that holds for the part of it that this rank will step.
 
     A loss function returns (loss, token count, metrics); the count is ignored. Call `zero_grad_buffer()` before a step.
     """
     if not model.config.calculate_per_token_loss:
         raise ValueError("the model's config must say calculate_per_token_loss: Megatron divides gradients otherwise")
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, average_in_collective=False
+    )
+    wrapped = DistributedDataParallel(model.config, settings, model)
     model.config.finalize_model_grads_func = _finalize_sums
     model.config.no_sync_func = wrapped.no_sync
     return wrapped

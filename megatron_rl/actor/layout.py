@@ -20,6 +20,8 @@ class Layout:
     data: int = 1
     context: int = 1
     expert: int = 1
+    sequence_parallel: bool = False
+    """The tensor-parallel ranks share the sequence too, where they do not share the layer."""
 
     @property
     def world_size(self) -> int:
@@ -67,6 +69,11 @@ def _check_degrees(layout: Layout) -> None:
     for name in ("tensor", "pipeline", "data", "context", "expert"):
         if getattr(layout, name) < 1:
             raise UserError(f"actor.{name}_parallel is {getattr(layout, name)}; it must be 1 or more.")
+    if layout.sequence_parallel and layout.tensor == 1:
+        raise UserError(
+            "actor.sequence_parallel shares sequences between tensor-parallel ranks, and actor.tensor_parallel is 1. "
+            "Raise it, or set sequence_parallel to false."
+        )
     if layout.context > 1:
         raise UserError(
             f"actor.context_parallel is {layout.context}, but sequences cannot be split over ranks yet. Set it to 1; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -22,6 +22,9 @@ from megatron_rl.actor.layers import stage_layers
 from megatron_rl.actor.layout import Layout, last_stage_layers, padded_vocabulary, validate_layout
 from megatron_rl.actor.rope import ScaledRope
 
+if TYPE_CHECKING:
+    from megatron_rl.config.actor import RecomputeSettings
+
 
 def build_model(
     hf_config: Mapping[str, Any],
@@ -30,6 +33,7 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     pad_vocabulary: bool = True,
+    recompute: RecomputeSettings | None = None,
 ) -> GPTModel:
     """This rank's pipeline stage, on `device`, its weights not initialised: load them with `checkpoint.weight_map`.
 
@@ -40,7 +44,7 @@ def build_model(
     """
     validate_layout(hf_config, layout, pad_vocabulary)
     model = Architecture.from_hf(hf_config)
-    config = transformer_config(model, layout, dtype, device)
+    config = transformer_config(model, layout, dtype, device, recompute)
     rope = None if model.rope_type == "default" else ScaledRope.of(hf_config, model.rope_type)
     if rope:
         rope.scale_attention(config)
@@ -62,7 +66,11 @@ def build_model(
 
 
 def transformer_config(
-    model: Architecture, layout: Layout, dtype: torch.dtype, device: torch.device
+    model: Architecture,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: RecomputeSettings | None = None,
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=model.layers,
@@ -85,6 +93,7 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        sequence_parallel=layout.sequence_parallel,
         num_layers_in_last_pipeline_stage=(
             last_stage_layers(model.layers, layout.pipeline) if model.layers % layout.pipeline else None
         ),
@@ -98,6 +107,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
+        **_recompute_settings(recompute),
         # Fusions need CUDA, and some of them Apex.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -125,9 +135,17 @@ def _moe_settings(model: Architecture, device: torch.device) -> dict[str, Any]:
     )
 
 
+def _recompute_settings(recompute: RecomputeSettings | None) -> dict[str, Any]:
+    if recompute is None or recompute.granularity == "none":
+        return {}
+    if recompute.granularity == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return dict(recompute_granularity="selective", recompute_modules=list(recompute.modules))
+
+
 def _mark_shards(model: GPTModel) -> None:
-    """Mark which weights are shards, as the initialisation left out would have (newer releases of megatron-core mark them
-    anyway): without the mark a gradient norm counts them on the first tensor-parallel rank only."""
+    """Mark which weights are shards, as the initialisation left out would have (newer megatron-core does it anyway):
+    without the mark a gradient norm counts them on the first tensor-parallel rank only."""
     split_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
         dim = next((dim for kind, dim in split_dim.items() if isinstance(module, kind)), None)

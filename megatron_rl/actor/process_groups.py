@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_rl.actor import platform
@@ -14,6 +15,8 @@ from megatron_rl.actor.layout import Layout
 
 TIMEOUT_MINUTES = 10
 """Longer than any collective here waits; short enough that a lost rank is noticed."""
+
+SEED = 1
 
 
 def init_process_groups(layout: Layout, *, rank: int, world_size: int, init_method: str, device: torch.device) -> None:
@@ -35,6 +38,8 @@ def init_process_groups(layout: Layout, *, rank: int, world_size: int, init_meth
         expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=TIMEOUT_MINUTES,
     )
+    # Nothing here draws random numbers, but sequence parallelism and recompute ask for Megatron's generators.
+    model_parallel_cuda_manual_seed(SEED)
 
 
 def destroy() -> None:
@@ -50,6 +55,13 @@ def tp_group() -> dist.ProcessGroup:
 
 def dp_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group()
+
+
+def replicas_of(parameter: Tensor) -> dist.ProcessGroup:
+    """The ranks that hold the same shard of a parameter, and sum its gradient."""
+    if not getattr(parameter, "allreduce", True):  # Megatron's mark of an expert's weight
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def pp_group() -> dist.ProcessGroup:

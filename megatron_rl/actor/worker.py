@@ -18,12 +18,12 @@ from torch import Tensor
 
 import lpreg
 from lpreg import LossInputs
-from megatron_rl.actor import optimizer as adam
 from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.model import build_model
+from megatron_rl.actor.optimizer import Optimizer
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.results import Table, TrainResult, Weights, add_up
 from megatron_rl.actor.step import run_schedule
@@ -80,8 +80,10 @@ class MegatronWorker:
             dtype=self.dtype,
             device=self.device,
             pad_vocabulary=self.settings.pad_vocabulary,
+            recompute=self.settings.recompute,
         )
-        self.ddp = wrap_ddp(self.model)
+        copies = self.layout.data * self.layout.context
+        self.ddp = wrap_ddp(self.model, distributed_optimizer=self.settings.distributed_optimizer and copies > 1)
         return platform.describe()
 
     def load_hf(self, folder: Path) -> None:
@@ -89,7 +91,7 @@ class MegatronWorker:
         load_hf_weights(self.model, self.hf_config, open_weights(folder))
 
     def build_optimizer(self, settings: OptimizerSettings) -> None:
-        self.optimizer = adam.build_optimizer(self.ddp, settings, self.dtype)
+        self.optimizer = Optimizer([self.ddp], settings, self.dtype, offload=self.settings.offload_optimizer)
 
     def set_loss(self, choice: LossChoice | None) -> None:
         """A policy loss; None for supervised training."""
@@ -112,15 +114,14 @@ class MegatronWorker:
             return loss, (part.rows, float(loss.detach()), metrics, _columns(stats))
 
         results = run_schedule(self.ddp, self._share(batch), on_logits, backward=True)
-        adam.set_learning_rate(self.optimizer, lr)
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = self.optimizer.step(lr)
         if not self._reports:
             return None
         return TrainResult(
             table=_table([(rows, columns) for rows, _, _, columns in results]),
             loss=sum(loss for _, loss, _, _ in results),
             metrics=add_up(part for _, _, part, _ in results),
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
         )
 
     def score(self, batch: Rows, temperature: float, weights: Weights = "current") -> Table | None:

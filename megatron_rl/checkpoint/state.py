@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from megatron_rl.actor.optimizer import main_weights, read_moments, write_moments
+from megatron_rl.actor.optimizer import Optimizer
+from megatron_rl.actor.optimizer_state import KINDS, read_state, write_state
 from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values
 from megatron_rl.errors import UserError
 
@@ -40,14 +41,14 @@ def save_stage(
     folder: Path,
     model: nn.Module,
     hf_config: HfConfig,
-    optimizer: Any,
+    optimizer: Optimizer,
     snapshot: dict[str, Tensor],
     stage: int,
     publishes: bool,
 ) -> dict[str, str] | None:
-    """Collective over the tensor-parallel group; only the publishing rank writes. Returns file name -> SHA-256."""
-    moments, steps = read_moments(optimizer, model)
-    kinds: dict[str, dict[str, Tensor]] = {"weights": main_weights(model), **moments}
+    """Collective over tensor- and data-parallel ranks; the publishing rank writes. Returns file name -> SHA-256."""
+    state, steps = read_state(optimizer, model)
+    kinds = dict(state)
     if snapshot:
         kinds["lagged"] = snapshot
     hashes: dict[str, str] = {}
@@ -65,17 +66,14 @@ def _kept(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> Iterable[tuple[s
             yield name, tensor
 
 
-def load_stage(folder: Path, model: nn.Module, hf_config: HfConfig, optimizer: Any) -> dict[str, Tensor]:
+def load_stage(folder: Path, model: nn.Module, hf_config: HfConfig, optimizer: Optimizer) -> dict[str, Tensor]:
     """Weights and moments into model and optimizer, exactly; returns the lagged snapshot, empty if none was saved."""
-    shards = {kind: _Shards(folder, kind) for kind in ("weights", "exp_avg", "exp_avg_sq", "lagged")}
-    weights = import_values(model, hf_config, shards["weights"])
+    shards = {kind: _Shards(folder, kind) for kind in (*KINDS, "lagged")}
+    state = {kind: import_values(model, hf_config, shards[kind]) for kind in KINDS}
     with torch.no_grad():
-        for name, target in main_weights(model).items():
-            target.copy_(weights[name])
         for name, param in model.named_parameters():
-            param.copy_(weights[name])
-    moments = {kind: import_values(model, hf_config, shards[kind]) for kind in ("exp_avg", "exp_avg_sq")}
-    write_moments(optimizer, model, moments, int(shards["weights"].metadata[STEPS]))
+            param.copy_(state["weights"][name])
+    write_state(optimizer, model, state, int(shards["weights"].metadata[STEPS]))
     return import_values(model, hf_config, shards["lagged"]) if shards["lagged"] else {}
 
 

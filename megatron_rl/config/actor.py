@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from .fields import Betas, Count, NonNegative, Positive, PositiveInt, Section, ShareOrZero
+
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+"""Parts of a layer that Megatron can compute again, by its names."""
 
 
 class OptimizerSettings(Section):
@@ -28,6 +33,19 @@ class OptimizerSettings(Section):
     """Learning rate at the last step, as a share of lr; read only where the schedule decays."""
 
 
+_MLP: list[RecomputeModule] = ["mlp"]
+
+
+class RecomputeSettings(Section):
+    """Memory for time: the forward of the named parts runs a second time within the backward."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """selective: `modules` of each layer; full: whole layers, keeping only what goes into each."""
+    modules: list[RecomputeModule] = Field(default_factory=_MLP.copy, min_length=1)
+    """Read with `granularity: selective`. The MLP holds most of a dense layer's activations; core_attn is worth its
+    time only where attention keeps its probabilities."""
+
+
 class ActorSettings(Section):
     """The Megatron actor: device, parallel sizes, precision, optimizer."""
 
@@ -41,12 +59,21 @@ class ActorSettings(Section):
     """Copies of the model; each takes its part of a step's rows."""
     context_parallel: PositiveInt = 1
     """Ranks that share each sequence; only 1 so far."""
+    sequence_parallel: bool = False
+    """Between the tensor-parallel parts of a layer, each of their ranks keeps only its part of the sequence: less
+    activation memory for the same communication. Needs tensor_parallel above 1."""
     expert_parallel: PositiveInt = 1
     """Ranks that share the experts; only 1 so far."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations in forward and backward."""
     micro_batch_tokens: PositiveInt = 8192
     """Most tokens, prompts included, in one forward pass; a longer row goes alone."""
+    recompute: RecomputeSettings = RecomputeSettings()
+    """Activations that the backward computes again instead of keeping."""
+    distributed_optimizer: bool = True
+    """Each data-parallel rank keeps and steps only its part of the optimizer's state; no effect with one copy."""
+    offload_optimizer: bool = False
+    """The optimizer's state is in host memory except while it steps; no effect on a CPU, where it is already."""
     pad_vocabulary: bool = True
     """Pad the vocabulary to a multiple of tensor_parallel; false: refuse one that does not divide."""
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -10,7 +10,14 @@ from megatron_rl.config import Config
 
 def layout_of(config: Config) -> Layout:
     actor = config.actor
-    return Layout(tensor=actor.tensor_parallel, pipeline=actor.pipeline_parallel, data=actor.data_parallel)
+    return Layout(
+        tensor=actor.tensor_parallel,
+        pipeline=actor.pipeline_parallel,
+        data=actor.data_parallel,
+        context=actor.context_parallel,
+        expert=actor.expert_parallel,
+        sequence_parallel=actor.sequence_parallel,
+    )
 
 
 def placement_of(config: Config) -> Placement:

@@ -15,7 +15,8 @@ from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.model import build_model
-from megatron_rl.actor.optimizer import build_optimizer, main_weights, read_moments, set_learning_rate
+from megatron_rl.actor.optimizer import Optimizer
+from megatron_rl.actor.optimizer_state import read_state
 from megatron_rl.checkpoint.state import STEPS, export_stage, load_stage, save_stage, write_tensors
 from megatron_rl.config.actor import OptimizerSettings
 from megatron_rl.errors import UserError
@@ -47,18 +48,17 @@ class Stage:
             for parameter in self.model.parameters():
                 parameter.normal_(std=0.2, generator=self.random)
         self.ddp = wrap_ddp(self.model)
-        self.optimizer = build_optimizer(self.ddp, OptimizerSettings(lr=1e-2, weight_decay=0.1), dtype)
+        self.optimizer = Optimizer([self.ddp], OptimizerSettings(lr=1e-2, weight_decay=0.1), dtype)
 
     def step(self) -> None:
         self.ddp.zero_grad_buffer()
         for parameter in self.model.parameters():
             parameter.main_grad.normal_(generator=self.random)
-        set_learning_rate(self.optimizer, 1e-2)
-        self.optimizer.step()
+        self.optimizer.step(1e-2)
 
     def everything(self) -> dict[str, torch.Tensor]:
-        moments, steps = read_moments(self.optimizer, self.model)
-        kinds = {"weights": main_weights(self.model), "parameters": dict(self.model.named_parameters()), **moments}
+        state, steps = read_state(self.optimizer, self.model)
+        kinds = {"parameters": dict(self.model.named_parameters()), **state}
         values = {
             f"{kind} {name}": value.detach().clone() for kind, named in kinds.items() for name, value in named.items()
         }
