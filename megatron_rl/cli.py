@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from megatron_rl.errors import UserError
@@ -43,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE", help="default: report.html in the run's folder, or here for several runs"
     )
     report.set_defaults(command=_report)
+    status = commands.add_parser("status", help="say what every process of a run is doing")
+    status.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    status.set_defaults(command=_status)
     return parser
 
 
@@ -68,6 +72,15 @@ def _report(options: argparse.Namespace) -> None:
     from megatron_rl.observability.report import write_report
 
     print(write_report(options.folders, options.output))
+
+
+def _status(options: argparse.Namespace) -> None:
+    from megatron_rl.observability import heartbeat
+
+    beats = heartbeat.read_beats(options.folder / "logs" / heartbeat.FOLDER)
+    if not beats:
+        raise UserError(f"{options.folder}: no process of a run has left a heartbeat there")
+    print(heartbeat.table(beats, time.time()))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_rl.actor.micro_batch import MicroBatch
+from megatron_rl.observability import heartbeat
 
 Result = TypeVar("Result")
 OnLogits = Callable[[Tensor, MicroBatch], tuple[Tensor, Result]]
@@ -33,9 +35,11 @@ def run_schedule(
 
     def forward(batches: Iterator[MicroBatch], stage: nn.Module) -> tuple[Tensor, Any]:
         batch = next(batches)
+        heartbeat.say(f"micro-batch {next(number)} of {len(micro_batches)}")
         output = stage(batch.tokens, batch.positions, None)
         return output, partial(_collect, batch=batch, on_logits=on_logits)
 
+    number = count(1)
     longest = max(batch.tokens.shape[1] for batch in micro_batches)
     with torch.set_grad_enabled(backward):
         results: list[Result] = get_forward_backward_func()(

@@ -17,12 +17,18 @@ from ray.util import get_node_ip_address, placement_group, remove_placement_grou
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_rl.cluster.placement import Placement
+from megatron_rl.cluster.watch import Watch
 from megatron_rl.errors import UserError
+from megatron_rl.observability import heartbeat
 from megatron_rl.observability.process_log import redirect_output
 
 OBJECT_STORE_BYTES = 256 * 2**20
 NODES_TIMEOUT_SECONDS = 120
 """How long Ray may take to find the nodes: those of a job that has just begun may still be joining."""
+
+
+_watch: Watch | None = None
+"""Of this process's Ray, of which there is one at most."""
 
 
 class Nodes:
@@ -50,11 +56,12 @@ class Nodes:
 
 
 @contextmanager
-def ray_runtime(placement: Placement) -> Iterator[Nodes]:
+def ray_runtime(placement: Placement, watch: Watch | None = None) -> Iterator[Nodes]:
     """Ray, and its nodes for this run, for as long as the block lasts. One started here ends with it.
 
-    Raises UserError where there are too few nodes or GPUs.
+    watch: looks after every wait for its processes. Raises UserError where there are too few nodes or GPUs.
     """
+    global _watch
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -75,9 +82,11 @@ def ray_runtime(placement: Placement) -> Iterator[Nodes]:
                 f"{needed} GPUs are needed (actor ranks and engines), Ray has {available}: use actor.device=cpu?"
             )
         nodes = Nodes(placement)
+        _watch = watch
         yield nodes
         nodes.close()
     finally:
+        _watch = None
         ray.shutdown()
 
 
@@ -102,11 +111,16 @@ class Hosted:
         self.address = get_node_ip_address() if many_nodes else "127.0.0.1"
         if many_nodes:  # gloo asks the host's name otherwise, which on many systems is a loopback address
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(self.address))
+        heartbeat.start(log_file.parent / heartbeat.FOLDER, log_file.stem, ray.get_runtime_context().get_node_id())
         module, name = target.split(":")
         self.object = getattr(importlib.import_module(module), name)(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.object, method)(*arguments)
+        heartbeat.say("", call=method)
+        try:
+            return getattr(self.object, method)(*arguments)
+        finally:
+            heartbeat.say("", call=heartbeat.IDLE)
 
     def node_address(self) -> str:
         """Where processes on other nodes of this run reach this one."""
@@ -131,9 +145,12 @@ def host_process(target: str, arguments: tuple[Any, ...], *, log_file: Path, nod
 
 
 def results(refs: list[ray.ObjectRef]) -> list[Any]:
-    """`ray.get`, with a process's UserError or OSError raised as the error it was: Ray's copy lacks the errno."""
+    """`ray.get`, with a process's UserError or OSError raised as the error it was: Ray's copy lacks the errno.
+
+    Within `ray_runtime` it does not wait for ever: UserError when no process makes progress any more.
+    """
     try:
-        return ray.get(refs)
+        return _watch.results(refs) if _watch else ray.get(refs)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError | OSError):
             raise error.cause from error

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .fields import Count, Name, Positive, PositiveInt, Section, Share, Text
+from .fields import Count, Name, NonNegative, Positive, PositiveInt, Section, Share, Text
 
 WORD_CLASSES: dict[str, list[str]] = {
     "exploratory": ["but", "wait", "perhaps", "alternatively", "however"],
@@ -47,6 +47,9 @@ class ObservabilitySettings(Section):
     """Write TensorBoard files beside metrics.jsonl."""
     rollouts_every: Count = 10
     """Steps between dumps of a step's rollouts; 0: none."""
+    hang_seconds: NonNegative = 1800.0
+    """Longest time without progress in any process; then the run says who waits for whom, writes the stacks of all
+    processes to logs/stacks, and stops. 0: wait for ever."""
     diagnosis: DiagnosisSettings = DiagnosisSettings()
     """Thresholds of the warnings in warnings.jsonl, on the terminal and in the report."""
     word_classes: dict[Name, Annotated[list[Text], Field(min_length=1)]] = WORD_CLASSES

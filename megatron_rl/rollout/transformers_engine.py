@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from megatron_rl.observability import heartbeat
 from megatron_rl.types import FinishReason, Generation, SamplingParams
 from megatron_rl.weight_sync.transport import WeightUpdate
 
@@ -69,6 +70,8 @@ class TransformersEngine:
         logits = logits.repeat_interleave(sampling.n, 0)
         active = torch.arange(rows, device=self.device)  # which output row each row of the batch is
         for position in range(sampling.max_tokens):
+            if position % 64 == 0:
+                heartbeat.say(f"{len(active)} responses, token {position} of {sampling.max_tokens} at most")
             chosen, chosen_log_probs = _sample(logits, sampling.temperature, generator)
             running = ~stopped[active]
             tokens[active, position] = chosen

@@ -14,11 +14,13 @@ from megatron_rl.checkpoint.save import read_checkpoint
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engines import Engines
 from megatron_rl.cluster.runtime import Nodes, ray_runtime
+from megatron_rl.cluster.watch import Watch
 from megatron_rl.config import Config, check_inputs
 from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.data.template import load_tokenizer
 from megatron_rl.data.tokens import single_token, stop_token_ids
+from megatron_rl.observability import heartbeat
 from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.metrics import MetricsLog, read_metrics
 from megatron_rl.observability.timing import Phases
@@ -94,7 +96,9 @@ def open_run(config: Config) -> Iterator[Run]:
             tensorboard=config.observability.tensorboard,
             keep_up_to_step=None if config.resume == "never" else (state.step if state else -1),
         )
-        nodes = stack.enter_context(ray_runtime(placement))
+        logs = config.run.folder / "logs"
+        shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # of processes that are no more
+        nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))
         actors, engines = _start(config, choice, inputs, view, stack, nodes, resumes=state is not None)
         weights_folder = shared_folder()
         stack.callback(shutil.rmtree, weights_folder, ignore_errors=True)

@@ -1,0 +1,75 @@
+"""Waiting for processes of a run without waiting for ever."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from megatron_rl.errors import UserError
+from megatron_rl.observability import heartbeat
+from megatron_rl.observability.hang import Evidence, examine, explain
+from megatron_rl.observability.heartbeat import Beat
+
+POLL_SECONDS = 5.0
+
+
+@dataclass
+class Watch:
+    """Looks at the heartbeats while the driver waits."""
+
+    logs: Path
+    limit_seconds: float
+    """0: wait for ever."""
+
+    @property
+    def heartbeats(self) -> Path:
+        return self.logs / heartbeat.FOLDER
+
+    def results(self, refs: list[ray.ObjectRef]) -> list[Any]:
+        """`ray.get`. Raises the first error of a process at once; UserError when none makes progress any more."""
+        waiting, quiet_since = refs, time.monotonic()
+        counts: dict[str, int] = {}
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=self._poll)
+            ray.get(ready)
+            if ready or not self.limit_seconds:
+                continue
+            now = {beat.process: beat.count for beat in heartbeat.read_beats(self.heartbeats)}
+            if now != counts:
+                counts, quiet_since = now, time.monotonic()
+            elif time.monotonic() - quiet_since > self.limit_seconds:
+                self._stop(time.monotonic() - quiet_since)
+        return ray.get(refs)
+
+    @property
+    def _poll(self) -> float | None:
+        return min(POLL_SECONDS, self.limit_seconds / 3) if self.limit_seconds else None
+
+    def _stop(self, quiet_seconds: float) -> None:
+        beats = heartbeat.read_beats(self.heartbeats)
+        seen = {beat.process: _examine(beat) for beat in beats}
+        folder = self.logs / "stacks"
+        folder.mkdir(exist_ok=True)
+        for process, evidence in seen.items():
+            (folder / f"{process}.txt").write_text(f"state: {evidence.state}\n{evidence.stack}\n", encoding="utf-8")
+        raise UserError(
+            f"{explain(beats, seen, quiet_seconds)}\nStacks: {folder}. Go on from the last checkpoint with resume=auto."
+        )
+
+
+def _examine(beat: Beat) -> Evidence:
+    """On the process's own node."""
+    if beat.node == ray.get_runtime_context().get_node_id():
+        return examine(beat.pid)
+    there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
+    task = ray.remote(examine).options(num_cpus=0, scheduling_strategy=there).remote(beat.pid)
+    try:
+        found: Evidence = ray.get(task, timeout=60)
+    except ray.exceptions.RayError as error:
+        found = Evidence("gone", f"its node does not answer: {type(error).__name__}")
+    return found

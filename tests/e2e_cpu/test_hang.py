@@ -1,0 +1,40 @@
+"""A rank that stops for good: the run says which, leaves the stacks, and ends with nothing behind it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from megatron_rl.observability.heartbeat import read_beats
+from tests.e2e_cpu.conftest import QUICKSTART, SHORT_WARM_START, CommandLine
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_hang_is_explained_and_ends(command_line: CommandLine) -> None:
+    process = command_line.start(
+        "train",
+        str(QUICKSTART),
+        "run.name=hang",
+        *SHORT_WARM_START,
+        "evaluation.suites={}",
+        "evaluation.probes={}",
+        "observability.hang_seconds=10",
+    )
+    folder = command_line.folder / "runs/hang"
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step=1/"):
+            beats = {beat.process: beat.pid for beat in read_beats(folder / "logs/heartbeats")}
+            os.kill(beats["actor-rank-1"], signal.SIGSTOP)
+            break
+    assert set(beats) == {"actor-rank-0", "actor-rank-1", "engine-0", "engine-1"}
+    hung = command_line.finish(process, "hang")
+    assert hung.status == 2, hung.output
+    assert "actor-rank-0 waits for actor-rank-1 (stopped)." in hung.output
+    assert "Traceback" not in hung.output
+    stacks = {path.stem: path.read_text() for path in (folder / "logs/stacks").iterdir()}
+    assert set(stacks) == set(beats)
+    assert "all_reduce" in stacks["actor-rank-0"]
