@@ -168,6 +168,12 @@ class PolicyLoss(ABC):
         ("old"), or proxy_log_probs ("lagged"). None: nobody's."""
         return None
 
+    @property
+    def needs_proxy_kl(self) -> bool:
+        """Whether LossInputs.proxy_kl must be given where the proxy is not the policy in training: a caller must then
+        store that of the other policy (`token_stats(proxy_rows=...)`) for the tokens that may matter."""
+        return False
+
     def uses_proxy(self, advantages: Tensor) -> Tensor:
         """[T] bool, tokens whose advantage [T] lets the proxy matter; for others a lagged one need not be computed."""
         return torch.zeros_like(advantages, dtype=torch.bool)

@@ -126,6 +126,10 @@ class LpReg(PolicyLoss):
     def proxy_source(self) -> ProxySource:
         return self.settings.proxy_source
 
+    @property
+    def needs_proxy_kl(self) -> bool:
+        return self.settings.kl_estimator == "full" and self.settings.proxy_source != "current"
+
     def token_stats_kwargs(self) -> StatsSettings:
         if self.settings.fixed_tau is not None:
             return {"fixed_tau": self.settings.fixed_tau}

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpreg import ProxyStore
 from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.stored_proxy import StoredProxy
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class MicroBatch:
     """Name -> [T]."""
     rows: tuple[int, ...]
     """Which rows of the batch these are."""
+    proxy: ProxyStore | None = None
+    """Another policy's, over the T tokens, if the rows bring one."""
 
 
 def micro_batch(batch: Rows, rows: Sequence[int], device: torch.device) -> MicroBatch:
@@ -58,4 +62,11 @@ def micro_batch(batch: Rows, rows: Sequence[int], device: torch.device) -> Micro
         sequence_ids=tensor(part.per_token(np.asarray(rows, dtype=np.int64))),
         values={name: tensor(value) for name, value in part.values.items()},
         rows=tuple(rows),
+        proxy=None if part.proxy is None else _proxy_store(part.proxy, device),
     )
+
+
+def _proxy_store(proxy: StoredProxy, device: torch.device) -> ProxyStore:
+    counts = torch.tensor(proxy.counts, device=device)
+    ids = torch.tensor(proxy.ids, device=device, dtype=torch.int64)
+    return ProxyStore(counts > 0, counts, ids, torch.tensor(proxy.log_q, device=device))

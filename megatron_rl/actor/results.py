@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_rl.batching.stored_proxy import StoredProxy
+
 Weights = Literal["current", "lagged"]
 Sums = dict[str, tuple[float, float]]
 """Metric name -> (total, count), a mean that is still open."""
@@ -31,6 +33,8 @@ class Table:
     """[n], which rows."""
     values: dict[str, np.ndarray]
     """Name -> flat over the response tokens of those rows, in the order of `rows`."""
+    proxy: StoredProxy | None = None
+    """This rank's part of it over those tokens, where rows asked for it to be stored."""
 
 
 @dataclass(frozen=True, slots=True)

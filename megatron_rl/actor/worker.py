@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from megatron_rl.actor.results import Table, TrainResult, Weights, add_up
 from megatron_rl.actor.step import run_schedule
 from megatron_rl.batching.buckets import share_out
 from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint import state as checkpoint_state
 from megatron_rl.checkpoint.hf_format import open_weights, read_config
 from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
@@ -105,7 +107,7 @@ class MegatronWorker:
         self.optimizer.zero_grad()
 
         def on_logits(logits: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
-            stats = self._stats(logits, part.targets, temperature, training=True)
+            stats = self._stats(logits, part.targets, temperature, training=True, proxy=part.proxy)
             if self.loss is None:
                 loss, metrics = -stats.log_probs.sum() / denominator, {}
             else:
@@ -127,17 +129,22 @@ class MegatronWorker:
     def score(self, batch: Rows, temperature: float, weights: Weights = "current") -> Table | None:
         """Log-prob, entropy, log Z and kept of every response token, without gradients.
 
-        Rows may carry `probe_targets`: then log-probs are of those tokens in place of the sampled ones.
+        Rows may carry `probe_targets`: then log-probs are of those tokens in place of the sampled ones. They may carry
+        `proxy_wanted`, bool: then every tensor rank returns its columns of the proxy of the tokens marked.
         """
 
         def on_logits(logits: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
-            targets = part.values.get("probe_targets", part.targets)
-            stats = self._stats(logits, targets, temperature, training=False)
-            return stats.log_probs.sum(), (part.rows, _columns(stats))
+            targets, wanted = part.values.get("probe_targets", part.targets), part.values.get("proxy_wanted")
+            stats = self._stats(logits, targets, temperature, training=False, proxy_rows=wanted)
+            return stats.log_probs.sum(), ((part.rows, _columns(stats)), stats.proxy_store)
 
         with self._weights(weights):
             results = run_schedule(self.ddp, self._share(batch), on_logits, backward=False)
-        return _table(results) if self._reports else None
+        table = _table([part for part, _ in results])
+        stores = [store for _, store in results if store is not None]
+        if stores:
+            return replace(table, values=table.values if self._reports else {}, proxy=_stored_proxy(stores))
+        return table if self._reports else None
 
     def logits(self, batch: Rows) -> Table | None:
         """Whole logits [T, V] of the response tokens, gathered: for checks on a few rows."""
@@ -212,7 +219,16 @@ class MegatronWorker:
         shares = share_out(batch.lengths.tolist(), self.settings.micro_batch_tokens, self.layout.data)
         return [micro_batch(batch, rows, self.device) for rows in shares[process_groups.dp_rank()]]
 
-    def _stats(self, logits: Tensor, targets: Tensor, temperature: float, *, training: bool) -> lpreg.TokenStats:
+    def _stats(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        *,
+        training: bool,
+        proxy: lpreg.ProxyStore | None = None,
+        proxy_rows: Tensor | None = None,
+    ) -> lpreg.TokenStats:
         return lpreg.token_stats(
             logits,
             targets,
@@ -220,6 +236,8 @@ class MegatronWorker:
             vocab_size=self.hf_config["vocab_size"],
             tp_group=process_groups.tp_group(),
             inplace_backward=training,
+            proxy=proxy,
+            proxy_rows=proxy_rows,
             **(self.loss.token_stats_kwargs() if self.loss else {}),
         )
 
@@ -255,6 +273,7 @@ def _loss_inputs(stats: lpreg.TokenStats, part: MicroBatch, denominator: float) 
         old_kept=values.get("old_kept"),
         selection=values.get("selected"),
         proxy_log_probs=values.get("proxy_log_probs"),
+        proxy_kl=stats.proxy_kl,
         sequence_ids=part.sequence_ids,
         denominator=denominator,
     )
@@ -262,6 +281,14 @@ def _loss_inputs(stats: lpreg.TokenStats, part: MicroBatch, denominator: float) 
 
 def _columns(stats: lpreg.TokenStats) -> dict[str, np.ndarray]:
     return {name: getattr(stats, name).detach().cpu().numpy() for name in TABLE}
+
+
+def _stored_proxy(stores: list[lpreg.ProxyStore]) -> StoredProxy:
+    """Of consecutive micro-batches."""
+    counts, ids, log_q = (
+        torch.cat([getattr(store, name) for store in stores]).cpu() for name in ("counts", "ids", "log_q")
+    )
+    return StoredProxy(counts.numpy(), ids.int().numpy(), log_q.float().numpy())
 
 
 def _table(parts: list[tuple[tuple[int, ...], dict[str, np.ndarray]]]) -> Table:

@@ -6,13 +6,14 @@ Legend: N rows, T response tokens over all rows. Per-token values are flat, row 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.types import Sample
 
 Array = npt.NDArray[Any]
@@ -28,6 +29,8 @@ class Rows:
     """[N], each at least 1: the first response token needs a position that predicts it."""
     values: dict[str, Array] = field(default_factory=dict)
     """Name -> [T]."""
+    proxy: StoredProxy | None = None
+    """Over the T tokens; another policy's, where the loss wants more of it than a value a token."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,11 +70,12 @@ class Rows:
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Rows:
         """The given rows, in the given order, with their values."""
-        index = self.token_index(rows) if self.values else None
+        index = self.token_index(rows)
         return Rows(
             tokens=[self.tokens[i] for i in rows],
             prompt_lengths=self.prompt_lengths[list(rows)],
             values={name: value[index] for name, value in self.values.items()},
+            proxy=None if self.proxy is None else self.proxy.take(index),
         )
 
     def with_values(self, **values: Array) -> Rows:
@@ -79,7 +83,7 @@ class Rows:
         for name, value in values.items():
             if value.shape != (self.num_response_tokens,):
                 raise ValueError(f"{name} has shape {value.shape}, the rows have {self.num_response_tokens} tokens")
-        return Rows(self.tokens, self.prompt_lengths, {**self.values, **values})
+        return replace(self, values={**self.values, **values})
 
 
 def rows_of(samples: Sequence[Sample]) -> Rows:

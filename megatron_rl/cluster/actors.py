@@ -13,6 +13,7 @@ from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.results import Sums, Table, TrainResult, Weights, add_up
 from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.cluster.runtime import Nodes, host_process, results
 from megatron_rl.weight_sync.transport import WeightUpdate
 
@@ -80,7 +81,7 @@ class Actors:
     def train_result(self, refs: list[ray.ObjectRef], batch: Rows) -> StepResult:
         parts: list[TrainResult] = [part for part in results(refs) if part is not None]
         return StepResult(
-            values=_merge(batch, [part.table for part in parts]),
+            values=merge_tables(batch, [part.table for part in parts])[0],
             loss=sum(part.loss for part in parts),
             metrics=add_up(part.metrics for part in parts),
             grad_norm=parts[0].grad_norm,
@@ -88,13 +89,18 @@ class Actors:
 
     def score(self, batch: Rows, *, temperature: float = 1.0, weights: Weights = "current") -> dict[str, np.ndarray]:
         """Name -> [T]: log_probs, entropy, log_z, kept of every response token, without gradients."""
-        if not len(batch):
-            return {}
-        return _merge(batch, [t for t in self._all("score", ray.put(batch), temperature, weights) if t is not None])
+        return self.score_and_store(batch, temperature=temperature, weights=weights)[0]
+
+    def score_and_store(
+        self, batch: Rows, *, temperature: float = 1.0, weights: Weights = "current"
+    ) -> tuple[dict[str, np.ndarray], StoredProxy]:
+        """As `score`; and the proxy of the tokens that the batch marks as `proxy_wanted`."""
+        tables = self._all("score", ray.put(batch), temperature, weights) if len(batch) else []
+        return merge_tables(batch, [table for table in tables if table is not None])
 
     def logits(self, batch: Rows) -> np.ndarray:
         """[T, V]."""
-        return _merge(batch, [t for t in self._all("logits", ray.put(batch)) if t is not None])["logits"]
+        return merge_tables(batch, [t for t in self._all("logits", ray.put(batch)) if t is not None])[0]["logits"]
 
     def snapshot(self) -> None:
         self._all("snapshot")
@@ -123,13 +129,16 @@ class Actors:
             ray.kill(rank)
 
 
-def _merge(batch: Rows, tables: list[Table]) -> dict[str, np.ndarray]:
-    """Tables of some rows each -> flat values in the batch's own order."""
+def merge_tables(batch: Rows, tables: list[Table]) -> tuple[dict[str, np.ndarray], StoredProxy]:
+    """Tables of some rows each -> flat values, and stored entries, in the batch's own order."""
     merged: dict[str, np.ndarray] = {}
+    proxies = []
     for table in tables:
         index = batch.token_index(table.rows)
         for name, values in table.values.items():
             if name not in merged:
                 merged[name] = np.empty((batch.num_response_tokens, *values.shape[1:]), dtype=values.dtype)
             merged[name][index] = values
-    return merged
+        if table.proxy is not None:
+            proxies.append((index, table.proxy))
+    return merged, StoredProxy.join(batch.num_response_tokens, proxies)

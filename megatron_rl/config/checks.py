@@ -35,12 +35,11 @@ def _algorithm(config: Config) -> Iterator[str]:
     if algorithm.name != "lp_reg":
         return
     full = lp_reg.kl_estimator == "full" or (lp_reg.kl_estimator is None and algorithm.preset in _FULL_KL_PRESETS)
-    other = algorithm.proxy_source != "current" and config.train.updates_per_rollout > 1
-    if full and (algorithm.proxy_source == "lagged" or other):
-        cause = "lp_reg.kl_estimator: full" if lp_reg.kl_estimator else f"preset: {algorithm.preset}"
+    other = {"current": False, "old": config.train.updates_per_rollout > 1, "lagged": True}
+    if full and lp_reg.min_p == 0 and other[algorithm.proxy_source]:
         yield (
-            f"algorithm.{cause} with algorithm.proxy_source: {algorithm.proxy_source} is not available yet where the "
-            "proxy is another policy's; set algorithm.lp_reg.kl_estimator to k3 or algorithm.proxy_source to current"
+            f"algorithm.lp_reg.min_p: 0 with the full KL and algorithm.proxy_source: {algorithm.proxy_source} would "
+            "store the whole vocabulary for every selected token; set algorithm.lp_reg.kl_estimator to k3"
         )
     if lp_reg.min_p is not None and lp_reg.fixed_tau is not None:
         yield "algorithm.lp_reg.min_p and algorithm.lp_reg.fixed_tau are two forms of one filter; give only one"

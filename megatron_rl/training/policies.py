@@ -6,12 +6,14 @@ loss wants of it. With several, one forward of all rows fixes its log-probs, ent
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.stored_proxy import StoredProxy
 
 if TYPE_CHECKING:
     from megatron_rl.session.run import Run
@@ -36,15 +38,21 @@ def score_old_policy(run: Run, batch: Rows, advantages: Array) -> tuple[Rows, Se
     elif run.off_policy:
         wanted = wanted | acting
     rows, seen = np.flatnonzero(wanted), Seen()
-    fill(seen, run.actors.score(batch.take(rows), temperature=run.temperature), batch, rows)
+    stores = run.off_policy and run.loss.proxy_source == "old" and run.loss.needs_proxy_kl
+    asked = batch.with_values(proxy_wanted=_uses_proxy(run, batch)) if stores else batch
+    values, proxy = run.actors.score_and_store(asked.take(rows), temperature=run.temperature)
+    fill(seen, values, batch, rows)
     if run.off_policy and len(rows):
         kept = seen["kept"] == 1
         batch = batch.with_values(old_log_probs=seen["log_probs"], old_log_z=seen["log_z"], old_kept=kept)
+    if stores:
+        batch = _with_proxy(batch, rows, proxy)
     return batch, seen
 
 
 def score_lagged_policy(run: Run, step: int, batch: Rows) -> Rows:
-    """The batch with log q of the response tokens under the lagged snapshot, -inf where its filter drops them.
+    """The batch with the proxy of the lagged snapshot: log q of the response tokens, -inf where its filter drops them,
+    and where the loss wants it q over all of the filter.
 
     Only rows on which the loss can act are run: with a selected token and an advantage that lets it (a negative one).
     """
@@ -52,14 +60,27 @@ def score_lagged_policy(run: Run, step: int, batch: Rows) -> Rows:
         return batch
     if run.snapshot_due(step):
         run.actors.snapshot()
-    acts = run.loss.uses_proxy(torch.from_numpy(batch.values["advantages"])).numpy()
-    acts = acts & batch.values.get("selected", True)
+    acts = _uses_proxy(run, batch)
+    asked = batch.with_values(proxy_wanted=acts) if run.loss.needs_proxy_kl else batch
     rows = np.unique(batch.per_token(np.arange(len(batch)))[acts])
     log_q = np.full(batch.num_response_tokens, -np.inf, dtype=np.float32)
+    lagged, proxy = run.actors.score_and_store(asked.take(rows), temperature=run.temperature, weights="lagged")
     if len(rows):
-        lagged = run.actors.score(batch.take(rows), temperature=run.temperature, weights="lagged")
         log_q[batch.token_index(rows)] = np.where(lagged["kept"], lagged["log_probs"] - lagged["log_z"], -np.inf)
+    if run.loss.needs_proxy_kl:
+        batch = _with_proxy(batch, rows, proxy)
     return batch.with_values(proxy_log_probs=log_q)
+
+
+def _uses_proxy(run: Run, batch: Rows) -> Array:
+    """[T] bool, where the proxy can matter; among all tokens as long as none is selected."""
+    acts: Array = run.loss.uses_proxy(torch.from_numpy(batch.values["advantages"])).numpy()
+    return acts & batch.values["selected"] if "selected" in batch.values else acts
+
+
+def _with_proxy(batch: Rows, rows: Array, proxy: StoredProxy) -> Rows:
+    """proxy: over the tokens of `rows`."""
+    return replace(batch, proxy=StoredProxy.join(batch.num_response_tokens, [(batch.token_index(rows), proxy)]))
 
 
 def fill(seen: Seen, part: dict[str, Array], batch: Rows, rows: Array) -> None:

@@ -6,6 +6,7 @@ not) however its probability moves between updates.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +35,10 @@ def select(run: Run, step: int, batch: Rows, seen: Seen) -> tuple[Rows, dict[str
         advantages=_tensor(batch.values["advantages"]),
         seed=run.sampling(step).seed,
     )
-    return batch.with_values(selected=selection.mask.numpy()), selection_metrics(rule, selection)
+    mask = selection.mask.numpy()
+    if batch.proxy is not None:  # it was stored before anyone could know which tokens would be selected
+        batch = replace(batch, proxy=batch.proxy.where(mask))
+    return batch.with_values(selected=mask), selection_metrics(rule, selection)
 
 
 def selection_overlap(run: Run, batch: Rows, seen: Seen) -> dict[str, float]:

@@ -97,7 +97,7 @@ def test_no_samples_are_no_rows() -> None:
 
 @given(shapes.filter(bool), st.integers(1, 30), st.integers(1, 4))
 def test_what_the_ranks_answer_is_put_back_in_the_order_of_the_batch(shape: Shape, budget: int, ranks: int) -> None:
-    from megatron_rl.cluster.actors import _merge
+    from megatron_rl.cluster.actors import merge_tables
 
     rows = ragged(shape)
     tables = []
@@ -106,6 +106,6 @@ def test_what_the_ranks_answer_is_put_back_in_the_order_of_the_batch(shape: Shap
         part = rows.take(own)
         columns = {"value": part.values["value"], "logits": np.stack([part.targets, -part.targets], 1)} if own else {}
         tables.append(Table(np.array(own, dtype=np.int64), columns))
-    merged = _merge(rows, tables)
+    merged = merge_tables(rows, tables)[0]
     assert merged["value"].tolist() == rows.values["value"].tolist()
     assert merged["logits"].tolist() == [[token, -token] for token in rows.targets]

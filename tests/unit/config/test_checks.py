@@ -11,10 +11,8 @@ from megatron_rl.errors import UserError
     ("overrides", "keys"),
     [
         (["rollout.samples_per_prompt=1"], ["rollout.samples_per_prompt", "algorithm.advantage"]),
-        (["algorithm.proxy_source=lagged", "algorithm.lp_reg.kl_estimator=full"],
-         ["algorithm.lp_reg.kl_estimator: full", "algorithm.proxy_source: lagged"]),
-        (["train.updates_per_rollout=2", "algorithm.preset=paper"],
-         ["algorithm.preset: paper", "algorithm.proxy_source: old"]),
+        (["algorithm.preset=paper", "algorithm.proxy_source=lagged", "algorithm.lp_reg.min_p=0"],
+         ["algorithm.lp_reg.min_p: 0", "algorithm.proxy_source: lagged", "k3"]),
         (["train.updates_per_rollout=3"], ["rollout.prompts_per_step: 4", "3 equal mini-batches"]),
         (["train={steps: 10, updates_per_rollout: 8, epochs_per_rollout: 3}"],
          ["train.updates_per_rollout: 8", "train.epochs_per_rollout: 3"]),
@@ -48,7 +46,9 @@ def test_refused(load, overrides, keys):
     "overrides",
     [
         ["algorithm.name=grpo", "algorithm.proxy_source=lagged", "algorithm.preset=paper"],
-        ["algorithm.preset=paper", "algorithm.proxy_source=lagged", "algorithm.lp_reg.kl_estimator=k3"],
+        ["algorithm.preset=paper", "algorithm.proxy_source=lagged", "algorithm.lp_reg={kl_estimator: k3, min_p: 0}"],
+        ["algorithm.preset=paper", "algorithm.proxy_source=lagged"],
+        ["algorithm.preset=paper", "train.updates_per_rollout=2"],
         ["algorithm.lp_reg.kl_estimator=full"],
         ["train={steps: 10, updates_per_rollout: 8, epochs_per_rollout: 2}", "actor.data_parallel=2"],
         ["reward.name=my_package.rewards:score"],

@@ -11,6 +11,7 @@ import pytest
 
 from lpreg import make_loss
 from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.session.run import Run
 from megatron_rl.training.policies import score_lagged_policy, score_old_policy
 from megatron_rl.training.selection import select, selection_overlap
@@ -44,7 +45,7 @@ class Step:
         run: Any = SimpleNamespace(
             config=SimpleNamespace(algorithm=algorithm, train=train),
             loss=loss,
-            actors=SimpleNamespace(score=self.score, snapshot=lambda: self.asked.append("snapshot")),
+            actors=SimpleNamespace(score_and_store=self.score, snapshot=lambda: self.asked.append("snapshot")),
             temperature=1.0,
             sampling=lambda step: SimpleNamespace(seed=step),
             snapshot_due=lambda step: True,
@@ -62,13 +63,17 @@ class Step:
         self.rows = score_lagged_policy(run, self.number, rows)
         self.overlap = selection_overlap(run, self.rows, self.seen)
 
-    def score(self, batch: Rows, temperature: float, weights: str = "current") -> dict[str, Array]:
-        if not len(batch):
-            return {}
-        self.asked.append(f"{weights} {[int(row[0]) for row in batch.tokens]}")
+    def score(self, batch: Rows, temperature: float, weights: str = "current") -> tuple[dict[str, Array], StoredProxy]:
+        """Where the proxy is wanted, an entry whose id is the token's place."""
         place = batch.values["place"]
+        wanted = batch.values.get("proxy_wanted", np.zeros(len(place), dtype=bool))
+        ids = place[wanted]
+        proxy = StoredProxy(wanted.astype(np.int64), ids.astype(np.int32), ids.astype(np.float32))
+        if not len(batch):
+            return {}, proxy
+        self.asked.append(f"{weights} {[int(row[0]) for row in batch.tokens]}")
         values = {"log_probs": LOG_PROBS[::-1][place], "entropy": ENTROPY[place]}
-        return values | {"log_z": np.full(len(place), -0.5), "kept": place % 2 == 0}
+        return values | {"log_z": np.full(len(place), -0.5), "kept": place % 2 == 0}, proxy
 
     @property
     def selected(self) -> list[int]:
@@ -160,3 +165,33 @@ def test_the_lagged_proxy_is_scored_only_where_it_matters(settings: dict[str, An
         if place % 2 == 0:
             want[place] = LOG_PROBS[::-1][place] + 0.5
     assert log_q.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize(
+    ("source", "updates", "stored"),
+    [
+        ("current", 2, None),
+        ("old", 1, None),  # the policy in training is the one that sampled
+        ("old", 2, [3, 4]),  # selected, and of negative advantage
+        ("lagged", 1, [3, 4]),
+        ("lagged", 2, [3, 4]),
+    ],
+)
+def test_the_full_kl_stores_the_proxy_of_the_selected_tokens(
+    source: str, updates: int, stored: list[int] | None
+) -> None:
+    settings = {"kl_estimator": "full", "proxy_source": source, "rho": 0.5}
+    step = Step(updates=updates, selection_log_probs="actor", settings=settings)
+    assert step.selected == [0, 1, 2, 3, 4]
+    if stored is None:
+        assert step.rows.proxy is None
+        return
+    assert step.rows.proxy is not None
+    assert step.rows.proxy.counts.nonzero()[0].tolist() == stored
+    assert step.rows.proxy.ids.tolist() == stored
+
+
+def test_without_a_rule_all_that_may_matter_is_stored() -> None:
+    settings = {"kl_estimator": "full", "proxy_source": "old", "select_by": "all"}
+    proxy = Step(updates=2, settings=settings).rows.proxy
+    assert proxy is not None and proxy.ids.tolist() == [3, 4, 5, 6, 7]
