@@ -35,7 +35,7 @@ def check_logits(logits: Tensor, inplace_backward: bool) -> None:
         )
 
 
-def check_head(hidden: Tensor, weight: Tensor, chunk_tokens: int | None) -> None:
+def check_head(hidden: Tensor, weight: Tensor, chunk_tokens: int | None, weight_grad: Tensor | None) -> None:
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [tokens, width], got shape {list(hidden.shape)}")
     _check_dtype("hidden", hidden)
@@ -46,6 +46,14 @@ def check_head(hidden: Tensor, weight: Tensor, chunk_tokens: int | None) -> None
     if weight.dtype != hidden.dtype or weight.device != hidden.device:
         raise ValueError(
             f"weight must be {hidden.dtype} on {hidden.device} to fit hidden, got {weight.dtype} on {weight.device}"
+        )
+    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if weight_grad is not None and (
+        weight_grad.shape != weight.shape or weight_grad.dtype != exact or weight_grad.device != weight.device
+    ):
+        raise ValueError(
+            f"weight_grad must be {exact} of shape {list(weight.shape)} on {weight.device} to fit weight, "
+            f"got {weight_grad.dtype} of shape {list(weight_grad.shape)} on {weight_grad.device}"
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be None or at least 1, got {chunk_tokens}")

@@ -57,15 +57,18 @@ class Head:
 class HeadGradient:
     """Sums the gradients of a head's inputs over its chunks."""
 
-    def __init__(self, head: Head, hidden: bool, weight_rows: int) -> None:
-        """hidden: is its gradient wanted; weight_rows: V/TP, or 0 where no gradient of the weight is wanted."""
+    def __init__(self, head: Head, hidden: bool, weight_rows: int, weight_grad: Tensor | None = None) -> None:
+        """hidden: is its gradient wanted; weight_rows: V/TP, or 0 where no gradient of the weight is wanted;
+        weight_grad: what that of the weight is added to (None: zeros)."""
         self._head = head
         self.hidden = torch.zeros_like(head.hidden) if hidden else None
         """[T, d], of this rank's columns only; 0 for tokens never added."""
         self.weight: Tensor | None = None
         """[V/TP, d], fp32 (fp64 for fp64 input)."""
         buffer = head._buffer
-        if weight_rows:
+        if weight_rows and weight_grad is not None:
+            self.weight = weight_grad
+        elif weight_rows:
             self.weight = torch.zeros(weight_rows, head.hidden.shape[1], dtype=buffer.dtype, device=buffer.device)
         self._buffer = (
             buffer if buffer.dtype == head.hidden.dtype else torch.empty_like(buffer, dtype=head.hidden.dtype)

@@ -50,6 +50,7 @@ def fused_token_stats(
     inplace_backward: bool = False,
     proxy: ProxyStore | None = None,
     proxy_rows: Tensor | None = None,
+    weight_grad: Tensor | None = None,
 ) -> TokenStats:
     """`token_stats(hidden @ weight.T, targets, ...)` and the gradients of hidden and weight, in chunks of tokens.
 
@@ -68,13 +69,15 @@ def fused_token_stats(
         weight: [V/TP, d], this rank's rows of the LM head, dtype of hidden; rows beyond vocab_size are never read.
         targets: [T] int64, sampled tokens as ids in the whole vocabulary.
         chunk_tokens: tokens projected at a time. None: 512 on a CPU, 2048 elsewhere.
+        weight_grad: [V/TP, d] fp32 (fp64 for fp64 input), to which the backward adds the gradient of weight instead of
+            handing it to autograd: the `main_grad` of Megatron, say. Full precision, and no second sum of that size.
         inplace_backward: changes nothing here, where logits never outlive their chunk.
         The others: as in `token_stats`.
 
     Raises:
         ValueError: arguments that do not fit together, a target outside the vocabulary, logits that are not finite.
     """
-    check_head(hidden, weight, chunk_tokens)
+    check_head(hidden, weight, chunk_tokens, weight_grad)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
     check_row_flags(tokens, hidden, "hidden states", log_z_rows=log_z_rows, proxy_rows=proxy_rows, proxy=proxy)
@@ -92,6 +95,7 @@ def fused_token_stats(
         chunk_tokens,
         sequence_parallel,
         settings.shard_proxy(proxy),
+        weight_grad,
     )
     store = None
     if proxy_rows is not None:
@@ -118,6 +122,7 @@ class _FusedTokenStats(torch.autograd.Function):
         chunk_tokens: int | None,
         sequence_parallel: bool,
         proxy: ShardProxy | None,
+        weight_grad: Tensor | None,
     ) -> tuple[Tensor, ...]:
         if sequence_parallel:
             hidden = gather_sequence(hidden, settings.tp_group)
@@ -125,7 +130,7 @@ class _FusedTokenStats(torch.autograd.Function):
         one_rank = ranks_of(settings.tp_group) == 1
         stats = _in_one_pass(head, log_z_rows, proxy) if one_rank else _over_ranks(head, log_z_rows, proxy)
         check_finite(stats.log_sum)
-        ctx.proxy = proxy
+        ctx.proxy, ctx.weight_grad = proxy, weight_grad
         ctx.settings, ctx.chunk_tokens, ctx.sequence_parallel = settings, chunk_tokens, sequence_parallel
         ctx.save_for_backward(
             hidden, weight, targets, log_z_rows, stats.log_sum, stats.threshold, stats.entropy, stats.log_z
@@ -152,7 +157,7 @@ class _FusedTokenStats(torch.autograd.Function):
         settings: Settings = ctx.settings
         head = Head(hidden, weight, targets, settings, ctx.chunk_tokens)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        total = HeadGradient(head, need_hidden, weight.shape[0] if need_weight else 0)
+        total = HeadGradient(head, need_hidden, weight.shape[0] if need_weight else 0, ctx.weight_grad)
         grads = row_gradients(
             grad_log_probs,
             grad_entropy,
@@ -169,8 +174,8 @@ class _FusedTokenStats(torch.autograd.Function):
         d_hidden = total.hidden
         if d_hidden is not None:
             d_hidden = sum_over_ranks(d_hidden, ctx.sequence_parallel, settings.tp_group)
-        d_weight = None if total.weight is None else total.weight.to(weight.dtype)
-        return d_hidden, d_weight, None, None, None, None, None, None
+        d_weight = None if total.weight is None or ctx.weight_grad is not None else total.weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None, None, None, None, None
 
 
 def _in_one_pass(head: Head, log_z_rows: Tensor | None, proxy: ShardProxy | None) -> RowStatistics:

@@ -49,6 +49,7 @@ def fused_loss(
     log_z_rows: Tensor | None = None,
     entropy: EntropyMode = "metric",
     proxy: ProxyStore | None = None,
+    weight_grad: Tensor | None = None,
 ) -> tuple[LossOutput, TokenStats]:
     """The loss over `fused_token_stats(hidden, weight, targets)`, with the gradients of hidden and weight ready.
 
@@ -66,6 +67,10 @@ def fused_loss(
         entropy: "metric" hands the entropy to the loss without gradient, "none" not at all; where the loss itself asks
             for its gradient it gets it.
 
+        weight_grad: [V/TP, d] fp32 (fp64 for fp64 input), to which the gradient of weight is added instead of being
+            handed to autograd: the `main_grad` of Megatron, say. It happens in this forward, whose loss must then be
+            differentiated with a gradient of 1; there is no second sum of that size.
+
     Returns:
         The loss's output (its `loss` may be differentiated once), and the statistics without gradient.
 
@@ -74,7 +79,7 @@ def fused_loss(
     """
     if not loss.token_separable:
         raise ValueError(f"{loss.name} as set up looks at more than one token at a time: use fused_token_stats")
-    check_head(hidden, weight, chunk_tokens)
+    check_head(hidden, weight, chunk_tokens, weight_grad)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
     check_row_flags(tokens, hidden, "hidden states", log_z_rows=log_z_rows, proxy_rows=None, proxy=proxy)
@@ -89,12 +94,13 @@ def fused_loss(
     with torch.no_grad():
         whole = gather_sequence(hidden, tp_group) if sequence_parallel else hidden
         head = Head(whole.detach(), weight.detach(), columns_of_targets, settings, chunk_tokens)
-        total = HeadGradient(head, need_hidden, weight.shape[0] if need_weight else 0)
+        total = HeadGradient(head, need_hidden, weight.shape[0] if need_weight else 0, weight_grad)
         output, stats = _forward(head, total, loss, inputs, log_z_rows, settings.shard_proxy(proxy))
         d_hidden = total.hidden
         if d_hidden is not None:
             d_hidden = sum_over_ranks(d_hidden, sequence_parallel, tp_group)
-    attached = _WithGradients.apply(hidden, weight, output.loss, d_hidden, total.weight)
+    d_weight = total.weight if weight_grad is None else None
+    attached = _WithGradients.apply(hidden, weight, output.loss, d_hidden, d_weight, weight_grad is not None)
     values = (stats.log_probs, stats.entropy, stats.log_z, stats.kept, stats.max_logit, stats.proxy_kl)
     return LossOutput(attached, output.metrics), TokenStats.of(values, settings, proxy, None)
 
@@ -186,17 +192,25 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, loss: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        loss: Tensor,
+        d_hidden: Tensor | None,
+        d_weight: Tensor | None,
+        weight_is_done: bool,
     ) -> Tensor:
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.weight_is_done = weight.dtype, weight_is_done
         ctx.save_for_backward(d_hidden, d_weight)
         return loss.view_as(loss)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        if ctx.weight_is_done:
+            torch._assert_async(grad == 1, "the weight's gradient was added already, for a gradient of 1 of the loss")
         d_hidden, d_weight = ctx.saved_tensors
         # In place: the memory matters, and a second backward is then an error, not a wrong number.
         d_hidden = None if d_hidden is None else d_hidden.mul_(grad)
         d_weight = None if d_weight is None else d_weight.mul_(grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
