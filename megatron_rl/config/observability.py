@@ -15,6 +15,26 @@ WORD_CLASSES: dict[str, list[str]] = {
 """The paper's two lists (arXiv 2510.03222)."""
 
 
+class WandbSettings(Section):
+    """Weights & Biases; `pip install wandb`. Its own environment variables hold the key."""
+
+    project: Text
+    """Made when it does not exist."""
+    entity: Text | None = None
+    """User or team; unset: the key's own."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: files in the run's folder, for `wandb sync` later."""
+
+
+class MlflowSettings(Section):
+    """MLflow; `pip install mlflow`, or mlflow-skinny."""
+
+    tracking_uri: Text
+    """Server or database, such as http://tracking:5000 or sqlite:///mlflow.db."""
+    experiment: Text
+    """Made when it does not exist."""
+
+
 class DiagnosisSettings(Section):
     """When a run warns. Means are over `window` steps, starts over the first `window` steps."""
 
@@ -45,6 +65,10 @@ class ObservabilitySettings(Section):
     """On the terminal; auto: live on a terminal, plain lines elsewhere."""
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
+    wandb: WandbSettings | None = None
+    """Send metrics to Weights & Biases."""
+    mlflow: MlflowSettings | None = None
+    """Send metrics to MLflow."""
     rollouts_every: Count = 10
     """Steps between dumps of a step's rollouts; 0: none."""
     hang_seconds: NonNegative = 1800.0

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the record of a run: one line a step; TensorBoard beside it if wanted."""
+"""metrics.jsonl, the record of a run: one line a step; other sinks beside it if wanted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 from megatron_rl.observability.files import atomically, write_error
-from megatron_rl.observability.tensorboard_sink import TensorBoardSink
+from megatron_rl.observability.sinks import Sink
 
 FILE_NAME = "metrics.jsonl"
 
@@ -26,7 +26,7 @@ class MetricsLog:
     checkpoint: what the interrupted run wrote after it is dropped, so that no step appears twice; -1 drops everything.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, keep_up_to_step: int | None) -> None:
+    def __init__(self, folder: Path, *, keep_up_to_step: int | None, sinks: Sequence[Sink] = ()) -> None:
         self._path = folder / FILE_NAME
         if keep_up_to_step is not None:
             _keep_lines(self._path, keep_up_to_step)
@@ -34,7 +34,7 @@ class MetricsLog:
             raise UserError(
                 f"{self._path} already holds another run's metrics. Choose another run.name, or go on with resume=auto."
             )
-        self._tensorboard = TensorBoardSink(folder / "tensorboard", keep_up_to_step) if tensorboard else None
+        self._sinks = sinks
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append one line, on disk when this returns. NaN and infinity become null. Raises UserError on a full disk."""
@@ -47,8 +47,13 @@ class MetricsLog:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
             raise write_error(self._path, error) from error
-        if self._tensorboard is not None:
-            self._tensorboard.write(step, now, {name: value for name, value in metrics.items() if value is not None})
+        known = {name: value for name, value in metrics.items() if value is not None}
+        for sink in self._sinks:
+            sink.write(step, now, known)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
 
 
 def read_metrics(folder: Path) -> list[Row]:

@@ -23,6 +23,7 @@ from megatron_rl.data.tokens import single_token, stop_token_ids
 from megatron_rl.observability import heartbeat
 from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.metrics import MetricsLog, read_metrics
+from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View, make_view
 from megatron_rl.reward.pool import RewardPool
@@ -91,11 +92,12 @@ def open_run(config: Config) -> Iterator[Run]:
             view.message(line)
         for change in changes:
             view.message(f"resumed with another setting: {change}")
-        metrics = MetricsLog(
-            config.run.folder,
-            tensorboard=config.observability.tensorboard,
-            keep_up_to_step=None if config.resume == "never" else (state.step if state else -1),
+        last_step = None if config.resume == "never" else (state.step if state else -1)
+        sinks = open_sinks(
+            config.observability, config.run.name, config.run.folder, config.model_dump(mode="json"), last_step
         )
+        metrics = MetricsLog(config.run.folder, keep_up_to_step=last_step, sinks=sinks)
+        stack.callback(metrics.close)
         logs = config.run.folder / "logs"
         shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # of processes that are no more
         nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))

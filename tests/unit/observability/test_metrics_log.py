@@ -12,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_rl.config.observability import ObservabilitySettings
 from megatron_rl.errors import UserError
 from megatron_rl.observability.metrics import MetricsLog, metric_names, read_metrics, series
+from megatron_rl.observability.sinks import open_sinks
 
 
 def write_steps(folder: Path, steps: range, *, tensorboard: bool = False, keep_up_to_step: int | None = None) -> None:
-    log = MetricsLog(folder, tensorboard=tensorboard, keep_up_to_step=keep_up_to_step)
+    settings = ObservabilitySettings(tensorboard=tensorboard)
+    sinks = open_sinks(settings, "run", folder, {}, keep_up_to_step)
+    log = MetricsLog(folder, keep_up_to_step=keep_up_to_step, sinks=sinks)
     for step in steps:
         log.write(step, {"reward/mean": step / 10})
 
@@ -27,7 +31,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def test_rows_come_back_as_written(tmp_path: Path) -> None:
-    MetricsLog(tmp_path, tensorboard=False, keep_up_to_step=None).write(3, {"train/loss": 0.25, "reward/mean": None})
+    MetricsLog(tmp_path, keep_up_to_step=None).write(3, {"train/loss": 0.25, "reward/mean": None})
     (row,) = read_metrics(tmp_path)
     assert row.pop("time") > 1e9
     assert row == {"step": 3, "train/loss": 0.25, "reward/mean": None}
@@ -35,12 +39,12 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_json_lacks_become_null(tmp_path: Path, value: float) -> None:
-    MetricsLog(tmp_path, tensorboard=False, keep_up_to_step=None).write(1, {"a": value})
+    MetricsLog(tmp_path, keep_up_to_step=None).write(1, {"a": value})
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["a"] is None
 
 
 def test_each_line_is_on_disk_when_write_returns(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, tensorboard=False, keep_up_to_step=None)
+    log = MetricsLog(tmp_path, keep_up_to_step=None)
     for step in range(1, 4):
         log.write(step, {"a": 1.0})
         assert steps_in(tmp_path) == list(range(1, step + 1))
@@ -81,13 +85,13 @@ def test_resume_of_a_run_that_logged_nothing_yet(tmp_path: Path) -> None:
 def test_a_new_run_refuses_another_runs_metrics(tmp_path: Path) -> None:
     write_steps(tmp_path, range(2))
     with pytest.raises(UserError, match="already holds"):
-        MetricsLog(tmp_path, tensorboard=False, keep_up_to_step=None)
+        MetricsLog(tmp_path, keep_up_to_step=None)
     assert steps_in(tmp_path) == [0, 1]
 
 
 def test_a_place_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    log = MetricsLog(tmp_path / "file" / "run", tensorboard=False, keep_up_to_step=None)
+    log = MetricsLog(tmp_path / "file" / "run", keep_up_to_step=None)
     with pytest.raises(UserError, match="cannot write"):
         log.write(1, {})
 
@@ -139,8 +143,12 @@ def test_the_room_loads_no_deep_learning_library(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from megatron_rl.observability import live_view, report, rollouts, summary, view
+from megatron_rl.observability.sinks import open_sinks
+from megatron_rl.config.observability import ObservabilitySettings
 from megatron_rl.observability.metrics import MetricsLog
-MetricsLog(Path({str(tmp_path)!r}), tensorboard=True, keep_up_to_step=None).write(1, {{"a": 1.0}})
+from megatron_rl.observability.sinks.tensorboard import TensorBoardSink
+sink = TensorBoardSink(Path({str(tmp_path)!r}) / "tensorboard", None)
+MetricsLog(Path({str(tmp_path)!r}), keep_up_to_step=None, sinks=[sink]).write(1, {{"a": 1.0}})
 heavy = {{"torch", "tensorflow", "ray", "megatron", "transformers"}} & set(sys.modules)
 assert not heavy, heavy
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
@@ -10,17 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
-
 
 class TensorBoardSink:
-    """One event file a start of the run. It warns once when it fails, then stays silent: it never stops training."""
+    """One event file a start of the run."""
 
     def __init__(self, folder: Path, last_step: int | None) -> None:
         """last_step: the step a resumed run goes on from; TensorBoard then hides what was written after it."""
         now = time.time()
         self._path = folder / f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._failed = False
         self._append(wall_time=now, file_version="brain.Event:2")
         if last_step is not None:
             self._append(wall_time=now, step=last_step + 1, session_log={"status": "START"})
@@ -29,17 +25,14 @@ class TensorBoardSink:
         values = [{"tag": name, "simple_value": float(value)} for name, value in metrics.items()]
         self._append(wall_time=wall_time, step=step, summary={"value": values})
 
-    def _append(self, **event: Any) -> None:
-        if self._failed:
-            return
-        try:
-            # Not EventFileWriter: it loads tensorflow where that is installed, and fails in a thread of its own.
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.summary.writer.record_writer import RecordWriter
+    def close(self) -> None:
+        """Every write is on disk already."""
 
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                RecordWriter(file).write(Event(**event).SerializeToString())
-        except Exception as error:
-            self._failed = True
-            logger.warning("TensorBoard gets no more metrics, training goes on: %s: %s", type(error).__name__, error)
+    def _append(self, **event: Any) -> None:
+        # Not EventFileWriter: it loads tensorflow where that is installed, and fails in a thread of its own.
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            RecordWriter(file).write(Event(**event).SerializeToString())
