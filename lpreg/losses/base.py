@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from lpreg.aggregation import Counted
+from lpreg.aggregation import Counted, token_mean
 from lpreg.selection import SelectionRule
 
 ProxySource = Literal["current", "old", "lagged"]
@@ -74,6 +74,8 @@ class LossInputs:
     proxy_kl: Tensor | None = None
     """TokenStats.proxy_kl of an old or lagged policy's stored proxy: KL(q || p) over the whole vocabulary, with its
     gradient; must be real wherever `selection` holds."""
+    reference_log_probs: Tensor | None = None
+    """Of the sampled tokens under a frozen reference policy, for `with_reference_kl`."""
     sequence_ids: Tensor | None = None
     """Which response a token belongs to, for methods that work on whole responses."""
     groups: Tensor | None = None
@@ -181,6 +183,10 @@ class PolicyLoss(ABC):
     def token_stats_kwargs(self) -> StatsSettings:
         """What to hand to `token_stats`: the filter, and entropy="grad" where the loss needs it; else empty."""
         return {}
+
+    def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:
+        """Scalar, this part's share of the mean that the method takes of token losses [T]."""
+        return token_mean(token_losses, inputs.counted, inputs.denominator)
 
     @abstractmethod
     def __call__(self, inputs: LossInputs) -> LossOutput: ...

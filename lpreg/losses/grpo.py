@@ -52,13 +52,13 @@ class GRPO(PolicyLoss):
         ratio, counted = inputs.ratio, inputs.counted
         losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)
         metrics = {"ratio": mean_over(ratio, counted), "clip_fraction": mean_over(clipped, counted)}
-        return LossOutput(self._aggregate(losses, inputs), metrics)
+        return LossOutput(self.aggregate(losses, inputs), metrics)
 
-    def _aggregate(self, losses: Tensor, inputs: LossInputs) -> Tensor:
+    def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:
         counted, denominator = inputs.counted, inputs.denominator
         if self.settings.aggregation == "sequence_mean_token_mean":
             sequence_ids = self.need(inputs.sequence_ids, "sequence_ids")
-            return sequence_mean_token_mean(losses, counted, sequence_ids, denominator)
+            return sequence_mean_token_mean(token_losses, counted, sequence_ids, denominator)
         if self.settings.constant_length is not None:
-            return constant_length_mean(losses, counted, self.settings.constant_length, denominator)
-        return token_mean(losses, counted, denominator)
+            return constant_length_mean(token_losses, counted, self.settings.constant_length, denominator)
+        return token_mean(token_losses, counted, denominator)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lpreg.aggregation import Counted, mean_of_sequence, sequence_mean_token_mean
 from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, mean_over
 from lpreg.losses.ppo import PPOSettings, ppo_clip
@@ -43,6 +45,9 @@ class GSPO(PolicyLoss):
         mean_log_ratio = mean_of_sequence(inputs.log_ratio.detach(), counted, sequence_ids)
         ratio = (mean_log_ratio + inputs.log_probs - inputs.log_probs.detach()).exp()
         losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)
-        loss = sequence_mean_token_mean(losses, counted, sequence_ids, inputs.denominator)
         metrics = {"ratio": mean_over(ratio, counted), "clip_fraction": mean_over(clipped, counted)}
-        return LossOutput(loss, metrics)
+        return LossOutput(self.aggregate(losses, inputs), metrics)
+
+    def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:
+        sequence_ids = self.need(inputs.sequence_ids, "sequence_ids")
+        return sequence_mean_token_mean(token_losses, inputs.counted, sequence_ids, inputs.denominator)

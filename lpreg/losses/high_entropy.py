@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lpreg.aggregation import Counted, token_mean
 from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, check_range, mean_over
 from lpreg.losses.ppo import PPOSettings, ppo_clip
@@ -49,4 +51,8 @@ class HighEntropy(PolicyLoss):
             "clip_fraction": mean_over(clipped, carrying),
             "selected_fraction": mean_over(carrying, counted),
         }
-        return LossOutput(token_mean(losses, carrying, inputs.denominator), metrics)
+        return LossOutput(self.aggregate(losses, inputs), metrics)
+
+    def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:
+        carrying = self.need(inputs.selection, "selection") & inputs.counted
+        return token_mean(token_losses, carrying, inputs.denominator)
