@@ -99,10 +99,10 @@ def _check_experts(model: Architecture, layout: Layout) -> None:
                 "Set it to 1."
             )
         return
-    if layout.tensor > 1:
+    if layout.tensor > 1 and not layout.sequence_parallel:
         raise UserError(
-            f"actor.tensor_parallel is {layout.tensor}, but a model with experts needs sequence parallelism with it, "
-            "which is not available yet. Set it to 1."
+            f"actor.tensor_parallel is {layout.tensor} and actor.sequence_parallel is false, but a model with experts "
+            "needs both or neither. Set actor.sequence_parallel to true, or actor.tensor_parallel to 1."
         )
     count, ranks = model.experts.count, layout.tensor * layout.data * layout.context
     for what, number in ((f"experts ({count})", count), (f"ranks of a pipeline stage ({ranks})", ranks)):

@@ -90,7 +90,13 @@ def _set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool =
     torch.set_rng_state(new_state)
 
 
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """The expert dispatcher's counts; Megatron's makes numpy of CUDA tensors only."""
+    return tensor.numpy() if as_numpy and tensor is not None else tensor
+
+
 CPU_TWINS: dict[str, Callable[..., Any]] = {
+    "transformer.moe.moe_utils:maybe_move_tensor_to_cpu": _on_host,
     "tensor_parallel.random:_get_cuda_rng_state": _get_rng_state,
     "tensor_parallel.random:_set_cuda_rng_state": _set_rng_state,
 }
@@ -180,23 +186,19 @@ def _run_on_cpu() -> None:
 
 
 def _mend_experts() -> None:
-    """The token dispatcher waits for an event of its stream, which `torch.cpu.Stream` has not, and wants its counts as
-    numpy, but turns only CUDA's into that; the router asks whether a name is None that 0.16 defines only with
-    Transformer Engine."""
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    """The expert dispatcher waits for an event of its stream, which `torch.cpu.Stream` has not; the router asks whether
+    a name is None that 0.16 defines only with Transformer Engine."""
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-
-    def counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and tensor is not None else tensor
 
     class Stream(torch.cpu.Stream):
         def record_event(self) -> torch.cpu.Event:  # type: ignore[override]
             return torch.cpu.Event()
 
-    token_dispatcher.maybe_move_tensor_to_cpu = counts
-    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = Stream()
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = Stream()
 
 
 def _find(site: str) -> FunctionType:

@@ -10,6 +10,8 @@ G key/value groups, n = heads / G, D = head_dim, r = tensor rank:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,23 +20,7 @@ from megatron_rl.actor.layout import padded_vocabulary
 from megatron_rl.checkpoint.families import Kind
 
 
-def full_shapes(kind: Kind, local: tuple[int, ...], model: Architecture, tp: int) -> list[tuple[int, ...]]:
-    """Of the Hugging Face tensors, from the shape of a rank's Megatron tensor."""
-    rest = local[1:]
-    match kind:
-        case "replicated":
-            return [local]
-        case "row":
-            return [(local[0], local[1] * tp)]
-        case "vocab":
-            return [(model.vocabulary, *rest)]
-        case "gate_up":
-            return [(local[0] // 2 * tp, *rest)] * 2
-        case "qkv":
-            return [(heads * model.head_dim, *rest) for heads in (model.heads, model.kv_heads, model.kv_heads)]
-
-
-def split(kind: Kind, tensors: list[Tensor], model: Architecture, tp: int, rank: int) -> Tensor:
+def split(kind: Kind, tensors: Sequence[Tensor], model: Architecture, tp: int, rank: int) -> Tensor:
     """Whole Hugging Face tensors -> this rank's Megatron tensor."""
     first = tensors[0]
     match kind:
@@ -53,7 +39,7 @@ def split(kind: Kind, tensors: list[Tensor], model: Architecture, tp: int, rank:
             return by_group.chunk(tp)[rank].flatten(0, 1)
 
 
-def join(kind: Kind, shards: list[Tensor], model: Architecture) -> tuple[Tensor, ...]:
+def join(kind: Kind, shards: Sequence[Tensor], model: Architecture) -> tuple[Tensor, ...]:
     """Every rank's Megatron tensor -> whole Hugging Face tensors; the inverse of `split`."""
     match kind:
         case "replicated":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_rl.actor import process_groups
 from megatron_rl.actor.architecture import Architecture
-from megatron_rl.checkpoint.families import EMBEDDING, HEAD, Entry, entries, rule_of
-from megatron_rl.checkpoint.fusion import full_shapes, join, split
+from megatron_rl.checkpoint.families import EMBEDDING, HEAD, Entry, Shape, entries, rule_of
+from megatron_rl.checkpoint.fusion import join, split
 from megatron_rl.errors import UserError
 
 
@@ -76,22 +76,15 @@ def _local_shards(
 ) -> Iterator[tuple[str, Tensor]]:
     architecture = Architecture.from_hf(hf_config)
     check_names(architecture, hf_tensors)
-    problems = []
-    for name, parameter in model.named_parameters():
+    problems: list[str] = []
+    for name, _ in model.named_parameters():
         entry = _entry(model, architecture, name)
-        kind, hf_names = entry.rule.kind, entry.hf_names
-        if architecture.tied and hf_names == (HEAD,):
-            hf_names = (EMBEDDING,)
-        tensors = [hf_tensors[hf_name] for hf_name in hf_names]
-        group = process_groups.tp_group() if entry.expert is None else process_groups.expert_tp_group()
-        wanted = full_shapes(kind, tuple(parameter.shape), architecture, group.size())
-        problems += [
-            f"{hf_name}: shape {tuple(tensor.shape)}, expected {shape}"
-            for hf_name, tensor, shape in zip(hf_names, tensors, wanted, strict=True)
-            if tuple(tensor.shape) != shape
-        ]
+        hf_names = (EMBEDDING,) if architecture.tied and entry.hf_names == (HEAD,) else entry.hf_names
+        tensors = {hf_name: hf_tensors[hf_name] for hf_name in hf_names}
+        problems += wrong_shapes(entry.hf_shapes(architecture), tensors)
         if not problems:
-            yield name, split(kind, tensors, architecture, group.size(), group.rank())
+            group = process_groups.tp_group() if entry.expert is None else process_groups.expert_tp_group()
+            yield name, split(entry.rule.kind, list(tensors.values()), architecture, group.size(), group.rank())
     if problems:
         raise UserError("The weights do not fit the model's config.json:\n  " + "\n  ".join(problems))
 
@@ -115,6 +108,15 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=\.weight)\d+$")
 def _experts_per_rank(architecture: Architecture) -> int:
     assert architecture.experts is not None
     return architecture.experts.count // process_groups.expert_group().size()
+
+
+def wrong_shapes(expected: Iterable[Shape], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong, a line a tensor."""
+    return [
+        f"{name}: shape {tuple(tensor.shape)}, expected {shape}"
+        for shape, (name, tensor) in zip(expected, tensors.items(), strict=True)
+        if tuple(tensor.shape) != shape
+    ]
 
 
 def check_names(architecture: Architecture, hf_tensors: Mapping[str, Tensor]) -> None:

@@ -100,7 +100,7 @@ class Run:
     """One forward and backward pass of Megatron over this rank's share: micro-batches of two packed sequences."""
 
     def __init__(self, wanted: Reference, layout: Layout) -> None:
-        self.wanted = wanted
+        self.wanted, self.layout = wanted, layout
         self.model = build_model(wanted.hf_config, layout=layout, dtype=torch.float32, device=DEVICE)
         load_hf_weights(self.model, wanted.hf_config, wanted.weights)
         self.wrapped = wrap_ddp(self.model)
@@ -125,6 +125,8 @@ class Run:
         numbers = next(micro_batches)
         sequences = [self.wanted.sequences[n] for n in numbers]
         lengths = [len(tokens) for tokens in sequences]
+        if padding := -sum(lengths) % self.layout.tensor:  # tokens are shared out under sequence parallelism
+            lengths.append(padding)
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
         packed = PackedSeqParams(
             qkv_format="thd",
@@ -134,10 +136,11 @@ class Run:
             max_seqlen_kv=max(lengths),
         )
         positions = torch.cat([torch.arange(length) for length in lengths])
-        output = model(torch.cat(sequences)[None], positions[None], None, packed_seq_params=packed)
+        tokens = torch.cat([*sequences, torch.zeros(padding, dtype=torch.int64)])
+        output = model(tokens[None], positions[None], None, packed_seq_params=packed)
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            logits = gather_from_tensor_model_parallel_region(output)[0, :, :VOCABULARY].split(lengths)
+            logits = gather_from_tensor_model_parallel_region(output)[0, :, :VOCABULARY].split(lengths)[: len(numbers)]
             errors = [difference(x, self.wanted.logits[n]) for x, n in zip(logits, numbers, strict=True)]
             self.logits_error = max(self.logits_error, *errors)
             total = mean_loss(logits, sequences)

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +19,56 @@ from megatron_rl.actor.layout import Layout
 WORKER = Path(__file__).parent / "megatron_worker.py"
 DENSE = ("qwen3", "qwen3-tied", "qwen2", "qwen2-tied", "llama", "llama-tied-biased")
 SPARSE = ("qwen3-moe", "qwen3-moe-mixed")
-LAYOUTS: dict[str, dict[str, int]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2},
     "pp2": {"pipeline": 2},
     "dp2": {"data": 2},
     "tp2-pp2": {"tensor": 2, "pipeline": 2},
+    "tp2-sp": {"tensor": 2, "sequence_parallel": True},
+    "tp2-sp-dp2": {"tensor": 2, "data": 2, "sequence_parallel": True},
+    "tp2-sp-ep2": {"tensor": 2, "expert": 2, "sequence_parallel": True},
     "ep2": {"data": 2, "expert": 2},
     "pp2-ep2": {"pipeline": 2, "data": 2, "expert": 2},
 }
 TOLERANCE = 1e-5
 
 
-def cases(layout: dict[str, int]) -> tuple[str, ...]:
+def cases(layout: dict[str, Any]) -> tuple[str, ...]:
     """Experts need sequence parallelism beside tensor parallelism; a dense model has nothing for expert ranks."""
-    return (() if "expert" in layout else DENSE) + (() if "tensor" in layout else SPARSE)
+    sparse = "tensor" not in layout or "sequence_parallel" in layout
+    return (() if "expert" in layout else DENSE) + (SPARSE if sparse else ())
 
 
 every_case = pytest.mark.parametrize(
     ("measured", "case"),
     [(name, case) for name, layout in LAYOUTS.items() for case in cases(layout)],
     indirect=["measured"],
-    scope="module",
 )
 
 
 @pytest.fixture(scope="module")
-def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def measure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
     """What every rank of a layout measured, all cases in one start of the processes."""
-    layout = Layout(**LAYOUTS[request.param])
-    folder = tmp_path_factory.mktemp(request.param)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, str(WORKER), json.dumps(asdict(layout)), str(folder), *cases(LAYOUTS[request.param])],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(layout.world_size)]
+
+    @cache
+    def run(name: str) -> list[dict[str, Any]]:
+        layout, folder = Layout(**LAYOUTS[name]), tmp_path_factory.mktemp(name)
+        done = subprocess.run(
+            [sys.executable, str(WORKER), json.dumps(asdict(layout)), str(folder), *cases(LAYOUTS[name])],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(layout.world_size)]
+
+    return run
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest, measure: Callable[[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return measure(request.param)
 
 
 @every_case

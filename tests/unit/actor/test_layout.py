@@ -59,7 +59,8 @@ def test_fitting_layouts_pass(layout: Layout) -> None:
         ({"use_sliding_window": True}, Layout(), ["sliding-window"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, Layout(), ["layer_types", "sliding_attention"]),
         ({"mlp_bias": True}, Layout(), ["mlp_bias"]),
-        (EXPERTS, Layout(tensor=2), ["actor.tensor_parallel is 2", "sequence parallelism"]),
+        (EXPERTS, Layout(tensor=2), ["actor.tensor_parallel is 2", "Set actor.sequence_parallel to true"]),
+        (EXPERTS | {"moe_intermediate_size": 97}, Layout(tensor=2, sequence_parallel=True), ["experts' feed-forward"]),
         (EXPERTS, Layout(data=4, expert=4), ["actor.expert_parallel is 4", "experts (6)", "that work: 2."]),
         (
             EXPERTS,
@@ -76,7 +77,15 @@ def test_refusals_name_the_number_and_the_way_out(changes: dict[str, Any], layou
         assert word in str(refusal.value)
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(pipeline=2, data=4, expert=2), Layout(data=6, expert=3)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(pipeline=2, data=4, expert=2),
+        Layout(data=6, expert=3),
+        Layout(tensor=2, expert=2, sequence_parallel=True),
+    ],
+)
 def test_fitting_layouts_of_a_model_with_experts_pass(layout: Layout) -> None:
     validate_layout(qwen3(**EXPERTS), layout, pad_vocabulary=True)
 

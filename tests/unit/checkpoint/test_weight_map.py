@@ -15,7 +15,7 @@ from megatron_rl.actor.architecture import SUPPORTED, Architecture
 from megatron_rl.actor.layout import Layout, padded_vocabulary
 from megatron_rl.actor.model import build_model
 from megatron_rl.checkpoint.families import FAMILIES
-from megatron_rl.checkpoint.fusion import full_shapes, join, split
+from megatron_rl.checkpoint.fusion import join, split
 from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, load_hf_weights
 from megatron_rl.errors import UserError
 from tests.hf_models import as_stored, config_json, hf_model
@@ -176,8 +176,6 @@ def test_join_undoes_split(tensor: int, kv_per_rank: int, queries: int, vocabula
     rule_kind: Any = kind.split()[0]
     shards = [split(rule_kind, whole, model, tensor, rank) for rank in range(tensor)]
     assert len({shard.shape for shard in shards}) == 1
-    expected = full_shapes(rule_kind, tuple(shards[0].shape), model, tensor)
-    assert [tuple(t.shape) for t in whole] == expected
     for found, wanted in zip(join(rule_kind, shards, model), whole, strict=True):
         assert torch.equal(found, wanted)
     if kind == "vocab":
