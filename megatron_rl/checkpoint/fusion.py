@@ -10,8 +10,6 @@ G key/value groups, n = heads / G, D = head_dim, r = tensor rank:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from megatron_rl.actor.layout import padded_vocabulary
 from megatron_rl.checkpoint.families import Kind
 
 
-def split(kind: Kind, tensors: Sequence[Tensor], model: Architecture, tp: int, rank: int) -> Tensor:
+def split(kind: Kind, tensors: list[Tensor], model: Architecture, tp: int, rank: int) -> Tensor:
     """Whole Hugging Face tensors -> this rank's Megatron tensor."""
     first = tensors[0]
     match kind:
@@ -39,7 +37,7 @@ def split(kind: Kind, tensors: Sequence[Tensor], model: Architecture, tp: int, r
             return by_group.chunk(tp)[rank].flatten(0, 1)
 
 
-def join(kind: Kind, shards: Sequence[Tensor], model: Architecture) -> tuple[Tensor, ...]:
+def join(kind: Kind, shards: list[Tensor], model: Architecture) -> tuple[Tensor, ...]:
     """Every rank's Megatron tensor -> whole Hugging Face tensors; the inverse of `split`."""
     match kind:
         case "replicated":
