@@ -26,7 +26,7 @@ $(VENV)/.stamp: pyproject.toml setup.py constraints-cpu.txt
 	@echo '[2/3] installing torch (the larger half)'
 	@$(PIP) install --quiet $(PIN) torch
 	@echo '[3/3] installing everything else'
-	@$(PIP) install --quiet $(PIN) --no-build-isolation -e '.[dev]'
+	@$(PIP) install --quiet $(PIN) --no-build-isolation -e '.[dev,trl]'
 	@touch $@
 	@echo 'ready: $(BIN)/megatron-rl'
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,25 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lpreg import LossInputs, PolicyLoss, apply_rule, make_loss, token_stats
+from lpreg.losses.registry import METHODS
+from tests.dense_methods import DEFINITIONS, Batch, covariances
 
 VOCAB = 9
-
-
-@dataclass
-class Batch:
-    logits: Tensor
-    old_logits: Tensor
-    targets: Tensor
-    advantages: Tensor
-    mask: Tensor
-    sequence_ids: Tensor
-
-    def log_p(self) -> Tensor:
-        """[T, V], with the gradient."""
-        return torch.log_softmax(self.logits, -1)
-
-    def of_targets(self, rows: Tensor) -> list[Tensor]:
-        return list(rows.gather(1, self.targets[:, None])[:, 0])
 
 
 def make_batch(lengths: list[int], drift: float, seed: int) -> Batch:
@@ -45,19 +28,21 @@ def make_batch(lengths: list[int], drift: float, seed: int) -> Batch:
     return Batch(
         logits=(old + drift * torch.randn(tokens, VOCAB, generator=generator, dtype=torch.float64)).requires_grad_(),
         old_logits=old,
+        lagged_logits=old + drift * torch.randn(tokens, VOCAB, generator=generator, dtype=torch.float64),
         targets=torch.multinomial(old.softmax(-1), 1, generator=generator)[:, 0],
         advantages=torch.randn(len(lengths), generator=generator, dtype=torch.float64).round(decimals=1)[ids],
         mask=mask,
         sequence_ids=3 * ids + 5,
+        update=torch.ones(tokens, dtype=torch.bool),
     )
 
 
 def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
     """The loss as a trainer computes it, on one rank."""
-    stats = token_stats(data.logits, data.targets, **loss.token_stats_kwargs())
-    old = token_stats(data.old_logits, data.targets)
-    if on_policy:
-        old = token_stats(data.logits.detach(), data.targets)
+    asked = loss.token_stats_kwargs()
+    stats = token_stats(data.logits, data.targets, **asked)
+    old = token_stats(data.logits.detach() if on_policy else data.old_logits, data.targets, **asked)
+    lagged = token_stats(data.lagged_logits, data.targets, **asked)
     selection = None
     if loss.selection is not None:
         selection = apply_rule(
@@ -75,149 +60,16 @@ def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
             advantages=data.advantages,
             mask=data.mask,
             entropy=stats.entropy,
+            log_z=stats.log_z,
+            kept=stats.kept,
+            old_log_z=old.log_z,
+            old_kept=old.kept,
+            proxy_log_probs=lagged.proxy_log_probs,
             sequence_ids=data.sequence_ids,
             selection=selection,
             denominator=counts[loss.denominator_counts],
         )
     ).loss
-
-
-# ------------------------------------------------------------- the definitions
-
-
-def old_values(data: Batch, on_policy: bool) -> tuple[list[float], list[float]]:
-    """log-prob and entropy of each token under the policy that generated the batch."""
-    log_p = torch.log_softmax(data.logits.detach() if on_policy else data.old_logits, -1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return [float(x) for x in data.of_targets(log_p)], entropy.tolist()
-
-
-def ppo(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
-    bounded = torch.clamp(ratio, 1 - low, 1 + high)
-    return torch.maximum(-ratio * advantage, -bounded * advantage)
-
-
-def ratios(data: Batch, on_policy: bool) -> list[Tensor]:
-    old, _ = old_values(data, on_policy)
-    return [(new - before).exp() for new, before in zip(data.of_targets(data.log_p()), old, strict=True)]
-
-
-def counted(data: Batch) -> list[int]:
-    return data.mask.nonzero().squeeze(1).tolist()
-
-
-def token_mean(data: Batch, terms: Callable[[int], Tensor]) -> Tensor:
-    places = counted(data)
-    return torch.stack([terms(t) for t in places]).mean()
-
-
-def clipped(low: float, high: float) -> Callable[[Batch, bool], Tensor]:
-    def definition(data: Batch, on_policy: bool) -> Tensor:
-        r, a = ratios(data, on_policy), data.advantages.tolist()
-        return token_mean(data, lambda t: ppo(r[t], a[t], low, high))
-
-    return definition
-
-
-def over_sequences(data: Batch, of_sequence: Callable[[list[int]], Tensor]) -> Tensor:
-    ids = data.sequence_ids.tolist()
-    total = torch.zeros((), dtype=torch.float64)
-    for sequence in set(ids):
-        places = [t for t in counted(data) if ids[t] == sequence]
-        if places:
-            total = total + of_sequence(places)
-    return total / len(set(ids))
-
-
-def sequence_mean(data: Batch, on_policy: bool) -> Tensor:
-    r, a = ratios(data, on_policy), data.advantages.tolist()
-    return over_sequences(data, lambda ts: torch.stack([ppo(r[t], a[t], 0.2, 0.2) for t in ts]).mean())
-
-
-def dr_grpo(data: Batch, on_policy: bool) -> Tensor:
-    r, a = ratios(data, on_policy), data.advantages.tolist()
-    return over_sequences(data, lambda ts: torch.stack([ppo(r[t], a[t], 0.2, 0.2) for t in ts]).sum() / 12)
-
-
-def dual(data: Batch, on_policy: bool) -> Tensor:
-    r, a = ratios(data, on_policy), data.advantages.tolist()
-
-    def term(t: int) -> Tensor:
-        usual = ppo(r[t], a[t], 0.2, 0.2)
-        return usual if a[t] >= 0 else usual.clamp(max=-1.3 * a[t])
-
-    return token_mean(data, term)
-
-
-def gspo(data: Batch, on_policy: bool) -> Tensor:
-    """The sequence form, not the token form: equal where the advantage is one for a response."""
-    old, _ = old_values(data, on_policy)
-    new, a = data.of_targets(data.log_p()), data.advantages.tolist()
-
-    def response(ts: list[int]) -> Tensor:
-        s = torch.stack([new[t] - old[t] for t in ts]).mean().exp()
-        return ppo(s, a[ts[0]], 0.1, 0.15)
-
-    return over_sequences(data, response)
-
-
-def cispo(data: Batch, on_policy: bool) -> Tensor:
-    r, a, new = ratios(data, on_policy), data.advantages.tolist(), data.of_targets(data.log_p())
-    return token_mean(data, lambda t: -min(max(float(r[t].detach()), 0.7), 1.2) * a[t] * new[t])
-
-
-def covariances(data: Batch, on_policy: bool) -> dict[int, float]:
-    (old, _), a, places = old_values(data, on_policy), data.advantages.tolist(), counted(data)
-    mean_a, mean_old = (sum(x[t] for t in places) / len(places) for x in (a, old))
-    return {t: (a[t] - mean_a) * (old[t] - mean_old) for t in places}
-
-
-def top(scores: dict[int, float], share: float) -> set[int]:
-    """The highest share of the scores, at least one, with ties (to rounding)."""
-    count = max(1, int(share * len(scores)))
-    cut = sorted(scores.values(), reverse=True)[count - 1]
-    return {t for t, score in scores.items() if score >= cut - 1e-12}
-
-
-def kl_cov(data: Batch, on_policy: bool) -> Tensor:
-    r, a = ratios(data, on_policy), data.advantages.tolist()
-    penalised = top(covariances(data, on_policy), 0.3)
-    return token_mean(data, lambda t: -r[t] * a[t] + (0.5 * r[t].log().abs() if t in penalised else 0))
-
-
-def clip_cov(data: Batch, on_policy: bool) -> Tensor:
-    """A share of 1 draws every token of the range, so that chance plays no part."""
-    r, a = ratios(data, on_policy), data.advantages.tolist()
-    inside = {t for t, value in covariances(data, on_policy).items() if 0.1 < value < 1}
-    return token_mean(data, lambda t: 0 * r[t] if t in inside else ppo(r[t], a[t], 0.9, 0.5))
-
-
-def high_entropy(data: Batch, on_policy: bool) -> Tensor:
-    r, a = ratios(data, on_policy), data.advantages.tolist()
-    _, entropy = old_values(data, on_policy)
-    chosen = top({t: entropy[t] for t in counted(data)}, 0.4)
-    return torch.stack([ppo(r[t], a[t], 0.2, 0.28) for t in chosen]).mean()
-
-
-def entropy_bonus(data: Batch, on_policy: bool) -> Tensor:
-    r, a, log_p = ratios(data, on_policy), data.advantages.tolist(), data.log_p()
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return token_mean(data, lambda t: ppo(r[t], a[t], 0.2, 0.2) - 0.3 * entropy[t])
-
-
-DEFINITIONS: dict[str, tuple[PolicyLoss, Callable[[Batch, bool], Tensor]]] = {
-    "grpo": (make_loss("grpo"), clipped(0.2, 0.2)),
-    "grpo, mean of sequences": (make_loss("grpo", aggregation="sequence_mean_token_mean"), sequence_mean),
-    "dr. grpo": (make_loss("grpo", aggregation="constant_length", constant_length=12), dr_grpo),
-    "clip_higher": (make_loss("clip_higher"), clipped(0.2, 0.28)),
-    "dual_clip": (make_loss("dual_clip", clip_dual=1.3), dual),
-    "gspo": (make_loss("gspo", clip_low=0.1, clip_high=0.15), gspo),
-    "cispo": (make_loss("cispo", clip_low=0.3, clip_high=0.2), cispo),
-    "kl_cov": (make_loss("kl_cov", share=0.3, beta=0.5), kl_cov),
-    "clip_cov": (make_loss("clip_cov", clip_low=0.9, clip_high=0.5, share=1.0, cov_low=0.1, cov_high=1.0), clip_cov),
-    "high_entropy": (make_loss("high_entropy", share=0.4), high_entropy),
-    "entropy_bonus": (make_loss("entropy_bonus", coefficient=0.3), entropy_bonus),
-}
 
 
 def cut_is_clear(scores: dict[int, float], share: float) -> bool:
@@ -245,10 +97,8 @@ def test_equals_its_definition(name: str, lengths: list[int], drift: float, seed
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
-def test_every_method_but_lp_reg_is_here() -> None:
-    from lpreg.losses.registry import METHODS
-
-    assert {loss.name for loss, _ in DEFINITIONS.values()} == set(METHODS) - {"lp_reg"}  # which has files of its own
+def test_every_method_is_here() -> None:
+    assert {loss.name for loss, _ in DEFINITIONS.values()} == set(METHODS)
 
 
 # ------------------------------------------------------------- what follows from them

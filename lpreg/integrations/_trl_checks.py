@@ -1,0 +1,68 @@
+"""What lpreg's trainer for TRL refuses: settings it would have to ignore, and layouts it could not be exact in."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import trl
+
+from lpreg import PolicyLoss
+
+WRITTEN_FOR = "1.16."
+"""TRL's release series: the methods that are overridden are not part of its public interface."""
+
+OF_TRLS_LOSS = {
+    *("loss_type", "epsilon", "epsilon_high", "delta", "beta", "importance_sampling_level", "top_entropy_quantile"),
+    *("entropy_coef", "use_adaptive_entropy", "off_policy_mask_threshold", "sapo_temperature_neg"),
+    *("sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+}
+
+
+def check_version() -> None:
+    """Raises ImportError for another TRL than this was written for."""
+    if not trl.__version__.startswith(WRITTEN_FOR):
+        raise ImportError(f"lpreg.integrations.trl is written for TRL {WRITTEN_FOR}x, not for {trl.__version__}")
+
+
+def check_config(config: trl.GRPOConfig) -> None:
+    """Raises ValueError for settings of TRL's own loss, and for updates that are not known whole when they begin."""
+    ignored = [f.name for f in fields(config) if f.name in OF_TRLS_LOSS and getattr(config, f.name) != f.default]
+    if ignored:
+        raise ValueError(
+            f"GRPOConfig: {', '.join(ignored)}: settings of TRL's own loss, which `loss` replaces; leave them out and "
+            "give the method its own, as in loss=lpreg.make_loss('clip_higher', clip_high=0.3)"
+        )
+    if config.steps_per_generation % config.gradient_accumulation_steps:
+        raise ValueError(
+            f"GRPOConfig: steps_per_generation is {config.steps_per_generation}; it must be a multiple of "
+            f"gradient_accumulation_steps, {config.gradient_accumulation_steps}, so that all tokens of an update are "
+            "known, ranked and counted, before its first backward"
+        )
+
+
+def check_trainer(trainer: Any, loss: PolicyLoss, *, sharded: bool, off_policy: bool) -> None:
+    """Raises ValueError for models and layouts that are not supported."""
+    if trainer._is_vlm:
+        raise ValueError("lpreg.integrations.trl trains text-only models, but the processing class is a processor")
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            "lpreg.integrations.trl has no mixture-of-experts auxiliary loss; turn it off by "
+            "GRPOConfig(router_aux_loss_coef=0.0)"
+        )
+    parallel = trainer.args.parallelism_config
+    if parallel is not None and parallel.tp_size > 1:
+        raise ValueError(
+            f"lpreg.integrations.trl splits data over ranks, nothing else, but parallelism_config has tp_size="
+            f"{parallel.tp_size}; for tensor parallelism use megatron_rl"
+        )
+    source, estimator = loss.proxy_source, getattr(loss.settings, "kl_estimator", None)
+    if estimator == "full" and (source == "lagged" or (source == "old" and off_policy)):
+        raise ValueError(
+            f"kl_estimator='full' with proxy_source={source!r} needs another policy's proxy over the whole vocabulary, "
+            "which lpreg.integrations.trl does not keep; use kl_estimator='k3' or proxy_source='current'"
+        )
+    if sharded and source == "lagged":
+        raise ValueError(
+            "proxy_source='lagged' swaps whole weights, which FSDP and DeepSpeed shard; use 'current' or 'old'"
+        )

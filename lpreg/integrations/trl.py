@@ -1,0 +1,203 @@
+"""TRL's GRPOTrainer with any policy loss of lpreg.
+
+    from lpreg.integrations.trl import GRPOTrainer
+    GRPOTrainer(model, reward_funcs, args, train_dataset, loss="lp_reg").train()
+
+TRL generates, rewards, makes advantages and steps; the loss, what it selects and how it is normalised are lpreg's.
+Tokens are ranked over a whole generation, and a loss is a mean over all micro-batches of an update, on all ranks.
+
+Legend: B rows of a micro-batch, C response positions (padded), T response tokens that carry loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import trl
+from torch import Tensor, nn
+
+from lpreg import Mean, PolicyLoss, make_loss
+from lpreg.integrations._trl_batch import Batch, log_z_rows, loss_inputs, loss_mask, select, set_denominator
+from lpreg.integrations._trl_checks import check_config, check_trainer, check_version
+from lpreg.integrations.causal_lm import Wanted, add_token_stats, plain_head
+from lpreg.losses.base import mean_over
+
+check_version()
+
+
+class GRPOTrainer(trl.GRPOTrainer):
+    """TRL's, with `loss` in place of its own.
+
+    As TRL has them: gradient accumulation, several updates a generation (steps_per_generation, num_iterations),
+    data-parallel ranks, mixed precision, PEFT, tools, masked truncated responses, and vLLM's importance ratios, which
+    multiply the advantages. The LM head is fused with the statistics, so logits are never whole, unless the head is
+    more than a matrix or its weights are sharded (FSDP, DeepSpeed).
+
+    Where the method ranks tokens, or updates are off-policy, one forward scores each generation before its first
+    update. The method's metrics are logged under `lpreg/`, over the whole update.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: trl.GRPOConfig | None = None,
+        *others: Any,
+        loss: PolicyLoss | str,
+        proxy_refresh_steps: int = 25,
+        **named: Any,
+    ) -> None:
+        """The arguments of trl.GRPOTrainer, and:
+
+        loss: what `make_loss` gives, or a method's name for its defaults.
+        proxy_refresh_steps: optimizer steps between snapshots of the trained weights, for a loss with
+            proxy_source="lagged". Snapshots are not in TRL's checkpoints: a resumed run starts with a new one.
+
+        Raises:
+            ValueError: an unknown method, a setting of TRL's own loss, a batch layout or model that is not supported.
+        """
+        self.policy_loss = make_loss(loss) if isinstance(loss, str) else loss
+        if args is not None:
+            check_config(args)
+        super().__init__(model, reward_funcs, args, *others, **named)
+        updates = self.args.steps_per_generation // self.args.gradient_accumulation_steps * self.num_iterations
+        self._off_policy = updates > 1
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        check_trainer(self, self.policy_loss, sharded=sharded, off_policy=self._off_policy)
+        policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        add_token_stats(policy, fused=not sharded and plain_head(policy))
+        self._group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
+        self._lagged = _Lagged(self.model, proxy_refresh_steps) if self.policy_loss.proxy_source == "lagged" else None
+        self._scores: Batch | None = None
+        self._means: dict[str, Mean] = {}
+
+    # ------------------------------------------------------------- a generation
+
+    def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
+        """TRL's, and what the policy that generated says of each token, and which tokens are selected."""
+        self._scores = None
+        batch: Batch = super()._generate_and_score_completions(inputs)
+        ids, attention, columns = _whole(batch)
+        if self._scores is None and (self._off_policy or self.policy_loss.selection is not None):
+            self._scores = self._score(ids, attention, columns)
+        batch |= {f"old_{name}": values for name, values in (self._scores or {}).items()}
+        if self._lagged is not None:
+            self._lagged.refresh_if_due(self.state.global_step)
+            with self._lagged.in_place():
+                seen = self._score(ids, attention, columns)
+            batch["proxy_log_probs"] = torch.where(seen["kept"], seen["log_probs"] - seen["log_z"], -torch.inf)
+        seed = self.args.seed + self.state.global_step
+        self._log(select(self.policy_loss, batch, seed=seed, group=self._group))
+        return batch
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        """TRL's pass for old log-probs. What else it learns of the tokens is kept, so that there is no second one."""
+        self._scores = self._score(input_ids, attention_mask, logits_to_keep)
+        return self._scores["log_probs"], None, None
+
+    @torch.no_grad()
+    def _score(self, input_ids: Tensor, attention_mask: Tensor, columns: int) -> Batch:
+        """log_probs, entropy, log_z and kept of the last `columns` positions, [B, C]; 0 where there is no token."""
+        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        parts = []
+        for ids, attended in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            mask = attended[:, -columns:].bool()
+            proxy = self.policy_loss.proxy_source in ("old", "lagged")
+            stats = self._token_stats(self.model, ids, attended, mask, mask.new_full((int(mask.sum()),), proxy))
+            parts.append({name: v.new_zeros(mask.shape).masked_scatter(mask, v) for name, v in stats.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _token_stats(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, log_z_rows: Tensor
+    ) -> dict[str, Tensor]:
+        """[T] of the tokens in mask [B, C]."""
+        wanted = Wanted(
+            mask=mask,
+            targets=input_ids[:, -mask.shape[1] :][mask],
+            log_z_rows=log_z_rows,
+            temperature=self.temperature,
+            settings=self.policy_loss.token_stats_kwargs(),
+        )
+        with self.accelerator.autocast():
+            stats: dict[str, Tensor] = model(input_ids=input_ids, attention_mask=attention_mask, wanted_stats=wanted)
+        return stats
+
+    # ------------------------------------------------------------- an update
+
+    def _prepare_inputs(self, generation_batch: Any) -> Batch:
+        """TRL's next micro-batch; with the first one of an update, what all of the update is a mean over."""
+        inputs: Batch = super()._prepare_inputs(generation_batch)
+        place = self._step % self.args.steps_per_generation
+        if not self.model.training:
+            set_denominator(self.policy_loss, [inputs], self._group)
+        elif place % self.args.gradient_accumulation_steps == 0:
+            update = self._buffered_inputs[place : place + self.current_gradient_accumulation_steps]
+            set_denominator(self.policy_loss, update, self._group)
+        return inputs
+
+    def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
+        mask = loss_mask(inputs)
+        ids, attention, _ = _whole(inputs)
+        stats = self._token_stats(model, ids, attention, mask, log_z_rows(self.policy_loss, inputs, mask))
+        given = loss_inputs(inputs, mask, stats, off_policy=self._off_policy)
+        output = self.policy_loss(given)
+        means = {f"lpreg/{name}": mean for name, mean in output.metrics.items()}
+        means["lpreg/kept_fraction"] = mean_over(stats["kept"], given.counted)
+        means["entropy"] = mean_over(stats["entropy"], given.counted)
+        self._means = {name: self._means[name] + mean if self._means else mean for name, mean in means.items()}
+        if self.accelerator.sync_gradients:
+            self._log(self._over_ranks(self._means))
+            self._means = {}
+        # This rank's share of a global mean, while gradients are averaged over ranks.
+        return output.loss * self.accelerator.num_processes
+
+    def _over_ranks(self, means: dict[str, Mean]) -> dict[str, float]:
+        sums = torch.stack([torch.stack([mean.total, mean.count]) for mean in means.values()])
+        if self._group is not None:
+            dist.all_reduce(sums, group=self._group)
+        return {name: Mean(total, count).value for name, (total, count) in zip(means, sums, strict=True)}
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        """TRL averages them over the steps between two logs."""
+        for name, value in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+
+def _whole(batch: Batch) -> tuple[Tensor, Tensor, int]:
+    """Prompts and responses in one, [B, P + C]; their attention mask; C."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1), batch["completion_ids"].shape[1]
+
+
+class _Lagged:
+    """A copy of the trained weights as they were some steps ago, for the proxy."""
+
+    def __init__(self, model: nn.Module, refresh_steps: int) -> None:
+        if refresh_steps < 1:
+            raise ValueError(f"proxy_refresh_steps must be at least 1, got {refresh_steps}")
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._refresh_steps, self._due = refresh_steps, 0
+        self._weights: list[Tensor] = []
+
+    def refresh_if_due(self, step: int) -> None:
+        if not self._weights or step >= self._due:
+            self._weights = [parameter.detach().clone() for parameter in self._parameters]
+            self._due = step + self._refresh_steps
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model holds them in here; for a forward without gradient."""
+        now = [parameter.data for parameter in self._parameters]
+        try:
+            for parameter, weight in zip(self._parameters, self._weights, strict=True):
+                parameter.data = weight
+            yield
+        finally:
+            for parameter, weight in zip(self._parameters, now, strict=True):
+                parameter.data = weight

@@ -1,0 +1,194 @@
+"""What lpreg's trainer for TRL takes as TRL has it, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOConfig
+
+from lpreg import PolicyLoss, make_loss
+from lpreg.integrations._trl_batch import loss_inputs, loss_mask
+from lpreg.integrations.causal_lm import Wanted, add_token_stats, plain_head
+from lpreg.integrations.trl import GRPOTrainer
+from tests.hf_models import hf_model
+from tests.trl_runs import CPU, EQUALLY_LONG, VOCAB, Recorder, reward, run, tiny_model, tokenizer
+
+LP_REG = make_loss("lp_reg", rho=0.4, min_p=0.1)
+HEADS: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "qwen3, tied": {"tie_word_embeddings": True},
+    "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "granite": {"logits_scaling": 3.0},
+}
+
+
+def model_with(head: str, **changes: Any) -> Any:
+    kind = head.split(",")[0]
+    return hf_model(kind, noise=0.05, vocab_size=VOCAB, **(HEADS[head] | changes))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_only_a_head_that_is_a_matrix_is_fused(head: str) -> None:
+    assert plain_head(model_with(head)) == head.startswith("qwen3")
+    assert plain_head(model_with(head).to(torch.bfloat16)) == head.startswith("qwen3")
+
+
+def test_a_soft_cap_is_seen_where_logits_are_small() -> None:
+    model = model_with("gemma2", final_logit_softcapping=1000.0)
+    assert not plain_head(model)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_statistics_are_those_of_the_models_own_logits(head: str) -> None:
+    model, plain = model_with(head).double(), model_with(head).double()
+    add_token_stats(model, fused=plain_head(model))
+    ids = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    attention = torch.ones_like(ids)
+    targets = ids[:, 5:][mask]
+    log_z_rows = torch.arange(len(targets)) % 2 == 0
+    wanted = Wanted(mask=mask, targets=targets, log_z_rows=log_z_rows, temperature=0.7, settings={"min_p": 0.3})
+    seen = model(input_ids=ids, attention_mask=attention, wanted_stats=wanted)
+
+    log_p = torch.log_softmax(plain(ids, attention_mask=attention).logits[:, 4:-1][mask] / 0.7, -1)
+    p = log_p.exp()
+    inside = p >= 0.3 * p.amax(-1, keepdim=True)
+    want = {
+        "log_probs": log_p.gather(1, targets[:, None])[:, 0],
+        "entropy": -(p * log_p).sum(-1),
+        "log_z": torch.where(log_z_rows, (p * inside).sum(-1).log(), 0.0),
+        "kept": inside.gather(1, targets[:, None])[:, 0],
+    }
+    for name, value in want.items():
+        torch.testing.assert_close(seen[name], value, rtol=1e-7, atol=1e-9)
+    (seen["log_probs"].sum() - 2 * seen["log_z"].sum()).backward()
+    (want["log_probs"].sum() - 2 * want["log_z"].sum()).backward()
+    for (name, got), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+
+
+def gradients(seen: Recorder) -> list[dict[str, torch.Tensor]]:
+    return [update.gradient for update in seen.updates]
+
+
+@pytest.mark.parametrize("head", ["gemma2", "granite"])
+def test_micro_batches_and_checkpointed_activations_change_nothing(head: str, tmp_path: Path) -> None:
+    models = [model_with(head).double() for _ in range(2)]
+    want = gradients(run(LP_REG, tmp_path, model=models[0], prompts=EQUALLY_LONG))
+    micro = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6, "gradient_checkpointing": True}
+    got = gradients(run(LP_REG, tmp_path, model=models[1], prompts=EQUALLY_LONG, **micro))
+    for update, expected in zip(got, want, strict=True):
+        assert update.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(update[name], gradient, rtol=1e-5, atol=1e-7)  # norms are fp32
+
+
+def test_mixed_precision_is_near(tmp_path: Path) -> None:
+    want = gradients(run(LP_REG, tmp_path, model=tiny_model().float()))
+    got = gradients(run(LP_REG, tmp_path, model=tiny_model().float(), bf16=True))
+    whole = [torch.cat([gradient.flatten() for gradient in updates[0].values()]) for updates in (got, want)]
+    assert 0 < (whole[0] - whole[1]).norm() < 0.05 * whole[1].norm()
+
+
+def test_an_adapter_is_all_that_trains(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    lagged = make_loss("lp_reg", rho=0.4, min_p=0.1, proxy_source="lagged")
+    seen = run(lagged, tmp_path, model=get_peft_model(tiny_model(), lora), proxy_refresh_steps=1)
+    first, second = seen.updates
+    assert first.gradient and all("lora" in name for name in first.gradient)
+    moved = {name for name, weight in second.weights.items() if not torch.equal(weight, first.weights[name])}
+    assert moved and moved <= set(first.gradient)
+
+
+def test_truncated_responses_may_be_masked_even_all_of_them(tmp_path: Path) -> None:
+    """The rollouts of these runs never end by themselves."""
+    for loss in (LP_REG, make_loss("gspo"), make_loss("high_entropy")):
+        seen = run(loss, tmp_path, mask_truncated_completions=True)
+        assert all(bool((gradient == 0).all()) for gradient in seen.updates[0].gradient.values())
+
+
+def trainer(folder: Path, loss: PolicyLoss | str = LP_REG, model: Any = None, **settings: Any) -> GRPOTrainer:
+    config: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 4, "output_dir": str(folder)}
+    return GRPOTrainer(
+        tiny_model() if model is None else model,
+        reward,
+        GRPOConfig(**(CPU | config | settings)),
+        Dataset.from_dict({"prompt": EQUALLY_LONG}),
+        eval_dataset=Dataset.from_dict({"prompt": EQUALLY_LONG[:4]}),
+        processing_class=tokenizer(),
+        loss=loss,
+    )
+
+
+def test_evaluation_has_a_loss_and_the_methods_metrics(tmp_path: Path) -> None:
+    seen = trainer(tmp_path, per_device_eval_batch_size=8, max_completion_length=4).evaluate()
+    assert torch.isfinite(torch.tensor(seen["eval_loss"]))
+    assert 0.3 < seen["eval_lpreg/below_delta_fraction"] <= 0.5 and 0 < seen["eval_lpreg/delta"] < 1
+
+
+def test_metrics_are_those_of_the_whole_update(tmp_path: Path) -> None:
+    whole = run(LP_REG, tmp_path, steps=1).metrics[0]
+    cut = run(LP_REG, tmp_path, steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=4).metrics[0]
+    names = [name for name in whole if name.startswith("lpreg/") or name in ("entropy", "loss", "grad_norm")]
+    assert len(names) == 14
+    assert {name: cut[name] for name in names} == pytest.approx({name: whole[name] for name in names}, rel=1e-7)
+    assert 0 < whole["lpreg/selected_fraction"] < whole["lpreg/below_delta_fraction"] < 0.45
+
+
+def test_importance_ratios_multiply_the_advantages() -> None:
+    batch = {
+        "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "tool_mask": torch.tensor([[1, 1, 1], [1, 0, 1]]),
+        "advantages": torch.tensor([2.0, -1.0]),
+        "denominator": 4,
+    }
+    mask = loss_mask(batch)
+    stats = {"log_probs": torch.zeros(4)}
+    per_token = batch | {"importance_sampling_ratio": torch.tensor([[1.0, 0.5, 9.0], [2.0, 9.0, 0.0]])}
+    assert loss_inputs(per_token, mask, stats, off_policy=False).advantages.tolist() == [2.0, 1.0, -2.0, 0.0]
+    per_row = batch | {"importance_sampling_ratio": torch.tensor([[0.5], [2.0]])}
+    inputs = loss_inputs(per_row, mask, stats, off_policy=False)
+    assert inputs.advantages.tolist() == [1.0, 1.0, -2.0, -2.0]
+    assert inputs.sequence_ids is not None and inputs.sequence_ids.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "grpo", "beta": 0.1}, r"GRPOConfig: beta, loss_type: settings of TRL's own loss"),
+        ({"epsilon_high": 0.28}, r"epsilon_high: settings of TRL's own loss.*make_loss\('clip_higher'"),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "steps_per_generation is 3; it must be a mul"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "steps_per_generation is 2; it must be a mul"),
+        ({"loss": "lpreg"}, "'lpreg' is not a method; did you mean 'lp_reg'"),
+        (
+            {"loss": make_loss.preset("lp_reg", "paper", proxy_source="old"), "num_iterations": 2},
+            "kl_estimator='full' with proxy_source='old' needs another policy's proxy",
+        ),
+        ({"model": hf_model("qwen3_moe", vocab_size=VOCAB)}, r"auxiliary loss.*router_aux_loss_coef=0\.0"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **settings)
+
+
+def test_the_papers_preset_is_on_policy_even_with_the_old_proxy(tmp_path: Path) -> None:
+    trainer(tmp_path, make_loss.preset("lp_reg", "paper", proxy_source="old"))
+
+
+def test_another_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl
+
+    from lpreg.integrations._trl_checks import check_version
+
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(ImportError, match=r"written for TRL 1\.16\.x, not for 1\.17\.0"):
+        check_version()
