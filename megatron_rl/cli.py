@@ -34,10 +34,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-rl", description="RLVR on Megatron, with Lp-Reg.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model as a configuration file says")
-    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as actor.tensor_parallel=1")
+    _takes_config(train)
     train.add_argument("--dry-run", action="store_true", help="check the configuration and its files, start nothing")
     train.set_defaults(command=_train)
+    slurm = commands.add_parser("slurm", help="write the batch script of a run, for a cluster with Slurm")
+    _takes_config(slurm)
+    slurm.add_argument("--output", type=Path, metavar="FILE", help="default: <name of the run>.sbatch here")
+    slurm.add_argument("--seeds", metavar="0-3", help="a job array: a run for each seed")
+    slurm.add_argument("--submit", action="store_true", help="and submit it")
+    slurm.set_defaults(command=_slurm)
     report = commands.add_parser("report", help="write report.html of a run, or of several side by side")
     report.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     report.add_argument(
@@ -48,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     status.set_defaults(command=_status)
     return parser
+
+
+def _takes_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as actor.tensor_parallel=1")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -66,6 +76,13 @@ def _train(options: argparse.Namespace) -> None:
     from megatron_rl.loop import train
 
     train(config)
+
+
+def _slurm(options: argparse.Namespace) -> None:
+    from megatron_rl.cluster.slurm import submit, write_script
+
+    script = write_script(options.config, options.overrides, output=options.output, seeds=options.seeds)
+    print(f"job {submit(script)} submitted: {script}" if options.submit else script)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 
 class Section(BaseModel):
@@ -22,6 +23,17 @@ class Section(BaseModel):
 
 def _to_path(value: Any) -> Any:
     return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+def worded(pattern: str, words: str) -> AfterValidator:
+    """Text of which all must match the pattern; `words` say in an error what was expected."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(words)
+        return value
+
+    return AfterValidator(check)
 
 
 FilePath = Annotated[Path, BeforeValidator(_to_path)]

@@ -60,7 +60,8 @@ def type_problems(error: ValidationError, tree: dict[Any, Any]) -> dict[Key, str
         elif item["type"] == "string_pattern_mismatch":
             lines[tuple(key)] = f"{dotted}: only letters, digits, - and _ may be in this name"
         else:
-            lines[tuple(key)] = f"{dotted}: {show(value)} given; expected {expected(tuple(key))}"
+            wanted = item["ctx"]["error"] if item["type"] == "value_error" else expected(tuple(key))
+            lines[tuple(key)] = f"{dotted}: {show(value)} given; expected {wanted}"
     return lines
 
 

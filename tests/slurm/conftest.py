@@ -1,0 +1,27 @@
+"""A Slurm cluster for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import SlurmCluster, missing
+
+_reason = missing()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A run without a cluster must not look like one with it."""
+    if _reason:
+        terminalreporter.section("SLURM WAS NOT TESTED", sep="!", red=True, bold=True)
+        terminalreporter.line(f"There is no Slurm cluster: {_reason}")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """Two nodes."""
+    if _reason:
+        pytest.skip(_reason)
+    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        yield cluster

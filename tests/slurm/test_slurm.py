@@ -1,0 +1,160 @@
+"""What `megatron-rl slurm` writes, on a real Slurm: it trains, stops before its limit, survives a lost node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.cli import main
+from megatron_rl.data.countdown import write_task
+from megatron_rl.observability.metrics import read_metrics
+from tests.slurm.cluster import REPOSITORY, SlurmCluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+STEPS = 5
+SETTINGS = (
+    "actor.device=cpu",
+    "actor.tensor_parallel=1",
+    "actor.data_parallel=2",
+    "rollout.engines=1",
+    "cluster.nodes=2",
+    "cluster.slurm.time_limit=00:30:00",
+    "cluster.slurm.signal_minutes=5",
+    "warm_start.batch_size=64",
+    "warm_start.phases.0.steps=400",
+    "warm_start.phases.1.steps=50",
+    "evaluation.suites=null",
+    "evaluation.probes=null",
+    "algorithm.proxy_refresh_steps=3",
+    f"train.steps={STEPS}",
+    "train.save_every=1",
+)
+"""The quickstart, shortened, a replica on each node."""
+
+
+@dataclass
+class Workplace:
+    """A folder to submit from."""
+
+    cluster: SlurmCluster
+    folder: Path
+
+    def write(self, name: str, *arguments: str) -> Path:
+        script = self.folder / f"{name}.sbatch"
+        config = str(REPOSITORY / "examples/quickstart/countdown.yaml")
+        assert main(["slurm", config, f"run.name={name}", *SETTINGS, *arguments, "--output", str(script)]) == 0
+        return script
+
+    def submit(self, script: Path, *options: str) -> str:
+        done = self.cluster.run("sbatch", "--parsable", *options, str(script), cwd=self.folder)
+        return done.stdout.strip()
+
+    def completed(self, job: str) -> None:
+        """Wait for it; the test fails with what the job said otherwise."""
+        state = self.cluster.finish(job, 400)
+        assert state == "COMPLETED", "\n".join(path.read_text()[-4000:] for path in self.folder.glob(f"*{job}*.out"))
+
+    def steps_done(self, name: str) -> int:
+        return len(list((self.folder / "runs" / name / "checkpoints").glob("step_*/manifest.json")))
+
+    def learned(self, name: str) -> tuple[list[dict[str, float]], bytes]:
+        """Every metric but those of time, and the exported weights."""
+        run = self.folder / "runs" / name
+        metrics = [
+            {key: value for key, value in row.items() if key != "time" and not key.startswith("perf/")}
+            for row in read_metrics(run)
+        ]
+        return metrics, (run / "hf/model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def workplace(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    folder = tmp_path_factory.mktemp("workplace")
+    write_task(folder / "runs/countdown-task")
+    return Workplace(cluster, folder)
+
+
+@pytest.fixture(scope="module")
+def straight(workplace: Workplace) -> str:
+    """A run that nothing disturbs; its name."""
+    workplace.completed(workplace.submit(workplace.write("straight")))
+    return "straight"
+
+
+def test_two_nodes_train(workplace: Workplace, straight: str) -> None:
+    metrics, _ = workplace.learned(straight)
+    assert [row["step"] for row in metrics] == list(range(STEPS + 1))
+    assert any(row.get("train/grad_norm", 0) > 0 for row in metrics)
+    (output,) = workplace.folder.glob("straight-*.out")
+    assert "on node[1-2], start 0" in output.read_text()
+    logs = next(workplace.folder.glob("runs/slurm/straight-*-0"))
+    assert (logs / "ray-token").stat().st_mode & 0o077 == 0
+    for node in workplace.cluster.nodes:
+        workplace.cluster.wait_for(f"{node} is empty", lambda node=node: not workplace.cluster.processes_of(node), 20)
+
+
+def test_the_signal_before_the_limit_checkpoints_and_the_requeued_job_goes_on_exactly(
+    workplace: Workplace, straight: str
+) -> None:
+    cluster = workplace.cluster
+    job = workplace.submit(workplace.write("stopped"))
+    cluster.wait_for("two steps", lambda: workplace.steps_done("stopped") >= 2)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the limit, to a minute
+    cluster.wait_for("the requeue", lambda: cluster.job(job)["Restarts"] == "1")
+    assert workplace.steps_done("stopped") < STEPS
+    workplace.completed(job)
+    (output,) = workplace.folder.glob("stopped-*.out")
+    text = output.read_text()
+    assert "asking the run to stop" in text and f"queueing job {job} again" in text and "start 1" in text
+    assert workplace.learned("stopped") == workplace.learned(straight)
+
+
+def test_a_node_that_goes_down_is_survived(workplace: Workplace, straight: str) -> None:
+    cluster = workplace.cluster
+    job = workplace.submit(workplace.write("bereft"))
+    cluster.wait_for("two steps", lambda: workplace.steps_done("bereft") >= 2)
+    cluster.switch_off("node2")
+    cluster.wait_for("the requeue", lambda: cluster.job(job)["Restarts"] != "0")
+    assert workplace.steps_done("bereft") < STEPS
+    cluster.switch_on("node2")
+    workplace.completed(job)
+    assert int(cluster.job(job)["Restarts"]) >= 1
+    assert workplace.learned("bereft") == workplace.learned(straight)
+
+
+def test_the_tasks_of_an_array_keep_apart(workplace: Workplace, straight: str) -> None:
+    one_node = ("cluster.nodes=1", "actor.data_parallel=1", "train.steps=1", "observability.tensorboard=false")
+    job = workplace.submit(workplace.write("seeds", *one_node, "--seeds", "0-1"))
+    for task in ("0", "1"):
+        workplace.completed(f"{job}_{task}")
+    runs = [f"seeds-{job}-seed{seed}" for seed in (0, 1)]
+    assert {path.name for path in (workplace.folder / "runs").glob("seeds-*")} == set(runs)
+    assert len(list(workplace.folder.glob("seeds-*.out"))) == 2
+    assert len(list(workplace.folder.glob("runs/slurm/seeds-*"))) == 2
+    assert workplace.learned(runs[0])[1] != workplace.learned(runs[1])[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["cluster.slurm.time_limit=02:00:00"], "time limit"),
+        (["cluster.nodes=3", "actor.data_parallel=3"], "node"),
+        (["cluster.slurm.partition=absent"], "partition"),
+        (["cluster.slurm.options=[--gpus-per-node=4]"], "generic resource"),
+    ],
+)
+def test_what_the_cluster_cannot_do_is_refused_at_submit(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    settings: list[str], words: str,
+) -> None:  # fmt: skip
+    for name, value in workplace.cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(workplace.folder)
+    config = str(REPOSITORY / "examples/quickstart/countdown.yaml")
+    assert main(["slurm", config, "run.name=refused", *SETTINGS, *settings, "--submit"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: refused.sbatch was refused: ") and words in error.lower()
+    assert workplace.cluster.run("squeue", "-h").stdout == ""
