@@ -10,7 +10,7 @@ PIN    := -c constraints-cpu.txt
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-browser lint clean
+.PHONY: help setup quickstart test test-browser test-slurm lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,12 +35,17 @@ quickstart: setup ## train the Countdown example: make quickstart ARGS="algorith
 
 # Unit tests share the cores; a whole run starts several processes of its own, so those go one at a time.
 test: setup ## every test that needs no GPU
-	$(BIN)/pytest -m "not gpu and not e2e and not browser" -n 2 --dist worksteal
+	$(BIN)/pytest -m "not gpu and not e2e and not browser and not slurm" -n 2 --dist worksteal
 	$(BIN)/pytest -m "not gpu and e2e"
 
 test-browser: setup ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }
 	$(BIN)/pytest -m browser
+
+test-slurm: setup ## train on a real Slurm of two nodes (on Debian, as root, it is installed where missing)
+	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
+	  slurmctld slurmd slurm-client munge iproute2; } || echo 'Slurm could not be installed' >&2
+	$(BIN)/pytest -m slurm tests/slurm
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check
