@@ -59,14 +59,15 @@ def rl_step(run: Run, step: int) -> dict[str, float]:
     ).numpy()
     batch = rows_of(samples)
     batch = batch.with_values(advantages=batch.per_token(advantages).astype(np.float32))
-    with run.phase("score"):
-        batch, seen = score_old_policy(run, batch, advantages)
-    with run.phase("select"):
-        batch, metrics = select(run, step, batch, seen)
-    with run.phase("score"):
-        batch = score_lagged_policy(run, step, batch)
-    with run.phase("train"):
-        metrics |= update(run, step, batch, groups, advantages, seen)
+    with run.profiled(step):
+        with run.phase("score"):
+            batch, seen = score_old_policy(run, batch, advantages)
+        with run.phase("select"):
+            batch, metrics = select(run, step, batch, seen)
+        with run.phase("score"):
+            batch = score_lagged_policy(run, step, batch)
+        with run.phase("train"):
+            metrics |= update(run, step, batch, groups, advantages, seen)
     with run.phase("weight_sync"):
         run.sync_weights()
     run.dump_rollouts(step, samples, advantages, batch, seen)

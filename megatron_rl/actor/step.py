@@ -15,6 +15,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from megatron_rl.actor.micro_batch import MicroBatch
 from megatron_rl.observability import heartbeat
@@ -36,7 +37,8 @@ def run_schedule(
     def forward(batches: Iterator[MicroBatch], stage: nn.Module) -> tuple[Tensor, Any]:
         batch = next(batches)
         heartbeat.say(f"micro-batch {next(number)} of {len(micro_batches)}")
-        output = stage(batch.tokens, batch.positions, None)
+        with record_function("forward"):
+            output = stage(batch.tokens, batch.positions, None)
         return output, partial(_collect, batch=batch, on_logits=on_logits)
 
     number = count(1)
@@ -57,5 +59,6 @@ def run_schedule(
 def _collect(logits: Tensor, *, batch: MicroBatch, on_logits: OnLogits[Result]) -> tuple[Tensor, Tensor, Result]:
     """logits [b, s, V / TP]. The token count is Megatron's to divide by; ours is done, so it is unused."""
     rows = logits.flatten(0, 1).index_select(0, batch.predictors)
-    loss, result = on_logits(rows, batch)
+    with record_function("loss"):
+        loss, result = on_logits(rows, batch)
     return loss, torch.ones((), dtype=torch.int32, device=loss.device), result

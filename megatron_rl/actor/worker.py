@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 import lpreg
 from lpreg import LossInputs
@@ -26,6 +27,7 @@ from megatron_rl.actor.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.model import build_model
 from megatron_rl.actor.optimizer import Optimizer
 from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.profiling import Profiler
 from megatron_rl.actor.results import Table, TrainResult, Weights, add_up
 from megatron_rl.actor.step import run_schedule
 from megatron_rl.batching.buckets import share_out
@@ -116,7 +118,8 @@ class MegatronWorker:
             return loss, (part.rows, float(loss.detach()), metrics, _columns(stats))
 
         results = run_schedule(self.ddp, self._share(batch), on_logits, backward=True)
-        grad_norm = self.optimizer.step(lr)
+        with record_function("optimizer"):
+            grad_norm = self.optimizer.step(lr)
         if not self._reports:
             return None
         return TrainResult(
@@ -159,6 +162,14 @@ class MegatronWorker:
     def snapshot(self) -> None:
         """Keep the weights as they are now, on the CPU, as the lagged policy."""
         self.snapshot_weights = {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters()}
+
+    def start_profile(self) -> None:
+        self.profiler = Profiler()
+        self.profiler.start()
+
+    def stop_profile(self, folder: Path) -> None:
+        """Write what this rank ran since `start_profile`."""
+        self.profiler.stop(folder, self.rank)
 
     # ------------------------------------------------------------------ weights out and in
 

@@ -102,6 +102,13 @@ class Actors:
         """[T, V]."""
         return merge_tables(batch, [t for t in self._all("logits", ray.put(batch)) if t is not None])[0]["logits"]
 
+    def start_profile(self) -> None:
+        self._all("start_profile")
+
+    def stop_profile(self, folder: Path) -> None:
+        """A trace and tables a rank."""
+        self._all("stop_profile", folder.resolve())
+
     def snapshot(self) -> None:
         self._all("snapshot")
 

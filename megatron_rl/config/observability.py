@@ -71,6 +71,8 @@ class ObservabilitySettings(Section):
     """Send metrics to MLflow."""
     rollouts_every: Count = 10
     """Steps between dumps of a step's rollouts; 0: none."""
+    profile: list[PositiveInt] = Field(default_factory=list)
+    """Steps at which every actor rank writes a torch-profiler trace and tables to the run folder's `profile`."""
     hang_seconds: NonNegative = 1800.0
     """Longest time without progress in any process; then the run says who waits for whom, writes the stacks of all
     processes to logs/stacks, and stops. 0: wait for ever."""

@@ -22,6 +22,7 @@ PLACES = (
     ("rollouts", "rollouts"),
     ("TensorBoard", "tensorboard"),
     ("configuration", "config.yaml"),
+    ("profiles", "profile"),
     ("logs", "logs"),
 )
 

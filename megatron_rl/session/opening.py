@@ -99,7 +99,8 @@ def open_run(config: Config) -> Iterator[Run]:
         metrics = MetricsLog(config.run.folder, keep_up_to_step=last_step, sinks=sinks)
         stack.callback(metrics.close)
         logs = config.run.folder / "logs"
-        shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # of processes that are no more
+        stack.callback(shutil.rmtree, logs / heartbeat.FOLDER, ignore_errors=True)
+        shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # of a run that was killed
         nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))
         actors, engines = _start(config, choice, inputs, view, stack, nodes, resumes=state is not None)
         weights_folder = shared_folder()

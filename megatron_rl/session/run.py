@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -165,6 +167,20 @@ class Run:
                 columns["selected"] = batch.values["selected"]
             per_token = {name: np.split(values, ends) for name, values in columns.items()}
             write_rollouts(self.folder / "rollouts", step, samples, advantages.tolist(), per_token)
+
+    @contextmanager
+    def profiled(self, step: int) -> Iterator[None]:
+        """Traces what the actor does in the block, at the steps that the configuration names."""
+        if step not in self.config.observability.profile:
+            yield
+            return
+        folder = self.folder / "profile" / f"step_{step:06d}"
+        self.actors.start_profile()
+        try:
+            yield
+        finally:
+            self.actors.stop_profile(folder)
+        self.view.message(f"profile: {folder}")
 
     def save(self) -> None:
         """A checkpoint of this step, unless it has one."""

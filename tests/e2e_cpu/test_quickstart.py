@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -27,7 +29,9 @@ STANDARD_METRICS = {
 
 @pytest.fixture(scope="module")
 def learned(quickstart: Callable[..., Finished]) -> Finished:
-    return quickstart("learned", f"train.steps={STEPS}", "evaluation.every=20", "train.save_every=20")
+    return quickstart(
+        "learned", f"train.steps={STEPS}", "evaluation.every=20", "train.save_every=20", "observability.profile=[2]"
+    )
 
 
 def test_the_reward_rises(learned: Finished) -> None:
@@ -55,6 +59,16 @@ def test_the_engine_samples_from_the_policy_being_trained(learned: Finished) -> 
 def test_lp_reg_selects(learned: Finished) -> None:
     assert all(0.049 < share < 0.06 for share in values(learned, "lpreg/below_delta_fraction"))
     assert np.mean(values(learned, "lpreg/selected_fraction")) > 0.001
+
+
+def test_the_profile_of_a_step_says_where_its_time_goes(learned: Finished) -> None:
+    (folder,) = (learned.folder / "profile").iterdir()
+    assert folder.name == "step_000002"
+    for rank in (0, 1):
+        with gzip.open(folder / f"rank-{rank}.json.gz", "rt") as file:
+            names = {event.get("name") for event in json.load(file)["traceEvents"]}
+        assert names >= {"forward", "loss", "optimizer", "c10d::allreduce_"}
+        assert "aten::mm" in (folder / f"rank-{rank}.txt").read_text()
 
 
 def test_the_run_folder_holds_what_was_promised(learned: Finished) -> None:
