@@ -44,9 +44,10 @@ class Broken(Recorder):
 class Stuck(Recorder):
     def __init__(self) -> None:
         super().__init__()
-        self.go_on = threading.Event()
+        self.entered, self.go_on = threading.Event(), threading.Event()
 
     def write(self, step: int, wall_time: float, metrics: Mapping[str, float]) -> None:
+        self.entered.set()
         self.go_on.wait()
         super().write(step, wall_time, metrics)
 
@@ -81,8 +82,11 @@ def test_a_service_that_hangs_costs_nothing(
     monkeypatch.setattr(sinks, "WAITING_STEPS", 5)
     monkeypatch.setattr(sinks, "CLOSE_SECONDS", 0.1)
     stuck = Stuck()
+    sink = InBackground(Guarded("it", lambda: stuck))
+    sink.write(-1, 0.0, {})
+    stuck.entered.wait()
     with caplog.at_level(logging.WARNING):
-        log_steps(tmp_path, InBackground(Guarded("it", lambda: stuck)), 20)
+        log_steps(tmp_path, sink, 20)
     assert len(read_metrics(tmp_path)) == 20
     assert "5 steps behind" in caplog.text and "does not answer" in caplog.text
     stuck.go_on.set()
