@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort"]
+Outcome = Literal["score", "timeout", "error"]
+"""What became of grading a sample: a score, or none because the verifier took too long or failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,9 @@ class RewardResult:
     answer: str | None = None
     """What the verifier took as the answer."""
     detail: str = ""
-    """Why the score is what it is: "correct", "no box", "timeout", "error: ..."."""
+    """Why the score is what it is: "correct", "no box", "KeyError: ..."."""
+    outcome: Outcome = "score"
+    """Without a score, `score` is 0."""
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from .schema import Config
 
-REWARDS = ("countdown", "math")
+REWARDS = ("countdown", "math", "code", "remote")
 """Built-in verifiers; anything else must be an import path."""
 _FULL_KL_PRESETS = ("paper",)
 _MICRO_BATCH_PRESETS = ("reference",)
@@ -101,6 +101,13 @@ def _reward(config: Config) -> Iterator[str]:
         near = get_close_matches(name, REWARDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         yield f"reward.name: {name!r} is neither one of {', '.join(REWARDS)} nor package.module:function{hint}"
+    if (name == "remote") != (config.reward.remote is not None):
+        yield "reward.name: remote and reward.remote.url: URL go together; give both or neither"
+    if name == "code" and config.reward.timeout_seconds <= config.reward.code.test_seconds:
+        yield (
+            f"reward.timeout_seconds: {config.reward.timeout_seconds:g}, for all tests of a program, must be above "
+            f"reward.code.test_seconds: {config.reward.code.test_seconds:g}, for one"
+        )
 
 
 def _rest(config: Config) -> Iterator[str]:

@@ -11,6 +11,7 @@ from .algorithm import AlgorithmSettings
 from .cluster import ClusterSettings
 from .fields import Betas, Count, FilePath, Name, NonNegative, Positive, PositiveInt, Section, ShareOrZero, Text
 from .observability import ObservabilitySettings
+from .reward import RewardSettings
 
 
 class RunSettings(Section):
@@ -104,17 +105,6 @@ class RolloutSettings(Section):
     """Of sampling, and of the log-probabilities in the loss. There is no top-p or top-k: both would falsify them."""
     stop_token_ids: Annotated[list[Count], Field(min_length=1)] | None = None
     """Token ids that end a response; unset: the end tokens of the generation config, or else of the tokenizer."""
-
-
-class RewardSettings(Section):
-    """The verifier and the processes it runs in."""
-
-    name: Text
-    """countdown, math, or a function of your own as `package.module:function`."""
-    workers: PositiveInt = 2
-    """Processes."""
-    timeout_seconds: Positive = 10.0
-    """Longest one sample may take; beyond it its process is killed and the score is 0."""
 
 
 class TrainSettings(Section):

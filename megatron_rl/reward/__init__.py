@@ -1,6 +1,8 @@
-"""Verifiers, and the pool of processes they run in."""
+"""Verifiers, and what runs them: a pool of processes that can be killed, or a server."""
 
-from megatron_rl.reward.pool import RewardPool, outcome_rates
+from megatron_rl.reward.grader import Grader, check_reward, open_grader
+from megatron_rl.reward.outcomes import check_failures, outcome_rates
+from megatron_rl.reward.pool import RewardPool
 from megatron_rl.reward.resolve import load_reward
 
-__all__ = ["RewardPool", "load_reward", "outcome_rates"]
+__all__ = ["Grader", "RewardPool", "check_failures", "check_reward", "load_reward", "open_grader", "outcome_rates"]

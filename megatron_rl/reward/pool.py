@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pebble import ProcessExpired, ProcessPool
 
+from megatron_rl.config.reward import RewardSettings
+from megatron_rl.observability.process_log import redirect_output
 from megatron_rl.reward.resolve import load_reward
 from megatron_rl.types import Reward, RewardResult, Sample
 
@@ -25,24 +29,24 @@ CHUNK_SECONDS = 1.0
 ATTEMPTS = 3
 """How often a call of `score` may find its whole pool broken."""
 
-TIMEOUT = "timeout"
-ERROR = "error: "
+OUT_OF_MEMORY, WORN_OUT = 86, 87
+"""Exit codes of a worker: the sample needed too much memory; the samples before this one leaked it."""
 
 
 class RewardPool:
-    """Scores samples with the reward called `name` in `workers` processes; a sample has `timeout_seconds`.
+    """Scores samples with `settings.name` in `settings.workers` processes; a sample has `settings.timeout_seconds`.
 
-    A verifier that hangs, crashes or raises costs only its own sample: score 0, detail "timeout" or "error: ...".
-    Workers ignore Ctrl-C, send what a verifier prints to stderr, and import only what the verifier needs. Use it as a
-    context manager: no worker outlives it, nor the process that made it.
+    A verifier that hangs, crashes, leaks or raises costs only its own sample: outcome "timeout" or "error", score 0;
+    its process is replaced. Workers ignore Ctrl-C, send what a verifier prints to `log_file` (stderr without one), and
+    import only what the verifier needs. Use it as a context manager: no worker outlives it, nor the process that made
+    it.
     """
 
-    def __init__(self, name: str, workers: int, timeout_seconds: float) -> None:
+    def __init__(self, settings: RewardSettings, log_file: Path | None = None) -> None:
         """Raises UserError at once for a reward that cannot be loaded."""
-        load_reward(name)
-        self._name = name
-        self._workers = workers
-        self._timeout_seconds = timeout_seconds
+        load_reward(settings)
+        self._settings = settings
+        self._log_file = log_file
         self._pool = self._start()
 
     def score(self, samples: Sequence[Sample]) -> list[RewardResult]:
@@ -58,7 +62,7 @@ class RewardPool:
 
     def _score(self, samples: Sequence[Sample]) -> list[RewardResult]:
         results: dict[int, RewardResult] = {}
-        size = max(1, math.ceil(len(samples) / (self._workers * CHUNKS_PER_WORKER)))
+        size = max(1, math.ceil(len(samples) / (self._settings.workers * CHUNKS_PER_WORKER)))
         everything = list(range(len(samples)))
         waiting = [everything[first : first + size] for first in range(0, len(samples), size)]
         running: dict[Future[list[RewardResult]], list[int]] = {}
@@ -67,7 +71,7 @@ class RewardPool:
                 raise BrokenProcessPool
             for indices in waiting:
                 # A chunk ends by itself after CHUNK_SECONDS and the time of the sample it is at.
-                timeout = self._timeout_seconds + (CHUNK_SECONDS if len(indices) > 1 else 0.0)
+                timeout = self._settings.timeout_seconds + (CHUNK_SECONDS if len(indices) > 1 else 0.0)
                 running[self._pool.schedule(_score_chunk, [[samples[i] for i in indices]], timeout=timeout)] = indices
             waiting = []
             # Not for ever: a pool that breaks may leave futures behind.
@@ -90,24 +94,15 @@ class RewardPool:
 
     def _start(self) -> ProcessPool:
         pool = ProcessPool(
-            max_workers=self._workers,
+            max_workers=self._settings.workers,
             initializer=_prepare_worker,
-            initargs=(self._name, self._timeout_seconds),
+            initargs=(self._settings, self._log_file),
             # Not fork: the driver has threads, and its memory is not the workers' business.
             context=multiprocessing.get_context("spawn"),
         )
         # The first task starts the processes, so they load while the caller does other things.
         pool.schedule(_score_chunk, args=([],))
         return pool
-
-
-def outcome_rates(results: Sequence[RewardResult]) -> dict[str, float]:
-    """The fractions of samples whose verifier timed out or failed; zeros for no samples."""
-    count = max(len(results), 1)
-    return {
-        "reward/timeout_fraction": sum(result.detail == TIMEOUT for result in results) / count,
-        "reward/error_fraction": sum(result.detail.startswith(ERROR) for result in results) / count,
-    }
 
 
 def _collect(
@@ -121,48 +116,59 @@ def _collect(
         scored = future.result()
         results.update(zip(indices, scored, strict=False))
         return [indices[len(scored) :]] if len(scored) < len(indices) else []
+    if isinstance(error, ProcessExpired) and error.exitcode == WORN_OUT:
+        return [indices]
     if len(indices) > 1:
         # One of them hung or crashed. Alone, it harms nobody else.
         return [[index] for index in indices]
-    results[indices[0]] = RewardResult(0.0, detail=_describe(error))
+    results[indices[0]] = _failure(error)
     return []
 
 
-def _describe(error: BaseException) -> str:
+def _failure(error: BaseException) -> RewardResult:
     if isinstance(error, TimeoutError):
-        return TIMEOUT
+        return RewardResult(0.0, detail="took too long", outcome="timeout")
+    detail = f"{type(error).__name__}: {error}"
     if isinstance(error, ProcessExpired):
-        return f"{ERROR}the verifier's process died with exit code {error.exitcode}"
-    return f"{ERROR}{type(error).__name__}: {error}"
+        code = error.exitcode
+        detail = "out of memory" if code == OUT_OF_MEMORY else f"the verifier's process died with exit code {code}"
+    return RewardResult(0.0, detail=detail, outcome="error")
 
 
 # What follows runs in a worker.
 
 _reward: Reward
 _patience: float
+_memory: MemoryLimit
 
 
-def _prepare_worker(name: str, timeout_seconds: float) -> None:
-    global _reward, _patience
-    # The parent's stdout belongs to its progress view.
-    os.dup2(2, 1)
+def _prepare_worker(settings: RewardSettings, log_file: Path | None) -> None:
+    global _reward, _patience, _memory
+    if log_file:
+        redirect_output(log_file)
+    else:
+        os.dup2(2, 1)  # the parent's stdout belongs to its progress view
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The kernel's own action: a handler in Python would wait for a verifier stuck in C code.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    _reward = load_reward(name)
-    _patience = 2 * timeout_seconds + CHUNK_SECONDS
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _reward = load_reward(settings)
+    _patience = 2 * settings.timeout_seconds + CHUNK_SECONDS
+    _memory = MemoryLimit(settings.memory_mb)
 
 
 def _score_chunk(samples: list[Sample]) -> list[RewardResult]:
     """The results of the first samples: all of them, unless CHUNK_SECONDS run out."""
     results: list[RewardResult] = []
     started = time.monotonic()
+    if samples and _memory.worn_out():
+        os._exit(WORN_OUT)
     for sample in samples:
         # Should the parent die while a verifier hangs, nobody is left to kill this process but the kernel.
         signal.setitimer(signal.ITIMER_REAL, _patience)
         results.append(_score(sample))
-        if time.monotonic() - started > CHUNK_SECONDS:
+        if time.monotonic() - started > CHUNK_SECONDS or _memory.worn_out():
             break
     signal.setitimer(signal.ITIMER_REAL, 0)
     return results
@@ -175,6 +181,26 @@ def _score(sample: Sample) -> RewardResult:
             raise TypeError(f"the reward returned {type(result).__name__}, not RewardResult")
         if not math.isfinite(result.score):
             raise ValueError(f"the score is {result.score}")
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
     except (Exception, SystemExit) as error:
-        return RewardResult(0.0, detail=f"{ERROR}{type(error).__name__}: {error}")
+        return _failure(error)
     return result
+
+
+class MemoryLimit:
+    """This process may hold `megabytes` of writable memory of its own (RLIMIT_DATA)."""
+
+    def __init__(self, megabytes: int) -> None:
+        self._limit = megabytes * 2**20
+        self._loaded = _writable_bytes()
+        resource.setrlimit(resource.RLIMIT_DATA, (self._limit, self._limit))
+
+    def worn_out(self) -> bool:
+        """Whether half of what was free after loading is gone: time to be replaced, before a sample is blamed."""
+        return _writable_bytes() - self._loaded > (self._limit - self._loaded) / 2
+
+
+def _writable_bytes() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[5]
+    return int(pages) * resource.getpagesize()

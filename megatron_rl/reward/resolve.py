@@ -6,22 +6,31 @@ import difflib
 import importlib
 import os
 import sys
-from typing import cast
+from typing import Any
 
+from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.types import Reward
 
 BUILT_IN = {
     "countdown": "megatron_rl.reward.countdown:verify_countdown",
     "math": "megatron_rl.reward.maths:verify_maths",
+    "code": "megatron_rl.reward.code:CodeReward",
 }
+TAKES_SETTINGS = ("code",)
+"""Those are classes, made from the settings."""
 
 
-def load_reward(name: str) -> Reward:
-    """The verifier called `name`: a built-in one, or `package.module:function` from sys.path or the working folder.
+def load_reward(settings: RewardSettings) -> Reward:
+    """The verifier `settings.name`: a built-in one, or `package.module:function` from sys.path or the working folder.
 
     Raises UserError for an unknown name, a module that does not import and anything that cannot be called.
     """
+    loaded = _find(settings.name)
+    return loaded(settings) if settings.name in TAKES_SETTINGS else loaded
+
+
+def _find(name: str) -> Any:
     path = BUILT_IN.get(name, name)
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
@@ -36,7 +45,7 @@ def load_reward(name: str) -> Reward:
         raise UserError(
             f"reward.name={name!r}: {attribute!r} is a {type(reward).__name__}, not a function of a sample."
         )
-    return cast(Reward, reward)
+    return reward
 
 
 def _import(module_name: str, name: str) -> object:

@@ -26,7 +26,7 @@ from megatron_rl.observability.metrics import MetricsLog, read_metrics
 from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View, make_view
-from megatron_rl.reward.pool import RewardPool
+from megatron_rl.reward.grader import check_reward, open_grader
 from megatron_rl.session import folder as run_folder
 from megatron_rl.session.layout_check import check_layout, layout_of, placement_of
 from megatron_rl.session.prepare import prepare
@@ -39,6 +39,7 @@ def load_inputs(config: Config) -> Inputs:
     """Everything a run reads, checked: nothing is started or written yet. Raises UserError."""
     check_inputs(config)
     check_layout(config)
+    check_reward(config.reward)
     open_weights(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     probes = {
@@ -84,10 +85,8 @@ def open_run(config: Config) -> Iterator[Run]:
         cursor = Cursor(len(inputs.train.prompts), config.seed, config.data.shuffle)
         if state:
             cursor.load_state(state.cursor)
-        rewards = stack.enter_context(
-            RewardPool(config.reward.name, config.reward.workers, config.reward.timeout_seconds)
-        )
         changes = run_folder.create(config)
+        rewards = stack.enter_context(open_grader(config.reward, config.run.folder / "logs" / "reward.log"))
         for line in (f"run folder: {config.run.folder}", _describe(inputs.train)):
             view.message(line)
         for change in changes:

@@ -24,7 +24,9 @@ from megatron_rl.observability.metrics import MetricsLog
 from megatron_rl.observability.rollouts import write_rollouts
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View
-from megatron_rl.reward.pool import RewardPool, outcome_rates
+from megatron_rl.reward.grader import Grader
+from megatron_rl.reward.outcomes import check_failures, outcome_rates
+from megatron_rl.reward.shaping import format_penalties
 from megatron_rl.types import Prompt, Sample, SamplingParams
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class Run:
     inputs: Inputs
     cursor: Cursor
     loss: lpreg.PolicyLoss
-    rewards: RewardPool
+    rewards: Grader
     actors: Actors
     engines: Engines
     weights_folder: Path
@@ -118,12 +120,19 @@ class Run:
         ).reseeded(EVALUATION_STREAM)
 
     def grade(self, samples: list[Sample]) -> list[float]:
-        """Fill in the samples' rewards; returns the scores."""
+        """Fill in what the verifier says; returns the rewards to train on, shaped by format.
+
+        Raises UserError where too many samples cannot be graded.
+        """
         results = self.rewards.score(samples)
         for sample, result in zip(samples, results, strict=True):
             sample.reward = result
         self.grading_metrics = outcome_rates(results)
-        return [result.score for result in results]
+        check_failures(samples, results, self.config.reward.max_failed_fraction)
+        penalties = format_penalties([sample.text for sample in samples], self.config.reward.format)
+        if self.config.reward.format:
+            self.grading_metrics["reward/format_fraction"] = penalties.count(0.0) / max(len(samples), 1)
+        return [result.score + penalty for result, penalty in zip(results, penalties, strict=True)]
 
     def snapshot_due(self, step: int) -> bool:
         """Whether the lagged proxy is refreshed before this step. A resumed run brings its snapshot along."""

@@ -37,6 +37,7 @@ def test_a_row_a_sample_comes_back(tmp_path: Path) -> None:
         "reward": 1.0,
         "answer": "6",
         "detail": "correct",
+        "outcome": "score",
         "advantage": 0.5,
         "finish_reason": "stop",
         "weight_version": 7,

@@ -8,17 +8,21 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward import RewardPool, outcome_rates
-from megatron_rl.types import RewardResult, Sample
+from megatron_rl.types import Outcome, RewardResult, Sample
 
 MISBEHAVING = """
-import os, sys, time
+import ctypes, os, sys, time
 from megatron_rl.types import RewardResult
+
+LEAKED = []
 
 HEAVY = ("torch", "ray", "megatron", "transformers", "numpy", "math_verify", "pyarrow")
 
@@ -30,6 +34,12 @@ def score(sample):
             9**9**9**9
         case "exit":
             os._exit(3)
+        case "segfault":
+            ctypes.string_at(0)
+        case "huge":
+            bytearray(10**11)
+        case "leak":
+            LEAKED.append(bytearray(64 * 2**20))
         case "raise":
             raise KeyError("lost")
         case "sys.exit":
@@ -52,6 +62,11 @@ def score(sample):
 MakeSample = Callable[..., Sample]
 
 
+def make_pool(name: str, *, workers: int, timeout_seconds: float, **more: Any) -> RewardPool:
+    log_file = more.pop("log_file", None)
+    return RewardPool(RewardSettings(name=name, workers=workers, timeout_seconds=timeout_seconds, **more), log_file)
+
+
 @pytest.fixture(scope="module")
 def verifiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("verifiers")
@@ -63,7 +78,7 @@ def verifiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def pool(verifiers: Path) -> Iterator[RewardPool]:
-    with RewardPool("misbehaving:score", workers=2, timeout_seconds=0.5) as pool:
+    with make_pool("misbehaving:score", workers=2, timeout_seconds=0.5) as pool:
         yield pool
 
 
@@ -79,22 +94,26 @@ def test_results_keep_the_order(pool: RewardPool, make_sample: MakeSample) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "detail"),
+    ("text", "outcome", "detail"),
     [
-        ("sleep", "timeout"),
-        ("stuck in C", "timeout"),
-        ("exit", "error: the verifier's process died with exit code 3"),
-        ("raise", "error: KeyError: 'lost'"),
-        ("sys.exit", "error: SystemExit: bye"),
-        ("nan", "error: ValueError: the score is nan"),
-        ("number", "error: TypeError: the reward returned float, not RewardResult"),
+        ("sleep", "timeout", "took too long"),
+        ("stuck in C", "timeout", "took too long"),
+        ("exit", "error", "the verifier's process died with exit code 3"),
+        ("segfault", "error", "the verifier's process died with exit code -11"),
+        ("huge", "error", "out of memory"),
+        ("raise", "error", "KeyError: 'lost'"),
+        ("sys.exit", "error", "SystemExit: bye"),
+        ("nan", "error", "ValueError: the score is nan"),
+        ("number", "error", "TypeError: the reward returned float, not RewardResult"),
     ],
 )
-def test_only_the_offender_pays(pool: RewardPool, make_sample: MakeSample, text: str, detail: str) -> None:
+def test_only_the_offender_pays(
+    pool: RewardPool, make_sample: MakeSample, text: str, outcome: Outcome, detail: str
+) -> None:
     samples = [make_sample("good") for _ in range(20)]
     samples[7] = make_sample(text)
     results = pool.score(samples)
-    assert results.pop(7) == RewardResult(0.0, None, detail)
+    assert results.pop(7) == RewardResult(0.0, None, detail, outcome)
     assert results == [RewardResult(1.0, "good")] * 19
 
 
@@ -111,7 +130,7 @@ def test_slow_samples_do_not_add_up_to_a_timeout(
     """A chunk of 12 takes longer than a chunk may, no sample does: nothing is killed."""
     monkeypatch.setattr("megatron_rl.reward.pool.CHUNKS_PER_WORKER", 1)
     before = workers()
-    with RewardPool("misbehaving:score", workers=1, timeout_seconds=2) as pool:
+    with make_pool("misbehaving:score", workers=1, timeout_seconds=2) as pool:
         pool.score([make_sample("good")])
         ours = [worker for worker in workers() if worker not in before]
         assert pool.score([make_sample("slow")] * 12) == [RewardResult(1.0, "slow")] * 12
@@ -124,6 +143,23 @@ def test_workers_import_only_what_they_need(pool: RewardPool, make_sample: MakeS
 
 def test_workers_ignore_ctrl_c(pool: RewardPool, make_sample: MakeSample) -> None:
     assert pool.score([make_sample("interrupt")]) == [RewardResult(1.0, "interrupt")]
+
+
+def test_a_leak_is_the_workers_end_and_no_samples_fault(verifiers: Path, make_sample: MakeSample) -> None:
+    """Forty times 64 MB under a limit of 512 MB: workers are replaced in time."""
+    before = workers()
+    with make_pool("misbehaving:score", workers=1, timeout_seconds=10, memory_mb=512) as pool:
+        pool.score([make_sample("good")])
+        ours = [worker for worker in workers() if worker not in before]
+        assert pool.score([make_sample("leak")] * 40) == [RewardResult(1.0, "leak")] * 40
+        assert psutil.wait_procs(ours, timeout=10)[1] == []
+
+
+def test_prints_go_to_the_log(verifiers: Path, make_sample: MakeSample, tmp_path: Path) -> None:
+    log_file = tmp_path / "logs" / "reward.log"
+    with make_pool("misbehaving:score", workers=1, timeout_seconds=10, log_file=log_file) as pool:
+        pool.score([make_sample("print")])
+    assert "a verifier speaks" in log_file.read_text()
 
 
 def test_prints_stay_off_stdout(pool: RewardPool, make_sample: MakeSample, capfd: pytest.CaptureFixture[str]) -> None:
@@ -141,28 +177,31 @@ def test_killed_idle_workers_are_replaced(pool: RewardPool, make_sample: MakeSam
     ("name", "text", "label"), [("countdown", "1 + 1 = 2 + 1 = 3 ok", "1 1 1 > 3"), ("math", "\\boxed{3}", "3")]
 )
 def test_built_in_rewards_run_in_a_pool(make_sample: MakeSample, name: str, text: str, label: str) -> None:
-    with RewardPool(name, workers=1, timeout_seconds=20) as pool:
+    with make_pool(name, workers=1, timeout_seconds=20) as pool:
         results = pool.score([make_sample(text, label), make_sample(text, None)])
     assert results[0].detail == "correct"
-    assert results[1].detail.startswith("error: ValueError: ")
+    assert results[1].outcome == "error" and results[1].detail.startswith("ValueError: ")
 
 
 def test_an_endless_comparison_times_out(make_sample: MakeSample) -> None:
-    with RewardPool("math", workers=1, timeout_seconds=2) as pool:
-        results = pool.score([make_sample("\\boxed{5^{5^{5^{5^{5}}}}}", "5"), make_sample("\\boxed{5}", "5")])
-    assert [result.detail for result in results] == ["timeout", "correct"]
+    with make_pool("math", workers=1, timeout_seconds=2) as pool:
+        results = pool.score([make_sample("\\boxed{\\prod_{n=1}^{10^{9}} (n!)}", "5"), make_sample("\\boxed{5}", "5")])
+    assert [(result.outcome, result.detail) for result in results] == [
+        ("timeout", "took too long"),
+        ("score", "correct"),
+    ]
 
 
 def test_a_wrong_name_fails_at_once() -> None:
     before = workers()
     with pytest.raises(UserError, match="Did you mean 'countdown'"):
-        RewardPool("countdow", workers=2, timeout_seconds=1)
+        make_pool("countdow", workers=2, timeout_seconds=1)
     assert workers() == before
 
 
 def test_ctrl_c_ends_busy_workers(verifiers: Path, make_sample: MakeSample) -> None:
     before = workers()
-    with pytest.raises(KeyboardInterrupt), RewardPool("misbehaving:score", workers=2, timeout_seconds=600) as pool:
+    with pytest.raises(KeyboardInterrupt), make_pool("misbehaving:score", workers=2, timeout_seconds=600) as pool:
         pool.score([make_sample("good")])
         ours = [worker for worker in workers() if worker not in before]
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -175,6 +214,7 @@ def test_workers_end_with_their_parent(verifiers: Path) -> None:
     """Idle or stuck, and although the parent had no chance to stop them."""
     script = textwrap.dedent("""
         import os, threading, time
+        from megatron_rl.config.reward import RewardSettings
         from megatron_rl.reward import RewardPool
         from megatron_rl.types import Generation, Prompt, Sample
 
@@ -182,7 +222,7 @@ def test_workers_end_with_their_parent(verifiers: Path) -> None:
             return Sample(Prompt("x:0", (1,), "", None), 0, Generation([2], [0.0], "stop", 0), text)
 
         if __name__ == "__main__":
-            pool = RewardPool("misbehaving:score", workers=2, timeout_seconds=0.5)
+            pool = RewardPool(RewardSettings(name="misbehaving:score", workers=2, timeout_seconds=0.5))
             pool.score([sample("good")])
             threading.Thread(target=pool.score, args=([sample("stuck in C")],), daemon=True).start()
             time.sleep(0.2)

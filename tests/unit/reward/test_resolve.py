@@ -4,22 +4,28 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward import load_reward
 from megatron_rl.reward.countdown import verify_countdown
 from megatron_rl.reward.maths import verify_maths
+from megatron_rl.types import Reward
+
+
+def named(name: str) -> Reward:
+    return load_reward(RewardSettings.model_construct(name=name))
 
 
 def test_built_in_rewards() -> None:
-    assert load_reward("countdown") is verify_countdown
-    assert load_reward("math") is verify_maths
+    assert named("countdown") is verify_countdown
+    assert named("math") is verify_maths
 
 
 def test_a_custom_reward_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_reward_here.py").write_text("def score(sample): ...\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")  # restores sys.path afterwards
-    assert load_reward("my_reward_here:score").__name__ == "score"  # type: ignore[attr-defined]
+    assert named("my_reward_here:score").__name__ == "score"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +33,7 @@ def test_a_custom_reward_from_the_working_folder(tmp_path: Path, monkeypatch: py
     [
         ("countdwon", "unknown reward 'countdwon'. Did you mean 'countdown'"),
         ("maths", "Did you mean 'math'"),
-        ("zzz", "unknown reward 'zzz'. Known: 'countdown', 'math'"),
+        ("zzz", "unknown reward 'zzz'. Known: 'countdown', 'math', 'code'"),
         ("", "unknown reward ''"),
         ("math:", "unknown reward 'math:'"),
         (":score", "unknown reward ':score'"),
@@ -38,7 +44,7 @@ def test_a_custom_reward_from_the_working_folder(tmp_path: Path, monkeypatch: py
 )
 def test_wrong_names(name: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_reward(name)
+        named(name)
     assert says in str(caught.value)
 
 
@@ -46,4 +52,4 @@ def test_a_module_that_fails_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "my_broken_reward.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"my_broken_reward.*ZeroDivisionError: division by zero"):
-        load_reward("my_broken_reward:score")
+        named("my_broken_reward:score")

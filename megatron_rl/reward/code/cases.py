@@ -1,0 +1,97 @@
+"""Reading a label into test cases. Expected outputs stay on this side of the sandbox."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Program:
+    """The program reads `stdin` and must print `stdout`."""
+
+    stdin: str
+    stdout: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """The function must return `expected`."""
+
+    function: str
+    arguments: list[Any]
+    expected: Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """The code `tests` runs after the candidate's, in its namespace, and must not raise."""
+
+    tests: str
+
+
+Case = Program | Call | Check
+_EXPECTED = (
+    'expected an object {"inputs": [...], "outputs": [...]} (with "fn_name" for calls), or "tests": code, or a list of '
+    "assert statements"
+)
+
+
+def read_cases(label: object) -> list[Case]:
+    """The cases of a label, an object or its JSON text. Raises ValueError for one without any."""
+    value = _decoded(label)
+    if isinstance(value, list) and value and all(isinstance(line, str) for line in value):
+        return [Check("\n".join(value))]
+    if not isinstance(value, dict):
+        raise ValueError(f"the label is not a set of tests: {_EXPECTED}; found {str(label)[:80]!r}")
+    if isinstance(value.get("tests"), str) and value["tests"].strip():
+        return [Check(value["tests"])]
+    inputs, outputs, name = value.get("inputs"), value.get("outputs"), value.get("fn_name")
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs or len(inputs) != len(outputs):
+        raise ValueError(f"the label's inputs and outputs are not two lists of one length: {_EXPECTED}")
+    pairs = list(zip(inputs, outputs, strict=True))
+    if name is None:
+        return [Program(_text(given), _text(wanted)) for given, wanted in pairs]
+    if not isinstance(name, str) or not all(isinstance(given, list) for given in inputs):
+        raise ValueError('with "fn_name", the label\'s inputs must be lists of arguments')
+    return [Call(name, given, wanted) for given, wanted in pairs]
+
+
+def passes(case: Program | Call, output: str, value: Any) -> bool:
+    """Whether what came out is what was wanted. Printed text is compared word by word."""
+    if isinstance(case, Program):
+        return output.split() == case.stdout.split()
+    return _same(value, case.expected) or (  # APPS wraps what a call returns in a list
+        isinstance(case.expected, list) and len(case.expected) == 1 and _same(value, case.expected[0])
+    )
+
+
+def _same(value: Any, expected: Any) -> bool:
+    """JSON values; numbers may differ by a float's rounding."""
+    if isinstance(value, bool) or isinstance(expected, bool):
+        return value is expected
+    if isinstance(value, float) or isinstance(expected, float):
+        numbers = isinstance(value, int | float) and isinstance(expected, int | float)
+        return numbers and abs(value - expected) <= 1e-6 * max(1.0, abs(expected))
+    if isinstance(value, list) and isinstance(expected, list):
+        return len(value) == len(expected) and all(map(_same, value, expected))
+    return bool(value == expected)
+
+
+def _decoded(label: object) -> object:
+    if not isinstance(label, str):
+        return label
+    try:
+        return json.loads(label)
+    except ValueError as error:
+        raise ValueError(f"the label is not JSON: {error}; {_EXPECTED}") from error
+
+
+def _text(value: Any) -> str:
+    """Some sets give a program's input as a list of lines."""
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"a program's input and output must be text, found {value!r}")
+    return value

@@ -1,0 +1,137 @@
+"""Starting candidates in the jail, and what became of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from megatron_rl.config.reward import CodeSettings
+from megatron_rl.errors import UserError
+
+from . import jail
+
+JAIL = Path(jail.__file__)
+LONGEST_OUTPUT = 2**20
+"""Bytes of a candidate's output that are looked at."""
+LONGEST_MESSAGE = 200
+"""Characters of an exception that a detail shows."""
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+Mode = Literal["run", "call", "check", "probe"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What a candidate did."""
+
+    output: str
+    value: Any
+    """What `result.json` holds; None without one."""
+    failure: str | None
+    """"too slow", "killed by SIGSEGV", or the last line of the traceback; None if it ended well."""
+
+
+class Sandbox:
+    """A folder of its own for one candidate, deleted at the end. Each run is a process of its own."""
+
+    def __init__(self, settings: CodeSettings, source: str) -> None:
+        self._settings = settings
+        self._source = source
+
+    def __enter__(self) -> Self:
+        self._folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def run(self, mode: Mode, *, stdin: str = "", request: dict[str, Any] | None = None) -> Execution:
+        """`run`: as a program, with `stdin`; `call` and `check`: see `jail.main`."""
+        scratch = Path(tempfile.mkdtemp(dir=self._folder))
+        (scratch / "solution.py").write_text(self._source)
+        if request is not None:
+            (scratch / "request.json").write_text(json.dumps(request))
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            given.write(stdin.encode())
+            given.seek(0)
+            process = start(self._settings, scratch, mode, given, output, errors)
+            try:
+                code: int | None = process.wait(self._settings.test_seconds)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                process.kill()
+                process.wait()
+            texts = []
+            for file in (output, errors):
+                file.seek(0)
+                texts.append(file.read(LONGEST_OUTPUT).decode(errors="replace"))
+        return Execution(texts[0], _result(scratch), _failure(code, texts[1]))
+
+
+def start(settings: CodeSettings, scratch: Path, mode: Mode, stdin: Any, stdout: Any, stderr: Any) -> Any:
+    """The jail's process."""
+    limits = (str(settings.memory_mb), str(settings.test_seconds))
+    return subprocess.Popen(
+        [sys.executable, "-I", str(JAIL), str(scratch), *limits, mode, str(os.getpid())],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        cwd=scratch,
+        env=ENVIRONMENT | {"HOME": str(scratch), "TMPDIR": str(scratch)},
+        start_new_session=True,
+    )
+
+
+def check_sandbox(settings: CodeSettings) -> None:
+    """Raises UserError where this machine cannot lock a candidate in as asked."""
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as scratch:
+        process = start(settings, Path(scratch), "probe", subprocess.DEVNULL, subprocess.DEVNULL, subprocess.PIPE)
+        _, errors = process.communicate()
+    if process.returncode == jail.NO_LANDLOCK:
+        if settings.require_landlock:
+            raise UserError(
+                "reward.name: code: this kernel has no Landlock, so a program could read and write your files. Use "
+                "Linux 5.13 or newer with Landlock enabled, or accept that with reward.code.require_landlock=false"
+            )
+    elif process.returncode == jail.NO_SECCOMP:
+        raise UserError(
+            "reward.name: code: this machine does not allow seccomp filters (or is neither x86_64 nor aarch64), so a "
+            "program could use the network and start processes: grade programs elsewhere, with reward.name=remote"
+        )
+    elif process.returncode != jail.LOCKED:
+        last = errors.decode(errors="replace").strip().splitlines()[-1:]
+        raise UserError(f"reward.name: code: the sandbox does not start (exit code {process.returncode}): {last}")
+
+
+def _result(scratch: Path) -> Any:
+    try:
+        # The candidate may have put anything there: no link is followed, no pipe is waited for.
+        handle = os.open(scratch / "result.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb") as file:
+            regular = stat.S_ISREG(os.fstat(handle).st_mode)
+            return json.loads(file.read(LONGEST_OUTPUT))["value"] if regular else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # none was written, or the candidate wrote its own
+
+
+def _failure(code: int | None, errors: str) -> str | None:
+    if code == 0:
+        return None
+    if code is None or code == -signal.SIGXCPU:
+        return "too slow"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return (errors.strip().splitlines() or [f"exit code {code}"])[-1][:LONGEST_MESSAGE]

@@ -1,0 +1,139 @@
+"""Comparing two expressions: numbers to fifty digits, everything else by math-verify."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+
+from .numbers import close
+
+# math-verify warns once per process that its timeouts are off, as they are here on purpose.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+LONGEST = 600
+"""Characters; the parser's time grows with the square of the length, and no label comes near it."""
+DEEPEST_BRACES, DEEPEST_PARENTHESES = 20, 7
+"""The parser backtracks: each further pair of parentheses doubles its time."""
+LARGEST_BITS = 100_000.0
+MOST_TERMS = 2_000
+"""Of a power of a sum, expanded."""
+DIGITS = 60
+AGREEING_DIGITS = 50
+
+# Units are taken off before: by math-verify's own list `2c` is 2, and `5 \text{ km}` the same as `5 \text{ m}`.
+_READING = [
+    LatexExtractionConfig(
+        normalization_config=NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
+        )
+    )
+]
+_IMAGINARY = re.compile(r"(?<![a-zA-Z\\])i(?![a-zA-Z])")
+
+
+class TooLarge(ValueError):
+    """An expression that would take too long to read or to work out."""
+
+
+@lru_cache(maxsize=4096)
+def read(text: str) -> Any:
+    """math-verify's reading: an expression, or the text itself where it finds none. Raises TooLarge."""
+    if len(text) > LONGEST or _depth(text, "{", "}") > DEEPEST_BRACES:
+        raise TooLarge("too long or too deeply nested")
+    if _depth(text, "([", ")]") > DEEPEST_PARENTHESES:
+        raise TooLarge("too deeply nested")
+    found = parse(rf"\boxed{{{text}}}", _READING, parsing_timeout=None)
+    expression = found[0] if found else text
+    if isinstance(expression, sympy.Basic):
+        size(expression)
+    return expression
+
+
+def same_expression(gold: Any, answer: Any, scale: Fraction) -> bool:
+    """Whether `answer` times `scale` is `gold`; both as `read` returns them."""
+    a, b = _as_number(gold), _as_number(answer)
+    if a is not None and b is not None:
+        return _same_value(a, b * sympy.Rational(scale.numerator, scale.denominator))
+    if scale != 1:
+        return False
+    # The order matters: the label decides what a pair, an interval or an equation means.
+    return bool(verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None))
+
+
+def size(expression: sympy.Basic) -> float:
+    """Upper bound of |log2| of a number's value (0 for what is none). Raises TooLarge where it would not fit."""
+    parts = [size(argument) for argument in expression.args if isinstance(argument, sympy.Basic)]
+    bits = _bits(expression, parts)
+    if not bits <= LARGEST_BITS:
+        raise TooLarge("a number or a power too large to work out")
+    return bits
+
+
+def _bits(expression: sympy.Basic, parts: list[float]) -> float:
+    if isinstance(expression, sympy.Rational):
+        return float(max(abs(expression.p).bit_length(), expression.q.bit_length()))
+    if isinstance(expression, sympy.Float):
+        return abs(float(sympy.log(abs(expression), 2).evalf(5))) if expression else 0.0
+    if isinstance(expression, sympy.Pow):
+        return _power_bits(expression, *parts)
+    if isinstance(expression, sympy.exp):
+        return 1.5 * 2.0 ** min(parts[0], 64.0)
+    if isinstance(expression, sympy.factorial | sympy.binomial | sympy.ff | sympy.rf):
+        return parts[0] * 2.0 ** min(parts[0], 64.0)
+    return sum(parts) if isinstance(expression, sympy.Mul) else max(parts, default=1.0) + len(parts)
+
+
+def _power_bits(power: sympy.Pow, base_bits: float, exponent_bits: float) -> float:
+    base, exponent = power.args
+    times = abs(float(exponent)) if isinstance(exponent, sympy.Number) else 2.0 ** min(exponent_bits, 64.0)
+    if not base.free_symbols and not exponent.free_symbols:
+        return max(base_bits, 1.0) * max(times, 1.0)
+    if isinstance(base, sympy.Add) and exponent.is_number and exponent_bits > 1:
+        terms = len(base.args)
+        if times > MOST_TERMS or math.comb(int(times) + terms - 1, terms - 1) > MOST_TERMS:
+            raise TooLarge("a power of a sum with too many terms")
+    return base_bits if exponent.free_symbols else base_bits + math.log2(max(times, 1.0))
+
+
+def _as_number(expression: Any) -> sympy.Expr | None:
+    """The expression if it is a number; `i`, which is read as a name, is the imaginary unit where it is alone."""
+    if isinstance(expression, sympy.Equality) and isinstance(expression.lhs, sympy.Symbol):
+        return None
+    if not isinstance(expression, sympy.Expr):
+        return None
+    names = expression.free_symbols
+    if not names:
+        return expression
+    if {str(name) for name in names} == {"i"}:
+        return expression.subs(dict.fromkeys(names, sympy.I))
+    return None
+
+
+def _same_value(a: sympy.Expr, b: sympy.Expr) -> bool:
+    a, b = a.doit(), b.doit()
+    if isinstance(a, sympy.Rational) and isinstance(b, sympy.Rational):
+        return bool(a == b)
+    x, y = sympy.N(a, DIGITS), sympy.N(b, DIGITS)
+    if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
+        return bool(x == y and x.is_infinite)
+    difference, larger = abs(x - y), max(abs(x), abs(y))
+    if difference <= larger * sympy.Float(10, DIGITS) ** -AGREEING_DIGITS:
+        return True
+    rounded = a.has(sympy.Float) or b.has(sympy.Float)
+    return rounded and x.is_real and y.is_real and close(Fraction(str(x)), Fraction(str(y)))
+
+
+def _depth(text: str, opening: str, closing: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in opening) - (character in closing)
+        deepest = max(deepest, depth)
+    return deepest

@@ -1,0 +1,82 @@
+"""Plain numbers, exactly: most labels are one, and none of them needs a computer algebra system."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .text import ungrouped
+
+TOLERANCE = Fraction(1, 10**6)
+"""A decimal may be off by one unit of its sixth decimal, or of its sixth significant digit below 0.1."""
+_LARGEST_EXPONENT = 400
+_DECIMAL = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+_FORMS = [
+    re.compile(pattern)
+    for pattern in (
+        rf"(?P<decimal>{_DECIMAL})",
+        r"(?P<sign>[+-]?)\\frac\{(?P<over>[+-]?\d+)\}\{(?P<under>[+-]?\d+)\}",
+        r"(?P<sign>[+-]?)(?P<over>\d+)/(?P<under>\d+)",
+        r"(?P<sign>[+-]?)(?P<whole>\d+) ?\\frac\{(?P<over>\d+)\}\{(?P<under>\d+)\}",
+        rf"(?P<decimal>{_DECIMAL})[eE](?P<exponent>[+-]?\d+)",
+        r"(?P<sign>[+-]?)(?P<power>10)\^(?:\{(?P<exponent>[+-]?\d+)\}|(?P<digit>\d))",
+        rf"(?P<decimal>{_DECIMAL}) ?(?:\\times|\\cdot|\*) ?10\^(?:\{{(?P<exponent>[+-]?\d+)\}}|(?P<digit>\d))",
+        r"(?P<sign>[+-]?)(?P<decimal>\d*\.\d*)\\overline\{(?P<period>\d+)\}",
+    )
+]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number and how it was written."""
+
+    value: Fraction
+    is_decimal: bool
+    """Written with a decimal point, so perhaps rounded."""
+
+
+def read_number(text: str) -> Number | None:
+    """An integer, decimal, fraction, mixed number or power of ten; None for anything else."""
+    text = ungrouped(text)
+    for form in _FORMS:
+        if match := form.fullmatch(text):
+            parts = match.groupdict()
+            return _recurring(parts) if parts.get("period") else _plain(parts)
+    return None
+
+
+def same_number(a: Number, b: Number) -> bool:
+    """Equal, or one of them a decimal that rounds to the other."""
+    return a.value == b.value or ((a.is_decimal or b.is_decimal) and close(a.value, b.value))
+
+
+def close(a: Fraction, b: Fraction) -> bool:
+    """Within `TOLERANCE`."""
+    unit, larger = TOLERANCE, max(abs(a), abs(b))
+    while unit and larger and larger * 10 < 1:
+        unit, larger = unit / 10, larger * 10
+    return abs(a - b) <= unit
+
+
+def _plain(parts: dict[str, str | None]) -> Number | None:
+    decimal, under = parts.get("decimal"), parts.get("under")
+    if parts.get("power"):
+        decimal = f"{parts['sign']}1"
+    if decimal is not None:
+        exponent = int(parts.get("exponent") or parts.get("digit") or 0)
+        if abs(exponent) > _LARGEST_EXPONENT:
+            return None
+        return Number(Fraction(decimal) * Fraction(10) ** exponent, "." in decimal)
+    if not under or int(under) == 0:
+        return None
+    value = int(parts.get("whole") or 0) + Fraction(int(parts["over"] or 0), int(under))
+    return Number(-value if parts["sign"] == "-" else value, False)
+
+
+def _recurring(parts: dict[str, str | None]) -> Number:
+    whole, _, tail = str(parts["decimal"]).partition(".")
+    period = str(parts["period"])
+    unit = Fraction(1, 10 ** len(tail))
+    value = Fraction(int((whole + tail) or "0")) * unit + unit * Fraction(int(period), 10 ** len(period) - 1)
+    return Number(-value if parts["sign"] == "-" else value, False)

@@ -1,0 +1,240 @@
+"""The code verifier: right and wrong programs, and what the sandbox withholds from hostile ones."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_rl.config.reward import CodeSettings, RewardSettings
+from megatron_rl.errors import UserError
+from megatron_rl.reward import RewardPool
+from megatron_rl.reward.code import CodeReward, jail
+from megatron_rl.reward.code.sandbox import check_sandbox
+from megatron_rl.reward.code.verifier import last_block
+from megatron_rl.types import RewardResult, Sample
+
+MakeSample = Callable[..., Sample]
+SUM = {"inputs": ["3 4\n", "10 -2\n"], "outputs": ["7\n", "8"]}
+CALLS = {"fn_name": "add", "inputs": [[3, 4], [0.1, 0.2]], "outputs": [7, [0.3]]}
+ASSERTS = ["assert add(1, 1) == 2", "assert add(-1, 1) == 0"]
+RIGHT = "def add(a, b):\n    print('noise')\n    return a + b"
+
+
+@pytest.fixture(scope="module")
+def reward() -> CodeReward:
+    return CodeReward(RewardSettings(name="code", code=CodeSettings(test_seconds=2.0, memory_mb=256)))
+
+
+@pytest.fixture
+def grade(reward: CodeReward, make_sample: MakeSample) -> Callable[[Any, str], RewardResult]:
+    def grade(label: Any, source: str) -> RewardResult:
+        return reward(make_sample(f"Like this:\n```python\n{textwrap.dedent(source)}\n```\n", label))
+
+    return grade
+
+
+Grade = Callable[[Any, str], RewardResult]
+
+
+@pytest.mark.parametrize("label", [SUM, json.dumps(SUM)])
+def test_a_program_that_prints_what_it_must(grade: Grade, label: Any) -> None:
+    assert grade(label, "a, b = map(int, input().split())\nprint(a + b)").detail == "correct"
+
+
+@pytest.mark.parametrize("label", [CALLS, ASSERTS, {"tests": "\n".join(ASSERTS)}])
+def test_a_function_that_returns_what_it_must(grade: Grade, label: Any) -> None:
+    assert grade(label, RIGHT).score == 1.0
+
+
+def test_leetcode_has_a_class(grade: Grade) -> None:
+    assert grade(CALLS, "class Solution:\n    def add(self, a, b):\n        return a + b").score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("label", "source", "detail"),
+    [
+        (SUM, "print(7)", "test 2 of 2: wrong output"),
+        (SUM, "print(", "test 1 of 2: SyntaxError: '(' was never closed"),
+        (SUM, "1 / 0", "test 1 of 2: ZeroDivisionError: division by zero"),
+        (SUM, "while True: pass", "test 1 of 2: too slow"),
+        (SUM, "import time; time.sleep(60)", "test 1 of 2: too slow"),
+        (SUM, "x = bytearray(10**9)", "test 1 of 2: MemoryError"),
+        (SUM, "import ctypes; ctypes.string_at(0)", "test 1 of 2: killed by SIGSEGV"),
+        (SUM, "while True: print('x' * 10**6)", "test 1 of 2: OSError: [Errno 27] File too large"),
+        (CALLS, "def add(a, b): return a", "test 1 of 2: wrong result"),
+        (CALLS, "def ad(a, b): return a", "test 1 of 2: NameError: there is no function add"),
+        (CALLS, "def add(a, b): return {a}", "test 1 of 2: TypeError: Object of type set is not JSON serializable"),
+        (ASSERTS, "def add(a, b): return a", "test 1 of 1: AssertionError"),
+        (ASSERTS, "import os; os._exit(0)", "test 1 of 1: left before the tests were through"),
+        (ASSERTS, "raise SystemExit", "test 1 of 1: left before the tests were through"),
+    ],
+)
+def test_wrong_programs(grade: Grade, label: Any, source: str, detail: str) -> None:
+    result = grade(label, source)
+    assert (result.score, result.outcome, result.detail) == (0.0, "score", detail)
+
+
+PRINT_SEVEN = {"inputs": [""], "outputs": ["7"]}
+FORBIDDEN = {
+    "network": "import socket; socket.create_connection(('127.0.0.1', 9))",
+    "unix socket": "import socket; socket.socket(socket.AF_UNIX)",
+    "fork": "import os; os.fork()",
+    "subprocess": "import subprocess; subprocess.run(['true'])",
+    "exec": "import os; os.execv('/bin/true', ['true'])",
+    "kill the parent": "import os; os.kill(os.getppid(), 9)",
+    "kill everybody": "import os; os.kill(-1, 9)",
+    "limit the parent": "import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+    "raise a limit": "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))",
+    "read a file": "open({secret!r}).read()",
+    "list a folder": "import os; os.listdir({folder!r})",
+    "write a file": "open({target!r}, 'w')",
+    "delete a file": "import os; os.remove({secret!r})",
+    "other processes": "open('/proc/1/cmdline').read()",
+    "become another user": "import os; os.setuid(12345)",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_what_the_sandbox_withholds(grade: Grade, tmp_path: Path, what: str) -> None:
+    """The program prints 7 only if it is refused; the same line is known to work outside."""
+    secret = tmp_path / "secret"
+    secret.write_text("s")
+    line = FORBIDDEN[what].format(secret=str(secret), folder=str(tmp_path), target=str(tmp_path / "written"))
+    result = grade(PRINT_SEVEN, f"try:\n    {line}\nexcept (OSError, ValueError):\n    print(7)")
+    assert result.detail == "correct"
+    assert secret.exists() and not (tmp_path / "written").exists()
+
+
+def test_ordinary_things_work(grade: Grade) -> None:
+    source = """
+        from __future__ import annotations
+        import dataclasses, json, math, os, tempfile, threading
+
+        @dataclasses.dataclass
+        class Pair:
+            a: int
+            b: int
+
+        with open("scratch.txt", "w") as file:
+            file.write("3")
+        with tempfile.TemporaryDirectory() as folder:
+            pass
+        found = []
+        thread = threading.Thread(target=lambda: found.append(int(open("scratch.txt").read())))
+        thread.start()
+        thread.join()
+        print(Pair(found[0], 4).a + 4)
+    """
+    assert grade(PRINT_SEVEN, source).detail == "correct"
+
+
+def test_nothing_stays_behind(grade: Grade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    grade(SUM, "import time; open('left', 'w').write('x'); time.sleep(60)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_file_may_be_a_trap(grade: Grade) -> None:
+    for trap in ("os.symlink('/dev/zero', 'result.json')", "os.mkfifo('result.json')", "os.mkdir('result.json')"):
+        assert grade(CALLS, f"import os\n{trap}\nos._exit(0)").detail == "test 1 of 2: wrong result"
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("```python\nprint(1)\n```", "print(1)\n"),
+        ("```\na\n```\nthen\n```py\nb\n```", "b\n"),
+        ("```python\na\n```\n```cpp\nint b;\n```", "a\n"),
+        ("```python\na\n```\n```python\nunfinished", "a\n"),
+        ("print(1)", None),
+        ("```python\nprint(1)", None),
+    ],
+)
+def test_the_last_complete_block_counts(text: str, source: str | None) -> None:
+    assert last_block(text) == source
+
+
+def test_no_block_scores_0(reward: CodeReward, make_sample: MakeSample) -> None:
+    assert reward(make_sample("print(7)", SUM)) == RewardResult(0.0, None, "no code block")
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        None,
+        7,
+        "not json",
+        "{}",
+        [],
+        [1],
+        {"inputs": [], "outputs": []},
+        {"inputs": ["1"], "outputs": []},
+        {"inputs": [1], "outputs": [2]},
+        {"fn_name": "f", "inputs": ["1"], "outputs": [1]},
+        {"tests": " "},
+    ],
+)
+def test_a_label_without_tests_is_an_error(grade: Grade, label: Any) -> None:
+    with pytest.raises(ValueError, match=r"label|program's input"):
+        grade(label, "print(7)")
+
+
+def test_in_the_pool_a_candidate_dies_with_its_worker(make_sample: MakeSample) -> None:
+    settings = RewardSettings(name="code", workers=1, timeout_seconds=1.5, code=CodeSettings(test_seconds=60.0))
+    text = "```python\nimport time\nopen('here', 'w')\ntime.sleep(60)\n```"
+    with RewardPool(settings) as pool:
+        results = pool.score([make_sample(text, SUM)])
+        deadline = time.monotonic() + 5
+        while jailed() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert jailed() == []
+    assert [result.outcome for result in results] == ["timeout"]
+
+
+def jailed() -> list[int]:
+    mine = psutil.Process().children(recursive=True)
+    orphans = [p for p in psutil.process_iter(["cmdline"]) if str(jail.__file__) in (p.info["cmdline"] or [])]
+    return [p.pid for p in {*mine, *orphans} if p.is_running() and str(jail.__file__) in p.cmdline()]
+
+
+@pytest.mark.parametrize(
+    ("code", "required", "words"),
+    [
+        (jail.NO_LANDLOCK, True, r"reward\.code\.require_landlock=false"),
+        (jail.NO_LANDLOCK, False, None),
+        (jail.NO_SECCOMP, True, "reward.name=remote"),
+        (1, True, "does not start"),
+    ],
+)
+def test_a_machine_that_cannot_lock_programs_in_is_refused(
+    monkeypatch: pytest.MonkeyPatch, code: int, required: bool, words: str | None
+) -> None:
+    def start(*_: object) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"], stderr=subprocess.PIPE)
+
+    monkeypatch.setattr("megatron_rl.reward.code.sandbox.start", start)
+    settings = CodeSettings(require_landlock=required)
+    if words is None:
+        check_sandbox(settings)
+        return
+    with pytest.raises(UserError, match=words):
+        check_sandbox(settings)
+
+
+def test_capabilities_are_gone(grade: Grade) -> None:
+    """Whoever runs this: root has some to lose."""
+    source = """
+        import ctypes, struct
+        data = ctypes.create_string_buffer(24)
+        ctypes.CDLL(None).capget(struct.pack("<Ii", 0x20080522, 0), data)
+        print(7 if data.raw == bytes(24) else data.raw)
+    """
+    assert grade(PRINT_SEVEN, source).detail == "correct", os.geteuid()

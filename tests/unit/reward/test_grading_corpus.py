@@ -1,0 +1,64 @@
+"""The corpus: every stated verdict, in a pool, hostile answers included."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_rl.config.reward import RewardSettings
+from megatron_rl.reward import RewardPool
+from megatron_rl.types import RewardResult, Sample
+
+GROUPS = yaml.safe_load((Path(__file__).parent / "grading_corpus.yaml").read_text())
+DISAGREEMENTS = "known disagreements"
+VERDICTS = {"equal": 1.0, "unequal": 0.0}
+
+
+def response(content: Any) -> tuple[str, str]:
+    """A pair's second half as text and finish reason."""
+    if not isinstance(content, dict):
+        return f"So the answer is \\boxed{{{content}}}.", "stop"
+    text = content["response"]
+    if isinstance(text, list):
+        text = "".join(part if isinstance(part, str) else part[0] * part[1] for part in text)
+    return text, content.get("finish", "stop")
+
+
+def pairs(group: dict[str, Any]) -> list[tuple[float, Any, Any]]:
+    return [(VERDICTS[name], label, content) for name in VERDICTS for label, content in group.get(name, [])]
+
+
+@pytest.fixture(scope="module")
+def graded(make_sample: Callable[..., Sample]) -> dict[str, list[tuple[float, str, RewardResult]]]:
+    """Group -> (verdict, what it is about, result). One pool for all: a hostile answer must not harm its neighbours."""
+    entries = [(group["group"], *pair) for group in GROUPS for pair in pairs(group)]
+    samples = [make_sample(response(content)[0], label, response(content)[1]) for _, _, label, content in entries]
+    with RewardPool(RewardSettings(name="math", workers=2, timeout_seconds=5.0)) as pool:
+        results = pool.score(samples)
+    found: dict[str, list[tuple[float, str, RewardResult]]] = {}
+    for (group, verdict, label, content), result in zip(entries, results, strict=True):
+        found.setdefault(group, []).append((verdict, f"{label!r} and {str(content)[:80]!r}", result))
+    return found
+
+
+def test_the_corpus_is_as_large_as_promised() -> None:
+    assert sum(len(pairs(group)) for group in GROUPS) >= 300
+    assert len({group["group"] for group in GROUPS}) == len(GROUPS)
+
+
+@pytest.mark.parametrize("group", [group["group"] for group in GROUPS if group["group"] != DISAGREEMENTS])
+def test_verdicts(graded: dict[str, list[tuple[float, str, RewardResult]]], group: str) -> None:
+    wrong = [(what, result) for verdict, what, result in graded[group] if result.score != verdict]
+    assert wrong == []
+
+
+def test_known_disagreements_are_still_that(graded: dict[str, list[tuple[float, str, RewardResult]]]) -> None:
+    mended = [what for verdict, what, result in graded[DISAGREEMENTS] if result.score == verdict]
+    assert mended == []
+
+
+def test_only_hostile_answers_may_lack_a_score(graded: dict[str, list[tuple[float, str, RewardResult]]]) -> None:
+    without = {group for group, entries in graded.items() for _, _, result in entries if result.outcome != "score"}
+    assert without <= {"hostile"}

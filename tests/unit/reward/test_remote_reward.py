@@ -1,0 +1,151 @@
+"""The remote reward, against servers that behave and servers that do not."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.reward import RemoteSettings, RewardSettings
+from megatron_rl.errors import UserError
+from megatron_rl.reward import open_grader
+from megatron_rl.types import RewardResult, Sample
+
+MakeSample = Callable[..., Sample]
+Answer = Callable[[dict[str, Any], int], tuple[int, bytes] | None]
+"""From a request and how many came before it to status and body; None: no answer at all."""
+
+
+class Server:
+    """Answers as told, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.answer: Answer = well_behaved
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.released = threading.Event()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                before = len(server.requests)
+                server.requests.append(request)
+                server.headers.append(dict(self.headers))
+                answer = server.answer(request, before)
+                if answer is None:
+                    server.released.wait(5)
+                    return
+                status, body = answer
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/score"
+
+
+def well_behaved(request: dict[str, Any], _: int) -> tuple[int, bytes]:
+    results = [{"score": float(s["response"] == s["label"]), "answer": s["response"]} for s in request["samples"]]
+    return 200, json.dumps({"results": results}).encode()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.http.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.released.set()
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def settings(url: str, **more: Any) -> RewardSettings:
+    remote = {"url": url, "batch_size": 4, "timeout_seconds": 5.0, "retries": 3, "backoff_seconds": 0.01} | more
+    return RewardSettings(name="remote", remote=RemoteSettings(**remote))
+
+
+def test_batches_go_out_and_results_come_back_in_order(server: Server, make_sample: MakeSample) -> None:
+    samples = [make_sample(str(i), str(i) if i % 3 else "other") for i in range(10)]
+    with open_grader(settings(server.url)) as grader:
+        results = grader.score(samples)
+        assert grader.score([]) == []
+    assert results == [RewardResult(float(i % 3 > 0), str(i)) for i in range(10)]
+    assert sorted(len(request["samples"]) for request in server.requests) == [2, 4, 4]
+    assert set(server.requests[0]["samples"][0]) == {"id", "prompt", "response", "label", "finish_reason"}
+
+
+def test_what_passes_is_tried_again(server: Server, make_sample: MakeSample) -> None:
+    server.answer = lambda request, before: (503, b"busy") if before < 2 else well_behaved(request, before)
+    with open_grader(settings(server.url)) as grader:
+        assert grader.score([make_sample("1", "1")]) == [RewardResult(1.0, "1")]
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "attempts", "outcome", "detail"),
+    [
+        ((503, b"busy"), 4, "error", "status 503: busy"),
+        ((400, b"bad"), 1, "error", "status 400: bad"),
+        ((200, b"<html>"), 1, "error", "the server's answer cannot be used: "),
+        ((200, b'{"results": []}'), 1, "error", "with 1 entries"),
+        ((200, b'{"results": [{"score": "high"}]}'), 1, "error", "no finite score"),
+        ((200, b'{"results": [{"score": NaN}]}'), 1, "error", "no finite score"),
+        (None, 2, "timeout", "took too long"),
+    ],
+)
+def test_failures_are_declared(
+    server: Server,
+    make_sample: MakeSample,
+    answer: tuple[int, bytes] | None,
+    attempts: int,
+    outcome: str,
+    detail: str,
+) -> None:
+    server.answer = lambda *_: answer
+    more = {"timeout_seconds": 0.3, "retries": 1} if answer is None else {}
+    with open_grader(settings(server.url, **more)) as grader:
+        result = grader.score([make_sample("1", "1")])[0]
+    assert (result.score, result.outcome) == (0.0, outcome)
+    assert detail in result.detail
+    assert len(server.requests) == attempts
+
+
+def test_one_bad_batch_costs_itself_only(server: Server, make_sample: MakeSample) -> None:
+    def answer(request: dict[str, Any], before: int) -> tuple[int, bytes]:
+        return (400, b"no") if request["samples"][0]["label"] == "4" else well_behaved(request, before)
+
+    server.answer = answer
+    with open_grader(settings(server.url)) as grader:
+        results = grader.score([make_sample(str(i), str(i)) for i in range(12)])
+    assert [result.outcome for result in results] == ["score"] * 4 + ["error"] * 4 + ["score"] * 4
+
+
+def test_nobody_listens(server: Server, make_sample: MakeSample) -> None:
+    server.http.server_close()
+    with open_grader(settings(server.url, retries=1)) as grader:
+        result = grader.score([make_sample("1", "1")])[0]
+    assert result.outcome == "error" and "refused" in result.detail
+
+
+def test_the_token_comes_from_the_environment(
+    server: Server, make_sample: MakeSample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "abc")
+    with open_grader(settings(server.url, token_variable="MY_TOKEN")) as grader:
+        grader.score([make_sample("1", "1")])
+    assert server.headers[0]["Authorization"] == "Bearer abc"
+    monkeypatch.delenv("MY_TOKEN")
+    with pytest.raises(UserError, match="MY_TOKEN is not set"):
+        open_grader(settings(server.url, token_variable="MY_TOKEN"))
+
+
+def test_a_url_is_http() -> None:
+    with pytest.raises(UserError, match="must begin with http"):
+        open_grader(settings("file:///etc/passwd"))
