@@ -18,7 +18,7 @@ class Placement:
     engines: tuple[int, ...]
     """The node of each engine."""
     engine_gpus: int
-    """GPUs of one engine; 0 on CPU."""
+    """GPUs of one engine; 0 on CPU, and where it only asks a server that runs elsewhere."""
     on_gpu: bool
 
     @property
@@ -33,13 +33,13 @@ class Placement:
         return self.actors.count(node) + self.engines.count(node) * self.engine_gpus if self.on_gpu else 0
 
 
-def place(layout: Layout, engines: int, cluster: ClusterSettings, *, engine_gpus: int) -> Placement:
+def place(layout: Layout, engines: int, cluster: ClusterSettings, *, engine_gpus: int, on_gpu: bool) -> Placement:
     """Tensor-parallel groups in their order, then engines, each whole on the first node with room for it.
 
-    `engine_gpus` is 0 on CPU, where groups and engines are shared out evenly. Raises UserError when they do not fit.
+    On CPU, groups and engines are shared out evenly. Raises UserError when they do not fit.
     """
     groups = layout.world_size // layout.tensor
-    if not engine_gpus:
+    if not on_gpu:
         spread = [group * cluster.nodes // groups for group in range(groups)]
         return Placement(
             actors=tuple(node for node in spread for _ in range(layout.tensor)),

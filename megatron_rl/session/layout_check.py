@@ -22,8 +22,8 @@ def layout_of(config: Config) -> Layout:
 
 def placement_of(config: Config) -> Placement:
     """Raises UserError where the cluster is too small."""
-    engine_gpus = 0 if config.actor.device == "cpu" else 1
-    return place(layout_of(config), config.rollout.engines, config.cluster, engine_gpus=engine_gpus)
+    on_gpu = config.actor.device != "cpu"
+    return place(layout_of(config), config.rollout.engines, config.cluster, engine_gpus=int(on_gpu), on_gpu=on_gpu)
 
 
 def check_layout(config: Config) -> None:

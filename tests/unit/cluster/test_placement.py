@@ -17,24 +17,29 @@ def cluster(nodes: int, gpus: int = 8) -> ClusterSettings:
 
 
 def test_ranks_fill_nodes_in_order_and_engines_the_rest() -> None:
-    placed = place(Layout(tensor=8, pipeline=2), engines=4, cluster=cluster(4), engine_gpus=4)
+    placed = place(Layout(tensor=8, pipeline=2), engines=4, cluster=cluster(4), engine_gpus=4, on_gpu=True)
     assert placed.actors == (0,) * 8 + (1,) * 8
     assert placed.engines == (2, 2, 3, 3)
     assert [placed.gpus(node) for node in placed.nodes] == [8, 8, 8, 8]
 
 
 def test_engines_go_to_the_nodes_of_the_actor_first() -> None:
-    assert place(Layout(tensor=4), engines=2, cluster=cluster(2), engine_gpus=2).engines == (0, 0)
+    assert place(Layout(tensor=4), engines=2, cluster=cluster(2), engine_gpus=2, on_gpu=True).engines == (0, 0)
 
 
 def test_a_group_leaves_a_gap_rather_than_being_split() -> None:
-    placed = place(Layout(tensor=3, data=3), engines=1, cluster=cluster(2), engine_gpus=1)
+    placed = place(Layout(tensor=3, data=3), engines=1, cluster=cluster(2), engine_gpus=1, on_gpu=True)
     assert placed.actors == (0,) * 6 + (1,) * 3
     assert placed.engines == (0,)
 
 
+def test_an_engine_that_runs_elsewhere_takes_no_gpu() -> None:
+    placed = place(Layout(tensor=8), engines=2, cluster=cluster(1), engine_gpus=0, on_gpu=True)
+    assert (placed.actors, placed.engines, placed.gpus(0)) == ((0,) * 8, (0, 0), 8)
+
+
 def test_on_cpu_every_node_gets_its_share() -> None:
-    placed = place(Layout(tensor=2, data=2), engines=2, cluster=cluster(2), engine_gpus=0)
+    placed = place(Layout(tensor=2, data=2), engines=2, cluster=cluster(2), engine_gpus=0, on_gpu=False)
     assert (placed.actors, placed.engines) == ((0, 0, 1, 1), (0, 1))
     assert [placed.gpus(node) for node in placed.nodes] == [0, 0]
     assert [placed.processes(node) for node in placed.nodes] == [3, 3]
@@ -50,7 +55,7 @@ def test_on_cpu_every_node_gets_its_share() -> None:
 )
 def test_what_does_not_fit_is_said(layout: Layout, engines: int, engine_gpus: int, words: str) -> None:
     with pytest.raises(UserError) as caught:
-        place(layout, engines, cluster(2), engine_gpus=engine_gpus)
+        place(layout, engines, cluster(2), engine_gpus=engine_gpus, on_gpu=engine_gpus > 0)
     assert words in str(caught.value)
 
 
@@ -67,7 +72,7 @@ def test_no_group_is_split_and_no_node_overfull(
 ) -> None:
     layout = Layout(tensor=tensor, pipeline=pipeline, data=data)
     try:
-        placed: Placement = place(layout, engines, cluster(nodes), engine_gpus=engine_gpus)
+        placed: Placement = place(layout, engines, cluster(nodes), engine_gpus=engine_gpus, on_gpu=engine_gpus > 0)
     except UserError:
         left = [max(0, min(8, 8 * (node + 1) - layout.world_size)) for node in range(nodes)]
         assert layout.world_size > 8 * nodes or sum(gpus // engine_gpus for gpus in left) < engines
