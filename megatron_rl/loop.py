@@ -9,21 +9,20 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import torch
 from rich.console import Console
 
-import lpreg
 from megatron_rl.batching.rows import rows_of
 from megatron_rl.config import Config
 from megatron_rl.evaluation.run_suites import evaluate
 from megatron_rl.observability.step_metrics import policy_metrics, rollout_metrics
 from megatron_rl.observability.summary import print_summary
-from megatron_rl.rollout.collect import collect
+from megatron_rl.rollout.refill import roll_out
 from megatron_rl.session.finish import finish
 from megatron_rl.session.interrupt import stop_on_interrupt
 from megatron_rl.session.opening import open_run
 from megatron_rl.session.run import Run
-from megatron_rl.training.policies import score_lagged_policy, score_old_policy
+from megatron_rl.training.advantages import advantages_of
+from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select, selection_overlap
 from megatron_rl.training.update import update
 
@@ -48,32 +47,29 @@ def train(config: Config) -> None:
 
 def rl_step(run: Run, step: int) -> dict[str, float]:
     """One step: rollouts, and one or more updates on them. Returns its metrics; actor and engines have new weights."""
-    config, start = run.config, time.perf_counter()
-    with run.phase("rollout"):
-        samples = collect(run.engines, run.next_prompts(), run.sampling(step), run.inputs.tokenizer)
-    with run.phase("reward"):
-        rewards = run.grade(samples)
-    groups = np.array([sample.group for sample in samples])
-    advantages = lpreg.group_advantages(
-        torch.tensor(rewards, dtype=torch.float64), torch.from_numpy(groups), estimator=config.algorithm.advantage
-    ).numpy()
+    start = time.perf_counter()
+    rollouts = roll_out(run, step)
+    samples = rollouts.samples
+    advantages, metrics = advantages_of(run.config, rollouts)
     batch = rows_of(samples)
     batch = batch.with_values(advantages=batch.per_token(advantages).astype(np.float32))
     with run.profiled(step):
         with run.phase("score"):
             batch, seen = score_old_policy(run, batch, advantages)
         with run.phase("select"):
-            batch, metrics = select(run, step, batch, seen)
+            batch, selected = select(run, step, batch, seen)
         with run.phase("score"):
             batch = score_lagged_policy(run, step, batch)
+            batch = score_reference(run, batch, advantages)
         with run.phase("train"):
-            metrics |= update(run, step, batch, groups, advantages, seen)
+            updated = update(run, step, batch, samples, advantages, seen)
     with run.phase("weight_sync"):
         run.sync_weights()
     run.dump_rollouts(step, samples, advantages, batch, seen)
 
-    metrics |= rollout_metrics(samples, advantages) | policy_metrics(batch, seen) | selection_overlap(run, batch, seen)
-    metrics |= run.grading_metrics | run.phase.flush()
+    metrics |= rollouts.metrics | rollout_metrics(rollouts.drawn, rollouts.teaching(advantages))
+    metrics |= selected | selection_overlap(run, batch, seen) | policy_metrics(batch, seen) | updated
+    metrics |= run.phase.flush()
     metrics["perf/step_seconds"] = time.perf_counter() - start
     metrics["perf/tokens_per_second"] = batch.num_response_tokens / metrics["perf/step_seconds"]
     return metrics

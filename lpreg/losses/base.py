@@ -36,6 +36,11 @@ class Mean:
     total: Tensor
     count: Tensor
 
+    @classmethod
+    def of(cls, values: Tensor) -> Mean:
+        """Of all `values`."""
+        return mean_over(values, torch.ones_like(values, dtype=torch.bool))
+
     def __add__(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.count + other.count)
 

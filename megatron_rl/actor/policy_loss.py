@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.config.algorithm import AlgorithmSettings, CorrectionSettings, ReferenceKlSettings
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ class LossChoice:
     name: str
     preset: str | None
     settings: dict[str, Any]
+    reference_kl: ReferenceKlSettings
+    correction: CorrectionSettings
 
     @classmethod
     def of(cls, algorithm: AlgorithmSettings) -> LossChoice:
@@ -27,15 +29,20 @@ class LossChoice:
         settings = {name: None if value == "none" else value for name, value in section.items()}
         if algorithm.name == "lp_reg":
             settings["proxy_source"] = algorithm.proxy_source
-        return cls(algorithm.name, algorithm.preset, settings)
+        return cls(algorithm.name, algorithm.preset, settings, algorithm.reference_kl, algorithm.correction)
 
     def make(self) -> PolicyLoss:
         """Raises UserError on settings that the method refuses."""
-        from lpreg import make_loss
+        from lpreg import make_loss, with_reference_kl
 
         try:
             if self.preset is None:
-                return make_loss(self.name, **self.settings)
-            return make_loss.preset(self.name, self.preset, **self.settings)
+                loss = make_loss(self.name, **self.settings)
+            else:
+                loss = make_loss.preset(self.name, self.preset, **self.settings)
         except ValueError as error:
             raise UserError(f"algorithm.{self.name}: {error}") from error
+        reference = self.reference_kl
+        if not reference.coefficient:
+            return loss
+        return with_reference_kl(loss, coefficient=reference.coefficient, estimator=reference.estimator)

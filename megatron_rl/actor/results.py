@@ -10,7 +10,9 @@ import numpy as np
 
 from megatron_rl.batching.stored_proxy import StoredProxy
 
-Weights = Literal["current", "lagged"]
+Snapshot = Literal["lagged", "reference"]
+"""Weights that wait on the CPU between uses."""
+Weights = Literal["current"] | Snapshot
 Sums = dict[str, tuple[float, float]]
 """Metric name -> (total, count), a mean that is still open."""
 

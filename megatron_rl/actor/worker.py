@@ -19,16 +19,16 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import lpreg
-from lpreg import LossInputs
 from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.loss_inputs import loss_inputs
 from megatron_rl.actor.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.model import build_model
 from megatron_rl.actor.optimizer import Optimizer
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.profiling import Profiler
-from megatron_rl.actor.results import Table, TrainResult, Weights, add_up
+from megatron_rl.actor.results import Snapshot, Table, TrainResult, Weights, add_up
 from megatron_rl.actor.step import run_schedule
 from megatron_rl.batching.buckets import share_out
 from megatron_rl.batching.rows import Rows
@@ -36,6 +36,7 @@ from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint import state as checkpoint_state
 from megatron_rl.checkpoint.hf_format import open_weights, read_config
 from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
+from megatron_rl.config.algorithm import CorrectionSettings
 from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport
 from megatron_rl.weight_sync.transport import WeightUpdate
 
@@ -52,8 +53,9 @@ class MegatronWorker:
         self.settings = settings
         self.layout = layout
         self.rank = rank
-        self.snapshot_weights: dict[str, Tensor] = {}
+        self.snapshots: dict[Snapshot, dict[str, Tensor]] = {}
         self.loss: lpreg.PolicyLoss | None = None
+        self.correction = CorrectionSettings()
 
     def free_port(self, host: str) -> int:
         """One for the process group, at an address of this machine."""
@@ -100,6 +102,7 @@ class MegatronWorker:
     def set_loss(self, choice: LossChoice | None) -> None:
         """A policy loss; None for supervised training."""
         self.loss = choice.make() if choice else None
+        self.correction = choice.correction if choice else CorrectionSettings()
 
     # ------------------------------------------------------------------ passes
 
@@ -113,8 +116,10 @@ class MegatronWorker:
             if self.loss is None:
                 loss, metrics = -stats.log_probs.sum() / denominator, {}
             else:
-                output = self.loss(_loss_inputs(stats, part, denominator))
-                loss, metrics = output.loss, {k: (float(m.total), float(m.count)) for k, m in output.metrics.items()}
+                inputs, means = loss_inputs(stats, part, denominator, self.correction)
+                output = self.loss(inputs)
+                means |= output.metrics
+                loss, metrics = output.loss, {k: (float(m.total), float(m.count)) for k, m in means.items()}
             return loss, (part.rows, float(loss.detach()), metrics, _columns(stats))
 
         results = run_schedule(self.ddp, self._share(batch), on_logits, backward=True)
@@ -159,9 +164,9 @@ class MegatronWorker:
         results = run_schedule(self.ddp, self._share(batch), on_logits, backward=False)
         return _table(results) if self._reports else None
 
-    def snapshot(self) -> None:
-        """Keep the weights as they are now, on the CPU, as the lagged policy."""
-        self.snapshot_weights = {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters()}
+    def snapshot(self, name: Snapshot) -> None:
+        """Keep the weights as they are now on the CPU, under that name."""
+        self.snapshots[name] = {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters()}
 
     def start_profile(self) -> None:
         self.profiler = Profiler()
@@ -185,26 +190,29 @@ class MegatronWorker:
         return transport.push(tensors, version, checksums=checksums)
 
     def save(self, folder: Path) -> dict[str, str] | None:
-        """This stage's weights, moments and snapshot. Returns file name -> SHA-256."""
+        """This stage's weights, moments and lagged snapshot. Returns file name -> SHA-256."""
         return checkpoint_state.save_stage(
             folder,
             self.model,
             self.hf_config,
             self.optimizer,
-            self.snapshot_weights,
+            self.snapshots.get("lagged", {}),
             process_groups.pp_rank(),
             self._publishes,
         )
 
     def state_bytes(self) -> int:
-        """What this rank's parameters, moments and snapshot take in a checkpoint (fp32); replicas write nothing."""
-        copies = 4 if self.snapshot_weights else 3
+        """What this rank's parameters, moments and lagged snapshot take in a checkpoint (fp32); replicas write
+        nothing."""
+        copies = 4 if "lagged" in self.snapshots else 3
         weights = sum(param.numel() * 4 for param in self.model.parameters())
         return copies * weights if process_groups.dp_rank() == 0 else 0
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`, under any layout."""
-        self.snapshot_weights = checkpoint_state.load_stage(folder, self.model, self.hf_config, self.optimizer)
+        lagged = checkpoint_state.load_stage(folder, self.model, self.hf_config, self.optimizer)
+        if lagged:
+            self.snapshots["lagged"] = lagged
 
     def export_hf(self, folder: Path) -> dict[str, Any] | None:
         """This stage's shard of a Hugging Face export; the driver writes the index."""
@@ -254,40 +262,20 @@ class MegatronWorker:
 
     @contextmanager
     def _weights(self, which: Weights) -> Iterator[None]:
-        """Run with the lagged weights by pointing the parameters at them for a while."""
+        """Run with a snapshot's weights by pointing the parameters at them for a while."""
         if which == "current":
             yield
             return
-        if not self.snapshot_weights:
-            raise RuntimeError("there is no lagged snapshot yet: call snapshot() first")
+        if which not in self.snapshots:
+            raise RuntimeError(f"there is no {which} snapshot yet: call snapshot({which!r}) first")
         current = {name: param.data for name, param in self.model.named_parameters()}
         try:
             for name, param in self.model.named_parameters():
-                param.data = self.snapshot_weights[name].to(self.device)
+                param.data = self.snapshots[which][name].to(self.device)
             yield
         finally:
             for name, param in self.model.named_parameters():
                 param.data = current[name]
-
-
-def _loss_inputs(stats: lpreg.TokenStats, part: MicroBatch, denominator: float) -> LossInputs:
-    values = part.values
-    return LossInputs(
-        log_probs=stats.log_probs,
-        old_log_probs=values.get("old_log_probs"),  # None: one update a rollout, so the old policy is this one
-        advantages=values["advantages"],
-        mask=torch.ones_like(part.targets, dtype=torch.bool),
-        entropy=stats.entropy,
-        log_z=stats.log_z,
-        kept=stats.kept,
-        old_log_z=values.get("old_log_z"),
-        old_kept=values.get("old_kept"),
-        selection=values.get("selected"),
-        proxy_log_probs=values.get("proxy_log_probs"),
-        proxy_kl=stats.proxy_kl,
-        sequence_ids=part.sequence_ids,
-        denominator=denominator,
-    )
 
 
 def _columns(stats: lpreg.TokenStats) -> dict[str, np.ndarray]:

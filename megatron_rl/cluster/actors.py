@@ -11,7 +11,7 @@ import ray
 
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.policy_loss import LossChoice
-from megatron_rl.actor.results import Sums, Table, TrainResult, Weights, add_up
+from megatron_rl.actor.results import Snapshot, Sums, Table, TrainResult, Weights, add_up
 from megatron_rl.batching.rows import Rows
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.cluster.runtime import Nodes, host_process, results
@@ -109,8 +109,9 @@ class Actors:
         """A trace and tables a rank."""
         self._all("stop_profile", folder.resolve())
 
-    def snapshot(self) -> None:
-        self._all("snapshot")
+    def snapshot(self, name: Snapshot) -> None:
+        """Keep the weights as they are now under that name."""
+        self._all("snapshot", name)
 
     def push_weights(self, folder: Path, version: int, *, checksums: bool) -> WeightUpdate:
         return WeightUpdate.merge(u for u in self._all("push_weights", folder, version, checksums) if u is not None)

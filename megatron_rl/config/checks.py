@@ -25,6 +25,21 @@ def _algorithm(config: Config) -> Iterator[str]:
             "rollout.samples_per_prompt: 1 is given, but advantages are relative within a prompt's group "
             f"(algorithm.advantage: {algorithm.advantage}); give at least 2"
         )
+    if config.rollout.dynamic_sampling and config.rollout.samples_per_prompt < 2:
+        yield "rollout.dynamic_sampling: a group of one response (rollout.samples_per_prompt: 1) is never informative"
+    if algorithm.overlong.buffer_tokens > config.rollout.max_response_tokens:
+        yield (
+            f"algorithm.overlong.buffer_tokens: {algorithm.overlong.buffer_tokens} are more than "
+            f"rollout.max_response_tokens: {config.rollout.max_response_tokens}"
+        )
+    correction = algorithm.correction
+    if correction.weights == "masked" and correction.low >= correction.high:
+        yield f"algorithm.correction.low: {correction.low} must be below algorithm.correction.high: {correction.high}"
+    if correction.reject_sequences and correction.sequence_low >= correction.sequence_high:
+        yield (
+            f"algorithm.correction.sequence_low: {correction.sequence_low} must be below "
+            f"algorithm.correction.sequence_high: {correction.sequence_high}"
+        )
     if algorithm.name in ("grpo", "clip_higher"):
         section = getattr(algorithm, algorithm.name)
         if (section.aggregation == "constant_length") != (section.constant_length is not None):

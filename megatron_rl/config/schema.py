@@ -99,6 +99,10 @@ class RolloutSettings(Section):
     """Prompts a step; one group each."""
     samples_per_prompt: PositiveInt
     """Responses in a group."""
+    dynamic_sampling: bool = False
+    """Leave out groups whose responses all have the same score, and draw other prompts until the step is full."""
+    max_draws: PositiveInt = 10
+    """Most draws for a step with dynamic sampling; then it goes on with the groups it has. None at all is an error."""
     max_response_tokens: PositiveInt
     """Longest response, in tokens, its stop token included."""
     temperature: Positive = 1.0

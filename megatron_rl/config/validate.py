@@ -42,6 +42,9 @@ def _check_files(config: Config, prepared: bool) -> Iterator[str]:
     for key, path in files.items():
         if not path.is_file() and not _expected_later(config, path, prepared):
             yield f"{key}: no such file: {path}{_relative_to(path)}"
+    reference = config.algorithm.reference_kl
+    if reference.coefficient and reference.model is not None and not reference.model.is_dir():
+        yield f"algorithm.reference_kl.model: no such folder: {reference.model}{_relative_to(reference.model)}"
     if isinstance(config.resume, Path) and not config.resume.is_dir():
         yield f"resume: no such folder: {config.resume}{_relative_to(config.resume)}"
 

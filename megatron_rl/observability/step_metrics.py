@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from megatron_rl.cluster.actors import StepResult
 
 
-def rollout_metrics(samples: Sequence[Sample], advantages: Array) -> dict[str, float]:
-    """Reward and response length of the step's samples; advantages [N]."""
+TRAIN = ("ratio", "clip_fraction", "dual_clip_fraction", "reference_kl")
+"""A loss's metrics that are no business of one method."""
+
+
+def rollout_metrics(samples: Sequence[Sample], teaching: Collection[int]) -> dict[str, float]:
+    """Reward and response length of all that the step sampled; teaching: the groups of it with an advantage."""
     rewards = [sample.reward.score for sample in samples if sample.reward is not None]
     lengths = [len(sample.generation.token_ids) for sample in samples]
     groups = {sample.group for sample in samples}
-    live = {sample.group for sample, advantage in zip(samples, advantages, strict=True) if advantage != 0}
     return {
         "reward/mean": float(np.mean(rewards)),
         "reward/std": float(np.std(rewards)),
-        "reward/zero_advantage_fraction": 1 - len(live) / len(groups),
+        "reward/zero_advantage_fraction": 1 - len(groups & set(teaching)) / len(groups),
         "response_length/mean": float(np.mean(lengths)),
         "response_length/max": float(np.max(lengths)),
         "response_length/truncated_fraction": float(np.mean([s.generation.finish_reason == "length" for s in samples])),
@@ -84,6 +87,6 @@ def loss_metrics(parts: Mapping[str, tuple[float, float]], num_response_tokens: 
     for name, (total, count) in parts.items():
         if name == "selected_fraction":
             count = num_response_tokens
-        room = "train" if name in ("ratio", "clip_fraction", "dual_clip_fraction") else "lpreg"
+        room = "train" if name in TRAIN or name.startswith("correction_") else "lpreg"
         metrics[f"{room}/{name}"] = total / count if count else 0.0
     return metrics

@@ -144,6 +144,11 @@ def _start(
     stack.callback(actors.close)
     view.message(f"actor: {layout.world_size} ranks, {actors.description}")
     model_folder = config.model.path if resumes else warm_start(config, actors, inputs.tokenizer, view)
+    reference = config.algorithm.reference_kl
+    if reference.coefficient:
+        unset = warm_start(config, actors, inputs.tokenizer, view) if resumes else model_folder  # from the cache
+        actors.load_hf(reference.model or unset)
+        actors.snapshot("reference")
     actors.load_hf(model_folder)
     actors.prepare(choice, config.actor.optimizer)
     engines = Engines(config.rollout, config.actor, model_folder, logs, nodes)

@@ -95,19 +95,20 @@ class Run:
         """Whether something that happens every so many steps (0: at the end only) happens after this one."""
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
 
-    def next_prompts(self) -> list[Prompt]:
-        return [self.inputs.train.prompts[i] for i in self.cursor.take(self.config.rollout.prompts_per_step)]
+    def next_prompts(self, count: int) -> list[Prompt]:
+        return [self.inputs.train.prompts[i] for i in self.cursor.take(count)]
 
-    def sampling(self, step: int) -> SamplingParams:
-        """Depends on seed and step alone, so that a resumed run draws what the uninterrupted one would have."""
+    def sampling(self, step: int, draw: int = 0) -> SamplingParams:
+        """Depends on seed, step and draw alone, so that a resumed run draws what the uninterrupted one would have."""
         rollout = self.config.rollout
-        return SamplingParams(
+        sampling = SamplingParams(
             n=rollout.samples_per_prompt,
             max_tokens=rollout.max_response_tokens,
             temperature=rollout.temperature,
             stop_token_ids=self.inputs.stop_token_ids,
             seed=self.config.seed,
         ).reseeded(step)
+        return sampling.reseeded(draw) if draw else sampling
 
     def evaluation_sampling(self) -> SamplingParams:
         settings = self.config.evaluation

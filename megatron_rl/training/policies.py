@@ -59,7 +59,7 @@ def score_lagged_policy(run: Run, step: int, batch: Rows) -> Rows:
     if run.loss.proxy_source != "lagged":
         return batch
     if run.snapshot_due(step):
-        run.actors.snapshot()
+        run.actors.snapshot("lagged")
     acts = _uses_proxy(run, batch)
     asked = batch.with_values(proxy_wanted=acts) if run.loss.needs_proxy_kl else batch
     rows = np.unique(batch.per_token(np.arange(len(batch)))[acts])
@@ -70,6 +70,15 @@ def score_lagged_policy(run: Run, step: int, batch: Rows) -> Rows:
     if run.loss.needs_proxy_kl:
         batch = _with_proxy(batch, rows, proxy)
     return batch.with_values(proxy_log_probs=log_q)
+
+
+def score_reference(run: Run, batch: Rows, advantages: Array) -> Rows:
+    """The batch with the reference model's log-probs of the response tokens, where the loss holds the policy to it."""
+    if not run.config.algorithm.reference_kl.coefficient:
+        return batch
+    rows, seen = np.flatnonzero(acting_rows(run, advantages)), Seen()
+    fill(seen, run.actors.score(batch.take(rows), temperature=run.temperature, weights="reference"), batch, rows)
+    return batch.with_values(reference_log_probs=seen["log_probs"])
 
 
 def _uses_proxy(run: Run, batch: Rows) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,22 +13,26 @@ from megatron_rl.batching.rows import Array, Rows
 from megatron_rl.errors import UserError
 from megatron_rl.observability.step_metrics import update_metrics
 from megatron_rl.training.policies import Seen, acting_rows, fill
+from megatron_rl.types import Sample
 
 if TYPE_CHECKING:
     from megatron_rl.cluster.actors import StepResult
     from megatron_rl.session.run import Run
 
 
-def update(run: Run, step: int, batch: Rows, groups: Array, advantages: Array, seen: Seen) -> dict[str, float]:
+def update(
+    run: Run, step: int, batch: Rows, samples: Sequence[Sample], advantages: Array, seen: Seen
+) -> dict[str, float]:
     """All updates of a step, one a mini-batch. Returns their metrics; on-policy, fills in what the actor `seen` lacks.
 
     A mini-batch's loss is a mean over all of its tokens (or responses), those of dropped rows included; one without
-    any acting row is no update. groups, advantages: [N].
+    any acting row is no update. samples, advantages: [N].
     """
     settings, lr, acting = run.config.train, run.learning_rate(step), acting_rows(run, advantages)
     results: list[StepResult] = []
     tokens = 0
     moved: list[Array] = []
+    groups = np.array([sample.group for sample in samples])
     for rows in mini_batches(
         groups, updates=settings.updates_per_rollout, epochs=settings.epochs_per_rollout, seed=run.sampling(step).seed
     ):

@@ -34,8 +34,8 @@ def test_every_method_has_a_section() -> None:
     names = get_args(AlgorithmSettings.model_fields["name"].annotation)
     assert set(SECTIONS) == set(METHODS) == set(PRESETS) == set(names)
     assert len(set(SECTIONS.values())) == len(SECTIONS), "each its own"
-    defaults = [name for name, field in AlgorithmSettings.model_fields.items() if isinstance(field.default, Section)]
-    assert set(defaults) == set(METHODS)
+    sections = {name for name, field in AlgorithmSettings.model_fields.items() if isinstance(field.default, Section)}
+    assert sections - {"overlong", "correction", "reference_kl"} == set(METHODS)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -60,6 +60,13 @@ def test_none_in_words_is_none() -> None:
     assert settings_of({"preset": "reference", "lp_reg": {"k3_clamp": "none"}}).k3_clamp is None
     assert settings_of({"preset": "reference"}).k3_clamp == 10.0
     assert settings_of({"preset": "paper", "lp_reg": {"k3_clamp": 3.0}}).k3_clamp == 3.0
+
+
+def test_a_reference_model_goes_with_the_method() -> None:
+    section = {"name": "gspo", "reference_kl": {"coefficient": 0.25, "estimator": "k1"}}
+    loss: Any = LossChoice.of(AlgorithmSettings.model_validate(section)).make()
+    assert (loss.settings.coefficient, loss.settings.estimator) == (0.25, "k1")
+    assert loss.loss.name == "gspo" and loss.denominator_counts == "sequences"
 
 
 def test_every_key_arrives() -> None:

@@ -22,7 +22,7 @@ def sample(group: int, score: float, length: int, reason: FinishReason = "stop")
 
 def test_rollout_metrics() -> None:
     samples = [sample(0, 1, 2), sample(0, 0, 4), sample(1, 1, 6, "length"), sample(1, 1, 8)]
-    found = rollout_metrics(samples, np.array([1.0, -1.0, 0.0, 0.0]))
+    found = rollout_metrics(samples, {0, 7})
     assert found == pytest.approx(
         {
             "reward/mean": 0.75,

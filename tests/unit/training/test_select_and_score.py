@@ -45,7 +45,7 @@ class Step:
         run: Any = SimpleNamespace(
             config=SimpleNamespace(algorithm=algorithm, train=train),
             loss=loss,
-            actors=SimpleNamespace(score_and_store=self.score, snapshot=lambda: self.asked.append("snapshot")),
+            actors=SimpleNamespace(score_and_store=self.score, snapshot=lambda name: self.asked.append(f"keep {name}")),
             temperature=1.0,
             sampling=lambda step: SimpleNamespace(seed=step),
             snapshot_due=lambda step: True,
@@ -158,7 +158,7 @@ def test_random_draws_differ_from_step_to_step_and_not_from_run_to_run() -> None
 )
 def test_the_lagged_proxy_is_scored_only_where_it_matters(settings: dict[str, Any], scored: list[int]) -> None:
     step = Step(score_dropped=False, settings={"proxy_source": "lagged", **settings})
-    assert step.asked == ["snapshot", *([f"lagged {scored}"] if scored else [])]
+    assert step.asked == ["keep lagged", *([f"lagged {scored}"] if scored else [])]
     log_q = step.rows.values["proxy_log_probs"]
     want = np.full(TOKENS, -np.inf)
     for place in rows_tokens(scored):

@@ -88,7 +88,8 @@ def stepped(actors: Actors, name: str = "grpo", updates: int = 1, epochs: int = 
     )
     rows = batch()
     seen: dict[str, Array] = {"log_probs": rows.values["old_log_probs"]} if updates > 1 else {}
-    return update(run, 3, rows, GROUPS, ADVANTAGES, seen), seen, run
+    samples: Any = [SimpleNamespace(group=group) for group in GROUPS]
+    return update(run, 3, rows, samples, ADVANTAGES, seen), seen, run
 
 
 def test_one_update_runs_the_rows_with_an_advantage_and_averages_over_all() -> None:

@@ -1,0 +1,148 @@
+"""A step's groups: graded, and with dynamic sampling drawn again until all of them teach something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rl.data.cursor import Cursor
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.refill import Rollouts, informative_groups, roll_out
+from megatron_rl.session.run import Run
+from megatron_rl.types import Generation, Prompt, RewardResult, Sample, SamplingParams
+
+PROMPTS = 100
+
+
+class Engines:
+    """Notes the seeds it is asked with; a prompt's responses are its number, first and second."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], int]] = []
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Generation]]:
+        self.asked.append(([prompt.token_ids[0] for prompt in prompts], sampling.seed))
+        return [[Generation([prompt.token_ids[0], k], [0.0, 0.0], "stop", 0) for k in (0, 1)] for prompt in prompts]
+
+
+def run_of(informative: set[int], engines: Engines | None = None, **settings: Any) -> Any:
+    """A run whose prompts 0, 1, 2, ... come in order; the first response is right where informative, the second never.
+    A reward is the score less 0.25."""
+    rollout = SimpleNamespace(
+        **{"prompts_per_step": 4, "samples_per_prompt": 2, "max_response_tokens": 2, "temperature": 1.0}
+        | {"dynamic_sampling": True, "max_draws": 5, "engines": 1, **settings}
+    )
+    prompts = [Prompt(id=str(i), token_ids=(i,), text="", label=None) for i in range(PROMPTS)]
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(rollout=rollout, seed=3),
+        engines=engines or Engines(),
+        cursor=Cursor(PROMPTS, 0, shuffle=False),
+        inputs=SimpleNamespace(
+            tokenizer=SimpleNamespace(decode=lambda ids, **_: ""),
+            train=SimpleNamespace(prompts=prompts),
+            stop_token_ids=(0,),
+        ),
+        phase=lambda name: nullcontext(),
+    )
+
+    def grade(samples: list[Sample]) -> list[float]:
+        for sample in samples:
+            prompt, k = sample.generation.token_ids
+            sample.reward = RewardResult(float(prompt in informative and k == 0))
+        run.grading_metrics = {"reward/timeout_fraction": float(len(samples) == 8)}
+        return [sample.reward.score - 0.25 for sample in samples if sample.reward]
+
+    run.grade = grade
+    run.next_prompts = lambda count: Run.next_prompts(run, count)
+    run.sampling = lambda step, draw=0: Run.sampling(run, step, draw)
+    return run
+
+
+def prompts_of(rollouts: Rollouts) -> list[int]:
+    return [sample.generation.token_ids[0] for sample in rollouts.samples[::2]]
+
+
+def test_without_dynamic_sampling_one_draw_is_all() -> None:
+    run = run_of({1}, dynamic_sampling=False)
+    rollouts = roll_out(run, 1)
+    assert prompts_of(rollouts) == [0, 1, 2, 3] and rollouts.groups == [0, 1, 2, 3]
+    assert rollouts.sample_rewards.tolist() == [-0.25, -0.25, 0.75, -0.25, -0.25, -0.25, -0.25, -0.25]
+    assert rollouts.metrics == {"reward/timeout_fraction": 1.0}
+    assert rollouts.teaching(np.array([0, 0, 1, -1, 0, 0, 0, 0.0])) == {1}
+    assert run.engines.asked == [([0, 1, 2, 3], run.sampling(1).seed)]
+
+
+def test_groups_that_teach_nothing_are_replaced_until_the_step_is_full() -> None:
+    run = run_of({1, 3, 5, 6, 8, 9})
+    rollouts = roll_out(run, 1)
+    # Half of the first draw was informative, so 2 missing groups take a draw of 4.
+    assert [prompts for prompts, _ in run.engines.asked] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert prompts_of(rollouts) == [1, 3, 5, 6]
+    assert [sample.group for sample in rollouts.samples] == [1, 1, 3, 3, 5, 5, 6, 6]
+    assert rollouts.sample_rewards.tolist() == [0.75, -0.25] * 4
+    assert len(rollouts.drawn) == 16
+    assert rollouts.metrics == {
+        "reward/timeout_fraction": 1.0,
+        "rollout/draws": 2.0,
+        "rollout/prompts_drawn": 8.0,
+        "rollout/groups_missing": 0.0,
+        "rollout/groups_surplus": 0.0,
+    }
+    assert rollouts.teaching(np.zeros(8)) == {1, 3, 5, 6}
+
+
+def test_surplus_groups_are_left_out_and_the_latest_go_first() -> None:
+    rollouts = roll_out(run_of({1, 4, 5, 6, 7}), 1)
+    assert prompts_of(rollouts) == [1, 4, 5, 6]
+    assert rollouts.metrics["rollout/groups_surplus"] == 1
+
+
+def test_metrics_of_the_grading_are_of_all_draws() -> None:
+    """Each draw has random numbers of its own, and as few prompts as will do at the rate so far."""
+    run = run_of({0, 1, 2, 4})
+    rollouts = roll_out(run, 1)
+    assert [prompts for prompts, _ in run.engines.asked] == [[0, 1, 2, 3], [4, 5]]  # 1 missing at a rate of 3/4
+    assert len({seed for _, seed in run.engines.asked}) == 2
+    assert rollouts.metrics["reward/timeout_fraction"] == pytest.approx(8 / 12)
+
+
+def test_a_draw_has_a_prompt_for_every_engine() -> None:
+    run = run_of({0, 1, 2, 4}, engines=Engines())
+    run.config.rollout.engines = 3
+    roll_out(run, 1)
+    assert [len(prompts) for prompts, _ in run.engines.asked] == [4, 3]
+
+
+def test_at_its_bound_it_goes_on_with_what_it_has() -> None:
+    rollouts = roll_out(run_of({2, 6}, max_draws=2), 1)
+    assert prompts_of(rollouts) == [2, 6]
+    assert rollouts.metrics["rollout/groups_missing"] == 2
+
+
+def test_a_step_without_any_informative_group_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"step 7: .* each of 8 prompts in 2 draws.*rollout\.dynamic_sampling=false"):
+        roll_out(run_of(set(), max_draws=2), 7)
+
+
+def test_a_resumed_run_draws_the_same() -> None:
+    """All that a draw depends on is the cursor, the step and the seed."""
+    informative = set(range(0, PROMPTS, 3))
+    straight, first, resumed = run_of(informative), run_of(informative), run_of(informative)
+    for step in (1, 2, 3):
+        roll_out(straight, step)
+    for step in (1, 2):
+        roll_out(first, step)
+    resumed.cursor.load_state(first.cursor.state())
+    roll_out(resumed, 3)
+    assert first.engines.asked + resumed.engines.asked == straight.engines.asked
+
+
+def test_an_ungraded_sample_is_no_group_of_equals() -> None:
+    samples = [Sample(Prompt("p", (1,), "", None), 0, Generation([1], [0.0], "stop", 0), "")]
+    with pytest.raises(ValueError, match="not graded"):
+        informative_groups(samples)

@@ -1,0 +1,55 @@
+"""From rewards to advantages: the estimator asked for, after the overlong penalty."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.rollout.refill import Rollouts
+from megatron_rl.training.advantages import advantages_of
+from megatron_rl.types import Generation, Prompt, Sample
+
+PROMPT = Prompt("p", (1,), "", None)
+REWARDS, GROUPS, LENGTHS = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0], [2, 2, 2, 5, 5, 5], [10, 2, 3, 6, 8, 9]
+
+
+def rollouts() -> Rollouts:
+    samples = [
+        Sample(PROMPT, group, Generation([1] * length, [0.0] * length, "stop", 0), "")
+        for group, length in zip(GROUPS, LENGTHS, strict=True)
+    ]
+    return Rollouts(drawn=samples, rewards=REWARDS, groups=[2, 5])
+
+
+def config(**algorithm: Any) -> Any:
+    settings = AlgorithmSettings.model_validate(algorithm)
+    return SimpleNamespace(algorithm=settings, rollout=SimpleNamespace(max_response_tokens=10))
+
+
+BY_HAND = {
+    "grpo": np.array([2, -1, -1, 1, 1, -2]) / 3 / np.sqrt(1 / 3),
+    "dr_grpo": np.array([2, -1, -1, 1, 1, -2]) / 3,
+    "rloo": np.array([1, -0.5, -0.5, 0.5, 0.5, -1]),
+    "reinforce_plus_plus": np.array([1, -1, -1, 1, 1, -1]) / 2 / np.sqrt(0.3),
+}
+
+
+@pytest.mark.parametrize("estimator", get_args(AlgorithmSettings.model_fields["advantage"].annotation))
+def test_every_estimator_of_the_configuration(estimator: str) -> None:
+    found, metrics = advantages_of(config(advantage=estimator), rollouts())
+    np.testing.assert_allclose(found, BY_HAND[estimator], rtol=1e-5)
+    assert metrics == {} and found.dtype == np.float64
+
+
+def test_responses_that_ran_on_lose_reward_before_there_are_advantages() -> None:
+    found, metrics = advantages_of(
+        config(advantage="dr_grpo", overlong={"buffer_tokens": 4, "penalty": 0.5}), rollouts()
+    )
+    rewards = np.array(REWARDS) - 0.5 * np.array([1, 0, 0, 0, 0.5, 0.75])
+    want = np.concatenate([part - part.mean() for part in (rewards[:3], rewards[3:])])
+    np.testing.assert_allclose(found, want, atol=1e-12)
+    assert metrics == {"reward/overlong_penalty": pytest.approx(-0.5 * 2.25 / 6)}
