@@ -4,7 +4,16 @@ from lpreg.advantages import group_advantages
 from lpreg.correction import accepted_sequences, masked_weights, truncated_weights
 from lpreg.fused_head import fused_token_stats
 from lpreg.fused_loss import fused_loss
-from lpreg.losses import LossInputs, LossOutput, Mean, PolicyLoss, make_loss, reference_kl, with_reference_kl
+from lpreg.losses import (
+    LossInputs,
+    LossOutput,
+    Mean,
+    PolicyLoss,
+    make_loss,
+    reference_kl,
+    with_correction,
+    with_reference_kl,
+)
 from lpreg.proxy_store import ProxyStore
 from lpreg.rewards import overlong_penalty, uninformative
 from lpreg.selection import Selection, SelectionRule, apply_rule, select_highest, select_lowest
@@ -33,5 +42,6 @@ __all__ = [
     "token_stats",
     "truncated_weights",
     "uninformative",
+    "with_correction",
     "with_reference_kl",
 ]

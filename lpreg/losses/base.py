@@ -37,9 +37,9 @@ class Mean:
     count: Tensor
 
     @classmethod
-    def of(cls, values: Tensor) -> Mean:
-        """Of all `values`."""
-        return mean_over(values, torch.ones_like(values, dtype=torch.bool))
+    def of(cls, values: Tensor, mask: Tensor) -> Mean:
+        """Of `values` [T] where `mask` [T] holds."""
+        return mean_over(values, mask)
 
     def __add__(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.count + other.count)
@@ -81,6 +81,8 @@ class LossInputs:
     gradient; must be real wherever `selection` holds."""
     reference_log_probs: Tensor | None = None
     """Of the sampled tokens under a frozen reference policy, for `with_reference_kl`."""
+    rollout_log_probs: Tensor | None = None
+    """Of the sampled tokens as the rollout engine reported them, for `with_correction`."""
     sequence_ids: Tensor | None = None
     """Which response a token belongs to, for methods that work on whole responses."""
     groups: Tensor | None = None

@@ -9,18 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lpreg.aggregation import Counted
-from lpreg.losses.base import (
-    LossInputs,
-    LossOutput,
-    PolicyLoss,
-    ProxySource,
-    StatsSettings,
-    check_choice,
-    check_range,
-    mean_over,
-)
-from lpreg.selection import SelectionRule
+from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, check_choice, check_range, mean_over
+from lpreg.losses.wrapped import WrappedLoss
 
 Estimator = Literal["k1", "k3"]
 
@@ -54,7 +44,7 @@ class ReferenceKLSettings:
         check_choice("estimator", self.estimator, ("k1", "k3"))
 
 
-class WithReferenceKL(PolicyLoss):
+class WithReferenceKL(WrappedLoss):
     """A method's loss + coefficient * KL(policy || reference), averaged over tokens as the method averages its own.
 
     `with_reference_kl(make_loss("grpo"), coefficient=1e-3)`. Needs LossInputs.reference_log_probs. Tokens of advantage
@@ -65,42 +55,9 @@ class WithReferenceKL(PolicyLoss):
     Settings = ReferenceKLSettings
     settings: ReferenceKLSettings
 
-    def __init__(self, loss: PolicyLoss, settings: ReferenceKLSettings) -> None:
-        super().__init__(settings)
-        self.loss = loss
-
-    @property
-    def selection(self) -> SelectionRule | None:
-        return self.loss.selection
-
-    @property
-    def denominator_counts(self) -> Counted:
-        return self.loss.denominator_counts
-
     @property
     def acts_without_advantage(self) -> bool:
         return True
-
-    @property
-    def token_separable(self) -> bool:
-        return self.loss.token_separable
-
-    @property
-    def proxy_source(self) -> ProxySource | None:
-        return self.loss.proxy_source
-
-    @property
-    def needs_proxy_kl(self) -> bool:
-        return self.loss.needs_proxy_kl
-
-    def uses_proxy(self, advantages: Tensor) -> Tensor:
-        return self.loss.uses_proxy(advantages)
-
-    def token_stats_kwargs(self) -> StatsSettings:
-        return self.loss.token_stats_kwargs()
-
-    def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:
-        return self.loss.aggregate(token_losses, inputs)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         reference = self.need(inputs.reference_log_probs, "reference_log_probs")

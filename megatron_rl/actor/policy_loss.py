@@ -33,7 +33,7 @@ class LossChoice:
 
     def make(self) -> PolicyLoss:
         """Raises UserError on settings that the method refuses."""
-        from lpreg import make_loss, with_reference_kl
+        from lpreg import make_loss, with_correction, with_reference_kl
 
         try:
             if self.preset is None:
@@ -42,7 +42,9 @@ class LossChoice:
                 loss = make_loss.preset(self.name, self.preset, **self.settings)
         except ValueError as error:
             raise UserError(f"algorithm.{self.name}: {error}") from error
-        reference = self.reference_kl
-        if not reference.coefficient:
-            return loss
-        return with_reference_kl(loss, coefficient=reference.coefficient, estimator=reference.estimator)
+        reference, correction = self.reference_kl, self.correction
+        if reference.coefficient:
+            loss = with_reference_kl(loss, coefficient=reference.coefficient, estimator=reference.estimator)
+        if correction.weights != "none" or correction.reject_sequences:
+            loss = with_correction(loss, **correction.model_dump())
+        return loss

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import lpreg
+from lpreg import LossInputs
 from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.loss_inputs import loss_inputs
 from megatron_rl.actor.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.model import build_model
 from megatron_rl.actor.optimizer import Optimizer
@@ -36,7 +36,6 @@ from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint import state as checkpoint_state
 from megatron_rl.checkpoint.hf_format import open_weights, read_config
 from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
-from megatron_rl.config.algorithm import CorrectionSettings
 from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport
 from megatron_rl.weight_sync.transport import WeightUpdate
 
@@ -55,7 +54,6 @@ class MegatronWorker:
         self.rank = rank
         self.snapshots: dict[Snapshot, dict[str, Tensor]] = {}
         self.loss: lpreg.PolicyLoss | None = None
-        self.correction = CorrectionSettings()
 
     def free_port(self, host: str) -> int:
         """One for the process group, at an address of this machine."""
@@ -102,7 +100,6 @@ class MegatronWorker:
     def set_loss(self, choice: LossChoice | None) -> None:
         """A policy loss; None for supervised training."""
         self.loss = choice.make() if choice else None
-        self.correction = choice.correction if choice else CorrectionSettings()
 
     # ------------------------------------------------------------------ passes
 
@@ -116,10 +113,8 @@ class MegatronWorker:
             if self.loss is None:
                 loss, metrics = -stats.log_probs.sum() / denominator, {}
             else:
-                inputs, means = loss_inputs(stats, part, denominator, self.correction)
-                output = self.loss(inputs)
-                means |= output.metrics
-                loss, metrics = output.loss, {k: (float(m.total), float(m.count)) for k, m in means.items()}
+                output = self.loss(_loss_inputs(stats, part, denominator))
+                loss, metrics = output.loss, {k: (float(m.total), float(m.count)) for k, m in output.metrics.items()}
             return loss, (part.rows, float(loss.detach()), metrics, _columns(stats))
 
         results = run_schedule(self.ddp, self._share(batch), on_logits, backward=True)
@@ -276,6 +271,27 @@ class MegatronWorker:
         finally:
             for name, param in self.model.named_parameters():
                 param.data = current[name]
+
+
+def _loss_inputs(stats: lpreg.TokenStats, part: MicroBatch, denominator: float) -> LossInputs:
+    values = part.values
+    return LossInputs(
+        log_probs=stats.log_probs,
+        old_log_probs=values.get("old_log_probs"),  # None: one update a rollout, so the old policy is this one
+        advantages=values["advantages"],
+        entropy=stats.entropy,
+        log_z=stats.log_z,
+        kept=stats.kept,
+        old_log_z=values.get("old_log_z"),
+        old_kept=values.get("old_kept"),
+        selection=values.get("selected"),
+        proxy_log_probs=values.get("proxy_log_probs"),
+        proxy_kl=stats.proxy_kl,
+        reference_log_probs=values.get("reference_log_probs"),
+        rollout_log_probs=values.get("rollout_log_probs"),
+        sequence_ids=part.sequence_ids,
+        denominator=denominator,
+    )
 
 
 def _columns(stats: lpreg.TokenStats) -> dict[str, np.ndarray]:

@@ -69,6 +69,15 @@ def test_a_reference_model_goes_with_the_method() -> None:
     assert loss.loss.name == "gspo" and loss.denominator_counts == "sequences"
 
 
+def test_a_correction_goes_around_it_all() -> None:
+    correction = {"weights": "masked", "low": 0.25, "high": 3.0, "reject_sequences": True}
+    section = {"name": "gspo", "reference_kl": {"coefficient": 0.25}, "correction": correction}
+    loss: Any = LossChoice.of(AlgorithmSettings.model_validate(section)).make()
+    assert {name: getattr(loss.settings, name) for name in correction} == correction
+    assert loss.settings.sequence_low == 0.99
+    assert (loss.loss.name, loss.loss.loss.name) == ("reference_kl", "gspo")
+
+
 def test_every_key_arrives() -> None:
     given = {
         "rho": 0.5,

@@ -1,0 +1,106 @@
+"""Any method, corrected for the gap between the engine that sampled and the policy that is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lpreg.correction import accepted_sequences, masked_weights, truncated_weights
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_choice, check_range
+from lpreg.losses.wrapped import WrappedLoss
+
+Weights = Literal["none", "truncated", "masked"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorrectionSettings:
+    """With w = p_actor / p_rollout of a token, both of the policy that generated the batch."""
+
+    weights: Weights = "none"
+    """What advantages are multiplied by: nothing, min(w, high) (`truncated_weights`), or w where it lies in [low, high]
+    and else 0 (`masked_weights`)."""
+    low: float = 0.5
+    high: float = 2.0
+    reject_sequences: bool = False
+    """Leave out responses whose geometric mean of w lies outside [sequence_low, sequence_high]
+    (`accepted_sequences`)."""
+    sequence_low: float = 0.99
+    sequence_high: float = 1.01
+
+    def __post_init__(self) -> None:
+        check_choice("weights", self.weights, ("none", "truncated", "masked"))
+        check_range("low", self.low, 0.0, math.inf)
+        check_range("high", self.high, self.low if self.weights == "masked" else 0.0, math.inf, open_low=True)
+        check_range("sequence_low", self.sequence_low, 0.0, math.inf)
+        if self.reject_sequences:
+            check_range("sequence_high", self.sequence_high, self.sequence_low, math.inf, open_low=True)
+
+
+class WithCorrection(WrappedLoss):
+    """The method's loss with corrected advantages and without rejected responses, see `lpreg.correction`.
+
+    Needs LossInputs.rollout_log_probs. A token of weight 0, or rejected, still counts in the mean: only what is added
+    up changes.
+    """
+
+    name = "correction"
+    Settings = CorrectionSettings
+    settings: CorrectionSettings
+
+    @property
+    def token_separable(self) -> bool:
+        return self.loss.token_separable and not self.settings.reject_sequences
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        settings, metrics = self.settings, {}
+        rollout = self.need(inputs.rollout_log_probs, "rollout_log_probs")
+        actor = (inputs.log_probs if inputs.old_log_probs is None else inputs.old_log_probs).detach()
+        counted = inputs.counted
+        if settings.weights != "none":
+            if settings.weights == "truncated":
+                weights = truncated_weights(actor, rollout, high=settings.high)
+            else:
+                weights = masked_weights(actor, rollout, low=settings.low, high=settings.high)
+            metrics["correction_weight"] = Mean.of(weights, counted)
+            metrics["correction_bounded_fraction"] = Mean.of(weights != (actor - rollout).exp(), counted)
+            inputs = replace(inputs, advantages=inputs.advantages * weights)
+        if settings.reject_sequences:
+            accepted = accepted_sequences(
+                actor,
+                rollout,
+                self.need(inputs.sequence_ids, "sequence_ids"),
+                low=settings.sequence_low,
+                high=settings.sequence_high,
+                mask=counted,
+            )
+            metrics["correction_rejected_fraction"] = Mean.of(~accepted, counted)
+            inputs = replace(inputs, mask=counted & accepted)
+        output = self.loss(inputs)
+        return LossOutput(output.loss, output.metrics | metrics)
+
+
+def with_correction(
+    loss: PolicyLoss,
+    *,
+    weights: Weights = "none",
+    low: float = 0.5,
+    high: float = 2.0,
+    reject_sequences: bool = False,
+    sequence_low: float = 0.99,
+    sequence_high: float = 1.01,
+) -> PolicyLoss:
+    """The method `loss`, corrected for the gap between engine and actor, see `CorrectionSettings`.
+
+    Raises:
+        ValueError: bounds out of order, an unknown kind of weights.
+    """
+    settings = CorrectionSettings(
+        weights=weights,
+        low=low,
+        high=high,
+        reject_sequences=reject_sequences,
+        sequence_low=sequence_low,
+        sequence_high=sequence_high,
+    )
+    return WithCorrection(loss, settings)
