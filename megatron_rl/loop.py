@@ -30,17 +30,18 @@ from megatron_rl.training.update import update
 def train(config: Config) -> None:
     """Train to the last step, or to a clean stop with a checkpoint when interrupted."""
     with open_run(config) as run, stop_on_interrupt() as stop:
-        if run.saved_step is None:  # a resumed run has its first evaluation already
+        if not run.resumed:
             run.log(evaluate(run))
-        while run.step < config.train.steps and not stop.requested:
+        stopping = stop.requested
+        while run.step < config.train.steps and not stopping:
             metrics = rl_step(run, run.step + 1)
             run.step += 1
             if run.due(config.evaluation.every):
                 metrics |= evaluate(run)
+            stopping = stop.requested or run.step == config.train.steps
+            if stopping or run.due(config.train.save_every):
+                run.save(metrics, background=not stopping)
             run.log(metrics)
-            if run.due(config.train.save_every):
-                run.save()
-        run.save()
         finish(run)
     print_summary(Console(), config.run.folder)
 

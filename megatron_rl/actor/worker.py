@@ -33,8 +33,9 @@ from megatron_rl.actor.step import run_schedule
 from megatron_rl.batching.buckets import share_out
 from megatron_rl.batching.rows import Rows
 from megatron_rl.batching.stored_proxy import StoredProxy
-from megatron_rl.checkpoint import state as checkpoint_state
 from megatron_rl.checkpoint.hf_format import open_weights, read_config
+from megatron_rl.checkpoint.manifest import RankPart
+from megatron_rl.checkpoint.state import HeldState, RankState, export_stage
 from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
 from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport
 from megatron_rl.weight_sync.transport import WeightUpdate
@@ -53,6 +54,7 @@ class MegatronWorker:
         self.layout = layout
         self.rank = rank
         self.snapshots: dict[Snapshot, dict[str, Tensor]] = {}
+        self.held: HeldState | None = None
         self.loss: lpreg.PolicyLoss | None = None
 
     def free_port(self, host: str) -> int:
@@ -184,34 +186,33 @@ class MegatronWorker:
         transport.connect()
         return transport.push(tensors, version, checksums=checksums)
 
-    def save(self, folder: Path) -> dict[str, str] | None:
-        """This stage's weights, moments and lagged snapshot. Returns file name -> SHA-256."""
-        return checkpoint_state.save_stage(
-            folder,
-            self.model,
-            self.hf_config,
-            self.optimizer,
-            self.snapshots.get("lagged", {}),
-            process_groups.pp_rank(),
-            self._publishes,
-        )
+    def write_state(self, folder: Path) -> RankPart:
+        """This rank's share of a checkpoint, written a file at a time."""
+        return self._state().write(folder)
 
-    def state_bytes(self) -> int:
-        """What this rank's parameters, moments and lagged snapshot take in a checkpoint (fp32); replicas write
-        nothing."""
-        copies = 4 if "lagged" in self.snapshots else 3
-        weights = sum(param.numel() * 4 for param in self.model.parameters())
-        return copies * weights if process_groups.dp_rank() == 0 else 0
+    def hold_state(self) -> None:
+        """Copy to CPU memory what `write_state` would write."""
+        self.held = self._state().held()
+
+    def write_held(self, folder: Path) -> RankPart:
+        """Write what `hold_state` copied. Touches nothing else, so it may run beside any other method."""
+        held, self.held = self.held, None
+        if held is None:
+            raise RuntimeError("there is nothing to write: call hold_state() first")
+        return held.write(folder)
+
+    def state_bytes(self) -> float:
+        """This rank's share of what a checkpoint takes."""
+        return self._state().bytes
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save`, under any layout."""
-        lagged = checkpoint_state.load_stage(folder, self.model, self.hf_config, self.optimizer)
-        if lagged:
+        """The inverse of `write_state`, under any layout; random states come back where there are as many ranks."""
+        if lagged := self._state().load(folder):
             self.snapshots["lagged"] = lagged
 
     def export_hf(self, folder: Path) -> dict[str, Any] | None:
         """This stage's shard of a Hugging Face export; the driver writes the index."""
-        return checkpoint_state.export_stage(
+        return export_stage(
             folder, self.model, self.hf_config, process_groups.pp_rank(), self.layout.pipeline, self._publishes
         )
 
@@ -227,6 +228,11 @@ class MegatronWorker:
     @property
     def _publishes(self) -> bool:
         return process_groups.tp_rank() == 0 and process_groups.dp_rank() == 0
+
+    def _state(self) -> RankState:
+        return RankState(
+            self.model, self.hf_config, self.optimizer, self.snapshots.get("lagged", {}), self.layout, self.rank
+        )
 
     def _share(self, batch: Rows) -> list[MicroBatch]:
         """This replica's micro-batches."""

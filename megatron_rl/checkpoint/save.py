@@ -1,70 +1,174 @@
-"""Checkpoints as folders that exist whole or not at all.
+"""Writes checkpoints: whole or not at all, beside training if wanted.
 
-Ranks write into `step_000050.partial`; the driver adds the manifest and renames.
+Ranks write into `step_000050.<random>.partial`; the driver adds the manifest and renames.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Protocol, Self
 
+from megatron_rl.checkpoint import rng
+from megatron_rl.checkpoint.keep import Keep, link, prune
+from megatron_rl.checkpoint.manifest import (
+    FORMAT,
+    PARTIAL,
+    RNG,
+    DriverState,
+    Manifest,
+    Origin,
+    RandomState,
+    RandomStates,
+    RankPart,
+    checkpoints,
+    step_of,
+    write_manifest,
+    write_rng,
+)
 from megatron_rl.errors import UserError
 
-MANIFEST = "manifest.json"
+
+class Ranks(Protocol):
+    """The actor's ranks, as one."""
+
+    def state_bytes(self) -> int:
+        """What a checkpoint of them will take."""
+
+    def write_state(self, folder: Path) -> list[RankPart]:
+        """Write it now, a file at a time."""
+
+    def hold_state(self) -> None:
+        """Copy it to CPU memory."""
+
+    def write_held(self, folder: Path) -> list[RankPart]:
+        """Write what is held, while the ranks do other things."""
 
 
-@dataclass(frozen=True, slots=True)
-class DriverState:
-    """What the driver itself must remember."""
+class Saver:
+    """The checkpoints of a run. One is under way at a time; `with` waits for the last one, unless interrupted."""
 
-    step: int
-    weight_version: int
-    cursor: dict[str, Any]
+    def __init__(self, folder: Path, ranks: Ranks, origin: Origin, keep: Keep, announce: Callable[[str], None]) -> None:
+        self._folder, self._ranks, self._origin, self._keep, self._announce = folder, ranks, origin, keep, announce
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[float] | None = None
+        self._seconds: float | None = None
+        for left in folder.glob(f"step_*{PARTIAL}"):  # by a run that was killed
+            shutil.rmtree(left)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=not isinstance(error, KeyboardInterrupt))
+        if error is None:
+            self.wait()
+        elif self._pending is not None and self._pending.done() and (second := self._pending.exception()):
+            self._announce(f"error: {second}")  # `error` is the one that ends the run
+
+    def save(self, state: DriverState, metrics: dict[str, float], *, background: bool) -> None:
+        """A checkpoint of the step that ended with `metrics`, after waiting for the last one.
+
+        In the background only copying the state to CPU memory takes the caller's time; `poll` tells how it went.
+        On a full disk: nothing half-written, older checkpoints untouched, a UserError.
+        """
+        self.wait()
+        needed = self._ranks.state_bytes()
+        target = self._folder / f"step_{state.step:06d}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise UserError(_full_disk(target, f"{_mib(needed)} needed, {_mib(free)} free"))
+        manifest = Manifest(FORMAT, state, dict(metrics), self._origin, optimizer_steps=0, files={})
+        publish = partial(self._publish, target, manifest, rng.capture(), needed)
+        if background:
+            self._ranks.hold_state()
+            self._pending = self._thread.submit(publish, self._ranks.write_held)
+        else:
+            publish(self._ranks.write_state)
+
+    def poll(self) -> dict[str, float]:
+        """Metrics of a background save that has ended since the last call. Raises UserError when it failed."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        seconds, self._seconds = self._seconds, None
+        return {} if seconds is None else {"perf/checkpoint_background_seconds": seconds}
+
+    def wait(self) -> None:
+        """For the save under way. Raises UserError when it failed."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._seconds = pending.result()
+
+    def _publish(
+        self,
+        target: Path,
+        manifest: Manifest,
+        driver: RandomState,
+        needed: int,
+        write_ranks: Callable[[Path], list[RankPart]],
+    ) -> float:
+        """Seconds it took."""
+        start = time.perf_counter()
+        fresh, replaced = _unique(target), _unique(target)
+        try:
+            fresh.mkdir()
+            _complete(fresh, manifest, driver, write_ranks(fresh))
+            _sync(fresh)
+            if target.exists():  # the same step again, after a resume from an older one
+                target.rename(replaced)
+            fresh.rename(target)
+            _sync(self._folder)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UserError(_full_disk(target, f"{_mib(needed)} needed; {error.strerror}")) from error
+            raise UserError(f"cannot write the checkpoint {target}: {error.strerror or error}") from error
+        finally:
+            for left in (fresh, replaced):
+                shutil.rmtree(left, ignore_errors=True)
+        for path in checkpoints(self._folder):  # of a course that a resume from an older one has left
+            if step_of(path) > step_of(target):
+                shutil.rmtree(path)
+        link(self._folder, self._keep, self._announce)
+        prune(self._folder, self._keep)
+        self._announce(f"checkpoint: {target}")
+        return time.perf_counter() - start
 
 
-def save_checkpoint(
-    folder: Path, state: DriverState, save_ranks: Callable[[Path], dict[str, str]], bytes_needed: int
-) -> Path:
-    """Write `folder/step_NNNNNN`. On a full disk: nothing half-written, older checkpoints untouched, a UserError.
+def _complete(folder: Path, manifest: Manifest, driver: RandomState, parts: list[RankPart]) -> None:
+    """Add what belongs to no rank to what the ranks wrote."""
+    files = {name: entry for part in parts for name, entry in part.files.items()}
+    files[RNG] = write_rng(folder, RandomStates(driver, [part.rng for part in parts]))
+    write_manifest(folder, replace(manifest, optimizer_steps=parts[0].optimizer_steps, files=files))
 
-    Checkpoints of later steps belong to a course that a resume from an older one has left: they are removed.
-    """
-    target = folder / f"step_{state.step:06d}"
-    partial = target.with_suffix(".partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < bytes_needed:
-        raise UserError(_full_disk(target, f"{bytes_needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free"))
-    shutil.rmtree(partial, ignore_errors=True)
+
+def _unique(target: Path) -> Path:
+    """A name that nothing else writes to, a process that a killed run left behind included."""
+    return target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def _sync(path: Path) -> None:
+    """Have a file or a folder's names on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        partial.mkdir()
-        hashes = save_ranks(partial)
-        manifest = {"format": 1, "state": asdict(state), "sha256": hashes}
-        with (partial / MANIFEST).open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)  # the same step again, after a resume from an older one
-        partial.rename(target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(_full_disk(target, error.strerror or "no space left")) from error
-        raise UserError(f"cannot write the checkpoint {target}: {error.strerror}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for path in checkpoints(folder):
-        if _step(path) > state.step:
-            shutil.rmtree(path)
-    return target
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _full_disk(target: Path, what: str) -> str:
@@ -72,42 +176,3 @@ def _full_disk(target: Path, what: str) -> str:
         f"no room for the checkpoint {target} ({what}). Nothing was half-written and earlier checkpoints are intact: "
         f"free some space, then go on with resume=auto"
     )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    named = (path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal())
-    return sorted((path for path in named if (path / MANIFEST).is_file()), key=_step)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
-def keep_last(folder: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints."""
-    for path in checkpoints(folder)[:-count]:
-        shutil.rmtree(path)
-
-
-def read_checkpoint(folder: Path) -> DriverState:
-    """The driver's state, after checking that every file is there and whole."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        state = DriverState(**manifest["state"])
-        hashes = dict(manifest["sha256"])
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / MANIFEST} is damaged ({error}): choose an older checkpoint with resume=PATH"
-        ) from error
-    for name, expected in hashes.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"checkpoint file {path} is missing: choose an older checkpoint with resume=PATH")
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        if actual != expected:
-            raise UserError(f"checkpoint file {path} is damaged (wrong SHA-256): choose an older one with resume=PATH")
-    return state

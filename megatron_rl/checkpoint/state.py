@@ -1,118 +1,176 @@
-"""A stage's training state as safetensors files with Hugging Face names, so that any layout can load it.
+"""A rank's part of a checkpoint: tensors under Hugging Face names, so that any layout can load them.
 
-Each file holds one kind of tensor for one pipeline stage: `weights`, Adam's `exp_avg` and `exp_avg_sq`, and the
-`lagged` snapshot where there is one. All kinds have the shapes of the weights, so one weight map serves them all.
+Every kind of tensor (`weights`, Adam's `exp_avg` and `exp_avg_sq`, the `lagged` snapshot where there is one) has the
+shapes of the weights, so one weight map serves them all. Tensors are gathered one at a time; the ranks of a pipeline
+stage share out who writes which.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
 
+from megatron_rl.actor import process_groups
+from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.optimizer import Optimizer
 from megatron_rl.actor.optimizer_state import KINDS, read_state, write_state
+from megatron_rl.checkpoint import rng, shards
+from megatron_rl.checkpoint.manifest import RandomState, RankPart, ShardFile, read_manifest, read_rng
+from megatron_rl.checkpoint.shards import ShardTensors
 from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values
-from megatron_rl.errors import UserError
-
-HfConfig = Mapping[str, Any]
-STEPS = "adam_steps"
+from megatron_rl.observability import heartbeat
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
-    """Write through Python, so that a full disk is an OSError with a name. Returns the file's SHA-256."""
-    data = save(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"format": "pt", **(metadata or {})}
-    )
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-    return hashlib.sha256(data).hexdigest()
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file yet to be written, its tensors in CPU memory."""
+
+    name: str
+    kind: str
+    tensors: dict[str, Tensor]
+
+    def write(self, folder: Path) -> tuple[str, ShardFile]:
+        return self.name, shards.write_shard(folder / self.name, self.kind, self.tensors)
 
 
-def save_stage(
-    folder: Path,
-    model: nn.Module,
-    hf_config: HfConfig,
-    optimizer: Optimizer,
-    snapshot: dict[str, Tensor],
-    stage: int,
-    publishes: bool,
-) -> dict[str, str] | None:
-    """Collective over tensor- and data-parallel ranks; the publishing rank writes. Returns file name -> SHA-256."""
-    state, steps = read_state(optimizer, model)
-    kinds = dict(state)
-    if snapshot:
-        kinds["lagged"] = snapshot
-    hashes: dict[str, str] = {}
-    for kind, values in kinds.items():
-        tensors = dict(_kept(export_hf_weights(model, hf_config, values), publishes))
-        if publishes:
-            name = f"{kind}-stage-{stage}.safetensors"
-            hashes[name] = write_tensors(folder / name, tensors, {STEPS: str(steps)})
-    return hashes if publishes else None
+@dataclass(frozen=True, slots=True)
+class HeldState:
+    """A copy, to be written when nobody waits for it."""
+
+    shards: list[Shard]
+    rng: RandomState
+    optimizer_steps: int
+
+    def write(self, folder: Path) -> RankPart:
+        return RankPart(dict(shard.write(folder) for shard in self.shards), self.rng, self.optimizer_steps)
 
 
-def _kept(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> Iterable[tuple[str, Tensor]]:
-    for name, tensor in tensors:  # the gathers are collective: every rank must draw them all
-        if keep:
-            yield name, tensor
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """All that a rank must have back to go on as if nothing had been. Methods are collective, but for `bytes`."""
+
+    model: GPTModel
+    hf_config: Mapping[str, Any]
+    optimizer: Optimizer
+    snapshot: Mapping[str, Tensor]
+    """The lagged weights by parameter name, in CPU memory; empty where there are none."""
+    layout: Layout
+    rank: int
+
+    @property
+    def bytes(self) -> float:
+        """This rank's share of a checkpoint, were every parameter shared out evenly between those who have it."""
+        total = 0.0
+        for name, parameter in self.model.named_parameters():
+            lagged = self.snapshot[name].element_size() if self.snapshot else 0
+            total += parameter.numel() * (len(KINDS) * 4 + lagged) / process_groups.replicas_of(parameter).size()
+        return total
+
+    def write(self, folder: Path) -> RankPart:
+        """Holds no more than one file in memory."""
+        kinds, steps = self._kinds()
+        files: dict[str, ShardFile] = {}
+        failure = None
+        for shard in self._shards(kinds):
+            heartbeat.say(f"writing {shard.name}")
+            try:
+                if failure is None:
+                    files.update([shard.write(folder)])
+            except OSError as error:  # the other ranks need this one for their gathers
+                failure = error
+        if failure is not None:
+            raise failure
+        return RankPart(files, self._rng(), steps)
+
+    def held(self) -> HeldState:
+        kinds, steps = self._kinds()
+        return HeldState(list(self._shards(kinds)), self._rng(), steps)
+
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        """Weights and optimizer state exactly, whatever layout wrote them; random states where it is the same one.
+
+        Returns the lagged snapshot, empty if none was saved. Raises UserError when the tensors are not the model's.
+        """
+        manifest = read_manifest(folder)
+        state = {kind: self._read(folder, manifest.files, kind) for kind in KINDS}
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(state["weights"][name])
+        write_state(self.optimizer, self.model, state, manifest.optimizer_steps)
+        if manifest.origin.layout == asdict(self.layout):
+            tracked = rng.restore(read_rng(folder).ranks[self.rank])
+            if tracked:
+                get_cuda_rng_tracker().set_states(tracked)
+        return self._read(folder, manifest.files, "lagged")
+
+    def _read(self, folder: Path, files: Mapping[str, ShardFile], kind: str) -> dict[str, Tensor]:
+        tensors = ShardTensors(folder, files, kind)
+        return import_values(self.model, self.hf_config, tensors) if tensors else {}
+
+    def _rng(self) -> RandomState:
+        return rng.capture(get_cuda_rng_tracker().get_states())
+
+    def _shards(self, kinds: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Shard]:
+        """This rank's files. All ranks of a stage must draw all of theirs."""
+        count = self.layout.world_size // self.layout.pipeline
+        loads, mine = [0] * count, self.rank % count
+        for kind, values in kinds.items():
+            part, held, size = 0, dict[str, Tensor](), 0
+            for name, tensor in export_hf_weights(self.model, self.hf_config, values):
+                writer = loads.index(min(loads))
+                loads[writer] += tensor.nbytes
+                if writer != mine:
+                    continue
+                if held and size + tensor.nbytes > shards.FILE_BYTES:
+                    yield Shard(self._file(kind, part), kind, held)
+                    part, held, size = part + 1, {}, 0
+                held[name] = tensor.to("cpu", copy=True)
+                size += tensor.nbytes
+            if held:
+                yield Shard(self._file(kind, part), kind, held)
+
+    def _kinds(self) -> tuple[dict[str, Mapping[str, Tensor]], int]:
+        """Kind -> parameter name -> tensor, made when asked for; and the optimizer's steps."""
+        state, steps = read_state(self.optimizer, self.model)
+        kinds = dict(state)
+        if self.snapshot:
+            kinds["lagged"] = _OnDevice(self.snapshot, next(self.model.parameters()).device)
+        return kinds, steps
+
+    def _file(self, kind: str, part: int) -> str:
+        return f"{kind}-rank-{self.rank}-part-{part}.safetensors"
 
 
-def load_stage(folder: Path, model: nn.Module, hf_config: HfConfig, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights and moments into model and optimizer, exactly; returns the lagged snapshot, empty if none was saved."""
-    shards = {kind: _Shards(folder, kind) for kind in (*KINDS, "lagged")}
-    state = {kind: import_values(model, hf_config, shards[kind]) for kind in KINDS}
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            param.copy_(state["weights"][name])
-    write_state(optimizer, model, state, int(shards["weights"].metadata[STEPS]))
-    return import_values(model, hf_config, shards["lagged"]) if shards["lagged"] else {}
+class _OnDevice(Mapping[str, Tensor]):
+    """Tensors kept on the CPU, brought to the device one at a time: nccl gathers nowhere else."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self._tensors, self._device = tensors, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def export_stage(
-    folder: Path, model: nn.Module, hf_config: HfConfig, stage: int, stages: int, publishes: bool
+    folder: Path, model: GPTModel, hf_config: Mapping[str, Any], stage: int, stages: int, publishes: bool
 ) -> dict[str, Any] | None:
     """This stage's shard of a Hugging Face folder: its file name, tensor names and bytes."""
-    tensors = dict(_kept(export_hf_weights(model, hf_config), publishes))
+    tensors = {name: tensor.cpu() for name, tensor in export_hf_weights(model, hf_config) if publishes}
     if not publishes:
         return None
     name = "model.safetensors" if stages == 1 else f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
-    write_tensors(folder / name, tensors)
+    shards.write_shard(folder / name, "weights", tensors)
     return {"file": name, "tensors": list(tensors), "bytes": sum(t.nbytes for t in tensors.values())}
-
-
-class _Shards(Mapping[str, Tensor]):
-    """Tensor name -> tensor, read when asked for, over the files of one kind."""
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.metadata: dict[str, str] = {}
-        self.files: dict[str, Any] = {}
-        for path in sorted(folder.glob(f"{kind}-stage-*.safetensors"), key=_stage_number):
-            try:
-                file = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} is damaged ({error}): choose an older checkpoint with resume=PATH") from error
-            self.metadata.update(file.metadata() or {})
-            self.files.update(dict.fromkeys(file.keys(), file))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.files[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-def _stage_number(path: Path) -> int:
-    match = re.search(r"-stage-(\d+)", path.name)
-    return int(match.group(1)) if match else 0

@@ -14,11 +14,16 @@ from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.results import Snapshot, Sums, Table, TrainResult, Weights, add_up
 from megatron_rl.batching.rows import Rows
 from megatron_rl.batching.stored_proxy import StoredProxy
+from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.cluster.runtime import Nodes, host_process, results
 from megatron_rl.weight_sync.transport import WeightUpdate
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings, OptimizerSettings
+
+
+SETTLE_SECONDS = 60
+"""How long the other ranks get to end what they do when one has failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +121,21 @@ class Actors:
     def push_weights(self, folder: Path, version: int, *, checksums: bool) -> WeightUpdate:
         return WeightUpdate.merge(u for u in self._all("push_weights", folder, version, checksums) if u is not None)
 
-    def save(self, folder: Path) -> dict[str, str]:
-        """File name -> SHA-256, of all stages."""
-        return {name: digest for part in self._all("save", folder) if part for name, digest in part.items()}
-
     def state_bytes(self) -> int:
-        """What `save` will write, over all stages."""
-        return sum(self._all("state_bytes"))
+        """What a checkpoint will take, about."""
+        return int(sum(self._all("state_bytes")))
+
+    def write_state(self, folder: Path) -> list[RankPart]:
+        """All ranks write their parts of a checkpoint."""
+        return _when_all_are_done(self._submit("write_state", folder))
+
+    def hold_state(self) -> None:
+        """All ranks copy to CPU memory what `write_state` would write."""
+        self._all("hold_state")
+
+    def write_held(self, folder: Path) -> list[RankPart]:
+        """All ranks write what they hold; calls made meanwhile do not wait for it."""
+        return _when_all_are_done([rank.call_beside.remote("write_held", folder) for rank in self.ranks])
 
     def load(self, folder: Path) -> None:
         self._all("load", folder)
@@ -135,6 +148,14 @@ class Actors:
             ray.wait([ref], timeout=5)
         for rank in self.ranks:
             ray.kill(rank)
+
+
+def _when_all_are_done(refs: list[ray.ObjectRef]) -> list[Any]:
+    """Results; after an error too, no rank is still writing."""
+    try:
+        return results(refs)
+    finally:
+        ray.wait(refs, num_returns=len(refs), timeout=SETTLE_SECONDS)
 
 
 def merge_tables(batch: Rows, tables: list[Table]) -> tuple[dict[str, np.ndarray], StoredProxy]:

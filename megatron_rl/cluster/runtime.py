@@ -23,6 +23,7 @@ from megatron_rl.observability import heartbeat
 from megatron_rl.observability.process_log import redirect_output
 
 OBJECT_STORE_BYTES = 256 * 2**20
+BACKGROUND = "background"
 NODES_TIMEOUT_SECONDS = 120
 """How long Ray may take to find the nodes: those of a job that has just begun may still be joining."""
 
@@ -122,6 +123,11 @@ class Hosted:
         finally:
             heartbeat.say("", call=heartbeat.IDLE)
 
+    @ray.method(concurrency_group=BACKGROUND)
+    def call_beside(self, method: str, *arguments: Any) -> Any:
+        """In a thread of its own, while other calls go on one after another."""
+        return getattr(self.object, method)(*arguments)
+
     def node_address(self) -> str:
         """Where processes on other nodes of this run reach this one."""
         return self.address
@@ -138,7 +144,7 @@ def _interface(address: str) -> str:
 def host_process(target: str, arguments: tuple[Any, ...], *, log_file: Path, nodes: Nodes, node: int, gpus: int) -> Any:
     """A process for one `package.module:Class`; one thread each on CPU, since several share a machine."""
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
-    actor = ray.remote(Hosted).options(
+    actor = ray.remote(concurrency_groups={BACKGROUND: 1})(Hosted).options(  # type: ignore[call-overload]
         num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": environment}, scheduling_strategy=nodes.strategy(node)
     )
     return actor.remote(target, arguments, log_file.resolve(), nodes.many)

@@ -111,6 +111,17 @@ class RolloutSettings(Section):
     """Token ids that end a response; unset: the end tokens of the generation config, or else of the tokenizer."""
 
 
+class KeepBestSettings(Section):
+    """Checkpoints to keep whatever else is removed: those of the steps with the best evaluation."""
+
+    metric: Text
+    """Such as eval/aime/avg@8; a step without it is not compared."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more or less is better."""
+    count: PositiveInt = 1
+    """How many."""
+
+
 class TrainSettings(Section):
     """Length of training, checkpoints, and what a step updates on."""
 
@@ -126,6 +137,10 @@ class TrainSettings(Section):
     """Steps between checkpoints; 0: one at the end only."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept; 0 keeps all."""
+    keep_best: KeepBestSettings | None = None
+    """The best ones are kept besides."""
+    async_save: bool = True
+    """Train on while a checkpoint is written from a copy in CPU memory; false: write it file by file and wait."""
     drop_zero_advantage: bool = True
     """Leave responses without an advantage out of the update where the loss has no gradient there; it is still
     normalised over all tokens."""

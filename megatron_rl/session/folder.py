@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_rl.checkpoint.save import MANIFEST, checkpoints
+from megatron_rl.checkpoint.manifest import MANIFEST, Manifest, checkpoints, read_checkpoint
 from megatron_rl.config import Config, expand
 from megatron_rl.errors import UserError
 
 CONFIG = "config.yaml"
 
 
-def checkpoint_to_resume(config: Config) -> Path | None:
-    """The checkpoint that `resume` names; None for a start from step 0. Raises UserError where runs would mix."""
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """Where a run goes on from."""
+
+    checkpoint: Path
+    manifest: Manifest
+    damaged: tuple[str, ...] = ()
+    """What is wrong with newer checkpoints, which were passed over."""
+
+
+def checkpoint_to_resume(config: Config) -> Resumption | None:
+    """The intact checkpoint that `resume` names; None for a start from step 0.
+
+    Raises UserError where runs would mix, and where there are checkpoints but none that is intact.
+    """
     folder, resume = config.run.folder, config.resume
     holds_run = (folder / CONFIG).is_file()
     if folder.exists() and not holds_run and (not folder.is_dir() or any(folder.iterdir())):
@@ -23,20 +37,30 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     if resume == "auto":
         return _newest(folder)
     if isinstance(resume, Path):
-        checkpoint = resume if (resume / MANIFEST).is_file() else _newest(resume)
-        if checkpoint is None:
-            raise UserError(f"resume: {resume} is neither a checkpoint nor the folder of a run that has one")
-        if holds_run and not checkpoint.resolve().is_relative_to(folder.resolve()):
+        if holds_run and not resume.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{folder} already holds another run than {resume}: choose another with run.name=NAME")
-        return checkpoint
+        if (resume / MANIFEST).is_file():
+            return Resumption(resume, read_checkpoint(resume))
+        found = _newest(resume)
+        if found is None:
+            raise UserError(f"resume: {resume} is neither a checkpoint nor the folder of a run that has one")
+        return found
     if holds_run:
         raise UserError(f"{folder} already holds a run. Go on with it: resume=auto; or start another: run.name=NAME")
     return None
 
 
-def _newest(run_folder: Path) -> Path | None:
-    found = checkpoints(run_folder / "checkpoints")
-    return found[-1] if found else None
+def _newest(run_folder: Path) -> Resumption | None:
+    """The newest intact checkpoint."""
+    damaged: list[str] = []
+    for path in reversed(checkpoints(run_folder / "checkpoints")):
+        try:
+            return Resumption(path, read_checkpoint(path), tuple(damaged))
+        except UserError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise UserError("\n".join(["none of the run's checkpoints can be used:", *damaged]))
+    return None
 
 
 def create(config: Config) -> list[str]:

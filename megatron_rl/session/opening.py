@@ -10,7 +10,8 @@ import torch
 
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.checkpoint.hf_format import open_weights
-from megatron_rl.checkpoint.save import read_checkpoint
+from megatron_rl.checkpoint.keep import Keep
+from megatron_rl.checkpoint.save import Saver
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engines import Engines
 from megatron_rl.cluster.runtime import Nodes, ray_runtime
@@ -30,6 +31,7 @@ from megatron_rl.reward.grader import check_reward, open_grader
 from megatron_rl.session import folder as run_folder
 from megatron_rl.session.layout_check import check_layout, layout_of, placement_of
 from megatron_rl.session.prepare import prepare
+from megatron_rl.session.resume import check_resumption, origin_of, resume
 from megatron_rl.session.run import Inputs, Run
 from megatron_rl.session.warm_start import warm_start
 from megatron_rl.weight_sync.shared_memory import shared_folder
@@ -73,8 +75,8 @@ def with_device(config: Config) -> Config:
 def open_run(config: Config) -> Iterator[Run]:
     """A run ready for its next step. All processes end with the block, however it ends."""
     config = with_device(config)
-    checkpoint = run_folder.checkpoint_to_resume(config)
-    state = read_checkpoint(checkpoint) if checkpoint else None
+    resumption = run_folder.checkpoint_to_resume(config)
+    state = resumption.manifest.state if resumption else None
     choice = LossChoice.of(config.algorithm)
     loss = choice.make()
     placement = placement_of(config)
@@ -82,6 +84,8 @@ def open_run(config: Config) -> Iterator[Run]:
         view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
         prepare(config, view)
         inputs = load_inputs(config)
+        if resumption:
+            check_resumption(config, resumption)
         cursor = Cursor(len(inputs.train.prompts), config.seed, config.data.shuffle)
         if state:
             cursor.load_state(state.cursor)
@@ -114,15 +118,14 @@ def open_run(config: Config) -> Iterator[Run]:
             actors=actors,
             engines=engines,
             weights_folder=weights_folder,
+            saver=stack.enter_context(_saver(config, actors, view)),
             view=view,
             metrics=metrics,
             diagnosis=Diagnosis(config.run.folder, config.observability.diagnosis, read_metrics(config.run.folder)),
             phase=Phases(view.phase),
         )
-        if checkpoint and state:
-            actors.load(checkpoint)
-            run.step, run.weight_version, run.saved_step = state.step, state.weight_version, state.step
-            view.message(f"resumed from {checkpoint}")
+        if resumption:
+            resume(run, resumption)
         run.sync_weights()
         yield run
 
@@ -154,6 +157,11 @@ def _start(
     engines = Engines(config.rollout, config.actor, model_folder, logs, nodes)
     stack.callback(engines.close)
     return actors, engines
+
+
+def _saver(config: Config, actors: Actors, view: View) -> Saver:
+    keep = Keep(config.train.keep_checkpoints, config.train.keep_best)
+    return Saver(config.run.folder / "checkpoints", actors, origin_of(config), keep, view.message)
 
 
 def _describe(prompts: PromptSet) -> str:

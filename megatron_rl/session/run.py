@@ -13,7 +13,8 @@ import numpy as np
 import lpreg
 from megatron_rl.actor.schedule import learning_rate
 from megatron_rl.batching.rows import Array, Rows
-from megatron_rl.checkpoint.save import DriverState, keep_last, save_checkpoint
+from megatron_rl.checkpoint.manifest import DriverState
+from megatron_rl.checkpoint.save import Saver
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engines import Engines
 from megatron_rl.config import Config
@@ -61,17 +62,18 @@ class Run:
     actors: Actors
     engines: Engines
     weights_folder: Path
+    saver: Saver
     view: View
     metrics: MetricsLog
     diagnosis: Diagnosis
     phase: Phases
     step: int = 0
     """Steps done."""
+    resumed: bool = False
     weight_version: int = 0
     grading_metrics: dict[str, float] = field(default_factory=dict)
     synced_version: int | None = None
     """Of the weights that the engines have."""
-    saved_step: int | None = None
 
     @property
     def temperature(self) -> float:
@@ -159,8 +161,8 @@ class Run:
         self.synced_version = self.weight_version
 
     def log(self, metrics: dict[str, float]) -> None:
-        """A step's metrics, to file and screen."""
-        self.metrics.write(self.step, metrics | self.phase.flush())
+        """A step's metrics, to file and screen; then the error of a checkpoint that could not be written meanwhile."""
+        self.metrics.write(self.step, metrics | self.phase.flush() | self.saver.poll())
         if self.step:
             self.view.step(self.step, metrics)
         for finding in self.diagnosis.step(self.step, metrics):
@@ -192,14 +194,8 @@ class Run:
             self.actors.stop_profile(folder)
         self.view.message(f"profile: {folder}")
 
-    def save(self) -> None:
-        """A checkpoint of this step, unless it has one."""
-        if self.saved_step == self.step:
-            return
+    def save(self, metrics: dict[str, float], *, background: bool) -> None:
+        """A checkpoint of this step, whose metrics these are."""
         state = DriverState(self.step, self.weight_version, self.cursor.state())
         with self.phase("checkpoint"):
-            path = save_checkpoint(self.folder / "checkpoints", state, self.actors.save, self.actors.state_bytes())
-            if self.config.train.keep_checkpoints:
-                keep_last(self.folder / "checkpoints", self.config.train.keep_checkpoints)
-        self.saved_step = self.step
-        self.view.message(f"checkpoint: {path}")
+            self.saver.save(state, metrics, background=background and self.config.train.async_save)

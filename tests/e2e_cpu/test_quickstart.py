@@ -76,7 +76,8 @@ def test_the_run_folder_holds_what_was_promised(learned: Finished) -> None:
     for name in ("config.yaml", "metrics.jsonl", "report.html", "hf/config.json", "hf/tokenizer.json"):
         assert (folder / name).is_file(), name
     assert any((folder / "tensorboard").iterdir())
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000020", "step_000040"]
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert checkpoints == ["latest", "step_000020", "step_000040"]
     assert {path.name for path in (folder / "logs").iterdir()} >= {
         "actor-rank-0.log",
         "actor-rank-1.log",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from megatron_rl.batching.rows import Rows
 from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
 from megatron_rl.checkpoint.hf_format import INDEX, SINGLE, open_weights
-from megatron_rl.checkpoint.state import write_tensors
+from megatron_rl.checkpoint.shards import write_shard
 from tests.hf_models import hf_model
 
 
@@ -32,7 +32,7 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> 
     for i in range(count):
         own = {name: tensors[name] for name in names[i::count]}
         file = SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        write_tensors(folder / file, own)
+        write_shard(folder / file, "weights", own)
         shards.append({"file": file, "tensors": list(own), "bytes": sum(t.nbytes for t in own.values())})
     return shards
 

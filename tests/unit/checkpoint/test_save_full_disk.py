@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import subprocess
@@ -14,62 +13,51 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.checkpoint.save import DriverState, read_checkpoint, save_checkpoint
-from megatron_rl.checkpoint.state import write_tensors
+from megatron_rl.checkpoint import rng
+from megatron_rl.checkpoint.manifest import RankPart, read_checkpoint
+from megatron_rl.checkpoint.shards import write_shard
 from megatron_rl.errors import UserError
+from tests.unit.checkpoint.conftest import Saving, state
 
 Usage = namedtuple("Usage", "total used free")
 MIB = 2**20
 
 
-def state(step: int) -> DriverState:
-    return DriverState(step, step, {})
-
-
-def write_small(folder: Path) -> dict[str, str]:
-    (folder / "small").write_bytes(b"small")
-    return {"small": hashlib.sha256(b"small").hexdigest()}
-
-
 def assert_only_the_first_is_left(folder: Path) -> None:
-    assert [path.name for path in folder.iterdir()] == ["step_000001"]
-    assert read_checkpoint(folder / "step_000001") == state(1)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_000001"]
+    assert read_checkpoint(folder / "step_000001").state == state(1)
 
 
-def test_too_little_room_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(tmp_path, state(1), write_small, 100)
+def test_too_little_room_is_found_before_anything_is_written(saving: Saving, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving.save(1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10 * MIB, 9 * MIB, MIB))
+    saving.ranks.bytes = MIB * 3 // 2
+    saving.ranks.fail = AssertionError("the ranks were asked to save")
+    with pytest.raises(UserError, match=r"step_000002 \(1\.5 MiB needed, 1\.0 MiB free\).*resume=auto"):
+        saving.save(2)
+    assert_only_the_first_is_left(saving.folder)
+    saving.ranks.bytes, saving.ranks.fail = MIB, None  # just enough
+    saving.save(2)
 
-    def not_called(_: Path) -> dict[str, str]:
-        raise AssertionError("the ranks were asked to save")
 
-    with pytest.raises(UserError, match=rf"{tmp_path}/step_000002 \(1\.5 MiB needed, 1\.0 MiB free\).*resume=auto"):
-        save_checkpoint(tmp_path, state(2), not_called, MIB * 3 // 2)
-    assert_only_the_first_is_left(tmp_path)
-    save_checkpoint(tmp_path, state(2), write_small, MIB)  # just enough
-
-
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_disk_that_fills_up_while_a_rank_writes(tmp_path: Path, number: int) -> None:
-    save_checkpoint(tmp_path, state(1), write_small, 100)
-
-    def fill(folder: Path) -> dict[str, str]:
-        write_small(folder)
-        raise OSError(number, os.strerror(number), str(folder / "large"))
-
+def test_a_disk_that_fills_up_while_a_rank_writes(saving: Saving, number: int, background: bool) -> None:
+    saving.save(1)
+    saving.ranks.fail = OSError(number, os.strerror(number), "large")
+    saving.ranks.bytes = MIB
     for step in (1, 2):
-        with pytest.raises(UserError, match=rf"{tmp_path}/step_00000{step} \({os.strerror(number)}\)"):
-            save_checkpoint(tmp_path, state(step), fill, 100)
-        assert_only_the_first_is_left(tmp_path)
+        message = rf"step_00000{step} \(1\.0 MiB needed; {os.strerror(number)}\)"
+        with pytest.raises(UserError, match=message), saving.saver() as saver:
+            saver.save(state(step), {}, background=background)
+        assert_only_the_first_is_left(saving.folder)
 
 
-def test_another_error_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
-    def fail(_: Path) -> dict[str, str]:
-        raise OSError(errno.EIO, "Input/output error")
-
+def test_another_error_is_not_taken_for_a_full_disk(saving: Saving) -> None:
+    saving.ranks.fail = OSError(errno.EIO, "Input/output error")
     with pytest.raises(UserError, match=r"cannot write the checkpoint .*: Input/output error"):
-        save_checkpoint(tmp_path, state(1), fail, 100)
-    assert list(tmp_path.iterdir()) == []
+        saving.save(1)
+    assert list(saving.folder.iterdir()) == []
 
 
 def test_an_error_of_a_remote_rank_keeps_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +79,7 @@ def test_an_error_of_a_remote_rank_keeps_its_number(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """A real file system of 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -104,15 +92,21 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_really_full(tiny_disk: Path) -> None:
-    save_checkpoint(tiny_disk, state(1), write_small, 100)
-    tensors = {"w": torch.zeros(MIB // 2)}
+    saving = Saving(tiny_disk)
+    saving.save(1)
+    write_small = saving.ranks.write_state
 
-    def write_too_much(folder: Path) -> dict[str, str]:
-        return {"w.safetensors": write_tensors(folder / "w.safetensors", tensors)}
+    def write_too_much(folder: Path) -> list[RankPart]:
+        entry = write_shard(folder / "w.safetensors", "weights", {"w": torch.zeros(MIB // 2)})
+        return [RankPart({"w.safetensors": entry}, rng.capture(), 0)]
 
-    with pytest.raises(UserError, match=rf"{tiny_disk}/step_000002 \(2\.0 MiB needed, 1\.0 MiB free\)"):
-        save_checkpoint(tiny_disk, state(2), write_too_much, 2 * MIB)
-    with pytest.raises(UserError, match=rf"{tiny_disk}/step_000002 \(No space left on device\)"):
-        save_checkpoint(tiny_disk, state(2), write_too_much, 100)
+    saving.ranks.write_state = write_too_much  # type: ignore[method-assign]
+    saving.ranks.bytes = 2 * MIB
+    with pytest.raises(UserError, match=r"step_000002 \(2\.0 MiB needed, (0\.9|1\.0) MiB free\)"):
+        saving.save(2)
+    saving.ranks.bytes = 100
+    with pytest.raises(UserError, match=r"step_000002 \(0\.0 MiB needed; No space left on device\)"):
+        saving.save(2)
     assert_only_the_first_is_left(tiny_disk)
-    save_checkpoint(tiny_disk, state(2), write_small, 100)
+    saving.ranks.write_state = write_small  # type: ignore[method-assign]
+    saving.save(2)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_rl.actor import platform, process_groups
@@ -17,7 +17,22 @@ from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.model import build_model
 from megatron_rl.actor.optimizer import Optimizer
 from megatron_rl.actor.optimizer_state import read_state
-from megatron_rl.checkpoint.state import STEPS, export_stage, load_stage, save_stage, write_tensors
+from megatron_rl.checkpoint import shards
+from megatron_rl.checkpoint.manifest import (
+    FORMAT,
+    RNG,
+    DriverState,
+    Manifest,
+    Origin,
+    RandomStates,
+    RankPart,
+    ShardFile,
+    read_checkpoint,
+    write_manifest,
+    write_rng,
+)
+from megatron_rl.checkpoint.state import RankState, export_stage
+from megatron_rl.checkpoint.weight_map import export_hf_weights
 from megatron_rl.config.actor import OptimizerSettings
 from megatron_rl.errors import UserError
 from tests.hf_models import config_json
@@ -56,6 +71,9 @@ class Stage:
             parameter.main_grad.normal_(generator=self.random)
         self.optimizer.step(1e-2)
 
+    def rank_state(self, snapshot: dict[str, torch.Tensor] | None = None) -> RankState:
+        return RankState(self.model, CONFIG, self.optimizer, snapshot or {}, Layout(), rank=0)
+
     def everything(self) -> dict[str, torch.Tensor]:
         state, steps = read_state(self.optimizer, self.model)
         kinds = {"parameters": dict(self.model.named_parameters()), **state}
@@ -63,6 +81,19 @@ class Stage:
             f"{kind} {name}": value.detach().clone() for kind, named in kinds.items() for name, value in named.items()
         }
         return values | {"steps": torch.tensor(steps)}
+
+
+def save(folder: Path, stage: Stage, snapshot: dict[str, torch.Tensor] | None = None) -> Manifest:
+    return complete(folder, stage.rank_state(snapshot).write(folder))
+
+
+def complete(folder: Path, part: RankPart, layout: Layout | None = None) -> Manifest:
+    """Add what the driver would."""
+    origin = Origin({}, asdict(layout or Layout()), "float32", {})
+    files = part.files | {RNG: write_rng(folder, RandomStates({}, [part.rng]))}
+    manifest = Manifest(FORMAT, DriverState(1, 1, {}), {}, origin, part.optimizer_steps, files)
+    write_manifest(folder, manifest)
+    return read_checkpoint(folder)
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -76,17 +107,12 @@ def test_a_loaded_stage_goes_on_as_the_saved_one(tmp_path: Path, dtype: torch.dt
     for _ in range(3):
         saved.step()
     snapshot = {name: parameter.detach() + 1 for name, parameter in saved.model.named_parameters()}
-    hashes = save_stage(tmp_path, saved.model, CONFIG, saved.optimizer, snapshot, stage=0, publishes=True)
-    kinds = ("weights", "exp_avg", "exp_avg_sq", "lagged")
-    assert hashes == {
-        f"{kind}-stage-0.safetensors": hashlib.sha256(
-            (tmp_path / f"{kind}-stage-0.safetensors").read_bytes()
-        ).hexdigest()
-        for kind in kinds
-    }
-    assert {path.name for path in tmp_path.iterdir()} == set(hashes)
+    manifest = save(tmp_path, saved, snapshot)
+    assert {entry.kind for entry in manifest.files.values()} == {"weights", "exp_avg", "exp_avg_sq", "lagged", "rng"}
+    drawn = torch.rand(3)
 
-    lagged = load_stage(tmp_path, loaded.model, CONFIG, loaded.optimizer)
+    lagged = loaded.rank_state().load(tmp_path)
+    assert torch.equal(torch.rand(3), drawn)
     assert_same(saved.everything(), loaded.everything())
     assert_same(lagged, snapshot)
 
@@ -96,19 +122,73 @@ def test_a_loaded_stage_goes_on_as_the_saved_one(tmp_path: Path, dtype: torch.dt
     assert_same(saved.everything(), loaded.everything())
 
 
+def test_what_is_held_is_the_state_of_that_moment(tmp_path: Path) -> None:
+    stage, loaded = Stage(0, torch.float32), Stage(1, torch.float32)
+    stage.step()
+    before, held = stage.everything(), stage.rank_state().held()
+    stage.step()
+    complete(tmp_path, held.write(tmp_path))
+    loaded.rank_state().load(tmp_path)
+    assert_same(loaded.everything(), before)
+
+
 def test_a_stage_that_has_not_stepped_is_saved_too(tmp_path: Path) -> None:
     saved, loaded = Stage(0, torch.float32), Stage(1, torch.float32)
-    hashes = save_stage(tmp_path, saved.model, CONFIG, saved.optimizer, {}, stage=0, publishes=True)
-    assert hashes is not None and not any(name.startswith("lagged") for name in hashes)
-    assert load_stage(tmp_path, loaded.model, CONFIG, loaded.optimizer) == {}
+    manifest = save(tmp_path, saved)
+    assert not any(entry.kind == "lagged" for entry in manifest.files.values())
+    assert loaded.rank_state().load(tmp_path) == {}
     assert_same(saved.everything(), loaded.everything())
 
 
-def test_only_the_publishing_rank_writes(tmp_path: Path) -> None:
+def test_random_states_of_another_layout_stay_out(tmp_path: Path) -> None:
+    complete(tmp_path, Stage(0, torch.float32).rank_state().write(tmp_path), Layout(tensor=2))
+    stage = Stage(1, torch.float32)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    stage.rank_state().load(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_files_are_cut_and_no_rank_holds_more_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "FILE_BYTES", 4096)
+    written: list[Path] = []
+    real = shards.write_shard
+
+    def record(path: Path, kind: str, tensors: dict[str, torch.Tensor]) -> ShardFile:
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 4096 or len(tensors) == 1
+        assert all(path.is_file() for path in written)  # written before the next was gathered
+        written.append(path)
+        return real(path, kind, tensors)
+
+    monkeypatch.setattr(shards, "write_shard", record)
+    saved, loaded = Stage(0, torch.float32), Stage(1, torch.float32)
+    saved.step()
+    save(tmp_path, saved)
+    assert len(written) > 10
+    loaded.rank_state().load(tmp_path)
+    assert_same(saved.everything(), loaded.everything())
+
+
+def test_after_a_full_disk_a_rank_still_takes_part_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gathers are collective."""
+    drawn: list[str] = []
+
+    def export(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in export_hf_weights(*arguments):
+            drawn.append(name)
+            yield name, tensor
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "FILE_BYTES", 4096)
+    monkeypatch.setattr("megatron_rl.checkpoint.state.export_hf_weights", export)
+    monkeypatch.setattr(shards, "write_shard", fail)
     stage = Stage(0, torch.float32)
-    assert save_stage(tmp_path, stage.model, CONFIG, stage.optimizer, {}, stage=0, publishes=False) is None
-    assert export_stage(tmp_path, stage.model, CONFIG, 0, 1, publishes=False) is None
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="No space"):
+        stage.rank_state().write(tmp_path)
+    assert len(drawn) == 3 * len(list(export_hf_weights(stage.model, CONFIG)))
 
 
 @pytest.mark.parametrize(
@@ -122,20 +202,15 @@ def test_an_exported_shard_says_what_is_in_it(tmp_path: Path, stage: int, stages
     assert shard["bytes"] == sum(t.nbytes for t in tensors.values())
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_only_the_publishing_rank_exports(tmp_path: Path) -> None:
+    assert export_stage(tmp_path, Stage(0, torch.float32).model, CONFIG, 0, 1, publishes=False) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_damaged_after_the_check_is_named(tmp_path: Path) -> None:
     stage = Stage(0, torch.float32)
-    save_stage(tmp_path, stage.model, CONFIG, stage.optimizer, {}, stage=0, publishes=True)
-    path = tmp_path / "exp_avg-stage-0.safetensors"
+    save(tmp_path, stage)
+    path = tmp_path / "exp_avg-rank-0-part-0.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=rf"{path} is damaged .*resume=PATH"):
-        load_stage(tmp_path, stage.model, CONFIG, stage.optimizer)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_written_tensors_are_read_by_safetensors_itself(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = {"a": torch.randn(3, 4).to(dtype).T, "b": torch.tensor(1.5, dtype=dtype)}
-    digest = write_tensors(tmp_path / "x.safetensors", tensors, {STEPS: "12"})
-    assert digest == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
-    assert_same(load_file(tmp_path / "x.safetensors"), tensors)
-    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt", STEPS: "12"}
+        stage.rank_state().load(tmp_path)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.checkpoint.save import DriverState, save_checkpoint
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
 from megatron_rl.session import folder as run_folder
-from megatron_rl.session.folder import checkpoint_to_resume
+from megatron_rl.session.folder import Resumption
+from tests.unit.checkpoint.conftest import FILES, Saving
 
 TEXT = """\
 model: {path: model}
@@ -34,8 +34,20 @@ def run_with(folder: str, *steps: int) -> Path:
     """A run's folder with checkpoints of these steps."""
     run_folder.create(config(folder=folder))
     for step in steps:
-        save_checkpoint(Path(folder, "checkpoints"), DriverState(step, step, {}), lambda _: {}, 100)
+        Saving(Path(folder, "checkpoints")).save(step)
     return Path(folder)
+
+
+def checkpoint_to_resume(settings: Config) -> Path | None:
+    found = run_folder.checkpoint_to_resume(settings)
+    return found and found.checkpoint
+
+
+def damage(checkpoint: Path) -> Path:
+    """Cut one of its files short."""
+    path = checkpoint / next(iter(FILES))
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
 
 
 @pytest.mark.parametrize("resume", ["never", "auto"])
@@ -57,6 +69,36 @@ def test_auto_takes_the_newest_checkpoint() -> None:
     assert checkpoint_to_resume(config("resume=auto")) == Path("runs/mine/checkpoints/step_000050")
     run_with("runs/mine", 1000000)
     assert checkpoint_to_resume(config("resume=auto")) == Path("runs/mine/checkpoints/step_1000000")
+
+
+def test_auto_passes_over_damaged_checkpoints_and_says_so() -> None:
+    folder = run_with("runs/mine", 5, 10, 15, 20) / "checkpoints"
+    damaged = [damage(folder / f"step_{step:06d}") for step in (20, 15)]
+    found = run_folder.checkpoint_to_resume(config("resume=auto"))
+    assert isinstance(found, Resumption)
+    assert (found.checkpoint, found.manifest.state.step) == (folder / "step_000010", 10)
+    assert [str(path) in problem for path, problem in zip(damaged, found.damaged, strict=True)] == [True, True]
+
+
+def test_auto_does_not_start_over_where_every_checkpoint_is_damaged() -> None:
+    folder = run_with("runs/mine", 5, 10) / "checkpoints"
+    damaged = [damage(folder / f"step_{step:06d}") for step in (5, 10)]
+    with pytest.raises(UserError, match="none of the run's checkpoints can be used") as caught:
+        checkpoint_to_resume(config("resume=auto"))
+    assert all(str(path) in str(caught.value) for path in damaged)
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused() -> None:
+    checkpoint = run_with("runs/mine", 5, 10) / "checkpoints/step_000010"
+    path = damage(checkpoint)
+    with pytest.raises(UserError, match=rf"{path} is damaged"):
+        checkpoint_to_resume(config(f"resume={checkpoint}"))
+
+
+def test_the_best_and_the_latest_can_be_asked_for() -> None:
+    folder = run_with("runs/mine", 5, 10)
+    found = run_folder.checkpoint_to_resume(config(f"resume={folder / 'checkpoints/latest'}"))
+    assert found is not None and found.manifest.state.step == 10
 
 
 def test_auto_starts_over_a_run_that_has_no_checkpoint_yet() -> None:

@@ -1,0 +1,182 @@
+"""What a checkpoint says of itself, how to find checkpoints, and whether one is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_rl.errors import UserError
+
+MANIFEST = "manifest.json"
+RNG = "rng.json"
+PARTIAL = ".partial"
+"""Ends the names of what is not finished."""
+FORMAT = 2
+HASHING_THREADS = 8
+RandomState = dict[str, Any]
+"""Of the random numbers of a process, as `checkpoint/rng.py` has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DriverState:
+    """What the driver itself must remember."""
+
+    step: int
+    weight_version: int
+    cursor: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The process that wrote it."""
+
+    model: dict[str, Any]
+    """An `actor.architecture.Architecture`."""
+    layout: dict[str, int]
+    """An `actor.layout.Layout`."""
+    dtype: str
+    versions: dict[str, str]
+    """By package."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One of the files."""
+
+    kind: str
+    """What its tensors are: weights, a moment of Adam's, ..."""
+    bytes: int
+    sha256: str
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """What one rank adds to a checkpoint."""
+
+    files: dict[str, ShardFile]
+    rng: RandomState
+    optimizer_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class RandomStates:
+    """Of the driver, and of the actor's ranks in their order; see `checkpoint/rng.py`."""
+
+    driver: RandomState
+    ranks: list[RandomState]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The table of contents, written last: a folder without one is no checkpoint."""
+
+    format: int
+    state: DriverState
+    metrics: dict[str, float | None]
+    """The step's row of metrics.jsonl."""
+    origin: Origin
+    optimizer_steps: int
+    files: dict[str, ShardFile]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files.values())
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    with (folder / MANIFEST).open("wb") as file:
+        file.write(_ADAPTER.dump_json(manifest, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises UserError when there is none, it is damaged, or it is of another format."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes()
+        written = json.loads(text).get("format")
+        if written != FORMAT:
+            raise UserError(
+                f"{folder} was written in checkpoint format {written}; this version of megatron-rl reads format "
+                f"{FORMAT}: resume with the version that wrote it, or start a new run from that run's HF export"
+            )
+        return _ADAPTER.validate_json(text)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({_short(error)}): choose another checkpoint with resume=PATH") from error
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
+
+
+def write_rng(folder: Path, states: RandomStates) -> ShardFile:
+    data = json.dumps(asdict(states)).encode()
+    with (folder / RNG).open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return ShardFile("rng", len(data), hashlib.sha256(data).hexdigest())
+
+
+def read_rng(folder: Path) -> RandomStates:
+    return RandomStates(**json.loads((folder / RNG).read_bytes()))
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Raises UserError naming the first file that is missing or not as it was written."""
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"checkpoint file {path} is missing: choose another checkpoint with resume=PATH")
+        if path.stat().st_size != entry.bytes:
+            raise UserError(
+                f"checkpoint file {path} is damaged ({path.stat().st_size} bytes, {entry.bytes} were written): "
+                "choose another checkpoint with resume=PATH"
+            )
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        hashes = pool.map(_sha256, (folder / name for name in manifest.files))
+        for (name, entry), actual in zip(manifest.files.items(), hashes, strict=True):
+            if actual != entry.sha256:
+                raise UserError(
+                    f"checkpoint file {folder / name} is damaged (wrong SHA-256): "
+                    "choose another checkpoint with resume=PATH"
+                )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(folder: Path) -> Manifest:
+    """The manifest, after checking that every file is there and whole. Raises UserError."""
+    manifest = read_manifest(folder)
+    verify(folder, manifest)
+    return manifest
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; whether they are intact is not looked at."""
+    named = (path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal())
+    return sorted((path for path in named if (path / MANIFEST).is_file()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
