@@ -30,6 +30,9 @@ class TransformersEngine:
             model_folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
         ).to(self.device)
         self.model.eval()
+        for parameter in self.model.parameters():
+            # Out of the mapped file: its offsets are no alignment, on which the last bits of a product depend.
+            parameter.data = parameter.data.clone()
         self.version = 0
         self.paused = False
 
