@@ -7,8 +7,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_rl.commands import data
 from megatron_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_rl.config import Config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="say what every process of a run is doing")
     status.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     status.set_defaults(command=_status)
+    data.add(commands)
     return parser
 
 
@@ -69,6 +75,7 @@ def _train(options: argparse.Namespace) -> None:
         print(expand(config), end="")
         check_inputs(config, prepared=False, weights=False)
         check_layout(config)
+        _show_prompt(config)
         print(f"# {options.config}: nothing wrong found", file=sys.stderr)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes share the machine
@@ -76,6 +83,16 @@ def _train(options: argparse.Namespace) -> None:
     from megatron_rl.loop import train
 
     train(config)
+
+
+def _show_prompt(config: Config) -> None:
+    """One that `prepare` has yet to write is not shown."""
+    from megatron_rl.data.prompts import first_prompt
+
+    if config.data.train.is_file() and config.model.path.is_dir():
+        text = first_prompt(config.data.train, model_folder=config.model.path, settings=config.data)
+        print(f"# the first prompt, as the model will see it (data.template: {config.data.template}):", file=sys.stderr)
+        print(text, file=sys.stderr)
 
 
 def _slurm(options: argparse.Namespace) -> None:

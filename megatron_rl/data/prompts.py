@@ -12,7 +12,7 @@ from megatron_rl.types import Prompt
 
 from .rows import read_rows
 from .schemas import Row, Schema, SchemaName, recognise
-from .template import Tokenizer, check_template, render
+from .template import Tokenizer, check_template, load_tokenizer, render
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,23 @@ def load_prompts(path: Path, *, tokenizer: Tokenizer, settings: DataSettings) ->
     """
     check_template(tokenizer, settings.template)
     return _Loading(path, tokenizer, settings).run()
+
+
+def first_prompt(path: Path, *, model_folder: Path, settings: DataSettings) -> str:
+    """The first row as the model will see it. Loads a tokenizer only where the template needs one.
+
+    Raises UserError as `load_prompts` does.
+    """
+    tokenizer = load_tokenizer(model_folder) if settings.template.startswith("chat") else None
+    if tokenizer:
+        check_template(tokenizer, settings.template)
+    for place, row in read_rows(path):
+        try:
+            prompt = recognise(list(row), label_field=settings.label_field, source=f"{path}, {place}").prompt(row)
+            return render(prompt, tokenizer=tokenizer, template=settings.template)
+        except ValueError as error:
+            raise UserError(f"{path}, {place}: {error}") from error
+    raise UserError(f"{path}: the data set is empty")
 
 
 class _Loading:

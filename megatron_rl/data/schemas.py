@@ -33,7 +33,7 @@ class Schema:
         if isinstance(value, str):
             return value
         if not isinstance(value, list) or not value:
-            raise ValueError(f"column prompt: expected text or a list of messages, found {_kind(value)}")
+            raise ValueError(f"column prompt: expected text or a list of messages, found {kind(value)}")
         for index, message in enumerate(value):
             for part in ("role", "content"):
                 if not isinstance(message, dict) or not isinstance(message.get(part), str):
@@ -48,7 +48,7 @@ class Schema:
         column = self.label_column
         if self.name == "verl" and column == "reward_model":
             if not isinstance(value, dict):
-                raise ValueError(f"column reward_model: expected {{ground_truth: ...}}, found {_kind(value)}")
+                raise ValueError(f"column reward_model: expected {{ground_truth: ...}}, found {kind(value)}")
             value, column = value.get("ground_truth"), "reward_model.ground_truth"
         if value is None and self.label_required:
             raise ValueError(f"column {column}: no value")
@@ -76,7 +76,7 @@ def recognise(columns: list[str], *, label_field: str | None, source: str) -> Sc
     return Schema("trl", label_field or found, label_required=label_field is not None)
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, list) and not value:

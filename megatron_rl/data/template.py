@@ -10,7 +10,18 @@ from megatron_rl.errors import UserError
 
 from .schemas import Message
 
-Template = Literal["none", "chat"]
+Template = Literal["none", "chat", "boxed", "chat-boxed", "r1-zero"]
+
+BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+"""As Qwen's maths models and most evaluations of this kind ask."""
+R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
+    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
+    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> "
+    "reasoning process here </think> <answer> answer here </answer>. User: {problem} Give the final answer within "
+    "\\boxed{{}}. Assistant:"
+)
+"""DeepSeek-R1 (arXiv 2501.12948), table 1, with a sentence about the box, which is what the verifier reads."""
 
 
 class Tokenizer(Protocol):
@@ -41,24 +52,34 @@ def load_tokenizer(model_folder: Path) -> Any:
 
 def check_template(tokenizer: Tokenizer, template: Template) -> None:
     """Raises UserError if the template needs what the tokenizer lacks."""
-    if template == "chat" and not tokenizer.chat_template:
+    if template.startswith("chat") and not tokenizer.chat_template:
         raise UserError(
-            "data.template: chat is set, but the tokenizer has no chat template; "
-            "use data.template: none or a model folder with a chat template"
+            f"data.template: {template} is set, but the tokenizer has no chat template; "
+            "use another data.template or a model folder with a chat template"
         )
 
 
-def render(prompt: str | list[Message], *, tokenizer: Tokenizer, template: Template) -> str:
+def render(prompt: str | list[Message], *, tokenizer: Tokenizer | None, template: Template) -> str:
     """The prompt's text, special tokens included where the template has them.
 
-    none: a string as it is; messages joined by newlines, their roles dropped. chat: the tokenizer's chat template up to
-    where the assistant begins; a string is one user message. Raises ValueError if the template refuses the messages.
+    A string is one user message; outside of the chat templates, messages are joined by newlines and their roles
+    dropped, and no tokenizer is needed. Chat templates go up to where the assistant begins; chat-boxed asks in the last
+    message. Raises ValueError if the template refuses the messages.
     """
-    if template == "none":
-        return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if tokenizer and template.startswith("chat"):
+        if template == "chat-boxed":
+            *before, last = messages
+            messages = [*before, last | {"content": BOXED.format(problem=last["content"])}]
+        return _chat(messages, tokenizer)
+    text = "\n".join(message["content"] for message in messages)
+    wrapping = {"boxed": BOXED, "r1-zero": R1_ZERO}.get(template, "{problem}")
+    return wrapping.format(problem=text)
+
+
+def _chat(messages: list[Message], tokenizer: Tokenizer) -> str:
     from jinja2 import TemplateError
 
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:

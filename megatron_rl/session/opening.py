@@ -36,6 +36,9 @@ from megatron_rl.session.run import Inputs, Run
 from megatron_rl.session.warm_start import warm_start
 from megatron_rl.weight_sync.shared_memory import shared_folder
 
+LONGEST_EXAMPLE = 2_000
+"""Characters of a prompt that are shown before training."""
+
 
 def load_inputs(config: Config) -> Inputs:
     """Everything a run reads, checked: nothing is started or written yet. Raises UserError."""
@@ -91,7 +94,7 @@ def open_run(config: Config) -> Iterator[Run]:
             cursor.load_state(state.cursor)
         changes = run_folder.create(config)
         rewards = stack.enter_context(open_grader(config.reward, config.run.folder / "logs" / "reward.log"))
-        for line in (f"run folder: {config.run.folder}", _describe(inputs.train)):
+        for line in (f"run folder: {config.run.folder}", _describe(inputs.train), _example(config, inputs.train)):
             view.message(line)
         for change in changes:
             view.message(f"resumed with another setting: {change}")
@@ -162,6 +165,12 @@ def _start(
 def _saver(config: Config, actors: Actors, view: View) -> Saver:
     keep = Keep(config.train.keep_checkpoints, config.train.keep_best)
     return Saver(config.run.folder / "checkpoints", actors, origin_of(config), keep, view.message)
+
+
+def _example(config: Config, prompts: PromptSet) -> str:
+    text = prompts.prompts[0].text
+    shown = text if len(text) <= LONGEST_EXAMPLE else f"{text[:LONGEST_EXAMPLE]} ..."
+    return f"first prompt, as the model sees it (data.template: {config.data.template}):\n{shown}"
 
 
 def _describe(prompts: PromptSet) -> str:

@@ -9,7 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from megatron_rl.config.schema import DataSettings
 from megatron_rl.data import load_tokenizer
+from megatron_rl.data.prompts import first_prompt
+from megatron_rl.data.template import render
 from megatron_rl.errors import UserError
 
 WORDS = ["<bos>", "<unk>", "<user>", "<assistant>", "hello", "world"]
@@ -40,6 +43,38 @@ def test_special_tokens_come_from_the_prompt_or_its_template_alone(folder, read)
     assert [prompt.token_ids for prompt in plain] == [(0, 4), (4, 5)]
     chat = read(rows[1:], tokenizer=tokenizer, template="chat").prompts
     assert [prompt.token_ids for prompt in chat] == [(0, 2, 4, 5, 3)]
+
+
+BOXED = "hello\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("none", "hello"),
+        ("chat", "<bos> <user> hello <assistant>"),
+        ("boxed", BOXED),
+        ("chat-boxed", f"<bos> <user> {BOXED} <assistant>"),
+    ],
+)
+@pytest.mark.parametrize("prompt", ["hello", [{"role": "user", "content": "hello"}]])
+def test_templates(folder, template, text, prompt):
+    assert render(prompt, tokenizer=load_tokenizer(folder), template=template) == text
+
+
+def test_r1_zero_begins_the_assistants_turn(folder):
+    text = render("What is {x}?", tokenizer=None, template="r1-zero")
+    assert "User: What is {x}? Give the final answer within \\boxed{}. Assistant:" in text
+    assert text.endswith("Assistant:") and text.count("<think>") == 2
+
+
+@pytest.mark.parametrize("template", ["none", "boxed", "r1-zero", "chat", "chat-boxed"])
+def test_the_first_prompt_is_the_one_that_is_trained_on(folder, read, tmp_path, template):
+    rows = [{"prompt": "hello world"}, {"prompt": "hello"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = DataSettings(train=tmp_path / "rows.jsonl", template=template)
+    expected = read(rows, tokenizer=load_tokenizer(folder), template=template).prompts[0].text
+    assert first_prompt(tmp_path / "rows.jsonl", model_folder=folder, settings=settings) == expected
 
 
 def test_a_template_that_refuses_the_messages(folder, read):

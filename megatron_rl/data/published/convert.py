@@ -1,0 +1,72 @@
+"""One row of a published file into a problem and its answer."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from megatron_rl.data.schemas import Row, kind
+
+from .sets import Columns
+
+# DAPO-Math-17k wraps each problem in a request for an `Answer:` line, which a verifier that reads boxes never sees.
+_WRAPPING = re.compile(
+    r"\A\s*Solve the following math problem step by step\.[^\n]*\n+(?P<problem>.*?)"
+    r'\s*Remember to put your answer on its own line after "Answer:"\.?\s*\Z',
+    re.DOTALL,
+)
+_INLINE_MATHS = re.compile(r"\$([^$]*)\$")
+
+
+def problem_of(row: Row, columns: Columns) -> str:
+    """The bare problem. Raises ValueError naming the column."""
+    value = row.get(columns.problem)
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        value = "\n".join(str(message.get("content", "")) for message in value)
+    if not isinstance(value, str):
+        raise ValueError(f"column {columns.problem}: expected text, found {kind(value)}")
+    wrapped = _WRAPPING.match(value)
+    text = (wrapped["problem"] if wrapped else value).strip()
+    if not text:
+        raise ValueError(f"column {columns.problem}: the problem is empty")
+    text.encode()  # JSON allows lone surrogates, parquet does not: a ValueError here
+    return text
+
+
+def answer_of(row: Row, columns: Columns) -> str:
+    """The answer as LaTeX or a number in text. Raises ValueError naming the column."""
+    column, _, field = columns.answer.partition(".")
+    value = row.get(column)
+    if field:
+        if not isinstance(value, dict):
+            raise ValueError(f"column {column}: expected {{{field}: ...}}, found {kind(value)}")
+        value = value.get(field)
+    text = _as_text(value, columns.answer)
+    if columns.boxed:
+        from megatron_rl.reward.maths.boxed import last_boxed
+
+        boxed = last_boxed(text)
+        if boxed is None:
+            raise ValueError(rf"column {columns.answer}: there is no \boxed{{}} in {text[-60:]!r}")
+        text = boxed.strip()
+    if not text:
+        raise ValueError(f"column {columns.answer}: the answer is empty")
+    text.encode()
+    return text
+
+
+def _as_text(value: Any, column: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float | list) or value == []:
+        raise ValueError(f"column {column}: expected text or a number, found {kind(value)}")
+    if not isinstance(value, list):
+        return str(value).strip()
+    if not all(isinstance(part, str) for part in value):
+        raise ValueError(f"column {column}: expected a list of texts, found {value!r:.60}")
+    # OlympiadBench: several answers are one list, each in dollar signs.
+    return ", ".join(_INLINE_MATHS.sub(r"\1", part).strip() for part in value)
+
+
+def extras_of(row: Row, columns: Columns) -> dict[str, Any]:
+    """What else is kept: short columns that tell where a problem comes from and how hard it is."""
+    kept = ("id", "ID", "unique_id", "problem_idx", "idx", "subject", "subfield", "level", "type", "url", "answer_type")
+    return {name: row[name] for name in kept if name not in columns.needed and row.get(name) is not None}
