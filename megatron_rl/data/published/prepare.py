@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .sets import SETS, Columns, PublishedSet
 
 METADATA_KEY = b"megatron_rl"
 TooLong = Callable[[str], bool]
-PlacedRows = Iterator[tuple[str, Row]]
+PlacedRows = Iterable[tuple[str, Row]]
 
 
 @dataclass(frozen=True)
