@@ -46,7 +46,7 @@ class DataSettings(Section):
     """A .jsonl or .parquet file; slime's, verl's and TRL's columns are recognised."""
     template: Literal["none", "chat", "boxed", "chat-boxed", "r1-zero"] = "none"
     r"""none: the prompt as it is (messages joined by newlines). chat: the tokenizer's chat template. boxed: the prompt
-    and a request to reason step by step and to end with \\boxed{}; chat-boxed: the same in the chat template. r1-zero:
+    and a request to reason step by step and to end with \boxed{}; chat-boxed: the same in the chat template. r1-zero:
     the conversation of DeepSeek-R1-Zero, thoughts and answer in tags."""
     max_prompt_tokens: PositiveInt = 2048
     """Longest prompt, in tokens, after the template."""
