@@ -104,6 +104,8 @@ def run(
     steps: int = 2,
     model: Any = None,
     prompts: Sequence[str] = PROMPTS,
+    rollout_func: Any = respond,
+    reward: Any = reward,
     **settings: Any,
 ) -> Recorder:
     """Train the tiny model, or the given one, with 12 rows an update unless the settings say otherwise."""
@@ -128,7 +130,7 @@ def run(
         GRPOConfig(output_dir=str(folder), **(CPU | config | settings)),
         Dataset.from_dict({"prompt": list(prompts)}),
         processing_class=tokenizer(),
-        rollout_func=respond,
+        rollout_func=rollout_func,
         callbacks=[recorder],
         loss=loss,
         **refresh,

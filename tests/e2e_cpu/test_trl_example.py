@@ -1,0 +1,36 @@
+"""examples/trl/countdown.py from an empty folder, cut short."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CUTS = {
+    "write_task(TASK)": "write_task(TASK, warm_start_traces=(256, 128))",
+    '"max_steps": 200': '"max_steps": 2',
+    '"eval_steps": 50': '"eval_steps": 2',
+    '"use_cpu": True': '"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1',
+}
+
+
+@pytest.mark.e2e
+def test_the_trl_example_trains(tmp_path: Path) -> None:
+    code = (ROOT / "examples" / "trl" / "countdown.py").read_text()
+    for whole, cut in CUTS.items():
+        assert whole in code
+        code = code.replace(whole, cut)
+    (tmp_path / "countdown.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "countdown.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    evaluations = re.findall(r"'eval_reward': '([\d.e-]+)'", done.stdout)
+    assert len(evaluations) == 2
+    assert len(re.findall(r"'lpreg/selected_fraction': '([\d.e-]+)'", done.stdout)) == 2
