@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -39,6 +40,10 @@ class SamplingParams:
         """The same sampling from another stream of random numbers."""
         return replace(self, seed=(self.seed * 1_000_003 + stream) % 2**63)  # what a generator takes
 
+    def remaining(self, done: int) -> SamplingParams:
+        """For the rest of one response of which `done` tokens are there."""
+        return replace(self, n=1, max_tokens=self.max_tokens - done)
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -50,6 +55,28 @@ class Generation:
     """Of each response token, at the sampling temperature."""
     finish_reason: FinishReason
     weight_version: int
+    """Of the weights that sampled the first token: the oldest."""
+    version_changes: tuple[tuple[int, int], ...] = ()
+    """(position, version) of each token from which on newer weights sampled, in order."""
+
+    @property
+    def weight_versions(self) -> list[int]:
+        """Of each response token."""
+        starts = [(0, self.weight_version), *self.version_changes]
+        ends = [start for start, _ in self.version_changes] + [len(self.token_ids)]
+        return [version for (start, version), end in zip(starts, ends, strict=True) for _ in range(start, end)]
+
+    def followed_by(self, rest: Generation) -> Generation:
+        """This unfinished response, gone on with: `rest` was sampled after it, by the same or newer weights."""
+        versions = self.weight_versions + rest.weight_versions
+        pairs = enumerate(pairwise(versions), start=1)
+        return Generation(
+            token_ids=self.token_ids + rest.token_ids,
+            log_probs=self.log_probs + rest.log_probs,
+            finish_reason=rest.finish_reason,
+            weight_version=versions[0] if versions else rest.weight_version,
+            version_changes=tuple((place, version) for place, (before, version) in pairs if version != before),
+        )
 
 
 @dataclass(frozen=True, slots=True)

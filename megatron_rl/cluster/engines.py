@@ -1,64 +1,253 @@
-"""The rollout engines: one process each, prompts shared out evenly."""
+"""The rollout engines behind one call: prompts shared out, lost engines replaced, no request lost or answered twice."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import ray
 
-from megatron_rl.cluster.runtime import Nodes, host_process, results
+from megatron_rl.cluster.engine_process import EngineProcess, loss
+from megatron_rl.cluster.runtime import HostedAsync, Nodes, host_process, patience, results
+from megatron_rl.config.rollout import RolloutSettings
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.server import ServerLaunch
 from megatron_rl.types import Generation, Prompt, SamplingParams
 from megatron_rl.weight_sync.transport import WeightUpdate
 
-if TYPE_CHECKING:
-    from megatron_rl.config.schema import ActorSettings, RolloutSettings
+POLL_SECONDS = 1.0
 
 
-ENGINES = {"transformers": "megatron_rl.rollout.transformers_engine:TransformersEngine"}
+class EnginesLost(UserError):
+    """No engine for longer than `rollout.server.outage_seconds`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt; `sampling.n` responses."""
+
+    number: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Requests an engine is busy with."""
+
+    engine: EngineProcess
+    requests: list[Request]
 
 
 class Engines:
-    """All rollout engines of a run, behind one call."""
+    """All rollout engines of a run."""
 
     def __init__(
-        self, rollout: RolloutSettings, actor: ActorSettings, model_folder: Path, logs: Path, nodes: Nodes
+        self,
+        rollout: RolloutSettings,
+        launch: ServerLaunch,
+        logs: Path,
+        nodes: Nodes,
+        say: Callable[[str], None] = print,
     ) -> None:
-        device = "cpu" if actor.device == "cpu" else "cuda"
-        self.engines = [
-            host_process(
-                ENGINES[rollout.engine],
-                (model_folder, device, actor.dtype),
-                log_file=logs / f"engine-{i}.log",
-                nodes=nodes,
-                node=node,
-                gpus=nodes.placement.engine_gpus,
-            )
-            for i, node in enumerate(nodes.placement.engines)
+        """`launch` has the model, device and type of the embedded engine too. Raises UserError when one fails to start.
+
+        say: told of every engine that is lost.
+        """
+        self.embedded = rollout.engine == "transformers"
+        self._outage_seconds = rollout.server.outage_seconds
+        self._queue: list[Request] = []
+        self._calls: dict[ray.ObjectRef, Call] = {}
+        self._answers: dict[int, list[Generation]] = {}
+        self._submitted = 0
+        self._update: WeightUpdate | None = None
+        self._served_at = time.monotonic()
+        self._engines = [
+            EngineProcess(i, partial(_make, rollout, launch, logs, nodes, i), say) for i in range(rollout.engines)
         ]
-        results([engine.call.remote("health") for engine in self.engines])
+        self._start(logs)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Generation]]:
         """`sampling.n` responses a prompt, in the prompts' order."""
-        count = len(self.engines)
-        shares = [range(i, len(prompts), count) for i in range(count)]
-        refs = [
-            engine.call.remote("generate", [prompts[j].token_ids for j in share], sampling.reseeded(i))
-            for i, (engine, share) in enumerate(zip(self.engines, shares, strict=True))
-        ]
-        groups: list[list[Generation]] = [[] for _ in prompts]
-        for share, generations in zip(shares, results(refs), strict=True):
-            for j, group in zip(share, generations, strict=True):
-                groups[j] = group
-        return groups
+        numbers = self.submit(prompts, sampling)
+        waiting = set(numbers)
+        while waiting:
+            waiting -= self.wait(waiting)
+        return [self.take(number) for number in numbers]
+
+    # ------------------------------------------------------------------ requests
+
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[int]:
+        """Have responses sampled. Returns a number for each prompt, to `wait` for and `take` its group by."""
+        numbers = range(self._submitted, self._submitted + len(prompts))
+        self._submitted += len(prompts)
+        for i, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
+            own = sampling if self.embedded else sampling.reseeded(i)
+            self._queue.append(Request(number, prompt.token_ids, own))
+        self._dispatch()
+        return list(numbers)
+
+    def wait(self, numbers: Iterable[int]) -> set[int]:
+        """Those of the numbers whose groups are there, at least one. Raises EnginesLost."""
+        numbers, hope = set(numbers), patience()
+        while not (there := numbers & self._answers.keys()):
+            progress = self._poll()
+            if hope:
+                hope.check(progress=progress)
+        return there
+
+    def take(self, number: int) -> list[Generation]:
+        return self._answers.pop(number)
+
+    def _dispatch(self) -> None:
+        """Queued requests to engines that serve: to the embedded ones in as few batches as can be, to a server each by
+        itself, as it batches them better."""
+        serving = self._serving
+        if not serving or not self._queue:
+            return
+        queue, self._queue = self._queue, []
+        if self.embedded:
+            for i, engine in enumerate(serving):
+                self._call(engine, queue[i :: len(serving)])
+            return
+        busy = {engine.number: 0 for engine in serving}
+        for call in self._calls.values():
+            busy[call.engine.number] += len(call.requests)
+        for request in queue:
+            engine = min(serving, key=lambda engine: busy[engine.number])
+            busy[engine.number] += 1
+            self._call(engine, [request])
+
+    def _call(self, engine: EngineProcess, requests: list[Request]) -> None:
+        if requests:
+            sampling = requests[0].sampling
+            if self.embedded:
+                sampling = sampling.reseeded(engine.number)
+            ref = engine.call("generate", [request.prompt for request in requests], sampling)
+            self._calls[ref] = Call(engine, requests)
+
+    # ------------------------------------------------------------------ engines that come and go
+
+    def _poll(self) -> bool:
+        """Wait a moment for anything to happen, and act on it. Returns whether something did."""
+        starting = {engine.started: engine for engine in self._engines if engine.state == "starting"}
+        refs = [*self._calls, *starting]
+        if not refs:
+            time.sleep(POLL_SECONDS)
+        elif ray.wait(refs, timeout=POLL_SECONDS)[0]:
+            refs = ray.wait(refs, num_returns=len(refs), timeout=0)[0]
+        else:
+            refs = []
+        for ref in refs:
+            if ref in starting:
+                self._started(starting[ref])
+            elif ref in self._calls:  # not given up with its engine a moment ago
+                self._answered(ref)
+        self._replace_lost()
+        self._dispatch()
+        return bool(refs)
+
+    def _answered(self, ref: ray.ObjectRef) -> None:
+        call = self._calls.pop(ref)
+        try:
+            groups = results([ref])[0]
+        except Exception as error:
+            self._lose(call.engine, error)
+            self._queue += call.requests
+            return
+        for request, group in zip(call.requests, groups, strict=True):
+            self._answers[request.number] = group
+
+    def _started(self, engine: EngineProcess) -> None:
+        """A replacement gets the weights that the others have before it is asked anything."""
+        try:
+            results([engine.started])
+            if self._update:
+                results([engine.call("update_weights", self._update)])
+                results([engine.call("resume")])
+        except Exception as error:
+            self._lose(engine, error)
+        else:
+            engine.serve()
+
+    def _lose(self, engine: EngineProcess, error: Exception) -> None:
+        """Raises the error unless it says that the engine is lost."""
+        why = loss(error)
+        if why is None:
+            raise error
+        engine.lose(why)
+        for ref, call in list(self._calls.items()):
+            if call.engine is engine:
+                self._queue += self._calls.pop(ref).requests
+
+    def _replace_lost(self) -> None:
+        if self._serving:
+            self._served_at = time.monotonic()
+        elif time.monotonic() - self._served_at > self._outage_seconds:
+            raise EnginesLost(
+                f"no engine could be brought back for {self._outage_seconds:g} s (rollout.server.outage_seconds); "
+                "their logs say why"
+            )
+        for engine in self._engines:
+            engine.launch_when_due()
+
+    @property
+    def _serving(self) -> list[EngineProcess]:
+        return [engine for engine in self._engines if engine.state == "serving"]
+
+    def _start(self, logs: Path) -> None:
+        for engine in self._engines:
+            try:
+                results([engine.started])
+            except Exception as error:
+                if (why := loss(error)) is None:
+                    raise
+                raise UserError(
+                    f"engine {engine.number} did not start: {why}. Its log: {_log(logs, engine.number)}"
+                ) from error
+            engine.serve()
+
+    # ------------------------------------------------------------------ weights
 
     def update_weights(self, update: WeightUpdate) -> None:
-        """All engines take the update; what they took is compared with what was sent when checksums came with it."""
-        received = results([engine.call.remote("update_weights", update) for engine in self.engines])
-        for i, checksums in enumerate(received):
-            update.verify(checksums, f"engine {i}")
+        """Every engine takes the update; one that cannot is lost, and its replacement will have it."""
+        self._update = update
+        for method, arguments in (("pause", ()), ("update_weights", (update,)), ("resume", ())):
+            refs = {engine: engine.call(method, *arguments) for engine in self._serving}
+            for engine, ref in refs.items():
+                try:
+                    results([ref])
+                except Exception as error:
+                    self._lose(engine, error)
 
     def close(self) -> None:
-        for engine in self.engines:
-            ray.kill(engine)
+        for engine in self._engines:
+            engine.end()
+
+
+def _make(rollout: RolloutSettings, launch: ServerLaunch, logs: Path, nodes: Nodes, number: int) -> Any:
+    if rollout.engine == "transformers":
+        target = "megatron_rl.rollout.transformers_engine:TransformersEngine"
+        arguments: tuple[Any, ...] = (launch.model_folder, launch.device, launch.dtype)
+    else:
+        target = "megatron_rl.rollout.http_engine:HttpEngine"
+        url = rollout.server.urls[number] if rollout.server.urls else None
+        arguments = (rollout.engine, rollout.server, launch, url)
+    placement = nodes.placement
+    return host_process(
+        target,
+        arguments,
+        log_file=_log(logs, number),
+        nodes=nodes,
+        node=placement.engines[number],
+        gpus=placement.engine_gpus,
+        **({} if rollout.engine == "transformers" else {"hosted": HostedAsync}),
+    )
+
+
+def _log(logs: Path, number: int) -> Path:
+    return logs / f"engine-{number}.log"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -17,7 +18,7 @@ from ray.util import get_node_ip_address, placement_group, remove_placement_grou
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_rl.cluster.placement import Placement
-from megatron_rl.cluster.watch import Watch
+from megatron_rl.cluster.watch import Patience, Watch
 from megatron_rl.errors import UserError
 from megatron_rl.observability import heartbeat
 from megatron_rl.observability.process_log import redirect_output
@@ -108,7 +109,8 @@ class Hosted:
 
     def __init__(self, target: str, arguments: tuple[Any, ...], log_file: Path, many_nodes: bool) -> None:
         redirect_output(log_file)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which stops us in order
+        # Ctrl-C is for the driver, which stops us in order. Python's own signal() works in the main thread only.
+        ctypes.CDLL(None).signal(signal.SIGINT, ctypes.c_void_p(signal.SIG_IGN))
         self.address = get_node_ip_address() if many_nodes else "127.0.0.1"
         if many_nodes:  # gloo asks the host's name otherwise, which on many systems is a loopback address
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(self.address))
@@ -133,6 +135,13 @@ class Hosted:
         return self.address
 
 
+class HostedAsync(Hosted):
+    """One whose methods are coroutines: any number of calls at a time, on one event loop."""
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        return await getattr(self.object, method)(*arguments)
+
+
 def _interface(address: str) -> str:
     """The network interface with this address."""
     for name, entries in psutil.net_if_addrs().items():
@@ -141,13 +150,27 @@ def _interface(address: str) -> str:
     raise RuntimeError(f"no network interface of this node has the address {address}, by which Ray knows it")
 
 
-def host_process(target: str, arguments: tuple[Any, ...], *, log_file: Path, nodes: Nodes, node: int, gpus: int) -> Any:
+def host_process(
+    target: str,
+    arguments: tuple[Any, ...],
+    *,
+    log_file: Path,
+    nodes: Nodes,
+    node: int,
+    gpus: int,
+    hosted: type[Hosted] = Hosted,
+) -> Any:
     """A process for one `package.module:Class`; one thread each on CPU, since several share a machine."""
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
-    actor = ray.remote(concurrency_groups={BACKGROUND: 1})(Hosted).options(  # type: ignore[call-overload]
+    actor = ray.remote(concurrency_groups={BACKGROUND: 1})(hosted).options(  # type: ignore[call-overload]
         num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": environment}, scheduling_strategy=nodes.strategy(node)
     )
     return actor.remote(target, arguments, log_file.resolve(), nodes.many)
+
+
+def patience() -> Patience | None:
+    """For a wait that `results` does not do; None outside `ray_runtime`."""
+    return Patience(_watch) if _watch else None
 
 
 def results(refs: list[ray.ObjectRef]) -> list[Any]:

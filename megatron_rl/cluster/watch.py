@@ -32,25 +32,18 @@ class Watch:
 
     def results(self, refs: list[ray.ObjectRef]) -> list[Any]:
         """`ray.get`. Raises the first error of a process at once; UserError when none makes progress any more."""
-        waiting, quiet_since = refs, time.monotonic()
-        counts: dict[str, int] = {}
+        waiting, patience = refs, Patience(self)
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=self._poll)
             ray.get(ready)
-            if ready or not self.limit_seconds:
-                continue
-            now = {beat.process: beat.count for beat in heartbeat.read_beats(self.heartbeats)}
-            if now != counts:
-                counts, quiet_since = now, time.monotonic()
-            elif time.monotonic() - quiet_since > self.limit_seconds:
-                self._stop(time.monotonic() - quiet_since)
+            patience.check(progress=bool(ready))
         return ray.get(refs)
 
     @property
     def _poll(self) -> float | None:
         return min(POLL_SECONDS, self.limit_seconds / 3) if self.limit_seconds else None
 
-    def _stop(self, quiet_seconds: float) -> None:
+    def stop(self, quiet_seconds: float) -> None:
         beats = heartbeat.read_beats(self.heartbeats)
         seen = {beat.process: _examine(beat) for beat in beats}
         folder = self.logs / "stacks"
@@ -60,6 +53,25 @@ class Watch:
         raise UserError(
             f"{explain(beats, seen, quiet_seconds)}\nStacks: {folder}. Go on from the last checkpoint with resume=auto."
         )
+
+
+class Patience:
+    """Of one wait, however often it looks whether there is anything."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch, self._since = watch, time.monotonic()
+        self._counts: dict[str, int] = {}
+
+    def check(self, *, progress: bool) -> None:
+        """Raises UserError when nothing came and no process made progress for the watch's limit."""
+        if progress or not self._watch.limit_seconds:
+            self._since = time.monotonic()
+            return
+        now = {beat.process: beat.count for beat in heartbeat.read_beats(self._watch.heartbeats)}
+        if now != self._counts:
+            self._counts, self._since = now, time.monotonic()
+        elif time.monotonic() - self._since > self._watch.limit_seconds:
+            self._watch.stop(time.monotonic() - self._since)
 
 
 def _examine(beat: Beat) -> Evidence:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from .rollout import ServerSettings
 from .schema import Config
 
 REWARDS = ("countdown", "math", "code", "remote")
@@ -15,7 +16,14 @@ _MICRO_BATCH_PRESETS = ("reference",)
 
 def contradictions(config: Config) -> list[str]:
     """One sentence a problem, naming the keys; empty when the settings go together."""
-    return [*_algorithm(config), *_updates(config), *_parallel(config), *_reward(config), *_rest(config)]
+    return [
+        *_algorithm(config),
+        *_updates(config),
+        *_parallel(config),
+        *_rollout(config),
+        *_reward(config),
+        *_rest(config),
+    ]
 
 
 def _algorithm(config: Config) -> Iterator[str]:
@@ -105,6 +113,17 @@ def _parallel(config: Config) -> Iterator[str]:
         yield (
             f"rollout.engines: {config.rollout.engines} engines cannot share "
             f"rollout.prompts_per_step: {config.rollout.prompts_per_step}"
+        )
+
+
+def _rollout(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.engine == "transformers" and rollout.server != ServerSettings():
+        yield "rollout.server: read by rollout.engine: sglang or vllm only, not by transformers"
+    if rollout.server.urls and len(rollout.server.urls) != rollout.engines:
+        yield (
+            f"rollout.server.urls: {len(rollout.server.urls)} servers are given for rollout.engines: "
+            f"{rollout.engines}; give one each"
         )
 
 

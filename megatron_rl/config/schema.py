@@ -12,6 +12,7 @@ from .cluster import ClusterSettings
 from .fields import Betas, Count, FilePath, Name, NonNegative, Positive, PositiveInt, Section, ShareOrZero, Text
 from .observability import ObservabilitySettings
 from .reward import RewardSettings
+from .rollout import RolloutSettings
 
 
 class RunSettings(Section):
@@ -88,29 +89,6 @@ class WarmStartSettings(Section):
     """Steps of linear warm-up, in every phase."""
     min_lr_ratio: ShareOrZero = 0.0
     """Learning rate at a phase's last step, as a share of its lr."""
-
-
-class RolloutSettings(Section):
-    """Sampling the responses of a step."""
-
-    engine: Literal["transformers"] = "transformers"
-    """What generates."""
-    engines: PositiveInt = 1
-    """Engines that share a step's prompts."""
-    prompts_per_step: PositiveInt
-    """Prompts a step; one group each."""
-    samples_per_prompt: PositiveInt
-    """Responses in a group."""
-    dynamic_sampling: bool = False
-    """Leave out groups whose responses all have the same score, and draw other prompts until the step is full."""
-    max_draws: PositiveInt = 10
-    """Most draws for a step with dynamic sampling; then it goes on with the groups it has. None at all is an error."""
-    max_response_tokens: PositiveInt
-    """Longest response, in tokens, its stop token included."""
-    temperature: Positive = 1.0
-    """Of sampling, and of the log-probabilities in the loss. There is no top-p or top-k: both would falsify them."""
-    stop_token_ids: Annotated[list[Count], Field(min_length=1)] | None = None
-    """Token ids that end a response; unset: the end tokens of the generation config, or else of the tokenizer."""
 
 
 class KeepBestSettings(Section):

@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("advantage", pa.float64()),
         ("finish_reason", pa.string()),
         ("weight_version", pa.int64()),
+        ("weight_versions", pa.list_(pa.int64())),
     ]
 )
 
@@ -83,6 +84,7 @@ def _row(step: int, sample: Sample, advantage: float) -> dict[str, Any]:
         "advantage": float(advantage),
         "finish_reason": generation.finish_reason,
         "weight_version": generation.weight_version,
+        "weight_versions": generation.weight_versions,
     }
 
 

@@ -9,19 +9,30 @@ from megatron_rl.types import Generation, SamplingParams
 from megatron_rl.weight_sync.transport import WeightUpdate
 
 
+class EngineLost(Exception):
+    """The engine is gone, hangs or fails: nothing more will come from it. Says why."""
+
+
 class RolloutEngine(Protocol):
-    """Token ids in, token ids out. Log-probs are those of the untruncated policy at the sampling temperature."""
+    """Token ids in, token ids out. Log-probs are those of the untruncated policy at the sampling temperature.
+
+    An engine that is a server has the same methods as coroutines.
+    """
+
+    def start(self) -> None:
+        """Return when it can serve."""
+        ...
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Generation]]:
         """`sampling.n` responses for each prompt, in the prompts' order."""
         ...
 
-    def update_weights(self, update: WeightUpdate) -> dict[str, int]:
-        """Take the weights in place; the next token is sampled from them. Returns the checksum of each tensor taken."""
+    def update_weights(self, update: WeightUpdate) -> None:
+        """Take the weights; the next token is sampled from them. Raises when what was taken is not what was sent."""
         ...
 
     def pause(self) -> None:
-        """Finish what runs and take no new request until `resume`."""
+        """Nothing is generated from here on until `resume`."""
         ...
 
     def resume(self) -> None: ...
@@ -29,3 +40,5 @@ class RolloutEngine(Protocol):
     def health(self) -> int:
         """The weight version being served; raises when the engine cannot serve."""
         ...
+
+    def close(self) -> None: ...

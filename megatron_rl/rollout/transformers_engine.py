@@ -36,6 +36,12 @@ class TransformersEngine:
         self.version = 0
         self.paused = False
 
+    def start(self) -> None:
+        """Nothing to wait for: the model is loaded."""
+
+    def close(self) -> None:
+        """Nothing outlives this process."""
+
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Generation]]:
         """See `RolloutEngine`. Prompts of one length share a batch, so nothing is padded."""
         if self.paused:
@@ -101,7 +107,7 @@ class TransformersEngine:
         return generations
 
     @torch.no_grad()
-    def update_weights(self, update: WeightUpdate) -> dict[str, int]:
+    def update_weights(self, update: WeightUpdate) -> None:
         """See `RolloutEngine`. In place: the model's own tensors are overwritten, none is allocated."""
         own = self.model.state_dict()
         received: dict[str, int] = {}
@@ -117,8 +123,8 @@ class TransformersEngine:
         missing = set(own) - set(received) - tied
         if missing:
             raise KeyError(f"weight update {update.version} leaves out {sorted(missing)[:5]}")
+        update.verify(received)
         self.version = update.version
-        return received
 
     def pause(self) -> None:
         self.paused = True

@@ -22,8 +22,9 @@ def layout_of(config: Config) -> Layout:
 
 def placement_of(config: Config) -> Placement:
     """Raises UserError where the cluster is too small."""
-    on_gpu = config.actor.device != "cpu"
-    return place(layout_of(config), config.rollout.engines, config.cluster, engine_gpus=int(on_gpu), on_gpu=on_gpu)
+    on_gpu, server = config.actor.device != "cpu", config.rollout.server
+    engine_gpus = server.tensor_parallel if on_gpu and not server.urls else 0
+    return place(layout_of(config), config.rollout.engines, config.cluster, engine_gpus=engine_gpus, on_gpu=on_gpu)
 
 
 def check_layout(config: Config) -> None:

@@ -29,6 +29,7 @@ from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View, make_view
 from megatron_rl.reward.grader import check_reward, open_grader
 from megatron_rl.session import folder as run_folder
+from megatron_rl.session.launch import launch_of
 from megatron_rl.session.layout_check import check_layout, layout_of, placement_of
 from megatron_rl.session.prepare import prepare
 from megatron_rl.session.resume import check_resumption, origin_of, resume
@@ -157,7 +158,7 @@ def _start(
         actors.snapshot("reference")
     actors.load_hf(model_folder)
     actors.prepare(choice, config.actor.optimizer)
-    engines = Engines(config.rollout, config.actor, model_folder, logs, nodes)
+    engines = Engines(config.rollout, launch_of(config, model_folder), logs, nodes, view.message)
     stack.callback(engines.close)
     return actors, engines
 

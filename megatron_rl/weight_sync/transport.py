@@ -33,12 +33,12 @@ class WeightUpdate:
         """The tensor's checksum, or 0 where the sender took none."""
         return tensor_checksum(tensor) if self.checksums else 0
 
-    def verify(self, received: dict[str, int], receiver: str) -> None:
+    def verify(self, received: dict[str, int]) -> None:
         """Raise unless the receiver took exactly what was sent; says nothing where the sender took no checksums."""
         wrong = [name for name, value in self.checksums.items() if received.get(name) != value]
         if wrong:
             raise RuntimeError(
-                f"weights of version {self.version} arrived damaged in {receiver}: {len(wrong)} of "
+                f"weights of version {self.version} arrived damaged: {len(wrong)} of "
                 f"{len(self.checksums)} tensors differ, the first is {wrong[0]}"
             )
 

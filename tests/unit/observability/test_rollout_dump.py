@@ -41,6 +41,7 @@ def test_a_row_a_sample_comes_back(tmp_path: Path) -> None:
         "advantage": 0.5,
         "finish_reason": "stop",
         "weight_version": 7,
+        "weight_versions": [7, 7, 7],
     }
     assert (second["token_ids"], second["reward"], second["finish_reason"]) == ([], None, "abort")
     assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"

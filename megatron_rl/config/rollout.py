@@ -1,0 +1,62 @@
+"""The `rollout` section: what samples the responses, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .fields import Count, FilePath, Positive, PositiveInt, Section, Text
+
+
+class ServerSettings(Section):
+    """SGLang or vLLM servers: how one is started, and when it is given up. Nothing here is read by `transformers`."""
+
+    urls: list[Text] = Field(default_factory=list)
+    """Servers that run already, one an engine, to attach to; empty: each engine starts its own on its node. Their
+    admin key, if they have one, is read from MEGATRON_RL_ENGINE_KEY."""
+    python: FilePath | None = None
+    """Interpreter of the environment the server is installed in; unset: this one."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks that share each layer inside one engine."""
+    arguments: list[Text] = Field(default_factory=list)
+    """Further arguments of the server's command line, as they are; they win over ours."""
+    environment: dict[Text, str] = Field(default_factory=dict)
+    """Further environment variables of the server."""
+    start_timeout_seconds: Positive = 900.0
+    """Longest time a server may take until it answers."""
+    request_timeout_seconds: Positive = 3600.0
+    """Longest time one request may take; beyond it, it is aborted and asked again."""
+    update_timeout_seconds: Positive = 900.0
+    """Longest time a weight update may take; an engine that takes longer is replaced."""
+    request_attempts: PositiveInt = 4
+    """How often a request is asked before its engine is given up and replaced."""
+    hang_seconds: Positive = 60.0
+    """A server that gives no sign of life for so long is replaced."""
+    outage_seconds: Positive = 1800.0
+    """Longest time without any engine; beyond it the run stops with a checkpoint."""
+
+
+class RolloutSettings(Section):
+    """Sampling the responses of a step."""
+
+    engine: Literal["transformers", "sglang", "vllm"] = "transformers"
+    """What generates: transformers, embedded in a process of ours; or a server, sglang or vllm."""
+    engines: PositiveInt = 1
+    """Engines that share a step's prompts."""
+    server: ServerSettings = ServerSettings()
+    """Of sglang and vllm."""
+    prompts_per_step: PositiveInt
+    """Prompts a step; one group each."""
+    samples_per_prompt: PositiveInt
+    """Responses in a group."""
+    dynamic_sampling: bool = False
+    """Leave out groups whose responses all have the same score, and draw other prompts until the step is full."""
+    max_draws: PositiveInt = 10
+    """Most draws for a step with dynamic sampling; then it goes on with the groups it has. None at all is an error."""
+    max_response_tokens: PositiveInt
+    """Longest response, in tokens, its stop token included."""
+    temperature: Positive = 1.0
+    """Of sampling, and of the log-probabilities in the loss. There is no top-p or top-k: both would falsify them."""
+    stop_token_ids: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Token ids that end a response; unset: the end tokens of the generation config, or else of the tokenizer."""

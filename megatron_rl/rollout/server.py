@@ -1,0 +1,114 @@
+"""What SGLang and vLLM have in common: how they are reached, and what each must be able to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx2
+
+from megatron_rl.errors import UserError
+from megatron_rl.types import Generation, SamplingParams
+
+UNSYNCED = -1
+"""Weight version of a server that still has the weights of the folder it was started from."""
+
+
+class ServerUnavailable(Exception):
+    """No answer, or one that says the server is in trouble: ask again, or give it up."""
+
+
+class ServerRefused(UserError):
+    """The server is well and will not do this: asking again would not help."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLaunch:
+    """What a server is started with."""
+
+    model_folder: Path
+    device: str
+    """cpu or cuda."""
+    dtype: str
+    tensor_parallel: int
+    max_tokens: int
+    """Longest prompt and response together."""
+    arguments: tuple[str, ...] = ()
+    """Last on the command line, so that they win."""
+    environment: dict[str, str] = field(default_factory=dict)
+    python: Path | None = None
+    """Interpreter; None: this one."""
+
+
+class Server(Protocol):
+    """One running server. Every method raises ServerUnavailable or ServerRefused."""
+
+    async def alive(self) -> None:
+        """Return when the part that computes, not only the one that speaks HTTP, gave a sign of life."""
+        ...
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
+    ) -> list[Generation]:
+        """`sampling.n` responses; those that `abort_all` cut short have the finish reason abort. Cancelling the call
+        ends the work on it too."""
+        ...
+
+    async def abort_all(self) -> None:
+        """Every request under way is answered with what there is of it."""
+        ...
+
+    async def weight_version(self) -> int: ...
+
+    async def load_weights(self, folder: Path, version: int, timeout_seconds: float) -> None:
+        """Take the weights of a Hugging Face folder; nothing may be generating."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class HttpClient:
+    """JSON in, JSON out."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx2.AsyncClient(
+            base_url=url,
+            headers=headers,
+            timeout=httpx2.Timeout(None, connect=10.0),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=False,  # a proxy has no business between an engine and its server
+        )
+
+    async def get(self, path: str, *, timeout_seconds: float) -> Any:
+        return await self._send("GET", path, None, timeout_seconds)
+
+    async def post(self, path: str, body: Any = None, *, timeout_seconds: float) -> Any:
+        """The answer: parsed if it is JSON, else its text."""
+        return await self._send("POST", path, body, timeout_seconds)
+
+    async def _send(self, method: str, path: str, body: Any, timeout_seconds: float) -> Any:
+        timeout = httpx2.Timeout(timeout_seconds, connect=min(timeout_seconds, 10.0))
+        try:
+            response = await self._client.request(method, path, json=body, timeout=timeout)
+        except httpx2.TransportError as error:
+            raise ServerUnavailable(f"{method} {path}: {type(error).__name__} {error}".rstrip()) from error
+        if response.status_code in (408, 429) or response.status_code >= 500:
+            raise ServerUnavailable(f"{method} {path}: status {response.status_code}, {response.text[:500]}")
+        if response.status_code >= 400:
+            raise ServerRefused(f"{method} {path}: status {response.status_code}, {response.text[:500]}")
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        return response.json() if is_json and response.content else response.text
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+def versions(spans: Sequence[dict[str, Any]], length: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """A server's [{version, start, end}, ...] as `weight_version` and `version_changes` of a `Generation`."""
+    starts = [(int(span["start"]), int(span["version"])) for span in spans if span["start"] < length]
+    if not starts:
+        return UNSYNCED, ()
+    return starts[0][1], tuple(starts[1:])

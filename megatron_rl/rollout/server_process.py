@@ -1,0 +1,55 @@
+"""A server's processes: started together, ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+
+from megatron_rl.rollout import guard
+
+
+def free_port() -> int:
+    """One on the loopback device."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """A command under `guard`. What it prints goes where this process's output goes."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, command: list[str], environment: Mapping[str, str]) -> ServerProcess:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, guard.__file__, *command),
+            stdin=asyncio.subprocess.PIPE,
+            env=os.environ | dict(environment),
+            start_new_session=True,
+        )
+        return cls(process)
+
+    @property
+    def running(self) -> bool:
+        return self._process.returncode is None
+
+    async def ended(self) -> None:
+        """Return when it has ended, whoever ended it."""
+        await self._process.wait()
+
+    async def stop(self) -> None:
+        """End it; returns when none of its processes is left."""
+        if self.running and self._process.stdin is not None:
+            self._process.stdin.close()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), guard.GRACE_SECONDS + 5)
+        with suppress(ProcessLookupError):  # the guard may have been killed before its children
+            os.killpg(self._process.pid, signal.SIGKILL)
+        await self._process.wait()

@@ -1,0 +1,104 @@
+"""SGLang: its command line and its HTTP interface, as of 0.5.23."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerUnavailable, versions
+from megatron_rl.types import FinishReason, Generation, SamplingParams
+
+CONTROL_SECONDS = 60.0
+"""Longest time for a call that computes nothing."""
+
+
+def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command line, and the environment beside ours. The key goes into a file, as a list of processes is public."""
+    key_file = folder / "sglang.yaml"
+    key_file.touch(mode=0o600)
+    key_file.write_text(f"admin-api-key: {key}\n")
+    arguments = {
+        "--model-path": str(launch.model_folder),
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--config": str(key_file),
+        "--dtype": launch.dtype,
+        "--context-length": str(launch.max_tokens),
+        "--tensor-parallel-size": str(launch.tensor_parallel),
+        "--weight-version": str(UNSYNCED),
+        "--log-level": "warning",
+    }
+    environment = {"HF_HUB_OFFLINE": "1"}
+    if launch.device == "cpu":
+        arguments |= {"--device": "cpu", "--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
+        arguments |= {"--max-total-tokens": str(max(16384, 4 * launch.max_tokens))}  # else it takes all free memory
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    line = [str(launch.python or sys.executable), "-m", "sglang.launch_server"]
+    line += [word for pair in arguments.items() for word in pair]
+    line += ["--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
+    return [*line, *launch.arguments], environment | launch.environment
+
+
+class SglangServer:
+    """Implements `Server`."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self._http = HttpClient(url, key)
+
+    async def alive(self) -> None:
+        await self._http.get("/health_generate", timeout_seconds=CONTROL_SECONDS)
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
+    ) -> list[Generation]:
+        body = {"input_ids": list(prompt), "sampling_params": _sampling(sampling), "return_logprob": True}
+        answer = await self._http.post("/generate", body, timeout_seconds=timeout_seconds)
+        answers = answer if isinstance(answer, list) else [answer]
+        return [_generation(answer, sampling.stop_token_ids) for answer in answers]
+
+    async def abort_all(self) -> None:
+        await self._http.post("/abort_request", {"abort_all": True}, timeout_seconds=CONTROL_SECONDS)
+
+    async def weight_version(self) -> int:
+        info = await self._http.get("/model_info", timeout_seconds=CONTROL_SECONDS)
+        return int(info["weight_version"])
+
+    async def load_weights(self, folder: Path, version: int, timeout_seconds: float) -> None:
+        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+        await self._http.post("/update_weights_from_disk", body, timeout_seconds=timeout_seconds)
+
+    async def close(self) -> None:
+        await self._http.close()
+
+
+def _sampling(sampling: SamplingParams) -> dict[str, Any]:
+    """Its seed is left out: it works only under deterministic inference, and there makes all n responses the same."""
+    return {
+        "n": sampling.n,
+        "temperature": sampling.temperature,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": sampling.max_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": not sampling.stop_token_ids,  # it would ignore those as well
+        "skip_special_tokens": False,
+        "no_stop_trim": True,
+    }
+
+
+def _generation(answer: dict[str, Any], stop_token_ids: Sequence[int]) -> Generation:
+    meta = answer["meta_info"]
+    tokens = list(answer.get("output_ids") or [])
+    log_probs = [entry[0] for entry in meta.get("output_token_logprobs") or []]
+    finish = meta["finish_reason"]
+    if finish.get("status_code"):
+        raise ServerUnavailable(f"/generate: {finish}")
+    reason: FinishReason = finish["type"]
+    if reason == "stop" and tokens[-1] not in stop_token_ids:
+        reason = "abort"  # it ends at the model's own end tokens too, which are not among ours: to be gone on with
+    version, changes = versions(meta.get("weight_versions") or [], len(tokens))
+    return Generation(tokens, log_probs[: len(tokens)], reason, version, changes)

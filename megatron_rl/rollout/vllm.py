@@ -1,0 +1,104 @@
+"""vLLM: its command line and its HTTP interface, as of 0.32."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerUnavailable, versions
+from megatron_rl.types import Generation, SamplingParams
+
+CONTROL_SECONDS = 60.0
+"""Longest time for a call that computes nothing."""
+
+
+def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command line, and the environment beside ours; the key is in the latter."""
+    arguments = {
+        "--model": str(launch.model_folder),
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--dtype": launch.dtype,
+        "--max-model-len": str(launch.max_tokens),
+        "--tensor-parallel-size": str(launch.tensor_parallel),
+        "--logprobs-mode": "processed_logprobs",  # those of the policy at the sampling temperature
+        "--generation-config": "vllm",  # else the model's folder may bring a top-p of its own
+    }
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": key}
+    environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # dev mode: weight updates over HTTP
+    line = [str(launch.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server"]
+    line += [word for pair in arguments.items() for word in pair]
+    line += ["--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
+    if launch.device == "cpu":
+        line += ["--enforce-eager"]
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    return [*line, *launch.arguments], environment | launch.environment
+
+
+class VllmServer:
+    """Implements `Server`."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self._http = HttpClient(url, key)
+
+    async def alive(self) -> None:
+        await self.weight_version()  # /health does not notice an engine core that hangs
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
+    ) -> list[Generation]:
+        body = {"token_ids": list(prompt), "sampling_params": _sampling(sampling)}
+        answer = await self._http.post("/inference/v1/generate", body, timeout_seconds=timeout_seconds)
+        return [_generation(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+
+    async def abort_all(self) -> None:
+        await self._http.post("/abort_requests", {}, timeout_seconds=CONTROL_SECONDS)
+
+    async def weight_version(self) -> int:
+        info = await self._http.get("/weight_info", timeout_seconds=CONTROL_SECONDS)
+        return _version(info["weight_version"])
+
+    async def load_weights(self, folder: Path, version: int, timeout_seconds: float) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        await self._http.post("/collective_rpc", body, timeout_seconds=timeout_seconds)
+        await self._http.post("/reset_prefix_cache", timeout_seconds=CONTROL_SECONDS)
+        await self._http.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=CONTROL_SECONDS)
+
+    async def close(self) -> None:
+        await self._http.close()
+
+
+def _sampling(sampling: SamplingParams) -> dict[str, Any]:
+    """No `min_tokens`: it changes the log-probs that come back."""
+    return {
+        "n": sampling.n,
+        "temperature": sampling.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "max_tokens": sampling.max_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,  # only our own end tokens end a response
+        "seed": sampling.seed,
+        "logprobs": 0,  # of the sampled token
+        "detokenize": False,
+    }
+
+
+def _generation(choice: dict[str, Any]) -> Generation:
+    tokens = list(choice["token_ids"] or [])
+    entries = (choice["logprobs"] or {}).get("content") or []
+    reason = choice["finish_reason"]
+    if reason not in ("stop", "length", "abort"):
+        raise ServerUnavailable(f"/inference/v1/generate: a response ended with {reason!r}")
+    spans = [{**span, "version": _version(span["version"])} for span in choice["weight_versions"] or []]
+    version, changes = versions(spans, len(tokens))
+    return Generation(tokens, [entry["logprob"] for entry in entries], reason, version, changes)
+
+
+def _version(label: str) -> int:
+    """A server that was given no weights yet calls its own "default"."""
+    return UNSYNCED if label == "default" else int(label)

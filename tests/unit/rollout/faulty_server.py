@@ -1,0 +1,109 @@
+"""A server that speaks as much of SGLang's HTTP interface as an engine uses, and fails on command. It computes nothing:
+what real servers do is tested against real servers."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+END_TOKEN = 2
+"""The model's own; a response of this server ends with it after `length` tokens."""
+
+
+@dataclass
+class Script:
+    """What the next requests meet, and what was asked."""
+
+    faults: deque[str] = field(default_factory=deque)
+    """One a request to /generate: error, drop, slow, short, refuse, stale; none left: a good answer."""
+    length: int = 5
+    seconds: float = 0.0
+    """How long a good answer takes."""
+    healthy: bool = True
+    version: str = "-1"
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    abort: threading.Event = field(default_factory=threading.Event)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    script: Script
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/health_generate":
+            if not self.script.healthy:
+                time.sleep(30)
+            self._answer(200, {})
+        else:
+            self._answer(200, {"weight_version": self.script.version})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        if self.path == "/generate":
+            self._generate(body)
+        elif self.path == "/abort_request":
+            self.script.abort.set()
+            self._answer(200, {})
+        elif self.path == "/update_weights_from_disk":
+            self.script.version = body["weight_version"]
+            self._answer(200, {"success": True})
+
+    def _generate(self, body: dict[str, Any]) -> None:
+        script = self.script
+        script.asked.append(body)
+        fault = script.faults.popleft() if script.faults else ""
+        if fault == "slow":
+            time.sleep(5)
+        if fault == "drop":
+            self.close_connection = True
+            return
+        if fault in ("error", "refuse"):
+            self._answer({"error": 500, "refuse": 400}[fault], {"error": f"told to {fault}"})
+            return
+        version = "-7" if fault == "stale" else script.version
+        start, script_version = len(body["input_ids"]), version
+        aborted = script.seconds > 0 and script.abort.wait(script.seconds)
+        script.abort.clear()
+        params = body["sampling_params"]
+        count = min(params["max_new_tokens"], script.length)
+        tokens = [100 + start + i for i in range(2 if aborted else count)]
+        reason = "abort" if aborted else "length"
+        if not aborted and count == script.length:
+            tokens[-1], reason = END_TOKEN, "stop"
+        log_probs = [[-0.1, token, None] for token in tokens[: 1 if fault == "short" else None]]
+        span = {"version": script_version, "start": 0, "end": len(tokens)}
+        meta = {"finish_reason": {"type": reason}, "output_token_logprobs": log_probs, "weight_versions": [span]}
+        self._answer(200, [{"output_ids": tokens, "meta_info": meta}] * params["n"])
+
+    def _answer(self, status: int, body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def faulty_server() -> Iterator[tuple[str, Script]]:
+    """Its URL, and what tells it to fail."""
+    script = Script()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"script": script}))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", script
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,192 @@
+"""What an engine makes of a server that fails: nothing lost, nothing twice, nothing from the wrong weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.rollout import ServerSettings
+from megatron_rl.rollout import http_engine
+from megatron_rl.rollout.engine import EngineLost
+from megatron_rl.rollout.http_engine import HttpEngine
+from megatron_rl.rollout.server import ServerLaunch, ServerRefused
+from megatron_rl.types import SamplingParams
+from megatron_rl.weight_sync.transport import WeightUpdate
+from tests.unit.rollout.faulty_server import END_TOKEN, Script, faulty_server
+
+SAMPLING = SamplingParams(n=2, max_tokens=10, temperature=1.0, stop_token_ids=(END_TOKEN,), seed=0)
+PROMPTS = [(1, 2, 3), (4, 5)]
+LAUNCH = ServerLaunch(Path("unused"), "cpu", "float32", 1, 64)
+GOOD = [[[103, 104, 105, 106, 2]] * 2, [[102, 103, 104, 105, 2]] * 2]
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, Script]]:
+    with faulty_server() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_engine, "FIRST_BACK_OFF_SECONDS", 0.01)
+
+
+@asynccontextmanager
+async def attached(url: str, **settings: Any) -> AsyncIterator[HttpEngine]:
+    engine = HttpEngine("sglang", ServerSettings(urls=[url], **settings), LAUNCH, url)
+    await engine.start()
+    await engine.resume()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def tokens(engine: HttpEngine, sampling: SamplingParams = SAMPLING) -> list[list[list[int]]]:
+    return [[g.token_ids for g in group] for group in await engine.generate(PROMPTS, sampling)]
+
+
+@pytest.mark.parametrize("fault", ["error", "drop", "error drop error", "drop drop"])
+def test_a_failed_request_is_asked_again(server: tuple[str, Script], fault: str) -> None:
+    url, script = server
+    script.faults.extend(fault.split())
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            assert await tokens(engine) == GOOD
+
+    asyncio.run(scenario())
+    assert len(script.asked) == len(PROMPTS) + len(fault.split())
+
+
+def test_a_request_that_takes_too_long_is_asked_again(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.faults.append("slow")
+
+    async def scenario() -> None:
+        async with attached(url, request_timeout_seconds=0.3) as engine:
+            assert await tokens(engine) == GOOD
+
+    asyncio.run(scenario())
+    assert len(script.asked) == 3
+
+
+def test_a_server_that_only_fails_is_given_up(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.faults.extend(["error"] * 100)
+
+    async def scenario() -> None:
+        async with attached(url, request_attempts=3) as engine:
+            with pytest.raises(EngineLost, match="a request failed 3 times"):
+                await tokens(engine)
+            with pytest.raises(EngineLost):  # and stays given up
+                await engine.health()
+
+    asyncio.run(scenario())
+    assert len(script.asked) <= 6
+
+
+def test_a_server_that_hangs_is_given_up(server: tuple[str, Script]) -> None:
+    url, script = server
+
+    async def scenario() -> None:
+        async with attached(url, hang_seconds=0.4) as engine:
+            script.seconds = 30
+            asking = asyncio.create_task(tokens(engine))
+            await asyncio.sleep(0.2)
+            script.healthy = False
+            with pytest.raises(EngineLost, match=r"no sign of life for 0\.4 s"):
+                await asyncio.wait_for(asking, 20)
+
+    asyncio.run(scenario())
+
+
+def test_a_refusal_is_not_asked_again(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.faults.append("refuse")
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            with pytest.raises(ServerRefused, match=r"status 400.*told to refuse"):
+                await engine.generate(PROMPTS[:1], SAMPLING)
+
+    asyncio.run(scenario())
+    assert len(script.asked) == 1
+
+
+def test_answers_of_other_weights_are_never_used(server: tuple[str, Script]) -> None:
+    """As after a restart that nobody told us of."""
+    url, script = server
+    script.faults.append("stale")
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            with pytest.raises(EngineLost, match="it serves weights -7, not -1"):
+                await tokens(engine)
+
+    asyncio.run(scenario())
+
+
+def test_a_log_prob_for_every_token(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.faults.append("short")
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            with pytest.raises(RuntimeError, match="5 tokens and 1 log-probs"):
+                await tokens(engine)
+
+    asyncio.run(scenario())
+
+
+def test_a_paused_request_goes_on_with_the_new_weights(server: tuple[str, Script], tmp_path: Path) -> None:
+    url, script = server
+    update = WeightUpdate(version=4, parts=(tmp_path / "part-0.safetensors",), checksums={}, bytes=0)
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            script.seconds = 5.0
+            asking = asyncio.create_task(engine.generate(PROMPTS[:1], SAMPLING))
+            await asyncio.sleep(0.3)
+            await engine.pause()
+            script.seconds = 0.0
+            await engine.update_weights(update)
+            await asyncio.sleep(0.1)
+            assert len(script.asked) == 1, "nothing is asked while paused"
+            await engine.resume()
+            first, second = (await asking)[0]
+            assert first.token_ids == second.token_ids == [103, 104, 105, 106, 107, 108, END_TOKEN]
+            assert first.weight_versions == [-1, -1, 4, 4, 4, 4, 4]
+
+    asyncio.run(scenario())
+    assert [(len(body["input_ids"]), body["sampling_params"]["n"]) for body in script.asked] == [(3, 2), (5, 1), (5, 1)]
+
+
+def test_an_end_token_that_is_not_ours_ends_nothing(server: tuple[str, Script]) -> None:
+    url, _ = server
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            sampling = replace(SAMPLING, n=1, stop_token_ids=(77,), max_tokens=8)
+            (generation,), *_ = await engine.generate(PROMPTS[:1], sampling)
+            assert generation.token_ids == [103, 104, 105, 106, END_TOKEN, 108, 109, 110]
+            assert generation.finish_reason == "length"
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9"
+    settings = ServerSettings(urls=[url], start_timeout_seconds=0.2)
+
+    async def scenario() -> None:
+        with pytest.raises(EngineLost, match=r"did not answer within 0\.2 s"):
+            await HttpEngine("sglang", settings, LAUNCH, url).start()
+
+    asyncio.run(scenario())

@@ -1,0 +1,74 @@
+"""No process of a server outlives its owner."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rl.rollout import guard
+from megatron_rl.rollout.server_process import ServerProcess
+
+TREE = "import subprocess, sys, time; subprocess.Popen(['sleep', '100']); print('up', flush=True); time.sleep(100)"
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {TREE}"
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+async def started(program: str) -> tuple[ServerProcess, list[int]]:
+    process = await ServerProcess.start([sys.executable, "-c", program], {})
+    root = psutil.Process(process._process.pid)
+    while len(tree := root.children(recursive=True)) < 2:
+        await asyncio.sleep(0.05)
+    return process, [root.pid, *(child.pid for child in tree)]
+
+
+@pytest.mark.parametrize("program", [TREE, STUBBORN], ids=["polite", "stubborn"])
+def test_stop_ends_all_of_them(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        process, pids = await started(program)
+        await process.stop()
+        assert alive(pids) == []
+
+    asyncio.run(scenario())
+
+
+def test_one_that_dies_takes_the_others_along() -> None:
+    async def scenario() -> None:
+        process, pids = await started(TREE)
+        os.kill(pids[1], signal.SIGKILL)
+        await asyncio.wait_for(process.ended(), 10)
+        await process.stop()
+        assert alive(pids) == []
+
+    asyncio.run(scenario())
+
+
+def test_they_end_with_an_owner_that_was_killed(tmp_path: Path) -> None:
+    owner = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, {guard.__file__!r}, "
+            f"sys.executable, '-c', {TREE!r}], stdin=subprocess.PIPE, start_new_session=True)\ntime.sleep(100)",
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert owner.stdout is not None and owner.stdout.readline() == b"up\n"
+    pids = [child.pid for child in psutil.Process(owner.pid).children(recursive=True)]
+    assert len(pids) == 3
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + guard.GRACE_SECONDS + 10
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive(pids) == []
