@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 
+import psutil
+
 from megatron_rl.rollout import guard
 
 
@@ -46,6 +48,7 @@ class ServerProcess:
 
     async def stop(self) -> None:
         """End it; returns when none of its processes is left."""
+        tree = self._tree()
         if self.running and self._process.stdin is not None:
             self._process.stdin.close()
             with suppress(TimeoutError):
@@ -53,3 +56,11 @@ class ServerProcess:
         with suppress(ProcessLookupError):  # the guard may have been killed before its children
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
+        while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in tree):
+            await asyncio.sleep(0.05)
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
