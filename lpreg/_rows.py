@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lpreg import kernels
+
 if TYPE_CHECKING:
     from lpreg.proxy_store import ShardProxy
 
@@ -97,6 +99,8 @@ def summarise(shard: Shard, with_entropy: bool) -> Tensor:
     pack[0] = pack[3] = -torch.inf
     if shard.columns == 0 or tokens == 0:
         return pack
+    if kernels.usable(shard.logits):
+        return kernels.load().summarise(shard)
     shifted_buffer, exp_buffer = shard.buffer(), shard.buffer()
     for place, rows in shard.chunks(None):
         x = shard.read(rows, shifted_buffer)
@@ -122,6 +126,8 @@ def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum:
     masses = torch.zeros(2, count, dtype=shard.dtype, device=shard.logits.device)
     if shard.columns == 0 or count == 0:
         return masses
+    if kernels.usable(shard.logits):
+        return kernels.load().filter_masses(shard, rows, threshold, log_sum)
     buffer, inside_buffer = shard.buffer(), shard.buffer()
     for place, chunk in shard.chunks(rows):
         x = shard.read(chunk, buffer)
@@ -175,16 +181,21 @@ def write_gradient(
     out: Tensor, shard: Shard, grads: RowGradients, threshold: Tensor, log_sum: Tensor, entropy: Tensor | None
 ) -> None:
     """Fills `out` [T, V/TP] with d loss / d x; it may be the logits themselves. Rows without gradient are not read."""
-    active = grads.active
-    parts = [(active, False)]
-    if grads.filtered is not None:
-        parts = [(active & ~grads.filtered, False), (grads.filtered, True)]
-    idle = (~active).nonzero().squeeze(1)
-    if idle.numel():
-        out.index_fill_(0, idle, 0.0)
     out[:, shard.columns :] = 0.0
-    if shard.columns == 0:
+    if shard.columns == 0 or out.shape[0] == 0:
         return
+    if kernels.usable(shard.logits) and kernels.usable(out):
+        # The kernels know no stored proxy: the few rows that have one are written below.
+        left = torch.zeros_like(grads.active) if grads.proxy is None else grads.proxy != 0
+        kernels.load().write_gradient(out, shard, grads, threshold, log_sum, entropy, leave=left)
+        if grads.proxy is None:
+            return
+    else:
+        left = grads.active
+        out.index_fill_(0, (~left).nonzero().squeeze(1), 0.0)
+    parts = [(left, False)]
+    if grads.filtered is not None:
+        parts = [(left & ~grads.filtered, False), (left & grads.filtered, True)]
     buffer = shard.buffer()
     for mask, filtered in parts:
         rows = mask.nonzero().squeeze(1)

@@ -1,0 +1,118 @@
+"""The Triton row kernels, run by Triton's interpreter on the CPU, against the definition in fp64.
+
+`test_kernels.py` runs this file in a process of its own: Triton decides when it is imported whether it interprets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lpreg import kernels, token_stats
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """So that a few columns make several blocks and a rest: the interpreter is slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.load(), "BLOCK", 64)
+        yield
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    columns = draw(st.sampled_from([1, 17, 63, 64, 65, 128, 150]))
+    return {
+        "tokens": draw(st.integers(1, 5)),
+        "columns": columns,
+        "padding": draw(st.sampled_from([0, 3, 70])),
+        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        "temperature": draw(st.sampled_from([1.0, 0.7, 1.5])),
+        "filter": draw(st.sampled_from([{"min_p": 0.02}, {"min_p": 0.9}, {"fixed_tau": 1 / 200}])),
+        "entropy": draw(st.sampled_from(["metric", "grad", "none"])),
+        "inplace": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_values_and_gradients_are_the_definition_s(dense: Callable, case: dict) -> None:
+    generator = torch.Generator().manual_seed(case["seed"])
+    tokens, columns, dtype = case["tokens"], case["columns"], case["dtype"]
+    logits = (3 * torch.randn(tokens, columns, generator=generator)).to(dtype)
+    targets = torch.randint(columns, (tokens,), generator=generator)
+    weights = torch.randn(3, tokens, generator=generator) * (torch.rand(3, tokens, generator=generator) < 0.7)
+    shared = {"temperature": case["temperature"], "vocab_size": columns, **case["filter"]}
+
+    whole = logits.double().requires_grad_()
+    want = dense(whole, targets, **shared)
+    terms = [want.log_probs, want.log_z] + ([want.entropy] if case["entropy"] == "grad" else [])
+    (want_grad,) = torch.autograd.grad(sum((w * term).sum() for w, term in zip(weights, terms, strict=False)), whole)
+
+    garbage = torch.full((tokens, case["padding"]), torch.nan, dtype=dtype)
+    padded = torch.cat([logits.requires_grad_(), garbage], 1)
+    assert kernels.usable(padded)
+    got = token_stats(padded, targets, entropy=case["entropy"], inplace_backward=case["inplace"], **shared)
+    terms = [got.log_probs, got.log_z] + ([got.entropy] if case["entropy"] == "grad" else [])
+    (got_grad,) = torch.autograd.grad(sum((w * term).sum() for w, term in zip(weights, terms, strict=False)), padded)
+
+    assert torch.equal(got.kept, want.kept)
+    for name in ("log_probs", "log_z", "max_logit") + (("entropy",) if case["entropy"] != "none" else ()):
+        torch.testing.assert_close(getattr(got, name).double(), getattr(want, name).detach(), rtol=2e-5, atol=2e-5)
+    rounding = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(got_grad[:, :columns].double(), want_grad, rtol=rounding, atol=rounding)
+    assert not got_grad[:, columns:].any()
+    assert (got_grad.data_ptr() == padded.data_ptr()) == case["inplace"]
+
+
+def test_peaked_rows_keep_their_digits() -> None:
+    """log Z near 0 comes from the mass outside the filter, log p of a near-certain token from distances to the top."""
+    logits = torch.zeros(1, 150)
+    logits[0, 7] = 18.0
+    got = token_stats(logits, torch.tensor([7]))
+    outside = 149 / (149 + torch.exp(torch.tensor(18.0, dtype=torch.float64)))
+    torch.testing.assert_close(got.log_z.double(), torch.log1p(-outside)[None], rtol=1e-5, atol=0)
+    # As the log of a sum near 1 it has an absolute error of two of fp32's units at 1, no more.
+    torch.testing.assert_close(got.log_probs.double(), torch.log1p(-outside)[None], rtol=0, atol=2.4e-7)
+
+
+def test_impossible_tokens_and_rows_of_one_possible_token() -> None:
+    logits = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    logits[0, 5:60] = -torch.inf
+    logits[1, 1:] = -torch.inf
+    logits.requires_grad_()
+    got = token_stats(logits, torch.tensor([70, 0]), entropy="grad")
+    assert torch.isfinite(got.log_probs).all() and got.entropy is not None and got.entropy[1] == 0
+    (gradient,) = torch.autograd.grad((got.log_probs + got.entropy + got.log_z).sum(), logits)
+    assert torch.isfinite(gradient).all() and not gradient[0, 5:60].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_are_refused(value: float) -> None:
+    logits = torch.zeros(3, 100)
+    logits[1, 80] = value
+    with pytest.raises(ValueError, match=r"first rows: \[1\]"):
+        token_stats(logits, torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_stored_proxy_is_as_without_the_kernels() -> None:
+    generator = torch.Generator().manual_seed(1)
+    old, new = torch.randn(2, 6, 130, generator=generator) * 3
+    targets = torch.randint(130, (6,), generator=generator)
+    wanted = torch.tensor([True, False, True, False, False, True])
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        store = token_stats(old.to(dtype), targets, proxy_rows=wanted).proxy_store
+        leaf = new.to(dtype).requires_grad_()
+        stats = token_stats(leaf, targets, proxy=store, entropy="none")
+        assert stats.proxy_kl is not None
+        return torch.autograd.grad((stats.proxy_kl + 0.3 * stats.log_probs).sum(), leaf)[0]
+
+    assert not kernels.usable(new.double()), "fp64 is the torch passes'"
+    torch.testing.assert_close(gradient(torch.float32).double(), gradient(torch.float64), rtol=1e-5, atol=1e-6)
