@@ -11,7 +11,7 @@ Legend: T tokens, R of them stored, E entries of all stored tokens together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -47,6 +47,18 @@ class ProxyStore:
                 f"ids must be int64 and log_q floating point, both of shape [{entries}] to fit counts, "
                 f"got {self.ids.dtype} {list(self.ids.shape)} and {self.log_q.dtype} {list(self.log_q.shape)}"
             )
+
+    def split(self, sizes: Sequence[int]) -> list[ProxyStore]:
+        """Of consecutive tokens, so many each."""
+        counts = self.counts.split(sizes)
+        entries = [int(part.sum()) for part in counts]
+        parts = (self.stored.split(sizes), counts, self.ids.split(entries), self.log_q.split(entries))
+        return [ProxyStore(*part) for part in zip(*parts, strict=True)]
+
+    @classmethod
+    def join(cls, stores: Sequence[ProxyStore]) -> ProxyStore:
+        """Of consecutive tokens."""
+        return cls(*(torch.cat([getattr(store, field.name) for store in stores]) for field in fields(cls)))
 
     def shard(self, first: int, columns: int) -> ShardProxy:
         """As the rank that holds the ids in [first, first + columns) sees it."""

@@ -221,6 +221,14 @@ LP_REG = {"rho": 0.4, "beta": 0.7, "min_p": 0.1}
 
 DEFINITIONS: dict[str, tuple[PolicyLoss, Definition]] = {
     "lp_reg, paper": (make_loss.preset("lp_reg", "paper", **LP_REG), lp_reg("full")),
+    "lp_reg, paper off-policy": (
+        make_loss.preset("lp_reg", "paper", **LP_REG, proxy_source="old"),
+        lp_reg("full", "old"),
+    ),
+    "lp_reg, paper lagged": (
+        make_loss.preset("lp_reg", "paper", **LP_REG, proxy_source="lagged"),
+        lp_reg("full", "lagged"),
+    ),
     "lp_reg, reference": (
         make_loss.preset("lp_reg", "reference", **LP_REG, proxy_source="old", k3_clamp=0.05),
         lp_reg(source="old", by="negatives", below=True, clamp=0.05, upper_for_negatives=False),

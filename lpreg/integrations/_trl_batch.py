@@ -3,8 +3,9 @@
 A batch is a dict of tensors. TRL gives, for B rows and C response positions padded on the right: completion_ids [B, C],
 completion_mask [B, C], tool_mask [B, C] (0 where a tool wrote the token), advantages [B] or [B, C], and with vLLM
 importance_sampling_ratio [B, 1] or [B, C]. To a whole generation are added what the policy that generated it says of
-each token (old_log_probs, old_entropy, old_log_z, old_kept), proxy_log_probs of a lagged one and the selection, all
-[B, C]. TRL shuffles the rows then and cuts micro-batches, to which comes, update by update, the denominator.
+each token (old_log_probs, old_entropy, old_log_z, old_kept), the selection and proxy_log_probs of another policy, all
+[B, C], and that policy's proxy as a store for each row. TRL shuffles the rows then and cuts micro-batches, to which
+comes, update by update, the denominator.
 
 T tokens carry loss; flat tensors [T] go row after row.
 """
@@ -84,14 +85,14 @@ def set_denominator(loss: PolicyLoss, micro_batches: Sequence[Batch], group: dis
         batch["denominator"] = max(int(total), 1)  # with nothing to count, a mean of 0
 
 
-def log_z_rows(loss: PolicyLoss, batch: Batch, mask: Tensor) -> Tensor:
-    """[T] bool, tokens whose log Z under the policy in training the loss will read."""
+def proxy_rows(loss: PolicyLoss, batch: Batch, mask: Tensor) -> Tensor:
+    """[T] bool, tokens whose proxy the loss may read."""
     rows = loss.uses_proxy(advantages(batch, mask))
     return rows & batch["selection"][mask] if "selection" in batch else rows
 
 
 def loss_inputs(batch: Batch, mask: Tensor, stats: dict[str, Tensor], *, off_policy: bool) -> LossInputs:
-    """stats [T]: of the policy in training. Importance ratios multiply the advantages (see `lpreg.correction`)."""
+    """stats: of the policy in training, [T]. Importance ratios multiply the advantages (see `lpreg.correction`)."""
     weighted = advantages(batch, mask)
     if "importance_sampling_ratio" in batch:
         weighted = weighted * batch["importance_sampling_ratio"].expand(mask.shape)[mask]

@@ -8,6 +8,7 @@ from typing import Any
 import trl
 
 from lpreg import PolicyLoss
+from lpreg.losses.wrapped import WrappedLoss
 
 WRITTEN_FOR = "1.16."
 """TRL's release series: the methods that are overridden are not part of its public interface."""
@@ -41,8 +42,13 @@ def check_config(config: trl.GRPOConfig) -> None:
         )
 
 
-def check_trainer(trainer: Any, loss: PolicyLoss, *, sharded: bool, off_policy: bool) -> None:
+def check_trainer(trainer: Any, loss: PolicyLoss, *, sharded: bool) -> None:
     """Raises ValueError for models and layouts that are not supported."""
+    if isinstance(loss, WrappedLoss):
+        raise ValueError(
+            f"lpreg.integrations.trl takes a method as it is, not one with {loss.name} around it: TRL corrects for its "
+            "engine itself (GRPOConfig(vllm_importance_sampling_mode=...)), and has no reference model without `beta`"
+        )
     if trainer._is_vlm:
         raise ValueError("lpreg.integrations.trl trains text-only models, but the processing class is a processor")
     if trainer.aux_loss_enabled:
@@ -56,13 +62,7 @@ def check_trainer(trainer: Any, loss: PolicyLoss, *, sharded: bool, off_policy: 
             f"lpreg.integrations.trl splits data over ranks, nothing else, but parallelism_config has tp_size="
             f"{parallel.tp_size}; for tensor parallelism use megatron_rl"
         )
-    source, estimator = loss.proxy_source, getattr(loss.settings, "kl_estimator", None)
-    if estimator == "full" and (source == "lagged" or (source == "old" and off_policy)):
-        raise ValueError(
-            f"kl_estimator='full' with proxy_source={source!r} needs another policy's proxy over the whole vocabulary, "
-            "which lpreg.integrations.trl does not keep; use kl_estimator='k3' or proxy_source='current'"
-        )
-    if sharded and source == "lagged":
+    if sharded and loss.proxy_source == "lagged":
         raise ValueError(
             "proxy_source='lagged' swaps whole weights, which FSDP and DeepSpeed shard; use 'current' or 'old'"
         )

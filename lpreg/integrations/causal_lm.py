@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
+from dataclasses import fields, replace
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -18,7 +19,10 @@ from torch.nn.functional import pad
 
 from lpreg.fused_head import fused_token_stats
 from lpreg.losses.base import StatsSettings
+from lpreg.proxy_store import ProxyStore
 from lpreg.token_stats import TokenStats, token_stats
+
+ANSWER = ("log_probs", "entropy", "log_z", "kept", "proxy_kl", "proxy_store")
 
 
 class Wanted(TypedDict):
@@ -33,12 +37,16 @@ class Wanted(TypedDict):
     temperature: float
     settings: NotRequired[StatsSettings]
     """What the method asks for."""
+    proxy_rows: NotRequired[Tensor]
+    """[T] bool, where this policy's proxy is to be stored."""
+    proxy: NotRequired[ProxyStore]
+    """Another policy's, of the T tokens."""
 
 
 def add_token_stats(model: Any, *, fused: bool) -> None:
-    """Let `model(input_ids, attention_mask, wanted_stats=Wanted)` answer with statistics [T] instead of logits: a dict
-    of log_probs, entropy, log_z and kept, as in `TokenStats`. Without it the
-    forward stays what it was.
+    """Let `model(input_ids, attention_mask, wanted_stats=Wanted)` answer with statistics instead of logits: a dict of
+    `TokenStats` fields, [T]: log_probs, entropy, log_z and kept, and what was asked for of proxy_kl and proxy_store.
+    Without it the forward stays what it was.
 
     fused: project the hidden states of the T tokens chunk by chunk, so that logits are never whole (see `plain_head`).
     Else read the logits of the model's own forward, whose memory the gradient then takes over.
@@ -54,7 +62,7 @@ def add_token_stats(model: Any, *, fused: bool) -> None:
             stats = _of_hidden_states(self, args, kwargs, wanted_stats)
         else:
             stats = _of_logits(original, args, kwargs, wanted_stats)
-        return {name: getattr(stats, name) for name in ("log_probs", "entropy", "log_z", "kept")}
+        return {name: value for name in ANSWER if (value := getattr(stats, name)) is not None}
 
     model.forward = types.MethodType(forward, model)
 
@@ -91,6 +99,8 @@ def _of_hidden_states(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
         wanted["targets"],
         temperature=wanted["temperature"],
         log_z_rows=wanted["log_z_rows"],
+        proxy=wanted.get("proxy"),
+        proxy_rows=wanted.get("proxy_rows"),
         **wanted.get("settings", {}),
     )
 
@@ -101,16 +111,26 @@ def _of_logits(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], want
     logits = forward(*args, use_cache=False, logits_to_keep=columns + 1, **kwargs).logits[:, -columns - 1 :]
     # The last position predicts what comes after the response.
     rows = pad(wanted["mask"], (0, 1)).flatten()
+    proxy, proxy_rows = wanted.get("proxy"), wanted.get("proxy_rows")
+    if proxy is not None:
+        proxy = replace(proxy, stored=_spread(proxy.stored, rows), counts=_spread(proxy.counts, rows))
     stats = token_stats(
         logits.flatten(0, 1),
         _spread(wanted["targets"], rows),
         temperature=wanted["temperature"],
         log_z_rows=_spread(wanted["log_z_rows"], rows),
         inplace_backward=True,
+        proxy=proxy,
+        proxy_rows=None if proxy_rows is None else _spread(proxy_rows, rows),
         **wanted.get("settings", {}),
     )
-    entropy = None if stats.entropy is None else stats.entropy[rows]
-    return TokenStats(stats.log_probs[rows], entropy, stats.log_z[rows], stats.kept[rows], stats.max_logit[rows])
+    values: dict[str, Any] = {field.name: getattr(stats, field.name) for field in fields(stats)}
+    of_tokens: dict[str, Any] = {
+        name: value[rows] if isinstance(value, Tensor) else value for name, value in values.items()
+    }
+    if (store := stats.proxy_store) is not None:
+        of_tokens["proxy_store"] = replace(store, stored=store.stored[rows], counts=store.counts[rows])
+    return TokenStats(**of_tokens)
 
 
 def _spread(values: Tensor, places: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ import torch.distributed as dist
 import trl
 from torch import Tensor, nn
 
-from lpreg import Mean, PolicyLoss, make_loss
-from lpreg.integrations._trl_batch import Batch, log_z_rows, loss_inputs, loss_mask, select, set_denominator
+from lpreg import Mean, PolicyLoss, ProxyStore, make_loss
+from lpreg.integrations._trl_batch import Batch, loss_inputs, loss_mask, proxy_rows, select, set_denominator
 from lpreg.integrations._trl_checks import check_config, check_trainer, check_version
-from lpreg.integrations.causal_lm import Wanted, add_token_stats, plain_head
+from lpreg.integrations.causal_lm import add_token_stats, plain_head
 from lpreg.losses.base import mean_over
 
 check_version()
@@ -67,7 +67,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         updates = self.args.steps_per_generation // self.args.gradient_accumulation_steps * self.num_iterations
         self._off_policy = updates > 1
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        check_trainer(self, self.policy_loss, sharded=sharded, off_policy=self._off_policy)
+        check_trainer(self, self.policy_loss, sharded=sharded)
         policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_token_stats(policy, fused=not sharded and plain_head(policy))
         self._group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
@@ -78,54 +78,74 @@ class GRPOTrainer(trl.GRPOTrainer):
     # ------------------------------------------------------------- a generation
 
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
-        """TRL's, and what the policy that generated says of each token, and which tokens are selected."""
+        """TRL's, and what the policy that generated says of each token, which are selected, and another's proxy."""
         self._scores = None
         batch: Batch = super()._generate_and_score_completions(inputs)
-        ids, attention, columns = _whole(batch)
         if self._scores is None and (self._off_policy or self.policy_loss.selection is not None):
-            self._scores = self._score(ids, attention, columns)
+            self._scores = self._score(*_whole(batch), batch["completion_mask"].bool())
         batch |= {f"old_{name}": values for name, values in (self._scores or {}).items()}
+        seed = self.args.seed + self.state.global_step
+        self._log(select(self.policy_loss, batch, seed=seed, group=self._group))
         if self._lagged is not None:
             self._lagged.refresh_if_due(self.state.global_step)
             with self._lagged.in_place():
-                seen = self._score(ids, attention, columns)
-            batch["proxy_log_probs"] = torch.where(seen["kept"], seen["log_probs"] - seen["log_z"], -torch.inf)
-        seed = self.args.seed + self.state.global_step
-        self._log(select(self.policy_loss, batch, seed=seed, group=self._group))
+                batch |= self._score_proxy(batch)
+        elif self._off_policy and self.policy_loss.needs_proxy_kl:
+            batch |= self._score_proxy(batch)
         return batch
 
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
         """TRL's pass for old log-probs. What else it learns of the tokens is kept, so that there is no second one."""
-        self._scores = self._score(input_ids, attention_mask, logits_to_keep)
+        self._scores = self._score(input_ids, attention_mask, attention_mask[:, -logits_to_keep:].bool())
         return self._scores["log_probs"], None, None
 
-    @torch.no_grad()
-    def _score(self, input_ids: Tensor, attention_mask: Tensor, columns: int) -> Batch:
-        """log_probs, entropy, log_z and kept of the last `columns` positions, [B, C]; 0 where there is no token."""
-        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
-        parts = []
-        for ids, attended in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            mask = attended[:, -columns:].bool()
-            proxy = self.policy_loss.proxy_source in ("old", "lagged")
-            stats = self._token_stats(self.model, ids, attended, mask, mask.new_full((int(mask.sum()),), proxy))
-            parts.append({name: v.new_zeros(mask.shape).masked_scatter(mask, v) for name, v in stats.items()})
+    def _score(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Batch:
+        """log_probs, entropy, log_z and kept [B, C] where mask [B, C] holds, else 0."""
+        log_z = torch.full_like(mask, self.policy_loss.proxy_source == "old")
+        parts = [
+            {name: _spread(values, here) for name, values in stats.items()}
+            for here, stats in self._look(input_ids, attention_mask, mask, log_z_rows=log_z)
+        ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def _score_proxy(self, batch: Batch) -> Batch:
+        """proxy_log_probs [B, C] by the weights in place; for the full KL `proxy` too, its store for each row."""
+        mask, stores, parts = loss_mask(batch), [], []
+        asked = {"log_z_rows": _spread(proxy_rows(self.policy_loss, batch, mask), mask)}
+        if self.policy_loss.needs_proxy_kl:
+            asked["proxy_rows"] = asked["log_z_rows"]
+        for here, stats in self._look(*_whole(batch), mask, **asked):
+            log_q = torch.where(stats["kept"], stats["log_probs"] - stats["log_z"], -torch.inf)
+            parts.append(_spread(log_q, here))
+            if "proxy_store" in stats:
+                stores += stats["proxy_store"].split(here.sum(1).tolist())
+        return {"proxy_log_probs": torch.cat(parts)} | ({"proxy": stores} if stores else {})
+
+    @torch.no_grad()
+    def _look(
+        self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, **asked: Tensor
+    ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """For some rows at a time: their mask, and the statistics of their tokens. asked: [B, C], see `Wanted`."""
+        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        for rows in torch.arange(len(mask), device=mask.device).split(size):
+            here = mask[rows]
+            of_tokens = {name: values[rows][here] for name, values in asked.items()}
+            yield here, self._token_stats(self.model, input_ids[rows], attention_mask[rows], here, **of_tokens)
+
     def _token_stats(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, log_z_rows: Tensor
-    ) -> dict[str, Tensor]:
-        """[T] of the tokens in mask [B, C]."""
-        wanted = Wanted(
-            mask=mask,
-            targets=input_ids[:, -mask.shape[1] :][mask],
-            log_z_rows=log_z_rows,
-            temperature=self.temperature,
-            settings=self.policy_loss.token_stats_kwargs(),
-        )
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, **asked: Any
+    ) -> dict[str, Any]:
+        """Of the T tokens in mask [B, C]. asked: [T], see `Wanted`."""
+        wanted = asked | {
+            "mask": mask,
+            "targets": input_ids[:, -mask.shape[1] :][mask],
+            "temperature": self.temperature,
+            "settings": self.policy_loss.token_stats_kwargs(),
+        }
         with self.accelerator.autocast():
-            stats: dict[str, Tensor] = model(input_ids=input_ids, attention_mask=attention_mask, wanted_stats=wanted)
+            stats: dict[str, Any] = model(input_ids=input_ids, attention_mask=attention_mask, wanted_stats=wanted)
         return stats
 
     # ------------------------------------------------------------- an update
@@ -143,8 +163,10 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         mask = loss_mask(inputs)
-        ids, attention, _ = _whole(inputs)
-        stats = self._token_stats(model, ids, attention, mask, log_z_rows(self.policy_loss, inputs, mask))
+        asked: dict[str, Any] = {"log_z_rows": proxy_rows(self.policy_loss, inputs, mask)}
+        if "proxy" in inputs:
+            asked["proxy"] = ProxyStore.join(inputs["proxy"])
+        stats = self._token_stats(model, *_whole(inputs), mask, **asked)
         given = loss_inputs(inputs, mask, stats, off_policy=self._off_policy)
         output = self.policy_loss(given)
         means = {f"lpreg/{name}": mean for name, mean in output.metrics.items()}
@@ -169,10 +191,15 @@ class GRPOTrainer(trl.GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
 
-def _whole(batch: Batch) -> tuple[Tensor, Tensor, int]:
-    """Prompts and responses in one, [B, P + C]; their attention mask; C."""
+def _whole(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Prompts and responses in one, [B, P + C], and their attention mask."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1), batch["completion_ids"].shape[1]
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """[T] to the places where mask [B, C] holds; 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 class _Lagged:

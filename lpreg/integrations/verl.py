@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lpreg import LossInputs, PolicyLoss
+from lpreg.losses.wrapped import WrappedLoss
 
 VerlLoss = Callable[..., tuple[Tensor, dict[str, float]]]
 
@@ -30,6 +31,8 @@ def policy_loss(loss: PolicyLoss) -> VerlLoss:
     Raises:
         ValueError: a method that needs what verl does not hand over; when called, another loss_agg_mode.
     """
+    if isinstance(loss, WrappedLoss):
+        raise ValueError(f"verl has {loss.name} of its own: hand over the method without it")
     if loss.selection is not None or loss.proxy_source is not None or loss.token_stats_kwargs():
         raise ValueError(
             f"{loss.name} needs more than log-probs (tokens ranked over the global batch, the filter's mass or the "

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpreg import make_loss
+from lpreg import make_loss, with_correction
 from lpreg.integrations.verl import VerlLoss, policy_loss
 from lpreg.losses.registry import METHODS
 from tests.dense_methods import DEFINITIONS, Batch
@@ -159,6 +159,8 @@ def test_verls_importance_weights_multiply_the_advantages() -> None:
 def test_what_verl_does_not_hand_over_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} needs more than log-probs.*possible are grpo, clip_higher"):
         policy_loss(make_loss(name))
+    with pytest.raises(ValueError, match="verl has correction of its own"):
+        policy_loss(with_correction(make_loss("grpo"), weights="truncated"))
 
 
 def test_verls_settings_must_agree_with_the_method() -> None:

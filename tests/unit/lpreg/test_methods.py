@@ -40,9 +40,13 @@ def make_batch(lengths: list[int], drift: float, seed: int) -> Batch:
 def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
     """The loss as a trainer computes it, on one rank."""
     asked = loss.token_stats_kwargs()
-    stats = token_stats(data.logits, data.targets, **asked)
+    every_token = torch.ones_like(data.mask)
     old = token_stats(data.logits.detach() if on_policy else data.old_logits, data.targets, **asked)
-    lagged = token_stats(data.lagged_logits, data.targets, **asked)
+    lagged = token_stats(data.lagged_logits, data.targets, proxy_rows=every_token, **asked)
+    proxy = lagged.proxy_store
+    if loss.proxy_source == "old":
+        proxy = token_stats(data.old_logits, data.targets, proxy_rows=every_token, **asked).proxy_store
+    stats = token_stats(data.logits, data.targets, proxy=proxy, **asked)
     selection = None
     if loss.selection is not None:
         selection = apply_rule(
@@ -64,6 +68,7 @@ def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
             kept=stats.kept,
             old_log_z=old.log_z,
             old_kept=old.kept,
+            proxy_kl=stats.proxy_kl,
             proxy_log_probs=lagged.proxy_log_probs,
             sequence_ids=data.sequence_ids,
             selection=selection,

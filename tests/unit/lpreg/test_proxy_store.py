@@ -164,6 +164,26 @@ def test_the_store_holds_the_filter_and_little_else(dense: Callable) -> None:
     torch.testing.assert_close(store.log_q.exp(), q[stored][q[stored] > 0])
 
 
+@pytest.mark.parametrize("sizes", [[30], [0, 7, 1, 22], [10, 10, 10, 0]])
+def test_a_store_is_cut_and_joined_token_by_token(sizes: list[int]) -> None:
+    data = two_policies()
+    stats = token_stats(data["old_logits"], data["targets"], proxy_rows=data["rows"])
+    assert stats.proxy_store is not None
+    parts = stats.proxy_store.split(sizes)
+    assert [len(part.stored) for part in parts] == sizes
+    logits = data["hidden"] @ data["new_weight"].T
+    whole, joined = (
+        token_stats(logits, data["targets"], proxy=store).proxy_kl
+        for store in (stats.proxy_store, ProxyStore.join(parts))
+    )
+    assert whole is not None and joined is not None and torch.equal(whole, joined)
+    at = 0
+    for part, size in zip(parts, sizes, strict=True):
+        some = token_stats(logits[at : at + size], data["targets"][at : at + size], proxy=part).proxy_kl
+        assert some is not None and torch.equal(some, whole[at : at + size])
+        at += size
+
+
 def test_a_filter_that_keeps_nothing_stores_nothing() -> None:
     data = two_policies()
     rows = torch.ones(TOKENS, dtype=torch.bool)

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig
 
-from lpreg import PolicyLoss, make_loss
+from lpreg import PolicyLoss, make_loss, with_reference_kl
 from lpreg.integrations._trl_batch import loss_inputs, loss_mask
 from lpreg.integrations.causal_lm import Wanted, add_token_stats, plain_head
 from lpreg.integrations.trl import GRPOTrainer
@@ -168,20 +168,13 @@ def test_importance_ratios_multiply_the_advantages() -> None:
         ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "steps_per_generation is 3; it must be a mul"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "steps_per_generation is 2; it must be a mul"),
         ({"loss": "lpreg"}, "'lpreg' is not a method; did you mean 'lp_reg'"),
-        (
-            {"loss": make_loss.preset("lp_reg", "paper", proxy_source="old"), "num_iterations": 2},
-            "kl_estimator='full' with proxy_source='old' needs another policy's proxy",
-        ),
+        ({"loss": with_reference_kl(LP_REG, coefficient=0.1)}, "not one with reference_kl around it"),
         ({"model": hf_model("qwen3_moe", vocab_size=VOCAB)}, r"auxiliary loss.*router_aux_loss_coef=0\.0"),
     ],
 )
 def test_what_it_cannot_do_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **settings)
-
-
-def test_the_papers_preset_is_on_policy_even_with_the_old_proxy(tmp_path: Path) -> None:
-    trainer(tmp_path, make_loss.preset("lp_reg", "paper", proxy_source="old"))
 
 
 def test_another_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
