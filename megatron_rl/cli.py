@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.commands import data
+from megatron_rl.commands import checkpoints, data
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="say what every process of a run is doing")
     status.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     status.set_defaults(command=_status)
+    checkpoints.add(commands)
     data.add(commands)
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ PARTIAL = ".partial"
 """Ends the names of what is not finished."""
 FORMAT = 2
 HASHING_THREADS = 8
+_ANOTHER = "choose another checkpoint with resume=PATH"
+Watch = Callable[[Sequence[str]], Iterable[str]]
 RandomState = dict[str, Any]
 """Of the random numbers of a process, as `checkpoint/rng.py` has it."""
 
@@ -44,6 +47,10 @@ class Origin:
     dtype: str
     versions: dict[str, str]
     """By package."""
+
+    @property
+    def layout_in_words(self) -> str:
+        return " x ".join(f"{name} {degree}" for name, degree in self.layout.items() if degree > 1) or "one rank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({_short(error)}): choose another checkpoint with resume=PATH") from error
+        raise UserError(f"{path} is damaged ({_short(error)}): {_ANOTHER}") from error
 
 
 def _short(error: Exception) -> str:
@@ -139,25 +146,27 @@ def read_rng(folder: Path) -> RandomStates:
     return RandomStates(**json.loads((folder / RNG).read_bytes()))
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
-    """Raises UserError naming the first file that is missing or not as it was written."""
+def verify(folder: Path, manifest: Manifest, *, hashes: bool = True, watch: Watch = iter) -> None:
+    """Raises UserError naming the first file that is missing, or not as long, or (with `hashes`) not as it was written.
+
+    watch: sees the names of the files as they are read, for a progress bar.
+    """
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"checkpoint file {path} is missing: choose another checkpoint with resume=PATH")
+            raise UserError(f"checkpoint file {path} is missing: {_ANOTHER}")
         if path.stat().st_size != entry.bytes:
             raise UserError(
                 f"checkpoint file {path} is damaged ({path.stat().st_size} bytes, {entry.bytes} were written): "
-                "choose another checkpoint with resume=PATH"
+                f"{_ANOTHER}"
             )
+    if not hashes:
+        return
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = pool.map(_sha256, (folder / name for name in manifest.files))
-        for (name, entry), actual in zip(manifest.files.items(), hashes, strict=True):
-            if actual != entry.sha256:
-                raise UserError(
-                    f"checkpoint file {folder / name} is damaged (wrong SHA-256): "
-                    "choose another checkpoint with resume=PATH"
-                )
+        actual = pool.map(_sha256, (folder / name for name in manifest.files))
+        for name, digest in zip(watch(list(manifest.files)), actual, strict=True):
+            if digest != manifest.files[name].sha256:
+                raise UserError(f"checkpoint file {folder / name} is damaged (wrong SHA-256): {_ANOTHER}")
 
 
 def _sha256(path: Path) -> str:
@@ -165,10 +174,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_checkpoint(folder: Path) -> Manifest:
+def read_checkpoint(folder: Path, watch: Watch = iter) -> Manifest:
     """The manifest, after checking that every file is there and whole. Raises UserError."""
     manifest = read_manifest(folder)
-    verify(folder, manifest)
+    verify(folder, manifest, watch=watch)
     return manifest
 
 

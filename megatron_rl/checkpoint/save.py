@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -90,6 +90,7 @@ class Saver:
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise UserError(_full_disk(target, f"{_mib(needed)} needed, {_mib(free)} free"))
+        self._look_for_best(metrics)
         manifest = Manifest(FORMAT, state, dict(metrics), self._origin, optimizer_steps=0, files={})
         publish = partial(self._publish, target, manifest, rng.capture(), needed)
         if background:
@@ -97,6 +98,14 @@ class Saver:
             self._pending = self._thread.submit(publish, self._ranks.write_held)
         else:
             publish(self._ranks.write_state)
+
+    def _look_for_best(self, metrics: Mapping[str, float]) -> None:
+        measured = sorted(name for name in metrics if name.startswith("eval/"))
+        if self._keep.best and measured and self._keep.best.metric not in measured:
+            self._announce(
+                f"train.keep_best: {self._keep.best.metric} was not measured, so no checkpoint is the best; "
+                f"there are {', '.join(measured)}"
+            )
 
     def poll(self) -> dict[str, float]:
         """Metrics of a background save that has ended since the last call. Raises UserError when it failed."""

@@ -151,5 +151,25 @@ def _rest(config: Config) -> Iterator[str]:
             f"actor.optimizer.warmup_steps: {optimizer.warmup_steps} leaves nothing of train.steps: "
             f"{config.train.steps} for the {optimizer.schedule} schedule"
         )
+    yield from _keep_best(config)
     if config.evaluation.probes and not config.evaluation.suites:
         yield "evaluation.probes are measured on suites, but evaluation.suites is empty"
+
+
+def _keep_best(config: Config) -> Iterator[str]:
+    keep, evaluation = config.train.keep_best, config.evaluation
+    if keep is None:
+        return
+    suite, _, measure = keep.metric.removeprefix("eval/").rpartition("/")
+    if not keep.metric.startswith("eval/") or suite not in evaluation.suites or not measure:
+        suites = ", ".join(evaluation.suites) or "none"
+        yield (
+            f"train.keep_best.metric: {keep.metric!r} is not measured; give eval/<suite>/<measure>, such as "
+            f"eval/<suite>/avg@{evaluation.samples_per_prompt}, with one of evaluation.suites: {suites}"
+        )
+    save, every = config.train.save_every, evaluation.every
+    if not (save and every and (save % every == 0 or every % save == 0)):
+        yield (
+            f"train.keep_best compares evaluations of the steps that are saved: give train.save_every ({save}) and "
+            f"evaluation.every ({every}), one a multiple of the other"
+        )

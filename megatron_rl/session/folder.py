@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.progress import track
 
 from megatron_rl.checkpoint.manifest import MANIFEST, Manifest, checkpoints, read_checkpoint
 from megatron_rl.config import Config, expand
@@ -40,7 +43,7 @@ def checkpoint_to_resume(config: Config) -> Resumption | None:
         if holds_run and not resume.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{folder} already holds another run than {resume}: choose another with run.name=NAME")
         if (resume / MANIFEST).is_file():
-            return Resumption(resume, read_checkpoint(resume))
+            return Resumption(resume, read_checkpoint(resume, _progress))
         found = _newest(resume)
         if found is None:
             raise UserError(f"resume: {resume} is neither a checkpoint nor the folder of a run that has one")
@@ -55,12 +58,17 @@ def _newest(run_folder: Path) -> Resumption | None:
     damaged: list[str] = []
     for path in reversed(checkpoints(run_folder / "checkpoints")):
         try:
-            return Resumption(path, read_checkpoint(path), tuple(damaged))
+            return Resumption(path, read_checkpoint(path, _progress), tuple(damaged))
         except UserError as error:
             damaged.append(str(error))
     if damaged:
         raise UserError("\n".join(["none of the run's checkpoints can be used:", *damaged]))
     return None
+
+
+def _progress(files: Sequence[str]) -> Iterable[str]:
+    console = Console()
+    return track(files, "checking checksums", console=console, transient=True, disable=not console.is_terminal)
 
 
 def create(config: Config) -> list[str]:

@@ -59,13 +59,9 @@ def _report(run: Run, resumption: Resumption) -> list[str]:
     lines.append(f"resumed from {resumption.checkpoint} (step {run.step})")
     if there.layout != here.layout:
         lines.append(
-            f"written under {_in_words(there.layout)}, now {_in_words(here.layout)}: weights and optimizer state "
+            f"written under {there.layout_in_words}, now {here.layout_in_words}: weights and optimizer state "
             "are exact, the ranks' random states start anew, and sums in another order round differently from here on"
         )
     if there.dtype != here.dtype:
         lines.append(f"written by a {there.dtype} run, now {here.dtype}: main weights and optimizer state are exact")
     return lines
-
-
-def _in_words(layout: dict[str, int]) -> str:
-    return " x ".join(f"{name} {degree}" for name, degree in layout.items() if degree > 1) or "one rank"

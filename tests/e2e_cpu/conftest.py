@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from megatron_rl.observability.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples/quickstart/countdown.yaml"
-MARK = "MEGATRON_RL_TEST_RUN"
-"""An environment variable that every process of a run inherits, by which the ones left behind are found."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""They see at once that a killed driver's Ray is gone; then they try for 60 s, a constant of Ray's, to report it."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,55 @@ class Finished:
         return read_metrics(self.folder)
 
 
+class Descendants(threading.Thread):
+    """Every process that a run starts, noted while it lives: what Ray starts hides its title and environment, and loses
+    its parent when that is killed."""
+
+    def __init__(self, root: int) -> None:
+        super().__init__(daemon=True)
+        self.root = root
+        self.seen: set[psutil.Process] = set()
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.root)
+            while root.status() != psutil.STATUS_ZOMBIE:
+                self.seen.update(root.children(recursive=True))
+                time.sleep(0.25)
+
+    def alive(self) -> list[str]:
+        return [title for process in {*self.seen, *psutil.process_iter()} if (title := self._title(process))]
+
+    def _title(self, process: psutil.Process) -> str:
+        """Empty for one that is gone or none of the run's. Ray names its session's folder after the driver."""
+        try:
+            title = " ".join(process.cmdline()).strip()
+            ours = process in self.seen or ("/session_" in title and f"_{self.root}/" in title)
+            return title if ours and process.is_running() and process.status() != psutil.STATUS_ZOMBIE else ""
+        except psutil.Error:
+            return ""
+
+
 class CommandLine:
     """`megatron-rl` in a folder of its own, as a user's shell would run it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.mark = uuid.uuid4().hex
+        self.started: dict[int, Descendants] = {}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "megatron_rl.cli", *arguments],
             cwd=self.folder,
-            env=os.environ | {MARK: self.mark, "PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
+        self.started[process.pid] = Descendants(process.pid)
+        return process
 
     def train(self, name: str, *overrides: str, config: Path = QUICKSTART) -> Finished:
         process = self.start("train", str(config), f"run.name={name}", *overrides)
@@ -68,21 +101,14 @@ class CommandLine:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
+        descendants = self.started.pop(process.pid)
+        descendants.join()
+        lingering = AGENTS if process.returncode == -signal.SIGKILL else ()
         deadline = time.monotonic() + 10
-        while self.left_behind() and time.monotonic() < deadline:
+        while left := [title for title in descendants.alive() if not title.startswith(lingering)]:
+            assert time.monotonic() < deadline, left
             time.sleep(0.2)
-        assert not self.left_behind()
         return Finished(self.folder / "runs" / name, process.returncode, output)
-
-    def left_behind(self) -> list[str]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
-        return found
 
 
 @pytest.fixture(scope="session")

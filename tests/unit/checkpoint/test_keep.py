@@ -54,6 +54,13 @@ def test_best_leads_nowhere_while_nothing_was_evaluated(saving: Saving) -> None:
     assert not (saving.folder / "best").is_symlink()
 
 
+def test_a_metric_that_is_not_measured_is_said(saving: Saving) -> None:
+    saving.save(1, Keep(1, keep_best()), **{"reward/mean": 1.0})
+    assert len(saving.said) == 1  # no evaluation at this step
+    saving.save(2, Keep(1, keep_best()), **{"eval/suite/avg@4": 1.0})
+    assert f"{METRIC} was not measured" in saving.said[1] and "eval/suite/avg@4" in saving.said[1]
+
+
 def test_a_damaged_checkpoint_is_not_the_best(saving: Saving) -> None:
     saving.save(1, Keep(0, keep_best()), **{METRIC: 0.9})
     saving.save(2, Keep(0, keep_best()), **{METRIC: 0.1})

@@ -6,6 +6,8 @@ import pytest
 
 from megatron_rl.errors import UserError
 
+EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
+
 
 @pytest.mark.parametrize(
     ("overrides", "keys"),
@@ -38,6 +40,13 @@ from megatron_rl.errors import UserError
         (["actor.optimizer={schedule: cosine, warmup_steps: 10}"],
          ["actor.optimizer.warmup_steps: 10", "train.steps: 10"]),
         (["evaluation.probes={p: {after: a, token: b}}"], ["evaluation.probes", "evaluation.suites"]),
+        (["train={steps: 10, save_every: 5, keep_best: {metric: eval/a/avg@8}}", "evaluation.every=5"],
+         ["train.keep_best.metric: 'eval/a/avg@8'", "evaluation.suites: none"]),
+        (["train={steps: 10, save_every: 5, keep_best: {metric: reward/mean}}", *EVALUATION],
+         ["train.keep_best.metric: 'reward/mean'", "evaluation.suites: a"]),
+        (["train={steps: 10, save_every: 3, keep_best: {metric: eval/a/avg@8}}", *EVALUATION],
+         ["train.save_every (3)", "evaluation.every (5)"]),
+        (["train={steps: 10, keep_best: {metric: eval/a/avg@8}}", *EVALUATION], ["train.save_every (0)"]),
     ],
 )  # fmt: skip
 def test_refused(load, overrides, keys):
@@ -56,6 +65,8 @@ def test_refused(load, overrides, keys):
         ["algorithm.preset=paper", "algorithm.proxy_source=lagged"],
         ["algorithm.preset=paper", "train.updates_per_rollout=2"],
         ["algorithm.lp_reg.kl_estimator=full"],
+        ["train={steps: 10, save_every: 5, keep_best: {metric: eval/a/avg@8}}", *EVALUATION],
+        ["train={steps: 40, save_every: 10, keep_best: {metric: eval/a/entropy, mode: min}}", *EVALUATION],
         ["train={steps: 10, updates_per_rollout: 8, epochs_per_rollout: 2}", "actor.data_parallel=2"],
         ["reward.name=my_package.rewards:score"],
         ["actor.data_parallel=8"],
