@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Returns the exit status: 0, 1 where a check failed, 2 for what the user can mend, 130 when interrupted."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest:  # argparse takes no overrides after an option
@@ -25,14 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.overrides += rest
     try:
-        options.command(options)
+        return options.command(options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     _takes_config(train)
     train.add_argument("--dry-run", action="store_true", help="check the configuration and its files, start nothing")
     train.set_defaults(command=_train)
+    doctor = commands.add_parser("doctor", help="look for what may keep a run from starting or finishing")
+    _takes_config(doctor, optional=True)
+    doctor.add_argument("--quick", action="store_true", help="only this machine, in about a second")
+    doctor.set_defaults(command=_doctor)
     slurm = commands.add_parser("slurm", help="write the batch script of a run, for a cluster with Slurm")
     _takes_config(slurm)
     slurm.add_argument("--output", type=Path, metavar="FILE", help="default: <name of the run>.sbatch here")
@@ -62,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _takes_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=Path, metavar="CONFIG.yaml")
+def _takes_config(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG.yaml", nargs="?" if optional else None)
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as actor.tensor_parallel=1")
 
 
@@ -94,6 +97,17 @@ def _show_prompt(config: Config) -> None:
         text = first_prompt(config.data.train, model_folder=config.model.path, settings=config.data)
         print(f"# the first prompt, as the model will see it (data.template: {config.data.template}):", file=sys.stderr)
         print(text, file=sys.stderr)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_rl.config import load_config
+    from megatron_rl.doctor.examine import examine
+    from megatron_rl.doctor.show import show
+
+    config = load_config(options.config, options.overrides) if options.config else None
+    return 0 if show(examine(config, quick=options.quick), Console()) else 1
 
 
 def _slurm(options: argparse.Namespace) -> None:

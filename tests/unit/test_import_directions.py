@@ -22,6 +22,7 @@ LIGHT = [
     "cluster/slurm.py",
     "config",
     "data",
+    "doctor",
     "errors.py",
     "observability",
     "reward",

@@ -1,0 +1,117 @@
+"""The nodes of a run, through Ray: reachable, alike, with one clock and one file system, and able to talk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_rl.config import Config
+from megatron_rl.doctor.finding import Finding, judged
+from megatron_rl.doctor.machine import check_gpus, check_limits, check_shared_memory
+from megatron_rl.doctor.versions import check_versions
+from megatron_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_rl.cluster.runtime import Nodes
+
+SKEW_SECONDS = 5.0
+"""More than this confuses logs; a few minutes, and Slurm's nodes no longer believe each other."""
+ALIKE = ("Python", "packages", "GPUs")
+"""What all nodes must say the same of."""
+
+Report = tuple[str, bool, list[Finding]]
+"""A node: its name, whether it sees the others' files, what was found on it."""
+
+
+def check_cluster(config: Config) -> Iterator[Finding]:
+    """Reserves the nodes of the run as the run will. What fails ends what needs it, and is a finding."""
+    from megatron_rl.cluster.runtime import ray_runtime
+    from megatron_rl.session.layout_check import placement_of
+    from megatron_rl.session.opening import with_device
+
+    config = with_device(config)
+    try:
+        placement = placement_of(config)
+        parent = next(path for path in config.run.folder.resolve().parents if path.is_dir())
+        folder = Path(tempfile.mkdtemp(prefix="doctor-", dir=parent))
+    except (UserError, OSError) as error:
+        yield Finding("placement", "failure", str(error), "see `megatron-rl plan`")
+        return
+    try:
+        with ray_runtime(placement) as nodes:
+            where = os.environ.get("RAY_ADDRESS") or "started for this"
+            yield Finding("Ray", "ok", f"{len(nodes.bundles)} nodes of cluster.nodes: {config.cluster.nodes}, {where}")
+            yield from _check_nodes(config, nodes, folder)
+            yield from _check_groups(config, nodes, folder)
+    except (UserError, ConnectionError) as error:
+        remedy = "is RAY_ADDRESS right, the head up, its port open, RAY_AUTH_TOKEN_PATH the head's?"
+        yield Finding("Ray", "failure", str(error).strip(), remedy)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def look_around(device: str, folder: Path) -> Report:
+    """Runs on a node. It sees the others' files if it finds the token in `folder`, and then leaves one of its own."""
+    host = socket.gethostname()
+    seen = (folder / TOKEN).is_file()
+    if seen:
+        (folder / host).touch()
+    findings = [*check_versions(device), *check_limits(device), check_shared_memory(device), *check_gpus(device)]
+    return host, seen, findings
+
+
+TOKEN = "token"
+
+
+def _check_nodes(config: Config, nodes: Nodes, folder: Path) -> Iterator[Finding]:
+    from megatron_rl.cluster.probe import clock_skews, on_every_node
+
+    (folder / TOKEN).touch()
+    reports: list[Report] = on_every_node(nodes, look_around, config.actor.device, folder)
+    apart = [host for host, seen, _ in reports if not (seen and (folder / host).is_file())]
+    yield judged(
+        "file system",
+        not apart,
+        f"{folder.parent}: " + (f"not the same on {', '.join(apart)}" if apart else "the same on all nodes"),
+        "put run.folder, the model and the data where every node sees the same files",
+    )
+    for host, _, findings in reports:
+        wrong = (finding for finding in findings if finding.state in ("warning", "failure"))
+        yield from (Finding(f"{host}: {f.check}", f.state, f.found, f.remedy) for f in wrong)
+    kinds = {tuple(f.found for f in findings if f.check in ALIKE) for _, _, findings in reports}
+    hosts = ", ".join(host for host, _, _ in reports)
+    yield judged(
+        "nodes alike",
+        len(kinds) == 1,
+        hosts if len(kinds) == 1 else "; ".join(" / ".join(kind) for kind in sorted(kinds)),
+        "use one environment, or one image, on all nodes",
+    )
+    for (host, _, _), (ahead, error) in zip(reports, clock_skews(nodes), strict=True):
+        found = f"{ahead:+.2f} s, give or take {error:.2f}"
+        right = abs(ahead) - error < SKEW_SECONDS
+        yield judged(f"{host}: clock", right, found, "synchronise the clocks (chrony, ntpd)", otherwise="warning")
+
+
+def _check_groups(config: Config, nodes: Nodes, folder: Path) -> Iterator[Finding]:
+    from megatron_rl.cluster.probe import collectives
+    from megatron_rl.session.layout_check import layout_of
+
+    try:
+        per_rank = collectives(nodes, config.actor.device, layout_of(config), folder)
+    except Exception as error:  # whatever torch, NCCL or Ray raise is the finding
+        last = str(error).strip().splitlines()[-1]
+        remedy = "run again with NCCL_DEBUG=INFO; is NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME the right interface?"
+        yield Finding("collectives", "failure", last, remedy)
+        return
+    if not any(per_rank):
+        yield Finding("collectives", "skipped", "one rank has nobody to talk to")
+    for name in dict.fromkeys(name for groups in per_rank for name in groups):
+        members = {groups[name][0] for groups in per_rank if name in groups}
+        slowest = max(groups[name][1] for groups in per_rank if name in groups)
+        size = f"{len(members)} x {len(min(members))} ranks"
+        yield Finding(name, "ok", f"{size}: a sum of 4 MiB in {slowest * 1e3:.1f} ms")

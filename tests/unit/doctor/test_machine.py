@@ -1,0 +1,112 @@
+"""What doctor says of a machine."""
+
+from __future__ import annotations
+
+import resource
+import socket
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.doctor import machine, versions
+from megatron_rl.doctor.finding import Finding
+
+
+def states(findings: object) -> dict[str, str]:
+    return {finding.check: finding.state for finding in findings}  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program that says what the test writes into it."""
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return program
+
+
+def say(program: Path, *lines: str, status: int = 0) -> None:
+    text = "\n".join(lines)
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {status}\n")
+    program.chmod(0o755)
+
+
+HEALTHY = "NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 0"
+
+
+def test_healthy_gpus_are_one_line(nvidia_smi: Path) -> None:
+    say(nvidia_smi, *(f"{number}, {HEALTHY}" for number in range(8)))
+    (finding,) = machine.check_gpus("cuda")
+    assert finding.state == "ok"
+    assert finding.found == "8 x NVIDIA H100 80GB HBM3 (80 GiB), driver 550.54.15"
+
+
+def test_memory_errors_other_users_and_mixed_gpus_are_named(nvidia_smi: Path) -> None:
+    say(
+        nvidia_smi,
+        f"0, {HEALTHY}",
+        "1, NVIDIA A100-SXM4-80GB, 550.54.15, 81920, 70000, [N/A]",
+        "2, NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 3",
+    )
+    found = {finding.check: finding for finding in machine.check_gpus("cuda")}
+    assert {name: finding.state for name, finding in found.items()} == {
+        "GPUs": "warning",
+        "GPU 1": "warning",
+        "GPU 2": "failure",
+    }
+    assert "68.4 GiB" in found["GPU 1"].found and "3 uncorrected" in found["GPU 2"].found
+
+
+def test_a_driver_that_does_not_answer(nvidia_smi: Path) -> None:
+    say(nvidia_smi, "NVIDIA-SMI has failed because it couldn't communicate with the driver", status=9)
+    (finding,) = machine.check_gpus("cuda")
+    assert finding.state == "failure" and "couldn't communicate" in finding.found
+
+
+def test_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert states(machine.check_gpus("cuda")) == {"GPUs": "failure"}
+    assert states(machine.check_gpus("cpu")) == {"GPUs": "skipped"}
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        finding = machine.check_ports([port])
+        assert finding.state == "warning" and str(port) in finding.found
+    assert machine.check_ports([port]).state == "ok"
+
+
+def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def say_limit(value: int) -> None:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (value, value))
+
+    say_limit(1024)
+    assert states(machine.check_limits("cuda")) == {"open files": "warning", "locked memory": "warning"}
+    assert states(machine.check_limits("cpu")) == {"open files": "warning"}
+    say_limit(resource.RLIM_INFINITY)
+    assert states(machine.check_limits("cuda")) == {"open files": "ok", "locked memory": "ok"}
+
+
+def test_shared_memory_and_disk(tmp_path: Path) -> None:
+    assert machine.check_shared_memory("cpu", tmp_path / "absent").state == "warning"
+    assert machine.check_disk(tmp_path / "not/there/yet", 1, "a run").state == "ok"
+    full = machine.check_disk(tmp_path, 1e18, "a run")
+    assert full.state == "failure" and "train.keep_checkpoints" in full.remedy
+
+
+def test_versions_outside_the_window_are_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"ray": "1.13", "rich": None}
+    real = versions._version
+    monkeypatch.setattr(versions, "_version", lambda name: installed.get(name, real(name)))
+    found: dict[str, Finding] = {finding.check: finding for finding in versions.check_versions("cpu")}
+    assert found["ray"].state == found["rich"].state == "failure"
+    assert found["ray"].found.startswith("1.13; >=") and found["ray"].remedy.startswith("pip install 'ray")
+    assert found["rich"].found == "not installed"
+    assert found["packages"].state == "ok" and "megatron-core" in found["packages"].found
+
+
+def test_what_makes_gpus_fast_is_asked_for_on_gpus_only() -> None:
+    assert {"transformer_engine", "apex"} <= states(versions.check_versions("cuda")).keys()
+    assert not {"transformer_engine", "apex"} & states(versions.check_versions("cpu")).keys()
