@@ -39,6 +39,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model as a configuration file says")
     _takes_config(train)
+    instead = train.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--rollouts", type=Path, metavar="FOLDER", help="train on rollouts that a run recorded, without engines"
+    )
+    instead.add_argument("--rollout-only", action="store_true", help="sample, grade and record; train nothing")
     train.add_argument("--dry-run", action="store_true", help="check the configuration and its files, start nothing")
     train.set_defaults(command=_train)
     doctor = commands.add_parser("doctor", help="look for what may keep a run from starting or finishing")
@@ -74,7 +79,7 @@ def _train(options: argparse.Namespace) -> None:
     from megatron_rl.config import check_inputs, expand, load_config
     from megatron_rl.session.layout_check import check_layout
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, [*_mode(options), *options.overrides])
     if options.dry_run:
         print(expand(config), end="")
         check_inputs(config, prepared=False, weights=False)
@@ -87,6 +92,23 @@ def _train(options: argparse.Namespace) -> None:
     from megatron_rl.loop import train
 
     train(config)
+
+
+def _mode(options: argparse.Namespace) -> list[str]:
+    """The overrides that an option stands for; those given win over them."""
+    if options.rollout_only:
+        return ["train.rollout_only=true", "observability.rollouts_every=1"]
+    if options.rollouts is None:
+        return []
+    from megatron_rl.rollout.replay import Replay
+
+    steps = len(Replay(options.rollouts))
+    return [
+        f"rollout.replay={options.rollouts}",
+        f"train.steps={steps}",
+        "evaluation.suites={}",
+        "evaluation.probes={}",
+    ]
 
 
 def _show_prompt(config: Config) -> None:

@@ -11,7 +11,7 @@ import time
 import numpy as np
 from rich.console import Console
 
-from megatron_rl.batching.rows import rows_of
+from megatron_rl.batching.rows import Array, Rows, rows_of
 from megatron_rl.config import Config
 from megatron_rl.evaluation.run_suites import evaluate
 from megatron_rl.observability.step_metrics import policy_metrics, rollout_metrics
@@ -22,9 +22,10 @@ from megatron_rl.session.interrupt import stop_on_interrupt
 from megatron_rl.session.opening import open_run
 from megatron_rl.session.run import Run
 from megatron_rl.training.advantages import advantages_of
-from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
+from megatron_rl.training.policies import Seen, score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select, selection_overlap
 from megatron_rl.training.update import update
+from megatron_rl.types import Sample
 
 
 def train(config: Config) -> None:
@@ -54,6 +55,24 @@ def rl_step(run: Run, step: int) -> dict[str, float]:
     advantages, metrics = advantages_of(run.config, rollouts)
     batch = rows_of(samples)
     batch = batch.with_values(advantages=batch.per_token(advantages).astype(np.float32))
+    seen: Seen = {}
+    learned: dict[str, float] = {}
+    if not run.config.train.rollout_only:
+        batch, seen, learned = learn(run, step, batch, samples, advantages)
+    run.dump_rollouts(step, samples, advantages, batch, seen)
+
+    metrics |= rollouts.metrics | rollout_metrics(rollouts.drawn, rollouts.teaching(advantages))
+    metrics |= policy_metrics(batch, seen) | learned
+    metrics |= run.phase.flush()
+    metrics["perf/step_seconds"] = time.perf_counter() - start
+    metrics["perf/tokens_per_second"] = batch.num_response_tokens / metrics["perf/step_seconds"]
+    return metrics
+
+
+def learn(
+    run: Run, step: int, batch: Rows, samples: list[Sample], advantages: Array
+) -> tuple[Rows, Seen, dict[str, float]]:
+    """The updates on a batch. Returns it with all that was found out, what the actor saw of its tokens, and metrics."""
     with run.profiled(step):
         with run.phase("score"):
             batch, seen = score_old_policy(run, batch, advantages)
@@ -66,11 +85,4 @@ def rl_step(run: Run, step: int) -> dict[str, float]:
             updated = update(run, step, batch, samples, advantages, seen)
     with run.phase("weight_sync"):
         run.sync_weights()
-    run.dump_rollouts(step, samples, advantages, batch, seen)
-
-    metrics |= rollouts.metrics | rollout_metrics(rollouts.drawn, rollouts.teaching(advantages))
-    metrics |= selected | selection_overlap(run, batch, seen) | policy_metrics(batch, seen) | updated
-    metrics |= run.phase.flush()
-    metrics["perf/step_seconds"] = time.perf_counter() - start
-    metrics["perf/tokens_per_second"] = batch.num_response_tokens / metrics["perf/step_seconds"]
-    return metrics
+    return batch, seen, selected | selection_overlap(run, batch, seen) | updated

@@ -118,6 +118,10 @@ def _parallel(config: Config) -> Iterator[str]:
 
 def _rollout(config: Config) -> Iterator[str]:
     rollout = config.rollout
+    if rollout.replay and config.evaluation.suites:
+        yield "evaluation.suites: a run that replays rollouts has no engine to evaluate with; give evaluation.suites={}"
+    if rollout.replay and config.train.rollout_only:
+        yield "rollout.replay and train.rollout_only: there would be nothing to do; give one of them"
     if rollout.engine == "transformers" and rollout.server != ServerSettings():
         yield "rollout.server: read by rollout.engine: sglang or vllm only, not by transformers"
     if rollout.server.urls and len(rollout.server.urls) != rollout.engines:

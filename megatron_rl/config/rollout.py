@@ -46,6 +46,8 @@ class RolloutSettings(Section):
     """Engines that share a step's prompts."""
     server: ServerSettings = ServerSettings()
     """Of sglang and vllm."""
+    replay: FilePath | None = None
+    """A folder of rollout dumps to train on, one a step, in place of engines; set by `megatron-rl train --rollouts`."""
     prompts_per_step: PositiveInt
     """Prompts a step; one group each."""
     samples_per_prompt: PositiveInt

@@ -121,6 +121,8 @@ class TrainSettings(Section):
     """The best ones are kept besides."""
     async_save: bool = True
     """Train on while a checkpoint is written from a copy in CPU memory; false: write it file by file and wait."""
+    rollout_only: bool = False
+    """Sample, grade and record, but train nothing."""
     drop_zero_advantage: bool = True
     """Leave responses without an advantage out of the update where the loss has no gradient there; it is still
     normalised over all tokens."""

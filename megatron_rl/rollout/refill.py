@@ -7,6 +7,7 @@ group-relative advantage can tell apart, and draws other prompts in their place.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,8 @@ class Rollouts:
 def roll_out(run: Run, step: int) -> Rollouts:
     """The step's `rollout.prompts_per_step` groups; fewer only where dynamic sampling reached its bound."""
     settings = run.config.rollout
+    if run.replay:
+        return replayed(run.replay.samples(step), run.shaped)
     rollouts, wanted = Rollouts(), settings.prompts_per_step
     if not settings.dynamic_sampling:
         _draw(run, step, rollouts, wanted)
@@ -81,6 +84,11 @@ def roll_out(run: Run, step: int) -> Rollouts:
         "rollout/groups_surplus": float(len(rollouts.informative) - len(rollouts.groups)),
     }
     return rollouts
+
+
+def replayed(samples: list[Sample], rewards_of: Callable[[list[Sample]], list[float]]) -> Rollouts:
+    """Recorded rollouts, to train on all of them."""
+    return Rollouts(drawn=samples, rewards=rewards_of(samples), groups=sorted({sample.group for sample in samples}))
 
 
 def informative_groups(samples: list[Sample]) -> set[int]:

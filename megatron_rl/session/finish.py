@@ -22,7 +22,9 @@ TOLERANCE = {"float32": 1e-5}
 def finish(run: Run) -> None:
     """After the last step, or a stop before it. The export is written of a finished run only."""
     config = run.config
-    if run.step == config.train.steps:
+    if not run.keeps_weights:
+        run.view.message("nothing is exported: this run looked into rollouts or a loss")
+    elif run.step == config.train.steps:
         run.view.phase("exporting")
         export_hf(run.folder / "hf", config.model.path, run.actors.export_hf)
         run.view.message(check_export(run))

@@ -24,7 +24,8 @@ def placement_of(config: Config) -> Placement:
     """Raises UserError where the cluster is too small."""
     on_gpu, server = config.actor.device != "cpu", config.rollout.server
     engine_gpus = server.tensor_parallel if on_gpu and not server.urls else 0
-    return place(layout_of(config), config.rollout.engines, config.cluster, engine_gpus=engine_gpus, on_gpu=on_gpu)
+    engines = 0 if config.rollout.replay else config.rollout.engines
+    return place(layout_of(config), engines, config.cluster, engine_gpus=engine_gpus, on_gpu=on_gpu)
 
 
 def check_layout(config: Config) -> None:

@@ -21,6 +21,7 @@ from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.data.template import load_tokenizer
 from megatron_rl.data.tokens import single_token, stop_token_ids
+from megatron_rl.errors import UserError
 from megatron_rl.observability import heartbeat
 from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.metrics import MetricsLog, read_metrics
@@ -28,6 +29,7 @@ from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View, make_view
 from megatron_rl.reward.grader import check_reward, open_grader
+from megatron_rl.rollout.replay import NoEngines, Replay
 from megatron_rl.session import folder as run_folder
 from megatron_rl.session.launch import launch_of
 from megatron_rl.session.layout_check import check_layout, layout_of, placement_of
@@ -81,6 +83,7 @@ def open_run(config: Config) -> Iterator[Run]:
     config = with_device(config)
     resumption = run_folder.checkpoint_to_resume(config)
     state = resumption.manifest.state if resumption else None
+    replay = _replay(config)
     choice = LossChoice.of(config.algorithm)
     loss = choice.make()
     placement = placement_of(config)
@@ -121,6 +124,7 @@ def open_run(config: Config) -> Iterator[Run]:
             rewards=rewards,
             actors=actors,
             engines=engines,
+            replay=replay,
             weights_folder=weights_folder,
             saver=stack.enter_context(_saver(config, actors, view)),
             view=view,
@@ -143,7 +147,7 @@ def _start(
     nodes: Nodes,
     *,
     resumes: bool,
-) -> tuple[Actors, Engines]:
+) -> tuple[Actors, Engines | NoEngines]:
     """The actor with its loss and optimizer, and the engines. A run that resumes has its weights: no warm start."""
     logs, layout = config.run.folder / "logs", layout_of(config)
     view.phase("starting")
@@ -158,9 +162,23 @@ def _start(
         actors.snapshot("reference")
     actors.load_hf(model_folder)
     actors.prepare(choice, config.actor.optimizer)
+    if config.rollout.replay:
+        return actors, NoEngines()
     engines = Engines(config.rollout, launch_of(config, model_folder), logs, nodes, view.message)
     stack.callback(engines.close)
     return actors, engines
+
+
+def _replay(config: Config) -> Replay | None:
+    """Raises UserError where there are fewer recorded steps than are asked for."""
+    if config.rollout.replay is None:
+        return None
+    replay = Replay(config.rollout.replay)
+    if config.train.steps > len(replay):
+        raise UserError(
+            f"train.steps: {config.train.steps}, but {replay.folder} holds the rollouts of {len(replay)} steps"
+        )
+    return replay
 
 
 def _saver(config: Config, actors: Actors, view: View) -> Saver:

@@ -28,6 +28,7 @@ from megatron_rl.observability.view import View
 from megatron_rl.reward.grader import Grader
 from megatron_rl.reward.outcomes import check_failures, outcome_rates
 from megatron_rl.reward.shaping import format_penalties
+from megatron_rl.rollout.replay import NoEngines, Replay
 from megatron_rl.types import Prompt, Sample, SamplingParams
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class Run:
     loss: lpreg.PolicyLoss
     rewards: Grader
     actors: Actors
-    engines: Engines
+    engines: Engines | NoEngines
+    replay: Replay | None
     weights_folder: Path
     saver: Saver
     view: View
@@ -78,6 +80,11 @@ class Run:
     @property
     def temperature(self) -> float:
         return self.config.rollout.temperature
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether checkpoints and an export are wanted: not of a run that looks into rollouts or a loss."""
+        return self.replay is None and not self.config.train.rollout_only
 
     @property
     def off_policy(self) -> bool:
@@ -132,10 +139,18 @@ class Run:
             sample.reward = result
         self.grading_metrics = outcome_rates(results)
         check_failures(samples, results, self.config.reward.max_failed_fraction)
-        penalties = format_penalties([sample.text for sample in samples], self.config.reward.format)
         if self.config.reward.format:
+            penalties = self._format_penalties(samples)
             self.grading_metrics["reward/format_fraction"] = penalties.count(0.0) / max(len(samples), 1)
-        return [result.score + penalty for result, penalty in zip(results, penalties, strict=True)]
+        return self.shaped(samples)
+
+    def shaped(self, samples: list[Sample]) -> list[float]:
+        """The rewards of graded samples, lowered where their form is wrong."""
+        scores = [sample.reward.score if sample.reward else 0.0 for sample in samples]
+        return [score + penalty for score, penalty in zip(scores, self._format_penalties(samples), strict=True)]
+
+    def _format_penalties(self, samples: list[Sample]) -> list[float]:
+        return format_penalties([sample.text for sample in samples], self.config.reward.format)
 
     def snapshot_due(self, step: int) -> bool:
         """Whether the lagged proxy is refreshed before this step. A resumed run brings its snapshot along."""
@@ -196,6 +211,8 @@ class Run:
 
     def save(self, metrics: dict[str, float], *, background: bool) -> None:
         """A checkpoint of this step, whose metrics these are."""
+        if not self.keeps_weights:
+            return
         state = DriverState(self.step, self.weight_version, self.cursor.state())
         with self.phase("checkpoint"):
             self.saver.save(state, metrics, background=background and self.config.train.async_save)
