@@ -41,6 +41,7 @@ def run_of(informative: set[int], engines: Engines | None = None, **settings: An
     run: Any = SimpleNamespace(
         config=SimpleNamespace(rollout=rollout, seed=3),
         engines=engines or Engines(),
+        replay=None,
         cursor=Cursor(PROMPTS, 0, shuffle=False),
         inputs=SimpleNamespace(
             tokenizer=SimpleNamespace(decode=lambda ids, **_: ""),
