@@ -1,0 +1,289 @@
+"""The processes of `test_methods_layouts.py`: the driver's own functions take a step with every method, under every
+layout, through real Megatron ranks.
+
+Run as: method_steps.py FOLDER. Four processes are forked once and go through all layouts; what they found together is
+FOLDER/<layout>.pt. Every rank runs the driver, with the answers of all ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from megatron_rl.actor import platform
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.optimizer_state import read_state
+from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.results import Weights, add_up
+from megatron_rl.actor.worker import MegatronWorker
+from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.stored_proxy import StoredProxy
+from megatron_rl.checkpoint.weight_map import export_hf_weights
+from megatron_rl.cluster.actors import StepResult, merge_tables
+from megatron_rl.config import Config
+from megatron_rl.config.actor import ActorSettings, OptimizerSettings
+from megatron_rl.session.run import Run
+from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
+from megatron_rl.training.selection import select
+from megatron_rl.training.update import update
+
+HOST, RANKS = "127.0.0.1", 4
+VOCABULARY = 51  # odd: tensor parallelism pads it
+
+TEMPERATURE = 0.9
+
+LP_REG = {"rho": 0.5, "min_p": 0.05}
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {"name": "grpo"},
+    "grpo, mean of sequences": {"name": "grpo", "grpo": {"aggregation": "sequence_mean_token_mean"}},
+    "dr. grpo": {
+        "name": "grpo",
+        "advantage": "dr_grpo",
+        "grpo": {"aggregation": "constant_length", "constant_length": 12},
+    },
+    "clip_higher": {"name": "clip_higher"},
+    "dual_clip": {"name": "dual_clip", "dual_clip": {"clip_dual": 1.5}},
+    "gspo": {"name": "gspo", "gspo": {"clip_low": 0.05, "clip_high": 0.05}},
+    "cispo": {"name": "cispo", "cispo": {"clip_high": 0.5}},
+    "kl_cov": {"name": "kl_cov", "kl_cov": {"share": 0.2}},
+    "clip_cov": {"name": "clip_cov", "clip_cov": {"share": 0.1, "cov_low": 0.01, "cov_high": 3.0}},
+    "high_entropy": {"name": "high_entropy"},
+    "entropy_bonus": {"name": "entropy_bonus", "entropy_bonus": {"coefficient": 0.1}},
+    "lp_reg": {"lp_reg": LP_REG},
+    "lp_reg, ranked by the engine": {"lp_reg": LP_REG, "selection_log_probs": "rollout"},
+    "lp_reg, current": {"lp_reg": LP_REG, "proxy_source": "current"},
+    "lp_reg, lagged": {"lp_reg": LP_REG | {"require_below_proxy": True}, "proxy_source": "lagged"},
+    "lp_reg, paper": {"preset": "paper", "lp_reg": LP_REG},
+    "lp_reg, paper, current": {"preset": "paper", "lp_reg": LP_REG, "proxy_source": "current"},
+    "lp_reg, paper, lagged": {"preset": "paper", "lp_reg": LP_REG, "proxy_source": "lagged"},
+    "lp_reg, highest entropy": {"lp_reg": LP_REG | {"select_by": "entropy"}},
+    "lp_reg, random": {"lp_reg": LP_REG | {"select_by": "random"}},
+    "lp_reg, all negatives": {"lp_reg": LP_REG | {"select_by": "all"}},
+    "lp_reg, both signs": {"lp_reg": LP_REG | {"advantage_sign": "both", "kl_estimator": "full"}},
+    "lp_reg, reverse KL": {"lp_reg": LP_REG | {"kl_estimator": "reverse"}},
+    "lp_reg, no tau": {"lp_reg": LP_REG | {"min_p": 0.0}, "proxy_source": "lagged"},
+    "lp_reg, fixed tau": {"lp_reg": {"rho": 0.5, "fixed_tau": 0.02}},
+    "grpo, reference": {"name": "grpo", "reference_kl": {"coefficient": 0.3}},
+    "high_entropy, reference k1": {"name": "high_entropy", "reference_kl": {"coefficient": 0.3, "estimator": "k1"}},
+    "lp_reg, truncated weights": {"lp_reg": LP_REG, "correction": {"weights": "truncated", "high": 1.05}},
+    "gspo, masked weights, sequences rejected": {
+        "name": "gspo",
+        "correction": {"weights": "masked", "low": 0.9, "high": 1.1, "reject_sequences": True},
+    },
+}
+"""The `algorithm` section of each; the published rule that ranks within a micro-batch is left out on purpose."""
+DRAWN_BY_PLACE = ("clip_cov", "lp_reg, random")
+"""Their draw is by a token's place in the batch, so that other rows' places give another draw."""
+
+ROW_BY_ROW = "one rank, a row at a time"
+VARIANTS: dict[str, tuple[Layout, dict[str, Any]]] = {
+    "one rank": (Layout(), {}),
+    "one rank, rows shuffled": (Layout(), {}),
+    ROW_BY_ROW: (Layout(), {"micro_batch_tokens": 1}),
+    "tp2": (Layout(tensor=2), {}),
+    "tp4": (Layout(tensor=4), {"micro_batch_tokens": 40}),
+    "pp2": (Layout(pipeline=2), {"micro_batch_tokens": 40}),
+    "dp2": (Layout(data=2), {}),
+    "dp4": (Layout(data=4), {"micro_batch_tokens": 40}),
+    "tp2-pp2": (Layout(tensor=2, pipeline=2), {"micro_batch_tokens": 40}),
+}
+GROUPS, SAMPLES = 6, 3
+SAMPLED = "sampled.pt"
+POLICIES = ("lagged", "reference", "old", "new")
+"""Folders of four models of one shape."""
+
+
+def prompts() -> list[tuple[Array, int]]:
+    """(prompt, tokens of the response) of each row, group after group."""
+    random = np.random.default_rng(3)
+    return [
+        (random.integers(0, VOCABULARY, random.integers(1, 6)), int(random.integers(1, 13)))
+        for _ in range(GROUPS * SAMPLES)
+    ]
+
+
+def batch(folder: Path) -> tuple[Rows, Array, Array]:
+    """Rows as the engine sampled them; advantages [N], of which two groups have none; groups [N]."""
+    sampled = torch.load(folder / SAMPLED)
+    rows = Rows(
+        [tokens.numpy() for tokens in sampled["tokens"]],
+        np.array([len(prompt) for prompt, _ in prompts()], dtype=np.int64),
+    )
+    groups = np.repeat(np.arange(GROUPS), SAMPLES)
+    advantages = np.random.default_rng(4).normal(size=len(groups)).round(2)
+    advantages[np.isin(groups, (1, 4))] = 0.0
+    on_tokens = rows.per_token(advantages).astype(np.float32)
+    rollout = sampled["log_probs"].numpy()
+    return rows.with_values(advantages=on_tokens, rollout_log_probs=rollout), advantages, groups
+
+
+class AllRanks:
+    """`cluster.actors.Actors` without Ray: this process is one of the ranks and hears what the others answer."""
+
+    def __init__(self, worker: MegatronWorker) -> None:
+        self.worker = worker
+        self.ran = {"forwards": 0, "backwards": 0}
+        """Micro-batches through this rank's part of the model in the latest call."""
+        self.passes: list[dict[str, Any]] = []
+        worker.model.register_forward_pre_hook(lambda *_: self._count("forwards"))
+        worker.model.decoder.register_full_backward_pre_hook(lambda *_: self._count("backwards"))
+
+    def _count(self, what: str) -> None:
+        self.ran[what] += 1
+
+    def _note(self, what: str, batch: Rows) -> None:
+        self.passes.append({"what": what, "rows": len(batch), **self.ran})
+        self.ran = dict.fromkeys(self.ran, 0)
+
+    def score(self, batch: Rows, *, temperature: float, weights: Weights = "current") -> dict[str, Array]:
+        return self.score_and_store(batch, temperature=temperature, weights=weights)[0]
+
+    def score_and_store(
+        self, batch: Rows, *, temperature: float, weights: Weights = "current"
+    ) -> tuple[dict[str, Array], StoredProxy]:
+        if not len(batch):
+            return merge_tables(batch, [])
+        tables = gathered(self.worker.score(batch, temperature, weights))
+        self._note(weights, batch)
+        return merge_tables(batch, tables)
+
+    def train(self, batch: Rows, *, lr: float, denominator: float, temperature: float) -> StepResult:
+        parts = gathered(self.worker.train(batch, lr, denominator, temperature))
+        self._note("train", batch)
+        return StepResult(
+            values=merge_tables(batch, [part.table for part in parts])[0],
+            loss=sum(part.loss for part in parts),
+            metrics=add_up(part.metrics for part in parts),
+            grad_norm=parts[0].grad_norm,
+        )
+
+    def gradient(self) -> dict[str, torch.Tensor]:
+        """Of the last update, by Hugging Face name: Adam's first moment, where nothing of the past is kept."""
+        state, _ = read_state(self.worker.optimizer, self.worker.model)
+        parts = gathered(dict(export_hf_weights(self.worker.model, self.worker.hf_config, state["exp_avg"])))
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def gathered(part: Any) -> list[Any]:
+    """From all ranks, on each of them; those that have nothing left out."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return [part for part in parts if part is not None]
+
+
+class StillRun(Run):
+    """A run whose weights stay where they are: a step with learning rate 0."""
+
+    def learning_rate(self, step: int) -> float:
+        return 0.0
+
+
+def run_of(algorithm: dict[str, Any], updates: int, actors: AllRanks) -> Run:
+    config = Config.model_validate(
+        {
+            "run": {"name": "x", "folder": "x"},
+            "model": {"path": "x"},
+            "data": {"train": "x.jsonl"},
+            "rollout": {"prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES, "max_response_tokens": 12}
+            | {"temperature": TEMPERATURE},
+            "reward": {"name": "math"},
+            "algorithm": algorithm,
+            "train": {"steps": 1, "updates_per_rollout": updates},
+        }
+    )
+    absent: Any = None
+    return StillRun(
+        **{name: absent for name, field in Run.__dataclass_fields__.items() if name not in ("config", "loss", "actors")}
+        | {
+            "config": config,
+            "loss": LossChoice.of(config.algorithm).make(),
+            "actors": actors,
+            "inputs": SimpleNamespace(stop_token_ids=(0,)),
+            "weight_version": 0,
+        }
+    )
+
+
+def step(name: str, updates: int, actors: AllRanks, folder: Path, shuffled: bool) -> dict[str, Any]:
+    """One step: the old policy is scored and, with several updates, a new one updated on mini-batches."""
+    worker, algorithm = actors.worker, METHODS[name]
+    rows, advantages, groups = batch(folder)
+    order = np.random.default_rng(9).permutation(len(rows)) if shuffled else np.arange(len(rows))
+    place = rows.token_index(order)
+    rows, advantages, groups = rows.take(order), advantages[order], groups[order]
+    samples: Any = [SimpleNamespace(group=int(group)) for group in groups]
+    run = run_of(algorithm, updates, actors)
+    actors.passes = []
+    worker.load_hf(folder / "old")
+    worker.set_loss(LossChoice.of(run.config.algorithm))
+    rows, seen = score_old_policy(run, rows, advantages)
+    rows, metrics = select(run, 2, rows, seen)
+    rows = score_reference(run, score_lagged_policy(run, 2, rows), advantages)
+    if updates > 1:
+        worker.load_hf(folder / "new")
+    metrics |= update(run, 2, rows, samples, advantages, seen)
+    selected = np.zeros(rows.num_response_tokens, dtype=bool)
+    selected[place] = rows.values.get("selected", False)
+    return {
+        "selected": selected,
+        "metrics": metrics,
+        "gradient": actors.gradient(),
+        "passes": actors.passes,
+    }
+
+
+def find(rank: int, name: str, folder: Path) -> dict[str, Any]:
+    """What every method did under one layout."""
+    layout, settings = VARIANTS[name]
+    actor = ActorSettings.model_validate({"device": "cpu"} | settings)
+    worker = MegatronWorker(actor, layout, rank)
+    worker.start(*meeting_point(worker, folder / f"{name}.port"), folder / "old")
+    for policy in ("lagged", "reference"):
+        worker.load_hf(folder / policy)
+        worker.snapshot(policy)
+    worker.build_optimizer(OptimizerSettings(betas=(0.0, 0.999), clip_grad=0.0))
+    actors = AllRanks(worker)
+    found = {
+        (method, updates): step(method, updates, actors, folder, "shuffled" in name)
+        for method in METHODS
+        for updates in (1, 2)
+    }
+    dist.barrier()
+    worker.close()
+    return found
+
+
+def meeting_point(worker: MegatronWorker, file: Path) -> tuple[str, int]:
+    """Rank 0's address, which the others wait for."""
+    if worker.rank == 0:
+        file.with_suffix(".new").write_text(str(worker.free_port(HOST)))
+        file.with_suffix(".new").rename(file)
+    while not file.exists():
+        time.sleep(0.01)
+    return HOST, int(file.read_text())
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    for name, (layout, _) in VARIANTS.items():
+        if rank < layout.world_size:
+            found = find(rank, name, folder)
+            if rank == 0:
+                torch.save(found, folder / f"{name}.pt")
+
+
+def main() -> None:
+    platform.prepare("cpu")
+    torch.multiprocessing.start_processes(run_rank, (Path(sys.argv[1]),), RANKS, start_method="fork")
+
+
+if __name__ == "__main__":
+    main()

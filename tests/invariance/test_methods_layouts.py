@@ -1,0 +1,176 @@
+"""Every method takes the same step under every layout, on-policy and off: the same tokens selected exactly, the same
+loss, metrics and gradient to rounding; and it takes no more passes through the model than it must.
+
+The driver's own functions over real Megatron ranks; only Ray is left out. fp32.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.hf_models import hf_model
+from tests.invariance.method_steps import (
+    DRAWN_BY_PLACE,
+    GROUPS,
+    METHODS,
+    POLICIES,
+    ROW_BY_ROW,
+    SAMPLED,
+    SAMPLES,
+    TEMPERATURE,
+    VARIANTS,
+    VOCABULARY,
+    prompts,
+)
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = "one rank"
+OTHERS = [name for name in VARIANTS if name != REFERENCE]
+LOSS, METRIC, GRADIENT = 1e-6, 2e-5, 1e-5
+"""Largest differences. Of a loss: absolute, a mean of token losses of about 1 that mostly cancel. Of another metric:
+relative to it, or to a tenth. Of a gradient: relative to the largest element of its tensor."""
+ENTROPY_RANKED = ("high_entropy", "high_entropy, reference k1", "lp_reg, highest entropy")
+LAGGED = ("lp_reg, lagged", "lp_reg, paper, lagged", "lp_reg, no tau")
+
+Found = dict[tuple[str, int], dict[str, Any]]
+
+
+def write_models(folder: Path) -> PreTrainedModel:
+    """Four policies of one shape, near one another; returns the one that samples."""
+    model = hf_model("qwen3", seed=0, noise=0.1, vocab_size=VOCABULARY, num_key_value_heads=4)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # so that distributions have a head and a tail
+    model.save_pretrained(folder / "old")
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    for seed, name in enumerate(policy for policy in POLICIES if policy != "old"):
+        torch.manual_seed(seed + 1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.01)
+        model.save_pretrained(folder / name)
+        model.load_state_dict(saved)
+    return model
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, folder: Path) -> None:
+    """The batch, sampled from the model; its log-probs are off by what an engine's are."""
+    generator = torch.Generator().manual_seed(7)
+    rows, log_probs = [], []
+    for prompt, length in prompts():
+        tokens = torch.from_numpy(prompt)
+        for _ in range(length):
+            log_p = (model(tokens[None]).logits[0, -1] / TEMPERATURE).log_softmax(-1)
+            token = torch.multinomial(log_p.exp(), 1, generator=generator)
+            tokens = torch.cat([tokens, token])
+            log_probs.append(log_p[token] + 0.03 * torch.randn(1, generator=generator))
+        rows.append(tokens)
+    torch.save({"tokens": rows, "log_probs": torch.cat(log_probs)}, folder / SAMPLED)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    """What every method did under every layout, in one start of the processes."""
+    folder = tmp_path_factory.mktemp("methods")
+    sample(write_models(folder), folder)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/invariance/method_steps.py"), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in VARIANTS}
+
+
+def cases(variant: str) -> list[tuple[str, int]]:
+    """(method, updates); without those that another order of rows changes, where there is one."""
+    drawn = DRAWN_BY_PLACE if "shuffled" in variant else ()
+    return [(method, updates) for method in METHODS if method not in drawn for updates in (1, 2)]
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_the_same_tokens_are_selected(found: dict[str, Found], variant: str) -> None:
+    for case in cases(variant):
+        same = (found[variant][case]["selected"] == found[REFERENCE][case]["selected"]).all()
+        assert same, case
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_the_loss_is_the_same(found: dict[str, Found], variant: str) -> None:
+    for case in cases(variant):
+        losses = [found[which][case]["metrics"]["train/loss"] for which in (variant, REFERENCE)]
+        assert losses[0] == pytest.approx(losses[1], abs=LOSS), case
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_metrics_are_the_same(found: dict[str, Found], variant: str) -> None:
+    for case in cases(variant):
+        got, expected = (found[which][case]["metrics"] for which in (variant, REFERENCE))
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            assert got[name] == pytest.approx(value, rel=METRIC, abs=METRIC / 10), (case, name)
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_the_gradient_is_the_same(found: dict[str, Found], variant: str) -> None:
+    for case in cases(variant):
+        got, expected = (found[which][case]["gradient"] for which in (variant, REFERENCE))
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            difference = (got[name] - tensor).abs().max() / tensor.abs().max()
+            assert difference <= GRADIENT, (case, name, float(difference))
+
+
+def test_methods_differ(found: dict[str, Found]) -> None:
+    """Else the tests above would hold for nothing: no two methods have the same gradient off-policy, but for those that
+    rank the same tokens by two sources."""
+    same = {("lp_reg", "lp_reg, ranked by the engine")}
+    gradients = {method: found[REFERENCE][method, 2]["gradient"]["lm_head.weight"] for method in METHODS}
+    names = list(METHODS)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            if (first, second) not in same:
+                assert (gradients[first] - gradients[second]).abs().max() > 1e-4, (first, second)
+
+
+def expected_passes(method: str, updates: int, rows: int, acting: int) -> dict[str, int]:
+    """Rows through the model: what a step cannot do without.
+
+    On-policy every row has one forward, with a backward where it acts; without one, for the metrics, where it does not.
+    Off-policy one forward without gradient comes before. So it does on-policy where entropies rank, for the engine
+    reports none. A reference is asked of the rows that act; a lagged policy of those with a token it may act on.
+    """
+    if method in ("kl_cov", "entropy_bonus", "grpo, reference", "high_entropy, reference k1"):
+        acting = rows
+    first = rows if updates > 1 or method in ENTROPY_RANKED else rows - acting
+    passes = {"current": first, "train": acting}
+    if "reference" in method:
+        passes["reference"] = acting
+    return {what: count for what, count in passes.items() if count}
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_pass_is_made_that_could_be_spared(found: dict[str, Found], method: str, updates: int) -> None:
+    """Each micro-batch is one row here, so that forwards and backwards count rows."""
+    ran = found[ROW_BY_ROW][method, updates]["passes"]
+    for one in ran:
+        assert one["forwards"] == one["rows"], one
+        assert one["backwards"] == (one["rows"] if one["what"] == "train" else 0), one
+    rows = {what: sum(one["rows"] for one in ran if one["what"] == what) for what in [one["what"] for one in ran]}
+    if method in LAGGED:
+        assert 0 < rows.pop("lagged") < GROUPS * SAMPLES / 2
+    assert rows == expected_passes(method, updates, GROUPS * SAMPLES, (GROUPS - 2) * SAMPLES)
+    calls = [one["what"] for one in ran]
+    assert calls.count("train") == updates
+    assert all(calls.count(what) <= 1 for what in calls if what != "train")
