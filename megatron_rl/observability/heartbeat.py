@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_rl.observability.files import write_error
@@ -37,6 +39,8 @@ class Beat:
     """Beats since the process began; it rises as long as there is progress."""
     since: float
     """Unix seconds, by the process's own clock."""
+    memory_gib: float
+    """Most it has held so far: of its GPU where it uses one, else of the machine."""
 
 
 class Heartbeat:
@@ -49,14 +53,38 @@ class Heartbeat:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         except OSError as error:
             raise write_error(path, error) from error
-        self._beat = Beat(process, os.getpid(), node, IDLE, "", 0, time.time())
+        self._beat = Beat(process, os.getpid(), node, IDLE, "", 0, time.time(), peak_memory_gib())
         self.write(IDLE, "")
 
     def write(self, call: str | None, doing: str) -> None:
         """call: None for the same as before."""
         old = self._beat
-        self._beat = Beat(old.process, old.pid, old.node, call or old.call, doing, old.count + 1, time.time())
+        self._beat = replace(
+            old,
+            call=call or old.call,
+            doing=doing,
+            count=old.count + 1,
+            since=time.time(),
+            memory_gib=peak_memory_gib(),
+        )
         os.pwrite(self._file, json.dumps(asdict(self._beat)).ljust(_BYTES).encode()[:_BYTES], 0)
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held: its GPU's where it uses one, else resident memory."""
+    torch = sys.modules.get("torch")  # a process that has not loaded it uses no GPU
+    if torch is not None and torch.cuda.is_initialized():
+        return float(torch.cuda.max_memory_reserved()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory_metrics(beats: Sequence[Beat]) -> dict[str, float]:
+    """`memory/actor_gib`, `memory/engine_gib`, ...: of the process of each kind that has held most."""
+    metrics: dict[str, float] = {"memory/driver_gib": peak_memory_gib()}
+    for beat in beats:
+        name = f"memory/{beat.process.split('-')[0]}_gib"
+        metrics[name] = max(metrics.get(name, 0.0), beat.memory_gib)
+    return metrics
 
 
 _own: Heartbeat | None = None
@@ -84,6 +112,6 @@ def table(beats: Sequence[Beat], now: float) -> str:
     width = max((len(beat.process) for beat in beats), default=0)
     return "\n".join(
         f"  {beat.process:<{width}}  {beat.call}{f': {beat.doing}' if beat.doing else ''}, "
-        f"for {duration(now - beat.since)} (pid {beat.pid})"
+        f"for {duration(now - beat.since)} (pid {beat.pid}, at most {beat.memory_gib:.1f} GiB)"
         for beat in beats
     )

@@ -21,6 +21,8 @@ from megatron_rl.config import Config
 from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet
 from megatron_rl.observability.diagnosis import Diagnosis
+from megatron_rl.observability.heartbeat import FOLDER as HEARTBEATS
+from megatron_rl.observability.heartbeat import memory_metrics, read_beats
 from megatron_rl.observability.metrics import MetricsLog
 from megatron_rl.observability.rollouts import write_rollouts
 from megatron_rl.observability.timing import Phases
@@ -177,7 +179,8 @@ class Run:
 
     def log(self, metrics: dict[str, float]) -> None:
         """A step's metrics, to file and screen; then the error of a checkpoint that could not be written meanwhile."""
-        self.metrics.write(self.step, metrics | self.phase.flush() | self.saver.poll())
+        memory = memory_metrics(read_beats(self.folder / "logs" / HEARTBEATS))
+        self.metrics.write(self.step, metrics | memory | self.phase.flush() | self.saver.poll())
         if self.step:
             self.view.step(self.step, metrics)
         for finding in self.diagnosis.step(self.step, metrics):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ PLAIN_STACK = "Thread 0x7F (active): main\n    linear (torch/nn/functional.py:10
 
 
 def beat(process: str, call: str = "train", doing: str = "micro-batch 2 of 5") -> Beat:
-    return Beat(process, 1, "node", call, doing, 7, time.time() - 90)
+    return Beat(process, 1, "node", call, doing, 7, time.time() - 90, 1.5)
 
 
 @pytest.fixture
@@ -45,6 +46,14 @@ def test_the_last_beat_is_read_back(tmp_path: Path) -> None:
     assert (found["actor-rank-0"].call, found["actor-rank-0"].doing) == ("train", "micro-batch 12 of 30")
     assert (found["engine-0"].call, found["engine-0"].doing) == (IDLE, "")
     assert found["actor-rank-0"].count == found["engine-0"].count == 3
+
+
+def test_memory_is_that_of_the_process_that_held_most(tmp_path: Path) -> None:
+    Heartbeat(tmp_path, "actor-rank-0", "n")
+    (own,) = read_beats(tmp_path)
+    assert psutil.Process().memory_info().rss / 2**30 / 2 < own.memory_gib < 1000
+    metrics = heartbeat.memory_metrics([own, replace(own, memory_gib=own.memory_gib + 1), beat("engine-0")])
+    assert metrics["memory/actor_gib"] == own.memory_gib + 1 and metrics["memory/engine_gib"] == 1.5
 
 
 def test_a_process_without_a_heartbeat_says_nothing() -> None:
