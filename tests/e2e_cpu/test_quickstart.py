@@ -23,7 +23,14 @@ STANDARD_METRICS = {
     *("entropy/token_mean", "entropy/sequence_mean", "response_length/mean", "response_length/truncated_fraction"),
     *("lpreg/delta", "lpreg/selected_fraction", "lpreg/kept_fraction", "lpreg/kl", "lpreg/advantage_shift"),
     *("logprob/rollout_actor_abs_diff", "perf/tokens_per_second", "perf/step_seconds"),
-    *("memory/actor_gib", "memory/engine_gib", "perf/rollout_seconds", "perf/reward_seconds", "perf/train_seconds", "perf/weight_sync_seconds"),
+    *(
+        "memory/actor_gib",
+        "memory/engine_gib",
+        "perf/rollout_seconds",
+        "perf/reward_seconds",
+        "perf/train_seconds",
+        "perf/weight_sync_seconds",
+    ),
 }
 
 

@@ -25,7 +25,7 @@ SHORT = (
 def learning_curve(run: Finished) -> list[dict[str, float]]:
     """Every metric but those of time."""
     return [
-        {name: value for name, value in row.items() if name != "time" and not name.startswith("perf/")}
+        {name: value for name, value in row.items() if name != "time" and not name.startswith(("perf/", "memory/"))}
         for row in run.metrics
     ]
 

@@ -64,7 +64,7 @@ class Workplace:
         """Every metric but those of time, and the exported weights."""
         run = self.folder / "runs" / name
         metrics = [
-            {key: value for key, value in row.items() if key != "time" and not key.startswith("perf/")}
+            {key: value for key, value in row.items() if key != "time" and not key.startswith(("perf/", "memory/"))}
             for row in read_metrics(run)
         ]
         return metrics, (run / "hf/model.safetensors").read_bytes()

@@ -31,6 +31,7 @@ def test_a_row_a_sample_comes_back(tmp_path: Path) -> None:
         "group": 0,
         "prompt_id": "train:0",
         "prompt": "1 2 3 > 6 :",
+        "prompt_token_ids": [1, 2],
         "response": "é 1 + 2",
         "token_ids": [5, 6, 7],
         "log_probs": [-0.5, -0.5, -0.5],
