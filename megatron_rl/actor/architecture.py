@@ -65,6 +65,18 @@ class Architecture:
     def qk_norm(self) -> bool:
         return self.family in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
+    @property
+    def even_length(self) -> float:
+        """Length of row at which causal attention costs as much time as all matrix products of the layers: a token's
+        look at the tokens before it takes 2 * length * heads * head_dim FLOPs, its products 2 for each weight used."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        widths = [
+            self.experts.per_token * self.experts.ffn if self.experts and self.is_sparse(layer) else self.ffn
+            for layer in range(self.layers)
+        ]
+        weights = attention + 3 * self.hidden * sum(widths) / self.layers
+        return weights / (self.heads * self.head_dim)
+
     def is_sparse(self, layer: int) -> bool:
         """Whether this layer of the model, counted from 0, has experts."""
         return self.experts is not None and self.experts.layers[layer]

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from megatron_rl.actor import platform, process_groups
@@ -26,6 +27,31 @@ if TYPE_CHECKING:
     from megatron_rl.config.actor import RecomputeSettings
 
 
+class PolicyModel(GPTModel):
+    """A GPTModel whose last stage can stop before its LM head, so that the loss projects only what it needs."""
+
+    def forward(self, *args: Any, project: bool = True, **settings: Any) -> Tensor:
+        """As GPTModel's: logits [b, s, V / TP]. With `project` off, hidden states [s, b, d] after the last norm, under
+        sequence parallelism this rank's part of s. Earlier stages: what the next one needs."""
+        self._project = project
+        output: Tensor = super().forward(*args, **settings)
+        return output
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Tensor:
+        output: Tensor = super()._postprocess(hidden_states, *args, **settings) if self._project else hidden_states
+        return output
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """[V / TP, d], on the last stage: the embedding's where the two are tied and on one stage."""
+        weight: nn.Parameter = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return weight
+
+
 def build_model(
     hf_config: Mapping[str, Any],
     *,
@@ -34,7 +60,7 @@ def build_model(
     device: torch.device,
     pad_vocabulary: bool = True,
     recompute: RecomputeSettings | None = None,
-) -> GPTModel:
+) -> PolicyModel:
     """This rank's pipeline stage, on `device`, its weights not initialised: load them with `checkpoint.weight_map`.
 
     Logits of the last stage are [batch, length, padded vocabulary / tensor]. Micro-batches are [batch, length], padded
@@ -48,7 +74,7 @@ def build_model(
     rope = None if model.rope_type == "default" else ScaledRope.of(hf_config, model.rope_type)
     if rope:
         rope.scale_attention(config)
-    gpt = GPTModel(
+    gpt = PolicyModel(
         config,
         stage_layers(config, model.output_bias, device),
         vocab_size=padded_vocabulary(model.vocabulary, layout.tensor),

@@ -10,6 +10,25 @@ from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
     from lpreg import PolicyLoss
+    from megatron_rl.actor.micro_batch import MicroBatch
+
+
+def loss_fields(batch: MicroBatch, denominator: float) -> dict[str, Any]:
+    """The fields of LossInputs that do not come from the model, as far as the batch has them."""
+    values = batch.values
+    fields = {
+        "old_log_probs": values.get("old_log_probs"),  # None: one update a rollout, so the old policy is this one
+        "advantages": values["advantages"],
+        "old_log_z": values.get("old_log_z"),
+        "old_kept": values.get("old_kept"),
+        "selection": values.get("selected"),
+        "proxy_log_probs": values.get("proxy_log_probs"),
+        "reference_log_probs": values.get("reference_log_probs"),
+        "rollout_log_probs": values.get("rollout_log_probs"),
+        "sequence_ids": batch.sequence_ids,
+        "denominator": denominator,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,14 @@ def dp_rank() -> int:
     return parallel_state.get_data_parallel_rank()
 
 
+def cp_group() -> dist.ProcessGroup:
+    return parallel_state.get_context_parallel_group()
+
+
+def cp_rank() -> int:
+    return parallel_state.get_context_parallel_rank()
+
+
 def pp_rank() -> int:
     return parallel_state.get_pipeline_model_parallel_rank()
 

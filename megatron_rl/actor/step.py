@@ -6,7 +6,7 @@ data-parallel ranks and pipeline stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, TypeVar
@@ -21,44 +21,49 @@ from megatron_rl.actor.micro_batch import MicroBatch
 from megatron_rl.observability import heartbeat
 
 Result = TypeVar("Result")
-OnLogits = Callable[[Tensor, MicroBatch], tuple[Tensor, Result]]
-"""(this rank's logits of the response tokens [T, V / TP], micro-batch) -> (loss, what to collect)."""
+OnHidden = Callable[[Tensor, MicroBatch], tuple[Tensor, Result]]
+"""(hidden states after the last norm [s, b, d], micro-batch) -> (loss, what to collect)."""
 
 
 def run_schedule(
-    model: nn.Module, micro_batches: list[MicroBatch], on_logits: OnLogits[Result], *, backward: bool
+    chunks: Sequence[nn.Module], micro_batches: list[MicroBatch], on_hidden: OnHidden[Result], *, backward: bool
 ) -> list[Result]:
-    """What `on_logits` gave for each micro-batch; empty on every pipeline stage but the last."""
+    """What `on_hidden` gave for each micro-batch; empty on every pipeline stage but the last.
+
+    chunks: this rank's part of the model, more than one under the interleaved schedule, whose micro-batches must then
+    be of one length and as many as the pipeline's ranks divide.
+    """
+    config = get_model_config(chunks[0])
     if not micro_batches:
         if backward:  # this replica adds nothing, but the others wait for it to say so
-            get_model_config(model).finalize_model_grads_func([model])
+            config.finalize_model_grads_func(list(chunks))
         return []
 
     def forward(batches: Iterator[MicroBatch], stage: nn.Module) -> tuple[Tensor, Any]:
         batch = next(batches)
         heartbeat.say(f"micro-batch {next(number)} of {len(micro_batches)}")
         with record_function("forward"):
-            output = stage(batch.tokens, batch.positions, None)
-        return output, partial(_collect, batch=batch, on_logits=on_logits)
+            output = stage(batch.tokens, batch.positions, None, packed_seq_params=batch.packing, project=False)
+        return output, partial(_collect, batch=batch, on_hidden=on_hidden)
 
     number = count(1)
-    longest = max(batch.tokens.shape[1] for batch in micro_batches)
+    rows, length = micro_batches[0].tokens.shape
+    iterators = [iter(micro_batches) for _ in chunks]
     with torch.set_grad_enabled(backward):
         results: list[Result] = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(micro_batches),
-            model=[model],
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
             num_microbatches=len(micro_batches),
-            seq_length=longest,
-            micro_batch_size=micro_batches[0].tokens.shape[0],
+            seq_length=length * config.context_parallel_size,
+            micro_batch_size=rows,
             forward_only=not backward,
         )
     return results
 
 
-def _collect(logits: Tensor, *, batch: MicroBatch, on_logits: OnLogits[Result]) -> tuple[Tensor, Tensor, Result]:
-    """logits [b, s, V / TP]. The token count is Megatron's to divide by; ours is done, so it is unused."""
-    rows = logits.flatten(0, 1).index_select(0, batch.predictors)
+def _collect(hidden: Tensor, *, batch: MicroBatch, on_hidden: OnHidden[Result]) -> tuple[Tensor, Tensor, Result]:
+    """The token count is Megatron's to divide by; ours is done, so it is unused."""
     with record_function("loss"):
-        loss, result = on_logits(rows, batch)
+        loss, result = on_hidden(hidden, batch)
     return loss, torch.ones((), dtype=torch.int32, device=loss.device), result

@@ -19,19 +19,20 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import lpreg
-from lpreg import LossInputs
 from megatron_rl.actor import platform, process_groups
+from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.distributed import wrap_ddp
+from megatron_rl.actor.head import Head
 from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.micro_batch import MicroBatch, micro_batch
+from megatron_rl.actor.micro_batch import Form, MicroBatch, micro_batch
 from megatron_rl.actor.model import build_model
 from megatron_rl.actor.optimizer import Optimizer
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.profiling import Profiler
 from megatron_rl.actor.results import Snapshot, Table, TrainResult, Weights, add_up
 from megatron_rl.actor.step import run_schedule
-from megatron_rl.batching.buckets import share_out
 from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.share import share_out
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint.hf_format import open_weights, read_config
 from megatron_rl.checkpoint.manifest import RankPart
@@ -88,6 +89,9 @@ class MegatronWorker:
             pad_vocabulary=self.settings.pad_vocabulary,
             recompute=self.settings.recompute,
         )
+        self.architecture = Architecture.from_hf(self.hf_config)
+        self.form = _form(self.settings, self.layout)
+        self.head = Head(self.model, self.architecture.vocabulary, fused=self.settings.lm_head == "fused")
         copies = self.layout.data * self.layout.context
         self.ddp = wrap_ddp(self.model, distributed_optimizer=self.settings.distributed_optimizer and copies > 1)
         return platform.describe()
@@ -110,16 +114,18 @@ class MegatronWorker:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def on_logits(logits: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
-            stats = self._stats(logits, part.targets, temperature, training=True, proxy=part.proxy)
+        def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
             if self.loss is None:
+                stats = self.head.statistics(hidden, part, part.targets, temperature)
                 loss, metrics = -stats.log_probs.sum() / denominator, {}
             else:
-                output = self.loss(_loss_inputs(stats, part, denominator))
+                output, stats = self.head.loss(
+                    hidden, part, self.loss, temperature=temperature, denominator=denominator
+                )
                 loss, metrics = output.loss, {k: (float(m.total), float(m.count)) for k, m in output.metrics.items()}
             return loss, (part.rows, float(loss.detach()), metrics, _columns(stats))
 
-        results = run_schedule(self.ddp, self._share(batch), on_logits, backward=True)
+        results = run_schedule([self.ddp], self._share(batch), on_hidden, backward=True)
         with record_function("optimizer"):
             grad_norm = self.optimizer.step(lr)
         if not self._reports:
@@ -138,13 +144,14 @@ class MegatronWorker:
         `proxy_wanted`, bool: then every tensor rank returns its columns of the proxy of the tokens marked.
         """
 
-        def on_logits(logits: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+        def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
             targets, wanted = part.values.get("probe_targets", part.targets), part.values.get("proxy_wanted")
-            stats = self._stats(logits, targets, temperature, training=False, proxy_rows=wanted)
+            settings = self.loss.token_stats_kwargs() if self.loss else {}
+            stats = self.head.statistics(hidden, part, targets, temperature, proxy_rows=wanted, **settings)
             return stats.log_probs.sum(), ((part.rows, _columns(stats)), stats.proxy_store)
 
         with self._weights(weights):
-            results = run_schedule(self.ddp, self._share(batch), on_logits, backward=False)
+            results = run_schedule([self.ddp], self._share(batch), on_hidden, backward=False)
         table = _table([part for part, _ in results])
         stores = [store for _, store in results if store is not None]
         if stores:
@@ -154,11 +161,12 @@ class MegatronWorker:
     def logits(self, batch: Rows) -> Table | None:
         """Whole logits [T, V] of the response tokens, gathered: for checks on a few rows."""
 
-        def on_logits(logits: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+        def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+            logits = self.head.logits(self.head.predicting(hidden, part))
             whole = process_groups.gather_vocabulary(logits)[:, : self.hf_config["vocab_size"]]
             return logits.new_zeros(()), (part.rows, {"logits": whole.float().cpu().numpy()})
 
-        results = run_schedule(self.ddp, self._share(batch), on_logits, backward=False)
+        results = run_schedule([self.ddp], self._share(batch), on_hidden, backward=False)
         return _table(results) if self._reports else None
 
     def snapshot(self, name: Snapshot) -> None:
@@ -223,11 +231,11 @@ class MegatronWorker:
 
     @property
     def _reports(self) -> bool:
-        return process_groups.is_last_stage() and process_groups.tp_rank() == 0
+        return process_groups.is_last_stage() and process_groups.tp_rank() == 0 and process_groups.cp_rank() == 0
 
     @property
     def _publishes(self) -> bool:
-        return process_groups.tp_rank() == 0 and process_groups.dp_rank() == 0
+        return process_groups.tp_rank() == 0 and process_groups.dp_rank() == 0 and process_groups.cp_rank() == 0
 
     def _state(self) -> RankState:
         return RankState(
@@ -236,30 +244,15 @@ class MegatronWorker:
 
     def _share(self, batch: Rows) -> list[MicroBatch]:
         """This replica's micro-batches."""
-        shares = share_out(batch.lengths.tolist(), self.settings.micro_batch_tokens, self.layout.data)
-        return [micro_batch(batch, rows, self.device) for rows in shares[process_groups.dp_rank()]]
-
-    def _stats(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        temperature: float,
-        *,
-        training: bool,
-        proxy: lpreg.ProxyStore | None = None,
-        proxy_rows: Tensor | None = None,
-    ) -> lpreg.TokenStats:
-        return lpreg.token_stats(
-            logits,
-            targets,
-            temperature=temperature,
-            vocab_size=self.hf_config["vocab_size"],
-            tp_group=process_groups.tp_group(),
-            inplace_backward=training,
-            proxy=proxy,
-            proxy_rows=proxy_rows,
-            **(self.loss.token_stats_kwargs() if self.loss else {}),
+        shares = share_out(
+            batch.lengths.tolist(),
+            self.layout.data,
+            token_budget=self.settings.micro_batch_tokens * self.layout.context,
+            packed=self.form.packed,
+            even_length=self.architecture.even_length,
+            same_count=self.layout.expert > 1,  # ranks that share experts run every forward together
         )
+        return [micro_batch(batch, rows, self.device, self.form) for rows in shares[process_groups.dp_rank()]]
 
     @contextmanager
     def _weights(self, which: Weights) -> Iterator[None]:
@@ -279,24 +272,12 @@ class MegatronWorker:
                 param.data = current[name]
 
 
-def _loss_inputs(stats: lpreg.TokenStats, part: MicroBatch, denominator: float) -> LossInputs:
-    values = part.values
-    return LossInputs(
-        log_probs=stats.log_probs,
-        old_log_probs=values.get("old_log_probs"),  # None: one update a rollout, so the old policy is this one
-        advantages=values["advantages"],
-        entropy=stats.entropy,
-        log_z=stats.log_z,
-        kept=stats.kept,
-        old_log_z=values.get("old_log_z"),
-        old_kept=values.get("old_kept"),
-        selection=values.get("selected"),
-        proxy_log_probs=values.get("proxy_log_probs"),
-        proxy_kl=stats.proxy_kl,
-        reference_log_probs=values.get("reference_log_probs"),
-        rollout_log_probs=values.get("rollout_log_probs"),
-        sequence_ids=part.sequence_ids,
-        denominator=denominator,
+def _form(settings: ActorSettings, layout: Layout) -> Form:
+    return Form(
+        packed=settings.rows == "packed",
+        length_multiple=layout.context * (layout.tensor if layout.sequence_parallel else 1),
+        context_ranks=layout.context,
+        context_rank=process_groups.cp_rank(),
     )
 
 

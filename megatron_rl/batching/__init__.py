@@ -1,1 +1,1 @@
-"""From samples to rows, and from rows to micro-batches."""
+"""From samples to rows, from rows to micro-batches, and these to ranks."""

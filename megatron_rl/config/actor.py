@@ -68,6 +68,11 @@ class ActorSettings(Section):
     """Type of weights and activations in forward and backward."""
     micro_batch_tokens: PositiveInt = 8192
     """Most tokens, prompts included, in one forward pass; a longer row goes alone."""
+    rows: Literal["packed", "padded"] = "packed"
+    """How the rows of a micro-batch lie together: one after another, without padding, or side by side."""
+    lm_head: Literal["fused", "materialised"] = "fused"
+    """fused: the loss projects a chunk of response tokens at a time, and no logits are kept; materialised: the logits
+    of a micro-batch's response tokens are whole, which takes their number times vocabulary / tensor_parallel."""
     recompute: RecomputeSettings = RecomputeSettings()
     """Activations that the backward computes again instead of keeping."""
     distributed_optimizer: bool = True

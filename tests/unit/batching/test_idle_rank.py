@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from megatron_rl.actor.step import run_schedule
-from megatron_rl.batching.buckets import share_out
+from megatron_rl.batching.share import share_out
 
 
 @pytest.mark.parametrize("backward", [True, False])
 def test_a_replica_without_rows_still_adds_its_gradients(backward: bool) -> None:
-    shares = share_out([5, 4], token_budget=100, ranks=4)
+    shares = share_out([5, 4], 4, token_budget=100)
     assert [len(share) for share in shares].count(0) == 2
     reduced: list[Any] = []
     model = nn.Module()
     model.config = SimpleNamespace(finalize_model_grads_func=reduced.extend)  # type: ignore[assignment]
-    assert run_schedule(model, [], lambda *_: (torch.zeros(()), None), backward=backward) == []
+    assert run_schedule([model], [], lambda *_: (torch.zeros(()), None), backward=backward) == []
     assert reduced == ([model] if backward else [])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.actor.micro_batch import micro_batch
+from megatron_rl.actor.micro_batch import Form, MicroBatch, micro_batch, packed_length
+from megatron_rl.batching.context import chunk_multiple, held_by
 from megatron_rl.batching.rows import Rows
 
 CPU = torch.device("cpu")
@@ -24,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Rows, list[int]]:
-    """Rows of random tokens, and at least one of their indices."""
+    """Rows of random tokens, and some of their indices, perhaps none."""
     shape = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=6))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     rows = Rows([random.integers(1, 50, p + r) for p, r in shape], np.array([p for p, _ in shape]))
@@ -33,33 +35,46 @@ def batches(draw: st.DrawFn) -> tuple[Rows, list[int]]:
         selected=random.random(rows.num_response_tokens) < 0.5,
     )
     chosen = draw(st.permutations(range(len(shape))))
-    return rows, chosen[: draw(st.integers(1, len(chosen)))]
+    return rows, chosen[: draw(st.integers(0, len(chosen)))]
 
 
-@given(batches())
-def test_predictors_are_where_the_targets_are_predicted(case: tuple[Rows, list[int]]) -> None:
+forms = st.builds(Form, packed=st.booleans(), length_multiple=st.integers(1, 8))
+
+
+def flat(values: torch.Tensor) -> torch.Tensor:
+    """[b, s] -> [s * b], the order of hidden states."""
+    return values.T.flatten()
+
+
+def expected(rows: Rows, chosen: list[int]) -> list[tuple[int, int, int, int]]:
+    """(token before, its position, target, row) of every response token."""
+    return [
+        (int(rows.tokens[i][at - 1]), at - 1, int(rows.tokens[i][at]), i)
+        for i in chosen
+        for at in range(int(rows.prompt_lengths[i]), len(rows.tokens[i]))
+    ]
+
+
+def found(batch: MicroBatch) -> list[tuple[int, ...]]:
+    tokens, positions = (flat(values)[batch.predictors].tolist() for values in (batch.tokens, batch.positions))
+    return list(zip(tokens, positions, batch.targets.tolist(), batch.sequence_ids.tolist(), strict=True))
+
+
+@given(batches(), forms)
+def test_predictors_are_where_the_targets_are_predicted(case: tuple[Rows, list[int]], form: Form) -> None:
     rows, chosen = case
-    batch = micro_batch(rows, chosen, CPU)
-    width = batch.tokens.shape[1]
-    assert width == max(len(rows.tokens[i]) for i in chosen) - 1
-    token = 0
-    for place, i in enumerate(chosen):
-        row, prompt = rows.tokens[i], int(rows.prompt_lengths[i])
-        for position in range(prompt, len(row)):
-            predictor = int(batch.predictors[token])
-            assert divmod(predictor, width) == (place, position - 1)
-            assert batch.tokens.flatten()[predictor] == row[position - 1]
-            assert batch.targets[token] == row[position]
-            assert batch.sequence_ids[token] == i
-            token += 1
-    assert token == len(batch.predictors) == len(batch.targets)
+    batch = micro_batch(rows, chosen, CPU, form)
+    assert batch.rows == tuple(chosen) and batch.places is None
+    assert found(batch) == expected(rows, chosen)
+    assert batch.tokens.shape == batch.positions.shape
+    assert batch.tokens.shape[1] % form.length_multiple == 0
 
 
-@given(batches())
-def test_rows_are_padded_on_the_right(case: tuple[Rows, list[int]]) -> None:
+@given(batches(), st.integers(1, 8))
+def test_padded_rows_are_padded_on_the_right(case: tuple[Rows, list[int]], multiple: int) -> None:
     rows, chosen = case
-    batch = micro_batch(rows, chosen, CPU)
-    assert batch.rows == tuple(chosen)
+    batch = micro_batch(rows, chosen, CPU, Form(packed=False, length_multiple=multiple))
+    assert batch.packing is None
     for place, i in enumerate(chosen):
         inputs = rows.tokens[i][:-1]
         assert batch.tokens[place, : len(inputs)].tolist() == inputs.tolist()
@@ -67,10 +82,61 @@ def test_rows_are_padded_on_the_right(case: tuple[Rows, list[int]]) -> None:
         assert batch.positions[place].tolist() == list(range(batch.tokens.shape[1]))
 
 
-@given(batches())
-def test_values_keep_their_dtype_and_their_token(case: tuple[Rows, list[int]]) -> None:
+@given(batches(), st.integers(1, 8))
+def test_packed_rows_follow_each_other_and_all_padding_comes_last(case: tuple[Rows, list[int]], multiple: int) -> None:
     rows, chosen = case
-    batch = micro_batch(rows, chosen, CPU)
+    form = Form(length_multiple=multiple)
+    batch = micro_batch(rows, chosen, CPU, form)
+    assert batch.packing is not None
+    bounds = batch.packing.cu_seqlens_q.tolist()
+    inputs = [rows.tokens[i][:-1].tolist() for i in chosen]
+    padding = batch.tokens.shape[1] - sum(map(len, inputs))
+    assert padding < multiple or not chosen
+    assert batch.tokens.shape[1] == packed_length(rows, chosen, form)
+    parts = [batch.tokens[0, start:stop].tolist() for start, stop in pairwise(bounds)]
+    assert parts == [*inputs, *([[0] * padding] if padding else [])]
+    positions = [batch.positions[0, start:stop].tolist() for start, stop in pairwise(bounds)]
+    assert positions == [list(range(len(part))) for part in parts]
+    assert batch.packing.max_seqlen_q == max(map(len, parts))
+
+
+@given(batches(), forms, st.integers(0, 90))
+def test_a_given_length_is_filled_with_padding(case: tuple[Rows, list[int]], form: Form, extra: int) -> None:
+    rows, chosen = case
+    length = packed_length(rows, chosen, form) + extra * form.length_multiple
+    batch = micro_batch(rows, chosen, CPU, Form(length_multiple=form.length_multiple), length)
+    assert batch.tokens.shape == (1, length)
+    assert found(batch) == expected(rows, chosen)
+
+
+@given(batches(), st.integers(2, 4), st.integers(1, 3))
+def test_context_ranks_together_predict_every_token_once(
+    case: tuple[Rows, list[int]], ranks: int, multiple: int
+) -> None:
+    rows, chosen = case
+    whole = {}
+    for rank in range(ranks):
+        form = Form(length_multiple=ranks * multiple, context_ranks=ranks, context_rank=rank)
+        batch = micro_batch(rows, chosen, CPU, form)
+        assert batch.packing is not None and batch.places is not None
+        bounds = batch.packing.cu_seqlens_q.diff().tolist()
+        assert all(length % chunk_multiple(ranks) == 0 for length in bounds)
+        # This rank's tokens are those it holds of the rows as they would be on one rank.
+        held = held_by(rank, ranks, bounds)
+        assert batch.tokens.shape == (1, len(held))
+        assert (len(held) * ranks) % (ranks * multiple) == 0
+        assert len(batch.targets) == sum(rows.response_lengths[i] for i in chosen)  # all of them, on every rank
+        tokens, positions = flat(batch.tokens)[batch.predictors], flat(batch.positions)[batch.predictors]
+        for place, token, position in zip(batch.places.tolist(), tokens.tolist(), positions.tolist(), strict=True):
+            assert place not in whole
+            whole[place] = (token, position, int(batch.targets[place]), int(batch.sequence_ids[place]))
+    assert [whole[place] for place in sorted(whole)] == expected(rows, chosen)
+
+
+@given(batches(), forms)
+def test_values_keep_their_dtype_and_their_token(case: tuple[Rows, list[int]], form: Form) -> None:
+    rows, chosen = case
+    batch = micro_batch(rows, chosen, CPU, form)
     assert batch.values["advantages"].dtype == torch.float32 and batch.values["selected"].dtype == torch.bool
     for name, value in batch.values.items():
         np.testing.assert_array_equal(value.numpy(), rows.values[name][rows.token_index(chosen)])

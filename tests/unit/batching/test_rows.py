@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.actor.results import Table
-from megatron_rl.batching.buckets import share_out
 from megatron_rl.batching.rows import Rows, rows_of
+from megatron_rl.batching.share import share_out
 from megatron_rl.types import Generation, Prompt, Sample
 
 Shape = list[tuple[int, int]]
@@ -101,7 +101,7 @@ def test_what_the_ranks_answer_is_put_back_in_the_order_of_the_batch(shape: Shap
 
     rows = ragged(shape)
     tables = []
-    for share in share_out(rows.lengths.tolist(), budget, ranks):
+    for share in share_out(rows.lengths.tolist(), ranks, token_budget=budget):
         own = [row for bucket in share for row in bucket]
         part = rows.take(own)
         columns = {"value": part.values["value"], "logits": np.stack([part.targets, -part.targets], 1)} if own else {}

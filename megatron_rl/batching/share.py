@@ -1,0 +1,67 @@
+"""Which rows go together, and to which data-parallel rank. Deterministic: every rank computes all shares alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_rl.batching.balance import balanced, row_costs
+from megatron_rl.batching.packing import Lengths, first_fit, length_buckets
+
+MicroBatches = list[list[int]]
+"""Row indices of each. An empty one has something to do only where all ranks must take part in every forward."""
+
+
+def share_out(
+    lengths: Sequence[int],
+    ranks: int,
+    *,
+    token_budget: int,
+    packed: bool = True,
+    even_length: float | None = None,
+    count_multiple: int = 1,
+    same_count: bool = False,
+) -> list[MicroBatches]:
+    """Micro-batches of every data-parallel rank, the largest first, so that memory peaks at once.
+
+    Each holds at most `token_budget` tokens: the sum of its rows' lengths when `packed`, else rows times longest row;
+    a longer row goes alone. A rank gets none when rows are few.
+
+    Args:
+        lengths: [N] tokens of each row.
+        even_length: as in `row_costs`, what the balance over ranks is about.
+        count_multiple: every rank's number of micro-batches is a multiple of this, with empty ones where needed.
+        same_count: ... and the same on every rank.
+    """
+    tokens = np.asarray(lengths, dtype=np.int64)
+    shares = _packed(tokens, ranks, token_budget, even_length) if packed else _padded(tokens, ranks, token_budget)
+    most = max(len(share) for share in shares)
+    return [
+        _completed(tokens, share, -(-(most if same_count else len(share)) // count_multiple) * count_multiple)
+        for share in shares
+    ]
+
+
+def _completed(tokens: Lengths, share: MicroBatches, count: int) -> MicroBatches:
+    """Largest first; and empty ones at the end, if there must be more of them."""
+    ordered = sorted(map(sorted, share), key=lambda rows: (-int(tokens[rows].sum()), rows))
+    return ordered + [[] for _ in range(count - len(share))]
+
+
+def _packed(tokens: Lengths, ranks: int, budget: int, even_length: float | None) -> list[MicroBatches]:
+    """Rows to ranks by what they cost; then, on each, as few micro-batches as the budget allows, made level."""
+    shares = []
+    for rows in balanced(row_costs(tokens, even_length), ranks):
+        bins = [[rows[i] for i in bin_] for bin_ in first_fit(tokens[rows], budget)]
+        level = [[rows[i] for i in part] for part in balanced(tokens[rows].astype(np.float64), len(bins))]
+        shares.append(level if all(tokens[part].sum() <= budget for part in level) else bins)
+    return shares
+
+
+def _padded(tokens: Lengths, ranks: int, budget: int) -> list[MicroBatches]:
+    """Rows of similar length together, then micro-batches to ranks by their padded size. They hold at most a rank's
+    even part of the tokens, so that a batch that would fit into one is shared too."""
+    buckets = length_buckets(tokens, max(1, min(budget, -(-int(tokens.sum()) // ranks))))
+    sizes = np.array([len(bucket) * tokens[bucket].max() for bucket in buckets], dtype=np.float64)
+    return [[buckets[i] for i in part] for part in balanced(sizes, ranks)]

@@ -1,0 +1,120 @@
+"""The processes of `test_actor_layouts.py`: every rank of one layout takes the same RL steps under several settings.
+
+Run as: actor_steps.py LAYOUT VARIANTS FOLDER PORT..., the first two as JSON, a port for each variant. What the ranks
+found together is FOLDER/<variant>.pt. Imports happen once, then it forks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from megatron_rl.actor import platform
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.optimizer_state import read_state
+from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.worker import MegatronWorker
+from megatron_rl.batching.rows import Rows
+from megatron_rl.checkpoint.weight_map import export_hf_weights
+from megatron_rl.cluster.actors import merge_tables
+from megatron_rl.config.actor import ActorSettings, OptimizerSettings
+from megatron_rl.config.algorithm import AlgorithmSettings
+
+VOCABULARY = 51  # odd: tensor parallelism pads it
+TEMPERATURE, DENOMINATOR, LEARNING_RATE = 0.9, 90.0, 1e-2
+LOSSES = {
+    "supervised": None,
+    "lp_reg": {"name": "lp_reg", "proxy_source": "current", "lp_reg": {"kl_estimator": "full", "min_p": 0.3}},
+    "entropy_bonus": {"name": "entropy_bonus"},
+    "gspo": {"name": "gspo"},  # looks at whole responses
+}
+# Adam's step is then nearly linear in the gradient, so that weights can be compared as closely as gradients.
+OPTIMIZER = OptimizerSettings(lr=LEARNING_RATE, eps=1.0, clip_grad=0.5, weight_decay=0.1)
+
+
+def batch() -> Rows:
+    random = np.random.default_rng(5)
+    shape = [(3, 9), (5, 2), (1, 12), (2, 6), (4, 7), (3, 5), (2, 1), (6, 10), (2, 8)]
+    rows = Rows(
+        [random.integers(0, VOCABULARY, prompt + response) for prompt, response in shape],
+        np.array([prompt for prompt, _ in shape], dtype=np.int64),
+    )
+    tokens = rows.num_response_tokens
+    return rows.with_values(
+        advantages=rows.per_token(random.normal(size=len(shape))).astype(np.float32),
+        selected=random.random(tokens) < 0.4,
+        old_log_probs=(-4 + 0.5 * random.normal(size=tokens)).astype(np.float32),
+    )
+
+
+def steps(rank: int, layout: Layout, variant: dict[str, Any], port: int, folder: Path) -> dict[str, Any] | None:
+    """What rank 0 gathered of all ranks' answers."""
+    model = folder / variant.pop("model")
+    settings = ActorSettings.model_validate({"device": "cpu", "micro_batch_tokens": 24} | variant)
+    sequence_parallel = settings.sequence_parallel
+    worker = MegatronWorker(settings, replace(layout, sequence_parallel=sequence_parallel), rank)
+    worker.start("127.0.0.1", port, model)
+    rows = batch()
+    found: dict[str, Any] = {}
+    for name, algorithm in LOSSES.items():
+        worker.load_hf(model)
+        worker.set_loss(LossChoice.of(AlgorithmSettings.model_validate(algorithm)) if algorithm else None)
+        worker.build_optimizer(OPTIMIZER)
+        scored = gathered(worker.score(rows, TEMPERATURE))
+        trained = gathered(worker.train(rows, LEARNING_RATE, DENOMINATOR, TEMPERATURE))
+        state, _ = read_state(worker.optimizer, worker.model)
+        tensors = {
+            kind: gathered(dict(export_hf_weights(worker.model, worker.hf_config, values)))
+            for kind, values in {"gradient": state["exp_avg"], "weights": None}.items()
+        }
+        found[name] = {
+            "loss": sum(part.loss for part in trained),
+            "grad_norm": trained[0].grad_norm if trained else None,
+            "seen": merge_tables(rows, [part.table for part in trained])[0],
+            "scored": merge_tables(rows, scored)[0],
+            **{kind: {k: v for part in parts for k, v in part.items()} for kind, parts in tensors.items()},
+        }
+    found["logits"] = merge_tables(rows, gathered(worker.logits(rows)))[0]["logits"]
+    dist.barrier()
+    worker.close()
+    return found if rank == 0 else None
+
+
+def gathered(part: Any) -> list[Any]:
+    """From all ranks, on each of them; those that have nothing left out."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return [part for part in parts if part is not None]
+
+
+def run_rank(rank: int, layout: Layout, variants: dict[str, dict[str, Any]], ports: list[int], folder: Path) -> None:
+    torch.set_num_threads(1)
+    for (name, variant), port in zip(variants.items(), ports, strict=True):
+        found = steps(rank, layout, variant, port, folder)
+        if found is not None:
+            torch.save(as_tensors(found), folder / f"{name}.pt")
+
+
+def as_tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: as_tensors(item) for name, item in value.items()}
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def main() -> None:
+    layout, variants, folder = Layout(**json.loads(sys.argv[1])), json.loads(sys.argv[2]), Path(sys.argv[3])
+    platform.prepare("cpu")
+    arguments = (layout, variants, [int(port) for port in sys.argv[4:]], folder)
+    torch.multiprocessing.start_processes(run_rank, arguments, layout.world_size, start_method="fork")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""An RL step is the same under every layout and every setting that only trades memory for time: loss, statistics,
+logits, gradients, new weights. What it is the same as is one rank with padded rows, whole logits and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hf_models import write_hf_model
+
+SCRIPT = Path(__file__).parent / "actor_steps.py"
+ROOT = Path(__file__).parents[2]
+
+PLAIN = {"rows": "padded", "lm_head": "materialised"}
+FULL = {"recompute": {"granularity": "full"}}
+SELECTIVE = {"recompute": {"granularity": "selective", "modules": ["core_attn", "mlp"]}}
+SP = {"sequence_parallel": True}
+TIED = {"model": "tied"}
+LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
+    "one rank": (
+        {},
+        {
+            "plain": PLAIN,
+            "tied, plain": TIED | PLAIN,
+            "packed, fused": {},
+            "tied, packed, fused": TIED,
+            "packed, materialised": {"lm_head": "materialised"},
+            "padded, fused": {"rows": "padded"},
+            "full recompute": FULL,
+            "selective recompute": SELECTIVE,
+            "offloaded optimizer": {"offload_optimizer": True},
+        },
+    ),
+    "tp2": (
+        {"tensor": 2},
+        {
+            "tp2, plain": PLAIN,
+            "tp2, fused": {},
+            "tp2, sp, plain": SP | PLAIN,
+            "tied, tp2, sp, plain": TIED | SP | PLAIN,
+            "tp2, sp, fused": SP,
+            "tied, tp2, sp, fused": TIED | SP,
+            "tp2, sp, full recompute": SP | FULL,
+            "tp2, sp, selective recompute": SP | SELECTIVE,
+        },
+    ),
+    "pp2": (
+        {"pipeline": 2},
+        {"pp2, plain": PLAIN, "pp2, fused": {}, "tied, pp2, fused": TIED, "pp2, full recompute": FULL},
+    ),
+    "dp2": (
+        {"data": 2},
+        {"dp2, plain": PLAIN | {"distributed_optimizer": False}, "dp2, distributed optimizer": {}},
+    ),
+    "tp2-pp2": (
+        {"tensor": 2, "pipeline": 2},
+        {"tp2-pp2": {}, "tp2-pp2, sp": SP | SELECTIVE, "tied, tp2-pp2, sp": TIED | SP},
+    ),
+    "tp2-dp2": ({"tensor": 2, "data": 2}, {"tied, tp2-dp2, sp": TIED | SP}),
+}
+VARIANTS = [(layout, variant) for layout, (_, variants) in LAYOUTS.items() for variant in variants]
+LOSSES = ("supervised", "lp_reg", "entropy_bonus", "gspo")
+
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    for name, tied in {"untied": False, "tied": True}.items():
+        shape = {"vocab_size": 51, "num_hidden_layers": 4, "tie_word_embeddings": tied}
+        write_hf_model(folder / name, "qwen3", noise=0.1, **shape)
+    return folder
+
+
+def run(folder: Path, layout: str) -> None:
+    """All variants of a layout, in one start of its processes."""
+    degrees, variants = LAYOUTS[layout]
+    if (folder / f"{next(iter(variants))}.pt").exists():
+        return
+    variants = {name: {"model": "untied"} | variant for name, variant in variants.items()}
+    arguments = [json.dumps(degrees), json.dumps(variants), str(folder), *free_ports(len(variants))]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def free_ports(count: int) -> list[str]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [str(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def found(folder: Path, variant: str) -> Found:
+    return torch.load(folder / f"{variant}.pt")
+
+
+@pytest.mark.parametrize(("layout", "variant"), VARIANTS, ids=[variant for _, variant in VARIANTS])
+def test_a_step_is_the_same(folder: Path, layout: str, variant: str) -> None:
+    run(folder, "one rank")
+    run(folder, layout)
+    expected, got = found(folder, "tied, plain" if "tied" in variant else "plain"), found(folder, variant)
+    torch.testing.assert_close(got["logits"], expected["logits"], atol=1e-5, rtol=1e-5)
+    for loss in LOSSES:
+        check_step(got[loss], expected[loss])
+
+
+def check_step(got: Found, expected: Found) -> None:
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    for kind in ("seen", "scored"):
+        assert torch.equal(got[kind].pop("kept"), expected[kind].pop("kept"))
+        torch.testing.assert_close(got[kind], expected[kind], atol=2e-6, rtol=1e-5)
+    assert got["gradient"].keys() == expected["gradient"].keys()
+    for name, gradient in expected["gradient"].items():
+        error = (got["gradient"][name] - gradient).abs().max() / gradient.abs().max()
+        assert error < 1e-5, name
+    torch.testing.assert_close(got["weights"], expected["weights"], atol=1e-6, rtol=1e-6)

@@ -1,0 +1,116 @@
+"""Rows into micro-batches, micro-batches to ranks: nothing lost, within the budget, balanced, always the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.batching.balance import balanced, row_costs
+from megatron_rl.batching.packing import first_fit, length_buckets
+from megatron_rl.batching.share import MicroBatches, share_out
+
+lengths_lists = st.lists(st.integers(1, 50), max_size=40)
+budgets = st.integers(1, 200)
+plans = st.fixed_dictionaries(
+    {
+        "token_budget": budgets,
+        "packed": st.booleans(),
+        "even_length": st.none() | st.floats(1, 100),
+        "count_multiple": st.integers(1, 4),
+        "same_count": st.booleans(),
+    }
+)
+
+
+def size(rows: list[int], lengths: list[int], packed: bool) -> int:
+    of_rows = [lengths[row] for row in rows]
+    return sum(of_rows) if packed else len(rows) * max(of_rows, default=0)
+
+
+def load(share: MicroBatches, lengths: list[int]) -> int:
+    return sum(lengths[row] for rows in share for row in rows)
+
+
+@given(lengths_lists, st.integers(1, 6), plans)
+def test_every_row_is_in_one_micro_batch_within_the_budget(
+    lengths: list[int], ranks: int, plan: dict[str, Any]
+) -> None:
+    shares = share_out(lengths, ranks, **plan)
+    assert len(shares) == ranks
+    micro_batches = [rows for share in shares for rows in share]
+    assert sorted(row for rows in micro_batches for row in rows) == list(range(len(lengths)))
+    sizes = [size(rows, lengths, plan["packed"]) for rows in micro_batches if len(rows) > 1]
+    assert all(tokens <= plan["token_budget"] for tokens in sizes)
+
+
+@given(lengths_lists, st.integers(1, 6), plans)
+def test_counts_are_the_wanted_ones_and_the_largest_come_first(
+    lengths: list[int], ranks: int, plan: dict[str, Any]
+) -> None:
+    shares = share_out(lengths, ranks, **plan)
+    counts = [len(share) for share in shares]
+    assert all(count % plan["count_multiple"] == 0 for count in counts)
+    assert not plan["same_count"] or len(set(counts)) == 1
+    for share in shares:
+        tokens = [size(rows, lengths, packed=True) for rows in share]
+        assert tokens == sorted(tokens, reverse=True)
+
+
+@given(lengths_lists, st.integers(1, 6), plans)
+def test_the_same_lengths_are_always_shared_alike(lengths: list[int], ranks: int, plan: dict[str, Any]) -> None:
+    assert share_out(lengths, ranks, **plan) == share_out(tuple(lengths), ranks, **plan)
+
+
+@given(lengths_lists, budgets, st.integers(1, 6))
+def test_no_rank_has_more_than_one_row_too_many(lengths: list[int], budget: int, ranks: int) -> None:
+    loads = [load(share, lengths) for share in share_out(lengths, ranks, token_budget=budget)]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+@given(lengths_lists, budgets, st.integers(1, 6))
+def test_padded_no_rank_has_more_than_one_micro_batch_too_many(lengths: list[int], budget: int, ranks: int) -> None:
+    shares = share_out(lengths, ranks, token_budget=budget, packed=False)
+    loads = [sum(size(rows, lengths, packed=False) for rows in share) for share in shares]
+    largest = max((size(rows, lengths, packed=False) for share in shares for rows in share), default=0)
+    assert max(loads) - min(loads) <= largest
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_batch_that_fits_into_one_micro_batch_is_shared_all_the_same(packed: bool) -> None:
+    shares = share_out([10] * 8, 4, token_budget=1000, packed=packed)
+    assert [sum(len(rows) for rows in share) for share in shares] == [2, 2, 2, 2]
+
+
+def test_long_rows_count_for_more_where_attention_does() -> None:
+    lengths = [100, 25, 25, 25, 25]
+    assert [load(share, lengths) for share in share_out(lengths, 2, token_budget=1000)] == [100, 100]
+    costs = row_costs(np.array(lengths), even_length=50)
+    assert costs.tolist() == [300, 37.5, 37.5, 37.5, 37.5]
+
+
+@given(lengths_lists, budgets)
+def test_a_rank_has_as_few_micro_batches_as_first_fit(lengths: list[int], budget: int) -> None:
+    (share,) = share_out(lengths, 1, token_budget=budget)
+    assert len(share) == len(first_fit(np.array(lengths, dtype=np.int64), budget))
+    # A new bin is opened only for what fits into none: all but one are at least half full.
+    half_empty = [rows for rows in share if size(rows, lengths, packed=True) * 2 < min(budget, max(lengths))]
+    assert len(half_empty) <= 1
+
+
+@given(lengths_lists, budgets)
+def test_a_bucket_is_closed_only_when_it_is_full(lengths: list[int], budget: int) -> None:
+    buckets = length_buckets(np.array(lengths, dtype=np.int64), budget)
+    for bucket in buckets[:-1]:
+        assert (len(bucket) + 1) * lengths[bucket[0]] > budget
+
+
+@given(st.lists(st.floats(0, 1e6), max_size=60), st.integers(1, 9))
+def test_balanced_parts_differ_by_at_most_one_item(costs: list[float], parts: int) -> None:
+    groups = balanced(np.array(costs), parts)
+    assert sorted(index for group in groups for index in group) == list(range(len(costs)))
+    sums = [sum(costs[index] for index in group) for group in groups]
+    assert max(sums) - min(sums) <= max(costs, default=0) * (1 + 1e-9)
