@@ -59,7 +59,7 @@ def rl_step(run: Run, step: int) -> dict[str, float]:
     learned: dict[str, float] = {}
     if not run.config.train.rollout_only:
         batch, seen, learned = learn(run, step, batch, samples, advantages)
-    run.dump_rollouts(step, samples, advantages, batch, seen)
+    run.record(step, samples, advantages, batch, seen)
 
     metrics |= rollouts.metrics | rollout_metrics(rollouts.drawn, rollouts.teaching(advantages))
     metrics |= policy_metrics(batch, seen) | learned

@@ -73,6 +73,9 @@ class ObservabilitySettings(Section):
     """Steps between dumps of a step's rollouts; 0: none."""
     profile: list[PositiveInt] = Field(default_factory=list)
     """Steps at which every actor rank writes a torch-profiler trace and tables to the run folder's `profile`."""
+    rollouts_tokens: PositiveInt = 2_000_000
+    """Most response tokens in a dump; of a larger step some whole groups are recorded. perf/record_seconds is the
+    cost."""
     hang_seconds: NonNegative = 1800.0
     """Longest time without progress in any process; then the run says who waits for whom, writes the stacks of all
     processes to logs/stacks, and stops. 0: wait for ever."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 import lpreg
 from megatron_rl.actor.schedule import learning_rate
 from megatron_rl.batching.rows import Array, Rows
@@ -24,7 +22,7 @@ from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.heartbeat import FOLDER as HEARTBEATS
 from megatron_rl.observability.heartbeat import memory_metrics, read_beats
 from megatron_rl.observability.metrics import MetricsLog
-from megatron_rl.observability.rollouts import write_rollouts
+from megatron_rl.observability.record import record
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View
 from megatron_rl.reward.grader import Grader
@@ -186,17 +184,20 @@ class Run:
         for finding in self.diagnosis.step(self.step, metrics):
             self.view.message(str(finding))
 
-    def dump_rollouts(
-        self, step: int, samples: list[Sample], advantages: Array, batch: Rows, seen: dict[str, Array]
-    ) -> None:
-        every = self.config.observability.rollouts_every
-        if every and (step == 1 or step % every == 0):
-            ends = np.cumsum(batch.response_lengths)[:-1]
-            columns = {"actor_log_probs" if name == "log_probs" else name: values for name, values in seen.items()}
-            if "selected" in batch.values:
-                columns["selected"] = batch.values["selected"]
-            per_token = {name: np.split(values, ends) for name, values in columns.items()}
-            write_rollouts(self.folder / "rollouts", step, samples, advantages.tolist(), per_token)
+    def record(self, step: int, samples: list[Sample], advantages: Array, batch: Rows, seen: dict[str, Array]) -> None:
+        """A dump of the step's rollouts, at the steps that have one."""
+        settings = self.config.observability
+        if settings.rollouts_every and (step == 1 or step % settings.rollouts_every == 0):
+            with self.phase("record"):
+                record(
+                    self.folder / "rollouts",
+                    step,
+                    samples,
+                    advantages,
+                    batch,
+                    seen,
+                    most_tokens=settings.rollouts_tokens,
+                )
 
     @contextmanager
     def profiled(self, step: int) -> Iterator[None]:

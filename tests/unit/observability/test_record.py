@@ -1,0 +1,55 @@
+"""Which rollouts are recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.batching.rows import rows_of
+from megatron_rl.observability.record import record, recorded_rows
+from megatron_rl.types import Generation, Prompt, RewardResult, Sample
+
+
+def sample(group: int, length: int) -> Sample:
+    prompt = Prompt(id=f"p:{group}", token_ids=(1, 2), text="?", label=None)
+    generation = Generation(list(range(length)), [-0.1 * (i + 1) for i in range(length)], "stop", 3)
+    return Sample(prompt, group, generation, "!", RewardResult(float(length)))
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=4), min_size=1, max_size=8),
+    most=st.integers(1, 400),
+    step=st.integers(1, 5),
+)
+def test_whole_groups_within_the_limit(lengths: list[list[int]], most: int, step: int) -> None:
+    groups = [group for group, own in enumerate(lengths) for _ in own]
+    sizes = np.array([length for own in lengths for length in own])
+    rows = recorded_rows(groups, sizes, step, most)
+    chosen = {groups[i] for i in rows}
+    assert rows.tolist() == [i for i, group in enumerate(groups) if group in chosen], "whole, and in their order"
+    assert len(chosen) >= 1
+    assert sizes[rows].sum() <= most or len(chosen) == 1
+    if sizes.sum() <= most:
+        assert len(rows) == len(groups)
+
+
+def test_values_stay_with_their_tokens(tmp_path: Path) -> None:
+    samples = [sample(group, length) for group, length in ((0, 30), (0, 20), (1, 4), (1, 0), (2, 5), (2, 6))]
+    batch = rows_of(samples)
+    total = batch.num_response_tokens
+    batch = batch.with_values(selected=np.arange(total) % 3 == 0)
+    seen = {"log_probs": -np.arange(total, dtype=np.float32), "kept": np.arange(total) % 2}
+    path = record(tmp_path, 1, samples, np.arange(6.0), batch, seen, most_tokens=20)
+    rows = pq.read_table(path).to_pylist()
+    assert sum(len(row["token_ids"]) for row in rows) <= 20
+    starts = np.cumsum([0, 30, 20, 4, 0, 5])
+    for row in rows:
+        number = int(row["advantage"])
+        place = np.arange(starts[number], starts[number] + len(samples[number].generation.token_ids))
+        assert row["prompt_id"] == samples[number].prompt.id
+        assert row["actor_log_probs"] == (-place).tolist()
+        assert row["kept"] == (place % 2).tolist() and row["selected"] == (place % 3 == 0).tolist()
