@@ -10,7 +10,7 @@ PIN    := -c constraints-cpu.txt
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-browser test-slurm lint clean
+.PHONY: help setup quickstart benchmark test test-browser test-slurm lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +46,11 @@ test-slurm: setup ## train on a real Slurm of two nodes (on Debian, as root, it 
 	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
 	  slurmctld slurmd slurm-client munge iproute2; } || echo 'Slurm could not be installed' >&2
 	$(BIN)/pytest -m slurm tests/slurm
+
+# Kept results, in benchmarks/results/, are written by the commands their files name, on a quiet machine.
+benchmark: setup ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes)
+	$(BIN)/python benchmarks/token_stats.py --out runs/benchmarks/token_stats_cpu.json $(ARGS)
+	$(BIN)/python benchmarks/maths_reward.py --out runs/benchmarks/maths_reward.json
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check

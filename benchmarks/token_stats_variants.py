@@ -6,6 +6,7 @@ otherwise. A variant is prepared once, then gives (refill, step): `refill` undoe
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,18 +32,18 @@ class Problem:
     """1 % of the tokens."""
 
     @classmethod
-    def random(cls, tokens: int, vocab: int, width: int, dtype: torch.dtype) -> Problem:
+    def random(cls, tokens: int, vocab: int, width: int, dtype: torch.dtype, device: str = "cpu") -> Problem:
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(tokens, width, generator=generator)
         weight = torch.randn(vocab, width, generator=generator) * (4 / width**0.5)
         selection = torch.zeros(tokens, dtype=torch.bool)
         selection[torch.randperm(tokens, generator=generator)[: max(1, tokens // 100)]] = True
         return cls(
-            hidden.to(dtype).requires_grad_(),
-            weight.to(dtype).requires_grad_(),
-            torch.randint(vocab, (tokens,), generator=generator),
-            torch.randn(tokens, generator=generator),
-            selection,
+            hidden.to(device, dtype).requires_grad_(),
+            weight.to(device, dtype).requires_grad_(),
+            torch.randint(vocab, (tokens,), generator=generator).to(device),
+            torch.randn(tokens, generator=generator).to(device),
+            selection.to(device),
         )
 
     def loss(self, log_probs: Tensor, kl: Tensor) -> Tensor:
@@ -62,8 +63,8 @@ class _Sink(torch.autograd.Function):
 
 
 def _on_logits(problem: Problem, loss_of: Callable[[Tensor], Tensor]) -> Step:
-    logits = torch.empty(problem.hidden.shape[0], problem.weight.shape[0], dtype=problem.hidden.dtype)
-    anchor = torch.zeros((), requires_grad=True)
+    logits = problem.hidden.new_empty(problem.hidden.shape[0], problem.weight.shape[0], requires_grad=False)
+    anchor = logits.new_zeros((), requires_grad=True)
 
     def refill() -> None:
         with torch.no_grad():
@@ -198,7 +199,7 @@ def fused_in_forward(problem: Problem) -> Step:
 def products(problem: Problem, count: int) -> Step:
     """The matrix products alone, on whole matrices: logits (twice in the recompute form), d hidden, d weight."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
-    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype)
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def step() -> float:
@@ -211,14 +212,75 @@ def products(problem: Problem, count: int) -> Step:
     return lambda: None, step
 
 
+def liger_cross_entropy(problem: Problem) -> Step:
+    """Liger's Triton kernel: cross-entropy alone, gradient over the logits in the forward."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return _on_logits(problem, lambda logits: liger_cross_entropy(logits, problem.targets))
+
+
+def liger_fused_linear(problem: Problem) -> Step:
+    """Liger's fused LM head: cross-entropy alone, chunked, gradients in the forward."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return _on_head(problem, lambda: liger_fused_linear_cross_entropy(problem.hidden, problem.weight, problem.targets))
+
+
+def liger_chunked_grpo(problem: Problem) -> Step:
+    """Liger's GRPO loss with the LM head inside (PyTorch, no kernel): no entropy, no filter; rows of 64 tokens."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, compiled=False)
+    rows = problem.targets.view(-1, min(64, len(problem.targets)))
+    hidden = problem.hidden.view(*rows.shape, -1)
+    mask, advantages = torch.ones_like(rows), problem.advantages.view(rows.shape)[:, 0]
+    return _on_head(problem, lambda: loss(hidden, problem.weight, rows, mask, advantages)[0])
+
+
+def trl_chunked(problem: Problem) -> Step:
+    """TRL's fused LM head: log-probs with gradient and entropy without, by recomputing; no filter."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    def loss_of() -> Tensor:
+        head = (problem.hidden, problem.weight, None, problem.targets)
+        log_probs, *_ = ChunkedLogProbFunction.apply(*head, 1.0, 32768, None, 1.0, ("log_probs", "entropy"))
+        return problem.loss(log_probs, torch.zeros_like(log_probs))
+
+    return _on_head(problem, loss_of)
+
+
+NEEDS = {
+    "Liger, cross-entropy": ("liger_kernel", "triton"),
+    "head, Liger, cross-entropy": ("liger_kernel", "triton"),
+    "head, Liger, chunked GRPO": ("liger_kernel", "triton"),
+    "head, TRL": ("trl",),
+}
+"""Packages that are not this project's own."""
+TRITON_ONLY = ("Liger, cross-entropy", "head, Liger, cross-entropy")
+
+
+def why_not(variant: str, device: str) -> str | None:
+    """Why the variant cannot run here; None: it can."""
+    missing = [package for package in NEEDS.get(variant, ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    if variant in TRITON_ONLY and device == "cpu":
+        return "a Triton kernel: it runs on a CUDA device only"
+    return None
+
+
 VARIANTS: dict[str, Callable[[Problem], Step]] = {
     "naive": naive,
     "naive compiled": lambda problem: naive(problem, compiled=True),
     "ours, Z on 1 %": materialised,
     "ours, Z on all rows": lambda problem: materialised(problem, all_rows=True),
+    "Liger, cross-entropy": liger_cross_entropy,
     "head, naive": naive_head,
     "head, published passes": published_passes,
     "head, torch cross-entropy": torch_linear_cross_entropy,
+    "head, Liger, cross-entropy": liger_fused_linear,
+    "head, Liger, chunked GRPO": liger_chunked_grpo,
+    "head, TRL": trl_chunked,
     "head, ours, recompute": fused_recompute,
     "head, ours, in forward": fused_in_forward,
     "3 products alone": lambda problem: products(problem, 3),

@@ -94,6 +94,12 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
         )
 
 
+def on_this_rank(bad: Tensor) -> str:
+    """Where the bad values are, for a message that every rank raises. bad: bool, any shape."""
+    here = bad.flatten().nonzero().squeeze(1)[:5].tolist()
+    return f"the first on this rank at {here}" if here else "none of them on this rank"
+
+
 def _check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")

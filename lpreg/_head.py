@@ -20,6 +20,11 @@ from lpreg._statistics import Settings, ranks_of
 CPU_CHUNK_TOKENS = 512
 GPU_CHUNK_TOKENS = 2048
 
+# On CUDA, mm gives fp32 from narrower factors since torch 2.8, addmm takes an fp32 sum beside them since 2.10; before,
+# products of so many rows of the weight are added one by one.
+ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+SUM_ROWS = 8192
+
 
 class Head:
     """hidden [T, d] and this rank's weight [V/TP, d]; C of its rows are true vocabulary, the rest is never read."""
@@ -87,13 +92,20 @@ class HeadGradient:
             else:
                 self.hidden.index_copy_(0, rows, torch.mm(d_logits, head.weight))
         if self.weight is not None:
-            total, hidden = self.weight[: shard.columns], head.hidden[rows]
-            if hidden.dtype == total.dtype:
-                total.addmm_(d_logits.t(), hidden)
-            elif total.is_cuda:
-                torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
-            else:
-                total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype))
+            _add_product(self.weight[: shard.columns], d_logits.t(), head.hidden[rows])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [C, d] += left [C, R] @ right [R, d], summed in total's dtype whatever that of the factors."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif not total.is_cuda:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+    elif ADDMM_WIDENS:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        for part, rows in zip(total.split(SUM_ROWS), left.split(SUM_ROWS), strict=True):
+            part.add_(torch.mm(rows, right, out_dtype=total.dtype))
 
 
 def compact(shard: Shard, rows: Tensor) -> Shard:

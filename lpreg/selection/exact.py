@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lpreg._checks import on_this_rank
+
 LARGEST = 2.0**20
 """In size; far beyond any log-prob or advantage. With HIGH_BITS it leaves room for 2**27 tokens in an int64 sum."""
 HIGH_BITS, LOW_BITS = 16, 34
@@ -19,17 +21,18 @@ def exact_mean(values: Tensor, eligible: Tensor, name: str, group: dist.ProcessG
     Raises:
         ValueError: an eligible value on any rank (then on every rank) that is not finite, or beyond 2**20.
     """
-    chosen = values.detach()[eligible].double()
-    bad = ~(chosen.abs() <= LARGEST)
-    scaled = chosen.masked_fill(bad, 0.0) * 2.0**HIGH_BITS
+    bad = eligible & ~(values.detach().abs() <= LARGEST)
+    scaled = values.detach()[eligible & ~bad].double() * 2.0**HIGH_BITS
     high = scaled.floor()
     low = ((scaled - high) * 2.0**LOW_BITS).round()
-    sums = torch.stack([high.long().sum(), low.long().sum(), torch.ones_like(bad).sum(), bad.sum()])
+    sums = torch.stack([high.long().sum(), low.long().sum(), eligible.sum(), bad.sum()])
     if group is not None:
         dist.all_reduce(sums, group=group)
     high_sum, low_sum, count, bad_count = sums.tolist()
     if bad_count:
-        raise ValueError(f"{name}: {bad_count} eligible values are NaN, infinite or beyond {LARGEST:g}")
+        raise ValueError(
+            f"{name}: {bad_count} eligible values are NaN, infinite or beyond {LARGEST:g}, {on_this_rank(bad)}"
+        )
     return float(((high_sum << LOW_BITS) + low_sum) / (count << (HIGH_BITS + LOW_BITS))) if count else 0.0
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lpreg._checks import on_this_rank
+
 DIGIT_BITS = 16
 DIGITS = 1 << DIGIT_BITS
 
@@ -71,7 +73,8 @@ def select_lowest(
         if group is not None:
             dist.all_reduce(histogram, group=group)
         if first:
-            _refuse_nan(int(histogram[DIGITS]), nan)
+            if count := int(histogram[DIGITS]):
+                raise ValueError(f"values: {count} eligible tokens are NaN, {on_this_rank(nan)}; a NaN has no rank")
             population = int(histogram.sum())
             if population == 0:
                 return Selection(-torch.inf, torch.zeros_like(eligible), 0, 0)
@@ -110,10 +113,3 @@ def _from_ordered_bits(ordered: int, dtype: torch.dtype) -> float:
 def _integer_type(dtype: torch.dtype) -> tuple[torch.dtype, int]:
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     return integer, torch.iinfo(integer).max
-
-
-def _refuse_nan(count: int, nan: Tensor) -> None:
-    if count:
-        here = nan.flatten().nonzero().squeeze(1)[:5].tolist()
-        where = f"the first on this rank at {here}" if here else "none of them on this rank"
-        raise ValueError(f"values: {count} eligible tokens are NaN, {where}; a NaN has no rank")

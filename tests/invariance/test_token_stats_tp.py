@@ -1,4 +1,5 @@
-"""token_stats with the vocabulary split over real processes: the same bits on every rank, the same numbers as unsplit.
+"""token_stats with the vocabulary split over real processes: the same bits on every rank, the same numbers as unsplit,
+few and small collectives.
 
 Run as a script this file is one rank; the tests start four of them once and look at what they saved.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
 SPLITS = (2, 4)
 TOKENS = 37
 FLOATS = ("log_probs", "entropy", "log_z", "max_logit")
+COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_scatter", "broadcast", "all_to_all")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,10 @@ def run(case: Case, group: dist.ProcessGroup | None, rank: int, ranks: int) -> d
     logits, targets, rows, weights = inputs(case)
     width = case.columns // ranks
     leaf = logits[:, rank * width : (rank + 1) * width].clone().requires_grad_()
+    # Function bodies look these up when they are called.
+    spies = {name: mock.patch.object(dist, name, wraps=getattr(dist, name)).start() for name in COLLECTIVES}
     stats = token_stats(leaf * 1, targets, log_z_rows=rows, tp_group=group, **case.settings)
+    forward = {name: [call.args for call in spy.call_args_list] for name, spy in spies.items()}
     weights = weights.to(stats.log_probs.dtype)
     finite_log_z = torch.where(stats.log_z == -torch.inf, 0, stats.log_z)
     loss = (weights[0] * stats.log_probs + weights[1] * finite_log_z).sum()
@@ -75,9 +81,15 @@ def run(case: Case, group: dist.ProcessGroup | None, rank: int, ranks: int) -> d
         assert stats.entropy is not None
         loss = loss + (weights[2] * stats.entropy).sum()
     loss.backward()
+    mock.patch.stopall()
     assert leaf.grad is not None
     saved = {name: getattr(stats, name) for name in (*FLOATS, "kept")}
-    return {name: value.detach() for name, value in saved.items() if value is not None} | {"grad": leaf.grad}
+    # all_gather(parts, local): what this rank sends.
+    sent = [part.numel() for _, part in forward.pop("all_gather")]
+    others = sum(len(calls) for calls in forward.values())
+    backward = sum(spy.call_count for spy in spies.values()) - len(sent) - others
+    calls = {"sent": torch.tensor(sent), "others": torch.tensor(others), "backward": torch.tensor(backward)}
+    return {name: value.detach() for name, value in saved.items() if value is not None} | {"grad": leaf.grad} | calls
 
 
 def refusal(group: dist.ProcessGroup, rank: int) -> str:
@@ -112,7 +124,7 @@ def test_every_rank_holds_the_same_bits(by_rank: list[Results], name: str, ranks
     first = by_rank[0][ranks, name]
     for rank in range(1, RANKS):
         for statistic, value in by_rank[rank][ranks, name].items():
-            if statistic != "grad":
+            if statistic in (*FLOATS, "kept"):
                 assert torch.equal(value, first[statistic]), f"{statistic} on rank {rank}"
 
 
@@ -124,6 +136,7 @@ def test_the_split_changes_no_number(by_rank: list[Results], name: str, ranks: i
     got = by_rank[0][ranks, name]
     got["grad"] = torch.cat([by_rank[rank][ranks, name]["grad"] for rank in range(ranks)], 1)
     assert got.keys() == want.keys()
+    assert want["sent"].numel() == 0
     assert torch.equal(got["kept"], want["kept"])
     for statistic in (*FLOATS, "grad"):
         if statistic in want:
@@ -131,6 +144,18 @@ def test_the_split_changes_no_number(by_rank: list[Results], name: str, ranks: i
             torch.testing.assert_close(got[statistic], want[statistic], rtol=10 * rounding, atol=rounding)
     vocab = case.settings.get("vocab_size", case.columns)
     assert (got["grad"][:, vocab:] == 0).all()
+
+
+@pytest.mark.parametrize("ranks", SPLITS)
+@pytest.mark.parametrize("name", CASES)
+def test_two_small_gathers_forward_and_nothing_else(by_rank: list[Results], name: str, ranks: int) -> None:
+    """Four numbers a token, and two for each one whose log Z is wanted; whatever the vocabulary."""
+    _, _, rows, _ = inputs(CASES[name])
+    wanted = TOKENS if rows is None else int(rows.sum())
+    for results in by_rank:
+        seen = results[ranks, name]
+        assert seen["sent"].tolist() == [4 * TOKENS, 2 * wanted]
+        assert int(seen["others"]) == int(seen["backward"]) == 0
 
 
 @pytest.mark.parametrize("ranks", SPLITS)
