@@ -199,6 +199,15 @@ def test_a_wrong_name_fails_at_once() -> None:
     assert workers() == before
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a shell runs in its background ignores Ctrl-C, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_busy_workers(verifiers: Path, make_sample: MakeSample) -> None:
     before = workers()
     with pytest.raises(KeyboardInterrupt), make_pool("misbehaving:score", workers=2, timeout_seconds=600) as pool:
