@@ -42,7 +42,7 @@ class Origin:
 
     model: dict[str, Any]
     """An `actor.architecture.Architecture`."""
-    layout: dict[str, int]
+    layout: dict[str, int | bool]
     """An `actor.layout.Layout`."""
     dtype: str
     versions: dict[str, str]
@@ -50,7 +50,10 @@ class Origin:
 
     @property
     def layout_in_words(self) -> str:
-        return " x ".join(f"{name} {degree}" for name, degree in self.layout.items() if degree > 1) or "one rank"
+        """`tensor 2 x data 4`"""
+        degrees = [f"{name} {degree}" for name, degree in self.layout.items() if degree > 1]
+        switches = [name.replace("_", " ") for name, on in self.layout.items() if on is True]
+        return " x ".join([*degrees, *switches]) or "one rank"
 
 
 @dataclass(frozen=True, slots=True)

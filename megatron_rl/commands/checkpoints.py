@@ -31,30 +31,38 @@ def _list(options: argparse.Namespace) -> None:
     found = checkpoints(folder)
     if not found:
         raise UserError(f"{options.folder}: no checkpoint in {folder}")
-    table = Table(caption="sizes compared" if not options.verify else "checksums compared")
+    table, problems = Table(caption="checksums compared" if options.verify else "sizes compared"), list[str]()
     for name in ("checkpoint", "written", "size", "evaluation", "layout", "state"):
-        table.add_column(name, justify="right" if name == "size" else "left")
+        table.add_column(name, justify="right" if name == "size" else "left", no_wrap=name == "checkpoint")
     for path in found:
-        table.add_row(*_row(path, options.verify))
+        try:
+            table.add_row(*_name(path), *_contents(path, options.verify))
+        except UserError as error:
+            table.add_row(*_name(path), "", "", "", "DAMAGED")
+            problems.append(str(error))
     Console().print(table)
+    print(*problems, sep="\n")
 
 
-def _row(path: Path, verify_hashes: bool) -> list[str]:
-    from megatron_rl.checkpoint.manifest import MANIFEST, read_manifest, verify
+def _name(path: Path) -> list[str]:
+    """With the links that lead to it; and when it was written."""
+    from megatron_rl.checkpoint.manifest import MANIFEST
 
+    links = sorted(
+        other.name for other in path.parent.iterdir() if other.is_symlink() and other.readlink().name == path.name
+    )
     written = datetime.fromtimestamp((path / MANIFEST).stat().st_mtime)
-    pointers = [link.name for link in path.parent.iterdir() if link.is_symlink() and link.resolve() == path.resolve()]
-    row = [" ".join([path.name, *sorted(f"({name})" for name in pointers)]), f"{written:%Y-%m-%d %H:%M}"]
-    try:
-        manifest = read_manifest(path)
-    except UserError as error:
-        return [*row, "", "", "", f"DAMAGED: {error}"]
-    row += [f"{manifest.bytes / 2**30:.2f} GiB", _evaluation(manifest), manifest.origin.layout_in_words]
-    try:
-        verify(path, manifest, hashes=verify_hashes)
-    except UserError as error:
-        return [*row, f"DAMAGED: {error}"]
-    return [*row, "intact" if verify_hashes else "complete"]
+    return [" ".join([path.name, *(f"({name})" for name in links)]), f"{written:%Y-%m-%d %H:%M}"]
+
+
+def _contents(path: Path, hashes: bool) -> list[str]:
+    """Raises UserError when something is wrong with it."""
+    from megatron_rl.checkpoint.manifest import read_manifest, verify
+
+    manifest = read_manifest(path)
+    verify(path, manifest, hashes=hashes)
+    size = f"{manifest.bytes / 2**30:.2f} GiB"
+    return [size, _evaluation(manifest), manifest.origin.layout_in_words, "intact" if hashes else "complete"]
 
 
 def _evaluation(manifest: Manifest) -> str:

@@ -18,14 +18,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """By the number of the step."""
-    return {line.split("step_")[1][:6]: line for line in capsys.readouterr().out.splitlines() if "step_" in line}
+def rows(output: str) -> dict[str, str]:
+    """Of the table, by the number of the step."""
+    return {line.split("step_")[1][:6]: line for line in output.splitlines() if line.startswith("│ step_")}
 
 
 def test_every_checkpoint_is_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoints", str(run)]) == 0
-    listed = lines(capsys)
+    listed = rows(capsys.readouterr().out)
     assert list(listed) == ["000005", "000010", "000015"]
     assert all("complete" in line and "one rank" in line for line in listed.values())
     assert "held_out/avg@8 0.100" in listed["000010"] and "entropy" not in listed["000010"]
@@ -38,13 +38,13 @@ def test_damage_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     second.write_bytes(second.read_bytes()[:-1] + b"?")
     (run / "checkpoints/step_000015" / MANIFEST).write_text("{")
     main(["checkpoints", str(run)])
-    quick = lines(capsys)
-    assert f"DAMAGED: checkpoint file {first}" in quick["000005"]
-    assert "complete" in quick["000010"]  # as long as it was
-    assert "DAMAGED" in quick["000015"] and MANIFEST in quick["000015"]
+    output = capsys.readouterr().out
+    assert ["DAMAGED" in line for line in rows(output).values()] == [True, False, True]
+    assert f"{first} is damaged" in output and MANIFEST in output and str(second) not in output  # as long as it was
     main(["checkpoints", str(run), "--verify"])
-    thorough = lines(capsys)
-    assert "DAMAGED" in thorough["000010"] and "SHA-256" in thorough["000010"]
+    output = capsys.readouterr().out
+    assert ["DAMAGED" in line for line in rows(output).values()] == [True, True, True]
+    assert f"{second} is damaged (wrong SHA-256)" in output
 
 
 def test_a_folder_without_checkpoints_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
