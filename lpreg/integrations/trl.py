@@ -24,7 +24,6 @@ from lpreg import Mean, PolicyLoss, ProxyStore, make_loss
 from lpreg.integrations._trl_batch import Batch, loss_inputs, loss_mask, proxy_rows, select, set_denominator
 from lpreg.integrations._trl_checks import check_config, check_trainer, check_version
 from lpreg.integrations.causal_lm import add_token_stats, plain_head
-from lpreg.losses.base import mean_over
 
 check_version()
 
@@ -170,8 +169,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         given = loss_inputs(inputs, mask, stats, off_policy=self._off_policy)
         output = self.policy_loss(given)
         means = {f"lpreg/{name}": mean for name, mean in output.metrics.items()}
-        means["lpreg/kept_fraction"] = mean_over(stats["kept"], given.counted)
-        means["entropy"] = mean_over(stats["entropy"], given.counted)
+        means["lpreg/kept_fraction"] = Mean.of(stats["kept"], given.counted)
+        means["entropy"] = Mean.of(stats["entropy"], given.counted)
         self._means = {name: self._means[name] + mean if self._means else mean for name, mean in means.items()}
         if self.accelerator.sync_gradients:
             self._log(self._over_ranks(self._means))

@@ -39,7 +39,7 @@ class Mean:
     @classmethod
     def of(cls, values: Tensor, mask: Tensor) -> Mean:
         """Of `values` [T] where `mask` [T] holds."""
-        return mean_over(values, mask)
+        return cls(torch.where(mask, values.detach(), 0).sum(dtype=torch.float64), mask.sum(dtype=torch.float64))
 
     def __add__(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.count + other.count)
@@ -52,7 +52,11 @@ class Mean:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """One micro-batch on one rank; all tensors are [T]. A method names the field it needs if that is missing."""
+    """One micro-batch on one rank; all tensors are [T]. A method names the field it needs if that is missing.
+
+    Raises:
+        ValueError: shapes that differ, masks that are not bool, a denominator that is not positive.
+    """
 
     log_probs: Tensor
     """Of the sampled tokens under the policy being trained; carries the gradient."""
@@ -149,13 +153,6 @@ class PolicyLoss(ABC):
         return None
 
     @property
-    def selection_fraction(self) -> float | None:
-        """The rule's fraction when it is the lowest log-probs that are marked, so that `select_lowest` will do; None
-        when there is no rule or another one."""
-        rule = self.selection
-        return rule.fraction if rule is not None and rule.kind == "lowest_log_prob" else None
-
-    @property
     def denominator_counts(self) -> Counted:
         """What LossInputs.denominator must count over the global batch."""
         return "tokens"
@@ -196,17 +193,17 @@ class PolicyLoss(ABC):
         return token_mean(token_losses, inputs.counted, inputs.denominator)
 
     @abstractmethod
-    def __call__(self, inputs: LossInputs) -> LossOutput: ...
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """This micro-batch's share of the loss and of the metrics.
+
+        Raises:
+            ValueError: a field that the method needs and that is missing, by name.
+        """
 
     def need(self, value: Tensor | None, field: str) -> Tensor:
         if value is None:
             raise ValueError(f"{self.name} needs LossInputs.{field}")
         return value
-
-
-def mean_over(values: Tensor, mask: Tensor) -> Mean:
-    """Mean of `values` [T] where `mask` [T] holds, ready to be added up."""
-    return Mean(torch.where(mask, values.detach(), 0).sum(dtype=torch.float64), mask.sum(dtype=torch.float64))
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, mean_over
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
 from lpreg.losses.ppo import PPOSettings
 
 
@@ -31,5 +31,5 @@ class CISPO(PolicyLoss):
         ratio, counted = inputs.ratio.detach(), inputs.counted
         weight = ratio.clamp(1 - self.settings.clip_low, 1 + self.settings.clip_high)
         loss = token_mean(-weight * inputs.advantages * inputs.log_probs, counted, inputs.denominator)
-        metrics = {"ratio": mean_over(ratio, counted), "clip_fraction": mean_over(weight != ratio, counted)}
+        metrics = {"ratio": Mean.of(ratio, counted), "clip_fraction": Mean.of(weight != ratio, counted)}
         return LossOutput(loss, metrics)

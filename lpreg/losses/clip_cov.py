@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, check_range, mean_over
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_range
 from lpreg.losses.ppo import PPOSettings, ppo_clip
 from lpreg.selection import SelectionRule
 
@@ -52,8 +52,8 @@ class ClipCov(PolicyLoss):
         detached = self.need(inputs.selection, "selection") & counted
         losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)
         metrics = {
-            "ratio": mean_over(ratio, counted),
-            "clip_fraction": mean_over(clipped, counted),
-            "selected_fraction": mean_over(detached, counted),
+            "ratio": Mean.of(ratio, counted),
+            "clip_fraction": Mean.of(clipped, counted),
+            "selected_fraction": Mean.of(detached, counted),
         }
         return LossOutput(token_mean(losses, counted & ~detached, inputs.denominator), metrics)

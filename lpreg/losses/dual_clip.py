@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, check_range, mean_over
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_range
 from lpreg.losses.ppo import PPOSettings, ppo_clip
 
 
@@ -36,8 +36,8 @@ class DualClip(PolicyLoss):
         beyond = (advantages < 0) & (losses > bound)
         loss = token_mean(torch.where(beyond, bound, losses), counted, inputs.denominator)
         metrics = {
-            "ratio": mean_over(ratio, counted),
-            "clip_fraction": mean_over(clipped | beyond, counted),
-            "dual_clip_fraction": mean_over(beyond, counted),
+            "ratio": Mean.of(ratio, counted),
+            "clip_fraction": Mean.of(clipped | beyond, counted),
+            "dual_clip_fraction": Mean.of(beyond, counted),
         }
         return LossOutput(loss, metrics)

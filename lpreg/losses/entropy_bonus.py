@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, StatsSettings, check_range, mean_over
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, StatsSettings, check_range
 from lpreg.losses.ppo import PPOSettings, ppo_clip
 
 
@@ -45,7 +45,7 @@ class EntropyBonus(PolicyLoss):
         losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)
         loss = token_mean(losses - self.settings.coefficient * entropy, counted, inputs.denominator)
         metrics = {
-            "ratio": mean_over(ratio, counted),
-            "clip_fraction": mean_over(clipped, counted),
+            "ratio": Mean.of(ratio, counted),
+            "clip_fraction": Mean.of(clipped, counted),
         }
         return LossOutput(loss, metrics)

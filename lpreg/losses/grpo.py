@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from lpreg.aggregation import Counted, constant_length_mean, sequence_mean_token_mean, token_mean
-from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, check_choice, check_range, mean_over
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_choice, check_range
 from lpreg.losses.ppo import PPOSettings, ppo_clip
 
 
@@ -51,7 +51,7 @@ class GRPO(PolicyLoss):
     def __call__(self, inputs: LossInputs) -> LossOutput:
         ratio, counted = inputs.ratio, inputs.counted
         losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)
-        metrics = {"ratio": mean_over(ratio, counted), "clip_fraction": mean_over(clipped, counted)}
+        metrics = {"ratio": Mean.of(ratio, counted), "clip_fraction": Mean.of(clipped, counted)}
         return LossOutput(self.aggregate(losses, inputs), metrics)
 
     def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:

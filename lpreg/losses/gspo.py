@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lpreg.aggregation import Counted, mean_of_sequence, sequence_mean_token_mean
-from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, mean_over
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
 from lpreg.losses.ppo import PPOSettings, ppo_clip
 
 
@@ -45,7 +45,7 @@ class GSPO(PolicyLoss):
         mean_log_ratio = mean_of_sequence(inputs.log_ratio.detach(), counted, sequence_ids)
         ratio = (mean_log_ratio + inputs.log_probs - inputs.log_probs.detach()).exp()
         losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)
-        metrics = {"ratio": mean_over(ratio, counted), "clip_fraction": mean_over(clipped, counted)}
+        metrics = {"ratio": Mean.of(ratio, counted), "clip_fraction": Mean.of(clipped, counted)}
         return LossOutput(self.aggregate(losses, inputs), metrics)
 
     def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lpreg.aggregation import Counted, token_mean
-from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, check_range, mean_over
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_range
 from lpreg.losses.ppo import PPOSettings, ppo_clip
 from lpreg.selection import SelectionRule
 
@@ -47,9 +47,9 @@ class HighEntropy(PolicyLoss):
         carrying = self.need(inputs.selection, "selection") & counted
         losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)
         metrics = {
-            "ratio": mean_over(ratio, carrying),
-            "clip_fraction": mean_over(clipped, carrying),
-            "selected_fraction": mean_over(carrying, counted),
+            "ratio": Mean.of(ratio, carrying),
+            "clip_fraction": Mean.of(clipped, carrying),
+            "selected_fraction": Mean.of(carrying, counted),
         }
         return LossOutput(self.aggregate(losses, inputs), metrics)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, check_range, mean_over
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_range
 from lpreg.selection import SelectionRule
 
 
@@ -49,8 +49,8 @@ class KLCov(PolicyLoss):
         penalty = inputs.log_ratio.abs()
         losses = -inputs.advantages * ratio + self.settings.beta * torch.where(penalised, penalty, 0.0)
         metrics = {
-            "ratio": mean_over(ratio, counted),
-            "selected_fraction": mean_over(penalised, counted),
-            "abs_log_ratio": mean_over(penalty, penalised),
+            "ratio": Mean.of(ratio, counted),
+            "selected_fraction": Mean.of(penalised, counted),
+            "abs_log_ratio": Mean.of(penalty, penalised),
         }
         return LossOutput(token_mean(losses, counted, inputs.denominator), metrics)

@@ -14,12 +14,12 @@ from lpreg.aggregation import token_mean
 from lpreg.losses.base import (
     LossInputs,
     LossOutput,
+    Mean,
     PolicyLoss,
     ProxySource,
     StatsSettings,
     check_choice,
     check_range,
-    mean_over,
 )
 from lpreg.selection import SelectionKind, SelectionRule, select_lowest
 
@@ -150,16 +150,16 @@ class LpReg(PolicyLoss):
         bounded = self._bounded_ratio(ratio, inputs.advantages)
         loss = token_mean(-inputs.advantages * bounded + self.settings.beta * kl, counted, inputs.denominator)
         metrics = {
-            "ratio": mean_over(ratio, counted),
-            "clip_fraction": mean_over((bounded != ratio) & (inputs.advantages != 0), counted),
-            "selected_fraction": mean_over(regularised, counted),
-            "candidate_kept_fraction": mean_over(proxy.kept, low),
-            "kl": mean_over(kl, regularised),
-            "advantage_shift": mean_over(self.settings.beta * self._pull(gap), regularised),
-            "clamped_fraction": mean_over(clamped, regularised),
+            "ratio": Mean.of(ratio, counted),
+            "clip_fraction": Mean.of((bounded != ratio) & (inputs.advantages != 0), counted),
+            "selected_fraction": Mean.of(regularised, counted),
+            "candidate_kept_fraction": Mean.of(proxy.kept, low),
+            "kl": Mean.of(kl, regularised),
+            "advantage_shift": Mean.of(self.settings.beta * self._pull(gap), regularised),
+            "clamped_fraction": Mean.of(clamped, regularised),
         }
         if proxy.log_z is not None:
-            metrics["selected_one_minus_z"] = mean_over(-proxy.log_z.expm1(), regularised)
+            metrics["selected_one_minus_z"] = Mean.of(-proxy.log_z.expm1(), regularised)
         return LossOutput(loss, metrics)
 
     def _proxy(self, inputs: LossInputs) -> _Proxy:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lpreg.losses.base import LossInputs, LossOutput, PolicyLoss, check_choice, check_range, mean_over
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_choice, check_range
 from lpreg.losses.wrapped import WrappedLoss
 
 Estimator = Literal["k1", "k3"]
@@ -66,7 +66,7 @@ class WithReferenceKL(WrappedLoss):
         kl = reference_kl(log_probs, torch.where(inputs.counted, reference, 0.0), self.settings.estimator)
         output = self.loss(inputs)
         penalty = self.settings.coefficient * self.aggregate(kl, inputs)
-        return LossOutput(output.loss + penalty, output.metrics | {"reference_kl": mean_over(kl, inputs.counted)})
+        return LossOutput(output.loss + penalty, output.metrics | {"reference_kl": Mean.of(kl, inputs.counted)})
 
 
 def with_reference_kl(loss: PolicyLoss, *, coefficient: float, estimator: Estimator = "k3") -> PolicyLoss:

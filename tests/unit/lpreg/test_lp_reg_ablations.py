@@ -72,7 +72,6 @@ def lp_reg(**settings: Any) -> PolicyLoss:
 def test_select_by(select_by: str, rule: SelectionRule | None) -> None:
     data, loss = batch(), lp_reg(select_by=select_by)
     assert loss.selection == rule
-    assert loss.selection_fraction == (0.3 if select_by == "log_prob" else None)
     added, inputs = run(loss, data)
     chosen = inputs.kept & (data["advantages"] < 0)
     if inputs.selection is not None:

@@ -29,19 +29,18 @@ def test_overrides_win_over_the_preset() -> None:
 
 def test_what_a_driver_may_ask() -> None:
     paper = make_loss.preset("lp_reg", "paper")
-    assert paper.selection_fraction == 0.01 and paper.proxy_source == "current"
+    assert paper.proxy_source == "current"
     assert paper.token_stats_kwargs() == {"min_p": 0.02}
     reference = make_loss.preset("lp_reg", "reference", fixed_tau=0.02)
-    assert reference.selection_fraction is None and reference.token_stats_kwargs() == {"fixed_tau": 0.02}
+    assert reference.selection is None and reference.token_stats_kwargs() == {"fixed_tau": 0.02}
     grpo = make_loss("grpo")
-    assert grpo.selection_fraction is None and grpo.proxy_source is None and grpo.token_stats_kwargs() == {}
+    assert grpo.proxy_source is None and grpo.token_stats_kwargs() == {}
     assert grpo.selection is None and grpo.denominator_counts == "tokens" and not grpo.acts_without_advantage
     assert paper.selection == SelectionRule(kind="lowest_log_prob", fraction=0.01)
     assert make_loss("entropy_bonus").token_stats_kwargs() == {"entropy": "grad"}
     assert make_loss("gspo").denominator_counts == "sequences"
     high_entropy = make_loss("high_entropy")
     assert high_entropy.denominator_counts == "selected_tokens" and high_entropy.selection.needs_entropy
-    assert high_entropy.selection_fraction is None, "select_lowest will not do"
     assert paper.token_separable and grpo.token_separable and high_entropy.token_separable
     assert not reference.token_separable and not make_loss("gspo").token_separable
 
