@@ -21,6 +21,7 @@ from torch.profiler import record_function
 import lpreg
 from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.architecture import Architecture
+from megatron_rl.actor.candidates import top_candidates
 from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.head import Head
 from megatron_rl.actor.layout import Layout
@@ -165,6 +166,31 @@ class MegatronWorker:
             logits = self.head.logits(self.head.predicting(hidden, part))
             whole = process_groups.gather_vocabulary(logits)[:, : self.hf_config["vocab_size"]]
             return logits.new_zeros(()), (part.rows, {"logits": whole.float().cpu().numpy()})
+
+        results = run_schedule([self.ddp], self._share(batch), on_hidden, backward=False)
+        return _table(results) if self._reports else None
+
+    def candidates(self, batch: Rows, temperature: float, count: int) -> Table | None:
+        """`candidate_ids` and `candidate_log_probs` [T, count] of the likeliest next tokens, the first first, where the
+        rows mark the position as `wanted`; -1 and NaN elsewhere."""
+
+        def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+            wanted = part.values["wanted"]
+            logits = self.head.logits(self.head.predicting(hidden, part)[wanted])
+            ids, log_probs = top_candidates(
+                logits,
+                count,
+                temperature=temperature,
+                vocabulary=self.architecture.vocabulary,
+                group=process_groups.tp_group(),
+            )
+            table = {
+                "candidate_ids": ids.new_full((len(wanted), count), -1),
+                "candidate_log_probs": log_probs.new_full((len(wanted), count), torch.nan),
+            }
+            for name, values in (("candidate_ids", ids), ("candidate_log_probs", log_probs)):
+                table[name][wanted, : values.shape[1]] = values
+            return logits.new_zeros(()), (part.rows, {name: value.cpu().numpy() for name, value in table.items()})
 
         results = run_schedule([self.ddp], self._share(batch), on_hidden, backward=False)
         return _table(results) if self._reports else None

@@ -107,6 +107,11 @@ class Actors:
         """[T, V]."""
         return merge_tables(batch, [t for t in self._all("logits", ray.put(batch)) if t is not None])[0]["logits"]
 
+    def candidates(self, batch: Rows, *, temperature: float, count: int) -> dict[str, np.ndarray]:
+        """candidate_ids, candidate_log_probs [T, count] where the batch marks a position as `wanted`."""
+        tables = self._all("candidates", ray.put(batch), temperature, count)
+        return merge_tables(batch, [table for table in tables if table is not None])[0]
+
     def start_profile(self) -> None:
         self._all("start_profile")
 

@@ -6,10 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.observability.files import atomically
 from megatron_rl.observability.rollouts import write_rollouts
 from megatron_rl.types import Sample
+
+CANDIDATES = 64
+CANDIDATE_ROWS, CANDIDATE_TOKENS, CANDIDATE_POSITIONS = 8, 512, 512
+"""The sample whose next-token candidates are recorded: rows, tokens of each, positions of all."""
 
 
 def record(
@@ -50,3 +57,38 @@ def recorded_rows(groups: Sequence[int], lengths: Array, step: int, most_tokens:
         if sum(sizes[other] for other in kept) + sizes[group] <= most_tokens:
             kept.append(group)
     return np.flatnonzero(np.isin(number, kept or min(sizes, key=lambda group: sizes[group])))
+
+
+def candidate_positions(batch: Rows, step: int) -> Rows:
+    """A few rows, their starts only, some of whose response tokens are marked as `wanted`; `row` is where they came
+    from, `position` the place in the response."""
+    random = np.random.default_rng(step)
+    rows = np.sort(random.permutation(len(batch))[:CANDIDATE_ROWS])
+    lengths = np.minimum(batch.response_lengths[rows], CANDIDATE_TOKENS)
+    part = Rows(
+        tokens=[batch.tokens[i][: batch.prompt_lengths[i] + n] for i, n in zip(rows, lengths, strict=True)],
+        prompt_lengths=batch.prompt_lengths[rows],
+    )
+    wanted = np.zeros(part.num_response_tokens, dtype=bool)
+    wanted[random.permutation(len(wanted))[:CANDIDATE_POSITIONS]] = True
+    position = np.concatenate([np.arange(n) for n in lengths]) if len(rows) else np.zeros(0, dtype=np.int64)
+    return part.with_values(wanted=wanted, row=part.per_token(rows), position=position)
+
+
+def write_candidates(folder: Path, step: int, part: Rows, found: Mapping[str, Array]) -> Path:
+    """`folder/step_000010.parquet`: a row a marked position, with its likeliest next tokens, the likeliest first."""
+    marked = part.values["wanted"]
+    table = pa.table(
+        {
+            "step": np.full(int(marked.sum()), step),
+            "row": part.values["row"][marked],
+            "position": part.values["position"][marked],
+            "token_id": part.targets[marked],
+            "candidate_ids": list(found["candidate_ids"][marked].astype(np.int32)),
+            "candidate_log_probs": list(found["candidate_log_probs"][marked].astype(np.float32)),
+        }
+    )
+    path = folder / f"step_{step:06d}.parquet"
+    with atomically(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
+    return path

@@ -22,7 +22,7 @@ from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.heartbeat import FOLDER as HEARTBEATS
 from megatron_rl.observability.heartbeat import memory_metrics, read_beats
 from megatron_rl.observability.metrics import MetricsLog
-from megatron_rl.observability.record import record
+from megatron_rl.observability.record import CANDIDATES, candidate_positions, record, write_candidates
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View
 from megatron_rl.reward.grader import Grader
@@ -177,8 +177,9 @@ class Run:
 
     def log(self, metrics: dict[str, float]) -> None:
         """A step's metrics, to file and screen; then the error of a checkpoint that could not be written meanwhile."""
-        memory = memory_metrics(read_beats(self.folder / "logs" / HEARTBEATS))
-        self.metrics.write(self.step, metrics | memory | self.phase.flush() | self.saver.poll())
+        if self.step:  # the line before the first step holds evaluations only
+            metrics = metrics | memory_metrics(read_beats(self.folder / "logs" / HEARTBEATS))
+        self.metrics.write(self.step, metrics | self.phase.flush() | self.saver.poll())
         if self.step:
             self.view.step(self.step, metrics)
         for finding in self.diagnosis.step(self.step, metrics):
@@ -198,6 +199,10 @@ class Run:
                     seen,
                     most_tokens=settings.rollouts_tokens,
                 )
+                if self.config.actor.context_parallel == 1:
+                    part = candidate_positions(batch, step)
+                    found = self.actors.candidates(part, temperature=self.temperature, count=CANDIDATES)
+                    write_candidates(self.folder / "candidates", step, part, found)
 
     @contextmanager
     def profiled(self, step: int) -> Iterator[None]:

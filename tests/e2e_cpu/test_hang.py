@@ -21,10 +21,11 @@ def test_a_hang_is_explained_and_ends(command_line: CommandLine) -> None:
         *SHORT_WARM_START,
         "evaluation.suites={}",
         "evaluation.probes={}",
-        "observability.hang_seconds=10",
+        "observability.hang_seconds=30",
     )
     folder = command_line.folder / "runs/hang"
     assert process.stdout is not None
+    beats: dict[str, int] = {}
     for line in process.stdout:
         if line.startswith("step=1/"):
             beats = {beat.process: beat.pid for beat in read_beats(folder / "logs/heartbeats")}

@@ -68,6 +68,21 @@ def test_lp_reg_selects(learned: Finished) -> None:
     assert np.mean(values(learned, "lpreg/selected_fraction")) > 0.001
 
 
+def test_candidates_are_recorded(learned: Finished) -> None:
+    """Of the policy after the step: it hardly differs from the one that sampled."""
+    rows = pq.read_table(learned.folder / "candidates/step_000010.parquet").to_pylist()
+    rollouts = pq.read_table(learned.folder / "rollouts/step_000010.parquet").to_pylist()
+    assert len(rows) > 50
+    for row in rows:
+        p = np.exp(row["candidate_log_probs"])
+        assert len(p) == 64 and (np.diff(p) <= 0).all() and p.sum() <= 1 + 1e-5
+        sampled = rollouts[row["row"]]
+        assert sampled["token_ids"][row["position"]] == row["token_id"]
+        if row["token_id"] in row["candidate_ids"]:
+            place = row["candidate_ids"].index(row["token_id"])
+            assert abs(p[place] - np.exp(sampled["actor_log_probs"][row["position"]])) < 0.1
+
+
 def test_the_profile_of_a_step_says_where_its_time_goes(learned: Finished) -> None:
     (folder,) = (learned.folder / "profile").iterdir()
     assert folder.name == "step_000002"

@@ -25,7 +25,7 @@ from .differences import differences
 from .responses import response_groups
 from .run_data import RunData, group_runs, read_run
 from .token_figures import Classes, Figure
-from .tokens import Vocabulary, flat, read_dump, read_tokens
+from .tokens import Vocabulary, flat, read_candidates, read_dump, read_tokens
 
 FIGURE_STEPS = 5
 """Rollout dumps that the token figures show, first and last included."""
@@ -93,13 +93,15 @@ def _changes(runs: Sequence[RunData]) -> dict[tuple[str, str], list[Change | Non
 
 
 def _token_figures(runs: Sequence[RunData], classes: Classes) -> tuple[list[Figure], list[dict[str, Any]]]:
-    """The figure that all runs share, and each run's own figures and word clouds."""
+    """The figures that all runs share, and each run's own figures and word clouds."""
     recorded = [run for run in runs if run.dumps]
-    per_run, frequencies = [], []
+    per_run, frequencies, likelihoods = [], [], []
     for run in recorded:
         vocabulary = _vocabulary(run)
         ids = ((step, flat(read_dump(path, ["token_ids"]), "token_ids")) for step, path in run.dumps)
         frequencies.append((run.name, token_figures.frequency(ids, vocabulary, classes)))
+        candidates = ((step, *read_candidates(path)) for step, path in run.candidates)
+        likelihoods.append((run.name, token_figures.candidate_probability(candidates, vocabulary, classes)))
         tables = [read_tokens(step, path) for step, path in spread(run.dumps, FIGURE_STEPS)]
         last = tables[-1]
         figures = [token_figures.violins(tables, vocabulary, classes), token_figures.scatter(last, vocabulary, classes)]
@@ -110,8 +112,8 @@ def _token_figures(runs: Sequence[RunData], classes: Classes) -> tuple[list[Figu
                 "clouds": token_figures.clouds(last, vocabulary, classes),
             }
         )
-    shared = token_figures.frequency_figure(frequencies, classes)
-    return [shared] if shared.traces else [], per_run
+    shared = [token_figures.frequency_figure(frequencies), token_figures.candidate_figure(likelihoods)]
+    return [figure for figure in shared if figure.traces], per_run
 
 
 def _responses(runs: Sequence[RunData]) -> list[dict[str, Any]]:

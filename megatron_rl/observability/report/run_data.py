@@ -38,6 +38,11 @@ class RunData:
         return dumps(self.folder / "rollouts")
 
     @property
+    def candidates(self) -> list[tuple[int, Path]]:
+        """(step, file) of every record of next-token candidates, by step."""
+        return dumps(self.folder / "candidates")
+
+    @property
     def findings(self) -> list[Finding]:
         return read_findings(self.folder)
 

@@ -18,6 +18,8 @@ SCATTER_POINTS = 2500
 CLOUD_WORDS = 50
 LOWEST, HIGHEST = 0.01, 0.01
 """Shares of tokens in the two clouds: least probable, and most undecided. The paper's."""
+UNLIKELY = 0.1
+"""Candidates above are no sparks; the paper's."""
 FLOOR = 1e-8
 """Probabilities below are drawn here: a logarithmic axis has no zero."""
 
@@ -152,35 +154,67 @@ def _words(
 
 
 @dataclass(frozen=True)
-class Frequency:
-    """Share of response tokens in each word class, step by step, of one run."""
+class ClassCurves:
+    """A value for each word class, step by step, of one run; None where there is none."""
 
-    steps: list[int]
-    shares: dict[str, list[float]]
+    steps: list[int] = field(default_factory=list)
+    values: dict[str, list[float | None]] = field(default_factory=dict)
+
+    def add(self, step: int, values: Mapping[str, float | None]) -> None:
+        self.steps.append(step)
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(None if value is None else float(f"{value:.4g}"))
 
 
-def frequency(ids_of_steps: Iterable[tuple[int, Array]], vocabulary: Vocabulary, classes: Classes) -> Frequency:
-    """ids_of_steps: (step, [T] token ids)."""
-    steps: list[int] = []
-    shares: dict[str, list[float]] = {name: [] for name in classes}
+def frequency(ids_of_steps: Iterable[tuple[int, Array]], vocabulary: Vocabulary, classes: Classes) -> ClassCurves:
+    """Share of response tokens in each class. ids_of_steps: (step, [T] token ids)."""
+    curves = ClassCurves()
     for step, ids in ids_of_steps:
         member = class_of_tokens(ids, vocabulary, classes)
-        steps.append(step)
-        for index, name in enumerate(classes):
-            shares[name].append(float((member == index).mean()) if len(ids) else 0.0)
-    return Frequency(steps, shares)
+        curves.add(step, {name: float((member == i).mean()) if len(ids) else 0.0 for i, name in enumerate(classes)})
+    return curves
 
 
-def frequency_figure(runs: Sequence[tuple[str, Frequency]], classes: Classes) -> Figure:
+def candidate_probability(
+    candidates: Iterable[tuple[int, Array, Array]], vocabulary: Vocabulary, classes: Classes
+) -> ClassCurves:
+    """Mean probability of each class as a next token, where it is among the likeliest and below `UNLIKELY`.
+
+    candidates: (step, [n] token ids, [n] log-probs), of all positions together.
+    """
+    curves = ClassCurves()
+    for step, ids, log_probs in candidates:
+        p, member = np.exp(log_probs), class_of_tokens(ids, vocabulary, classes)
+        chosen = {name: p[(member == i) & (p < UNLIKELY)] for i, name in enumerate(classes)}
+        curves.add(step, {name: float(found.mean()) if len(found) else None for name, found in chosen.items()})
+    return curves
+
+
+def frequency_figure(runs: Sequence[tuple[str, ClassCurves]]) -> Figure:
+    caption = "Share of response tokens, from the rollout dumps."
+    return Figure("How often word classes are said", caption, _class_lines(runs))
+
+
+def candidate_figure(runs: Sequence[tuple[str, ClassCurves]]) -> Figure:
+    return Figure(
+        "How likely unlikely word classes are",
+        f"Mean probability as the next token where a word is among the 64 likeliest with less than {UNLIKELY:g}, from "
+        "the recorded candidates: whether a class is held alive before it is ever sampled.",
+        _class_lines(runs),
+        {"yaxis": {"type": "log", "exponentformat": "power"}},
+    )
+
+
+def _class_lines(runs: Sequence[tuple[str, ClassCurves]]) -> list[dict[str, Any]]:
     """One line a run and class: the run is the colour, the class the dash; with one run the class is the colour."""
     dashes = ("solid", "dash", "dot", "dashdot")
-    traces = [
+    return [
         {
             "type": "scatter",
             "mode": "lines+markers",
             "name": name if len(runs) == 1 else f"{label}: {name}",
-            "x": found.steps,
-            "y": _digits(np.array(found.shares[name])),
+            "x": curves.steps,
+            "y": values,
             "line": {
                 "color": f"@c{index if len(runs) == 1 else number}",
                 "dash": "solid" if len(runs) == 1 else dashes[index % len(dashes)],
@@ -189,11 +223,10 @@ def frequency_figure(runs: Sequence[tuple[str, Frequency]], classes: Classes) ->
             "marker": {"size": 5},
             "hovertemplate": "%{y:.4~g}",
         }
-        for number, (label, found) in enumerate(runs)
-        for index, name in enumerate(classes)
-        if any(found.shares[name])
+        for number, (label, curves) in enumerate(runs)
+        for index, (name, values) in enumerate(curves.values.items())
+        if any(values)
     ]
-    return Figure("How often word classes are said", "Share of response tokens, from the rollout dumps.", traces)
 
 
 def _probability_axis() -> dict[str, Any]:

@@ -55,6 +55,13 @@ def read_tokens(step: int, path: Path) -> TokenTable:
     )
 
 
+def read_candidates(path: Path) -> tuple[Array, Array]:
+    """Token ids and log-probs of all recorded next-token candidates of a step, [n] each. Errors as `read_dump`."""
+    table = read_dump(path, ["candidate_ids", "candidate_log_probs"])
+    ids = flat(table, "candidate_ids").astype(np.int64)
+    return ids[ids >= 0], flat(table, "candidate_log_probs").astype(np.float64)[ids >= 0]
+
+
 def read_dump(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Raises UserError for a file that is no dump."""
     try:

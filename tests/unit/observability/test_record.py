@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.batching.rows import rows_of
-from megatron_rl.observability.record import record, recorded_rows
+from megatron_rl.observability.record import (
+    CANDIDATE_POSITIONS,
+    CANDIDATE_ROWS,
+    CANDIDATE_TOKENS,
+    candidate_positions,
+    record,
+    recorded_rows,
+    write_candidates,
+)
 from megatron_rl.types import Generation, Prompt, RewardResult, Sample
 
 
@@ -53,3 +61,18 @@ def test_values_stay_with_their_tokens(tmp_path: Path) -> None:
         assert row["prompt_id"] == samples[number].prompt.id
         assert row["actor_log_probs"] == (-place).tolist()
         assert row["kept"] == (place % 2).tolist() and row["selected"] == (place % 3 == 0).tolist()
+
+
+def test_candidates_are_written_at_the_marked_positions(tmp_path: Path) -> None:
+    samples = [sample(i, 600 if i % 2 else 30) for i in range(20)]
+    part = candidate_positions(rows_of(samples), step=4)
+    marked = part.values["wanted"]
+    assert len(part) == CANDIDATE_ROWS and marked.sum() == CANDIDATE_POSITIONS
+    assert part.response_lengths.max() <= CANDIDATE_TOKENS
+    ids = np.arange(len(marked))[:, None] + np.arange(3)
+    found = {"candidate_ids": ids, "candidate_log_probs": -ids.astype(np.float32)}
+    rows = pq.read_table(write_candidates(tmp_path, 4, part, found)).to_pylist()
+    assert len(rows) == CANDIDATE_POSITIONS
+    for row, place in zip(rows, np.flatnonzero(marked), strict=True):
+        assert row["token_id"] == samples[row["row"]].generation.token_ids[row["position"]]
+        assert row["candidate_ids"] == [place, place + 1, place + 2] and row["step"] == 4

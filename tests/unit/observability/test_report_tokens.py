@@ -63,8 +63,14 @@ def test_frequency_is_the_share_of_tokens(recorded_run: Path, vocabulary: Vocabu
     tokens = [token for row in dumped(recorded_run, 200) for token in row["token_ids"]]
     found = token_figures.frequency([(200, np.array(tokens))], vocabulary, CLASSES)
     assert found.steps == [200]
-    assert found.shares["retry"] == [pytest.approx(tokens.count(3) / len(tokens))]
-    assert found.shares["filler"] == [pytest.approx(tokens.count(4) / len(tokens))]
+    assert found.values["retry"] == [pytest.approx(tokens.count(3) / len(tokens), rel=1e-3)]
+    assert found.values["filler"] == [pytest.approx(tokens.count(4) / len(tokens), rel=1e-3)]
+
+
+def test_unlikely_candidates_of_a_class_are_averaged(vocabulary: Vocabulary) -> None:
+    ids, p = np.array([3, 0, 3, 4, 3]), np.array([0.04, 0.9, 0.06, 0.5, 0.3])
+    found = token_figures.candidate_probability([(5, ids, np.log(p))], vocabulary, CLASSES)
+    assert found.steps == [5] and found.values == {"retry": [pytest.approx(0.05)], "filler": [None]}
 
 
 def test_violins_hold_the_probabilities_of_their_class(recorded_run: Path, vocabulary: Vocabulary) -> None:

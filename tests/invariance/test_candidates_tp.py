@@ -1,0 +1,50 @@
+"""The likeliest next tokens with the vocabulary split over real processes are those of the whole vocabulary.
+
+Run as a script this file is one rank.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.actor.candidates import top_candidates
+from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
+
+SPLITS = (1, 2, 4)
+VOCABULARY, COLUMNS, COUNT, TEMPERATURE = 83, 96, 30, 0.8
+
+
+def whole_logits() -> Tensor:
+    """Padding holds the largest values: it must not count. Ranks hold 24 columns, fewer than the candidates."""
+    logits = 3 * torch.randn(11, COLUMNS, generator=torch.Generator().manual_seed(0))
+    logits[:, VOCABULARY:] = 50.0
+    return logits
+
+
+def work(rank: int) -> Results:
+    found: Results = {}
+    for size, group, place in split(rank, SPLITS):
+        shard = whole_logits().chunk(size, dim=1)[place]
+        found[size] = top_candidates(shard, COUNT, temperature=TEMPERATURE, vocabulary=VOCABULARY, group=group)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return run_ranks(__file__, tmp_path_factory.mktemp("candidates"))
+
+
+@pytest.mark.parametrize("size", SPLITS)
+def test_candidates_are_those_of_the_whole_vocabulary(found: list[Results], size: int) -> None:
+    log_probs = torch.log_softmax(whole_logits()[:, :VOCABULARY].double() / TEMPERATURE, -1)
+    want, want_ids = log_probs.topk(COUNT, dim=-1)
+    for rank in range(RANKS):
+        ids, got = found[rank][size]
+        assert torch.equal(ids, want_ids)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+if __name__ == "__main__":
+    one_rank(work)
