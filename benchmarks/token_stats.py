@@ -121,7 +121,8 @@ class Worker:
         sizes = [str(getattr(arguments, name)) for name in ("tokens", "vocab", "width", "dtype", "device")]
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", variant, *sizes],
-            env=os.environ | allocator | {"OMP_NUM_THREADS": "1"},
+            # numpy warns of denormals that are flushed to zero, which is wanted.
+            env=os.environ | allocator | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::UserWarning"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
