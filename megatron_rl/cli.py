@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.commands import checkpoints, data
+from megatron_rl.commands import checkpoints, convert, data
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(command=_status)
     checkpoints.add(commands)
     data.add(commands)
+    convert.add(commands)
     return parser
 
 

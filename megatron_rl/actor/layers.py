@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -24,6 +25,8 @@ def stage_layers(config: TransformerConfig, output_bias: bool, device: torch.dev
         if not engine:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
             attention.core_attention = SDPAttention
+            if layer.submodules.mlp.module is MoELayer:  # as with Transformer Engine, whose checkpoints these then are
+                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
         if output_bias:

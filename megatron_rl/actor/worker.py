@@ -36,6 +36,7 @@ from megatron_rl.batching.rows import Rows
 from megatron_rl.batching.share import share_out
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint.hf_format import open_weights, read_config
+from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.checkpoint.state import HeldState, RankState, export_stage
 from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
@@ -244,11 +245,9 @@ class MegatronWorker:
         if lagged := self._state().load(folder):
             self.snapshots["lagged"] = lagged
 
-    def export_hf(self, folder: Path) -> dict[str, Any] | None:
-        """This stage's shard of a Hugging Face export; the driver writes the index."""
-        return export_stage(
-            folder, self.model, self.hf_config, process_groups.pp_rank(), self.layout.pipeline, self._publishes
-        )
+    def export_hf(self, folder: Path) -> list[HfShard] | None:
+        """This stage's files of a Hugging Face export; the driver writes the index."""
+        return export_stage(folder, self.model, self.hf_config, process_groups.pp_rank(), self._publishes)
 
     def close(self) -> None:
         process_groups.destroy()

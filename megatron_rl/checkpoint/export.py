@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.batching.rows import Array, Rows
-from megatron_rl.checkpoint.hf_format import INDEX, copy_all_but_weights
+from megatron_rl.checkpoint.hf_format import copy_all_but_weights
+from megatron_rl.checkpoint.hf_shards import HfShard, finish_hf_folder
 from megatron_rl.errors import UserError
 
 
-def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[dict[str, Any]]]) -> None:
-    """Every pipeline stage writes its shard, the index is added, and what else `source` holds is copied.
+def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[HfShard]]) -> None:
+    """Every pipeline stage writes its files, the index is added, and what else `source` holds is copied.
 
     The folder appears whole or not at all.
     """
@@ -27,12 +26,7 @@ def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[di
     partial.mkdir(parents=True)
     try:
         copy_all_but_weights(source, partial)
-        shards = write_shards(partial)
-        if len(shards) > 1:
-            weight_map = {name: shard["file"] for shard in shards for name in shard["tensors"]}
-            total = sum(shard["bytes"] for shard in shards)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        finish_hf_folder(partial, write_shards(partial))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:

@@ -3,6 +3,7 @@ conversion alike. Standard library only."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -138,6 +139,11 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
             elif architecture.experts is not None:
                 yield from (Entry(rule, layer, expert) for expert in range(architecture.experts.count))
     yield from map(Entry, after)
+
+
+def parameters(architecture: Architecture) -> int:
+    """How many numbers the whole model consists of."""
+    return sum(math.prod(shape) for entry in entries(architecture) for shape in entry.hf_shapes(architecture))
 
 
 def _outside_layers(rules: list[Rule]) -> tuple[list[Rule], list[Rule]]:

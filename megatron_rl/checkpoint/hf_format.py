@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(path)
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """By safetensors' name: BF16, F32, ..."""
+
+
 class FolderWeights(Mapping[str, "Tensor"]):
     """A folder's tensors by name; each is read when asked for, and held no longer than the caller does."""
 
@@ -40,9 +50,19 @@ class FolderWeights(Mapping[str, "Tensor"]):
     def __getitem__(self, name: str) -> Tensor:
         path = self._folder / self._files[name]
         with _open(path) as file:
-            if name not in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                raise UserError(f"{path} does not hold {name}, which {INDEX} says it does. Copy the model again.")
+            _check_holds(path, file, [name])
             return file.get_tensor(name)
+
+    def headers(self) -> dict[str, Header]:
+        """Of every tensor; each file is opened, no tensor read. Raises UserError for a file that is damaged."""
+        headers: dict[str, Header] = {}
+        for file_name in dict.fromkeys(self._files.values()):
+            path, names = self._folder / file_name, [name for name, file in self._files.items() if file == file_name]
+            with _open(path) as file:
+                _check_holds(path, file, names)
+                parts = ((name, file.get_slice(name)) for name in names)
+                headers |= {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in parts}
+        return headers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -72,10 +92,19 @@ def open_weights(folder: Path) -> FolderWeights:
 
 
 def copy_all_but_weights(source: Path, folder: Path) -> None:
-    """Configuration, tokenizer and whatever else lies in a model folder."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(file, folder / file.name)
+    """Configuration, tokenizer and whatever else lies in a model folder, hidden folders left out."""
+    for file in sorted(source.rglob("*")):
+        place = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in place.parent.parts)
+        if file.is_file() and not hidden and not file.name.endswith(_WEIGHT_SUFFIXES):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / place)
+
+
+def _check_holds(path: Path, file: Any, names: Iterable[str]) -> None:
+    missing = sorted(set(names) - set(file.keys()))
+    if missing:
+        raise UserError(f"{path} does not hold {missing[0]}, which {INDEX} says it does. Copy the model again.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

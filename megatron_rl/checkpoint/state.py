@@ -22,6 +22,7 @@ from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.optimizer import Optimizer
 from megatron_rl.actor.optimizer_state import KINDS, read_state, write_state
 from megatron_rl.checkpoint import rng, shards
+from megatron_rl.checkpoint.hf_shards import HfShard, write_hf_shards
 from megatron_rl.checkpoint.manifest import RandomState, RankPart, ShardFile, read_manifest, read_rng
 from megatron_rl.checkpoint.shards import ShardTensors
 from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values
@@ -165,12 +166,15 @@ class _OnDevice(Mapping[str, Tensor]):
 
 
 def export_stage(
-    folder: Path, model: GPTModel, hf_config: Mapping[str, Any], stage: int, stages: int, publishes: bool
-) -> dict[str, Any] | None:
-    """This stage's shard of a Hugging Face folder: its file name, tensor names and bytes."""
-    tensors = {name: tensor.cpu() for name, tensor in export_hf_weights(model, hf_config) if publishes}
-    if not publishes:
-        return None
-    name = "model.safetensors" if stages == 1 else f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
-    shards.write_shard(folder / name, "weights", tensors)
-    return {"file": name, "tensors": list(tensors), "bytes": sum(t.nbytes for t in tensors.values())}
+    folder: Path, model: GPTModel, hf_config: Mapping[str, Any], stage: int, publishes: bool
+) -> list[HfShard] | None:
+    """This pipeline stage's files, written by the rank that publishes; holds no more than one of them in memory.
+
+    Collective over the ranks that share a layer.
+    """
+    tensors = export_hf_weights(model, hf_config)
+    try:
+        return write_hf_shards(folder, tensors, part=stage) if publishes else None
+    finally:
+        for _ in tensors:  # the other ranks need this one for their gathers, also when its disk is full
+            pass

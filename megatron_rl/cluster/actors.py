@@ -14,6 +14,7 @@ from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.results import Snapshot, Sums, Table, TrainResult, Weights, add_up
 from megatron_rl.batching.rows import Rows
 from megatron_rl.batching.stored_proxy import StoredProxy
+from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.cluster.runtime import Nodes, host_process, results
 from megatron_rl.weight_sync.transport import WeightUpdate
@@ -145,8 +146,8 @@ class Actors:
     def load(self, folder: Path) -> None:
         self._all("load", folder)
 
-    def export_hf(self, folder: Path) -> list[dict[str, Any]]:
-        return [shard for shard in self._all("export_hf", folder) if shard]
+    def export_hf(self, folder: Path) -> list[HfShard]:
+        return [shard for shards in self._all("export_hf", folder) for shard in shards or ()]
 
     def close(self) -> None:
         for ref in self._submit("close"):

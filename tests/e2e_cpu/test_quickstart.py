@@ -126,6 +126,15 @@ def test_plain_transformers_reads_the_export(learned: Finished) -> None:
     assert "=" in text.split(":")[1]
 
 
+def test_its_checkpoint_converts_to_the_same_export(learned: Finished, command_line: CommandLine) -> None:
+    process = command_line.start("convert", str(learned.folder), "converted")
+    converted = command_line.finish(process, "learned")
+    assert converted.status == 0, converted.output
+    assert "every checksum is that of the source" in converted.output
+    exported = (learned.folder / "hf/model.safetensors").read_bytes()
+    assert (command_line.folder / "converted/model.safetensors").read_bytes() == exported
+
+
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from megatron_rl.batching.rows import Rows
 from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
 from megatron_rl.checkpoint.hf_format import INDEX, SINGLE, open_weights
-from megatron_rl.checkpoint.shards import write_shard
+from megatron_rl.checkpoint.hf_shards import HfShard, write_hf_shards
 from tests.hf_models import hf_model
 
 
@@ -26,15 +25,10 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> list[dict[str, Any]]:
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> list[HfShard]:
     """As `count` pipeline stages do it."""
-    names, shards = list(tensors), []
-    for i in range(count):
-        own = {name: tensors[name] for name in names[i::count]}
-        file = SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        write_shard(folder / file, "weights", own)
-        shards.append({"file": file, "tensors": list(own), "bytes": sum(t.nbytes for t in own.values())})
-    return shards
+    items = list(tensors.items())
+    return [shard for i in range(count) for shard in write_hf_shards(folder, items[i::count], part=i)]
 
 
 def rows() -> Rows:
@@ -79,7 +73,7 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path: Path, source: Path) -
     tensors = hf_model(seed=1).state_dict()
     export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, tensors, 3))
 
-    def fail(folder: Path) -> list[dict[str, Any]]:
+    def fail(folder: Path) -> list[HfShard]:
         save_file({"w": torch.zeros(1)}, folder / SINGLE)
         raise RuntimeError("a rank died")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_rl.actor.model import build_model
 from megatron_rl.actor.optimizer import Optimizer
 from megatron_rl.actor.optimizer_state import read_state
 from megatron_rl.checkpoint import shards
+from megatron_rl.checkpoint.hf_shards import write_hf_shards
 from megatron_rl.checkpoint.manifest import (
     FORMAT,
     RNG,
@@ -191,20 +193,44 @@ def test_after_a_full_disk_a_rank_still_takes_part_to_the_end(tmp_path: Path, mo
     assert len(drawn) == 3 * len(list(export_hf_weights(stage.model, CONFIG)))
 
 
-@pytest.mark.parametrize(
-    ("stage", "stages", "file"), [(0, 1, "model.safetensors"), (1, 2, "model-00002-of-00002.safetensors")]
-)
-def test_an_exported_shard_says_what_is_in_it(tmp_path: Path, stage: int, stages: int, file: str) -> None:
-    shard = export_stage(tmp_path, Stage(0, torch.float32).model, CONFIG, stage, stages, publishes=True)
-    assert shard is not None and shard["file"] == file
-    tensors = load_file(tmp_path / file)
-    assert sorted(shard["tensors"]) == sorted(tensors)
-    assert shard["bytes"] == sum(t.nbytes for t in tensors.values())
+def test_a_stage_is_exported_in_bounded_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(0, torch.bfloat16)
+    monkeypatch.setattr("megatron_rl.checkpoint.state.write_hf_shards", partial(write_hf_shards, max_bytes=9000))
+    written = export_stage(tmp_path, stage.model, CONFIG, 3, publishes=True)
+    assert written is not None and len(written) > 2
+    assert [shard.file for shard in written] == sorted(path.name for path in tmp_path.iterdir())
+    assert {dtype for shard in written for dtype in shard.dtypes} == {"bfloat16"}
+    found: dict[str, torch.Tensor] = {}
+    for shard in written:
+        tensors = load_file(tmp_path / shard.file)
+        assert set(shard.tensors) == set(tensors)
+        assert shard.bytes == sum(tensor.nbytes for tensor in tensors.values()) <= 9000
+        found |= tensors
+    assert_same(found, dict(export_hf_weights(stage.model, CONFIG)))
 
 
 def test_only_the_publishing_rank_exports(tmp_path: Path) -> None:
-    assert export_stage(tmp_path, Stage(0, torch.float32).model, CONFIG, 0, 1, publishes=False) is None
+    assert export_stage(tmp_path, Stage(0, torch.float32).model, CONFIG, 0, publishes=False) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_after_a_full_disk_a_rank_draws_the_rest_of_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def export(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in export_hf_weights(*arguments):
+            drawn.append(name)
+            yield name, tensor
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_rl.checkpoint.state.export_hf_weights", export)
+    monkeypatch.setattr("megatron_rl.checkpoint.state.write_hf_shards", fail)
+    stage = Stage(0, torch.float32)
+    with pytest.raises(OSError, match="No space"):
+        export_stage(tmp_path, stage.model, CONFIG, 0, publishes=True)
+    assert len(drawn) == len(list(export_hf_weights(stage.model, CONFIG)))
 
 
 def test_a_file_damaged_after_the_check_is_named(tmp_path: Path) -> None:

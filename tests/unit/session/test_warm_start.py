@@ -12,6 +12,7 @@ import pytest
 
 from megatron_rl.actor.schedule import learning_rate
 from megatron_rl.batching.rows import Rows
+from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
 from megatron_rl.session.warm_start import _key, _read_traces, warm_start
@@ -198,9 +199,9 @@ class FakeActors:
         assert self.steps[submitted][0] == [row.tolist() for row in batch.tokens]
         return Step(self.loss)
 
-    def export_hf(self, folder: Path) -> list[dict[str, Any]]:
-        (folder / "model.safetensors").write_text("trained")
-        return [{"file": "model.safetensors", "tensors": [], "bytes": 0}]
+    def export_hf(self, folder: Path) -> list[HfShard]:
+        (folder / "part").write_text("trained")
+        return [HfShard("part", (), 0, frozenset())]
 
 
 class FakeView:

@@ -1,0 +1,119 @@
+"""The proof that a conversion gave the same model: every tensor read back, and the logits of both sides."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from megatron_rl.actor import platform, process_groups
+from megatron_rl.actor.architecture import Architecture
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.model import build_model
+from megatron_rl.checkpoint import torch_dist
+from megatron_rl.checkpoint.convert.source import ByName, Weights
+from megatron_rl.checkpoint.families import entries, parameters
+from megatron_rl.checkpoint.weight_map import load_hf_weights
+from megatron_rl.errors import UserError
+from megatron_rl.weight_sync.transport import tensor_checksum
+
+ROWS, LENGTH = 2, 32
+"""Of the random tokens whose logits are compared."""
+TOLERANCE = 1e-4
+"""Of the largest logit; both sides compute in fp32, but not in the same order."""
+HEADROOM = 1.5
+"""Memory a model of given size may take, its activations included."""
+
+
+def compare_tensors(
+    written: Mapping[str, int], architecture: Architecture, weights: Weights, advance: Callable[[int], None]
+) -> int:
+    """Read everything back and compare checksums. Returns the number of tensors; raises UserError when some differ."""
+    wrong = []
+    for entry in entries(architecture):
+        for name, tensor in zip(entry.hf_names, weights.read(entry), strict=True):
+            if tensor_checksum(tensor) != written[name]:
+                wrong.append(name)
+            advance(tensor.nbytes)
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(written)} tensors are not what was written, the first is {wrong[0]}: "
+            "nothing was kept. The disk may be failing."
+        )
+    return len(written)
+
+
+def memory_shortage(architecture: Architecture) -> str | None:
+    """Why the logits cannot be compared here, if the model is too large."""
+    needed = HEADROOM * 4 * parameters(architecture)
+    available = psutil.virtual_memory().available
+    if needed <= available:
+        return None
+    return f"the model takes {needed / 2**30:.1f} GiB in fp32, {available / 2**30:.1f} GiB are free"
+
+
+def random_tokens(architecture: Architecture) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    length = min(LENGTH, architecture.max_positions)
+    return torch.randint(0, architecture.vocabulary, (ROWS, length), generator=generator)
+
+
+@torch.inference_mode()
+def transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """[rows, length, vocabulary] in fp32, the weights rounded to `dtype` before."""
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    logits: Tensor = model.float().eval()(tokens).logits
+    del model
+    gc.collect()
+    return logits
+
+
+@torch.inference_mode()
+def megatron_logits(hf_config: Mapping[str, Any], tokens: Tensor, fill: Callable[[GPTModel], None]) -> Tensor:
+    """[rows, length, vocabulary] in fp32, by a Megatron model on this process's CPU that `fill` gives its weights.
+
+    Raises UserError where Megatron cannot run on CPU.
+    """
+    device = platform.prepare("cpu")
+    with tempfile.TemporaryDirectory() as meeting:
+        process_groups.init_process_groups(
+            Layout(), rank=0, world_size=1, init_method=f"file://{meeting}/rendezvous", device=device
+        )
+        try:
+            model = build_model(hf_config, layout=Layout(), dtype=torch.float32, device=device)
+            fill(model)
+            logits: Tensor = model.eval()(tokens, None, None)
+        finally:
+            process_groups.destroy()
+    return logits
+
+
+def fill_from(weights: Weights, hf_config: Mapping[str, Any]) -> Callable[[GPTModel], None]:
+    """By this project's weight map."""
+    tensors = ByName(weights, Architecture.from_hf(hf_config))
+    return lambda model: load_hf_weights(model, hf_config, tensors)
+
+
+def fill_by_megatron(folder: Path) -> Callable[[GPTModel], None]:
+    """By Megatron's own reader of distributed checkpoints."""
+
+    def fill(model: GPTModel) -> None:
+        path = str(torch_dist.resolve(folder))
+        common = dist_checkpointing.load_common_state_dict(path)
+        metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+        metadata["dp_cp_group"] = process_groups.dp_group()
+        loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, path)
+        model.load_state_dict(loaded["model"])
+
+    return fill

@@ -1,0 +1,177 @@
+"""A model to convert, whatever holds its weights: all of them give whole Hugging Face tensors, one table entry at a
+time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_rl.actor.architecture import Architecture
+from megatron_rl.checkpoint import torch_dist
+from megatron_rl.checkpoint.families import Entry, entries
+from megatron_rl.checkpoint.hf_format import FolderWeights, open_weights, read_config
+from megatron_rl.checkpoint.manifest import MANIFEST, checkpoints, read_manifest, verify
+from megatron_rl.checkpoint.weight_map import check_names
+from megatron_rl.errors import UserError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""By safetensors' names."""
+
+
+class Weights(Protocol):
+    """Of a whole model. Both methods raise UserError where a file is damaged."""
+
+    def dtype(self, entry: Entry) -> torch.dtype: ...
+
+    def read(self, entry: Entry) -> tuple[Tensor, ...]: ...
+
+
+class NamedWeights:
+    """Safetensors files with Hugging Face names."""
+
+    def __init__(self, weights: FolderWeights, architecture: Architecture) -> None:
+        """Opens every file, and compares what they hold with what config.json asks for. Raises UserError."""
+        check_names(architecture, weights)
+        headers = weights.headers()
+        problems = [
+            f"{name}: shape {headers[name].shape}, expected {shape}"
+            for entry in entries(architecture)
+            for name, shape in zip(entry.hf_names, entry.hf_shapes(architecture), strict=True)
+            if headers[name].shape != shape
+        ]
+        if problems:
+            raise UserError("The weights do not fit the model's config.json:\n  " + "\n  ".join(problems[:10]))
+        quantised = {name: header.dtype for name, header in headers.items() if header.dtype not in DTYPES}
+        if quantised:
+            name, dtype = next(iter(quantised.items()))
+            raise UserError(
+                f"{name} is stored as {dtype}: only floating-point weights can be converted, not quantised ones."
+            )
+        self._weights = weights
+        self._dtypes = {name: DTYPES[header.dtype] for name, header in headers.items()}
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        return self._dtypes[entry.hf_names[0]]
+
+    def read(self, entry: Entry) -> tuple[Tensor, ...]:
+        return tuple(self._weights[name] for name in entry.hf_names)
+
+
+class ByName(Mapping[str, Tensor]):
+    """The same weights under their Hugging Face names, each read when asked for."""
+
+    def __init__(self, weights: Weights, architecture: Architecture) -> None:
+        self._weights = weights
+        self._places = {
+            name: (entry, part) for entry in entries(architecture) for part, name in enumerate(entry.hf_names)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry, part = self._places[name]
+        return self._weights.read(entry)[part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class Rounded:
+    """Other weights, in another dtype."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        self._weights, self._dtype = weights, dtype
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        return self._dtype
+
+    def read(self, entry: Entry) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(self._dtype) for tensor in self._weights.read(entry))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model, opened and checked."""
+
+    what: str
+    folder: Path
+    hf_folder: Path
+    """Its config.json, tokenizer and other files that are no weights."""
+    hf_config: dict[str, Any]
+    architecture: Architecture
+    weights: Weights
+    dtype: torch.dtype | None = None
+    """To publish the model in; None: as it is stored."""
+
+
+def hf_folder_of(folder: Path, model: Path | None) -> Path:
+    """Where the model's config.json is. Raises UserError when nothing says so."""
+    if model is not None:
+        return model
+    if (folder / "config.json").is_file():
+        return folder
+    if torch_dist.is_torch_dist(folder):
+        kept = [place / HF_FILES for place in (folder, folder.parent) if (place / HF_FILES / "config.json").is_file()]
+        if kept:
+            return kept[0]
+        raise UserError(f"{folder} does not say what model it is. Name its Hugging Face folder with --model FOLDER.")
+    run = _checkpoint(folder).parents[1]
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{folder} is no longer in its run's folder. Name the run's model with --model FOLDER.")
+    trained = Path(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
+    if not (trained / "config.json").is_file():
+        raise UserError(
+            f"{folder} was trained from {trained}, which is not there (seen from here). Name it with --model FOLDER."
+        )
+    return trained
+
+
+HF_FILES = "hf"
+"""Beside a Megatron checkpoint that was made here: the files of the model's folder that are no weights."""
+
+
+def open_source(folder: Path, hf_folder: Path) -> Source:
+    """Raises UserError for a family that is not in the table, and for what is missing, damaged or of another shape."""
+    hf_config = read_config(hf_folder)
+    architecture = Architecture.from_hf(hf_config)
+
+    def source(what: str, weights: Weights, dtype: torch.dtype | None = None) -> Source:
+        return Source(what, folder, hf_folder, hf_config, architecture, weights, dtype)
+
+    if (folder / "config.json").is_file():
+        return source("Hugging Face folder", NamedWeights(open_weights(folder), architecture))
+    if torch_dist.is_torch_dist(folder):
+        return source("Megatron checkpoint", torch_dist.TorchDistWeights(folder, architecture))
+    weights = NamedWeights(_checkpoint_tensors(_checkpoint(folder)), architecture)
+    # Checkpoints keep fp32; a model is published in the dtype that its config.json says.
+    published = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    return source("checkpoint of a run", weights, getattr(torch, published) if published else None)
+
+
+def _checkpoint_tensors(folder: Path) -> FolderWeights:
+    manifest = read_manifest(folder)
+    files = {name: file for name, file in manifest.files.items() if file.kind == "weights"}
+    verify(folder, replace(manifest, files=files))
+    return FolderWeights(folder, {tensor: name for name, file in files.items() for tensor in file.tensors})
+
+
+def _checkpoint(folder: Path) -> Path:
+    """The checkpoint itself, or the newest one of a run's folder."""
+    if (folder / MANIFEST).is_file():
+        return folder.absolute()
+    found = checkpoints(folder / "checkpoints") or checkpoints(folder)
+    if found:
+        return found[-1].absolute()
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist.")
+    raise UserError(
+        f"{folder} is none of what can be converted: a Hugging Face folder (config.json), a checkpoint of a run "
+        f"({MANIFEST}), or a Megatron checkpoint ({torch_dist.TRACKER} or {torch_dist.CONFIG})."
+    )

@@ -1,0 +1,148 @@
+"""The processes of `test_conversion_layouts.py`: weights into Megatron and out again, by every way there is.
+
+Run as: conversion_worker.py FOLDER CASE... Writes FOLDER/<rank>.json. Imports happen once, then it forks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_rl.actor import platform, process_groups
+from megatron_rl.actor.architecture import Architecture
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.model import build_model
+from megatron_rl.checkpoint.convert.proof import fill_by_megatron
+from megatron_rl.checkpoint.families import Entry, entries
+from megatron_rl.checkpoint.fusion import split
+from megatron_rl.checkpoint.torch_dist import TorchDistWeights, write_torch_dist
+from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
+from tests.hf_models import as_stored, config_json, hf_model
+
+SIZES = (1, 2, 3, 4)
+LAYOUTS = [(tensor, pipeline) for tensor, pipeline in product(SIZES, SIZES)]
+SAVED = [(1, 1), (2, 1), (3, 2), (1, 4), (4, 1)]
+"""Layouts under which Megatron itself writes a checkpoint, in both of its arrangements of layers."""
+SHAPE = dict(
+    vocab_size=53,  # prime: every degree but 1 needs padding
+    hidden_size=24,
+    intermediate_size=48,
+    num_hidden_layers=5,
+    num_attention_heads=24,
+    num_key_value_heads=12,
+    head_dim=4,
+)
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "hidden_size": 96},
+    "llama": {"model_type": "llama", "attention_bias": True},
+    "qwen3-moe": {"model_type": "qwen3_moe", "mlp_only_layers": [2]},
+}
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Model:
+    hf_config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    folder: Path
+    """A Megatron checkpoint that this project wrote."""
+
+    @property
+    def architecture(self) -> Architecture:
+        return Architecture.from_hf(self.hf_config)
+
+
+def prepare(case: str, folder: Path) -> Model:
+    settings = SHAPE | CASES[case]
+    reference = hf_model(seed=3, noise=0.1, **settings)
+    tensors = as_stored({name: parameter.detach() for name, parameter in reference.named_parameters()})
+    model = Model(config_json(**settings), tensors, folder / case)
+
+    def megatron(entry: Entry) -> Tensor:
+        return split(entry.rule.kind, [tensors[name] for name in entry.hf_names], model.architecture, 1, 0)
+
+    write_torch_dist(model.folder, model.architecture, lambda _: torch.float32, megatron)
+    return model
+
+
+def measure(model: Model, layout: Layout, folder: Path) -> dict[str, float]:
+    """The largest difference in either direction, by way."""
+    wanted = build_model(model.hf_config, layout=layout, dtype=torch.float32, device=CPU)
+    load_hf_weights(wanted, model.hf_config, model.tensors)
+    exported = dict(export_hf_weights(wanted, model.hf_config))
+    found = {"export": difference(exported, model.tensors)}
+    loaded = build_model(model.hf_config, layout=layout, dtype=torch.float32, device=CPU)
+    fill_by_megatron(model.folder)(loaded)
+    found["Megatron reads ours"] = difference(dict(loaded.named_parameters()), dict(wanted.named_parameters()))
+    if (layout.tensor, layout.pipeline) in SAVED:
+        for name, by_layer in (("stacked", False), ("by layer", True)):
+            found[f"we read Megatron's, {name}"] = round_trip(model, wanted, folder / name.replace(" ", "-"), by_layer)
+    return found
+
+
+def round_trip(model: Model, wanted: GPTModel, folder: Path, by_layer: bool) -> float:
+    """Written by Megatron, read by this project."""
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
+    metadata = {"dp_cp_group": process_groups.dp_group(), "non_homogeneous_layers": by_layer}
+    dist_checkpointing.save({"model": wanted.sharded_state_dict(metadata=metadata), "iteration": 7}, str(folder))
+    torch.distributed.barrier()
+    if rank:
+        return 0.0
+    weights = TorchDistWeights(folder, model.architecture)
+    read = {
+        name: tensor
+        for entry in entries(model.architecture)
+        for name, tensor in zip(entry.hf_names, weights.read(entry), strict=True)
+    }
+    assert read.keys() == model.tensors.keys()
+    return difference(read, model.tensors)
+
+
+def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of those that were found; a stage has a part of the model."""
+    assert found
+    return max(float((tensor - expected[name]).abs().max()) for name, tensor in found.items())
+
+
+def run_rank(rank: int, models: dict[str, Model], folder: Path) -> None:
+    torch.cuda.synchronize = torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment]  # for Megatron's writer
+    measured: dict[str, dict[str, dict[str, float]]] = {}
+    for tensor, pipeline in LAYOUTS:
+        layout = Layout(tensor=tensor, pipeline=pipeline, sequence_parallel=tensor > 1)
+        if rank >= layout.world_size:
+            continue
+        name = f"tp{tensor}-pp{pipeline}"
+        process_groups.init_process_groups(
+            layout, rank=rank, world_size=layout.world_size, init_method=f"file://{folder}/{name}", device=CPU
+        )
+        measured[name] = {
+            case: measure(model, layout, folder / "saved" / name / case) for case, model in models.items()
+        }
+        process_groups.destroy()
+    (folder / f"{rank}.json").write_text(json.dumps(measured))
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    platform.prepare("cpu")
+    models = {case: prepare(case, folder / "ours") for case in cases}
+    ranks = max(tensor * pipeline for tensor, pipeline in LAYOUTS)
+    torch.multiprocessing.start_processes(run_rank, (models, folder), ranks, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

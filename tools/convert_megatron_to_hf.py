@@ -1,0 +1,13 @@
+"""A run's checkpoint or a Megatron one to a Hugging Face folder.
+
+    python tools/convert_megatron_to_hf.py CHECKPOINT OUT
+
+The same as `megatron-rl convert CHECKPOINT OUT --format hf`; its options are taken too.
+"""
+
+import sys
+
+from megatron_rl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:], "--format", "hf"]))
