@@ -84,10 +84,14 @@ DRAWN_BY_PLACE = ("clip_cov", "lp_reg, random")
 """Their draw is by a token's place in the batch, so that other rows' places give another draw."""
 
 ROW_BY_ROW = "one rank, a row at a time"
+PLAIN: dict[str, Any] = {"rows": "padded", "lm_head": "materialised"}
 VARIANTS: dict[str, tuple[Layout, dict[str, Any]]] = {
-    "one rank": (Layout(), {}),
+    "one rank": (Layout(), PLAIN),
+    "one rank, packed and fused": (Layout(), {}),
+    "one rank, packed": (Layout(), {"lm_head": "materialised", "micro_batch_tokens": 60}),
     "one rank, rows shuffled": (Layout(), {}),
     ROW_BY_ROW: (Layout(), {"micro_batch_tokens": 1}),
+    "tp2, padded and materialised": (Layout(tensor=2), PLAIN),
     "tp2": (Layout(tensor=2), {}),
     "tp4": (Layout(tensor=4), {"micro_batch_tokens": 40}),
     "pp2": (Layout(pipeline=2), {"micro_batch_tokens": 40}),
@@ -95,6 +99,7 @@ VARIANTS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "dp4": (Layout(data=4), {"micro_batch_tokens": 40}),
     "tp2-pp2": (Layout(tensor=2, pipeline=2), {"micro_batch_tokens": 40}),
 }
+"""The first is what the others are held to: padded rows, whole logits."""
 GROUPS, SAMPLES = 6, 3
 SAMPLED = "sampled.pt"
 POLICIES = ("lagged", "reference", "old", "new")
