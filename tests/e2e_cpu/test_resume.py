@@ -119,8 +119,8 @@ def test_under_another_layout_it_goes_on_to_rounding_and_says_so(
 def test_off_policy_in_bf16_with_the_distributed_optimizer(
     straight: Finished, command_line: CommandLine, quickstart: Callable[..., Finished]
 ) -> None:
-    """Mini-batches in two passes, refilled groups, a stored proxy, a reference model; the newest checkpoint is damaged on
-    the way."""
+    """Mini-batches in two passes, refilled groups, a stored proxy, a reference model; the newest checkpoint is damaged
+    on the way."""
     warm = max((command_line.folder / "runs/cache").glob("warm_start-2-*"), key=os.path.getmtime)
     overrides = (*SHORT, *OFF_POLICY, f"model.path={warm}", "warm_start=null")
     whole = quickstart("off_policy", *overrides)
