@@ -25,13 +25,9 @@ SHORT = (
     "rollout.engines=1",
 )
 OFF_POLICY = (
-    "train.updates_per_rollout=4",
-    "train.epochs_per_rollout=2",
+    "train.updates_per_rollout=2",
     "rollout.dynamic_sampling=true",
-    "rollout.max_draws=3",
-    "algorithm.lp_reg.kl_estimator=full",
     "algorithm.reference_kl.coefficient=0.01",
-    "algorithm.correction.weights=truncated",
     "actor.dtype=bfloat16",
     "actor.tensor_parallel=1",
     "actor.data_parallel=2",
@@ -119,12 +115,10 @@ def test_under_another_layout_it_goes_on_to_rounding_and_says_so(
 def test_off_policy_in_bf16_with_the_distributed_optimizer(
     straight: Finished, command_line: CommandLine, quickstart: Callable[..., Finished]
 ) -> None:
-    """Mini-batches in two passes, refilled groups, a stored proxy, a reference model; the newest checkpoint is damaged
-    on the way."""
+    """Two updates a rollout, refilled batches, a reference model; the newest checkpoint is damaged on the way."""
     warm = max((command_line.folder / "runs/cache").glob("warm_start-2-*"), key=os.path.getmtime)
     overrides = (*SHORT, *OFF_POLICY, f"model.path={warm}", "warm_start=null")
     whole = quickstart("off_policy", *overrides)
-    assert max(row["rollout/draws"] for row in whole.metrics[1:]) > 1
     again = whole.folder.with_name("off_policy_again")
     shutil.copytree(whole.folder, again, symlinks=True)
     name = next(iter(read_manifest(again / "checkpoints/step_000004").files))
