@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -24,6 +25,14 @@ def wrap_ddp(model: GPTModel, *, distributed_optimizer: bool = False) -> Distrib
     wrapped = DistributedDataParallel(model.config, settings, model)
     model.config.finalize_model_grads_func = _finalize_sums
     model.config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def wrap_chunks(chunks: Sequence[GPTModel], *, distributed_optimizer: bool) -> list[DistributedDataParallel]:
+    """`wrap_ddp` of each chunk of a stage; the first one's config, which the schedule reads, then knows of all."""
+    wrapped = [wrap_ddp(chunk, distributed_optimizer=distributed_optimizer) for chunk in chunks]
+    if len(wrapped) > 1:
+        chunks[0].config.no_sync_func = [chunk.no_sync for chunk in wrapped]
     return wrapped
 
 

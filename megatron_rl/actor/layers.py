@@ -16,10 +16,18 @@ from megatron_rl.actor.attention import SDPAttention
 from megatron_rl.actor.norm import RMSNorm
 
 
-def stage_layers(config: TransformerConfig, output_bias: bool, device: torch.device) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage. `output_bias`: of the attention's output projection."""
+def stage_layers(
+    config: TransformerConfig, output_bias: bool, device: torch.device, chunk: int
+) -> TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage, or of one chunk of it under the interleaved schedule. `output_bias`: of
+    the attention's output projection."""
     engine = platform.has_transformer_engine(device)
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm")
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=engine,
+        normalization="RMSNorm",
+        vp_stage=None if config.virtual_pipeline_model_parallel_size is None else chunk,
+    )
     for layer in block.layer_specs:
         attention = layer.submodules.self_attention.submodules
         if not engine:

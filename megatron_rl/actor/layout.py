@@ -20,6 +20,8 @@ class Layout:
     data: int = 1
     context: int = 1
     expert: int = 1
+    virtual_pipeline: int = 1
+    """Chunks of layers on each pipeline rank; with more than one the schedule interleaves them."""
     sequence_parallel: bool = False
     """The tensor-parallel ranks share the sequence too, where they do not share the layer."""
 
@@ -57,6 +59,7 @@ def validate_layout(hf_config: Mapping[str, Any], layout: Layout, pad_vocabulary
         raise UserError(
             f"actor.pipeline_parallel is {layout.pipeline}, but the model has only {model.layers} layers to share out."
         )
+    _check_chunks(model, layout)
     if not pad_vocabulary and model.vocabulary % layout.tensor:
         fitting = set(_divisors(model.vocabulary)) & set(_divisors(_head_unit(model)))
         raise UserError(
@@ -69,15 +72,25 @@ def _check_degrees(layout: Layout) -> None:
     for name in ("tensor", "pipeline", "data", "context", "expert"):
         if getattr(layout, name) < 1:
             raise UserError(f"actor.{name}_parallel is {getattr(layout, name)}; it must be 1 or more.")
+    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
+        raise UserError(
+            f"actor.virtual_pipeline is {layout.virtual_pipeline}, but it interleaves chunks of layers between "
+            "pipeline ranks, and actor.pipeline_parallel is 1. Raise it, or set virtual_pipeline to 1."
+        )
     if layout.sequence_parallel and layout.tensor == 1:
         raise UserError(
             "actor.sequence_parallel shares sequences between tensor-parallel ranks, and actor.tensor_parallel is 1. "
             "Raise it, or set sequence_parallel to false."
         )
-    if layout.context > 1:
+
+
+def _check_chunks(model: Architecture, layout: Layout) -> None:
+    chunks = layout.pipeline * layout.virtual_pipeline
+    if layout.virtual_pipeline > 1 and model.layers % chunks:
+        fitting = [n for n in _divisors(model.layers) if model.layers % (n * layout.pipeline) == 0]
         raise UserError(
-            f"actor.context_parallel is {layout.context}, but sequences cannot be split over ranks yet. Set it to 1; "
-            "for longer sequences use tensor_parallel or pipeline_parallel."
+            f"actor.virtual_pipeline is {layout.virtual_pipeline}, and actor.pipeline_parallel x virtual_pipeline = "
+            f"{chunks} does not divide the model's {model.layers} layers. {_nearest(layout.virtual_pipeline, fitting)}"
         )
 
 
@@ -132,4 +145,4 @@ def _nearest(value: int, choices: Iterable[int]) -> str:
     below = [c for c in choices if c < value]
     above = [c for c in choices if c > value]
     nearest = ([max(below)] if below else []) + ([min(above)] if above else [])
-    return f"Nearest values that work: {', '.join(map(str, nearest))}."
+    return f"Nearest values that work: {', '.join(map(str, nearest)) or 'none'}."

@@ -24,7 +24,7 @@ from megatron_rl.actor.layout import Layout, last_stage_layers, padded_vocabular
 from megatron_rl.actor.rope import ScaledRope
 
 if TYPE_CHECKING:
-    from megatron_rl.config.actor import RecomputeSettings
+    from megatron_rl.config.actor import Fp8, RecomputeSettings
 
 
 class PolicyModel(GPTModel):
@@ -60,8 +60,11 @@ def build_model(
     device: torch.device,
     pad_vocabulary: bool = True,
     recompute: RecomputeSettings | None = None,
+    fp8: Fp8 = "none",
+    chunk: int = 0,
 ) -> PolicyModel:
     """This rank's pipeline stage, on `device`, its weights not initialised: load them with `checkpoint.weight_map`.
+    Under the interleaved schedule one `chunk` of it, counted from 0.
 
     Logits of the last stage are [batch, length, padded vocabulary / tensor]. Micro-batches are [batch, length], padded
     on the right, or packed [1, T] with PackedSeqParams(qkv_format="thd"); the attention mask is None always.
@@ -70,20 +73,21 @@ def build_model(
     """
     validate_layout(hf_config, layout, pad_vocabulary)
     model = Architecture.from_hf(hf_config)
-    config = transformer_config(model, layout, dtype, device, recompute)
+    config = transformer_config(model, layout, dtype, device, recompute, fp8)
     rope = None if model.rope_type == "default" else ScaledRope.of(hf_config, model.rope_type)
     if rope:
         rope.scale_attention(config)
     gpt = PolicyModel(
         config,
-        stage_layers(config, model.output_bias, device),
+        stage_layers(config, model.output_bias, device, chunk),
         vocab_size=padded_vocabulary(model.vocabulary, layout.tensor),
         max_sequence_length=model.max_positions,
-        pre_process=process_groups.is_first_stage(),
-        post_process=process_groups.is_last_stage(),
+        pre_process=process_groups.is_first_stage() and chunk == 0,
+        post_process=process_groups.is_last_stage() and chunk == layout.virtual_pipeline - 1,
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type="rope",
         rotary_base=model.rope_theta,
+        vp_stage=chunk if layout.virtual_pipeline > 1 else None,
     )
     if rope:
         rope.set_frequencies(gpt)
@@ -97,6 +101,7 @@ def transformer_config(
     dtype: torch.dtype,
     device: torch.device,
     recompute: RecomputeSettings | None = None,
+    fp8: Fp8 = "none",
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=model.layers,
@@ -120,6 +125,8 @@ def transformer_config(
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=layout.context,
+        **_interleaving(layout),
         num_layers_in_last_pipeline_stage=(
             last_stage_layers(model.layers, layout.pipeline) if model.layers % layout.pipeline else None
         ),
@@ -128,12 +135,11 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         # Losses come normalised over the global batch: gradients are summed over ranks and micro-batches, not divided.
         calculate_per_token_loss=True,
-        # Packed micro-batches differ in length; between stages that needs this, and this needs alltoall.
-        variable_seq_lengths=layout.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
         **_recompute_settings(recompute),
+        **_FP8[fp8],
         # Fusions need CUDA, and some of them Apex.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -159,6 +165,23 @@ def _moe_settings(model: Architecture, device: torch.device) -> dict[str, Any]:
         moe_aux_loss_coeff=0.0,
         moe_grouped_gemm=platform.has_transformer_engine(device),
     )
+
+
+def _interleaving(layout: Layout) -> dict[str, Any]:
+    if layout.virtual_pipeline == 1:
+        # Packed micro-batches differ in length; between stages that needs this, and this needs alltoall.
+        return dict(variable_seq_lengths=layout.pipeline > 1)
+    # Gradients of the interleaved schedule with batched messages are wrong, and nothing says so.
+    return dict(
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline, overlap_p2p_comm=True, batch_p2p_comm=False
+    )
+
+
+_FP8: dict[Fp8, dict[str, Any]] = {
+    "none": {},
+    "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+}
 
 
 def _recompute_settings(recompute: RecomputeSettings | None) -> dict[str, Any]:

@@ -18,11 +18,14 @@ import os
 from collections.abc import Callable
 from functools import cache
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_rl.config.actor import ActorSettings
 
 SUPPORTED = ((0, 16), (0, 19))
 """Oldest and newest release line of megatron-core whose CUDA assumptions are the ones listed below."""
@@ -135,6 +138,20 @@ def backend(device: torch.device) -> str:
 def has_transformer_engine(device: torch.device) -> bool:
     """Whether layers come from Transformer Engine, which runs on CUDA only."""
     return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+
+
+def require(device: torch.device, settings: ActorSettings) -> None:
+    """Raises UserError where settings ask for what only Transformer Engine has, and it is not there."""
+    wanted = {
+        f"actor.context_parallel: {settings.context_parallel}": settings.context_parallel > 1,
+        f"actor.fp8: {settings.fp8}": settings.fp8 != "none",
+    }
+    for key, asked in wanted.items():
+        if asked and not has_transformer_engine(device):
+            raise UserError(
+                f"{key} needs Transformer Engine, which runs on CUDA only and is not installed here. Install it, or "
+                "set context_parallel to 1 and fp8 to none"
+            )
 
 
 def describe() -> str:

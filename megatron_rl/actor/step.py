@@ -34,6 +34,8 @@ def run_schedule(
     be of one length and as many as the pipeline's ranks divide.
     """
     config = get_model_config(chunks[0])
+    if len(chunks) > 1 and (config.batch_p2p_comm or not config.overlap_p2p_comm):
+        raise ValueError("interleaved with batched messages, gradients are wrong: only overlap_p2p_comm is allowed")
     if not micro_batches:
         if backward:  # this replica adds nothing, but the others wait for it to say so
             config.finalize_model_grads_func(list(chunks))

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 import lpreg
 from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.candidates import top_candidates
-from megatron_rl.actor.distributed import wrap_ddp
+from megatron_rl.actor.distributed import wrap_chunks
 from megatron_rl.actor.head import Head
 from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.micro_batch import Form, MicroBatch, micro_batch
+from megatron_rl.actor.micro_batch import Form, MicroBatch, micro_batch, packed_length
 from megatron_rl.actor.model import build_model
 from megatron_rl.actor.optimizer import Optimizer
 from megatron_rl.actor.policy_loss import LossChoice
@@ -45,6 +45,9 @@ from megatron_rl.weight_sync.transport import WeightUpdate
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings, OptimizerSettings
+
+FP8_BLOCK = 128
+"""Tokens on a rank are a multiple of this under FP8, of any scaling."""
 
 TABLE = ("log_probs", "entropy", "log_z", "kept")
 
@@ -72,6 +75,7 @@ class MegatronWorker:
         Returns what it runs on, for the log.
         """
         self.device = platform.prepare(self.settings.device)
+        platform.require(self.device, self.settings)
         if self.device.type == "cpu":
             torch.set_num_threads(1)
         process_groups.init_process_groups(
@@ -83,19 +87,25 @@ class MegatronWorker:
         )
         self.dtype = getattr(torch, self.settings.dtype)
         self.hf_config = read_config(model_folder)
-        self.model = build_model(
-            self.hf_config,
-            layout=self.layout,
-            dtype=self.dtype,
-            device=self.device,
-            pad_vocabulary=self.settings.pad_vocabulary,
-            recompute=self.settings.recompute,
-        )
+        chunks = [
+            build_model(
+                self.hf_config,
+                layout=self.layout,
+                dtype=self.dtype,
+                device=self.device,
+                pad_vocabulary=self.settings.pad_vocabulary,
+                recompute=self.settings.recompute,
+                fp8=self.settings.fp8,
+                chunk=chunk,
+            )
+            for chunk in range(self.layout.virtual_pipeline)
+        ]
+        self.model: nn.Module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
         self.architecture = Architecture.from_hf(self.hf_config)
         self.form = _form(self.settings, self.layout)
-        self.head = Head(self.model, self.architecture.vocabulary, fused=self.settings.lm_head == "fused")
-        copies = self.layout.data * self.layout.context
-        self.ddp = wrap_ddp(self.model, distributed_optimizer=self.settings.distributed_optimizer and copies > 1)
+        self.head = Head(chunks[-1], self.architecture.vocabulary, fused=self.settings.lm_head == "fused")
+        spread = self.settings.distributed_optimizer and self.layout.data * self.layout.context > 1
+        self.chunks = wrap_chunks(chunks, distributed_optimizer=spread)
         return platform.describe()
 
     def load_hf(self, folder: Path) -> None:
@@ -103,7 +113,7 @@ class MegatronWorker:
         load_hf_weights(self.model, self.hf_config, open_weights(folder))
 
     def build_optimizer(self, settings: OptimizerSettings) -> None:
-        self.optimizer = Optimizer([self.ddp], settings, self.dtype, offload=self.settings.offload_optimizer)
+        self.optimizer = Optimizer(self.chunks, settings, self.dtype, offload=self.settings.offload_optimizer)
 
     def set_loss(self, choice: LossChoice | None) -> None:
         """A policy loss; None for supervised training."""
@@ -113,7 +123,8 @@ class MegatronWorker:
 
     def train(self, batch: Rows, lr: float, denominator: float, temperature: float) -> TrainResult | None:
         """One optimizer step. `denominator`: response tokens of the whole global batch, dropped rows included."""
-        self.ddp.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
@@ -127,7 +138,7 @@ class MegatronWorker:
                 loss, metrics = output.loss, {k: (float(m.total), float(m.count)) for k, m in output.metrics.items()}
             return loss, (part.rows, float(loss.detach()), metrics, _columns(stats))
 
-        results = run_schedule([self.ddp], self._share(batch), on_hidden, backward=True)
+        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=True)
         with record_function("optimizer"):
             grad_norm = self.optimizer.step(lr)
         if not self._reports:
@@ -153,7 +164,7 @@ class MegatronWorker:
             return stats.log_probs.sum(), ((part.rows, _columns(stats)), stats.proxy_store)
 
         with self._weights(weights):
-            results = run_schedule([self.ddp], self._share(batch), on_hidden, backward=False)
+            results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
         table = _table([part for part, _ in results])
         stores = [store for _, store in results if store is not None]
         if stores:
@@ -168,7 +179,7 @@ class MegatronWorker:
             whole = process_groups.gather_vocabulary(logits)[:, : self.hf_config["vocab_size"]]
             return logits.new_zeros(()), (part.rows, {"logits": whole.float().cpu().numpy()})
 
-        results = run_schedule([self.ddp], self._share(batch), on_hidden, backward=False)
+        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
         return _table(results) if self._reports else None
 
     def candidates(self, batch: Rows, temperature: float, count: int) -> Table | None:
@@ -193,7 +204,7 @@ class MegatronWorker:
                 table[name][wanted, : values.shape[1]] = values
             return logits.new_zeros(()), (part.rows, {name: value.cpu().numpy() for name, value in table.items()})
 
-        results = run_schedule([self.ddp], self._share(batch), on_hidden, backward=False)
+        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
         return _table(results) if self._reports else None
 
     def snapshot(self, name: Snapshot) -> None:
@@ -269,15 +280,19 @@ class MegatronWorker:
 
     def _share(self, batch: Rows) -> list[MicroBatch]:
         """This replica's micro-batches."""
+        interleaved = self.layout.virtual_pipeline > 1
         shares = share_out(
             batch.lengths.tolist(),
             self.layout.data,
             token_budget=self.settings.micro_batch_tokens * self.layout.context,
             packed=self.form.packed,
             even_length=self.architecture.even_length,
+            count_multiple=self.layout.pipeline if interleaved else 1,
             same_count=self.layout.expert > 1,  # ranks that share experts run every forward together
         )
-        return [micro_batch(batch, rows, self.device, self.form) for rows in shares[process_groups.dp_rank()]]
+        own = shares[process_groups.dp_rank()]
+        length = max((packed_length(batch, rows, self.form) for rows in own), default=0) if interleaved else 0
+        return [micro_batch(batch, rows, self.device, self.form, length) for rows in own]
 
     @contextmanager
     def _weights(self, which: Weights) -> Iterator[None]:
@@ -298,9 +313,10 @@ class MegatronWorker:
 
 
 def _form(settings: ActorSettings, layout: Layout) -> Form:
+    fp8_block = 1 if settings.fp8 == "none" else FP8_BLOCK
     return Form(
         packed=settings.rows == "packed",
-        length_multiple=layout.context * (layout.tensor if layout.sequence_parallel else 1),
+        length_multiple=layout.context * (layout.tensor if layout.sequence_parallel else 1) * fp8_block,
         context_ranks=layout.context,
         context_rank=process_groups.cp_rank(),
     )

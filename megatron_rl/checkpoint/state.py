@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from megatron_rl.checkpoint import rng, shards
 from megatron_rl.checkpoint.hf_shards import HfShard, write_hf_shards
 from megatron_rl.checkpoint.manifest import RandomState, RankPart, ShardFile, read_manifest, read_rng
 from megatron_rl.checkpoint.shards import ShardTensors
-from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values
+from megatron_rl.checkpoint.weight_map import Stage, export_hf_weights, import_values
 from megatron_rl.observability import heartbeat
 
 
@@ -57,7 +56,7 @@ class HeldState:
 class RankState:
     """All that a rank must have back to go on as if nothing had been. Methods are collective, but for `bytes`."""
 
-    model: GPTModel
+    model: Stage
     hf_config: Mapping[str, Any]
     optimizer: Optimizer
     snapshot: Mapping[str, Tensor]
@@ -166,7 +165,7 @@ class _OnDevice(Mapping[str, Tensor]):
 
 
 def export_stage(
-    folder: Path, model: GPTModel, hf_config: Mapping[str, Any], stage: int, publishes: bool
+    folder: Path, model: Stage, hf_config: Mapping[str, Any], stage: int, publishes: bool
 ) -> list[HfShard] | None:
     """This pipeline stage's files, written by the rank that publishes; holds no more than one of them in memory.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_rl.actor import process_groups
 from megatron_rl.actor.architecture import Architecture
@@ -17,8 +17,11 @@ from megatron_rl.checkpoint.families import EMBEDDING, HEAD, Entry, Shape, entri
 from megatron_rl.checkpoint.fusion import join, split
 from megatron_rl.errors import UserError
 
+Stage: TypeAlias = GPTModel | nn.ModuleList
+"""This rank's part of the model: of several chunks where the pipeline's schedule interleaves them."""
 
-def load_hf_weights(model: GPTModel, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]) -> None:
+
+def load_hf_weights(model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]) -> None:
     """Fill this rank's parameters. `hf_tensors` may be lazy: only what this stage holds is read, one at a time.
 
     Raises UserError listing every tensor that is missing, unexpected or mis-shaped.
@@ -29,7 +32,7 @@ def load_hf_weights(model: GPTModel, hf_config: Mapping[str, Any], hf_tensors: M
             parameters[name].copy_(shard)
 
 
-def import_values(model: GPTModel, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def import_values(model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `export_hf_weights(model, values)` gave, as this rank's shards by Megatron name; the layout may differ from
     the one exported. Errors as `load_hf_weights`."""
     return {name: shard.clone() for name, shard in _local_shards(model, hf_config, hf_tensors)}
@@ -37,7 +40,7 @@ def import_values(model: GPTModel, hf_config: Mapping[str, Any], hf_tensors: Map
 
 @torch.no_grad()
 def export_hf_weights(
-    model: GPTModel, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None = None
+    model: Stage, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """This pipeline stage's tensors under their Hugging Face names, whole, one at a time, each with its own memory.
 
@@ -72,7 +75,7 @@ def _gathered(architecture: Architecture, entry: Entry, local: Tensor) -> Iterat
 
 
 def _local_shards(
-    model: GPTModel, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]
+    model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     architecture = Architecture.from_hf(hf_config)
     check_names(architecture, hf_tensors)
@@ -89,13 +92,17 @@ def _local_shards(
         raise UserError("The weights do not fit the model's config.json:\n  " + "\n  ".join(problems))
 
 
-def _entry(model: GPTModel, architecture: Architecture, name: str) -> Entry:
+def _entry(model: Stage, architecture: Architecture, name: str) -> Entry:
     """What one of this rank's parameters is in the whole model."""
+    chunk: GPTModel = model
+    if isinstance(model, nn.ModuleList):
+        number, _, name = name.partition(".")
+        chunk = model[int(number)]
     numbers = [int(number) for number in _NUMBER.findall(name)]
     rule = rule_of(architecture, _NUMBER.sub("*", name))
     if not numbers:
         return Entry(rule)
-    layer = model.decoder.layers[numbers[0]].layer_number - 1
+    layer = chunk.decoder.layers[numbers[0]].layer_number - 1
     if len(numbers) == 1:
         return Entry(rule, layer)
     return Entry(rule, layer, process_groups.expert_group().rank() * _experts_per_rank(architecture) + numbers[1])

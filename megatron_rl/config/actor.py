@@ -8,6 +8,8 @@ from pydantic import Field
 
 from .fields import Betas, Count, NonNegative, Positive, PositiveInt, Section, ShareOrZero
 
+Fp8 = Literal["none", "blockwise", "tensorwise"]
+
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 """Parts of a layer that Megatron can compute again, by its names."""
 
@@ -55,15 +57,21 @@ class ActorSettings(Section):
     """Ranks that share each layer."""
     pipeline_parallel: PositiveInt = 1
     """Ranks that share the layers out between them."""
+    virtual_pipeline: PositiveInt = 1
+    """Chunks of layers on each pipeline rank. More than one: Megatron's interleaved schedule, in which ranks wait less
+    for each other and send more. Needs packed rows."""
     data_parallel: PositiveInt = 1
     """Copies of the model; each takes its part of a step's rows."""
     context_parallel: PositiveInt = 1
-    """Ranks that share each sequence; only 1 so far."""
+    """Ranks that share each sequence, for long ones. Needs packed rows, and Transformer Engine on CUDA."""
     sequence_parallel: bool = False
     """Between the tensor-parallel parts of a layer, each of their ranks keeps only its part of the sequence: less
     activation memory for the same communication. Needs tensor_parallel above 1."""
     expert_parallel: PositiveInt = 1
-    """Ranks that share the experts; only 1 so far."""
+    """Ranks that share the experts of a mixture out between them; they are of the tensor- and data-parallel ones."""
+    fp8: Fp8 = "none"
+    """Matrix products of the layers in FP8, scaled by block (E4M3) or by tensor (hybrid), weights and all else in
+    bfloat16. Needs Transformer Engine on CUDA of compute capability 8.9 or later."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations in forward and backward."""
     micro_batch_tokens: PositiveInt = 8192

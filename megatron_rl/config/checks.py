@@ -98,10 +98,19 @@ def _mini_batch_prompts(config: Config) -> int:
 
 def _parallel(config: Config) -> Iterator[str]:
     actor = config.actor
-    if actor.context_parallel > 1:
-        yield "actor.context_parallel: must be 1; splitting sequences over ranks is not available yet"
-    if actor.expert_parallel > 1:
-        yield "actor.expert_parallel: must be 1; mixture-of-experts models are not available yet"
+    if actor.device == "cpu" and actor.context_parallel > 1:
+        yield (
+            f"actor.context_parallel: {actor.context_parallel} is not for a CPU: attention over the parts of a "
+            "sequence is Transformer Engine's, which runs on CUDA only; set it to 1, and tensor_parallel or "
+            "pipeline_parallel higher"
+        )
+    if actor.device == "cpu" and actor.fp8 != "none":
+        yield f"actor.fp8: {actor.fp8} is not for a CPU: FP8 products are Transformer Engine's; set it to none"
+    if actor.fp8 != "none" and actor.dtype != "bfloat16":
+        yield f"actor.fp8: {actor.fp8} is a form of bfloat16 training; set actor.dtype to bfloat16"
+    for key in ("context_parallel", "virtual_pipeline"):
+        if getattr(actor, key) > 1 and actor.rows == "padded":
+            yield f"actor.{key}: {getattr(actor, key)} needs packed rows; set actor.rows to packed"
     rows = _mini_batch_prompts(config) * config.rollout.samples_per_prompt
     if actor.data_parallel > rows:
         yield (

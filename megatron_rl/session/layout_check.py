@@ -16,6 +16,7 @@ def layout_of(config: Config) -> Layout:
         data=actor.data_parallel,
         context=actor.context_parallel,
         expert=actor.expert_parallel,
+        virtual_pipeline=actor.virtual_pipeline,
         sequence_parallel=actor.sequence_parallel,
     )
 

@@ -17,6 +17,7 @@ from megatron_rl.cluster.engines import Engines
 from megatron_rl.cluster.runtime import Nodes, ray_runtime
 from megatron_rl.cluster.watch import Watch
 from megatron_rl.config import Config, check_inputs
+from megatron_rl.config.checks import contradictions
 from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.data.template import load_tokenizer
@@ -74,7 +75,10 @@ def with_device(config: Config) -> Config:
     if config.actor.device != "auto":
         return config
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return config.model_copy(update={"actor": config.actor.model_copy(update={"device": device})})
+    decided = config.model_copy(update={"actor": config.actor.model_copy(update={"device": device})})
+    if problems := contradictions(decided):  # some settings need a GPU
+        raise UserError("\n".join(problems))
+    return decided
 
 
 @contextmanager

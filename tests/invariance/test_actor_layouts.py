@@ -56,6 +56,10 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
         {"pipeline": 2},
         {"pp2, plain": PLAIN, "pp2, fused": {}, "tied, pp2, fused": TIED, "pp2, full recompute": FULL},
     ),
+    "pp2, interleaved": (
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"pp2, interleaved": {}, "tied, pp2, interleaved": TIED | FULL},
+    ),
     "dp2": (
         {"data": 2},
         {"dp2, plain": PLAIN | {"distributed_optimizer": False}, "dp2, distributed optimizer": {}},
@@ -63,6 +67,10 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
     "tp2-pp2": (
         {"tensor": 2, "pipeline": 2},
         {"tp2-pp2": {}, "tp2-pp2, sp": SP | SELECTIVE, "tied, tp2-pp2, sp": TIED | SP},
+    ),
+    "tp2-pp2, interleaved": (
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2},
+        {"tied, tp2-pp2, sp, interleaved": TIED | SP},
     ),
     "tp2-dp2": ({"tensor": 2, "data": 2}, {"tied, tp2-dp2, sp": TIED | SP}),
 }

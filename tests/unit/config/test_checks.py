@@ -31,8 +31,14 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["algorithm.correction={weights: masked, low: 2.0}"], ["algorithm.correction.low: 2.0", "high: 2.0"]),
         (["algorithm.correction={reject_sequences: true, sequence_low: 1.5}"],
          ["algorithm.correction.sequence_low: 1.5", "algorithm.correction.sequence_high: 1.01"]),
-        (["actor.context_parallel=2"], ["actor.context_parallel: must be 1"]),
-        (["actor.expert_parallel=2"], ["actor.expert_parallel: must be 1"]),
+        (["actor.device=cpu", "actor.context_parallel=2"], ["actor.context_parallel: 2 is not for a CPU"]),
+        (["actor={device: cpu, dtype: bfloat16, fp8: blockwise}"], ["actor.fp8: blockwise is not for a CPU"]),
+        (["actor.device=cuda", "actor.fp8=tensorwise"], ["actor.fp8: tensorwise is a form of bfloat16"]),
+        (
+            ["actor.device=cuda", "actor.context_parallel=2", "actor.rows=padded"],
+            ["actor.context_parallel: 2 needs packed rows; set actor.rows to packed"],
+        ),
+        (["actor.virtual_pipeline=2", "actor.rows=padded"], ["actor.virtual_pipeline: 2 needs packed rows"]),
         (["actor.data_parallel=9"], ["actor.data_parallel: 9", "8 rows", "rollout.prompts_per_step"]),
         (["rollout.engines=5"], ["rollout.engines: 5", "rollout.prompts_per_step: 4"]),
         (["reward.name=countdwn"], ["reward.name: 'countdwn'", "did you mean countdown?"]),
@@ -83,5 +89,5 @@ def test_allowed(load, overrides):
 
 def test_contradictions_are_listed_together(load):
     with pytest.raises(UserError) as caught:
-        load("rollout.samples_per_prompt=1", "actor.context_parallel=2")
+        load("rollout.samples_per_prompt=1", "actor.device=cpu", "actor.context_parallel=2")
     assert len(str(caught.value).splitlines()) == 2
