@@ -132,7 +132,7 @@ def signed(value: float) -> str:
 
 
 _LABELS = {"response_length": "response length", "truncated_fraction": "truncated share"}
-_ORDER = ("avg@", "pass@", "entropy", "response_length", "truncated_fraction")
+_ORDER = ("avg@", "pass@", "maj@", "entropy", "response_length", "truncated_fraction")
 
 
 def _rank(metric: str) -> tuple[int, str]:
