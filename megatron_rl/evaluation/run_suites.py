@@ -35,7 +35,7 @@ def evaluate(run: Run) -> dict[str, float]:
             found = suites[-1].metrics() | _seen_by_actor(run, samples)
             metrics |= {f"eval/{name}/{metric}": value for metric, value in found.items()}
     if len(suites) > 1:
-        metrics["eval/macro_mean"] = macro(suites).value
+        metrics["eval/macro_mean/avg"] = macro(suites).value
     run.view.eval(run.step, metrics)
     return metrics
 

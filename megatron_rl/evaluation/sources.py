@@ -96,7 +96,8 @@ class CompletionServer:
     def _one(self, prompt: Prompt, group: int, sampling: SamplingParams) -> Sample:
         body = {
             "model": self._model,
-            "prompt": prompt.text,
+            # Of a text, the server's tokenizer may make something else: it may put its own beginning in front.
+            "prompt": list(prompt.token_ids) if self.tokenizer else prompt.text,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": 1.0,
