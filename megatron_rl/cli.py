@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.commands import checkpoints, convert, data
+from megatron_rl.commands import checkpoints, convert, data, evaluate
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     checkpoints.add(commands)
     data.add(commands)
     convert.add(commands)
+    evaluate.add(commands)
     return parser
 
 

@@ -9,7 +9,8 @@ from pydantic import Field
 from .actor import ActorSettings
 from .algorithm import AlgorithmSettings
 from .cluster import ClusterSettings
-from .fields import Betas, Count, FilePath, Name, NonNegative, Positive, PositiveInt, Section, ShareOrZero, Text
+from .evaluation import EvaluationSettings, Template
+from .fields import Betas, Count, FilePath, NonNegative, Positive, PositiveInt, Section, ShareOrZero, Text
 from .observability import ObservabilitySettings
 from .reward import RewardSettings
 from .rollout import RolloutSettings
@@ -45,7 +46,7 @@ class DataSettings(Section):
 
     train: FilePath
     """A .jsonl or .parquet file; slime's, verl's and TRL's columns are recognised."""
-    template: Literal["none", "chat", "boxed", "chat-boxed", "r1-zero"] = "none"
+    template: Template = "none"
     r"""none: the prompt as it is (messages joined by newlines). chat: the tokenizer's chat template. boxed: the prompt
     and a request to reason step by step and to end with \boxed{}; chat-boxed: the same in the chat template. r1-zero:
     the conversation of DeepSeek-R1-Zero, thoughts and answer in tags."""
@@ -128,30 +129,6 @@ class TrainSettings(Section):
     normalised over all tokens."""
     score_dropped: bool = True
     """Still run those responses forward, so that entropy and the other metrics cover the whole batch."""
-
-
-class Probe(Section):
-    """A probability to follow: of `token` right after `after`, averaged over a suite's responses."""
-
-    after: Text
-    """Text of one token."""
-    token: Text
-    """Text of one token."""
-
-
-class EvaluationSettings(Section):
-    """Benchmarks before, during and after training."""
-
-    every: Count = 0
-    """Steps between evaluations; 0: before and after training only."""
-    samples_per_prompt: PositiveInt = 8
-    """Responses per prompt: the k of avg@k and pass@k."""
-    temperature: Positive = 1.0
-    """Of sampling."""
-    suites: dict[Name, FilePath] = Field(default_factory=dict)
-    """Data file of each suite; its name appears in the metrics."""
-    probes: dict[Name, Probe] = Field(default_factory=dict)
-    """Probabilities to follow, by the name they get in the metrics."""
 
 
 class Config(Section):

@@ -33,7 +33,7 @@ def _expected_later(config: Config, path: Path, prepared: bool) -> bool:
 
 def _check_files(config: Config, prepared: bool) -> Iterator[str]:
     prompts = {"data.train": config.data.train}
-    prompts |= {f"evaluation.suites.{name}": path for name, path in config.evaluation.suites.items()}
+    prompts |= {f"evaluation.suites.{name}": suite.data for name, suite in config.evaluation.suites.items()}
     for key, path in prompts.items():
         if path.suffix not in DATA_SUFFIXES:
             yield f"{key}: {path} has the extension {path.suffix!r}; expected {' or '.join(DATA_SUFFIXES)}"

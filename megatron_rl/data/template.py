@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from megatron_rl.config.evaluation import Template
 from megatron_rl.config.validate import TOKENIZER_FILES
 from megatron_rl.errors import UserError
 
 from .schemas import Message
-
-Template = Literal["none", "chat", "boxed", "chat-boxed", "r1-zero"]
 
 BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 """As Qwen's maths models and most evaluations of this kind ask."""

@@ -63,7 +63,7 @@ def is_probe(metric: str) -> bool:
 
 def metric_label(metric: str) -> str:
     """`avg@8` -> `accuracy (avg@8)`; the others read well enough as they are."""
-    return f"accuracy ({metric})" if metric.startswith("avg@") else _LABELS.get(metric, metric)
+    return f"accuracy ({metric})" if metric.startswith("avg") else _LABELS.get(metric, metric)
 
 
 def before_and_after(rows: Sequence[Row]) -> list[Change]:
@@ -72,7 +72,7 @@ def before_and_after(rows: Sequence[Row]) -> list[Change]:
     for suite, metrics in suite_metrics(rows).items():
         for metric in metrics:
             steps, values = series(rows, f"eval/{suite}/{metric}")
-            best = max(range(len(values)), key=values.__getitem__) if metric.startswith(("avg@", "pass@")) else None
+            best = max(range(len(values)), key=values.__getitem__) if metric.startswith(("avg", "pass@")) else None
             changes.append(
                 Change(
                     suite=suite,
@@ -132,7 +132,7 @@ def signed(value: float) -> str:
 
 
 _LABELS = {"response_length": "response length", "truncated_fraction": "truncated share"}
-_ORDER = ("avg@", "pass@", "entropy", "response_length", "truncated_fraction")
+_ORDER = ("avg", "pass@", "maj@", "entropy", "response_length", "truncated_fraction")
 
 
 def _rank(metric: str) -> tuple[int, str]:

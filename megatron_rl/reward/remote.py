@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import random
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from types import TracebackType
 from typing import Any, Self
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from megatron_rl.config.reward import RemoteSettings, RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.types import RewardResult, Sample
-
-WORTH_RETRYING = (408, 429, 500, 502, 503, 504)
-LONGEST_WAIT = 30.0
-"""Seconds between two attempts."""
-EXCERPT = 200
-"""Characters of a server's answer that a detail shows."""
+from megatron_rl.web import EXCERPT, RequestFailed, ask
 
 
 class RemoteReward:
@@ -41,7 +30,7 @@ class RemoteReward:
         if not settings.remote.url.startswith(("http://", "https://")):
             raise UserError(f"reward.remote.url: {settings.remote.url!r} must begin with http:// or https://")
         self._settings: RemoteSettings = settings.remote
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self._headers: dict[str, str] = {}
         if variable := settings.remote.token_variable:
             if not (token := os.environ.get(variable)):
                 raise UserError(f"reward.remote.token_variable: the environment variable {variable} is not set")
@@ -63,44 +52,22 @@ class RemoteReward:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _score_batch(self, samples: Sequence[Sample]) -> list[RewardResult]:
-        body = json.dumps({"samples": [_to_json(sample) for sample in samples]}, default=str).encode()
-        failure = RewardResult(0.0, outcome="error")
-        for attempt in range(self._settings.retries + 1):
-            if attempt:
-                wait = self._settings.backoff_seconds * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-                time.sleep(min(wait, LONGEST_WAIT))
-            try:
-                return _read_results(self._post(body), len(samples))
-            except HTTPError as error:
-                detail = error.read(EXCERPT).decode(errors="replace")
-                failure = RewardResult(0.0, detail=f"status {error.code}: {detail}", outcome="error")
-                if error.code not in WORTH_RETRYING:
-                    break
-            except TimeoutError:
-                failure = RewardResult(0.0, detail="the server took too long", outcome="timeout")
-            except (OSError, HTTPException) as error:
-                failure = RewardResult(0.0, detail=_reason(error), outcome="error")
-                if isinstance(getattr(error, "reason", None), TimeoutError):
-                    failure = RewardResult(0.0, detail="the server took too long", outcome="timeout")
-            except ValueError as error:
-                failure = RewardResult(0.0, detail=f"the server's answer cannot be used: {error}", outcome="error")
-                break
+        settings = self._settings
+        try:
+            answer = ask(
+                settings.url,
+                {"samples": [_to_json(sample) for sample in samples]},
+                headers=self._headers,
+                timeout=settings.timeout_seconds,
+                retries=settings.retries,
+                backoff=settings.backoff_seconds,
+            )
+            return _read_results(answer, len(samples))
+        except RequestFailed as error:
+            failure = RewardResult(0.0, detail=str(error), outcome="timeout" if error.timed_out else "error")
+        except ValueError as error:
+            failure = RewardResult(0.0, detail=f"the server's answer cannot be used: {error}", outcome="error")
         return [failure] * len(samples)
-
-    def _post(self, body: bytes) -> bytes:
-        request = Request(self._settings.url, data=body, headers=self._headers, method="POST")
-        limit = self._settings.timeout_seconds
-        deadline, parts = time.monotonic() + limit, []
-        with urlopen(request, timeout=limit) as response:
-            while part := response.read1(2**16):  # urlopen's own limit is for each read
-                parts.append(part)
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-        return b"".join(parts)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _to_json(sample: Sample) -> dict[str, Any]:
@@ -113,12 +80,11 @@ def _to_json(sample: Sample) -> dict[str, Any]:
     }
 
 
-def _read_results(body: bytes, count: int) -> list[RewardResult]:
+def _read_results(answer: Any, count: int) -> list[RewardResult]:
     """`{"results": [{"score": 1.0, "answer": "34", "detail": "..."}, ...]}`; ValueError for anything else."""
-    answer = json.loads(body)
     results = answer.get("results") if isinstance(answer, dict) else None
     if not isinstance(results, list) or len(results) != count:
-        raise ValueError(f'expected {{"results": [...]}} with {count} entries, got {body[:EXCERPT]!r}')
+        raise ValueError(f'expected {{"results": [...]}} with {count} entries, got {str(answer)[:EXCERPT]}')
     return [_read_result(index, result) for index, result in enumerate(results)]
 
 

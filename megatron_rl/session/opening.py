@@ -62,8 +62,8 @@ def load_inputs(config: Config) -> Inputs:
         tokenizer=tokenizer,
         train=load_prompts(config.data.train, tokenizer=tokenizer, settings=config.data),
         suites={
-            name: load_prompts(path, tokenizer=tokenizer, settings=config.data).prompts
-            for name, path in config.evaluation.suites.items()
+            name: load_prompts(suite.data, tokenizer=tokenizer, settings=config.data).prompts
+            for name, suite in config.evaluation.suites.items()
         },
         probes=probes,
         stop_token_ids=stop_token_ids(tokenizer, config.model.path, config.rollout.stop_token_ids),

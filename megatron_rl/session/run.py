@@ -16,6 +16,7 @@ from megatron_rl.checkpoint.save import Saver
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engines import Engines
 from megatron_rl.config import Config
+from megatron_rl.config.evaluation import SuiteSettings
 from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet
 from megatron_rl.observability.diagnosis import Diagnosis
@@ -119,12 +120,14 @@ class Run:
         ).reseeded(step)
         return sampling.reseeded(draw) if draw else sampling
 
-    def evaluation_sampling(self) -> SamplingParams:
+    def evaluation_sampling(self, suite: SuiteSettings | None = None) -> SamplingParams:
+        """As the suite says, else as it is for all."""
         settings = self.config.evaluation
+        own = suite.over(settings) if suite else settings
         return SamplingParams(
-            n=settings.samples_per_prompt,
-            max_tokens=self.config.rollout.max_response_tokens,
-            temperature=settings.temperature,
+            n=own.samples_per_prompt or settings.samples_per_prompt,
+            max_tokens=own.max_response_tokens or self.config.rollout.max_response_tokens,
+            temperature=settings.temperature if own.temperature is None else own.temperature,
             stop_token_ids=self.inputs.stop_token_ids,
             seed=self.config.seed,
         ).reseeded(EVALUATION_STREAM)

@@ -64,7 +64,7 @@ def test_an_override_reaches_into_names_lists_and_unset_sections(load):
     )
     config = load("evaluation.suites.mine=mine.jsonl", phases, "warm_start.phases.1.steps=2", "prepare.task=countdown",
                   "prepare.folder=task")  # fmt: skip
-    assert config.evaluation.suites == {"mine": Path("mine.jsonl")}
+    assert {name: suite.data for name, suite in config.evaluation.suites.items()} == {"mine": Path("mine.jsonl")}
     assert [phase.steps for phase in config.warm_start.phases] == [9, 2]
     assert config.prepare.folder == Path("task")
 
@@ -248,3 +248,21 @@ def test_resume_takes_words_or_a_path(load):
     assert load().resume == "never"
     assert load("resume=auto").resume == "auto"
     assert load("resume=runs/a/checkpoints/step_5").resume == Path("runs/a/checkpoints/step_5")
+
+
+def test_a_suite_is_a_path_or_a_section(load):
+    config = load(
+        "evaluation.suites={a: a.jsonl, b: {data: b.parquet, temperature: 0.0}}",
+        "evaluation.suites.b.samples_per_prompt=16",
+        "evaluation.temperature=0.6",
+    )
+    a, b = (config.evaluation.suites[name].over(config.evaluation) for name in "ab")
+    assert (a.data, a.samples_per_prompt, a.temperature) == (Path("a.jsonl"), 8, 0.6)
+    assert (b.data, b.samples_per_prompt, b.temperature) == (Path("b.parquet"), 16, 0.0)
+    assert "unknown key evaluation.suites.a.temprature; did you mean evaluation.suites.a.temperature?" in error_of(
+        load, "evaluation.suites={a: {data: a.jsonl, temprature: 1.0}}"
+    )
+    assert "evaluation.suites.a.data is missing" in error_of(load, "evaluation.suites={a: {temperature: 1.0}}")
+    assert "evaluation.suites.a: 5 (a whole number) given; expected a section" in error_of(
+        load, "evaluation.suites={a: 5}"
+    )

@@ -93,7 +93,7 @@ def test_what_passes_is_tried_again(server: Server, make_sample: MakeSample) -> 
     [
         ((503, b"busy"), 4, "error", "status 503: busy"),
         ((400, b"bad"), 1, "error", "status 400: bad"),
-        ((200, b"<html>"), 1, "error", "the server's answer cannot be used: "),
+        ((200, b"<html>"), 1, "error", "the answer is no JSON: "),
         ((200, b'{"results": []}'), 1, "error", "with 1 entries"),
         ((200, b'{"results": [{"score": "high"}]}'), 1, "error", "no finite score"),
         ((200, b'{"results": [{"score": NaN}]}'), 1, "error", "no finite score"),

@@ -1,0 +1,126 @@
+"""`megatron-rl eval`: a model on benchmark suites."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_rl.config.evaluation import ProtocolSettings
+    from megatron_rl.evaluation.sources import Source
+
+PLAIN_WIDTH = 140
+"""Columns, where standard output is no terminal."""
+
+
+def add(commands: Any) -> None:
+    """Declare `eval`."""
+    command = commands.add_parser("eval", help="evaluate a model on benchmark suites")
+    command.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder, a checkpoint or a run's folder, or http://HOST:PORT"
+    )
+    command.add_argument("--suites", default="paper", metavar="FILE.yaml", help="or a built-in one; default: paper")
+    command.add_argument("--data", type=Path, metavar="FOLDER", help="where the suites' data files are")
+    command.add_argument("--only", metavar="SUITE,...", help="some of the suites")
+    command.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: evaluations/<model>; an unfinished one goes on"
+    )
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--batch", type=int, default=32, metavar="N", help="problems at once, and between saves")
+    command.add_argument("--device", default="auto", help="for a folder or a checkpoint: auto, cpu, cuda")
+    command.add_argument("--dtype", default="auto", help="for a folder or a checkpoint: float32, bfloat16")
+    command.add_argument("--base", type=Path, metavar="FOLDER", help="for a checkpoint: the model it was trained from")
+    command.add_argument("--model-name", metavar="NAME", help="for a server: which model; default: the only one")
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="for a server: for chat templates and lengths"
+    )
+    command.add_argument("--concurrency", type=int, default=64, metavar="N", help="for a server: requests at once")
+    command.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="for a server: of a request")
+    command.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from megatron_rl.evaluation.protocol import load_protocol
+    from megatron_rl.reward.grader import check_reward
+
+    if options.batch < 1:
+        raise UserError(f"--batch {options.batch}: at least 1")
+    protocol = load_protocol(options.suites, options.data, options.only.split(",") if options.only else None)
+    check_reward(protocol.reward)
+    with ExitStack() as stack:
+        _run(options, protocol, _source(options, stack))
+
+
+def _run(options: argparse.Namespace, protocol: ProtocolSettings, source: Source) -> None:
+    from rich.console import Console
+
+    from megatron_rl.evaluation.evaluate import SUMMARY, Evaluation, Progress
+    from megatron_rl.evaluation.table import table_of
+
+    folder = options.out or Path("evaluations", _name(options.model))
+    evaluation = Evaluation(protocol, source, folder, seed=options.seed, batch=options.batch)
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(f"first prompt, as the model sees it (template: {protocol.template}):", highlight=False)
+    console.print(next(iter(evaluation.prompts.values()))[0].text, markup=False, highlight=False)
+    with _progress_bar(console, evaluation) as bar:
+        tasks = {name: bar.add_task(name, total=len(prompts), score="") for name, prompts in evaluation.prompts.items()}
+
+        def report(progress: Progress) -> None:
+            bar.update(tasks[progress.suite], completed=progress.done, score=f"{100 * progress.right:.1f}")
+            if not console.is_terminal:
+                console.print(f"{progress.suite}: {progress.done} of {progress.total}, {100 * progress.right:.1f}")
+
+        measures = evaluation.run(report)
+    console.print(table_of(measures, f"{options.model}, suites {options.suites}"))
+    console.print(f"per problem: {folder}/<suite>.parquet; all figures: {folder / SUMMARY}", highlight=False)
+
+
+def _source(options: argparse.Namespace, stack: ExitStack) -> Source:
+    from megatron_rl.checkpoint.as_model import find_checkpoint, link_as_model
+    from megatron_rl.evaluation.sources import CompletionServer, ModelFolder
+
+    if options.model.startswith(("http://", "https://")):
+        return CompletionServer(
+            options.model,
+            model=options.model_name,
+            tokenizer=options.tokenizer,
+            concurrency=options.concurrency,
+            timeout=options.timeout,
+        )
+    folder = Path(options.model)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a Hugging Face folder, a checkpoint, or http://HOST:PORT")
+    if checkpoint := find_checkpoint(folder):
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-rl-")))
+        link_as_model(checkpoint, folder, options.base)
+    return ModelFolder(folder, name=str(checkpoint or folder), device=options.device, dtype=options.dtype)
+
+
+def _name(model: str) -> str:
+    """Part of a path: of `runs/a/hf`, `a-hf`."""
+    parts = [part for part in model.replace("://", "/").replace(":", "/").split("/") if part not in ("", ".", "..")]
+    return "-".join(parts[-2:])
+
+
+def _progress_bar(console: Any, evaluation: Any) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("problems"),
+        TextColumn("{task.fields[score]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,163 @@
+"""`megatron-rl eval`: every suite of a protocol, batch by batch, each kept as soon as it is graded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.evaluation import ProtocolSettings, SuiteSettings
+from megatron_rl.config.schema import DataSettings
+from megatron_rl.data.prompts import load_prompts
+from megatron_rl.errors import UserError
+from megatron_rl.evaluation.measures import Estimate, Measures, macro
+from megatron_rl.evaluation.problems import Problem, problems_of, read_problems, write_problems
+from megatron_rl.evaluation.sources import Source
+from megatron_rl.observability.files import atomically
+from megatron_rl.reward.grader import Grader, open_grader
+from megatron_rl.reward.outcomes import check_failures
+from megatron_rl.types import Prompt, SamplingParams
+
+IDENTITY, SUMMARY = "evaluation.json", "summary.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an evaluation is."""
+
+    suite: str
+    done: int
+    total: int
+    right: float
+    """Mean score so far."""
+
+
+class _ServersOwn:
+    """Stands in for a tokenizer where the server has the only one: lengths are then not checked."""
+
+    chat_template = None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [0] if text else []
+
+    def decode(self, token_ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool, tokenize: bool) -> Any:
+        raise NotImplementedError
+
+
+class Evaluation:
+    """One protocol, one model, one folder. Killed at any time, the same evaluation goes on after its last batch."""
+
+    def __init__(self, protocol: ProtocolSettings, source: Source, folder: Path, *, seed: int, batch: int) -> None:
+        """`batch`: problems sampled at once, and kept at once. Raises UserError where the folder holds another one."""
+        self.protocol, self.source, self.folder = protocol, source, folder
+        self.seed, self.batch = seed, batch
+        self.prompts = {name: self._load(suite) for name, suite in protocol.suites.items()}
+        self._claim_folder()
+
+    def run(self, report: Callable[[Progress], None]) -> dict[str, Measures]:
+        """Suite -> measures; writes `<suite>.parquet` and summary.json."""
+        measures: dict[str, Measures] = {}
+        with open_grader(self.protocol.reward, self.folder / "reward.log") as grader:
+            for name in self.protocol.suites:
+                measures[name] = Measures(self._suite(name, grader, report))
+        summary = summary_of(measures)
+        with atomically(self.folder / SUMMARY) as partial:
+            partial.write_text(json.dumps(summary, indent=1) + "\n")
+        return measures
+
+    def _suite(self, name: str, grader: Grader, report: Callable[[Progress], None]) -> list[Problem]:
+        prompts, whole, parts = self.prompts[name], self.folder / f"{name}.parquet", self.folder / f"{name}.parts"
+        problems = read_problems(whole) if whole.is_file() else []
+        report(_progress(name, problems, len(prompts)))
+        while len(problems) < len(prompts):
+            first = len(problems)
+            part = parts / f"{first:06d}.parquet"
+            if not part.is_file():
+                chosen = prompts[first : first + self.batch]
+                write_problems(part, self._graded(chosen, self._sampling(self.protocol.suites[name], first), grader))
+            problems += read_problems(part)
+            report(_progress(name, problems, len(prompts)))
+        if not whole.is_file():
+            write_problems(whole, problems)
+        shutil.rmtree(parts, ignore_errors=True)
+        return problems
+
+    def _graded(self, prompts: Sequence[Prompt], sampling: SamplingParams, grader: Grader) -> list[Problem]:
+        samples = self.source.sample(prompts, sampling)
+        results = grader.score(samples)
+        check_failures(samples, results, self.protocol.reward.max_failed_fraction)
+        for sample, result in zip(samples, results, strict=True):
+            sample.reward = result
+        return problems_of(samples)
+
+    def _sampling(self, suite: SuiteSettings, first: int) -> SamplingParams:
+        """Depends on the seed and the place in the suite alone, so that a restart changes nothing."""
+        protocol = self.protocol
+        return SamplingParams(
+            n=suite.samples_per_prompt or protocol.samples_per_prompt,
+            max_tokens=suite.max_response_tokens or protocol.max_response_tokens,
+            temperature=protocol.temperature if suite.temperature is None else suite.temperature,
+            stop_token_ids=self.source.stop,
+            seed=self.seed,
+        ).reseeded(first)
+
+    def _load(self, suite: SuiteSettings) -> list[Prompt]:
+        settings = DataSettings(
+            train=suite.data,
+            template=self.protocol.template,
+            max_prompt_tokens=self.protocol.max_prompt_tokens,
+            long_prompts="truncate_left",
+        )
+        return load_prompts(suite.data, tokenizer=self.source.tokenizer or _ServersOwn(), settings=settings).prompts
+
+    def _claim_folder(self) -> None:
+        identity = {
+            "source": self.source.identity,
+            "protocol": self.protocol.model_dump(mode="json"),
+            "seed": self.seed,
+            "batch": self.batch,
+        }
+        path = self.folder / IDENTITY
+        if path.is_file():
+            before = json.loads(path.read_text())
+            if before != json.loads(json.dumps(identity)):
+                changed = [name for name in identity if before.get(name) != json.loads(json.dumps(identity[name]))]
+                raise UserError(
+                    f"{self.folder} holds an evaluation with another {' and '.join(changed)}: choose another folder "
+                    "with --out, or remove this one"
+                )
+            return
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is not empty and holds no evaluation: choose another folder with --out")
+        with atomically(path) as partial:
+            partial.write_text(json.dumps(identity, indent=1) + "\n")
+
+
+def summary_of(measures: dict[str, Measures]) -> dict[str, Any]:
+    """Everything the table shows, and pass@k for every power of two."""
+    suites = {}
+    for name, suite in measures.items():
+        powers = [2**i for i in range(suite.k.bit_length()) if 2**i < suite.k] + [suite.k]
+        suites[name] = {
+            "problems": len(suite.problems),
+            "k": suite.k,
+            f"avg@{suite.k}": asdict(suite.avg),
+            **{f"pass@{k}": asdict(suite.pass_at(k)) for k in powers},
+            f"maj@{suite.k}": asdict(suite.majority),
+            "response_length": suite.response_length,
+            "truncated_fraction": suite.truncated_fraction,
+            "failed_fraction": suite.failed_fraction,
+        }
+    mean: Estimate = macro(list(measures.values()))
+    return {"suites": suites, "macro_mean": asdict(mean)}
+
+
+def _progress(suite: str, problems: list[Problem], total: int) -> Progress:
+    score = sum(problem.mean_score for problem in problems) / len(problems) if problems else 0.0
+    return Progress(suite, len(problems), total, score)

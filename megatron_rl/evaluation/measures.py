@@ -1,0 +1,131 @@
+"""What the graded responses say of a model: avg@k, pass@k, maj@k, and how sure that is. Legend: P problems."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_rl.evaluation.problems import Problem
+
+Array = NDArray[np.float64]
+RESAMPLES = 10_000
+AT_ONCE = 1_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems, with the bootstrap interval of `CONFIDENCE` for other problems of the same kind."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of one suite."""
+
+    problems: Sequence[Problem]
+
+    @cached_property
+    def k(self) -> int:
+        """Responses a problem."""
+        return len(self.problems[0].responses)
+
+    @cached_property
+    def avg(self) -> Estimate:
+        """avg@k: the mean score."""
+        return estimate([self.mean_scores])
+
+    @cached_property
+    def mean_scores(self) -> Array:
+        """[P]."""
+        return np.array([problem.mean_score for problem in self.problems])
+
+    def pass_at(self, k: int) -> Estimate:
+        """pass@k: the chance that one of k responses is right."""
+        return estimate([np.array([pass_at_k(len(p.responses), p.right, k) for p in self.problems])])
+
+    @cached_property
+    def majority(self) -> Estimate:
+        """maj@k: how often the answer given most often is right."""
+        return estimate([np.array([majority_is_right(problem) for problem in self.problems])])
+
+    @property
+    def response_length(self) -> float:
+        """Mean, in tokens."""
+        return self._mean(response.tokens for problem in self.problems for response in problem.responses)
+
+    @property
+    def truncated_fraction(self) -> float:
+        return self._mean(response.truncated for problem in self.problems for response in problem.responses)
+
+    @property
+    def failed_fraction(self) -> float:
+        """Of responses whose grading timed out or failed: they count as wrong."""
+        return self._mean(response.outcome != "score" for problem in self.problems for response in problem.responses)
+
+    def metrics(self) -> dict[str, float]:
+        """As a run logs them, without `eval/<suite>/`."""
+        found = {f"avg@{self.k}": self.avg.value, f"pass@{self.k}": self.pass_at(self.k).value}
+        if self.k > 1:
+            found[f"maj@{self.k}"] = self.majority.value
+        return found | {"response_length": self.response_length, "truncated_fraction": self.truncated_fraction}
+
+    @staticmethod
+    def _mean(values: Iterable[float]) -> float:
+        return float(np.mean(list(values)))
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Chance that at least one of k responses drawn from the `samples` is right (unbiased; Chen et al. 2021)."""
+    if k > samples:
+        raise ValueError(f"pass@{k} needs at least {k} samples, there are {samples}")
+    return 1.0 - comb(samples - right, k) / comb(samples, k)
+
+
+def majority_is_right(problem: Problem) -> float:
+    """1 or 0; in between where several answers were given most often. A response without an answer has no vote.
+
+    Right answers are one answer however they are written; wrong ones are told apart by their text.
+    """
+    votes: dict[str | None, int] = defaultdict(int)  # None: the right answer
+    for response in problem.responses:
+        if response.right:
+            votes[None] += 1
+        elif response.answer is not None:
+            votes["".join(response.answer.split())] += 1
+    most = max(votes.values(), default=0)
+    winners = [answer for answer, count in votes.items() if count == most]
+    return (None in winners) / len(winners) if winners else 0.0
+
+
+def macro(suites: Sequence[Measures]) -> Estimate:
+    """The unweighted mean of the suites' avg@k."""
+    return estimate([suite.mean_scores for suite in suites])
+
+
+def estimate(values: Sequence[Array]) -> Estimate:
+    """The mean of the means of several suites' values, each [P_i]: every suite's problems are drawn anew, with
+    replacement, `RESAMPLES` times. The random numbers are the same every time."""
+    random = np.random.default_rng(0)
+    means = np.mean([_resampled_means(suite, random) for suite in values], axis=0)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(float(np.mean([suite.mean() for suite in values])), float(low), float(high))
+
+
+def _resampled_means(values: Array, random: np.random.Generator) -> Array:
+    """[RESAMPLES], from how often each problem is drawn, which is multinomial."""
+    size, parts = len(values), []
+    for start in range(0, RESAMPLES, AT_ONCE):
+        draws = min(AT_ONCE, RESAMPLES - start)
+        parts.append(random.multinomial(size, np.full(size, 1 / size), size=draws) @ values / size)
+    means: Array = np.concatenate(parts)
+    return means

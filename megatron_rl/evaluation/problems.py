@@ -1,0 +1,120 @@
+"""What became of each problem: its responses, graded; as parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_rl.errors import UserError
+from megatron_rl.observability.files import atomically
+from megatron_rl.types import Outcome, Sample
+
+RIGHT = 0.5
+"""A response with a higher score is right: what pass@k and maj@k count."""
+
+RESPONSE = pa.struct(
+    [
+        ("text", pa.string()),
+        ("answer", pa.string()),
+        ("score", pa.float64()),
+        ("detail", pa.string()),
+        ("outcome", pa.string()),
+        ("tokens", pa.int64()),
+        ("truncated", pa.bool_()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", pa.string()),
+        ("label", pa.string()),
+        ("mean_score", pa.float64()),
+        ("right", pa.int64()),
+        ("responses", pa.list_(RESPONSE)),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response, graded."""
+
+    text: str
+    answer: str | None
+    score: float
+    detail: str
+    outcome: Outcome
+    tokens: int
+    truncated: bool
+    """It reached the longest length without an end."""
+
+    @property
+    def right(self) -> bool:
+        return self.score > RIGHT
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One problem with its responses."""
+
+    id: str
+    prompt: str
+    label: str
+    responses: list[Response]
+
+    @property
+    def mean_score(self) -> float:
+        return sum(response.score for response in self.responses) / len(self.responses)
+
+    @property
+    def right(self) -> int:
+        """How many responses are."""
+        return sum(response.right for response in self.responses)
+
+
+def problems_of(samples: Sequence[Sample]) -> list[Problem]:
+    """Samples by their groups, in order. Raises ValueError for one without a grade."""
+    found: dict[int, Problem] = {}
+    for sample in samples:
+        prompt, reward = sample.prompt, sample.reward
+        if reward is None:
+            raise ValueError(f"a sample of {prompt.id} was not graded")
+        problem = found.setdefault(sample.group, Problem(prompt.id, prompt.text, str(prompt.label), []))
+        problem.responses.append(
+            Response(
+                text=sample.text,
+                answer=reward.answer,
+                score=reward.score,
+                detail=reward.detail,
+                outcome=reward.outcome,
+                tokens=len(sample.generation.token_ids),
+                truncated=sample.generation.finish_reason == "length",
+            )
+        )
+    return list(found.values())
+
+
+def write_problems(path: Path, problems: Sequence[Problem]) -> None:
+    """A row a problem. The file appears whole or not at all; UserError where it cannot be written."""
+    rows: list[dict[str, Any]] = [
+        asdict(problem) | {"mean_score": problem.mean_score, "right": problem.right} for problem in problems
+    ]
+    with atomically(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """What `write_problems` wrote; UserError for anything else."""
+    try:
+        rows = pq.read_table(path, schema=SCHEMA).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and its problems are evaluated again") from error
+    return [
+        Problem(row["id"], row["prompt"], row["label"], [Response(**response) for response in row["responses"]])
+        for row in rows
+    ]

@@ -1,0 +1,80 @@
+"""Reading a suite file."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_rl.config.evaluation import ProtocolSettings, SuiteSettings
+from megatron_rl.config.yaml_text import parse_yaml, yaml_problem
+from megatron_rl.errors import UserError
+
+BUILT_IN = Path(__file__).parent / "suites"
+
+
+def load_protocol(name: str, data_folder: Path | None = None, only: list[str] | None = None) -> ProtocolSettings:
+    """A suite file by its path, or by the name of a built-in one.
+
+    Args:
+        data_folder: where the data files are; None: their paths are relative to the folder the command runs in.
+        only: names of the suites wanted; None: all.
+
+    Raises:
+        UserError: no such file, a key or value that makes no sense, an unknown suite, a data file that is not there.
+    """
+    protocol = _read(_find(name))
+    if unknown := set(only or ()) - set(protocol.suites):
+        raise UserError(f"{name} has no suite {', '.join(sorted(unknown))}; it has {', '.join(protocol.suites)}")
+    suites = {
+        suite: _resolved(settings.over(protocol), data_folder)
+        for suite, settings in protocol.suites.items()
+        if not only or suite in only
+    }
+    missing = [f"{suite}: {settings.data}" for suite, settings in suites.items() if not settings.data.is_file()]
+    if missing:
+        raise UserError(
+            f"{name}: data files are not there:\n  " + "\n  ".join(missing) + "\n`megatron-rl data prepare` writes "
+            "those of the published sets; --data FOLDER says where they are; --only SUITE,... leaves out others"
+        )
+    return protocol.model_copy(update={"suites": suites})
+
+
+def built_in() -> list[str]:
+    """Names of the suite files that come along."""
+    return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
+
+
+def _find(name: str) -> Path:
+    if name in built_in():
+        return BUILT_IN / f"{name}.yaml"
+    if not Path(name).is_file():
+        raise UserError(f"no suite file {name}; built in: {', '.join(built_in())}")
+    return Path(name)
+
+
+def _resolved(suite: SuiteSettings, folder: Path | None) -> SuiteSettings:
+    return suite.model_copy(update={"data": folder / suite.data}) if folder else suite
+
+
+def _read(path: Path) -> ProtocolSettings:
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        return ProtocolSettings.model_validate(tree)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {yaml_problem(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {_problem(item)}" for item in error.errors())) from error
+
+
+def _problem(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = get_close_matches(str(item["loc"][-1]), [*ProtocolSettings.model_fields, *SuiteSettings.model_fields], 1)
+        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{key or 'the file'}: {item['msg']} ({item['input']!r:.60} given)"

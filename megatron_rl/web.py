@@ -1,0 +1,73 @@
+"""POSTing JSON, again where that may help."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+WORTH_RETRYING = (408, 429, 500, 502, 503, 504)
+LONGEST_WAIT = 30.0
+"""Seconds between two attempts."""
+EXCERPT = 200
+"""Characters of a server's answer that an error shows."""
+
+
+class RequestFailed(Exception):
+    """What a server did instead of answering; says so in words."""
+
+    def __init__(self, reason: str, *, timed_out: bool = False) -> None:
+        super().__init__(reason)
+        self.timed_out = timed_out
+
+
+def ask(
+    url: str,
+    body: Any = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    timeout: float,
+    retries: int = 0,
+    backoff: float = 0.5,
+) -> Any:
+    """The JSON that `url` answers to `body` (None: a GET).
+
+    Further attempts follow a time-out, a lost connection or a status that passes, after growing waits. Raises
+    RequestFailed after the last one, or at once where the server refuses the request or its answer is no JSON.
+    """
+    data = None if body is None else json.dumps(body, default=str).encode()
+    request = Request(url, data=data, headers={"Content-Type": "application/json", **(headers or {})})
+    for attempt in range(retries + 1):
+        if attempt:
+            time.sleep(min(backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5), LONGEST_WAIT))
+        try:
+            return json.loads(_read(request, timeout))
+        except HTTPError as error:
+            failure = RequestFailed(f"status {error.code}: {error.read(EXCERPT).decode(errors='replace')}")
+            if error.code not in WORTH_RETRYING:
+                break
+        except (OSError, HTTPException) as error:
+            reason = error.reason if isinstance(error, URLError) else error
+            failure = RequestFailed(f"{type(reason).__name__}: {reason}")
+            if isinstance(reason, TimeoutError):
+                failure = RequestFailed("the server took too long", timed_out=True)
+        except ValueError as error:
+            failure = RequestFailed(f"the answer is no JSON: {error}")
+            break
+    raise failure
+
+
+def _read(request: Request, timeout: float) -> bytes:
+    """The whole answer within `timeout` seconds; urlopen's own limit is for each read."""
+    deadline, parts = time.monotonic() + timeout, []
+    with urlopen(request, timeout=timeout) as response:
+        while part := response.read1(2**16):
+            parts.append(part)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+    return b"".join(parts)

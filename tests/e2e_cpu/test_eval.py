@@ -1,0 +1,74 @@
+"""`megatron-rl eval`: a model folder, a run's checkpoint, and an evaluation that was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e_cpu.conftest import CommandLine, Finished, read_json, values
+
+pytestmark = pytest.mark.e2e
+
+SUITES = """
+max_response_tokens: 46
+samples_per_prompt: 4
+temperature: 1.0
+reward: {name: countdown}
+suites:
+  held_out: held_out.jsonl
+  greedy: {data: held_out.jsonl, temperature: 0.0, samples_per_prompt: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(command_line: CommandLine) -> list[str]:
+    (command_line.folder / "suites.yaml").write_text(SUITES)
+    return ["--suites", "suites.yaml", "--data", "runs/countdown-task"]
+
+
+def evaluate(command_line: CommandLine, *arguments: str) -> str:
+    process = command_line.start("eval", *arguments)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def test_killed_and_started_again(command_line: CommandLine, arguments: list[str]) -> None:
+    model = "runs/countdown-task/model"
+    evaluate(command_line, model, *arguments, "--batch", "8", "--out", "whole")
+    process = command_line.start("eval", model, *arguments, "--batch", "8", "--out", "cut")
+    part = command_line.folder / "cut/held_out.parts/000008.parquet"
+    deadline = time.monotonic() + 120
+    while not part.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert part.exists() and not (command_line.folder / "cut/greedy.parquet").exists()
+
+    output = evaluate(command_line, model, *arguments, "--batch", "8", "--out", "cut")
+    assert "held_out: 0 of 101" in output and "macro mean" in output
+    for name in ("held_out.parquet", "greedy.parquet", "summary.json"):
+        whole, cut = (command_line.folder / folder / name for folder in ("whole", "cut"))
+        assert whole.read_bytes() == cut.read_bytes(), name
+
+
+def test_a_run_its_checkpoint_and_its_export_are_one_model(
+    command_line: CommandLine, arguments: list[str], quickstart: Callable[..., Finished]
+) -> None:
+    """And they score as the run itself said: the same code evaluates during training."""
+    run = quickstart("evaluated", "train.steps=2", "evaluation.every=1", "train.save_every=1")
+    folder = Path("runs/evaluated")
+    for model, out in ((folder, "run"), (folder / "checkpoints/step_000002", "checkpoint"), (folder / "hf", "hf")):
+        evaluate(command_line, str(model), *arguments, "--out", out)
+    found = [read_json(command_line.folder / out / "summary.json") for out in ("run", "checkpoint", "hf")]
+    assert found[0] == found[1] == found[2]
+    during = values(run, "eval/held_out/avg@8")[-1]
+    assert 0 < during < 1
+    suite = found[0]["suites"]["held_out"]
+    assert suite["avg@4"]["low"] - 0.1 < during < suite["avg@4"]["high"] + 0.1
+    assert (command_line.folder / "runs/evaluated/evaluations/step_000002/held_out.parquet").is_file()

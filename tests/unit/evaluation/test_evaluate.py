@@ -1,0 +1,111 @@
+"""An evaluation from its protocol to its summary, and over an interruption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.evaluation import ProtocolSettings
+from megatron_rl.errors import UserError
+from megatron_rl.evaluation.evaluate import Evaluation, Progress
+from megatron_rl.evaluation.problems import read_problems
+from megatron_rl.evaluation.table import table_of
+from megatron_rl.types import Prompt, Sample, SamplingParams
+from tests.unit.evaluation.conftest import ScriptedSource
+
+
+def run(protocol: ProtocolSettings, source: Any, folder: Path, **more: Any) -> list[Progress]:
+    seen: list[Progress] = []
+    Evaluation(protocol, source, folder, **{"seed": 0, "batch": 3} | more).run(seen.append)
+    return seen
+
+
+def test_suites_are_sampled_as_they_say(protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path) -> None:
+    seen = run(protocol, source, tmp_path / "out")
+    assert [len(batch) for batch in source.asked] == [3, 3, 1, 3, 1]
+    assert [(s.n, s.temperature, s.max_tokens) for s in source.samplings] == [(2, 1.0, 8192)] * 3 + [(4, 0.5, 8192)] * 2
+    assert len({sampling.seed for sampling in source.samplings[:3]}) == 3
+    assert seen[-1] == Progress("four", 4, 4, 0.5)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    seven, four = summary["suites"]["seven"], summary["suites"]["four"]
+    assert (seven["problems"], seven["avg@2"]["value"]) == (7, pytest.approx(4 / 7))
+    assert {"pass@1", "pass@2", "pass@4", "maj@4"} <= set(four)
+    assert four["truncated_fraction"] == 0.25 and four["response_length"] == 2.5
+    assert summary["macro_mean"]["value"] == pytest.approx((4 / 7 + 1 / 2) / 2)
+    rows = read_problems(tmp_path / "out/seven.parquet")
+    assert [row.id for row in rows] == [f"seven:{n}" for n in range(7)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "evaluation.json",
+        "four.parquet",
+        "reward.log",
+        "seven.parquet",
+        "summary.json",
+    ]
+
+
+class Dies(ScriptedSource):
+    """After some batches."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self.left = batches
+
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return super().sample(prompts, sampling)
+
+
+@pytest.mark.parametrize("batches", range(5))
+def test_an_interrupted_evaluation_goes_on(protocol: ProtocolSettings, tmp_path: Path, batches: int) -> None:
+    run(protocol, ScriptedSource(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(protocol, Dies(batches), tmp_path / "cut")
+    rest = ScriptedSource()
+    run(protocol, rest, tmp_path / "cut")
+    assert len(rest.asked) == 5 - batches, "nothing is sampled twice"
+    for name in ("summary.json", "seven.parquet", "four.parquet"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    again = ScriptedSource()
+    run(protocol, again, tmp_path / "cut")
+    assert again.asked == []
+
+
+def test_another_evaluation_does_not_go_on_here(
+    protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path
+) -> None:
+    run(protocol, source, tmp_path / "out")
+    with pytest.raises(UserError, match="holds an evaluation with another seed"):
+        run(protocol, source, tmp_path / "out", seed=1)
+    other = ScriptedSource()
+    other.identity = {"model": "other"}
+    with pytest.raises(UserError, match="another source"):
+        run(protocol, other, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty and holds no evaluation"):
+        run(protocol, source, tmp_path / "full")
+
+
+def test_a_verifier_that_fails_stops_it(
+    protocol: ProtocolSettings, source: ScriptedSource, sums: Callable[[str, int], Path], tmp_path: Path
+) -> None:
+    reward = protocol.reward.model_copy(update={"name": "countdown"})
+    broken = protocol.model_copy(update={"reward": reward})
+    with pytest.raises(UserError, match=r"6 of 6 samples could not be graded.*(\n.*)*Countdown label"):
+        run(broken, source, tmp_path / "out")
+
+
+def test_the_table(protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    measures = Evaluation(protocol, source, tmp_path / "out", seed=0, batch=3).run(lambda progress: None)
+    console = Console(width=140, record=True, quiet=False, file=(tmp_path / "table.txt").open("w"))
+    console.print(table_of(measures, "a title"))
+    text = console.export_text()
+    assert "57.1 [" in text and "50.0 [" in text and "macro mean" in text and "53.6 [" in text

@@ -1,0 +1,114 @@
+"""Models behind a server, against one that answers as OpenAI's completions do; and what tells folders apart."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.errors import UserError
+from megatron_rl.evaluation.sources import CompletionServer, _fingerprint
+from megatron_rl.types import Prompt, SamplingParams
+
+Answer = Callable[[dict[str, Any]], tuple[int, Any]]
+
+
+class Server:
+    def __init__(self) -> None:
+        self.models = ["only"]
+        self.answer: Answer = complete
+        self.requests: list[dict[str, Any]] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.reply(200, {"data": [{"id": name} for name in server.models]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.requests.append(body | {"path": self.path})
+                self.reply(*server.answer(body))
+
+            def reply(self, status: int, answer: Any) -> None:
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+
+
+def complete(body: dict[str, Any]) -> tuple[int, Any]:
+    text = body["prompt"].upper()
+    choice = {"text": text, "finish_reason": "length" if len(text) > 3 else "stop"}
+    return 200, {"choices": [choice], "usage": {"completion_tokens": len(text)}}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    threading.Thread(target=server.http.serve_forever, daemon=True).start()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def connect(url: str, model: str | None = None) -> CompletionServer:
+    return CompletionServer(url, model=model, tokenizer=None, concurrency=4, timeout=5.0)
+
+
+PROMPTS = [Prompt("s:0", (0,), "abc", None), Prompt("s:1", (0,), "defg", None)]
+SAMPLING = SamplingParams(n=2, max_tokens=9, temperature=0.5, stop_token_ids=(), seed=7)
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1"])
+def test_every_response_is_a_request_of_its_own(server: Server, suffix: str) -> None:
+    samples = connect(server.url + suffix).sample(PROMPTS, SAMPLING)
+    assert [(s.group, s.text, len(s.generation.token_ids)) for s in samples] == [(0, "ABC", 3)] * 2 + [
+        (1, "DEFG", 4)
+    ] * 2
+    assert [s.generation.finish_reason for s in samples] == ["stop"] * 2 + ["length"] * 2
+    assert {request["path"] for request in server.requests} == {"/v1/completions"}
+    assert len({request["seed"] for request in server.requests}) == 4
+    assert {(r["model"], r["max_tokens"], r["temperature"], r["top_p"]) for r in server.requests} == {
+        ("only", 9, 0.5, 1.0)
+    }
+
+
+def test_several_models_must_be_told_apart(server: Server) -> None:
+    server.models = ["one", "two"]
+    with pytest.raises(UserError, match="serves one, two: say which with --model-name"):
+        connect(server.url)
+    assert connect(server.url, "two").identity["model"] == "two"
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((400, "too long"), "status 400: .*too long.*What is done is kept"),
+        ((200, {"choices": []}), "answers in no form known"),
+    ],
+)
+def test_a_server_that_fails(server: Server, answer: tuple[int, Any], words: str) -> None:
+    server.answer = lambda body: answer
+    with pytest.raises(UserError, match=words):
+        connect(server.url).sample(PROMPTS, SAMPLING)
+
+
+def test_folders_are_told_apart_by_their_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no weights"):
+        _fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    first = _fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20 - 1) + b"x")
+    assert _fingerprint(tmp_path) != first
