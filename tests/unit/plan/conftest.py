@@ -18,7 +18,8 @@ rollout:
   {{engine: sglang, engines: 16, prompts_per_step: 256, samples_per_prompt: 8, max_response_tokens: 8192}}
 reward: {{name: math}}
 train: {{steps: 1000, save_every: 20}}
-actor: {{dtype: bfloat16, tensor_parallel: 4, sequence_parallel: true, data_parallel: 4, recompute: {{granularity: full}}}}
+actor:
+  {{dtype: bfloat16, tensor_parallel: 4, sequence_parallel: true, data_parallel: 4, recompute: {{granularity: full}}}}
 cluster: {{nodes: 4}}
 """
 """Qwen3-14B-Base on 32 GPUs, half of them engines."""

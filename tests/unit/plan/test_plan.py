@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_said_with_the_nearest_that_does(make: Make) -> Non
 
 
 def test_an_engine_too_small_for_the_model_or_for_a_row(make: Make) -> None:
-    small = make("cluster.gpu=a100_40")
+    small = make("cluster.gpu=a100_40", f"model.path={MODELS / 'Qwen2.5-32B'}")
     assert any("rollout.server.tensor_parallel" in problem for problem in small.problems)
     assert not make("rollout.server.urls=[" + ", ".join("http://a" for _ in range(16)) + "]").problems
 
@@ -123,15 +123,14 @@ def test_remarks(make: Make) -> None:
 
 def test_operations_are_six_a_parameter_and_token(make: Make) -> None:
     setup = make().setup
-    weights = (
-        model_parameters(setup.model) - setup.model.hidden * setup.model.vocabulary
-    )  # the embedding multiplies nothing
+    table = setup.model.hidden * setup.model.vocabulary
+    weights = model_parameters(setup.model) - table  # the embedding multiplies nothing
     forward = body_flops(setup.model, 1e6, 0) + head_flops(setup.model, 1e6)
     assert forward == pytest.approx(2e6 * weights, rel=1e-3)
     once = step_flops(make("actor.recompute.granularity=none").setup)["forward and backward"]
     attention = 3 * 2 * setup.step_squares * 40 * 40 * 128
     head = 3 * head_flops(setup.model, setup.step_tokens - setup.rows * 200)
-    body = 6 * (weights - setup.model.hidden * setup.model.vocabulary) * setup.step_tokens
+    body = 6 * (weights - table) * setup.step_tokens
     assert once == pytest.approx(attention + head + body, rel=1e-3)
 
 
