@@ -46,6 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument("--rollout-only", action="store_true", help="sample, grade and record; train nothing")
     train.add_argument("--dry-run", action="store_true", help="check the configuration and its files, start nothing")
     train.set_defaults(command=_train)
+    plan = commands.add_parser("plan", help="whether a run fits, who goes where, how long it takes; needs no GPU")
+    _takes_config(plan)
+    plan.add_argument("--search", action="store_true", help="rank the layouts that fit the same GPUs")
+    plan.add_argument("--json", action="store_true", help="numbers in bytes and seconds")
+    assume = "such as mean_response=3000; may be given again"
+    plan.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help=assume)
+    plan.set_defaults(command=_plan)
     doctor = commands.add_parser("doctor", help="look for what may keep a run from starting or finishing")
     _takes_config(doctor, optional=True)
     doctor.add_argument("--quick", action="store_true", help="only this machine, in about a second")
@@ -121,6 +128,14 @@ def _show_prompt(config: Config) -> None:
         text = first_prompt(config.data.train, model_folder=config.model.path, settings=config.data)
         print(f"# the first prompt, as the model will see it (data.template: {config.data.template}):", file=sys.stderr)
         print(text, file=sys.stderr)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from megatron_rl.config import load_config
+    from megatron_rl.plan.command import print_plan
+
+    config = load_config(options.config, options.overrides)
+    print_plan(config, assumptions=options.assume, search=options.search, as_json=options.json)
 
 
 def _doctor(options: argparse.Namespace) -> int:

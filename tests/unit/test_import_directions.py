@@ -25,6 +25,7 @@ LIGHT = [
     "doctor",
     "errors.py",
     "observability",
+    "plan",
     "reward",
     "types.py",
 ]

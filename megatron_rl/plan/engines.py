@@ -1,0 +1,78 @@
+"""The rollout engines: what a GPU of one holds, how many responses run at once, and how long a step's take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rl.plan.flops import body_flops, head_flops
+from megatron_rl.plan.hardware import GIB
+from megatron_rl.plan.parameters import model_parameters
+from megatron_rl.plan.setup import Setup
+
+SHARE = {"sglang": 0.85, "vllm": 0.90, "transformers": 0.90}
+"""Of a GPU's memory that the engine takes for weights and KV cache unless told otherwise, about."""
+WORK_SPACE = 2 * GIB
+"""For activations and CUDA graphs, out of that share."""
+POINTS = 64
+"""Positions at which decoding is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """Bytes on one GPU of an engine."""
+
+    weights: float
+    cache: float
+    """Room for keys and values; negative where not even the weights fit."""
+    token: float
+    """Keys and values of one token."""
+
+    @property
+    def tokens(self) -> float:
+        """That fit into the cache."""
+        return max(0.0, self.cache / self.token)
+
+
+def engine_memory(setup: Setup) -> EngineMemory:
+    model, ranks = setup.model, setup.config.rollout.server.tensor_parallel
+    weights = setup.element * model_parameters(model) / ranks
+    key_heads = max(1.0, model.kv_heads / ranks)
+    token = 2 * model.layers * key_heads * model.head_dim * setup.element
+    share = SHARE[setup.config.rollout.engine] * setup.gpu.memory
+    return EngineMemory(weights, share - weights - WORK_SPACE, token)
+
+
+def rollout_seconds(setup: Setup) -> float:
+    """Prompts, then token after token for as long as the longest response; every engine has an equal part.
+
+    A step of decoding costs the larger of reading weights and cache, and of multiplying; and two sums over the engine's
+    ranks in each layer. Where the cache holds fewer responses than there are, they take turns.
+    """
+    memory, assumed, gpu = engine_memory(setup), setup.assumed, setup.gpu
+    ranks, engines = setup.config.rollout.server.tensor_parallel, setup.config.rollout.engines
+    mine = setup.rows / engines
+    limit = setup.config.rollout.max_response_tokens
+    width = limit / POINTS
+    seconds = 0.0
+    for point in range(POINTS):
+        position = (point + 0.5) * width
+        alive = mine * setup.lengths.longer(position)
+        if alive < 0.5:
+            break
+        context = assumed.mean_prompt + position
+        together = min(alive, max(1.0, memory.tokens / context))
+        read = (memory.weights + together * context * memory.token) / (gpu.bandwidth * assumed.decoding)
+        flops = body_flops(setup.model, 1, 2 * context) + head_flops(setup.model, 1)
+        multiply = together * flops / ranks / (gpu.flops * assumed.prefill)
+        seconds += width * alive / together * (max(read, multiply) + _between_ranks(setup, together))
+    prompts = mine / setup.config.rollout.samples_per_prompt
+    reading = body_flops(setup.model, assumed.mean_prompt, assumed.mean_prompt**2)
+    return seconds + prompts * reading / ranks / (gpu.flops * assumed.prefill)
+
+
+def _between_ranks(setup: Setup, together: float) -> float:
+    """Seconds of a decoding step that are neither reading nor multiplying: launches, and sums over ranks in a ring."""
+    ranks, assumed = setup.config.rollout.server.tensor_parallel, setup.assumed
+    moved = together * setup.model.hidden * setup.element * 2 * (ranks - 1) / ranks
+    sums = 2 * (assumed.sum_latency * (ranks > 1) + moved / (setup.gpu.link * assumed.links))
+    return setup.model.layers * (assumed.decode_latency + sums)

@@ -1,0 +1,139 @@
+"""A plan: does the run fit, who goes where, how long does it take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from megatron_rl.plan.engines import EngineMemory, engine_memory
+from megatron_rl.plan.hardware import GIB
+from megatron_rl.plan.memory import RankMemory, actor_memory, host_bytes
+from megatron_rl.plan.parameters import model_parameters
+from megatron_rl.plan.setup import Setup
+from megatron_rl.plan.times import checkpoint_bytes, step_flops, step_seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a setup. Each part is worked out when it is asked for."""
+
+    setup: Setup
+
+    @cached_property
+    def actor(self) -> list[RankMemory]:
+        """One entry a pipeline stage."""
+        return actor_memory(self.setup)
+
+    @cached_property
+    def engine(self) -> EngineMemory | None:
+        """None where engines are servers that run elsewhere."""
+        return None if self.setup.config.rollout.server.urls else engine_memory(self.setup)
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Of the parts of a step."""
+        return step_seconds(self.setup)
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def gpus(self) -> int:
+        """Taken from the cluster, whether a process uses them or not."""
+        return self.setup.config.cluster.nodes * self.setup.config.cluster.gpus_per_node
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole run; evaluations are not in it."""
+        return self.gpus * self.step_seconds * self.setup.config.train.steps / 3600
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the matrix rate of all GPUs that the actor's passes would reach over a step, recompute aside."""
+        flops = sum(step_flops(self.setup).values())
+        return flops / self.gpus / self.setup.gpu.flops / self.step_seconds
+
+    @cached_property
+    def problems(self) -> list[str]:
+        """Why the run does not fit; empty if it does."""
+        return list(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        gpu = self.setup.gpu
+        for rank in self.actor:
+            if rank.peak > gpu.memory:
+                yield (
+                    f"actor, pipeline stage {rank.stage}: {rank.peak / GIB:.1f} GiB in phase {rank.worst!r}, "
+                    f"a {gpu.name} has {gpu.memory / GIB:.1f}"
+                )
+        if self.engine is not None and self.engine.tokens < self.setup.longest_row:
+            yield (
+                f"engine: {self.engine.weights / GIB:.1f} GiB of weights leave room for {self.engine.tokens:.0f} "
+                f"tokens of cache, the longest row is {self.setup.longest_row}; raise rollout.server.tensor_parallel"
+            )
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What works, but may not be meant."""
+        return list(self._remarks())
+
+    def _remarks(self) -> Iterator[str]:
+        setup, cluster = self.setup, self.setup.config.cluster
+        used = sum(setup.placement.gpus(node) for node in setup.placement.nodes)
+        if setup.placement.on_gpu and used < self.gpus:
+            yield f"{self.gpus - used} of {self.gpus} GPUs have nothing to do"
+        if self.engine is not None:
+            together = self.engine.tokens / (setup.assumed.mean_prompt + setup.lengths.mean())
+            mine = setup.rows / setup.config.rollout.engines
+            if together < mine:
+                yield f"an engine's cache holds about {together:.0f} of its {mine:.0f} responses: they take turns"
+        if setup.lengths.cut > 0.2:
+            yield f"{setup.lengths.cut:.0%} of the responses would reach rollout.max_response_tokens"
+        rows = setup.rows / setup.config.train.updates_per_rollout
+        if rows < 4 * setup.layout.data:
+            yield f"an update has {rows:.0f} rows for {setup.layout.data} replicas: some will wait for others"
+        if setup.placement.on_gpu and len(setup.placement.nodes) < cluster.nodes:
+            yield f"{cluster.nodes - len(setup.placement.nodes)} of {cluster.nodes} nodes have nothing to do"
+
+    def as_json(self) -> dict[str, Any]:
+        """Numbers in bytes, seconds and operations."""
+        setup = self.setup
+        return {
+            "model": {"family": setup.model.family, "parameters": model_parameters(setup.model)},
+            "gpu": {"name": setup.gpu.name, "memory": setup.gpu.memory, "count": self.gpus},
+            "fits": not self.problems,
+            "problems": self.problems,
+            "remarks": self.remarks,
+            "placement": {"actors": list(setup.placement.actors), "engines": list(setup.placement.engines)},
+            "actor": [
+                {
+                    "stage": rank.stage,
+                    "peak": rank.peak,
+                    "phase": rank.worst,
+                    "reserved": rank.reserved,
+                    "phases": rank.phases,
+                    "host": host_bytes(setup, rank.stage),
+                }
+                for rank in self.actor
+            ],
+            "engine": None
+            if self.engine is None
+            else {"weights": self.engine.weights, "cache": self.engine.cache, "cache_tokens": self.engine.tokens},
+            "step": {
+                "rows": setup.rows,
+                "tokens": setup.step_tokens,
+                "flops": step_flops(setup),
+                "seconds": self.seconds,
+                "total_seconds": self.step_seconds,
+            },
+            "run": {
+                "steps": setup.config.train.steps,
+                "gpu_hours": self.gpu_hours,
+                "utilisation": self.utilisation,
+                "checkpoint_bytes": checkpoint_bytes(setup),
+            },
+            "assumed": {name: getattr(setup.assumed, name) for name in setup.assumed.__dataclass_fields__},
+        }

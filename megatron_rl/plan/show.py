@@ -1,0 +1,127 @@
+"""A plan as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_rl.observability.format import duration
+from megatron_rl.plan.hardware import GIB
+from megatron_rl.plan.memory import host_bytes
+from megatron_rl.plan.parameters import model_parameters
+from megatron_rl.plan.plan import Plan
+from megatron_rl.plan.search import Choice
+from megatron_rl.plan.times import checkpoint_bytes, step_flops
+
+
+def show_plan(plan: Plan, alternatives: Sequence[tuple[Choice, Plan]], console: Console) -> None:
+    """alternatives: layouts that fit, where this one does not."""
+    _show_run(plan, console)
+    console.print(_placement(plan), _actor(plan))
+    _show_engine(plan, console)
+    console.print(_seconds(plan))
+    for remark in plan.remarks:
+        console.print(f"[yellow]note[/] {remark}")
+    for problem in plan.problems:
+        console.print(f"[bold red]does not fit[/] {problem}")
+    if plan.problems:
+        console.print("Nearest layouts that fit:" if alternatives else "No layout fits: more GPUs, or larger ones")
+        for choice, other in alternatives:
+            changed = set(choice.overrides) - set(Choice.of(plan.setup.config).overrides)
+            console.print(f"  {' '.join(sorted(changed))}  ({duration(other.step_seconds)} a step)", highlight=False)
+    else:
+        console.print("[green]fits[/]")
+    _show_assumptions(plan, console)
+
+
+def show_layouts(found: Sequence[tuple[Choice, Plan]], count: int, console: Console) -> None:
+    table = Table("TP", "PP", "DP", "recompute", "offload", "engines", "GiB", "step s", "GPU h", box=SIMPLE_HEAD)
+    for choice, plan in found[:count]:
+        table.add_row(
+            *(str(value) for value in (choice.tensor, choice.pipeline, choice.data, choice.recompute)),
+            "yes" if choice.offload else "no",
+            f"{choice.engines} x TP {choice.engine_tensor}",
+            f"{max(rank.peak for rank in plan.actor) / GIB:.1f}",
+            f"{plan.step_seconds:.0f}",
+            f"{plan.gpu_hours:,.0f}",
+        )
+    console.print(table, f"{len(found)} layouts fit; the {min(count, len(found))} quickest are shown")
+    if found:
+        console.print("The first:", " ".join(found[0][0].overrides), highlight=False, soft_wrap=True)
+
+
+def _show_run(plan: Plan, console: Console) -> None:
+    setup = plan.setup
+    flops = sum(step_flops(setup).values())
+    console.print(
+        f"{setup.config.model.path}: {setup.model.family}, {model_parameters(setup.model) / 1e9:.2f} B parameters, "
+        f"{setup.config.actor.dtype}\n"
+        f"{plan.gpus} x {setup.gpu.name} on {setup.config.cluster.nodes} nodes\n"
+        f"a step: {setup.rows} responses, {setup.step_tokens / 1e6:.2f} M tokens, {flops:.2e} operations of the actor\n"
+        f"{setup.config.train.steps} steps of {duration(plan.step_seconds)}: "
+        f"{duration(plan.step_seconds * setup.config.train.steps)}, {plan.gpu_hours:,.0f} GPU hours; "
+        f"a checkpoint is {checkpoint_bytes(setup) / GIB:.0f} GiB",
+        highlight=False,
+    )
+
+
+def _placement(plan: Plan) -> Table:
+    placement, layout = plan.setup.placement, plan.setup.layout
+    table = Table("node", "actor ranks", "engines", box=SIMPLE_HEAD, title="who goes where", title_justify="left")
+    for node in placement.nodes:
+        ranks = [rank for rank, place in enumerate(placement.actors) if place == node]
+        engines = [str(engine) for engine, place in enumerate(placement.engines) if place == node]
+        stages = sorted({rank // (layout.world_size // layout.pipeline) for rank in ranks})
+        said = f"{ranks[0]}-{ranks[-1]} (stage {', '.join(map(str, stages))})" if ranks else ""
+        table.add_row(str(node), said, ", ".join(engines))
+    return table
+
+
+def _actor(plan: Plan) -> Table:
+    """The largest stage of each phase."""
+    title = f"a rank of the actor, GiB (a {plan.setup.gpu.name} has {plan.setup.gpu.memory / GIB:.1f})"
+    table = Table("phase", "total", "of which", box=SIMPLE_HEAD, title=title, title_justify="left")
+    for phase in plan.actor[0].phases:
+        rank = max(plan.actor, key=lambda rank: rank.total(phase))
+        parts = rank.phases[phase] | rank.reserved
+        text = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size > 0.05 * GIB)
+        total = rank.total(phase)
+        style = "bold red" if total > plan.setup.gpu.memory else ""
+        table.add_row(phase, Text(f"{total / GIB:.1f}", style), text)
+    host = max(host_bytes(plan.setup, rank.stage) for rank in plan.actor)
+    table.add_row("host memory", f"{host / GIB:.1f}", "for each rank, besides its processes")
+    return table
+
+
+def _show_engine(plan: Plan, console: Console) -> None:
+    if plan.engine is None:
+        return
+    rollout, engine = plan.setup.config.rollout, plan.engine
+    size, room = engine.weights / GIB, max(0.0, engine.cache) / GIB
+    console.print(
+        f"an engine ({rollout.engine}, {rollout.engines} x TP {rollout.server.tensor_parallel}): "
+        f"weights {size:.1f} GiB a GPU, cache {room:.1f} GiB = {engine.tokens:,.0f} tokens",
+        highlight=False,
+    )
+
+
+def _seconds(plan: Plan) -> Table:
+    table = Table("part of a step", "seconds", "share", box=SIMPLE_HEAD)
+    for name, seconds in plan.seconds.items():
+        table.add_row(name, f"{seconds:.1f}", f"{seconds / plan.step_seconds:.0%}")
+    table.add_row("all", f"{plan.step_seconds:.1f}", f"{plan.utilisation:.0%} of the matrix rate of all GPUs")
+    return table
+
+
+def _show_assumptions(plan: Plan, console: Console) -> None:
+    assumed = plan.setup.assumed
+    console.print(
+        f"[dim]Estimated, not measured. Assumed: prompts of {assumed.mean_prompt:.0f} and responses of "
+        f"{assumed.mean_response:.0f} tokens on average, {assumed.training:.0%} of {plan.setup.gpu.flops / 1e12:.0f} "
+        f"TFLOPS in training, {assumed.decoding:.0%} of {plan.setup.gpu.bandwidth / 1e12:.2f} TB/s in decoding, "
+        f"{assumed.links:.0%} of the links. Change them with --assume name=value.[/]"
+    )

@@ -1,0 +1,114 @@
+"""How long each part of a step takes, from operations, bytes and stated rates. An estimate: nothing was measured."""
+
+from __future__ import annotations
+
+from megatron_rl.plan.engines import rollout_seconds
+from megatron_rl.plan.flops import body_flops, head_flops
+from megatron_rl.plan.memory import optimizer_state
+from megatron_rl.plan.parameters import model_parameters, rank_parameters
+from megatron_rl.plan.setup import Setup
+
+Parts = dict[str, float]
+
+
+def step_flops(setup: Setup) -> Parts:
+    """Of the actor, over all ranks, by pass. All responses count as trained on; dropping some makes a step shorter."""
+    responses = setup.rows * setup.lengths.mean()
+    body = body_flops(setup.model, setup.step_tokens, setup.step_squares)
+    head = head_flops(setup.model, responses)
+    again = {"none": 0.0, "selective": _recomputed_share(setup), "full": 1.0}[setup.config.actor.recompute.granularity]
+    epochs = setup.config.train.epochs_per_rollout
+    flops = {"forward and backward": epochs * (3 * (body + head) + again * body)}
+    if passes := extra_forwards(setup):
+        flops["log-probs"] = passes * (body + head)
+    return flops
+
+
+def extra_forwards(setup: Setup) -> int:
+    """Forwards without gradients over a step's rows: of the old policy, a lagged one, a reference."""
+    config, algorithm = setup.config, setup.config.algorithm
+    off_policy = config.train.updates_per_rollout > 1
+    by_entropy = algorithm.name == "high_entropy" or (
+        algorithm.name == "lp_reg" and algorithm.lp_reg.select_by == "entropy"
+    )
+    corrected = algorithm.correction.weights != "none" or algorithm.correction.reject_sequences
+    old = off_policy or by_entropy or corrected or algorithm.selection_log_probs == "actor"
+    lagged = algorithm.name == "lp_reg" and algorithm.proxy_source == "lagged"
+    return old + lagged + (algorithm.reference_kl.coefficient > 0)
+
+
+def step_seconds(setup: Setup) -> Parts:
+    """Part of a step -> seconds; they follow one another."""
+    flops, world = step_flops(setup), setup.layout.world_size
+    rate = setup.gpu.flops * setup.assumed.training
+    bubble = 1 + (setup.layout.pipeline - 1) / setup.micro_batches
+    visible = 1 - setup.assumed.overlap
+    parts = {"rollout": rollout_seconds(setup)}
+    if "log-probs" in flops:
+        compute = flops["log-probs"] / world / rate
+        parts["log-probs"] = bubble * (compute + visible * extra_forwards(setup) * _tensor_seconds(setup, sums=2))
+    passes = setup.config.train.epochs_per_rollout
+    sums = 6 if setup.config.actor.recompute.granularity == "full" else 4
+    compute = flops["forward and backward"] / world / rate
+    parts["forward and backward"] = bubble * (compute + visible * passes * _tensor_seconds(setup, sums=sums))
+    parts["gradients over replicas"] = setup.config.train.updates_per_rollout * visible * _replica_seconds(setup)
+    parts["optimizer"] = setup.config.train.updates_per_rollout * _optimizer_seconds(setup)
+    parts["weight sync"] = _sync_seconds(setup)
+    if every := setup.config.train.save_every:
+        parts["checkpoint, its share"] = checkpoint_bytes(setup) / _writers(setup) / setup.assumed.file_rate / every
+    return parts
+
+
+def checkpoint_bytes(setup: Setup) -> float:
+    """Of one: weights and moments in fp32, and the lagged snapshot."""
+    lagged = setup.config.algorithm.proxy_source == "lagged"
+    return 4 * (3 + lagged) * model_parameters(setup.model)
+
+
+def _writers(setup: Setup) -> int:
+    return len(set(setup.placement.actors))
+
+
+def _recomputed_share(setup: Setup) -> float:
+    """Of a layer's forward, where the MLP is computed again."""
+    model = setup.model
+    attention = model.head_dim * (2 * model.heads + 2 * model.kv_heads)
+    mlp = 3 * model.ffn * bool({"mlp", "moe"} & set(setup.config.actor.recompute.modules))
+    return mlp / (attention + 3 * model.ffn)
+
+
+def _tensor_seconds(setup: Setup, *, sums: int) -> float:
+    """Sums over tensor-parallel ranks: so many a layer, each of the hidden states. A ring moves 2 (t - 1) / t."""
+    t = setup.layout.tensor
+    tokens = setup.step_tokens / setup.layout.data / setup.layout.context
+    layers = setup.model.layers / setup.layout.pipeline
+    moved = sums * layers * tokens * setup.model.hidden * setup.element * 2 * (t - 1) / t
+    return moved / (setup.gpu.link * setup.assumed.links)
+
+
+def _replica_seconds(setup: Setup) -> float:
+    """fp32 gradients out and weights back, in a ring of replicas; over the network where they span nodes."""
+    replicas = setup.layout.data * setup.layout.context
+    if replicas == 1:
+        return 0.0
+    count = rank_parameters(setup.model, setup.layout, 0).total
+    distributed = setup.config.actor.distributed_optimizer
+    moved = count * (4 + setup.element if distributed else 8) * (replicas - 1) / replicas
+    span = setup.layout.tensor * replicas > setup.config.cluster.gpus_per_node
+    return moved / ((setup.gpu.network if span else setup.gpu.link) * setup.assumed.links)
+
+
+def _optimizer_seconds(setup: Setup) -> float:
+    """State is read and written once; over the bus both ways where it waits on the host."""
+    state = sum(optimizer_state(setup, 0).values())
+    seconds = 2 * state / (setup.gpu.bandwidth * setup.assumed.decoding)
+    if setup.config.actor.offload_optimizer:
+        seconds += 2 * state / (setup.gpu.host * setup.assumed.links)
+    return seconds
+
+
+def _sync_seconds(setup: Setup) -> float:
+    """Each pipeline stage sends its part to all engines at once."""
+    part = setup.element * model_parameters(setup.model) / setup.layout.pipeline
+    apart = len(setup.placement.nodes) > 1
+    return part / ((setup.gpu.network if apart else setup.gpu.link) * setup.assumed.links)

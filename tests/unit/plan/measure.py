@@ -1,0 +1,101 @@
+"""What a real actor allocates: run as `measure.py RANK PORT FOLDER` with the cases in FOLDER/cases.json.
+
+For each case, writes to FOLDER/<case>-<rank>.json the bytes that stay and those at the peak of each pass, as torch's
+allocator says. All cases are of as many ranks as run this.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.worker import MegatronWorker
+from megatron_rl.batching.rows import Rows
+from megatron_rl.config.actor import ActorSettings
+from megatron_rl.config.algorithm import AlgorithmSettings
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most bytes that `work` has at once, beyond what was there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def storage(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind them, shared ones once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def measure(settings: ActorSettings, batch: Rows, model_folder: Path, rank: int, port: int) -> dict[str, int]:
+    layout = Layout(
+        tensor=settings.tensor_parallel,
+        pipeline=settings.pipeline_parallel,
+        data=settings.data_parallel,
+        sequence_parallel=settings.sequence_parallel,
+    )
+    worker = MegatronWorker(settings, layout, rank)
+    worker.start("127.0.0.1", port, model_folder)
+    for parameter in worker.model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.02)
+    worker.set_loss(LossChoice.of(AlgorithmSettings(name="grpo")))
+    worker.build_optimizer(settings.optimizer)
+    tokens = batch.num_response_tokens
+    worker.train(batch, 1e-6, tokens, 1.0)  # from here on the moments are there
+    parts = worker.optimizer.parts
+    moments = [value for part in parts for state in part.optimizer.state.values() for value in state.values()]
+    found = {
+        "parameters": sum(parameter.numel() for parameter in worker.model.parameters()),
+        "weights": storage(worker.model.parameters()),
+        "gradients": storage(buffer.grad_data for buffer in worker.ddp.buffers),
+        "moments": storage(value for value in moments if isinstance(value, Tensor)),
+        "main weights": storage(worker.optimizer._main_weights()),
+        "log-probs": peak(lambda: worker.score(batch, 1.0)),
+    }
+    step = worker.optimizer.step
+    worker.optimizer.step = lambda lr: 0.0  # type: ignore[method-assign]
+    found["forward and backward"] = peak(lambda: worker.train(batch, 1e-6, tokens, 1.0))
+    found["optimizer"] = peak(lambda: step(1e-6))
+    worker.close()
+    return found
+
+
+def rows(count: int, prompt: int, response: int, vocabulary: int) -> Rows:
+    """Random ones, all of one length."""
+    random = np.random.default_rng(0)
+    return Rows(
+        tokens=[random.integers(0, vocabulary, prompt + response) for _ in range(count)],
+        prompt_lengths=np.full(count, prompt),
+        values={
+            "rollout_log_probs": np.zeros(count * response, dtype=np.float32),
+            "advantages": random.normal(size=count * response).astype(np.float32),
+        },
+    )
+
+
+def main(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    cases: dict[str, dict[str, Any]] = json.loads((folder / "cases.json").read_text())
+    for number, (name, case) in enumerate(cases.items()):
+        settings = ActorSettings.model_validate(case["actor"])
+        found = measure(settings, rows(**case["rows"]), folder / name, rank, port + number)
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

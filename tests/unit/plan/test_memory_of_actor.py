@@ -1,0 +1,168 @@
+"""The memory model against what a real actor allocates on CPU: state to the byte, passes within a tenth."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.config import load_config
+from megatron_rl.plan.hardware import GPUS, Assumptions
+from megatron_rl.plan.memory import kept_state, stage_memory
+from megatron_rl.plan.parameters import rank_parameters
+from megatron_rl.plan.setup import Setup
+from tests.hf_models import config_json
+
+SCRIPT = Path(__file__).with_name("measure.py")
+PROMPT, RESPONSE, VOCABULARY = 32, 224, 1024
+SHAPE = dict(
+    vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
+    num_key_value_heads=4, max_position_embeddings=1024,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """An actor, a model, and how many rows its micro-batch holds."""
+
+    actor: dict[str, Any]
+    model_type: str = "qwen3"
+    model: dict[str, Any] | None = None
+    rows: int = 4
+    rows_together: int = 4
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        tokens = self.rows_together * (PROMPT + RESPONSE)
+        return {"device": "cpu", "micro_batch_tokens": tokens} | self.actor
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        head = {"head_dim": 32} if self.model_type.startswith("qwen3") else {}
+        return config_json(self.model_type, **(SHAPE | head | (self.model or {})))
+
+
+FULL, MLP = {"granularity": "full"}, {"granularity": "selective", "modules": ["mlp"]}
+ALONE = {
+    "fp32": Case({"dtype": "float32"}),
+    "bf16": Case({"dtype": "bfloat16"}),
+    "deep": Case({"dtype": "float32"}, model={"num_hidden_layers": 8}),
+    "wide": Case({"dtype": "bfloat16"}, model={"intermediate_size": 2048}),
+    "llama": Case({"dtype": "bfloat16"}, "llama"),
+    "qwen2, logits whole": Case({"dtype": "float32", "lm_head": "materialised"}, "qwen2"),
+    "tied, large vocabulary": Case(
+        {"dtype": "bfloat16"}, model={"tie_word_embeddings": True, "vocab_size": 8192, "num_hidden_layers": 2}
+    ),
+    "recompute all": Case({"dtype": "bfloat16", "recompute": FULL}, model={"num_hidden_layers": 8}),
+    "recompute the MLP": Case({"dtype": "float32", "recompute": MLP}, model={"num_hidden_layers": 8}),
+    "experts": Case(
+        {"dtype": "float32"},
+        "qwen3_moe",
+        model={"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
+    ),
+}
+TOGETHER = {
+    "tensor": Case({"dtype": "float32", "tensor_parallel": 2}),
+    "tensor and sequence": Case({"dtype": "bfloat16", "tensor_parallel": 2, "sequence_parallel": True}),
+    "pipeline": Case({"dtype": "float32", "pipeline_parallel": 2}, rows=8, rows_together=2),
+    "replicas": Case({"dtype": "bfloat16", "data_parallel": 2}, rows=8),
+    "whole optimizers": Case({"dtype": "bfloat16", "data_parallel": 2, "distributed_optimizer": False}, rows=8),
+}
+CASES = ALONE | TOGETHER
+
+Measured = dict[str, list[dict[str, int]]]
+
+
+def run(cases: dict[str, Case], ranks: int, folder: Path) -> Measured:
+    for name, case in cases.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(case.hf_config))
+    plain = {
+        name: {
+            "actor": case.settings,
+            "rows": {"count": case.rows, "prompt": PROMPT, "response": RESPONSE, "vocabulary": VOCABULARY},
+        }
+        for name, case in cases.items()
+    }
+    (folder / "cases.json").write_text(json.dumps(plain))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(port), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)[-4000:]
+    return {name: [json.loads((folder / f"{name}-{r}.json").read_text()) for r in range(ranks)] for name in cases}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return run(ALONE, 1, tmp_path_factory.mktemp("alone")) | run(TOGETHER, 2, tmp_path_factory.mktemp("together"))
+
+
+def planned(case: Case, folder: Path) -> Setup:
+    (folder / "config.json").write_text(json.dumps(case.hf_config))
+    tree = {
+        "model": {"path": str(folder)},
+        "data": {"train": "none.jsonl", "max_prompt_tokens": PROMPT},
+        "rollout": {"prompts_per_step": case.rows // 2, "samples_per_prompt": 2, "max_response_tokens": RESPONSE},
+        "reward": {"name": "math"},
+        "train": {"steps": 1},
+        "algorithm": {"name": "grpo"},
+        "actor": case.settings,
+    }
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(tree))
+    config = load_config(path, [])
+    return Setup.of(config, GPUS["h100"], Assumptions(mean_prompt=PROMPT, mean_response=RESPONSE - 0.01))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_is_right_to_the_byte(measured: Measured, tmp_path: Path, name: str) -> None:
+    setup = planned(CASES[name], tmp_path)
+    for rank, found in enumerate(measured[name]):
+        stage = rank if setup.layout.pipeline > 1 else 0
+        assert rank_parameters(setup.model, setup.layout, stage).total == found["parameters"]
+        for part, size in kept_state(setup, stage).items():
+            assert size == pytest.approx(found[part], rel=1e-3), part  # buffers are padded, and Adam counts its steps
+
+
+@pytest.mark.parametrize("phase", ["log-probs", "forward and backward", "optimizer"])
+@pytest.mark.parametrize("name", CASES)
+def test_passes_are_within_a_tenth(measured: Measured, tmp_path: Path, name: str, phase: str) -> None:
+    setup = planned(CASES[name], tmp_path)
+    for rank, found in enumerate(measured[name]):
+        stage = rank if setup.layout.pipeline > 1 else 0
+        state = sum(found.get(part, 0) for part in ("weights", "gradients", "main weights", "moments"))
+        memory = stage_memory(setup, stage)
+        assert memory.reserved == {}
+        assert memory.total(phase) == pytest.approx(state + found[phase], rel=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_activations_alone_are_within_a_tenth(measured: Measured, tmp_path: Path, name: str) -> None:
+    setup = planned(CASES[name], tmp_path)
+    for rank, found in enumerate(measured[name]):
+        stage = rank if setup.layout.pipeline > 1 else 0
+        phase = stage_memory(setup, stage).phases["forward and backward"]
+        beyond = sum(phase.values()) - sum(kept_state(setup, stage).values())
+        assert beyond == pytest.approx(found["forward and backward"], rel=0.1)

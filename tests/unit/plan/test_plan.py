@@ -1,0 +1,240 @@
+"""What a plan says, and how it answers to what is changed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.cli import main
+from megatron_rl.config import load_config
+from megatron_rl.errors import UserError
+from megatron_rl.plan.engines import engine_memory, rollout_seconds
+from megatron_rl.plan.flops import body_flops, head_flops
+from megatron_rl.plan.lengths import lengths
+from megatron_rl.plan.memory import host_bytes
+from megatron_rl.plan.parameters import model_parameters, rank_parameters
+from megatron_rl.plan.search import Choice, layouts, nearest
+from megatron_rl.plan.times import extra_forwards, step_flops
+from tests.unit.plan.conftest import MODELS, Make
+
+Output = pytest.CaptureFixture[str]
+GIB = 2**30
+
+
+def test_published_sizes(make: Make) -> None:
+    """14.8 B and 32.5 B parameters, as their model cards say."""
+    assert model_parameters(make().setup.model) == pytest.approx(14.8e9, rel=0.005)
+    other = make(f"model.path={MODELS / 'Qwen2.5-32B'}", "actor.tensor_parallel=8", "actor.data_parallel=2")
+    assert model_parameters(other.setup.model) == pytest.approx(32.5e9, rel=0.01)
+
+
+def test_state_of_a_rank_by_hand(make: Make) -> None:
+    """14.77 B over 4 tensor ranks: 2 bytes of weights and 4 of gradients, 12 of state over 4 replicas."""
+    (rank,) = make().actor
+    each = 14.768e9 / 4
+    kept = rank.phases["rollout"]
+    assert kept["weights"] == pytest.approx(2 * each, rel=1e-3)
+    assert kept["gradients"] == pytest.approx(4 * each, rel=1e-3)
+    assert kept["main weights"] + kept["moments"] == pytest.approx(12 * each / 4, rel=1e-3)
+
+
+def test_phases_are_never_summed(make: Make) -> None:
+    (rank,) = make().actor
+    assert rank.peak == max(rank.total(phase) for phase in rank.phases)
+    assert {"load", "rollout", "log-probs", "forward and backward", "optimizer", "weight sync", "checkpoint"} <= {
+        *rank.phases
+    }
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        (["actor.tensor_parallel=8", "actor.data_parallel=2"], []),
+        ([], ["actor.recompute.granularity=selective"]),
+        (["actor.recompute.granularity=selective"], ["actor.recompute.granularity=none"]),
+        ([], ["actor.sequence_parallel=false"]),
+        ([], ["actor.distributed_optimizer=false"]),
+        (["actor.offload_optimizer=true"], []),
+        ([], ["actor.lm_head=materialised"]),
+        ([], ["actor.micro_batch_tokens=32768"]),
+        ([], ["rollout.max_response_tokens=32768"]),
+        (["actor.pipeline_parallel=2", "actor.data_parallel=2"], []),
+    ],
+)
+def test_what_saves_memory_and_what_costs_it(make: Make, less: list[str], more: list[str]) -> None:
+    def most(overrides: list[str]) -> float:
+        return max(sum(rank.phases["forward and backward"].values()) for rank in make(*overrides).actor)
+
+    assert most(less) < most(more)
+
+
+def test_what_waits_on_the_host_is_counted_there(make: Make) -> None:
+    settled = make("train.async_save=false", "algorithm.name=grpo")
+    assert host_bytes(settled.setup, 0) == 0
+    offloaded = make("train.async_save=false", "algorithm.name=grpo", "actor.offload_optimizer=true")
+    assert host_bytes(offloaded.setup, 0) == pytest.approx(12 * 14.768e9 / 16, rel=1e-3)
+    assert "state, from the host" in offloaded.actor[0].phases["optimizer"]
+    lagged = make("algorithm.proxy_source=lagged", "algorithm.lp_reg.kl_estimator=k3")
+    assert "other policy's log-probs" in lagged.actor[0].phases
+
+
+def test_what_does_not_fit_is_said_with_the_nearest_that_does(make: Make) -> None:
+    plan = make("actor.tensor_parallel=2", "actor.data_parallel=8", "actor.recompute.granularity=none")
+    (problem,) = plan.problems
+    assert "forward and backward" in problem and "H100 SXM 80 GB has 79.1" in problem
+    found = nearest(plan.setup)
+    assert found and all(not other.problems for _, other in found)
+    here = Choice.of(plan.setup.config)
+    distances = [choice.distance(here) for choice, _ in found]
+    assert distances == sorted(distances) and distances[0] == 1
+
+
+def test_an_engine_too_small_for_the_model_or_for_a_row(make: Make) -> None:
+    small = make("cluster.gpu=a100_40", f"model.path={MODELS / 'Qwen2.5-32B'}")
+    assert any("rollout.server.tensor_parallel" in problem for problem in small.problems)
+    assert not make("rollout.server.urls=[" + ", ".join("http://a" for _ in range(16)) + "]").problems
+
+
+def test_a_search_is_sorted_and_uses_what_there_is(make: Make) -> None:
+    found = layouts(make().setup)
+    assert [plan.step_seconds for _, plan in found] == sorted(plan.step_seconds for _, plan in found)
+    for choice, plan in found:
+        assert not plan.problems
+        assert choice.tensor * choice.pipeline * choice.data + choice.engines * choice.engine_tensor == 32
+    quickest, plan = found[0]
+    assert make(*quickest.overrides).step_seconds == pytest.approx(plan.step_seconds)
+    assert plan.step_seconds < make().step_seconds
+
+
+def test_remarks(make: Make) -> None:
+    assert any("GPUs have nothing to do" in remark for remark in make("rollout.engines=8").remarks)
+    assert any(
+        "take turns" in remark for remark in make("rollout.max_response_tokens=16384", mean_response=9000).remarks
+    )
+    assert any("reach rollout.max_response_tokens" in remark for remark in make(mean_response=7000).remarks)
+    assert any("rows for" in remark for remark in make("train.updates_per_rollout=256").remarks)
+
+
+def test_operations_are_six_a_parameter_and_token(make: Make) -> None:
+    setup = make().setup
+    table = setup.model.hidden * setup.model.vocabulary
+    weights = model_parameters(setup.model) - table  # the embedding multiplies nothing
+    forward = body_flops(setup.model, 1e6, 0) + head_flops(setup.model, 1e6)
+    assert forward == pytest.approx(2e6 * weights, rel=1e-3)
+    once = step_flops(make("actor.recompute.granularity=none").setup)["forward and backward"]
+    attention = 3 * 2 * setup.step_squares * 40 * 40 * 128
+    head = 3 * head_flops(setup.model, setup.step_tokens - setup.rows * 200)
+    body = 6 * (weights - table) * setup.step_tokens
+    assert once == pytest.approx(attention + head + body, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        ([], 0),
+        (["train.updates_per_rollout=8"], 1),
+        (["algorithm.name=high_entropy"], 1),
+        (["algorithm.selection_log_probs=actor"], 1),
+        (["algorithm.proxy_source=lagged"], 1),
+        (["algorithm.reference_kl.coefficient=0.001"], 1),
+        (["algorithm.name=grpo", "algorithm.correction.weights=truncated"], 1),
+        (["train.updates_per_rollout=8", "algorithm.reference_kl.coefficient=0.001"], 2),
+    ],
+)
+def test_forwards_without_gradients(make: Make, overrides: list[str], passes: int) -> None:
+    setup = make(*overrides).setup
+    assert extra_forwards(setup) == passes
+    assert ("log-probs" in step_flops(setup)) == (passes > 0)
+
+
+def test_more_and_larger_engines_are_quicker(make: Make) -> None:
+    assert rollout_seconds(make().setup) < rollout_seconds(make("rollout.engines=8").setup)
+    assert (
+        engine_memory(make("rollout.server.tensor_parallel=2", "rollout.engines=8").setup).tokens
+        > engine_memory(make().setup).tokens
+    )
+
+
+def test_the_papers_hardware_gives_its_gpu_hours_within_a_factor_of_two(make: Make) -> None:
+    """14B on 32 H20, 1,000 steps: 8,000 GPU hours are published (of a code that makes two or three forwards more)."""
+    assert 4000 < make("cluster.gpu=h20").gpu_hours < 16000
+
+
+@given(mean=st.floats(10, 7000), spread=st.floats(0.1, 1.2))
+def test_lengths_have_the_mean_that_was_asked_for(mean: float, spread: float) -> None:
+    found = lengths(mean, spread, 8192)
+    assert found.mean() == pytest.approx(mean, rel=1e-3)
+    assert list(found.values) == sorted(found.values) and found.values[-1] <= 8192
+    assert found.longer(0) == 1 and found.longer(8192) == 0
+
+
+def test_stages_hold_the_whole_model_between_them(make: Make) -> None:
+    setup = make("actor.pipeline_parallel=4", "actor.data_parallel=1").setup
+    parts = [rank_parameters(setup.model, setup.layout, stage).total for stage in range(4)]
+    norms = 40 * (2 * 5120 + 2 * 128) + 5120  # on every tensor rank
+    assert 4 * sum(parts) == model_parameters(setup.model) + 3 * norms
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_it_loads_neither_torch_nor_ray(run_file: Path) -> None:
+    script = (
+        "import sys; from megatron_rl.cli import main; main(['plan', 'run.yaml']);"
+        "sys.exit(str({'torch', 'ray', 'megatron', 'transformers', 'numpy'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.strip() == ""
+    for words in ("who goes where", "forward and backward", "GPU hours", "Estimated, not measured", "fits"):
+        assert words in done.stdout
+
+
+def test_json_is_the_plan(run_file: Path, capsys: Output, make: Make) -> None:
+    assert main(["plan", "run.yaml", "--json", "--assume", "mean_response=2700"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["fits"] is True and said["run"]["gpu_hours"] == pytest.approx(make().gpu_hours)
+    assert said["placement"]["actors"] == [0] * 8 + [1] * 8
+    assert said["actor"][0]["phases"]["load"]["weights"] > 0
+    assert said["assumed"]["mean_response"] == 2700
+
+
+def test_a_search_prints_overrides_that_load(run_file: Path, capsys: Output) -> None:
+    assert main(["plan", "run.yaml", "--search"]) == 0
+    (first,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("The first: "))
+    load_config(run_file, first.removeprefix("The first: ").split())
+    assert main(["plan", "run.yaml", "--search", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["fits"]
+
+
+def test_a_plan_that_does_not_fit_is_a_plan(run_file: Path, capsys: Output) -> None:
+    assert main(["plan", "run.yaml", "actor.tensor_parallel=1", "actor.sequence_parallel=false"]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit" in said and "Nearest layouts that fit" in said and "actor.tensor_parallel=" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--assume", "length=3"], "NAME one of"),
+        (["--assume", "mean_response=many"], "'many' is not a number"),
+        (["--assume", "mean_response=9000"], "mean_response: 9000 is not between 0 and the limit"),
+        (["model.path=gone"], "gone"),
+        (["actor.tensor_parallel=3"], "actor.tensor_parallel is 3"),
+        (["actor.data_parallel=64"], "more GPUs than cluster.nodes: 4"),
+        (["cluster.gpu=b300"], "cluster.gpu"),
+    ],
+)
+def test_what_cannot_be_planned_for(run_file: Path, capsys: Output, arguments: list[str], words: str) -> None:
+    assert main(["plan", "run.yaml", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_mean_beyond_the_limit_is_refused(make: Make) -> None:
+    with pytest.raises(UserError, match="mean_response"):
+        make(mean_response=8192)
