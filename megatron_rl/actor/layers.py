@@ -3,6 +3,7 @@ with the attention and the norm of this project plugged in."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def stage_layers(
         if not engine:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
             attention.core_attention = SDPAttention
-            if layer.submodules.mlp.module is MoELayer:  # as with Transformer Engine, whose checkpoints these then are
+            if _has_experts(layer.submodules.mlp):  # as with Transformer Engine, whose checkpoints these then are
                 layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -42,6 +43,11 @@ def stage_layers(
     if not engine:
         block.layer_norm = RMSNorm
     return block
+
+
+def _has_experts(mlp: Any) -> bool:
+    """`mlp` is how Megatron specifies a layer's: a ModuleSpec, or in newer releases a partial call."""
+    return (mlp.func if isinstance(mlp, partial) else mlp.module) is MoELayer
 
 
 def _with_bias(linear: type) -> type:
