@@ -45,6 +45,7 @@ class HttpEngine:
         """None: of more than one."""
         self._process: ServerProcess | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="megatron-rl-server-"))
+        self._watches: list[asyncio.Task[None]] = []
         self._under_way = 0
         self._silence_seconds = settings.hang_seconds
 
@@ -62,15 +63,17 @@ class HttpEngine:
             url = f"http://127.0.0.1:{port}"
             command, environment = COMMANDS[self.kind](self.launch, port, str(key), self._folder)
             self._process = await ServerProcess.start(command, environment)
-            self._watch_end = asyncio.create_task(self._lose_at_end(self._process))
+            self._watches.append(asyncio.create_task(self._lose_at_end(self._process)))
         self._server = SERVERS[self.kind](url, key)
         await self._while_there(self._until_alive())
-        self._watch_life = asyncio.create_task(self._lose_when_silent())
+        self._watches.append(asyncio.create_task(self._lose_when_silent()))
         _log(f"{self.kind} answers at {url}")
 
     async def close(self) -> None:
         """End the server if it is ours; returns when its processes are gone."""
         self._lose("it was closed")
+        for watch in self._watches:
+            watch.cancel()
         if self._process:
             await self._process.stop()
         await self._server.close()

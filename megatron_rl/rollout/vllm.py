@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerUnavailable, versions
+from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerRefused, ServerUnavailable, versions
 from megatron_rl.types import Generation, SamplingParams
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
-from megatron_rl.weight_sync.vllm_plugin import BACKEND
+from megatron_rl.weight_sync.vllm_plugin import BACKEND, EXTENSION
 
 CONTROL_SECONDS = 60.0
 """Longest time for a call that computes nothing."""
@@ -31,6 +31,7 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--tensor-parallel-size": str(launch.tensor_parallel),
         "--logprobs-mode": "processed_logprobs",  # those of the policy at the sampling temperature
         "--weight-transfer-config": json.dumps({"backend": BACKEND}),
+        "--worker-extension-cls": EXTENSION,
         "--generation-config": "vllm",  # else the model's folder may bring a top-p of its own
     }
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": key}
@@ -75,6 +76,7 @@ class VllmServer:
     async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
         body = {"init_info": {"members": [asdict(member) for member in members]}}
         await self._http.post("/init_weight_transfer_engine", body, timeout_seconds=timeout_seconds)
+        await self._raise_failure()
 
     async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
         portions = [
@@ -94,16 +96,28 @@ class VllmServer:
         await self._http.post("/start_weight_update", timeout_seconds=timeout_seconds)
         for portion in portions:
             await self._http.post("/update_weights", {"update_info": portion}, timeout_seconds=timeout_seconds)
-        body = {"weight_version": str(version)}
-        await self._http.post("/finish_weight_update", body, timeout_seconds=timeout_seconds)
+        await self._http.post("/finish_weight_update", timeout_seconds=timeout_seconds)  # also of half an update
+        await self._raise_failure()
         await self._http.post("/reset_prefix_cache", timeout_seconds=timeout_seconds)
+        await self._http.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=CONTROL_SECONDS)
+
+    async def _raise_failure(self) -> None:
+        for failures in await self._ask_workers("weight_failure", CONTROL_SECONDS):
+            if failures:
+                raise ServerRefused(failures[0])
+
+    async def _ask_workers(self, method: str, timeout_seconds: float) -> list[Any]:
+        """The answer of each."""
+        answer = await self._http.post("/collective_rpc", {"method": method}, timeout_seconds=timeout_seconds)
+        results: list[Any] = answer["results"]
+        return results
 
     async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
         """On CPU, vLLM keeps linear layers in a form of its own that cannot be read back: of a broadcast, what came is
         compared as well."""
         if self._took_checksums:
-            body = {"init_info": {"version": version, "checksums": sent.plain}}
-            await self._http.post("/init_weight_transfer_engine", body, timeout_seconds=timeout_seconds)
+            for received in await self._ask_workers("received_checksums", timeout_seconds):
+                compare(sent.plain, received, version)
         answer = await self._http.post("/weight_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds)
         held = {_rank_and_name(name): value for name, value in answer["checksums"].items() if value != _OF_NOTHING}
         return compare(sent.fused, held, version)

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, unflatten
-from megatron_rl.weight_sync.checksums import compare, sha256
+from megatron_rl.weight_sync.checksums import sha256
 from megatron_rl.weight_sync.transport import GroupMember
 
 
 @dataclass
-class Instruction:
-    """What is asked outside of an update; vLLM has one call for it."""
-
-    members: list[dict[str, Any]] | None = None
+class Groups:
     """The groups to be in, one a pipeline stage of the actor; those of before are left."""
-    checksums: dict[str, str] | None = None
-    """To compare the tensors of the last update with, as they came."""
-    version: int = 0
+
+    members: list[dict[str, Any]]
 
 
 @dataclass
@@ -41,30 +38,31 @@ class Portion:
     take_checksums: bool = False
 
 
-class Receiver(WeightTransferEngine[Instruction, Portion]):
-    """Loads each tensor as it comes; vLLM turns a layer into its own format when the layer is whole."""
+class Receiver(WeightTransferEngine[Groups, Portion]):
+    """Loads each tensor as it comes; vLLM turns a layer into its own format when the layer is whole.
 
-    init_info_cls = Instruction
+    A worker that raises takes vLLM down with it. So what goes wrong is kept, for `Extension` to tell who asks.
+    """
+
+    init_info_cls = Groups
     update_info_cls = Portion
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.received: dict[str, str] = {}
+        """Checksums of what came with the last update, where they were taken."""
+        self.failure: str | None = None
         self._groups: dict[str, dist.ProcessGroup] = {}
-        self._received: dict[str, str] = {}
-        self._unfinished = False
 
-    def init_transfer_engine(self, init_info: Instruction) -> None:
-        if init_info.checksums is not None:
-            compare(init_info.checksums, self._received, init_info.version)
-        if init_info.members is not None:
-            self.shutdown()
-            members = [GroupMember(**member) for member in init_info.members]
+    def init_transfer_engine(self, init_info: Groups) -> None:
+        self.shutdown()
+        self.failure = None
+        members = [GroupMember(**member) for member in init_info.members]
+        with self._keep_failure():
             self._groups = {member.name: process_group.join(member, self.parallel_config.rank) for member in members}
 
     def start_weight_update(self) -> None:
-        if self._unfinished:  # the last one broke off: its layers go back to what they were before, then all come anew
-            finalize_layerwise_reload(self.model, self.model_config)
-        self._unfinished, self._received = True, {}
+        self.failure, self.received = None, {}
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -74,10 +72,13 @@ class Receiver(WeightTransferEngine[Instruction, Portion]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: Portion) -> None:
-        for name, tensor in self._tensors(update_info):
-            if update_info.take_checksums:
-                self._received[name] = sha256(tensor)
-            self.model.load_weights([(name, tensor)])
+        if self.failure:
+            return
+        with self._keep_failure():
+            for name, tensor in self._tensors(update_info):
+                if update_info.take_checksums:
+                    self.received[name] = sha256(tensor)
+                self.model.load_weights([(name, tensor)])
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -85,7 +86,6 @@ class Receiver(WeightTransferEngine[Instruction, Portion]):
             for module in self.model.modules():
                 if isinstance(module, ParallelLMHead):  # a tied one has a packed copy, which nobody else renews
                     module.quant_method.process_weights_after_loading(module)
-        self._unfinished = False
 
     def _tensors(self, portion: Portion) -> Iterator[tuple[str, torch.Tensor]]:
         """Each with memory of its own: a layer may keep it until the rest of the layer has come."""
@@ -101,7 +101,27 @@ class Receiver(WeightTransferEngine[Instruction, Portion]):
         for name, tensor in unflatten(flat, specs):
             yield name, tensor.clone()
 
+    @contextmanager
+    def _keep_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError, SafetensorError) as error:
+            self.failure = f"{type(error).__name__}: {error}"
+
     def shutdown(self) -> None:
         for group in self._groups.values():
             process_group.leave(group)
         self._groups = {}
+
+
+class Extension:
+    """What a vLLM worker can be asked beside its own methods (`--worker-extension-cls`)."""
+
+    weight_transfer_engine: Receiver
+
+    def weight_failure(self) -> list[str]:
+        """Why the last update, or the last meeting of groups, failed here; empty when it did not."""
+        return [self.weight_transfer_engine.failure] if self.weight_transfer_engine.failure else []
+
+    def received_checksums(self) -> dict[str, str]:
+        return self.weight_transfer_engine.received
