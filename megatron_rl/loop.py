@@ -84,5 +84,5 @@ def learn(
         with run.phase("train"):
             updated = update(run, step, batch, samples, advantages, seen)
     with run.phase("weight_sync"):
-        run.sync_weights()
+        updated |= run.sync_weights()
     return batch, seen, selected | selection_overlap(run, batch, seen) | updated

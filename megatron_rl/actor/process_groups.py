@@ -100,6 +100,11 @@ def cp_rank() -> int:
     return parallel_state.get_context_parallel_rank()
 
 
+def is_first_replica() -> bool:
+    """Whether no rank before this one has the same shards."""
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
 def pp_rank() -> int:
     return parallel_state.get_pipeline_model_parallel_rank()
 

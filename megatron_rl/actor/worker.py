@@ -7,7 +7,7 @@ Every method is collective: the driver calls it on all ranks. Only the reporting
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +40,11 @@ from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.checkpoint.state import HeldState, RankState, export_stage
 from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
-from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport
-from megatron_rl.weight_sync.transport import WeightUpdate
+from megatron_rl.weight_sync.buckets import TensorSpec
+from megatron_rl.weight_sync.checksums import ChecksumTaker
+from megatron_rl.weight_sync.collective import CollectiveTransport
+from megatron_rl.weight_sync.folder import FolderTransport
+from megatron_rl.weight_sync.transport import GroupMember, Pushed, WeightTransport
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings, OptimizerSettings
@@ -62,6 +65,7 @@ class MegatronWorker:
         self.snapshots: dict[Snapshot, dict[str, Tensor]] = {}
         self.held: HeldState | None = None
         self.loss: lpreg.PolicyLoss | None = None
+        self.transport: WeightTransport | None = None
 
     def free_port(self, host: str) -> int:
         """One for the process group, at an address of this machine."""
@@ -221,16 +225,47 @@ class MegatronWorker:
 
     # ------------------------------------------------------------------ weights out and in
 
-    def push_weights(self, folder: Path, version: int, checksums: bool) -> WeightUpdate | None:
-        """Gather tensor by tensor to Hugging Face names and publish this stage's part."""
+    def publishes(self) -> bool:
+        """Whether this rank hands its pipeline stage's tensors out, for all who have them."""
+        return process_groups.tp_rank() == 0 and process_groups.is_first_replica()
+
+    def weight_specs(self) -> list[TensorSpec] | None:
+        """What `push_weights` will send, in its order."""
+        specs = [TensorSpec.of(name, tensor) for name, tensor in export_hf_weights(self.model, self.hf_config)]
+        return specs if self.publishes() else None
+
+    def connect_weights(self, places: Sequence[Path | GroupMember], bucket_bytes: int) -> None:
+        """Of each pipeline stage: the folder its weights go to, or its group with the engines, which must be joined by
+        them meanwhile."""
+        self.disconnect_weights()
+        if not self.publishes():
+            return
+        stage = process_groups.pp_rank()
+        place = places[stage]
+        if isinstance(place, Path):
+            self.transport = FolderTransport(place, stage, bucket_bytes)
+        else:
+            self.transport = CollectiveTransport(place, stage, bucket_bytes)
+        self.transport.connect()
+
+    def push_weights(self, version: int, checksums_for: int) -> Pushed | None:
+        """Send this stage's weights, gathered to Hugging Face names tensor by tensor. Raises WeightsNotSent.
+
+        checksums_for: tensor-parallel ranks of an engine; 0: no checksums.
+        """
         tensors = export_hf_weights(self.model, self.hf_config)
-        if not self._publishes:
-            for _ in tensors:  # the gathers are collective
+        try:
+            if self.transport is None:
+                return None
+            return self.transport.push(tensors, version, ChecksumTaker(checksums_for) if checksums_for else None)
+        finally:
+            for _ in tensors:  # the gathers are collective: who does not send, or stopped to, takes part all the same
                 pass
-            return None
-        transport = SharedMemoryTransport(folder, process_groups.pp_rank())
-        transport.connect()
-        return transport.push(tensors, version, checksums=checksums)
+
+    def disconnect_weights(self) -> None:
+        if self.transport is not None:
+            self.transport.close()
+        self.transport = None
 
     def write_state(self, folder: Path) -> RankPart:
         """This rank's share of a checkpoint, written a file at a time."""
@@ -258,9 +293,10 @@ class MegatronWorker:
 
     def export_hf(self, folder: Path) -> list[HfShard] | None:
         """This stage's files of a Hugging Face export; the driver writes the index."""
-        return export_stage(folder, self.model, self.hf_config, process_groups.pp_rank(), self._publishes)
+        return export_stage(folder, self.model, self.hf_config, process_groups.pp_rank(), self.publishes())
 
     def close(self) -> None:
+        self.disconnect_weights()
         process_groups.destroy()
 
     # ------------------------------------------------------------------ inside
@@ -268,10 +304,6 @@ class MegatronWorker:
     @property
     def _reports(self) -> bool:
         return process_groups.is_last_stage() and process_groups.tp_rank() == 0 and process_groups.cp_rank() == 0
-
-    @property
-    def _publishes(self) -> bool:
-        return process_groups.tp_rank() == 0 and process_groups.dp_rank() == 0 and process_groups.cp_rank() == 0
 
     def _state(self) -> RankState:
         return RankState(

@@ -17,7 +17,7 @@ from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.cluster.runtime import Nodes, host_process, results
-from megatron_rl.weight_sync.transport import WeightUpdate
+from megatron_rl.weight_sync.buckets import TensorSpec
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings, OptimizerSettings
@@ -43,6 +43,7 @@ class Actors:
     """All ranks of the Megatron actor. Its weights come by `load_hf`."""
 
     def __init__(self, settings: ActorSettings, layout: Layout, model_folder: Path, logs: Path, nodes: Nodes) -> None:
+        self.stages = layout.pipeline
         self.ranks = [
             host_process(
                 "megatron_rl.actor.worker:MegatronWorker",
@@ -124,8 +125,20 @@ class Actors:
         """Keep the weights as they are now under that name."""
         self._all("snapshot", name)
 
-    def push_weights(self, folder: Path, version: int, *, checksums: bool) -> WeightUpdate:
-        return WeightUpdate.merge(u for u in self._all("push_weights", folder, version, checksums) if u is not None)
+    def submit_weights(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
+        """Start `connect_weights`, `push_weights` or `disconnect_weights` on all ranks: engines take part meanwhile."""
+        return self._submit(method, *arguments)
+
+    def publishers(self) -> list[tuple[str, int]]:
+        """(address, free port) of the rank of each pipeline stage that sends its weights, in their order."""
+        chosen = [rank for rank, publishes in zip(self.ranks, self._all("publishes"), strict=True) if publishes]
+        hosts = results([rank.node_address.remote() for rank in chosen])
+        ports = results([rank.call.remote("free_port", host) for rank, host in zip(chosen, hosts, strict=True)])
+        return list(zip(hosts, ports, strict=True))
+
+    def weight_specs(self) -> list[list[TensorSpec]]:
+        """Of each pipeline stage, in their order."""
+        return [specs for specs in self._all("weight_specs") if specs is not None]
 
     def state_bytes(self) -> int:
         """What a checkpoint will take, about."""

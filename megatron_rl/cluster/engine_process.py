@@ -15,12 +15,15 @@ CLOSE_SECONDS = 15.0
 
 
 class EngineProcess:
-    """starting -> serving -> lost -> starting ... One that is starting, or lost, is asked nothing."""
+    """starting -> stale -> serving -> lost -> starting ... Only one that serves is asked for responses.
+
+    stale: it has started, but not the weights of the run.
+    """
 
     def __init__(self, number: int, make: Callable[[], Any], say: Callable[[str], None]) -> None:
         """make: a fresh process, hosting an engine that was not started yet."""
         self.number, self._make, self._say = number, make, say
-        self.state: Literal["starting", "serving", "lost"] = "lost"
+        self.state: Literal["starting", "stale", "serving", "lost"] = "lost"
         self.losses = 0
         """In a row, without serving in between."""
         self._retry_at = 0.0

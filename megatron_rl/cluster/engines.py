@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,13 @@ from megatron_rl.cluster.engine_process import EngineProcess, loss
 from megatron_rl.cluster.runtime import HostedAsync, Nodes, host_process, patience, results
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.engine import UpdateFailed
 from megatron_rl.rollout.server import ServerLaunch
 from megatron_rl.types import Generation, Prompt, SamplingParams
-from megatron_rl.weight_sync.transport import WeightUpdate
+from megatron_rl.weight_sync.checksums import WeightsDamaged
 
 POLL_SECONDS = 1.0
+HALF_UPDATED = (UpdateFailed, WeightsDamaged)
 
 
 class EnginesLost(UserError):
@@ -64,7 +66,8 @@ class Engines:
         self._calls: dict[ray.ObjectRef, Call] = {}
         self._answers: dict[int, list[Generation]] = {}
         self._submitted = 0
-        self._update: WeightUpdate | None = None
+        self.refresh: Callable[[], None] = self._serve_as_they_are
+        """Gives the weights of the run to engines that are stale."""
         self._served_at = time.monotonic()
         self._engines = [
             EngineProcess(i, partial(_make, rollout, launch, logs, nodes, i), say) for i in range(rollout.engines)
@@ -147,6 +150,8 @@ class Engines:
                 self._started(starting[ref])
             elif ref in self._calls:  # not given up with its engine a moment ago
                 self._answered(ref)
+        if self.stale:
+            self.refresh()
         self._replace_lost()
         self._dispatch()
         return bool(refs)
@@ -163,16 +168,12 @@ class Engines:
             self._answers[request.number] = group
 
     def _started(self, engine: EngineProcess) -> None:
-        """A replacement gets the weights that the others have before it is asked anything."""
         try:
             results([engine.started])
-            if self._update:
-                results([engine.call("update_weights", self._update)])
-                results([engine.call("resume")])
         except Exception as error:
             self._lose(engine, error)
         else:
-            engine.serve()
+            engine.state = "stale"
 
     def _lose(self, engine: EngineProcess, error: Exception) -> None:
         """Raises the error unless it says that the engine is lost."""
@@ -183,6 +184,11 @@ class Engines:
         for ref, call in list(self._calls.items()):
             if call.engine is engine:
                 self._queue += self._calls.pop(ref).requests
+
+    def _serve_as_they_are(self) -> None:
+        """Without a trainer: the weights are those of the folder that the engines were started from."""
+        for engine in self.ask(self.stale, "resume"):
+            engine.serve()
 
     def _replace_lost(self) -> None:
         if self._serving:
@@ -209,20 +215,37 @@ class Engines:
                 raise UserError(
                     f"engine {engine.number} did not start: {why}. Its log: {_log(logs, engine.number)}"
                 ) from error
-            engine.serve()
+            engine.state = "stale"
 
     # ------------------------------------------------------------------ weights
 
-    def update_weights(self, update: WeightUpdate) -> None:
-        """Every engine takes the update; one that cannot is lost, and its replacement will have it."""
-        self._update = update
-        for method, arguments in (("pause", ()), ("update_weights", (update,)), ("resume", ())):
-            refs = {engine: engine.call(method, *arguments) for engine in self._serving}
-            for engine, ref in refs.items():
-                try:
-                    results([ref])
-                except Exception as error:
+    @property
+    def stale(self) -> list[EngineProcess]:
+        """Engines that have started and wait for the weights of the run."""
+        return [engine for engine in self._engines if engine.state == "stale"]
+
+    @property
+    def running(self) -> list[EngineProcess]:
+        return [engine for engine in self._engines if engine.state in ("stale", "serving")]
+
+    def ask(self, engines: Iterable[EngineProcess], method: str, *arguments: Any) -> dict[EngineProcess, Any]:
+        """The answer of each, all at once. An engine that is lost on the way has none; the answer of one that has
+        half of an update is an exception."""
+        return self.ask_each({engine: (method, *arguments) for engine in engines})
+
+    def ask_each(self, calls: Mapping[EngineProcess, tuple[Any, ...]]) -> dict[EngineProcess, Any]:
+        """The same with a call for each: (method, arguments...)."""
+        refs = {engine: engine.call(*call) for engine, call in calls.items()}
+        answers = {}
+        for engine, ref in refs.items():
+            try:
+                answers[engine] = results([ref])[0]
+            except Exception as error:
+                if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, HALF_UPDATED):
+                    answers[engine] = error.cause
+                else:
                     self._lose(engine, error)
+        return answers
 
     def close(self) -> None:
         for engine in self._engines:

@@ -138,6 +138,13 @@ def _rollout(config: Config) -> Iterator[str]:
             f"rollout.server.urls: {len(rollout.server.urls)} servers are given for rollout.engines: "
             f"{rollout.engines}; give one each"
         )
+    transport = config.weight_sync.transport
+    if transport == "collective" and rollout.engine == "transformers":
+        yield "weight_sync.transport: collective is for rollout.engine: sglang or vllm; transformers reads a folder"
+    if transport == "shared_memory" and config.cluster.nodes > 1:
+        yield "weight_sync.transport: shared_memory reaches one node only, and cluster.nodes is more; set disk"
+    if transport not in ("disk", "auto") and config.weight_sync.folder:
+        yield f"weight_sync.folder: read by weight_sync.transport: disk only, not by {transport}"
 
 
 def _reward(config: Config) -> Iterator[str]:

@@ -14,6 +14,7 @@ from .fields import Betas, Count, FilePath, NonNegative, Positive, PositiveInt, 
 from .observability import ObservabilitySettings
 from .reward import RewardSettings
 from .rollout import RolloutSettings
+from .weight_sync import WeightSyncSettings
 
 
 class RunSettings(Section):
@@ -144,6 +145,7 @@ class Config(Section):
     data: DataSettings
     warm_start: WarmStartSettings | None = None
     rollout: RolloutSettings
+    weight_sync: WeightSyncSettings = WeightSyncSettings()
     reward: RewardSettings
     algorithm: AlgorithmSettings = AlgorithmSettings()
     actor: ActorSettings = ActorSettings()

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_rl.types import Generation, SamplingParams
-from megatron_rl.weight_sync.transport import WeightUpdate
+from megatron_rl.weight_sync.checksums import Checksums
+from megatron_rl.weight_sync.transport import GroupMember, WeightUpdate
 
 
 class EngineLost(Exception):
     """The engine is gone, hangs or fails: nothing more will come from it. Says why."""
+
+
+class UpdateFailed(Exception):
+    """The engine is well, but has half of an update: it serves again when it has the whole of one."""
 
 
 class RolloutEngine(Protocol):
@@ -28,7 +33,15 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, update: WeightUpdate) -> None:
-        """Take the weights; the next token is sampled from them. Raises when what was taken is not what was sent."""
+        """Take the weights, while paused; the next token is sampled from them. Raises UpdateFailed."""
+        ...
+
+    def verify_weights(self, version: int, sent: Checksums) -> int:
+        """Compare the weights held with those sent; returns how many tensors. Raises WeightsDamaged."""
+        ...
+
+    def join_groups(self, members: Sequence[GroupMember]) -> None:
+        """Be in these groups, and no longer in others, for updates that are broadcast; servers only."""
         ...
 
     def pause(self) -> None:

@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.observability import heartbeat
 from megatron_rl.rollout import sglang, vllm
-from megatron_rl.rollout.engine import EngineLost
-from megatron_rl.rollout.server import UNSYNCED, Server, ServerLaunch, ServerUnavailable
+from megatron_rl.rollout.engine import EngineLost, UpdateFailed
+from megatron_rl.rollout.server import UNSYNCED, Server, ServerLaunch, ServerRefused, ServerUnavailable
 from megatron_rl.rollout.server_process import ServerProcess, free_port
 from megatron_rl.types import Generation, SamplingParams
-from megatron_rl.weight_sync.transport import WeightUpdate
+from megatron_rl.weight_sync.checksums import Checksums
+from megatron_rl.weight_sync.transport import FolderUpdate, GroupMember, WeightUpdate
 
 T = TypeVar("T")
 
@@ -40,9 +41,11 @@ class HttpEngine:
     def __init__(self, kind: str, settings: ServerSettings, launch: ServerLaunch, url: str | None = None) -> None:
         """With a `url`, a server that runs already; `launch` is then not read."""
         self.kind, self.settings, self.launch, self.url = kind, settings, launch, url
-        self.version = UNSYNCED
+        self.version: int | None = UNSYNCED
+        """None: of more than one."""
         self._process: ServerProcess | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="megatron-rl-server-"))
+        self._watches: list[asyncio.Task[None]] = []
         self._under_way = 0
         self._silence_seconds = settings.hang_seconds
 
@@ -60,15 +63,17 @@ class HttpEngine:
             url = f"http://127.0.0.1:{port}"
             command, environment = COMMANDS[self.kind](self.launch, port, str(key), self._folder)
             self._process = await ServerProcess.start(command, environment)
-            self._watch_end = asyncio.create_task(self._lose_at_end(self._process))
+            self._watches.append(asyncio.create_task(self._lose_at_end(self._process)))
         self._server = SERVERS[self.kind](url, key)
         await self._while_there(self._until_alive())
-        self._watch_life = asyncio.create_task(self._lose_when_silent())
+        self._watches.append(asyncio.create_task(self._lose_when_silent()))
         _log(f"{self.kind} answers at {url}")
 
     async def close(self) -> None:
         """End the server if it is ours; returns when its processes are gone."""
         self._lose("it was closed")
+        for watch in self._watches:
+            watch.cancel()
         if self._process:
             await self._process.stop()
         await self._server.close()
@@ -92,19 +97,40 @@ class HttpEngine:
         await self._while_there(self._abort_until_idle())
 
     async def resume(self) -> None:
+        if self.version is None:
+            raise UpdateFailed("it has half of an update")
         self._open.set()
 
     async def update_weights(self, update: WeightUpdate) -> None:
-        """Take the weights, while paused. Raises EngineLost when it could not: it may have half of them."""
-        limit = self.settings.update_timeout_seconds
-        self._silence_seconds = max(limit, self.settings.hang_seconds)  # it may say nothing else meanwhile
-        try:
-            await self._while_there(self._server.load_weights(update.parts[0].parent, update.version, limit))
-        except ServerUnavailable as error:
-            raise self._lose(f"weights of version {update.version} did not arrive: {error}") from error
-        finally:
-            self._silence_seconds = self.settings.hang_seconds
+        """See `RolloutEngine`. It serves no more, and does not resume, until it has the whole of an update."""
+        limit, self.version = self.settings.update_timeout_seconds, None
+        if isinstance(update, FolderUpdate):
+            await self._control(self._server.load_weights(update, limit))
+        else:
+            await self._control(self._server.receive_weights(update, limit))
         self.version = update.version
+
+    async def verify_weights(self, version: int, sent: Checksums) -> int:
+        return await self._control(self._server.verify_weights(version, sent, self.settings.update_timeout_seconds))
+
+    async def join_groups(self, members: Sequence[GroupMember]) -> None:
+        await self._control(self._server.join_groups(members, self.settings.update_timeout_seconds))
+
+    async def _control(self, work: Awaitable[T]) -> T:
+        """The work's result. When it fails: UpdateFailed if the server is well otherwise, else EngineLost."""
+        limit = self.settings.hang_seconds
+        self._silence_seconds = max(limit, self.settings.update_timeout_seconds)  # it may say nothing else meanwhile
+        try:
+            return await self._while_there(work)
+        except (ServerUnavailable, ServerRefused) as error:
+            try:
+                async with asyncio.timeout(limit):
+                    await self._while_there(self._server.alive())
+            except (ServerUnavailable, TimeoutError):
+                raise self._lose(f"it does not answer after a failed update: {error}") from error
+            raise UpdateFailed(str(error)) from error
+        finally:
+            self._silence_seconds = limit
 
     async def _group(self, prompt: Sequence[int], sampling: SamplingParams) -> list[Generation]:
         answers = await self._ask(prompt, sampling)
@@ -115,7 +141,7 @@ class HttpEngine:
         while generation.finish_reason == "abort":
             done = len(generation.token_ids)
             if done == sampling.max_tokens:
-                return generation.followed_by(Generation([], [], "length", self.version))
+                return generation.followed_by(Generation([], [], "length", generation.weight_version))
             rest = sampling.reseeded(done).remaining(done)
             generation = generation.followed_by((await self._ask([*prompt, *generation.token_ids], rest))[0])
         return generation

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from megatron_rl.errors import UserError
 from megatron_rl.observability.rollouts import dumps
 from megatron_rl.types import Generation, Prompt, RewardResult, Sample, SamplingParams
-from megatron_rl.weight_sync.transport import WeightUpdate
 
 
 class Replay:
@@ -63,9 +62,6 @@ class NoEngines:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Never:
         raise UserError("a run that replays rollouts has no engine to sample with")
-
-    def update_weights(self, update: WeightUpdate) -> None:
-        """There is nobody to take them."""
 
     def close(self) -> None:
         """Nothing was opened."""

@@ -11,6 +11,8 @@ import httpx2
 
 from megatron_rl.errors import UserError
 from megatron_rl.types import Generation, SamplingParams
+from megatron_rl.weight_sync.checksums import Checksums
+from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 
 UNSYNCED = -1
 """Weight version of a server that still has the weights of the folder it was started from."""
@@ -62,8 +64,20 @@ class Server(Protocol):
 
     async def weight_version(self) -> int: ...
 
-    async def load_weights(self, folder: Path, version: int, timeout_seconds: float) -> None:
-        """Take the weights of a Hugging Face folder; nothing may be generating."""
+    async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
+        """Take weights from a folder; nothing may be generating."""
+        ...
+
+    async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
+        """Leave the groups of before and join these; returns when all members have."""
+        ...
+
+    async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
+        """Take weights that are broadcast meanwhile; nothing may be generating."""
+        ...
+
+    async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
+        """Compare what the model has with what was sent; returns how many tensors. Raises WeightsDamaged."""
         ...
 
     async def close(self) -> None: ...

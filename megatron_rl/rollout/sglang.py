@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerUnavailable, versions
 from megatron_rl.types import FinishReason, Generation, SamplingParams
+from megatron_rl.weight_sync.checksums import Checksums, compare
+from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 
 CONTROL_SECONDS = 60.0
 """Longest time for a call that computes nothing."""
@@ -46,6 +48,7 @@ class SglangServer:
 
     def __init__(self, url: str, key: str | None) -> None:
         self._http = HttpClient(url, key)
+        self._groups: list[str] = []
 
     async def alive(self) -> None:
         await self._http.get("/health_generate", timeout_seconds=CONTROL_SECONDS)
@@ -65,9 +68,55 @@ class SglangServer:
         info = await self._http.get("/model_info", timeout_seconds=CONTROL_SECONDS)
         return int(info["weight_version"])
 
-    async def load_weights(self, folder: Path, version: int, timeout_seconds: float) -> None:
-        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+    async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
+        body = {"model_path": str(update.folder), "weight_version": str(update.version), "flush_cache": True}
         await self._http.post("/update_weights_from_disk", body, timeout_seconds=timeout_seconds)
+
+    async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
+        for name in self._groups:
+            await self._http.post(
+                "/destroy_weights_update_group", {"group_name": name}, timeout_seconds=timeout_seconds
+            )
+        self._groups = [member.name for member in members]
+        for member in members:
+            body = {
+                "master_address": member.host,
+                "master_port": member.port,
+                "rank_offset": member.rank,
+                "world_size": member.size,
+                "group_name": member.name,
+                "backend": member.backend,
+            }
+            await self._http.post("/init_weights_update_group", body, timeout_seconds=timeout_seconds)
+
+    async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
+        await self._http.post("/begin_weight_update", {"selector": "target"}, timeout_seconds=timeout_seconds)
+        try:
+            calls = [(stage.group, bucket) for stage in update.stages for bucket in stage.buckets]
+            for number, (group, bucket) in enumerate(calls, start=1):
+                last = number == len(calls)
+                body = {
+                    "names": [spec.name for spec in bucket],
+                    "dtypes": [spec.dtype for spec in bucket],
+                    "shapes": [list(spec.shape) for spec in bucket],
+                    "group_name": group,
+                    "load_format": "flattened_bucket",
+                    "selector": "target",
+                    "flush_cache": last,
+                    "weight_version": str(update.version) if last else None,
+                }
+                await self._http.post("/update_weights_from_distributed", body, timeout_seconds=timeout_seconds)
+        finally:  # also after a failure: the next update begins with a session of its own
+            await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
+
+    async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
+        answer = await self._http.post("/weights_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds)
+        held = {
+            f"{rank['parallelism_info'][0]['tp_rank']}:{name}": value
+            for rank in answer["ranks"]
+            for name, value in rank["checksums"].items()
+        }
+        return compare(sent.fused, held, version)
 
     async def close(self) -> None:
         await self._http.close()

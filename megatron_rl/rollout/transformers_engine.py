@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_rl.observability import heartbeat
 from megatron_rl.types import FinishReason, Generation, SamplingParams
-from megatron_rl.weight_sync.transport import WeightUpdate
+from megatron_rl.weight_sync.checksums import Checksums, compare, sha256
+from megatron_rl.weight_sync.transport import FolderUpdate, WeightUpdate
 
 # A cache copy costs about as much as a decode step: retire rows once a fifth of the batch has finished.
 RETIRE_BELOW = 0.8
@@ -109,8 +110,9 @@ class TransformersEngine:
     @torch.no_grad()
     def update_weights(self, update: WeightUpdate) -> None:
         """See `RolloutEngine`. In place: the model's own tensors are overwritten, none is allocated."""
-        own = self.model.state_dict()
-        received: dict[str, int] = {}
+        if not isinstance(update, FolderUpdate):
+            raise TypeError("the embedded engine takes weights from a folder only")
+        own, taken = self.model.state_dict(), set()
         for name, tensor in update.tensors():
             if name not in own:
                 raise KeyError(f"weight update {update.version} has {name}, which the engine's model has not")
@@ -118,13 +120,20 @@ class TransformersEngine:
                 shapes = f"{list(tensor.shape)}, the engine's model {list(own[name].shape)}"
                 raise ValueError(f"weight update {update.version} has {name} as {shapes}")
             own[name].copy_(tensor)
-            received[name] = update.checksum(tensor)
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        missing = set(own) - set(received) - tied
+            taken.add(name)
+        missing = set(own) - taken - self._tied
         if missing:
             raise KeyError(f"weight update {update.version} leaves out {sorted(missing)[:5]}")
-        update.verify(received)
         self.version = update.version
+
+    def verify_weights(self, version: int, sent: Checksums) -> int:
+        held = {name: sha256(tensor) for name, tensor in self.model.state_dict().items() if name not in self._tied}
+        return compare(sent.plain, held, version)
+
+    @property
+    def _tied(self) -> set[str]:
+        """Names of tensors that are another's."""
+        return set(getattr(self.model, "all_tied_weights_keys", None) or ())
 
     def pause(self) -> None:
         self.paused = True

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerUnavailable, versions
+from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerRefused, ServerUnavailable, versions
 from megatron_rl.types import Generation, SamplingParams
+from megatron_rl.weight_sync.checksums import Checksums, compare
+from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
+from megatron_rl.weight_sync.vllm_plugin import BACKEND, EXTENSION
 
 CONTROL_SECONDS = 60.0
 """Longest time for a call that computes nothing."""
@@ -24,6 +30,8 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--max-model-len": str(launch.max_tokens),
         "--tensor-parallel-size": str(launch.tensor_parallel),
         "--logprobs-mode": "processed_logprobs",  # those of the policy at the sampling temperature
+        "--weight-transfer-config": json.dumps({"backend": BACKEND}),
+        "--worker-extension-cls": EXTENSION,
         "--generation-config": "vllm",  # else the model's folder may bring a top-p of its own
     }
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": key}
@@ -42,6 +50,7 @@ class VllmServer:
 
     def __init__(self, url: str, key: str | None) -> None:
         self._http = HttpClient(url, key)
+        self._took_checksums = False
 
     async def alive(self) -> None:
         await self.weight_version()  # /health does not notice an engine core that hangs
@@ -60,14 +69,70 @@ class VllmServer:
         info = await self._http.get("/weight_info", timeout_seconds=CONTROL_SECONDS)
         return _version(info["weight_version"])
 
-    async def load_weights(self, folder: Path, version: int, timeout_seconds: float) -> None:
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        await self._http.post("/collective_rpc", body, timeout_seconds=timeout_seconds)
-        await self._http.post("/reset_prefix_cache", timeout_seconds=CONTROL_SECONDS)
+    async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
+        await self._update([{"files": [str(part)]} for part in update.parts], update.version, timeout_seconds)
+        self._took_checksums = False
+
+    async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
+        body = {"init_info": {"members": [asdict(member) for member in members]}}
+        await self._http.post("/init_weight_transfer_engine", body, timeout_seconds=timeout_seconds)
+        await self._raise_failure()
+
+    async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
+        portions = [
+            {
+                "group": stage.group,
+                "bucket": [[spec.name, spec.dtype, list(spec.shape)] for spec in bucket],
+                "take_checksums": update.take_checksums,
+            }
+            for stage in update.stages
+            for bucket in stage.buckets
+        ]
+        await self._update(portions, update.version, timeout_seconds)
+        self._took_checksums = update.take_checksums
+
+    async def _update(self, portions: list[dict[str, Any]], version: int, timeout_seconds: float) -> None:
+        """By our own receiver in vLLM's processes (`weight_sync/vllm_receiver.py`)."""
+        await self._http.post("/start_weight_update", timeout_seconds=timeout_seconds)
+        for portion in portions:
+            await self._http.post("/update_weights", {"update_info": portion}, timeout_seconds=timeout_seconds)
+        await self._http.post("/finish_weight_update", timeout_seconds=timeout_seconds)  # also of half an update
+        await self._raise_failure()
+        await self._http.post("/reset_prefix_cache", timeout_seconds=timeout_seconds)
         await self._http.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=CONTROL_SECONDS)
+
+    async def _raise_failure(self) -> None:
+        for failures in await self._ask_workers("weight_failure", CONTROL_SECONDS):
+            if failures:
+                raise ServerRefused(failures[0])
+
+    async def _ask_workers(self, method: str, timeout_seconds: float) -> list[Any]:
+        """The answer of each."""
+        answer = await self._http.post("/collective_rpc", {"method": method}, timeout_seconds=timeout_seconds)
+        results: list[Any] = answer["results"]
+        return results
+
+    async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
+        """On CPU, vLLM keeps linear layers in a form of its own that cannot be read back: of a broadcast, what came is
+        compared as well."""
+        if self._took_checksums:
+            for received in await self._ask_workers("received_checksums", timeout_seconds):
+                compare(sent.plain, received, version)
+        answer = await self._http.post("/weight_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds)
+        held = {_rank_and_name(name): value for name, value in answer["checksums"].items() if value != _OF_NOTHING}
+        return compare(sent.fused, held, version)
 
     async def close(self) -> None:
         await self._http.close()
+
+
+_OF_NOTHING = hashlib.sha256().hexdigest()
+
+
+def _rank_and_name(name: str) -> str:
+    """`dp0:pp0:pcp0:tp1:model.norm.weight` -> `1:model.norm.weight`."""
+    *_, rank, tensor = name.split(":")
+    return f"{rank.removeprefix('tp')}:{tensor}"
 
 
 def _sampling(sampling: SamplingParams) -> dict[str, Any]:

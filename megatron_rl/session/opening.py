@@ -38,7 +38,7 @@ from megatron_rl.session.prepare import prepare
 from megatron_rl.session.resume import check_resumption, origin_of, resume
 from megatron_rl.session.run import Inputs, Run
 from megatron_rl.session.warm_start import warm_start
-from megatron_rl.weight_sync.shared_memory import shared_folder
+from megatron_rl.session.weights import open_weight_sync
 
 LONGEST_EXAMPLE = 2_000
 """Characters of a prompt that are shown before training."""
@@ -117,8 +117,7 @@ def open_run(config: Config) -> Iterator[Run]:
         shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # of a run that was killed
         nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))
         actors, engines = _start(config, choice, inputs, view, stack, nodes, resumes=state is not None)
-        weights_folder = shared_folder()
-        stack.callback(shutil.rmtree, weights_folder, ignore_errors=True)
+        weights = open_weight_sync(config, actors, engines, view, stack) if isinstance(engines, Engines) else None
         run = Run(
             config=config,
             folder=config.run.folder,
@@ -129,7 +128,7 @@ def open_run(config: Config) -> Iterator[Run]:
             actors=actors,
             engines=engines,
             replay=replay,
-            weights_folder=weights_folder,
+            weights=weights,
             saver=stack.enter_context(_saver(config, actors, view)),
             view=view,
             metrics=metrics,

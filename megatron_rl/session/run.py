@@ -15,6 +15,7 @@ from megatron_rl.checkpoint.manifest import DriverState
 from megatron_rl.checkpoint.save import Saver
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engines import Engines
+from megatron_rl.cluster.weight_sync import WeightSync
 from megatron_rl.config import Config
 from megatron_rl.config.evaluation import SuiteSettings
 from megatron_rl.data.cursor import Cursor
@@ -64,7 +65,8 @@ class Run:
     actors: Actors
     engines: Engines | NoEngines
     replay: Replay | None
-    weights_folder: Path
+    weights: WeightSync | None
+    """None where there are no engines."""
     saver: Saver
     view: View
     metrics: MetricsLog
@@ -75,8 +77,6 @@ class Run:
     resumed: bool = False
     weight_version: int = 0
     grading_metrics: dict[str, float] = field(default_factory=dict)
-    synced_version: int | None = None
-    """Of the weights that the engines have."""
 
     @property
     def temperature(self) -> float:
@@ -170,13 +170,16 @@ class Run:
             min_ratio=settings.min_lr_ratio,
         )
 
-    def sync_weights(self) -> None:
-        """Give the engines the actor's weights. The first time, every tensor's checksum is compared on both sides."""
-        if self.synced_version == self.weight_version:
-            return  # a step without an update
-        first = self.synced_version is None
-        self.engines.update_weights(self.actors.push_weights(self.weights_folder, self.weight_version, checksums=first))
-        self.synced_version = self.weight_version
+    def sync_weights(self) -> dict[str, float]:
+        """Give the engines the actor's weights; returns metrics. The first time, and every so often, the checksum of
+        every tensor is compared on both sides."""
+        if self.weights is None:
+            return {}
+        before, every = self.weights.version, self.config.weight_sync.verify_every
+        if before == self.weight_version:
+            return {}  # a step without an update
+        verify = before is None or (every > 0 and self.weight_version % every == 0)
+        return self.weights.sync(self.weight_version, verify=verify)
 
     def log(self, metrics: dict[str, float]) -> None:
         """A step's metrics, to file and screen; then the error of a checkpoint that could not be written meanwhile."""

@@ -25,7 +25,7 @@ from megatron_rl.checkpoint.convert.source import ByName, Weights
 from megatron_rl.checkpoint.families import entries, parameters
 from megatron_rl.checkpoint.weight_map import load_hf_weights
 from megatron_rl.errors import UserError
-from megatron_rl.weight_sync.transport import tensor_checksum
+from megatron_rl.weight_sync.checksums import tensor_checksum
 
 ROWS, LENGTH = 2, 32
 """Of the random tokens whose logits are compared."""

@@ -16,7 +16,7 @@ from megatron_rl.checkpoint.fusion import split
 from megatron_rl.checkpoint.hf_format import copy_all_but_weights
 from megatron_rl.checkpoint.hf_shards import finish_hf_folder, write_hf_shards
 from megatron_rl.checkpoint.torch_dist import write_torch_dist
-from megatron_rl.weight_sync.transport import tensor_checksum
+from megatron_rl.weight_sync.checksums import tensor_checksum
 
 
 @dataclass

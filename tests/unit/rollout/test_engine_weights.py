@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_rl.rollout.transformers_engine import TransformersEngine
 from megatron_rl.types import SamplingParams
-from megatron_rl.weight_sync.shared_memory import SharedMemoryTransport
-from megatron_rl.weight_sync.transport import WeightUpdate
+from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker, WeightsDamaged
+from megatron_rl.weight_sync.folder import FolderTransport
+from megatron_rl.weight_sync.transport import FolderUpdate
 
 SAMPLING = SamplingParams(n=3, max_tokens=6, temperature=1.0, stop_token_ids=(), seed=0)
 PROMPTS = [(1, 2), (3, 4, 5)]
@@ -23,15 +24,15 @@ def weights(engine: TransformersEngine) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in engine.model.state_dict().items() if name not in tied}
 
 
-def publish(folder: Path, tensors: dict[str, Tensor], version: int = 7) -> WeightUpdate:
+def publish(folder: Path, tensors: dict[str, Tensor], version: int = 7) -> tuple[FolderUpdate, Checksums]:
     """In two parts, as from two pipeline stages."""
     names = sorted(tensors)
-    parts = []
-    for part, own in enumerate((names[::2], names[1::2])):
-        transport = SharedMemoryTransport(folder, part)
-        transport.connect()
-        parts.append(transport.push(((name, tensors[name]) for name in own), version, checksums=True))
-    return WeightUpdate.merge(parts)
+    stages = []
+    for stage, own in enumerate((names[::2], names[1::2])):
+        transport = FolderTransport(folder, stage, bucket_bytes=1000)
+        stages.append(transport.push(((name, tensors[name]) for name in own), version, ChecksumTaker(1)))
+    update = FolderUpdate(version, tuple(part for stage in stages for part in stage.parts))
+    return update, Checksums.merge(stage.checksums for stage in stages if stage.checksums)
 
 
 def test_the_next_token_comes_from_the_new_weights(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -41,7 +42,9 @@ def test_the_next_token_comes_from_the_new_weights(model_folders: tuple[Path, Pa
     assert before != expected
     places = {name: tensor.data_ptr() for name, tensor in engine.model.state_dict().items()}
 
-    engine.update_weights(publish(tmp_path, weights(other)))
+    update, checksums = publish(tmp_path, weights(other))
+    engine.update_weights(update)
+    assert engine.verify_weights(7, checksums) == len(weights(other))
 
     after = engine.generate(PROMPTS, SAMPLING)
     for group, expected_group in zip(after, expected, strict=True):
@@ -58,7 +61,7 @@ def test_a_tensor_left_out_is_refused(model_folders: tuple[Path, Path], tmp_path
     tensors = weights(engine)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(KeyError, match=r"update 7 leaves out .*model\.layers\.1\.mlp\.up_proj\.weight"):
-        engine.update_weights(publish(tmp_path, tensors))
+        engine.update_weights(publish(tmp_path, tensors)[0])
     assert engine.health() == 0
 
 
@@ -66,7 +69,7 @@ def test_an_unknown_tensor_is_refused(model_folders: tuple[Path, Path], tmp_path
     engine = TransformersEngine(model_folders[0], "cpu", "float32")
     tensors = weights(engine) | {"model.layers.2.mlp.up_proj.weight": torch.zeros(2)}
     with pytest.raises(KeyError, match=r"update 7 has model\.layers\.2\.mlp\.up_proj\.weight"):
-        engine.update_weights(publish(tmp_path, tensors))
+        engine.update_weights(publish(tmp_path, tensors)[0])
 
 
 def test_a_tensor_of_another_shape_is_refused(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -75,22 +78,23 @@ def test_a_tensor_of_another_shape_is_refused(model_folders: tuple[Path, Path], 
     name = "model.embed_tokens.weight"
     tensors = weights(engine) | {name: torch.zeros(1, 32)}
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight as \[1, 32\].*\[50, 32\]"):
-        engine.update_weights(publish(tmp_path, tensors))
+        engine.update_weights(publish(tmp_path, tensors)[0])
 
 
 def test_a_damaged_part_is_found_out(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
     engine = TransformersEngine(model_folders[0], "cpu", "float32")
-    update = publish(tmp_path, weights(engine))
+    update, checksums = publish(tmp_path, weights(engine))
     data = bytearray(update.parts[0].read_bytes())
     data[-1] ^= 1
     update.parts[0].write_bytes(data)
-    with pytest.raises(RuntimeError, match=r"version 7 arrived damaged: 1 of \d+ tensors"):
-        engine.update_weights(update)
+    engine.update_weights(update)
+    with pytest.raises(WeightsDamaged, match=r"version 7 arrived damaged: 1 of \d+ tensors"):
+        engine.verify_weights(7, checksums)
 
 
 def test_bf16_weights_arrive_bit_for_bit(model_folders: tuple[Path, Path], tmp_path: Path) -> None:
     engine, other = (TransformersEngine(folder, "cpu", "bfloat16") for folder in model_folders)
-    engine.update_weights(publish(tmp_path, weights(other)))
+    engine.update_weights(publish(tmp_path, weights(other))[0])
     for name, tensor in other.model.state_dict().items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(engine.model.state_dict()[name], tensor), name

@@ -17,7 +17,7 @@ from megatron_rl.rollout.engine import EngineLost
 from megatron_rl.rollout.http_engine import HttpEngine
 from megatron_rl.rollout.server import ServerLaunch, ServerRefused
 from megatron_rl.types import SamplingParams
-from megatron_rl.weight_sync.transport import WeightUpdate
+from megatron_rl.weight_sync.transport import FolderUpdate
 from tests.unit.rollout.faulty_server import END_TOKEN, Script, faulty_server
 
 SAMPLING = SamplingParams(n=2, max_tokens=10, temperature=1.0, stop_token_ids=(END_TOKEN,), seed=0)
@@ -147,7 +147,7 @@ def test_a_log_prob_for_every_token(server: tuple[str, Script]) -> None:
 
 def test_a_paused_request_goes_on_with_the_new_weights(server: tuple[str, Script], tmp_path: Path) -> None:
     url, script = server
-    update = WeightUpdate(version=4, parts=(tmp_path / "part-0.safetensors",), checksums={}, bytes=0)
+    update = FolderUpdate(4, (tmp_path / "part-0.safetensors",))
 
     async def scenario() -> None:
         async with attached(url) as engine:

@@ -1,0 +1,239 @@
+"""Gives the engines the actor's weights: after every step, and to an engine that takes a lost one's place."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from megatron_rl.cluster.actors import Actors
+from megatron_rl.cluster.engine_process import EngineProcess
+from megatron_rl.cluster.engines import Engines
+from megatron_rl.cluster.runtime import results
+from megatron_rl.errors import UserError
+from megatron_rl.weight_sync.buckets import bucket_specs
+from megatron_rl.weight_sync.checksums import Checksums
+from megatron_rl.weight_sync.transport import (
+    CollectiveUpdate,
+    FolderUpdate,
+    GroupMember,
+    Pushed,
+    StageBuckets,
+    WeightsNotSent,
+)
+
+ATTEMPTS = 5
+"""Of one update, each with the engines that are left and have not got it."""
+
+Answers = dict[EngineProcess, Any]
+"""Of the engines that were not lost on the way. An exception is the answer of one that has half of an update."""
+
+
+class WeightSync(ABC):
+    """One a run; a subclass for each way that weights can go. An engine is paused while it takes an update, and serves
+    again only with the whole of it."""
+
+    def __init__(self, actors: Actors, engines: Engines, engine_ranks: int, say: Callable[[str], None]) -> None:
+        """engine_ranks: tensor-parallel ranks of an engine. say: told what went wrong and was mended."""
+        self.actors, self.engines, self.engine_ranks, self.say = actors, engines, engine_ranks, say
+        self.version: int | None = None
+        """Of the weights that the engines have."""
+        self.sent_bytes = 0
+        self.checksums: Checksums | None = None
+        """Of `version`, where they were asked for."""
+        engines.refresh = self.refresh
+
+    def sync(self, version: int, *, verify: bool) -> dict[str, float]:
+        """Bring every running engine to the actor's weights. Returns metrics. Raises UserError when it cannot be done.
+
+        verify: compare checksums of all weights, as sent and as held.
+        """
+        self.version, self.sent_bytes, self.checksums = version, 0, None
+        self._prepare(verify)
+        paused = time.perf_counter()
+        self._bring(self.engines.running, verify)
+        return {
+            "perf/seconds_engines_paused": time.perf_counter() - paused,
+            "weight_sync/bytes": float(self.sent_bytes),
+        }
+
+    def refresh(self) -> None:
+        """The same for engines that have started since; before the first `sync` there is nothing to bring."""
+        if self.version is not None:
+            self._bring(self._needed_for(self.engines.stale), verify=False)
+
+    def close(self) -> None:
+        results(self.actors.submit_weights("disconnect_weights"))
+
+    @abstractmethod
+    def _prepare(self, verify: bool) -> None:
+        """What can be done while engines generate."""
+
+    @abstractmethod
+    def _transfer(self, engines: list[EngineProcess], verify: bool) -> Answers:
+        """The paused engines take the update."""
+
+    @abstractmethod
+    def _needed_for(self, stale: list[EngineProcess]) -> list[EngineProcess]:
+        """The engines that take part when these get their weights."""
+
+    def _bring(self, engines: list[EngineProcess], verify: bool) -> None:
+        for _ in range(ATTEMPTS):
+            paused = self.engines.ask(engines, "pause")
+            answers = self._transfer(list(paused), verify) if paused else {}
+            if self.checksums:
+                whole = [engine for engine, answer in answers.items() if not isinstance(answer, Exception)]
+                answers |= self.engines.ask(whole, "verify_weights", self.version, self.checksums)
+            failed = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
+            for engine in self.engines.ask([engine for engine in answers if engine not in failed], "resume"):
+                engine.serve()
+            for engine, failure in failed.items():
+                self.say(f"engine {engine.number} has not got weight version {self.version} whole: {failure}")
+            engines = [engine for engine in failed if engine in self.engines.running]
+            if not engines:
+                return
+        raise UserError(
+            f"weights of version {self.version} did not arrive whole in {ATTEMPTS} attempts, last in engine "
+            f"{engines[0].number}: {failed[engines[0]]}. The engines' logs may say more; weight_sync.transport=disk "
+            "does without a network between actor and engines"
+        )
+
+    def _push(self, verify: bool) -> list[ray.ObjectRef]:
+        return self.actors.submit_weights("push_weights", self.version, self.engine_ranks if verify else 0)
+
+    def _pushed(self, refs: list[ray.ObjectRef]) -> list[Pushed]:
+        stages = [stage for stage in results(refs) if stage is not None]
+        self.sent_bytes += sum(stage.bytes for stage in stages)
+        checksums = [stage.checksums for stage in stages if stage.checksums is not None]
+        self.checksums = Checksums.merge(checksums) if checksums else None
+        return sorted(stages, key=lambda stage: stage.stage)
+
+
+class FolderSync(WeightSync):
+    """Through a folder. The actor writes while engines go on generating; only reading it stops them."""
+
+    def __init__(
+        self,
+        actors: Actors,
+        engines: Engines,
+        engine_ranks: int,
+        say: Callable[[str], None],
+        *,
+        folder: Path,
+        bucket_bytes: int,
+    ) -> None:
+        super().__init__(actors, engines, engine_ranks, say)
+        self._parts: tuple[Path, ...] = ()
+        results(actors.submit_weights("connect_weights", [folder] * actors.stages, bucket_bytes))
+
+    def _prepare(self, verify: bool) -> None:
+        self._parts = tuple(path for stage in self._pushed(self._push(verify)) for path in stage.parts)
+
+    def _transfer(self, engines: list[EngineProcess], verify: bool) -> Answers:
+        assert self.version is not None
+        return self.engines.ask(engines, "update_weights", FolderUpdate(self.version, self._parts))
+
+    def _needed_for(self, stale: list[EngineProcess]) -> list[EngineProcess]:
+        return stale  # what was sent last still lies there
+
+
+class CollectiveSync(WeightSync):
+    """Broadcast by the first rank of each pipeline stage, in a group of its own with all engines."""
+
+    def __init__(
+        self,
+        actors: Actors,
+        engines: Engines,
+        engine_ranks: int,
+        say: Callable[[str], None],
+        *,
+        backend: str,
+        bucket_bytes: int,
+        timeout_seconds: float,
+    ) -> None:
+        super().__init__(actors, engines, engine_ranks, say)
+        self._backend, self._bucket_bytes, self._timeout_seconds = backend, bucket_bytes, timeout_seconds
+        self._buckets = [bucket_specs(specs, bucket_bytes) for specs in actors.weight_specs()]
+        self._members: set[EngineProcess] = set()
+        self._stages: tuple[StageBuckets, ...] = ()
+
+    def _prepare(self, verify: bool) -> None:
+        """A broadcast has no use for it."""
+
+    def _transfer(self, engines: list[EngineProcess], verify: bool) -> Answers:
+        """All of them, or none: who is left of a group that broke meets the others anew."""
+        assert self.version is not None
+        if self._members != set(engines):
+            answers = self._meet(engines)
+            if failure := _failure(engines, answers):
+                return dict.fromkeys(answers, failure)
+        update = CollectiveUpdate(self.version, self._stages, take_checksums=verify)
+        pushing = self._push(verify)
+        answers = self.engines.ask(engines, "update_weights", update)
+        broken = _broken(pushing)
+        if not broken:
+            self._pushed(pushing)
+        if failure := _failure(engines, answers) or broken:
+            self._members = set()
+            return dict.fromkeys(answers, failure)
+        return answers
+
+    def _needed_for(self, stale: list[EngineProcess]) -> list[EngineProcess]:
+        return self.engines.running if stale else []  # a group has no room for one more
+
+    def _meet(self, engines: list[EngineProcess]) -> Answers:
+        """New groups, one a stage: its sender is rank 0, then come the engines' processes."""
+        results(self.actors.submit_weights("disconnect_weights"))
+        meeting = uuid.uuid4().hex[:8]  # a server that was attached to before knows older names
+        senders = [
+            GroupMember(
+                name=f"weights-{meeting}-{stage}",
+                host=host,
+                port=port,
+                backend=self._backend,
+                size=1 + len(engines) * self.engine_ranks,
+                rank=0,
+                timeout_seconds=self._timeout_seconds,
+            )
+            for stage, (host, port) in enumerate(self.actors.publishers())
+        ]
+        connecting = self.actors.submit_weights("connect_weights", senders, self._bucket_bytes)
+        calls = {}
+        for i, engine in enumerate(engines):
+            rank = 1 + i * self.engine_ranks
+            calls[engine] = ("join_groups", [replace(sender, rank=rank) for sender in senders])
+        answers = self.engines.ask_each(calls)
+        if broken := _broken(connecting):
+            return dict.fromkeys(answers, broken)
+        self._members = set(engines)
+        self._stages = tuple(
+            StageBuckets(sender.name, buckets) for sender, buckets in zip(senders, self._buckets, strict=True)
+        )
+        return answers
+
+
+def _broken(calls: list[ray.ObjectRef]) -> Exception | None:
+    """Why the actor could not do its part, if so."""
+    try:
+        results(calls)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, WeightsNotSent):
+            return error.cause
+        raise
+    return None
+
+
+def _failure(engines: Iterable[EngineProcess], answers: Answers) -> Exception | None:
+    """Why not all of the engines did it, if so."""
+    for engine in engines:
+        if engine not in answers:
+            return RuntimeError(f"engine {engine.number} was lost meanwhile")
+        if isinstance(answers[engine], Exception):
+            return answers[engine]
+    return None

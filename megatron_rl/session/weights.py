@@ -1,0 +1,48 @@
+"""The way that new weights take to the engines of a run."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from functools import partial
+
+from megatron_rl.cluster.actors import Actors
+from megatron_rl.cluster.engines import Engines
+from megatron_rl.cluster.weight_sync import CollectiveSync, FolderSync, WeightSync
+from megatron_rl.config import Config
+from megatron_rl.observability.view import View
+from megatron_rl.weight_sync.shared_memory import shared_folder
+
+
+def transport_of(config: Config) -> str:
+    """`weight_sync.transport`, auto decided."""
+    if config.weight_sync.transport != "auto":
+        return config.weight_sync.transport
+    if config.rollout.engine != "transformers" and config.actor.device != "cpu":
+        return "collective"
+    return "shared_memory" if config.cluster.nodes == 1 else "disk"
+
+
+def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: View, stack: ExitStack) -> WeightSync:
+    """What it leaves on disk or in memory goes with the stack."""
+    settings, server = config.weight_sync, config.rollout.server
+    ranks = server.tensor_parallel
+    bucket_bytes = settings.bucket_megabytes * 2**20
+    transport = transport_of(config)
+    if transport == "collective":
+        sync: WeightSync = CollectiveSync(
+            actors,
+            engines,
+            ranks,
+            view.message,
+            backend="gloo" if config.actor.device == "cpu" else "nccl",
+            bucket_bytes=bucket_bytes,
+            timeout_seconds=server.update_timeout_seconds,
+        )
+    else:
+        in_memory = transport == "shared_memory"
+        folder = shared_folder() if in_memory else (settings.folder or config.run.folder / "weights").resolve()
+        stack.callback(partial(shutil.rmtree, folder, ignore_errors=True))
+        sync = FolderSync(actors, engines, ranks, view.message, folder=folder, bucket_bytes=bucket_bytes)
+    stack.callback(sync.close)
+    return sync

@@ -1,0 +1,47 @@
+"""Weights broadcast to engines wherever they are: nccl between GPUs, gloo between CPUs."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megatron_rl.weight_sync import process_group
+from megatron_rl.weight_sync.buckets import bucketed, flatten
+from megatron_rl.weight_sync.checksums import ChecksumTaker
+from megatron_rl.weight_sync.transport import GroupMember, NamedTensors, Pushed, WeightsNotSent
+
+
+class CollectiveTransport:
+    """Implements `WeightTransport`: this stage is rank 0 of a group of its own with all engines.
+
+    The engines are told the buckets beforehand (`CollectiveUpdate`), so nothing but the weights travels.
+    """
+
+    def __init__(self, member: GroupMember, stage: int, bucket_bytes: int) -> None:
+        self.member, self.stage, self.bucket_bytes = member, stage, bucket_bytes
+        self._group: dist.ProcessGroup | None = None
+
+    def connect(self) -> None:
+        """Returns when all engines have joined. Raises WeightsNotSent when one does not."""
+        try:
+            self._group = process_group.join(self.member)
+        except RuntimeError as error:
+            raise WeightsNotSent(f"not all engines came to {self.member.name}: {error}") from error
+
+    def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
+        total = 0
+        for bucket in bucketed(tensors, self.bucket_bytes):
+            if taker:
+                for name, tensor in bucket:
+                    taker.add(name, tensor)
+            flat = flatten(bucket)
+            try:
+                dist.broadcast(flat, group=self._group, group_src=0)
+            except RuntimeError as error:
+                raise WeightsNotSent(f"weights of version {version} broke off after {total} bytes: {error}") from error
+            total += flat.nbytes
+        return Pushed(self.stage, total, checksums=taker.result() if taker else None)
+
+    def close(self) -> None:
+        if self._group is not None:
+            process_group.leave(self._group)
+            self._group = None

@@ -1,0 +1,127 @@
+"""The receiving side of weight updates, inside a vLLM worker. Nothing else imports vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_rl.weight_sync import process_group
+from megatron_rl.weight_sync.buckets import TensorSpec, unflatten
+from megatron_rl.weight_sync.checksums import sha256
+from megatron_rl.weight_sync.transport import GroupMember
+
+
+@dataclass
+class Groups:
+    """The groups to be in, one a pipeline stage of the actor; those of before are left."""
+
+    members: list[dict[str, Any]]
+
+
+@dataclass
+class Portion:
+    """What comes next: a bucket over a group, or files to read."""
+
+    group: str = ""
+    bucket: list[tuple[str, str, list[int]]] = field(default_factory=list)
+    """(name, type, shape) of each tensor."""
+    files: list[str] = field(default_factory=list)
+    take_checksums: bool = False
+
+
+class Receiver(WeightTransferEngine[Groups, Portion]):
+    """Loads each tensor as it comes; vLLM turns a layer into its own format when the layer is whole.
+
+    A worker that raises takes vLLM down with it. So what goes wrong is kept, for `Extension` to tell who asks.
+    """
+
+    init_info_cls = Groups
+    update_info_cls = Portion
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.received: dict[str, str] = {}
+        """Checksums of what came with the last update, where they were taken."""
+        self.failure: str | None = None
+        self._groups: dict[str, dist.ProcessGroup] = {}
+
+    def init_transfer_engine(self, init_info: Groups) -> None:
+        self.shutdown()
+        self.failure = None
+        members = [GroupMember(**member) for member in init_info.members]
+        with self._keep_failure():
+            self._groups = {member.name: process_group.join(member, self.parallel_config.rank) for member in members}
+
+    def start_weight_update(self) -> None:
+        self.failure, self.received = None, {}
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """As the base class has it, but for a synchronisation that fails where there is no accelerator."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: Portion) -> None:
+        if self.failure:
+            return
+        with self._keep_failure():
+            for name, tensor in self._tensors(update_info):
+                if update_info.take_checksums:
+                    self.received[name] = sha256(tensor)
+                self.model.load_weights([(name, tensor)])
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):  # a tied one has a packed copy, which nobody else renews
+                    module.quant_method.process_weights_after_loading(module)
+
+    def _tensors(self, portion: Portion) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each with memory of its own: a layer may keep it until the rest of the layer has come."""
+        for file in portion.files:
+            with safe_open(file, framework="pt", device=str(self.device)) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                    yield name, tensors.get_tensor(name)
+        if not portion.bucket:
+            return
+        specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in portion.bucket]
+        flat = torch.empty(sum(spec.nbytes for spec in specs), dtype=torch.uint8, device=self.device)
+        dist.broadcast(flat, group=self._groups[portion.group], group_src=0)
+        for name, tensor in unflatten(flat, specs):
+            yield name, tensor.clone()
+
+    @contextmanager
+    def _keep_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError, SafetensorError) as error:
+            self.failure = f"{type(error).__name__}: {error}"
+
+    def shutdown(self) -> None:
+        for group in self._groups.values():
+            process_group.leave(group)
+        self._groups = {}
+
+
+class Extension:
+    """What a vLLM worker can be asked beside its own methods (`--worker-extension-cls`)."""
+
+    weight_transfer_engine: Receiver
+
+    def weight_failure(self) -> list[str]:
+        """Why the last update, or the last meeting of groups, failed here; empty when it did not."""
+        return [self.weight_transfer_engine.failure] if self.weight_transfer_engine.failure else []
+
+    def received_checksums(self) -> dict[str, str]:
+        return self.weight_transfer_engine.received

@@ -1,0 +1,199 @@
+"""New weights in a real server, by every transport; and what happens to requests meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rl.rollout.engine import UpdateFailed
+from megatron_rl.rollout.http_engine import HttpEngine
+from megatron_rl.types import Generation
+from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
+from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker, WeightsDamaged
+from megatron_rl.weight_sync.collective import CollectiveTransport
+from megatron_rl.weight_sync.folder import FolderTransport
+from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember, Pushed, StageBuckets
+from tests.engines.conftest import Run
+from tests.engines.test_generate import PROMPTS, SAMPLING, largest_gap
+
+BUCKET = 300_000
+"""Bytes: an eighth of the model."""
+
+
+@pytest.fixture(scope="module")
+def other(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with weights of its own."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    shutil.copytree(model, folder)
+    torch.manual_seed(1)
+    weights = {name: torch.randn_like(w) * 0.2 for name, w in load_file(model / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def serving(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> Iterator[None]:
+    """After each test the engine serves the model on disk again."""
+    yield
+    run(engine.pause())
+    run(engine.update_weights(in_folder(tmp_path / "restored", model, 100)[0]))
+    run(engine.resume())
+
+
+def tensors(model: Path) -> list[tuple[str, torch.Tensor]]:
+    """As an actor sends them: q, k and v in this order, and so on."""
+    order = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+    weights = load_file(model / "model.safetensors")
+    names = sorted(
+        weights, key=lambda name: (name.split(".")[:3], [order.index(p) for p in name.split(".") if p in order])
+    )
+    return [(name, weights[name]) for name in names]
+
+
+def in_folder(folder: Path, model: Path, version: int) -> tuple[FolderUpdate, Checksums]:
+    transport = FolderTransport(folder, 0, BUCKET)
+    transport.connect()
+    pushed = transport.push(iter(tensors(model)), version, ChecksumTaker(1))
+    assert pushed.checksums and len(pushed.parts) > 3
+    return FolderUpdate(version, pushed.parts), pushed.checksums
+
+
+class Sender:
+    """An actor's rank, in a thread."""
+
+    def __init__(self, model: Path, group: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        self.model = model
+        self.member = GroupMember(group, "127.0.0.1", port, "gloo", size=2, rank=0, timeout_seconds=20.0)
+        self.transport = CollectiveTransport(self.member, 0, BUCKET)
+
+    def update(self, version: int) -> CollectiveUpdate:
+        specs = [TensorSpec.of(name, tensor) for name, tensor in tensors(self.model)]
+        stage = StageBuckets(self.member.name, bucket_specs(specs, BUCKET))
+        return CollectiveUpdate(version, (stage,), take_checksums=True)
+
+    def push(self, version: int, into: list[Pushed], upto: int | None = None) -> None:
+        into.append(self.transport.push(iter(tensors(self.model)[:upto]), version, ChecksumTaker(1)))
+
+
+def assert_serves(engine: HttpEngine, run: Run[Any], model: Path, version: int) -> None:
+    groups: list[list[Generation]] = run(engine.generate(PROMPTS, SAMPLING))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for generation in group:
+            assert largest_gap(model, prompt, generation, 1.0) < 1e-4
+            assert set(generation.weight_versions) == {version}
+
+
+def test_a_folder(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path) -> None:
+    update, checksums = in_folder(tmp_path, other, 3)
+    run(engine.pause())
+    run(engine.update_weights(update))
+    assert run(engine.verify_weights(3, checksums)) > 10
+    run(engine.resume())
+    assert run(engine.health()) == 3
+    assert_serves(engine, run, other, 3)
+
+
+def test_a_broadcast_twice(engine: HttpEngine, run: Run[Any], model: Path, other: Path) -> None:
+    sender = Sender(other, "weights-twice")
+    connecting = threading.Thread(target=sender.transport.connect)
+    connecting.start()
+    run(engine.pause())
+    run(engine.join_groups([replace(sender.member, rank=1)]))
+    connecting.join()
+    for version, source in ((4, other), (5, model)):
+        sender.model = source
+        run(engine.pause())
+        pushed: list[Pushed] = []
+        pushing = threading.Thread(target=sender.push, args=(version, pushed))
+        pushing.start()
+        run(engine.update_weights(sender.update(version)))
+        pushing.join()
+        checksums = pushed[0].checksums
+        assert checksums and run(engine.verify_weights(version, checksums)) > 10
+        run(engine.resume())
+        assert_serves(engine, run, source, version)
+    sender.transport.close()
+
+
+def test_weights_that_are_not_those_sent_are_found(
+    engine: HttpEngine, run: Run[Any], model: Path, other: Path, tmp_path: Path
+) -> None:
+    _, checksums = in_folder(tmp_path / "sent", other, 6)
+    update, _ = in_folder(tmp_path / "held", model, 6)
+    run(engine.pause())
+    run(engine.update_weights(update))
+    with pytest.raises(WeightsDamaged, match="version 6 arrived damaged"):
+        run(engine.verify_weights(6, checksums))
+
+
+def test_a_broadcast_that_breaks_off_serves_nothing_until_it_is_made_again(
+    engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path
+) -> None:
+    sender = Sender(other, "weights-broken")
+    connecting = threading.Thread(target=sender.transport.connect)
+    connecting.start()
+    run(engine.pause())
+    run(engine.join_groups([replace(sender.member, rank=1)]))
+    connecting.join()
+
+    def half() -> None:
+        sender.push(7, [], upto=12)
+        sender.transport.close()
+
+    pushing = threading.Thread(target=half)
+    pushing.start()
+    with pytest.raises(UpdateFailed):
+        run(engine.update_weights(sender.update(7)))
+    pushing.join()
+    with pytest.raises(UpdateFailed, match="half of an update"):
+        run(engine.resume())
+    update, checksums = in_folder(tmp_path, other, 7)
+    run(engine.update_weights(update))
+    assert run(engine.verify_weights(7, checksums)) > 10
+    run(engine.resume())
+    assert_serves(engine, run, other, 7)
+
+
+def test_requests_under_way_go_on_with_the_new_weights(
+    engine: HttpEngine, run: Run[Any], model: Path, other: Path, tmp_path: Path
+) -> None:
+    update, _ = in_folder(tmp_path, other, 8)
+    sampling = replace(SAMPLING, n=32, max_tokens=50, stop_token_ids=(94,))
+
+    async def scenario() -> list[list[Generation]]:
+        asking = asyncio.create_task(engine.generate([PROMPTS[0]] * 8, sampling))
+        await asyncio.sleep(0.25)
+        await engine.pause()
+        await engine.update_weights(update)
+        await engine.resume()
+        return await asking
+
+    before = run(engine.health())
+    policies = {before: model, 8: other}
+    groups = run(scenario())
+    assert [len(group) for group in groups] == [32] * 8
+    generations = [generation for group in groups for generation in group]
+    changed = [generation for generation in generations if generation.version_changes]
+    assert changed, "all were done before the update: the test sees nothing"
+    for generation in generations:
+        assert set(generation.weight_versions) <= policies.keys()
+        assert len(generation.token_ids) == 50 or generation.token_ids[-1] == 94
+    for generation in changed[:4]:
+        ((place, version),) = generation.version_changes
+        first = replace(generation, token_ids=generation.token_ids[:place], log_probs=generation.log_probs[:place])
+        assert largest_gap(model, PROMPTS[0], first, 1.0) < 1e-4
+        rest = Generation(generation.token_ids[place:], generation.log_probs[place:], "length", version)
+        assert largest_gap(other, (*PROMPTS[0], *first.token_ids), rest, 1.0) < 1e-4

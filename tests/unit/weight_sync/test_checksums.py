@@ -1,0 +1,94 @@
+"""Checksums of a server's tensors, from Hugging Face tensors that pass one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker, WeightsDamaged, compare, sha256
+
+LAYER = "model.layers.3"
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, VOCABULARY = 4, 2, 8, 32, 48, 70
+
+
+def model() -> dict[str, torch.Tensor]:
+    """In the order in which an actor sends."""
+    torch.manual_seed(0)
+    shapes = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        f"{LAYER}.self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+        f"{LAYER}.self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        f"{LAYER}.self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        f"{LAYER}.self_attn.q_proj.bias": (HEADS * HEAD_DIM,),
+        f"{LAYER}.self_attn.k_proj.bias": (KV_HEADS * HEAD_DIM,),
+        f"{LAYER}.self_attn.v_proj.bias": (KV_HEADS * HEAD_DIM,),
+        f"{LAYER}.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+        f"{LAYER}.mlp.gate_proj.weight": (FFN, HIDDEN),
+        f"{LAYER}.mlp.up_proj.weight": (FFN, HIDDEN),
+        f"{LAYER}.mlp.down_proj.weight": (HIDDEN, FFN),
+        f"{LAYER}.input_layernorm.weight": (HIDDEN,),
+        f"{LAYER}.mlp.experts.0.up_proj.weight": (FFN, HIDDEN),
+    }
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def taken(ranks: int) -> Checksums:
+    taker = ChecksumTaker(ranks)
+    for name, tensor in model().items():
+        taker.add(name, tensor)
+    return taker.result()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fused_tensors_are_those_of_each_rank(ranks: int) -> None:
+    sent, w = taken(ranks), model()
+    for rank in range(ranks):
+        qkv = torch.cat([w[f"{LAYER}.self_attn.{n}_proj.weight"].chunk(ranks)[rank] for n in "qkv"])
+        gate_up = torch.cat([w[f"{LAYER}.mlp.{n}_proj.weight"].chunk(ranks)[rank] for n in ("gate", "up")])
+        embedding = torch.zeros(128, HIDDEN)
+        embedding[:VOCABULARY] = w["model.embed_tokens.weight"]
+        held = {
+            "self_attn.qkv_proj.weight": qkv,
+            "self_attn.qkv_proj.bias": torch.cat(
+                [w[f"{LAYER}.self_attn.{n}_proj.bias"].chunk(ranks)[rank] for n in "qkv"]
+            ),
+            "self_attn.o_proj.weight": w[f"{LAYER}.self_attn.o_proj.weight"].chunk(ranks, 1)[rank],
+            "mlp.gate_up_proj.weight": gate_up,
+            "mlp.down_proj.weight": w[f"{LAYER}.mlp.down_proj.weight"].chunk(ranks, 1)[rank],
+            "input_layernorm.weight": w[f"{LAYER}.input_layernorm.weight"],
+        }
+        names = {f"{rank}:{LAYER}.{name}": sha256(tensor) for name, tensor in held.items()}
+        names[f"{rank}:model.embed_tokens.weight"] = sha256(embedding.chunk(ranks)[rank])
+        assert names == {name: value for name, value in sent.fused.items() if name.startswith(f"{rank}:")}
+
+
+def test_plain_ones_are_those_of_the_tensors() -> None:
+    assert taken(1).plain == {name: sha256(tensor) for name, tensor in model().items()}
+
+
+def test_a_tensor_that_lies_anywhere_has_the_checksum_of_its_values() -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    assert sha256(whole.T) == sha256(whole.T.contiguous()) != sha256(whole)
+    assert sha256(torch.zeros(0, 3)) == hashlib.sha256().hexdigest()
+
+
+def test_one_that_differs_is_named_and_shortened_ones_count() -> None:
+    sent = {"a": "0123456789", "b": "abcdef"}
+    assert compare(sent, {"a": "0123", "b": "abcdef", "buffer": "77"}, 4) == 2
+    with pytest.raises(WeightsDamaged, match="version 4 arrived damaged: 1 of 2 tensors differ, the first is b"):
+        compare(sent, {"a": "0123", "b": "abcdee"}, 4)
+
+
+@pytest.mark.parametrize("held", [{}, {"c": "1"}])
+def test_nothing_to_compare_is_no_proof(held: dict[str, str]) -> None:
+    with pytest.raises(WeightsDamaged, match="none of the names is known"):
+        compare({"a": "1"}, held, 1)
+    with pytest.raises(WeightsDamaged, match="1 of 1"):
+        compare({"a": "1"}, {"a": ""}, 1)
+
+
+def test_stages_are_merged() -> None:
+    merged = Checksums.merge([Checksums({"a": "1"}, {"0:a": "2"}), Checksums({"b": "3"}, {})])
+    assert merged == Checksums({"a": "1", "b": "3"}, {"0:a": "2"})

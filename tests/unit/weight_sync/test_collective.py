@@ -1,0 +1,103 @@
+"""The broadcast, between a sender and engines that are processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_rl.weight_sync import process_group
+from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
+from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
+from megatron_rl.weight_sync.collective import CollectiveTransport
+from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
+
+LIMIT = 400
+NAMES = ("a.b.weight", "a.c.weight", "a.d.weight")
+
+
+def tensors() -> list[tuple[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return [(name, torch.randn(30 + i, 2)) for i, name in enumerate(NAMES)]
+
+
+def member(port: int, rank: int, size: int, timeout_seconds: float) -> GroupMember:
+    return GroupMember("weights-test-0", "127.0.0.1", port, "gloo", size, rank, timeout_seconds)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def engine(mine: GroupMember, buckets_to_take: int, answer: Connection) -> None:
+    """A process with a group of its own, as an engine has, that takes so many buckets."""
+    port = free_port()
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, timeout=timedelta(seconds=30)
+    )
+    group = process_group.join(mine)
+    received: dict[str, str] = {}
+    specs = [TensorSpec.of(name, tensor) for name, tensor in tensors()]
+    for bucket in bucket_specs(specs, LIMIT)[:buckets_to_take]:
+        flat = torch.empty(sum(spec.nbytes for spec in bucket), dtype=torch.uint8)
+        dist.broadcast(flat, group=group, group_src=0)
+        received |= {name: sha256(tensor) for name, tensor in unflatten(flat, bucket)}
+    answer.send(received)
+
+
+def run(buckets_to_take: list[int], timeout_seconds: float = 30.0) -> tuple[CollectiveTransport, list[Any]]:
+    context = multiprocessing.get_context("spawn")
+    port, size = free_port(), 1 + len(buckets_to_take)
+    engines = []
+    for rank, count in enumerate(buckets_to_take, start=1):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=engine, args=(member(port, rank, size, timeout_seconds), count, theirs))
+        process.start()
+        engines.append((process, ours))
+    transport = CollectiveTransport(member(port, 0, size, timeout_seconds), 0, LIMIT)
+    transport.connect()
+    return transport, engines
+
+
+def end(engines: list[Any]) -> None:
+    for process, _ in engines:
+        process.kill()
+        process.join()
+
+
+def test_every_engine_gets_every_tensor() -> None:
+    transport, engines = run([3, 3])
+    try:
+        pushed = transport.push(iter(tensors()), 7, ChecksumTaker(1))
+        assert pushed.bytes == sum(tensor.nbytes for _, tensor in tensors())
+        assert pushed.checksums and len(pushed.checksums.plain) == len(NAMES)
+        for _, answer in engines:
+            assert answer.poll(30) and answer.recv() == pushed.checksums.plain
+    finally:
+        transport.close()
+        end(engines)
+
+
+def test_an_engine_that_dies_on_the_way_is_noticed() -> None:
+    transport, engines = run([3, 1])
+    try:
+        with pytest.raises(WeightsNotSent, match="weights of version 7 broke off"):
+            for _ in range(50):  # what one side has sent may lie in buffers for a while
+                transport.push(iter(tensors()), 7)
+    finally:
+        transport.close()
+        end(engines)
+
+
+def test_an_engine_that_does_not_come_is_noticed() -> None:
+    transport = CollectiveTransport(member(free_port(), 0, 2, 1.0), 0, LIMIT)
+    with pytest.raises(WeightsNotSent, match="not all engines came"):
+        transport.connect()

@@ -1,0 +1,98 @@
+"""What is written into a folder is what an engine reads from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rl.weight_sync.checksums import ChecksumTaker, WeightsDamaged, compare, sha256
+from megatron_rl.weight_sync.folder import FolderTransport
+from megatron_rl.weight_sync.transport import FolderUpdate, Pushed
+
+SMALL = 256
+"""Bytes: less than all tensors take together."""
+
+
+def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Signs, subnormals and infinities among them, a transposed view, and one number."""
+    torch.manual_seed(0)
+    values = torch.randn(64) * torch.logspace(-40, 38, 64)
+    values[:3] = torch.tensor([float("inf"), -0.0, float("-inf")])
+    return {
+        "w.a.weight": values.to(dtype),
+        "w.b.weight": torch.randn(3, 5).to(dtype).T,
+        "w.c.weight": torch.tensor(2.5, dtype=dtype),
+    }
+
+
+def push(folder: Path, stage: int = 0, *, version: int = 1, dtype: torch.dtype = torch.float32) -> Pushed:
+    transport = FolderTransport(folder / "made-on-connect", stage, SMALL)
+    transport.connect()
+    named = ((f"{stage}.{name}", tensor) for name, tensor in tensors(dtype).items())
+    return transport.push(named, version, ChecksumTaker(1))
+
+
+def update(*stages: Pushed) -> FolderUpdate:
+    return FolderUpdate(1, tuple(part for stage in stages for part in stage.parts))
+
+
+def held(stages: FolderUpdate) -> dict[str, str]:
+    return {name: sha256(tensor) for name, tensor in stages.tensors()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_pushed_arrives_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    pushed = push(tmp_path, dtype=dtype)
+    arrived, sent = dict(update(pushed).tensors()), tensors(dtype)
+    assert set(arrived) == {f"0.{name}" for name in sent}
+    for name, tensor in sent.items():
+        other = arrived[f"0.{name}"]
+        assert (other.dtype, other.shape) == (dtype, tensor.shape)
+        integers = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(other.view(integers), tensor.contiguous().view(integers))
+    assert pushed.bytes == sum(t.nbytes for t in sent.values())
+    assert pushed.checksums and compare(pushed.checksums.plain, held(update(pushed)), 1) == len(sent)
+
+
+def test_no_file_holds_more_than_a_bucket(tmp_path: Path) -> None:
+    pushed = push(tmp_path)
+    assert len(pushed.parts) == 2
+    assert {path.name for path in pushed.parts} == {f"stage-00-bucket-00{i}.safetensors" for i in range(2)}
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+    pushed = push(tmp_path)
+    assert pushed.checksums
+    path = pushed.parts[0]
+    whole = path.read_bytes()
+    for back in range(1, 200, 37):
+        damaged = bytearray(whole)
+        damaged[-back] ^= 0x40
+        path.write_bytes(damaged)
+        with pytest.raises(WeightsDamaged, match=r"weights of version 1 arrived damaged: 1 of 3 .* first is 0\."):
+            compare(pushed.checksums.plain, held(update(pushed)), 1)
+
+
+def test_the_files_of_all_stages_are_one_update(tmp_path: Path) -> None:
+    stages = [push(tmp_path, stage) for stage in range(3)]
+    names = [name for name, _ in update(*stages).tensors()]
+    assert sorted(names) == sorted(f"{stage}.{name}" for stage in range(3) for name in tensors(torch.float32))
+
+
+def test_a_later_version_replaces_the_earlier(tmp_path: Path) -> None:
+    transport = FolderTransport(tmp_path, 0, SMALL)
+    for version in (1, 2):
+        pushed = transport.push([("w", torch.full((2,), float(version)))], version)
+    assert [path.name for path in tmp_path.iterdir()] == ["stage-00-bucket-000.safetensors"]
+    assert dict(update(pushed).tensors())["w"].tolist() == [2.0, 2.0]
+    assert pushed.checksums is None
+
+
+def test_a_tensor_read_before_a_push_keeps_its_values(tmp_path: Path) -> None:
+    """The file is replaced, not written over: an engine may still have the old one mapped."""
+    transport = FolderTransport(tmp_path, 0, SMALL)
+    (_, mapped), *_ = update(transport.push([("w", torch.ones(1000))], 1)).tensors()
+    transport.push([("w", torch.zeros(1000))], 2)
+    assert mapped.eq(1).all()
