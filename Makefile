@@ -10,7 +10,7 @@ PIN    := -c constraints-cpu.txt
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark test test-browser test-slurm lint clean
+.PHONY: help setup quickstart benchmark test test-browser test-slurm image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,7 +35,7 @@ quickstart: setup ## train the Countdown example: make quickstart ARGS="algorith
 
 # Unit tests share the cores; a whole run starts several processes of its own, so those go one at a time.
 test: setup ## every test that needs no GPU
-	$(BIN)/pytest -m "not gpu and not e2e and not browser and not slurm" -n 2 --dist worksteal
+	$(BIN)/pytest -m "not gpu and not e2e and not browser and not slurm and not image" -n 2 --dist worksteal
 	$(BIN)/pytest -m "not gpu and e2e"
 
 test-browser: setup ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
@@ -51,6 +51,11 @@ test-slurm: setup ## train on a real Slurm of two nodes (on Debian, as root, it 
 benchmark: setup ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes)
 	$(BIN)/python benchmarks/token_stats.py --out runs/benchmarks/token_stats_cpu.json $(ARGS)
 	$(BIN)/python benchmarks/maths_reward.py --out runs/benchmarks/maths_reward.json
+
+image-test: setup ## build the CPU image and start it, without Docker (on Debian, as root, buildah is installed where missing)
+	@which buildah debootstrap >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
+	  buildah debootstrap; } || echo 'buildah could not be installed' >&2
+	$(BIN)/pytest -m image -rs tests/image
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check
