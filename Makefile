@@ -13,7 +13,7 @@ ENGINES_PIN := -c constraints-engines.txt
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark test test-browser test-slurm engines test-engines lint clean
+.PHONY: help setup quickstart benchmark test test-browser test-slurm engines test-engines image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,7 +38,7 @@ quickstart: setup ## train the Countdown example: make quickstart ARGS="algorith
 
 # Unit tests share the cores; a whole run starts several processes of its own, so those go one at a time.
 test: setup ## every test that needs no GPU
-	$(BIN)/pytest -m "not gpu and not e2e and not browser and not slurm and not engines" -n 2 --dist worksteal
+	$(BIN)/pytest -m "not gpu and not e2e and not browser and not slurm and not engines and not image" -n 2 --dist worksteal
 	$(BIN)/pytest -m "not gpu and e2e"
 
 test-browser: setup ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
@@ -76,6 +76,11 @@ test-engines: engines ## everything that needs real SGLang and vLLM servers, on 
 benchmark: setup ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes)
 	$(BIN)/python benchmarks/token_stats.py --out runs/benchmarks/token_stats_cpu.json $(ARGS)
 	$(BIN)/python benchmarks/maths_reward.py --out runs/benchmarks/maths_reward.json
+
+image-test: setup ## build the CPU image and start it, without Docker (on Debian, as root, buildah is installed where missing)
+	@which buildah debootstrap >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
+	  buildah debootstrap; } || echo 'buildah could not be installed' >&2
+	$(BIN)/pytest -m image -rs tests/image
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check

@@ -28,7 +28,10 @@ VARIANTS = {
     "one-node": ["cluster.nodes=1", "actor.data_parallel=1", "rollout.engines=4"],
     "pyxis": ["cluster.slurm={container: pyxis, image: nvcr.io#nvidia/pytorch:x, mounts: [/data, '/a:/b:ro']}"],
     "apptainer": ["cluster.slurm={container: apptainer, image: /images/x.sif, mounts: [/data]}"],
-    "site": ["cluster.slurm={partition: gpu, account: me, setup: ['module load x'], options: [--constraint=h100]}"],
+    "site": [
+        "cluster.slurm={partition: gpu, account: me, options: [--constraint=h100]}",
+        "cluster.slurm.setup=['module load x', source .venv/bin/activate]",
+    ],
     "awkward": [AWKWARD],
 }
 

@@ -1,0 +1,99 @@
+"""The CPU target, really built and started, without a Docker engine: buildah on a base made by debootstrap.
+
+Layers are kept under ~/.cache/megatron-rl/image, so that a second build takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.image, pytest.mark.timeout(1500)]
+
+ROOT = Path(__file__).parents[2]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron-rl/image"
+TASK = "/opt/megatron-rl/examples/quickstart/countdown.yaml"
+SHORT = (
+    "train.steps=1",
+    "warm_start.phases.0.steps=5",
+    "warm_start.phases.1.steps=2",
+    "evaluation.suites=null",
+    "evaluation.probes=null",
+)
+
+
+def missing() -> str | None:
+    """Why no image can be built here; None if one can."""
+    absent = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
+    if absent:
+        packages = "apt-get install -y --no-install-recommends buildah debootstrap"
+        return f"{', '.join(absent)} not installed; on Debian: {packages}"
+    return None if os.geteuid() == 0 else "making a base takes root"
+
+
+def buildah(*arguments: str, seconds: int = 1200) -> str:
+    store = ["--root", str(CACHE / "store"), "--runroot", str(CACHE / "run"), "--storage-driver", "overlay"]
+    command = ["buildah", *store, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def machine_mounts() -> list[str]:
+    """What this machine's pip and its certificates need inside the build: files, and folders that its settings name."""
+    files = [Path("/etc/ssl/certs"), Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf"]
+    words = " ".join(path.read_text() for path in files[1:] if path.is_file()).replace("file://", "").split()
+    folders = {Path(*Path(word).parts[:3]) for word in words if word.startswith("/opt/")}
+    there = [path for path in [*files, *sorted(folders)] if path.exists()]
+    return [argument for path in there for argument in ("--volume", f"{path}:{path}:ro")]
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[str]:
+    """Of the CPU image, built from this checkout."""
+    if reason := missing():
+        pytest.skip(f"THE IMAGE WAS NOT TESTED: {reason}")
+    base = CACHE / "base"
+    if "localhost/base" not in buildah("images"):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(base, ignore_errors=True)
+        bootstrap = ["debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", str(base)]
+        subprocess.run(bootstrap, check=True, capture_output=True, timeout=600)
+        scratch = buildah("from", "scratch").strip()
+        buildah("add", scratch, str(base), "/")
+        buildah("commit", scratch, "base")
+        buildah("rm", scratch)
+        shutil.rmtree(base)
+    arguments = ["--build-arg", "CPU_BASE=localhost/base", "--build-arg", "TORCH_INDEX="]
+    options = ["--format", "docker", "--isolation", "chroot", "--layers", "--target", "cpu", "--tag", "cpu"]
+    buildah("bud", *options, *arguments, *machine_mounts(), "--file", "docker/Dockerfile", ".")
+    name = buildah("from", "cpu").strip()
+    yield name
+    buildah("rm", name)
+
+
+def inside(container: str, *command: str) -> str:
+    return buildah("run", "--isolation", "chroot", container, "--", *command)
+
+
+def test_what_the_image_says_of_itself(container: str) -> None:
+    config = json.loads(buildah("inspect", "--type", "image", "cpu"))["Docker"]["config"]
+    assert config["User"] == "10001"
+    assert config["Entrypoint"] == ["megatron-rl"] and config["Cmd"] == ["train", TASK]
+    assert config["Healthcheck"]["Test"] == ["CMD", "megatron-rl", "doctor", "--quick"]
+
+
+def test_it_is_not_root_and_healthy(container: str) -> None:
+    assert inside(container, "id", "-u").strip() == "10001"
+    assert "nothing found that would stop a run" in inside(container, "megatron-rl", "doctor", "--quick")
+
+
+def test_the_quickstart_starts(container: str) -> None:
+    said = inside(container, "megatron-rl", "train", TASK, "run.name=image", *SHORT)
+    assert "step=1/1" in said and "largest logit difference" in said

@@ -1,0 +1,82 @@
+"""The recipes load, fit their GPUs, say the paper's settings, and the batch scripts beside them are up to date."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.cluster.slurm import write_script
+from megatron_rl.config import Config, load_config
+from megatron_rl.plan.hardware import GPUS, Assumptions
+from megatron_rl.plan.plan import Plan
+from megatron_rl.plan.setup import Setup
+from tests.unit.plan.conftest import MODELS
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted(
+    path.relative_to(ROOT) for path in (ROOT / "examples/recipes").glob("*/*.yaml") if path.name != "base.yaml"
+)
+ON = {"lp_reg_reference_on", "lp_reg_paper_on", "grpo_on", "entropy_bonus_on", "high_entropy_on"}
+METHODS_OFF = ("lp_reg_reference", "lp_reg_paper", "grpo", "gspo", "clip_higher", "kl_cov", "high_entropy")
+OFF = {f"{name}_off" for name in METHODS_OFF}
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def read(recipe: Path) -> Config:
+    model = "Qwen3-14B-Base" if "14b" in str(recipe) else "Qwen2.5-32B"
+    return load_config(recipe, [f"model.path={MODELS / model}"])
+
+
+def test_every_run_of_the_papers_table_is_there() -> None:
+    for model in ("qwen3-14b", "qwen2.5-32b"):
+        names = {recipe.stem for recipe in RECIPES if recipe.parent.name == model}
+        assert names >= ON | OFF
+    assert {read(recipe).cluster.nodes for recipe in RECIPES} == {4, 8}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_it_fits_with_room_to_spare_and_uses_every_gpu(recipe: Path) -> None:
+    config = read(recipe)
+    limit = config.rollout.max_response_tokens
+    for mean in (limit / 3, 0.7 * limit):
+        plan = Plan(Setup.of(config, GPUS["h100"], Assumptions(mean_prompt=200, mean_response=mean)))
+        assert plan.problems == []
+        assert max(rank.peak for rank in plan.actor) < 0.9 * plan.setup.gpu.memory
+        assert not any("nothing to do" in remark for remark in plan.remarks)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_it_says_the_published_settings(recipe: Path) -> None:
+    config = read(recipe)
+    rollout, optimizer, train = config.rollout, config.actor.optimizer, config.train
+    assert (rollout.prompts_per_step, rollout.samples_per_prompt, rollout.max_response_tokens) == (256, 8, 8192)
+    assert (config.data.max_prompt_tokens, config.data.long_prompts) == (2048, "truncate_left")
+    assert rollout.temperature == 1.0
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_grad, optimizer.schedule) == (1e-6, 0, 1.0, "constant")
+    assert train.updates_per_rollout == (8 if "_off" in recipe.stem else 1)
+    assert train.steps == (1005 if "14b" in str(recipe) else 800)
+    assert config.algorithm.reference_kl.coefficient == 0 and config.algorithm.overlong.buffer_tokens == 0
+    assert recipe.stem.startswith(config.algorithm.name)
+    if config.algorithm.name == "lp_reg":
+        assert config.algorithm.lp_reg.rho == (None if "14b" in str(recipe) else 0.005)
+        assert config.algorithm.preset in recipe.stem
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_script_beside_it_is_what_the_command_writes(recipe: Path, tmp_path: Path) -> None:
+    written = write_script(recipe, [], output=tmp_path / "fresh.sbatch", seeds=None)
+    kept = recipe.with_suffix(".sbatch")
+    assert kept.read_text() == written.read_text(), f"megatron-rl slurm {recipe} --output {kept}"
+
+
+def test_shellcheck_finds_nothing_in_any_of_them() -> None:
+    scripts = [recipe.with_suffix(".sbatch") for recipe in RECIPES]
+    done = subprocess.run([Path(sys.executable).with_name("shellcheck"), *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
