@@ -62,7 +62,7 @@ def measure(settings: ActorSettings, batch: Rows, model_folder: Path, rank: int,
     found = {
         "parameters": sum(parameter.numel() for parameter in worker.model.parameters()),
         "weights": storage(worker.model.parameters()),
-        "gradients": storage(buffer.grad_data for buffer in worker.ddp.buffers),
+        "gradients": storage(buffer.grad_data for chunk in worker.chunks for buffer in chunk.buffers),
         "moments": storage(value for value in moments if isinstance(value, Tensor)),
         "main weights": storage(worker.optimizer._main_weights()),
         "log-probs": peak(lambda: worker.score(batch, 1.0)),
