@@ -55,6 +55,8 @@ class Actors:
             )
             for rank, node in enumerate(nodes.placement.actors)
         ]
+        if nodes.placement.shared:
+            nodes.rank_devices = results([rank.devices.remote() for rank in self.ranks])
         host = results([self.ranks[0].node_address.remote()])[0]
         port = results([self.ranks[0].call.remote("free_port", host)])[0]
         self.description: str = self._all("start", host, port, model_folder)[0]

@@ -268,6 +268,7 @@ def _make(rollout: RolloutSettings, launch: ServerLaunch, logs: Path, nodes: Nod
         nodes=nodes,
         node=placement.engines[number],
         gpus=placement.engine_gpus,
+        devices=nodes.engine_devices(number),
         **({} if rollout.engine == "transformers" else {"hosted": HostedAsync}),
     )
 

@@ -41,6 +41,8 @@ class Nodes:
         self.placement = placement
         self.bundles = {node: index for index, node in enumerate(placement.nodes)}
         wanted = [_resources(placement.processes(node), placement.gpus(node)) for node in placement.nodes]
+        self.rank_devices: list[str] = []
+        """CUDA_VISIBLE_DEVICES of each actor rank, once they have started, where engines share their GPUs."""
         self.group = placement_group(wanted, strategy="STRICT_SPREAD")
         if not self.group.wait(NODES_TIMEOUT_SECONDS):
             remove_placement_group(self.group)
@@ -52,6 +54,11 @@ class Nodes:
     @property
     def many(self) -> bool:
         return len(self.bundles) > 1
+
+    def engine_devices(self, number: int) -> str | None:
+        """CUDA_VISIBLE_DEVICES of an engine that shares its GPUs with the actor; None where it has GPUs of its own."""
+        shared = self.placement.shared
+        return ",".join(self.rank_devices[rank] for rank in shared[number]) if shared else None
 
     def close(self) -> None:
         remove_placement_group(self.group)
@@ -134,6 +141,10 @@ class Hosted:
         """Where processes on other nodes of this run reach this one."""
         return self.address
 
+    def devices(self) -> str:
+        """What Ray lets this process see of its node's GPUs."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
 
 class HostedAsync(Hosted):
     """One whose methods are coroutines: any number of calls at a time, on one event loop."""
@@ -158,10 +169,17 @@ def host_process(
     nodes: Nodes,
     node: int,
     gpus: int,
+    devices: str | None = None,
     hosted: type[Hosted] = Hosted,
 ) -> Any:
-    """A process for one `package.module:Class`; one thread each on CPU, since several share a machine."""
+    """A process for one `package.module:Class`; one thread each on CPU, since several share a machine.
+
+    devices: GPUs of another process, to use beside it; Ray is then asked for none.
+    """
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+    if devices is not None:
+        gpus = 0
+        environment |= {"CUDA_VISIBLE_DEVICES": devices, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     actor = ray.remote(concurrency_groups={BACKGROUND: 1})(hosted).options(  # type: ignore[call-overload]
         num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": environment}, scheduling_strategy=nodes.strategy(node)
     )

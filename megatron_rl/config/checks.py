@@ -138,6 +138,8 @@ def _rollout(config: Config) -> Iterator[str]:
             f"rollout.server.urls: {len(rollout.server.urls)} servers are given for rollout.engines: "
             f"{rollout.engines}; give one each"
         )
+    if rollout.server.urls and config.cluster.colocate:
+        yield "cluster.colocate: servers that run elsewhere (rollout.server.urls) share no GPUs with the actor"
     transport = config.weight_sync.transport
     if transport == "collective" and rollout.engine == "transformers":
         yield "weight_sync.transport: collective is for rollout.engine: sglang or vllm; transformers reads a folder"

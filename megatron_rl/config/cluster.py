@@ -46,6 +46,8 @@ class ClusterSettings(Section):
     """Machines. A tensor-parallel group, or an engine, is never split over two."""
     gpus_per_node: PositiveInt = 8
     """GPUs of a machine that the run may use. On CPU, processes are shared out evenly over the machines instead."""
+    colocate: bool = False
+    """Engines use the actor's GPUs in turns with it, instead of GPUs of their own. On CPU nothing goes elsewhere."""
     gpu: Literal["h100", "h200", "h20", "a100", "a100_40"] = "h100"
     """Kind of GPU (a100 has 80 GB, a100_40 40), whose memory and rates `megatron-rl plan` counts with."""
     slurm: SlurmSettings = SlurmSettings()

@@ -12,8 +12,8 @@ from megatron_rl.config.cluster import ClusterSettings
 from megatron_rl.errors import UserError
 
 
-def cluster(nodes: int, gpus: int = 8) -> ClusterSettings:
-    return ClusterSettings(nodes=nodes, gpus_per_node=gpus)
+def cluster(nodes: int, gpus: int = 8, *, colocate: bool = False) -> ClusterSettings:
+    return ClusterSettings(nodes=nodes, gpus_per_node=gpus, colocate=colocate)
 
 
 def test_ranks_fill_nodes_in_order_and_engines_the_rest() -> None:
@@ -31,6 +31,38 @@ def test_a_group_leaves_a_gap_rather_than_being_split() -> None:
     placed = place(Layout(tensor=3, data=3), engines=1, cluster=cluster(2), engine_gpus=1, on_gpu=True)
     assert placed.actors == (0,) * 6 + (1,) * 3
     assert placed.engines == (0,)
+
+
+def test_engines_on_the_actors_gpus_keep_to_their_node_and_need_no_others() -> None:
+    together = cluster(2, colocate=True)
+    placed = place(Layout(tensor=4, data=4), engines=8, cluster=together, engine_gpus=2, on_gpu=True)
+    assert placed.shared == tuple((rank, rank + 1) for rank in range(0, 16, 2))
+    assert placed.engines == (0,) * 4 + (1,) * 4
+    assert [placed.gpus(node) for node in placed.nodes] == [8, 8]
+    assert [placed.processes(node) for node in placed.nodes] == [12, 12]
+    with pytest.raises(UserError, match=r"rollout.engines: 9 .* room for 8"):
+        place(Layout(tensor=4, data=4), engines=9, cluster=together, engine_gpus=2, on_gpu=True)
+    on_cpu = place(Layout(tensor=2), engines=2, cluster=together, engine_gpus=0, on_gpu=False)
+    assert on_cpu.shared == ()
+
+
+@given(
+    tensor=st.sampled_from([1, 2, 3, 4, 8]),
+    groups=st.integers(1, 12),
+    engine_gpus=st.sampled_from([1, 2, 4, 8]),
+    engines=st.integers(1, 16),
+)
+def test_no_gpu_is_shared_by_two_engines(tensor: int, groups: int, engine_gpus: int, engines: int) -> None:
+    try:
+        placed = place(
+            Layout(tensor=tensor, data=groups), engines, cluster(6, colocate=True), engine_gpus=engine_gpus, on_gpu=True
+        )
+    except UserError:
+        return
+    used = [rank for ranks in placed.shared for rank in ranks]
+    assert len(placed.shared) == engines and len(set(used)) == len(used) == engines * engine_gpus
+    for engine, ranks in enumerate(placed.shared):
+        assert {placed.actors[rank] for rank in ranks} == {placed.engines[engine]}
 
 
 def test_an_engine_that_runs_elsewhere_takes_no_gpu() -> None:
