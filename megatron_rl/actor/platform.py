@@ -163,6 +163,13 @@ def describe() -> str:
     return f"{_device}, megatron-core {megatron_version()}, {layers}, {apex}"
 
 
+def device_name() -> str:
+    """As the driver calls the device, after `prepare`; of a CPU just that."""
+    if _device is None:
+        raise RuntimeError("call prepare() first")
+    return torch.cuda.get_device_name(_device) if _device.type == "cuda" else "cpu"
+
+
 def megatron_version() -> str:
     """Raises UserError when megatron-core is not installed."""
     try:

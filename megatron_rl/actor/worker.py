@@ -112,6 +112,10 @@ class MegatronWorker:
         self.chunks = wrap_chunks(chunks, distributed_optimizer=spread)
         return platform.describe()
 
+    def device_name(self) -> str:
+        """Of this rank."""
+        return platform.device_name()
+
     def load_hf(self, folder: Path) -> None:
         """Weights from a Hugging Face folder. The optimizer must be built anew afterwards."""
         load_hf_weights(self.model, self.hf_config, open_weights(folder))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_rl.batching.rows import Array, Rows
 from megatron_rl.checkpoint.hf_format import copy_all_but_weights
@@ -41,6 +42,7 @@ def largest_logit_difference(folder: Path, rows: Rows, actor_logits: Array, dtyp
 
     actor_logits [T, V], as the actor computed them.
     """
+    disable_progress_bar()  # transformers' own, of loading: it would write over the view
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     model.eval()
     reloaded = [

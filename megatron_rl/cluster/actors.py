@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.results import Snapshot, Sums, Table, TrainResult, Weights, add_up
 from megatron_rl.batching.rows import Rows
 from megatron_rl.batching.stored_proxy import StoredProxy
+from megatron_rl.checkpoint.hf_format import read_config
 from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.cluster.runtime import Nodes, host_process, results
+from megatron_rl.plan.flops import pass_flops
+from megatron_rl.plan.hardware import known_gpu
 from megatron_rl.weight_sync.buckets import TensorSpec
 
 if TYPE_CHECKING:
@@ -60,12 +64,26 @@ class Actors:
         host = results([self.ranks[0].node_address.remote()])[0]
         port = results([self.ranks[0].call.remote("free_port", host)])[0]
         self.description: str = self._all("start", host, port, model_folder)[0]
+        self.gpu = known_gpu(results([self.ranks[0].call.remote("device_name")])[0])
+        """None on a CPU, and on a GPU of unknown rate."""
+        self._model = Architecture.from_hf(read_config(model_folder))
+        self._flops = 0.0
 
     def _submit(self, method: str, *args: Any) -> list[ray.ObjectRef]:
         return [rank.call.remote(method, *args) for rank in self.ranks]
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return results(self._submit(method, *args))
+
+    def take_flops(self) -> float:
+        """Operations of the model's passes over the batches since the last call, all ranks together; what is computed
+        again in the backward to save memory is not among them."""
+        flops, self._flops = self._flops, 0.0
+        return flops
+
+    def _count(self, batch: Rows, passes: int) -> None:
+        """passes: forwards; a backward is worth two."""
+        self._flops += passes * pass_flops(self._model, batch.lengths.tolist(), batch.num_response_tokens)
 
     def prepare(self, loss: LossChoice | None, optimizer: OptimizerSettings) -> None:
         """A policy loss (None: supervised training) and a fresh optimizer for it."""
@@ -85,6 +103,7 @@ class Actors:
         self, batch: Rows, *, lr: float, denominator: float, temperature: float = 1.0
     ) -> list[ray.ObjectRef]:
         """Start a step without waiting: ranks take calls in order, so the next batch can be made meanwhile."""
+        self._count(batch, passes=3)
         return self._submit("train", ray.put(batch), lr, denominator, temperature)
 
     def train_result(self, refs: list[ray.ObjectRef], batch: Rows) -> StepResult:
@@ -104,6 +123,7 @@ class Actors:
         self, batch: Rows, *, temperature: float = 1.0, weights: Weights = "current"
     ) -> tuple[dict[str, np.ndarray], StoredProxy]:
         """As `score`; and the proxy of the tokens that the batch marks as `proxy_wanted`."""
+        self._count(batch, passes=1)
         tables = self._all("score", ray.put(batch), temperature, weights) if len(batch) else []
         return merge_tables(batch, [table for table in tables if table is not None])
 

@@ -70,7 +70,8 @@ class ObservabilitySettings(Section):
     mlflow: MlflowSettings | None = None
     """Send metrics to MLflow."""
     rollouts_every: Count = 10
-    """Steps between dumps of a step's rollouts; 0: none."""
+    """Steps between dumps of a step's rollouts; 0: none. One that would make dumps cost more than 2 % of the run's time
+    is left out, but with 1 every step has its dump, which a replay needs."""
     profile: list[PositiveInt] = Field(default_factory=list)
     """Steps at which every actor rank writes a torch-profiler trace and tables to the run folder's `profile`."""
     rollouts_tokens: PositiveInt = 2_000_000

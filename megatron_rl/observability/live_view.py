@@ -31,6 +31,7 @@ STEP_ROWS = {
     "response_length/truncated_fraction": "truncated share",
     "lpreg/selected_fraction": "selected share",
     "perf/tokens_per_second": "tokens/s",
+    "perf/model_flops_utilisation": "actor's utilisation",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,33 @@ from megatron_rl.observability.files import atomically
 from megatron_rl.observability.rollouts import write_rollouts
 from megatron_rl.types import Sample
 
+MOST_TIME = 0.02
+"""Share of a run's time that dumps may take, unless every step is to have one."""
 CANDIDATES = 64
 CANDIDATE_ROWS, CANDIDATE_TOKENS, CANDIDATE_POSITIONS = 8, 512, 512
 """The sample whose next-token candidates are recorded: rows, tokens of each, positions of all."""
+
+
+@dataclass
+class Cost:
+    """What recording has cost so far, in seconds, and whether there is time for more of it."""
+
+    run: float = 0.0
+    """All steps."""
+    recording: float = 0.0
+    last: float = 0.0
+    """Of the last dump; the next is taken to cost as much."""
+
+    def step(self, seconds: float, recording: float) -> None:
+        """After a step that took so long, with what recording took of it."""
+        self.run += seconds
+        self.recording += recording
+        self.last = recording or self.last
+
+    @property
+    def affordable(self) -> bool:
+        """The first always is: its cost is not known yet."""
+        return not self.last or self.recording + self.last <= MOST_TIME * self.run
 
 
 def record(

@@ -55,6 +55,15 @@ def policy_metrics(batch: Rows, seen: Mapping[str, Array]) -> dict[str, float]:
     }
 
 
+def rate_metrics(flops: float, seconds: float, ranks: int, peak: float | None) -> dict[str, float]:
+    """Model operations a second while the actor works; peak: of one rank's device, None where it is not known."""
+    if not flops or not seconds:
+        return {}
+    rate = flops / seconds / ranks
+    known = {"perf/model_flops_utilisation": rate / peak} if peak else {}
+    return {"perf/tflops_per_second_per_rank": rate / 1e12, "perf/step_tflops": flops / 1e12} | known
+
+
 def selection_metrics(rule: SelectionRule, selection: Selection) -> dict[str, float]:
     """Where the ranking of a batch was cut; a random rule has no such place."""
     if rule.kind == "lowest_log_prob":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_rl.actor.architecture import Architecture
 
 
@@ -18,6 +20,13 @@ def body_flops(model: Architecture, tokens: float, squares: float) -> float:
     matrices = 2 * tokens * sum(layer_weights(model, layer) for layer in range(model.layers))
     attention = 2 * squares * model.layers * model.heads * model.head_dim  # half of 2 products, 2 operations each
     return matrices + attention
+
+
+def pass_flops(model: Architecture, lengths: Sequence[int], response_tokens: float) -> float:
+    """Forward over rows of these lengths. A row's last token is only a target: nothing runs on it."""
+    positions = [length - 1 for length in lengths]
+    squares = sum(count * count for count in positions)
+    return body_flops(model, sum(positions), squares) + head_flops(model, response_tokens)
 
 
 def head_flops(model: Architecture, tokens: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GB, GIB = 1e9, 2**30
@@ -36,6 +37,15 @@ GPUS = {
     "a100": Gpu("A100 SXM 80 GB", 79.1 * GIB, 312e12, 2039 * GB, 300 * GB, 25 * GB, 32 * GB),
     "a100_40": Gpu("A100 SXM 40 GB", 39.4 * GIB, 312e12, 1555 * GB, 300 * GB, 25 * GB, 32 * GB),
 }
+
+
+def known_gpu(device: str) -> Gpu | None:
+    """The one that the driver calls so ("NVIDIA H100 80GB HBM3"). None for what is not in the table: other cards of the
+    same chip (PCIe, NVL) and parts of one (MIG) have other rates."""
+    found = re.match(r"NVIDIA (H100|H200|H20|A100)(?!\d)", device)
+    if not found or re.search("PCIe|NVL|MIG", device):
+        return None
+    return GPUS["a100_40" if found[1] == "A100" and "40GB" in device else found[1].lower()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.heartbeat import FOLDER as HEARTBEATS
 from megatron_rl.observability.heartbeat import memory_metrics, read_beats
 from megatron_rl.observability.metrics import MetricsLog
-from megatron_rl.observability.record import CANDIDATES, candidate_positions, record, write_candidates
+from megatron_rl.observability.record import CANDIDATES, Cost, candidate_positions, record, write_candidates
+from megatron_rl.observability.step_metrics import rate_metrics
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View
 from megatron_rl.reward.grader import Grader
@@ -76,6 +77,7 @@ class Run:
     """Steps done."""
     resumed: bool = False
     weight_version: int = 0
+    recording_cost: Cost = field(default_factory=Cost)
     grading_metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -184,17 +186,26 @@ class Run:
     def log(self, metrics: dict[str, float]) -> None:
         """A step's metrics, to file and screen; then the error of a checkpoint that could not be written meanwhile."""
         if self.step:  # the line before the first step holds evaluations only
-            metrics = metrics | memory_metrics(read_beats(self.folder / "logs" / HEARTBEATS))
+            metrics |= memory_metrics(read_beats(self.folder / "logs" / HEARTBEATS)) | self._rates(metrics)
         self.metrics.write(self.step, metrics | self.phase.flush() | self.saver.poll())
         if self.step:
             self.view.step(self.step, metrics)
+            self.recording_cost.step(metrics["perf/step_seconds"], metrics.get("perf/record_seconds", 0.0))
         for finding in self.diagnosis.step(self.step, metrics):
             self.view.message(str(finding))
 
+    def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
+        """How fast the actor was in its phases of the step that has these metrics."""
+        seconds = metrics.get("perf/score_seconds", 0.0) + metrics.get("perf/train_seconds", 0.0)
+        gpu = self.actors.gpu if self.config.actor.dtype != "float32" else None  # the rate known is that of bf16
+        return rate_metrics(self.actors.take_flops(), seconds, len(self.actors.ranks), gpu.flops if gpu else None)
+
     def record(self, step: int, samples: list[Sample], advantages: Array, batch: Rows, seen: dict[str, Array]) -> None:
-        """A dump of the step's rollouts, at the steps that have one."""
+        """A dump of the step's rollouts, at the steps that have one; of those that are not every step, one that would
+        cost too much is left out."""
         settings = self.config.observability
-        if settings.rollouts_every and (step == 1 or step % settings.rollouts_every == 0):
+        due = settings.rollouts_every and (step == 1 or step % settings.rollouts_every == 0)
+        if due and (settings.rollouts_every == 1 or self.recording_cost.affordable):
             with self.phase("record"):
                 record(
                     self.folder / "rollouts",

@@ -24,6 +24,7 @@ STANDARD_METRICS = {
     *("entropy/token_mean", "entropy/sequence_mean", "response_length/mean", "response_length/truncated_fraction"),
     *("lpreg/delta", "lpreg/selected_fraction", "lpreg/kept_fraction", "lpreg/kl", "lpreg/advantage_shift"),
     *("logprob/rollout_actor_abs_diff", "perf/tokens_per_second", "perf/step_seconds"),
+    *("perf/step_tflops", "perf/tflops_per_second_per_rank"),
     *(
         "memory/actor_gib",
         "memory/engine_gib",

@@ -216,6 +216,14 @@ def _throughput(rows: Sequence[Row]) -> Chart:
     )
 
 
+def _operations(rows: Sequence[Row]) -> Chart:
+    return Chart(
+        "Operations of the actor",
+        "Model operations a second and rank while it scores and trains.",
+        _train(rows, "TFLOPS a rank", "perf/tflops_per_second_per_rank"),
+    )
+
+
 def _phases(rows: Sequence[Row]) -> Chart:
     lines: list[Line] = []
     for metric in metric_names(rows):
@@ -241,6 +249,7 @@ _CHARTS: tuple[Callable[[Sequence[Row]], Chart], ...] = (
     _gradient,
     _loss,
     _throughput,
+    _operations,
     _memory,
     _phases,
 )

@@ -45,6 +45,7 @@ def training_row(step: int, rng: random.Random) -> dict[str, Any]:
         "lpreg/advantage_shift": 0.05 + abs(rng.gauss(0, 0.02)),
         "logprob/rollout_actor_abs_diff": 2e-6 * math.exp(rng.gauss(0, 0.2)),
         "perf/tokens_per_second": 9000 + rng.gauss(0, 300),
+        "perf/tflops_per_second_per_rank": 0.02,
         "perf/rollout_seconds": rollout,
         "perf/reward_seconds": 0.03,
         "perf/train_seconds": update,

@@ -14,6 +14,8 @@ from megatron_rl.observability.record import (
     CANDIDATE_POSITIONS,
     CANDIDATE_ROWS,
     CANDIDATE_TOKENS,
+    MOST_TIME,
+    Cost,
     candidate_positions,
     record,
     recorded_rows,
@@ -76,3 +78,31 @@ def test_candidates_are_written_at_the_marked_positions(tmp_path: Path) -> None:
     for row, place in zip(rows, np.flatnonzero(marked), strict=True):
         assert row["token_id"] == samples[row["row"]].generation.token_ids[row["position"]]
         assert row["candidate_ids"] == [place, place + 1, place + 2] and row["step"] == 4
+
+
+@given(
+    steps=st.lists(st.tuples(st.floats(0.1, 100.0), st.floats(0.001, 10.0)), min_size=1, max_size=60),
+    every=st.integers(2, 10),
+)
+def test_dumps_stay_below_their_share_of_the_time(steps: list[tuple[float, float]], every: int) -> None:
+    """But for the first, whose cost nobody knows, and what a dump costs more than the one before it."""
+    cost, unforeseen, first = Cost(), 0.0, True
+    for number, (rest, dump) in enumerate(steps, start=1):
+        due = number == 1 or number % every == 0
+        spent = dump if due and cost.affordable else 0.0
+        if spent:
+            unforeseen += dump if first else max(0.0, dump - cost.last)
+            first = False
+        cost.step(rest + spent, spent)
+        assert cost.recording <= MOST_TIME * cost.run + unforeseen + 1e-9
+
+
+def test_a_dump_left_out_is_made_up_for_when_there_is_time() -> None:
+    cost = Cost()
+    assert cost.affordable
+    cost.step(1.0, 0.5)
+    assert not cost.affordable, "1 s of dumps in 1 s"
+    cost.step(48.0, 0.0)
+    assert not cost.affordable
+    cost.step(1.0, 0.0)
+    assert cost.affordable, "1 s of dumps in 50 s"

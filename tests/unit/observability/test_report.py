@@ -52,7 +52,7 @@ def test_report_loads_nothing_from_elsewhere(run_folder: Path) -> None:
 
 def test_every_metric_of_the_run_has_its_line(run_folder: Path, rows: list[dict[str, Any]]) -> None:
     charts = {chart.title: chart for chart in build_charts(rows)}
-    assert len(charts) == 15
+    assert len(charts) == 16
     accuracy = charts["Accuracy and pass@k on held-out problems"]
     assert [(line.name, line.color, line.dash) for line in accuracy.lines] == [
         ("held_out avg@8", 1, "solid"),
@@ -65,7 +65,7 @@ def test_every_metric_of_the_run_has_its_line(run_folder: Path, rows: list[dict[
     assert charts["Lp-Reg threshold delta"].log and not charts["Gradient norm"].log
     assert 7 not in charts["Gradient norm"].lines[0].x, "a null has no point"
     data = chart_data(page(run_folder))
-    assert len(data) == 15
+    assert len(data) == 16
     assert len(data[0]["lines"][0]["raw"]) == len(data[0]["lines"][0]["y"]) == 200
 
 
