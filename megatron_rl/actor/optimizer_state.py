@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,16 @@ def read_state(optimizer: Optimizer, model: nn.Module) -> tuple[State, int]:
 
 
 @torch.no_grad()
-def write_state(optimizer: Optimizer, model: nn.Module, state: State, steps: int) -> None:
-    """The inverse of `read_state`; the state may come from another layout. The model's own weights are not touched,
-    unless they are what the optimizer steps."""
-    for name, slot in _slots(optimizer, model).items():
-        slot.weight.copy_(slot.part_of(state["weights"][name]))
-        slot.write_moments({moment: slot.part_of(state[moment][name]) for moment in MOMENTS}, steps)
+def set_state(
+    optimizer: Optimizer, model: nn.Module, parts: Iterable[tuple[str, Mapping[str, Tensor]]], steps: int
+) -> None:
+    """The inverse of `read_state`: parts are a parameter's name and its tensors by kind, and may come from another
+    layout. The model's own weights are not touched, unless they are what the optimizer steps."""
+    slots = _slots(optimizer, model)
+    for name, whole in parts:
+        if slot := slots.get(name):
+            slot.weight.copy_(slot.part_of(whole["weights"]))
+            slot.write_moments({moment: slot.part_of(whole[moment]) for moment in MOMENTS}, steps)
     optimizer.rest()
 
 

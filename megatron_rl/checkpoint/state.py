@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_rl.actor import process_groups
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.optimizer import Optimizer
-from megatron_rl.actor.optimizer_state import KINDS, read_state, write_state
+from megatron_rl.actor.optimizer_state import KINDS, read_state, set_state
 from megatron_rl.checkpoint import rng, shards
 from megatron_rl.checkpoint.hf_shards import HfShard, write_hf_shards
 from megatron_rl.checkpoint.manifest import RandomState, RankPart, ShardFile, read_manifest, read_rng
@@ -99,20 +99,25 @@ class RankState:
         Returns the lagged snapshot, empty if none was saved. Raises UserError when the tensors are not the model's.
         """
         manifest = read_manifest(folder)
-        state = {kind: self._read(folder, manifest.files, kind) for kind in KINDS}
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(state["weights"][name])
-        write_state(self.optimizer, self.model, state, manifest.optimizer_steps)
+        set_state(self.optimizer, self.model, self._parts(folder, manifest.files), manifest.optimizer_steps)
         if manifest.origin.layout == asdict(self.layout):
             tracked = rng.restore(read_rng(folder).ranks[self.rank])
             if tracked:
                 get_cuda_rng_tracker().set_states(tracked)
-        return self._read(folder, manifest.files, "lagged")
+        lagged = ShardTensors(folder, manifest.files, "lagged")
+        return dict(import_values(self.model, self.hf_config, lagged)) if lagged else {}
 
-    def _read(self, folder: Path, files: Mapping[str, ShardFile], kind: str) -> dict[str, Tensor]:
-        tensors = ShardTensors(folder, files, kind)
-        return import_values(self.model, self.hf_config, tensors) if tensors else {}
+    @torch.no_grad()
+    def _parts(self, folder: Path, files: Mapping[str, ShardFile]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Each parameter's name and its tensor of every kind, one parameter at a time; its weight is put in place."""
+        parameters = dict(self.model.named_parameters())
+        streams = [import_values(self.model, self.hf_config, ShardTensors(folder, files, kind)) for kind in KINDS]
+        for shares in zip(*streams, strict=True):
+            name = shares[0][0]
+            heartbeat.say(f"loading {name}")
+            parts = {kind: part for kind, (_, part) in zip(KINDS, shares, strict=True)}
+            parameters[name].copy_(parts["weights"])
+            yield name, parts
 
     def _rng(self) -> RandomState:
         return rng.capture(get_cuda_rng_tracker().get_states())

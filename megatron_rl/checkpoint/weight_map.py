@@ -32,10 +32,13 @@ def load_hf_weights(model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapp
             parameters[name].copy_(shard)
 
 
-def import_values(model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `export_hf_weights(model, values)` gave, as this rank's shards by Megatron name; the layout may differ from
-    the one exported. Errors as `load_hf_weights`."""
-    return {name: shard.clone() for name, shard in _local_shards(model, hf_config, hf_tensors)}
+def import_values(
+    model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """What `export_hf_weights(model, values)` gave, as this rank's shards with their Megatron names, in the order of
+    the model's parameters, one at a time; the layout may differ from the one exported. Errors as `load_hf_weights`."""
+    for name, shard in _local_shards(model, hf_config, hf_tensors):
+        yield name, shard.clone()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import pytest
 from megatron_rl.checkpoint.manifest import read_manifest
 from tests.e2e_cpu.conftest import QUICKSTART, SHORT_WARM_START, CommandLine, Finished
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # several runs a test
 
 SHORT = (
     *SHORT_WARM_START,
