@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 MODEL_TYPES = ("qwen3", "qwen2", "llama", "qwen3_moe")
@@ -63,19 +61,3 @@ def write_hf_model(folder: Path, model_type: str = "qwen3", **settings: Any) -> 
     """`hf_model` as a folder."""
     hf_model(model_type, **settings).save_pretrained(folder)
     return folder
-
-
-def as_stored(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names they have in a model folder: transformers fuses experts in memory, [E, ...]."""
-    stored: dict[str, Tensor] = {}
-    for name, value in values.items():
-        if name.endswith("experts.gate_up_proj"):
-            for expert, halves in enumerate(value):
-                for part, half in zip(("gate_proj", "up_proj"), halves.chunk(2), strict=True):
-                    stored[name.replace("gate_up_proj", f"{expert}.{part}.weight")] = half
-        elif name.endswith("experts.down_proj"):
-            for expert, matrix in enumerate(value):
-                stored[name.replace("down_proj", f"{expert}.down_proj.weight")] = matrix
-        else:
-            stored[name] = value
-    return stored

@@ -215,6 +215,8 @@ def _mend_experts() -> None:
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+    if "te_general_gemm" not in moe_utils.RouterGatingLinearFunction.forward.__code__.co_names:
+        raise RuntimeError("the router of megatron.core no longer asks for te_general_gemm: megatron-core changed")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
@@ -222,6 +224,9 @@ def _mend_experts() -> None:
         def record_event(self) -> torch.cpu.Event:  # type: ignore[override]
             return torch.cpu.Event()
 
+    dispatch = _find("transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize")
+    if not hasattr(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream") or "record_event" not in dispatch.__code__.co_names:
+        raise RuntimeError("the expert dispatcher of megatron.core waits for no event: megatron-core changed")
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = Stream()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_rl.observability import heartbeat
+from megatron_rl.rollout.stored import as_stored
 from megatron_rl.types import FinishReason, Generation, SamplingParams
 from megatron_rl.weight_sync.checksums import Checksums, compare, sha256
 from megatron_rl.weight_sync.transport import FolderUpdate, WeightUpdate
@@ -112,7 +113,7 @@ class TransformersEngine:
         """See `RolloutEngine`. In place: the model's own tensors are overwritten, none is allocated."""
         if not isinstance(update, FolderUpdate):
             raise TypeError("the embedded engine takes weights from a folder only")
-        own, taken = self.model.state_dict(), set()
+        own, taken = as_stored(self.model.state_dict()), set()
         for name, tensor in update.tensors():
             if name not in own:
                 raise KeyError(f"weight update {update.version} has {name}, which the engine's model has not")
@@ -127,7 +128,8 @@ class TransformersEngine:
         self.version = update.version
 
     def verify_weights(self, version: int, sent: Checksums) -> int:
-        held = {name: sha256(tensor) for name, tensor in self.model.state_dict().items() if name not in self._tied}
+        own = as_stored(self.model.state_dict())
+        held = {name: sha256(tensor) for name, tensor in own.items() if name not in self._tied}
         return compare(sent.plain, held, version)
 
     @property

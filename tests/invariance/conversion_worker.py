@@ -27,7 +27,8 @@ from megatron_rl.checkpoint.families import Entry, entries
 from megatron_rl.checkpoint.fusion import split
 from megatron_rl.checkpoint.torch_dist import TorchDistWeights, write_torch_dist
 from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
-from tests.hf_models import as_stored, config_json, hf_model
+from megatron_rl.rollout.stored import as_stored
+from tests.hf_models import config_json, hf_model
 
 SIZES = (1, 2, 3, 4)
 LAYOUTS = [(tensor, pipeline) for tensor, pipeline in product(SIZES, SIZES)]

@@ -27,7 +27,8 @@ from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.model import build_model
 from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, load_hf_weights
-from tests.hf_models import as_stored, hf_model
+from megatron_rl.rollout.stored import as_stored
+from tests.hf_models import hf_model
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -157,7 +158,7 @@ def measure(case: str, layout: Layout) -> dict[str, object]:
     exported = dict(export_hf_weights(model, config))
     main_grads = {name: parameter.main_grad for name, parameter in model.named_parameters()}
     gradients = dict(export_hf_weights(model, config, main_grads))
-    imported = import_values(model, config, wanted.weights)
+    imported = dict(import_values(model, config, wanted.weights))
     parameters = dict(model.named_parameters())
     return {
         "logits_error": run.logits_error,

@@ -27,7 +27,8 @@ from megatron_rl.checkpoint.torch_dist import (
     write_torch_dist,
 )
 from megatron_rl.errors import UserError
-from tests.hf_models import as_stored, config_json, hf_model
+from megatron_rl.rollout.stored import as_stored
+from tests.hf_models import config_json, hf_model
 
 
 @pytest.fixture(params=["qwen3", "qwen3_moe"])

@@ -18,7 +18,8 @@ from megatron_rl.checkpoint.families import FAMILIES
 from megatron_rl.checkpoint.fusion import join, split
 from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, load_hf_weights
 from megatron_rl.errors import UserError
-from tests.hf_models import as_stored, config_json, hf_model
+from megatron_rl.rollout.stored import as_stored
+from tests.hf_models import config_json, hf_model
 
 CPU = torch.device("cpu")
 
@@ -78,7 +79,7 @@ def test_other_values_travel_like_the_weights() -> None:
     moments = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     exported = dict(export_hf_weights(model, config, moments))
     assert exported.keys() == weights.keys()
-    assert_same(import_values(model, config, exported), moments)
+    assert_same(dict(import_values(model, config, exported)), moments)
     assert_same(dict(export_hf_weights(model, config)), weights)
 
 
@@ -86,7 +87,8 @@ def test_exports_and_imports_own_their_memory() -> None:
     config = hf_config()
     model, weights = stage(config), hf_tensors(config)
     load_hf_weights(model, config, weights)
-    exported, imported = dict(export_hf_weights(model, config)), import_values(model, config, weights)
+    exported = dict(export_hf_weights(model, config))
+    imported = dict(import_values(model, config, weights))
     for tensor in (*exported.values(), *imported.values()):
         tensor.zero_()
     assert_same(weights, hf_tensors(config))

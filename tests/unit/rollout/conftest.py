@@ -12,9 +12,9 @@ from megatron_rl.rollout.transformers_engine import TransformersEngine
 from tests.hf_models import write_hf_model
 
 
-def write_model(folder: Path, *, seed: int, tied: bool) -> Path:
+def write_model(folder: Path, model_type: str = "qwen3", *, seed: int, tied: bool) -> Path:
     """A model whose distributions are far from uniform, so that log-probs tell tokens and positions apart."""
-    return write_hf_model(folder, seed=seed, tie_word_embeddings=tied, initializer_range=0.3)
+    return write_hf_model(folder, model_type, seed=seed, tie_word_embeddings=tied, initializer_range=0.3)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,12 +25,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="session", params=["tied", "untied", "experts"])
 def model_folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two models of one shape and different weights."""
     folder = tmp_path_factory.mktemp("models")
-    tied = request.param
-    return write_model(folder / "a", seed=0, tied=tied), write_model(folder / "b", seed=1, tied=tied)
+    tied, model_type = request.param == "tied", "qwen3_moe" if request.param == "experts" else "qwen3"
+    first, second = (write_model(folder / str(seed), model_type, seed=seed, tied=tied) for seed in (0, 1))
+    return first, second
 
 
 @pytest.fixture(scope="session")
