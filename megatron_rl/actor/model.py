@@ -24,7 +24,7 @@ from megatron_rl.actor.layout import Layout, last_stage_layers, padded_vocabular
 from megatron_rl.actor.rope import ScaledRope
 
 if TYPE_CHECKING:
-    from megatron_rl.config.actor import Fp8, RecomputeSettings
+    from megatron_rl.config.actor import ExpertGemm, Fp8, RecomputeSettings
 
 
 class PolicyModel(GPTModel):
@@ -61,6 +61,7 @@ def build_model(
     pad_vocabulary: bool = True,
     recompute: RecomputeSettings | None = None,
     fp8: Fp8 = "none",
+    expert_gemm: ExpertGemm = "auto",
     chunk: int = 0,
 ) -> PolicyModel:
     """This rank's pipeline stage, on `device`, its weights not initialised: load them with `checkpoint.weight_map`.
@@ -73,7 +74,7 @@ def build_model(
     """
     validate_layout(hf_config, layout, pad_vocabulary)
     model = Architecture.from_hf(hf_config)
-    config = transformer_config(model, layout, dtype, device, recompute, fp8)
+    config = transformer_config(model, layout, dtype, device, recompute, fp8, expert_gemm)
     rope = None if model.rope_type == "default" else ScaledRope.of(hf_config, model.rope_type)
     if rope:
         rope.scale_attention(config)
@@ -102,6 +103,7 @@ def transformer_config(
     device: torch.device,
     recompute: RecomputeSettings | None = None,
     fp8: Fp8 = "none",
+    expert_gemm: ExpertGemm = "auto",
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=model.layers,
@@ -117,7 +119,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
-        **_moe_settings(model, device),
+        **_moe_settings(model, device, expert_gemm),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -149,7 +151,7 @@ def transformer_config(
     )
 
 
-def _moe_settings(model: Architecture, device: torch.device) -> dict[str, Any]:
+def _moe_settings(model: Architecture, device: torch.device, expert_gemm: ExpertGemm) -> dict[str, Any]:
     """Routing as the model was trained with, in fp32; nothing that balances the experts' load, and no token dropped."""
     experts = model.experts
     if experts is None:
@@ -163,7 +165,7 @@ def _moe_settings(model: Architecture, device: torch.device) -> dict[str, Any]:
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        moe_grouped_gemm=platform.has_transformer_engine(device),
+        moe_grouped_gemm=expert_gemm != "sequential" and platform.has_transformer_engine(device),
     )
 
 

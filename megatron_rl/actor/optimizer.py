@@ -11,6 +11,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
+from megatron_rl.actor.host import host_copy
+
 if TYPE_CHECKING:
     from megatron_rl.config.actor import OptimizerSettings
 
@@ -89,9 +91,8 @@ class Optimizer:
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Pinned in host memory, so that the way back is as fast as the bus."""
     if tensor.device.type == device.type:
         return tensor
     if device.type != "cpu":
         return tensor.to(device, non_blocking=True)
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+    return host_copy(tensor, tensor.device)

@@ -145,12 +145,13 @@ def require(device: torch.device, settings: ActorSettings) -> None:
     wanted = {
         f"actor.context_parallel: {settings.context_parallel}": settings.context_parallel > 1,
         f"actor.fp8: {settings.fp8}": settings.fp8 != "none",
+        f"actor.expert_gemm: {settings.expert_gemm}": settings.expert_gemm == "grouped",
     }
     for key, asked in wanted.items():
         if asked and not has_transformer_engine(device):
             raise UserError(
                 f"{key} needs Transformer Engine, which runs on CUDA only and is not installed here. Install it, or "
-                "set context_parallel to 1 and fp8 to none"
+                "set context_parallel to 1, fp8 to none and expert_gemm to auto"
             )
 
 

@@ -7,7 +7,7 @@ Every method is collective: the driver calls it on all ranks. Only the reporting
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.candidates import top_candidates
 from megatron_rl.actor.distributed import wrap_chunks
 from megatron_rl.actor.head import Head
+from megatron_rl.actor.host import host_copy
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.micro_batch import Form, MicroBatch, micro_batch, packed_length
 from megatron_rl.actor.model import build_model
@@ -100,6 +101,7 @@ class MegatronWorker:
                 pad_vocabulary=self.settings.pad_vocabulary,
                 recompute=self.settings.recompute,
                 fp8=self.settings.fp8,
+                expert_gemm=self.settings.expert_gemm,
                 chunk=chunk,
             )
             for chunk in range(self.layout.virtual_pipeline)
@@ -217,7 +219,7 @@ class MegatronWorker:
 
     def snapshot(self, name: Snapshot) -> None:
         """Keep the weights as they are now on the CPU, under that name."""
-        self.snapshots[name] = {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters()}
+        self._keep(name, dict(self.model.named_parameters()))
 
     def start_profile(self) -> None:
         self.profiler = Profiler()
@@ -293,7 +295,7 @@ class MegatronWorker:
     def load(self, folder: Path) -> None:
         """The inverse of `write_state`, under any layout; random states come back where there are as many ranks."""
         if lagged := self._state().load(folder):
-            self.snapshots["lagged"] = lagged
+            self._keep("lagged", lagged)
 
     def export_hf(self, folder: Path) -> list[HfShard] | None:
         """This stage's files of a Hugging Face export; the driver writes the index."""
@@ -330,6 +332,9 @@ class MegatronWorker:
         length = max((packed_length(batch, rows, self.form) for rows in own), default=0) if interleaved else 0
         return [micro_batch(batch, rows, self.device, self.form, length) for rows in own]
 
+    def _keep(self, name: Snapshot, weights: Mapping[str, Tensor]) -> None:
+        self.snapshots[name] = {n: host_copy(weight.detach(), self.device) for n, weight in weights.items()}
+
     @contextmanager
     def _weights(self, which: Weights) -> Iterator[None]:
         """Run with a snapshot's weights by pointing the parameters at them for a while."""
@@ -341,7 +346,7 @@ class MegatronWorker:
         current = {name: param.data for name, param in self.model.named_parameters()}
         try:
             for name, param in self.model.named_parameters():
-                param.data = self.snapshots[which][name].to(self.device)
+                param.data = self.snapshots[which][name].to(self.device, non_blocking=True)
             yield
         finally:
             for name, param in self.model.named_parameters():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from megatron_rl.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor  # a dry run reads configs without torch
 
+HASHING_THREADS = 8
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
@@ -53,6 +56,11 @@ class FolderWeights(Mapping[str, "Tensor"]):
             _check_holds(path, file, [name])
             return file.get_tensor(name)
 
+    @property
+    def files(self) -> list[str]:
+        """Their names, in order."""
+        return sorted(set(self._files.values()))
+
     def headers(self) -> dict[str, Header]:
         """Of every tensor; each file is opened, no tensor read. Raises UserError for a file that is damaged."""
         headers: dict[str, Header] = {}
@@ -89,6 +97,21 @@ def open_weights(folder: Path) -> FolderWeights:
         f"{folder} is a model folder without weights: neither {SINGLE} nor {INDEX} is there. "
         "Copy the safetensors files beside config.json."
     )
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of a folder's weight files, in the order of their names. Raises UserError as `open_weights` does."""
+    digest = hashlib.sha256()
+    files = open_weights(folder).files
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        for content in pool.map(file_sha256, (folder / file for file in files)):
+            digest.update(content.encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def copy_all_but_weights(source: Path, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_rl.checkpoint.hf_format import HASHING_THREADS, file_sha256
 from megatron_rl.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -20,7 +21,6 @@ RNG = "rng.json"
 PARTIAL = ".partial"
 """Ends the names of what is not finished."""
 FORMAT = 2
-HASHING_THREADS = 8
 _ANOTHER = "choose another checkpoint with resume=PATH"
 Watch = Callable[[Sequence[str]], Iterable[str]]
 RandomState = dict[str, Any]
@@ -37,6 +37,15 @@ class DriverState:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model that training reads besides its checkpoint."""
+
+    path: str
+    sha256: str
+    """Of its weights, as `hf_format.weights_sha256` has it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
     """The process that wrote it."""
 
@@ -47,6 +56,8 @@ class Origin:
     dtype: str
     versions: dict[str, str]
     """By package."""
+    reference: ModelFolder | None = None
+    """The frozen model of the KL penalty."""
 
     @property
     def layout_in_words(self) -> str:
@@ -166,15 +177,10 @@ def verify(folder: Path, manifest: Manifest, *, hashes: bool = True, watch: Watc
     if not hashes:
         return
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        actual = pool.map(_sha256, (folder / name for name in manifest.files))
+        actual = pool.map(file_sha256, (folder / name for name in manifest.files))
         for name, digest in zip(watch(list(manifest.files)), actual, strict=True):
             if digest != manifest.files[name].sha256:
                 raise UserError(f"checkpoint file {folder / name} is damaged (wrong SHA-256): {_ANOTHER}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_checkpoint(folder: Path, watch: Watch = iter) -> Manifest:

@@ -10,6 +10,8 @@ from .fields import Betas, Count, NonNegative, Positive, PositiveInt, Section, S
 
 Fp8 = Literal["none", "blockwise", "tensorwise"]
 
+ExpertGemm = Literal["auto", "grouped", "sequential"]
+
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 """Parts of a layer that Megatron can compute again, by its names."""
 
@@ -69,6 +71,9 @@ class ActorSettings(Section):
     activation memory for the same communication. Needs tensor_parallel above 1."""
     expert_parallel: PositiveInt = 1
     """Ranks that share the experts of a mixture out between them; they are of the tensor- and data-parallel ones."""
+    expert_gemm: ExpertGemm = "auto"
+    """A rank's experts in one grouped matrix product, which needs Transformer Engine on CUDA, or one after another;
+    auto: grouped where that is there."""
     fp8: Fp8 = "none"
     """Matrix products of the layers in FP8, scaled by block (E4M3) or by tensor (hybrid), weights and all else in
     bfloat16. Needs Transformer Engine on CUDA of compute capability 8.9 or later."""

@@ -106,6 +106,11 @@ def _parallel(config: Config) -> Iterator[str]:
         )
     if actor.device == "cpu" and actor.fp8 != "none":
         yield f"actor.fp8: {actor.fp8} is not for a CPU: FP8 products are Transformer Engine's; set it to none"
+    if actor.device == "cpu" and actor.expert_gemm == "grouped":
+        yield (
+            "actor.expert_gemm: grouped is not for a CPU: grouped products of experts are Transformer Engine's, which "
+            "runs on CUDA only; set it to auto or sequential"
+        )
     if actor.fp8 != "none" and actor.dtype != "bfloat16":
         yield f"actor.fp8: {actor.fp8} is a form of bfloat16 training; set actor.dtype to bfloat16"
     for key in ("context_parallel", "virtual_pipeline"):

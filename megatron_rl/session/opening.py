@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.checkpoint.hf_format import open_weights
 from megatron_rl.checkpoint.keep import Keep
+from megatron_rl.checkpoint.manifest import ModelFolder, Origin
 from megatron_rl.checkpoint.save import Saver
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engines import Engines
@@ -35,6 +38,7 @@ from megatron_rl.session import folder as run_folder
 from megatron_rl.session.launch import launch_of
 from megatron_rl.session.layout_check import check_layout, layout_of, placement_of
 from megatron_rl.session.prepare import prepare
+from megatron_rl.session.reference import find_reference
 from megatron_rl.session.resume import check_resumption, origin_of, resume
 from megatron_rl.session.run import Inputs, Run
 from megatron_rl.session.warm_start import warm_start
@@ -116,7 +120,8 @@ def open_run(config: Config) -> Iterator[Run]:
         stack.callback(shutil.rmtree, logs / heartbeat.FOLDER, ignore_errors=True)
         shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # of a run that was killed
         nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))
-        actors, engines = _start(config, choice, inputs, view, stack, nodes, resumes=state is not None)
+        origin = resumption.manifest.origin if resumption else None
+        actors, engines, reference = _start(config, choice, inputs, view, stack, nodes, origin)
         weights = open_weight_sync(config, actors, engines, view, stack) if isinstance(engines, Engines) else None
         run = Run(
             config=config,
@@ -129,7 +134,7 @@ def open_run(config: Config) -> Iterator[Run]:
             engines=engines,
             replay=replay,
             weights=weights,
-            saver=stack.enter_context(_saver(config, actors, view)),
+            saver=stack.enter_context(_saver(config, actors, origin_of(config, reference), view)),
             view=view,
             metrics=metrics,
             diagnosis=Diagnosis(config.run.folder, config.observability.diagnosis, read_metrics(config.run.folder)),
@@ -148,28 +153,30 @@ def _start(
     view: View,
     stack: ExitStack,
     nodes: Nodes,
-    *,
-    resumes: bool,
-) -> tuple[Actors, Engines | NoEngines]:
-    """The actor with its loss and optimizer, and the engines. A run that resumes has its weights: no warm start."""
+    resumed: Origin | None,
+) -> tuple[Actors, Engines | NoEngines, ModelFolder | None]:
+    """The actor with its loss and optimizer, the engines, the reference model.
+
+    resumed: who wrote the checkpoint that the run goes on from. It has its weights then: no warm start.
+    """
     logs, layout = config.run.folder / "logs", layout_of(config)
     view.phase("starting")
     actors = Actors(config.actor, layout, config.model.path, logs, nodes)
     stack.callback(actors.close)
     view.message(f"actor: {layout.world_size} ranks, {actors.description}")
-    model_folder = config.model.path if resumes else warm_start(config, actors, inputs.tokenizer, view)
-    reference = config.algorithm.reference_kl
-    if reference.coefficient:
-        unset = warm_start(config, actors, inputs.tokenizer, view) if resumes else model_folder  # from the cache
-        actors.load_hf(reference.model or unset)
+    warm_started = cache(partial(warm_start, config, actors, inputs.tokenizer, view))
+    model_folder = config.model.path if resumed else warm_started()
+    reference = find_reference(config, resumed.reference if resumed else None, warm_started)
+    if reference:
+        actors.load_hf(Path(reference.path))
         actors.snapshot("reference")
     actors.load_hf(model_folder)
     actors.prepare(choice, config.actor.optimizer)
     if config.rollout.replay:
-        return actors, NoEngines()
+        return actors, NoEngines(), reference
     engines = Engines(config.rollout, launch_of(config, model_folder), logs, nodes, view.message)
     stack.callback(engines.close)
-    return actors, engines
+    return actors, engines, reference
 
 
 def _replay(config: Config) -> Replay | None:
@@ -184,9 +191,9 @@ def _replay(config: Config) -> Replay | None:
     return replay
 
 
-def _saver(config: Config, actors: Actors, view: View) -> Saver:
+def _saver(config: Config, actors: Actors, origin: Origin, view: View) -> Saver:
     keep = Keep(config.train.keep_checkpoints, config.train.keep_best)
-    return Saver(config.run.folder / "checkpoints", actors, origin_of(config), keep, view.message)
+    return Saver(config.run.folder / "checkpoints", actors, origin, keep, view.message)
 
 
 def _example(config: Config, prompts: PromptSet) -> str:

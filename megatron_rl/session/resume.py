@@ -11,7 +11,7 @@ from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.platform import megatron_version
 from megatron_rl.checkpoint import rng
 from megatron_rl.checkpoint.hf_format import read_config
-from megatron_rl.checkpoint.manifest import Origin, read_rng
+from megatron_rl.checkpoint.manifest import ModelFolder, Origin, read_rng
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.observability.metrics import read_metrics
@@ -20,13 +20,14 @@ from megatron_rl.session.layout_check import layout_of
 from megatron_rl.session.run import Run
 
 
-def origin_of(config: Config) -> Origin:
+def origin_of(config: Config, reference: ModelFolder | None = None) -> Origin:
     """What this process writes into its checkpoints."""
     return Origin(
         model=asdict(Architecture.from_hf(read_config(config.model.path))),
         layout=asdict(layout_of(config)),
         dtype=config.actor.dtype,
         versions={"megatron-rl": __version__, "megatron-core": megatron_version(), "torch": torch.__version__},
+        reference=reference,
     )
 
 

@@ -26,6 +26,9 @@ SHORT = (
 )
 OFF_POLICY = (
     "train.updates_per_rollout=2",
+    "algorithm.preset=paper",
+    "algorithm.proxy_source=old",
+    "algorithm.lp_reg.kl_estimator=full",
     "rollout.dynamic_sampling=true",
     "algorithm.reference_kl.coefficient=0.01",
     "actor.dtype=bfloat16",
@@ -115,7 +118,8 @@ def test_under_another_layout_it_goes_on_to_rounding_and_says_so(
 def test_off_policy_in_bf16_with_the_distributed_optimizer(
     straight: Finished, command_line: CommandLine, quickstart: Callable[..., Finished]
 ) -> None:
-    """Two updates a rollout, refilled batches, a reference model; the newest checkpoint is damaged on the way."""
+    """Two updates a rollout with the full KL against the policy that sampled, refilled batches, a reference model; the
+    newest checkpoint is damaged on the way."""
     warm = max((command_line.folder / "runs/cache").glob("warm_start-2-*"), key=os.path.getmtime)
     overrides = (*SHORT, *OFF_POLICY, f"model.path={warm}", "warm_start=null")
     whole = quickstart("off_policy", *overrides)

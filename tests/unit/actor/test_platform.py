@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 
 from megatron_rl.actor import platform
+from megatron_rl.config.actor import ActorSettings
 from megatron_rl.errors import UserError
 
 
@@ -69,6 +70,15 @@ def test_preparing_twice_is_harmless() -> None:
     assert platform.describe() == f"cpu, megatron-core {platform.megatron_version()}, local layers, no Apex"
 
 
+@pytest.mark.parametrize("settings", [{"context_parallel": 2}, {"fp8": "blockwise"}, {"expert_gemm": "grouped"}])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_only_transformer_engine_has_is_refused_without_it(settings: dict[str, Any], device: str) -> None:
+    ((key, value),) = settings.items()
+    with pytest.raises(UserError, match=rf"actor\.{key}: {value} needs Transformer Engine.*CUDA only"):
+        platform.require(torch.device(device), ActorSettings(**settings))
+    platform.require(torch.device(device), ActorSettings())
+
+
 def test_backend() -> None:
     assert platform.backend(torch.device("cpu")) == "gloo"
     assert platform.backend(torch.device("cuda", 1)) == "nccl"
@@ -92,6 +102,19 @@ def test_retarget_reaches_names_constants_and_inner_functions() -> None:
 
 def nothing_to_do() -> str:
     return "cpu"
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("moe_utils.RouterGatingLinearFunction", "forward"),
+        ("token_dispatcher.MoEAlltoAllTokenDispatcher", "_maybe_dtoh_and_synchronize"),
+    ],
+)
+def test_changed_experts_fail_loudly(monkeypatch: pytest.MonkeyPatch, place: str, name: str) -> None:
+    monkeypatch.setattr(f"megatron.core.transformer.moe.{place}.{name}", lambda: None)
+    with pytest.raises(RuntimeError, match="megatron-core changed"):
+        platform._mend_experts()
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
          ["algorithm.correction.sequence_low: 1.5", "algorithm.correction.sequence_high: 1.01"]),
         (["actor.device=cpu", "actor.context_parallel=2"], ["actor.context_parallel: 2 is not for a CPU"]),
         (["actor={device: cpu, dtype: bfloat16, fp8: blockwise}"], ["actor.fp8: blockwise is not for a CPU"]),
+        (["actor={device: cpu, expert_gemm: grouped}"], ["actor.expert_gemm: grouped is not for a CPU"]),
         (["actor.device=cuda", "actor.fp8=tensorwise"], ["actor.fp8: tensorwise is a form of bfloat16"]),
         (
             ["actor.device=cuda", "actor.context_parallel=2", "actor.rows=padded"],

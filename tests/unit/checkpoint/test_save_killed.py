@@ -1,0 +1,67 @@
+"""A run killed with -9 while a checkpoint is written beside training: what it left is never taken for a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.checkpoint import save
+from megatron_rl.checkpoint.manifest import PARTIAL, checkpoints, read_checkpoint
+from tests.unit.checkpoint.conftest import FILES, FakeRanks, Saving, state
+
+MOMENTS = ("within a file", "before the manifest", "before the name")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(moment: str, ranks: FakeRanks) -> None:
+    """Arrange for the end of this process in the midst of the next save."""
+    if moment == "within a file":
+
+        def half(folder: Path) -> list[object]:
+            name, data = next(iter(FILES.items()))
+            with (folder / name).open("wb") as file:
+                file.write(data[: len(data) // 2])
+                file.flush()
+                die()
+            return []
+
+        ranks.write_held = half  # type: ignore[method-assign, assignment]
+    elif moment == "before the manifest":
+        save.write_manifest = lambda folder, manifest: die()
+    else:
+        save._sync = lambda path: die()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_a_killed_save_leaves_is_no_checkpoint(saving: Saving, moment: str) -> None:
+    killed = subprocess.run(
+        [sys.executable, __file__, str(saving.folder), moment],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = saving.folder.glob(f"*{PARTIAL}")
+    assert any(left.iterdir())
+    assert [path.name for path in checkpoints(saving.folder)] == ["step_000001"]
+    assert read_checkpoint(saving.folder / "step_000001").state == state(1)
+
+    saving.save(2)  # the run that goes on
+    assert not left.exists()
+    assert read_checkpoint(saving.folder / "step_000002").state == state(2)
+
+
+if __name__ == "__main__":
+    doomed = Saving(Path(sys.argv[1]))
+    doomed.save(1)
+    die_at(sys.argv[2], doomed.ranks)
+    with doomed.saver() as saver:
+        saver.save(state(2), {}, background=True)
+        time.sleep(60)
