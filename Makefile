@@ -5,6 +5,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PIN    := -c constraints-cpu.txt
+WINDOW := .venv-window
+WINDOW_MEGATRON := megatron-core==0.19.2
+WINDOW_PIP := $(WINDOW)/bin/python -m pip --disable-pip-version-check --no-input
 ENGINES := .venv-engines
 ENGINES_PIP := $(ENGINES)/bin/python -m pip --disable-pip-version-check --no-input
 ENGINES_PIN := -c constraints-engines.txt
@@ -13,7 +16,7 @@ ENGINES_PIN := -c constraints-engines.txt
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark test test-browser test-slurm engines test-engines image-test lint clean
+.PHONY: help setup quickstart benchmark test test-browser test-slurm window test-megatron-window engines test-engines image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -49,6 +52,27 @@ test-slurm: setup ## train on a real Slurm of two nodes (on Debian, as root, it 
 	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
 	  slurmctld slurmd slurm-client munge iproute2; } || echo 'Slurm could not be installed' >&2
 	$(BIN)/pytest -m slurm tests/slurm
+
+window: $(WINDOW)/.stamp ## make .venv-window: the newest megatron-core that is supported, beside the rest
+
+# It asks for Python 3.12, but nothing of it that is used here does: pip is told not to look.
+$(WINDOW)/.stamp: pyproject.toml setup.py constraints-cpu.txt Makefile
+	@echo '[1/3] making $(WINDOW)'
+	@$(PYTHON) -m venv $(WINDOW)
+	@echo '[2/3] installing torch'
+	@$(WINDOW_PIP) install --quiet $(PIN) torch
+	@echo '[3/3] installing $(WINDOW_MEGATRON) and everything else'
+	@{ grep -v '^megatron-core==' constraints-cpu.txt; echo '$(WINDOW_MEGATRON)'; } >$(WINDOW)/constraints.txt
+	@$(WINDOW_PIP) install --quiet -c $(WINDOW)/constraints.txt --ignore-requires-python --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# What leans on Megatron: building, steps, checkpoints and conversion, compared over layouts. The rest of the suite does
+# not see which Megatron it is.
+WINDOW_TESTS := tests/unit/actor tests/unit/checkpoint tests/unit/batching tests/unit/plan/test_memory_of_actor.py \
+  $(addprefix tests/invariance/test_,megatron_matches_hf.py actor_layouts.py checkpoint_layouts.py conversion_layouts.py)
+
+test-megatron-window: window ## the actor's and checkpoints' tests against the newest megatron-core
+	$(WINDOW)/bin/python -m pytest -m "not gpu" -n 2 --dist loadfile $(WINDOW_TESTS)
 
 engines: $(ENGINES)/.stamp ## make .venv-engines: SGLang and vLLM on CPU beside the rest (4 GB)
 
@@ -88,5 +112,5 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy lpreg megatron_rl
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) $(ENGINES) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(WINDOW) $(ENGINES) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lpreg megatron_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +

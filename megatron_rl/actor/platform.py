@@ -51,7 +51,10 @@ CUDA_SITES = {
         "pipeline_parallel.p2p_communication:P2PCommunicator._communicate_shapes",
         "pipeline_parallel.p2p_communication:P2PCommunicator._communicate",
     ),
-    "gradient buffers": ("distributed.param_and_grad_buffer:_ParamAndGradBuffer.__init__",),
+    "gradient buffers": (
+        "distributed.param_and_grad_buffer:_ParamAndGradBuffer.__init__",
+        "distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_grad_sync",
+    ),
     "optimizers": (
         "optimizer.optimizer:FP32Optimizer.__init__",
         "optimizer.optimizer:MixedPrecisionOptimizer.__init__",

@@ -4,19 +4,19 @@ time."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from torch import Tensor
 
 from megatron_rl.actor.architecture import Architecture
 from megatron_rl.checkpoint import torch_dist
 from megatron_rl.checkpoint.families import Entry, entries
 from megatron_rl.checkpoint.hf_format import FolderWeights, open_weights, read_config
-from megatron_rl.checkpoint.manifest import MANIFEST, checkpoints, read_manifest, verify
+from megatron_rl.checkpoint.manifest import MANIFEST
+from megatron_rl.checkpoint.trained import find_checkpoint, trained_from, weight_files
 from megatron_rl.checkpoint.weight_map import check_names
 from megatron_rl.errors import UserError
 
@@ -122,15 +122,7 @@ def hf_folder_of(folder: Path, model: Path | None) -> Path:
         if kept:
             return kept[0]
         raise UserError(f"{folder} does not say what model it is. Name its Hugging Face folder with --model FOLDER.")
-    run = _checkpoint(folder).parents[1]
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{folder} is no longer in its run's folder. Name the run's model with --model FOLDER.")
-    trained = Path(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
-    if not (trained / "config.json").is_file():
-        raise UserError(
-            f"{folder} was trained from {trained}, which is not there (seen from here). Name it with --model FOLDER."
-        )
-    return trained
+    return trained_from(_checkpoint(folder), "--model")
 
 
 HF_FILES = "hf"
@@ -149,26 +141,17 @@ def open_source(folder: Path, hf_folder: Path) -> Source:
         return source("Hugging Face folder", NamedWeights(open_weights(folder), architecture))
     if torch_dist.is_torch_dist(folder):
         return source("Megatron checkpoint", torch_dist.TorchDistWeights(folder, architecture))
-    weights = NamedWeights(_checkpoint_tensors(_checkpoint(folder)), architecture)
+    checkpoint = _checkpoint(folder)
+    weights = NamedWeights(FolderWeights(checkpoint, weight_files(checkpoint)), architecture)
     # Checkpoints keep fp32; a model is published in the dtype that its config.json says.
     published = hf_config.get("dtype") or hf_config.get("torch_dtype")
     return source("checkpoint of a run", weights, getattr(torch, published) if published else None)
 
 
-def _checkpoint_tensors(folder: Path) -> FolderWeights:
-    manifest = read_manifest(folder)
-    files = {name: file for name, file in manifest.files.items() if file.kind == "weights"}
-    verify(folder, replace(manifest, files=files))
-    return FolderWeights(folder, {tensor: name for name, file in files.items() for tensor in file.tensors})
-
-
 def _checkpoint(folder: Path) -> Path:
     """The checkpoint itself, or the newest one of a run's folder."""
-    if (folder / MANIFEST).is_file():
-        return folder.absolute()
-    found = checkpoints(folder / "checkpoints") or checkpoints(folder)
-    if found:
-        return found[-1].absolute()
+    if found := find_checkpoint(folder):
+        return found
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist.")
     raise UserError(
