@@ -12,8 +12,6 @@ from typing import Any
 from megatron_rl.observability.metrics import Row, metric_names, series
 from megatron_rl.observability.summary import is_probe, suite_metrics
 
-Points = tuple[list[int], list[float]]
-
 
 @dataclass(frozen=True, slots=True)
 class Line:
