@@ -1,10 +1,13 @@
-"""What a result was measured on."""
+"""What a result was measured on, and where it is kept."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +29,19 @@ def machine() -> dict[str, Any]:
         "commit": commit.stdout.strip(),
         "niceness": os.nice(0),
     }
+
+
+def keep(out: Path | None, benchmark: str, **found: Any) -> None:
+    """Write what was found, with what it was found on, as JSON; nowhere if not asked."""
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = {"benchmark": benchmark, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
+    out.write_text(json.dumps(kept | {"load_average": os.getloadavg()} | found, indent=1) + "\n")
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """With `--out`, which all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=None, help="where to write the results as JSON")
+    return parser
