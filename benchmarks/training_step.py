@@ -1,0 +1,205 @@
+"""A training step of the quickstart on one CPU process, beside TRL's and beside the same algorithm as a plain loop.
+
+    python benchmarks/training_step.py [--steps 12] [--out benchmarks/results/training_step.json]
+
+The first time, the quickstart is run for 24 steps and recorded (some minutes; its warm start is kept). Then all train
+on the recorded samples from the same weights, one thread each: GRPO's clipped loss as a mean over all tokens, rewards
+less their group's mean, fp32, AdamW. Losses and gradient norms must agree: they take the same steps.
+
+The contestants take turns, a step each a round, and a ratio is the median over rounds of the ratio within the round, so
+that a busy machine slows all alike; processor time, of a contestant's processes together, is disturbed less than wall
+time. A second table is of whole steps, in which each samples with its own generation and grades.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import arguments, keep
+
+RECORDING = Path("runs/benchmark-recorded")
+RECORDED_STEPS, WARM_UP = 24, 2
+STEPS = ("ours", "ours, one process", "plain loop", "TRL")
+WHOLE = ("ours, with rollouts", "TRL, with rollouts")
+TARGETS = [
+    ("TRL", "ours", "at least", 3.0),
+    ("TRL, with rollouts", "ours, with rollouts", "at least", 3.0),
+    ("ours, one process", "plain loop", "at most", 1.10),
+]
+"""Processor time of the first by that of the second."""
+AGREEMENT = 2e-3
+"""Largest relative difference of a gradient norm over the steps: rounding grows as weights drift apart."""
+
+Found = dict[str, list[dict[str, Any]]]
+
+
+def record() -> None:
+    """Real samples, of the quickstart's policy."""
+    if (RECORDING / "hf").is_dir():
+        return
+    from benchmarks.training_step_contestants import QUICKSTART, QUIET, SAME
+
+    overrides = [f"run.name={RECORDING.name}", f"train.steps={RECORDED_STEPS}", "observability.rollouts_every=1"]
+    command = [sys.executable, "-m", "megatron_rl.cli", "train", str(QUICKSTART), *SAME, *QUIET, *overrides]
+    subprocess.run(command, check=True)
+
+
+class Worker:
+    def __init__(self, contestant: str, recording: Path, log: Path) -> None:
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--work", contestant, str(recording)],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        self.log = log
+
+    def step(self) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args} ended: {self.log.read_text()[-2000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def measure(names: tuple[str, ...], recording: Path, steps: int, progress: Progress) -> Found:
+    task = progress.add_task(", ".join(names), total=(steps + WARM_UP) * len(names))
+    logs = Path("runs/benchmarks")
+    logs.mkdir(parents=True, exist_ok=True)
+    workers = {
+        name: Worker(name, recording, logs / f"{name.replace(', ', '-').replace(' ', '-')}.log") for name in names
+    }
+    found: Found = {name: [] for name in names}
+    for _ in range(WARM_UP + steps):
+        for name, worker in workers.items():
+            found[name].append(worker.step())
+            progress.advance(task)
+    for worker in workers.values():
+        worker.close()
+    return found
+
+
+def ratio(found: Found, over: str, under: str, what: str) -> float:
+    pairs = zip(found[over][WARM_UP:], found[under][WARM_UP:], strict=True)
+    return statistics.median(above[what] / below[what] for above, below in pairs)
+
+
+def summary(found: Found) -> dict[str, Any]:
+    own = next(iter(found))
+    rows: dict[str, Any] = {}
+    for name, steps in found.items():
+        rows[name] = {what: statistics.median(step[what] for step in steps[WARM_UP:]) for what in ("wall", "cpu")}
+        rows[name] |= {f"{what}_to_ours": ratio(found, name, own, what) for what in ("wall", "cpu")}
+        if phases := [step["phases"] for step in steps[WARM_UP:] if "phases" in step]:
+            rows[name]["phases"] = {p: statistics.median(each.get(p, 0.0) for each in phases) for p in phases[0]}
+    return rows
+
+
+def disagreement(found: Found) -> float:
+    """Largest relative difference of any step's gradient norm between contestants."""
+    norms = [[step["grad_norm"] for step in steps] for steps in found.values()]
+    return max(max(step) / min(step) - 1 for step in zip(*norms, strict=True))
+
+
+def positions(recording: Path) -> dict[str, float]:
+    """Mean of a step: packed, less the rows without an advantage, and as TRL pads them."""
+    from benchmarks.training_step_contestants import Recorded, batch_of
+
+    steps = Recorded(recording).steps
+    ours = [int((batch_of(samples)[0].lengths - 1).sum()) for samples in steps]
+    padded = [
+        len(samples) * sum(max(len(part(s)) for s in samples) for part in (_prompt, _response)) for samples in steps
+    ]
+    return {"ours": statistics.mean(ours), "TRL": statistics.mean(padded)}
+
+
+def _prompt(sample: Any) -> Any:
+    return sample.prompt.token_ids
+
+
+def _response(sample: Any) -> Any:
+    return sample.generation.token_ids
+
+
+def show(title: str, rows: dict[str, Any], console: Console) -> None:
+    table = Table("", "wall s", "processor s", "wall / ours", "processor / ours", title=title, title_justify="left")
+    for name, row in rows.items():
+        cells = (row["wall"], row["cpu"], row["wall_to_ours"], row["cpu_to_ours"])
+        table.add_row(name, *(f"{cell:.3f}" for cell in cells))
+    console.print(table)
+    for name, row in rows.items():
+        if "phases" in row:
+            parts = ", ".join(f"{phase} {seconds * 1e3:.0f}" for phase, seconds in row["phases"].items())
+            console.print(f"{name}, wall ms of the phases: {parts}", highlight=False)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--steps", type=int, default=12, help=f"of each, at most {RECORDED_STEPS - WARM_UP}")
+    parser.add_argument("--recording", type=Path, default=None, help="folder of a run with rollouts and hf")
+    options = parser.parse_args()
+    if options.recording is None:
+        record()
+    recording = options.recording or RECORDING
+    with Progress() as progress:
+        steps = measure(STEPS, recording, options.steps, progress)
+        whole = measure(WHOLE, recording, options.steps, progress)
+    console, apart, run = Console(), disagreement(steps), positions(recording)
+    tables = {"training step": summary(steps), "whole step": summary(whole)}
+    for title, rows in tables.items():
+        show(title, rows, console)
+    console.print(f"gradient norms agree to {apart:.1e}", highlight=False)
+    console.print(
+        f"positions through the model in a step, of those with a gradient: {positions(recording)}", highlight=False
+    )
+    if not apart < AGREEMENT:
+        raise SystemExit(f"the contestants do not take the same steps: gradient norms differ by {apart:.1e}")
+    verdicts = []
+    for over, under, sense, bound in TARGETS:
+        value = ratio(steps | whole, over, under, "cpu")
+        met = value >= bound if sense == "at least" else value <= bound
+        verdicts.append({"of": over, "over": under, "value": value, "target": f"{sense} {bound:g}", "met": met})
+        console.print(
+            f"{over} / {under}: {value:.2f} ({sense} {bound:g}: {'met' if met else 'missed'})", highlight=False
+        )
+    settings = {"steps": options.steps, "threads": 1}
+    apart_and_run = {"gradient_norms_apart": apart, "positions": run}
+    keep(options.out, "training_step", settings=settings, tables=tables, targets=verdicts, **apart_and_run)
+
+
+def work(contestant: str, recording: Path) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to the log
+    import torch
+
+    from benchmarks.training_step_contestants import CONTESTANTS, Pace
+
+    torch.set_num_threads(1)
+    CONTESTANTS[contestant](Pace(answers), recording)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        work(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()
