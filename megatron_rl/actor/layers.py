@@ -22,7 +22,7 @@ def stage_layers(
 ) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage, or of one chunk of it under the interleaved schedule. `output_bias`: of
     the attention's output projection."""
-    engine = platform.has_transformer_engine(device)
+    engine = platform.uses_transformer_engine(device, config.params_dtype)
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=engine,

@@ -119,7 +119,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
-        **_moe_settings(model, device, expert_gemm),
+        **_moe_settings(model, expert_gemm, platform.uses_transformer_engine(device, dtype)),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -151,7 +151,7 @@ def transformer_config(
     )
 
 
-def _moe_settings(model: Architecture, device: torch.device, expert_gemm: ExpertGemm) -> dict[str, Any]:
+def _moe_settings(model: Architecture, expert_gemm: ExpertGemm, transformer_engine: bool) -> dict[str, Any]:
     """Routing as the model was trained with, in fp32; nothing that balances the experts' load, and no token dropped."""
     experts = model.experts
     if experts is None:
@@ -165,7 +165,7 @@ def _moe_settings(model: Architecture, device: torch.device, expert_gemm: Expert
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        moe_grouped_gemm=expert_gemm != "sequential" and platform.has_transformer_engine(device),
+        moe_grouped_gemm=transformer_engine and expert_gemm != "sequential",
     )
 
 

@@ -138,9 +138,11 @@ def backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def has_transformer_engine(device: torch.device) -> bool:
-    """Whether layers come from Transformer Engine, which runs on CUDA only."""
-    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether layers come from Transformer Engine, which runs on CUDA only. In fp32 they do not: it then has no attention
+    for packed rows."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    return device.type == "cuda" and dtype != torch.float32 and installed
 
 
 def require(device: torch.device, settings: ActorSettings) -> None:
@@ -151,18 +153,19 @@ def require(device: torch.device, settings: ActorSettings) -> None:
         f"actor.expert_gemm: {settings.expert_gemm}": settings.expert_gemm == "grouped",
     }
     for key, asked in wanted.items():
-        if asked and not has_transformer_engine(device):
+        if asked and not uses_transformer_engine(device, getattr(torch, settings.dtype)):
             raise UserError(
-                f"{key} needs Transformer Engine, which runs on CUDA only and is not installed here. Install it, or "
-                "set context_parallel to 1, fp8 to none and expert_gemm to auto"
+                f"{key} needs Transformer Engine, which runs on CUDA only, here in bfloat16, and must be installed. "
+                "Install it and set actor.dtype to bfloat16, or set context_parallel to 1, fp8 to none and expert_gemm "
+                "to auto"
             )
 
 
-def describe() -> str:
-    """One line for the log, after `prepare`."""
+def describe(dtype: torch.dtype) -> str:
+    """One line for the log, after `prepare`, of a model of this dtype."""
     if _device is None:
         raise RuntimeError("call prepare() first")
-    layers = "Transformer Engine layers" if has_transformer_engine(_device) else "local layers"
+    layers = "Transformer Engine layers" if uses_transformer_engine(_device, dtype) else "local layers"
     apex = "Apex" if importlib.util.find_spec("apex") else "no Apex"
     return f"{_device}, megatron-core {megatron_version()}, {layers}, {apex}"
 

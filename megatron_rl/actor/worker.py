@@ -112,7 +112,7 @@ class MegatronWorker:
         self.head = Head(chunks[-1], self.architecture.vocabulary, fused=self.settings.lm_head == "fused")
         spread = self.settings.distributed_optimizer and self.layout.data * self.layout.context > 1
         self.chunks = wrap_chunks(chunks, distributed_optimizer=spread)
-        return platform.describe()
+        return platform.describe(self.dtype)
 
     def device_name(self) -> str:
         """Of this rank."""

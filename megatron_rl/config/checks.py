@@ -111,6 +111,11 @@ def _parallel(config: Config) -> Iterator[str]:
             "actor.expert_gemm: grouped is not for a CPU: grouped products of experts are Transformer Engine's, which "
             "runs on CUDA only; set it to auto or sequential"
         )
+    if actor.device != "cpu" and actor.context_parallel > 1 and actor.dtype != "bfloat16":
+        yield (
+            f"actor.context_parallel: {actor.context_parallel} needs actor.dtype: bfloat16: attention over the parts of "
+            "a sequence is Transformer Engine's, which has none in fp32"
+        )
     if actor.fp8 != "none" and actor.dtype != "bfloat16":
         yield f"actor.fp8: {actor.fp8} is a form of bfloat16 training; set actor.dtype to bfloat16"
     for key in ("context_parallel", "virtual_pipeline"):

@@ -48,7 +48,8 @@ class Setup:
     @property
     def transformer_engine(self) -> bool:
         """Whether the actor's layers are Transformer Engine's; else they are Megatron's local ones, as on CPU."""
-        return self.config.actor.device != "cpu" and self.assumed.transformer_engine
+        actor = self.config.actor
+        return actor.device != "cpu" and actor.dtype != "float32" and self.assumed.transformer_engine
 
     @cached_property
     def layout(self) -> Layout:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, cast
@@ -67,15 +68,24 @@ def test_auto_is_cpu_without_a_gpu_and_cuda_is_refused(monkeypatch: pytest.Monke
 def test_preparing_twice_is_harmless() -> None:
     platform.prepare("cpu")
     platform.prepare("cpu")
-    assert platform.describe() == f"cpu, megatron-core {platform.megatron_version()}, local layers, no Apex"
+    assert (
+        platform.describe(torch.float32) == f"cpu, megatron-core {platform.megatron_version()}, local layers, no Apex"
+    )
 
 
 @pytest.mark.parametrize("settings", [{"context_parallel": 2}, {"fp8": "blockwise"}, {"expert_gemm": "grouped"}])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_only_transformer_engine_has_is_refused_without_it(settings: dict[str, Any], device: str) -> None:
+def test_what_only_transformer_engine_has_is_refused_without_it(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], device: str
+) -> None:
     ((key, value),) = settings.items()
     with pytest.raises(UserError, match=rf"actor\.{key}: {value} needs Transformer Engine.*CUDA only"):
-        platform.require(torch.device(device), ActorSettings(**settings))
+        platform.require(torch.device(device), ActorSettings(**settings, dtype="bfloat16"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    if device == "cuda":
+        platform.require(torch.device(device), ActorSettings(**settings, dtype="bfloat16"))
+    with pytest.raises(UserError, match="in bfloat16"):
+        platform.require(torch.device(device), ActorSettings(**settings, dtype="float32"))
     platform.require(torch.device(device), ActorSettings())
 
 

@@ -36,9 +36,10 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["actor={device: cpu, expert_gemm: grouped}"], ["actor.expert_gemm: grouped is not for a CPU"]),
         (["actor.device=cuda", "actor.fp8=tensorwise"], ["actor.fp8: tensorwise is a form of bfloat16"]),
         (
-            ["actor.device=cuda", "actor.context_parallel=2", "actor.rows=padded"],
+            ["actor={device: cuda, dtype: bfloat16, context_parallel: 2, rows: padded}"],
             ["actor.context_parallel: 2 needs packed rows; set actor.rows to packed"],
         ),
+        (["actor={device: cuda, context_parallel: 2}"], ["actor.context_parallel: 2 needs actor.dtype: bfloat16"]),
         (["actor.virtual_pipeline=2", "actor.rows=padded"], ["actor.virtual_pipeline: 2 needs packed rows"]),
         (["actor.data_parallel=9"], ["actor.data_parallel: 9", "8 rows", "rollout.prompts_per_step"]),
         (["rollout.engines=5"], ["rollout.engines: 5", "rollout.prompts_per_step: 4"]),
