@@ -139,8 +139,8 @@ def backend(device: torch.device) -> str:
 
 
 def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether layers come from Transformer Engine, which runs on CUDA only. In fp32 they do not: it then has no attention
-    for packed rows."""
+    """Whether layers come from Transformer Engine, which runs on CUDA only. In fp32 they do not: it has no
+    attention for packed rows then."""
     installed = importlib.util.find_spec("transformer_engine") is not None
     return device.type == "cuda" and dtype != torch.float32 and installed
 

@@ -113,7 +113,7 @@ def _parallel(config: Config) -> Iterator[str]:
         )
     if actor.device != "cpu" and actor.context_parallel > 1 and actor.dtype != "bfloat16":
         yield (
-            f"actor.context_parallel: {actor.context_parallel} needs actor.dtype: bfloat16: attention over the parts of "
+            f"actor.context_parallel: {actor.context_parallel} needs actor.dtype: bfloat16: attention over parts of "
             "a sequence is Transformer Engine's, which has none in fp32"
         )
     if actor.fp8 != "none" and actor.dtype != "bfloat16":

@@ -1,0 +1,98 @@
+"""The ranks of `test_actor_on_cuda.py`, on whichever device: they take the same RL steps and say what came of them.
+
+Run as: actor_on.py FOLDER, with FOLDER/case.json: {"actor": settings, "model": folder, "rows": of `measure.rows`,
+"steps": number}. `"load": false` leaves the weights random. Rank 0 writes FOLDER/found.json and FOLDER/logits.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.worker import MegatronWorker
+from megatron_rl.batching.rows import Rows
+from megatron_rl.cluster.actors import merge_tables
+from megatron_rl.config.actor import ActorSettings, OptimizerSettings
+from megatron_rl.config.algorithm import AlgorithmSettings
+from tests.unit.plan.measure import rows
+
+LEARNING_RATE = 1e-3
+TEMPERATURE = 1.0
+
+
+def layout_of(actor: ActorSettings) -> Layout:
+    return Layout(
+        tensor=actor.tensor_parallel,
+        pipeline=actor.pipeline_parallel,
+        data=actor.data_parallel,
+        context=actor.context_parallel,
+        expert=actor.expert_parallel,
+        virtual_pipeline=actor.virtual_pipeline,
+        sequence_parallel=actor.sequence_parallel,
+    )
+
+
+def gathered(part: Any) -> list[Any]:
+    """From all ranks, on each of them; those that have nothing left out."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return [part for part in parts if part is not None]
+
+
+def run_rank(rank: int, port: int, folder: Path) -> None:
+    case = json.loads((folder / "case.json").read_text())
+    actor = ActorSettings.model_validate(case["actor"])
+    os.environ["LOCAL_RANK"] = str(rank)
+    model = Path(case["model"])
+    worker = MegatronWorker(actor, layout_of(actor), rank)
+    found: dict[str, Any] = {"description": worker.start("127.0.0.1", port, model)}
+    if case.get("load", True):
+        worker.load_hf(model)
+    else:
+        for parameter in worker.model.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.02)
+    worker.set_loss(LossChoice.of(AlgorithmSettings(name="grpo")))
+    worker.build_optimizer(OptimizerSettings(lr=LEARNING_RATE, eps=1e-3))
+    batch = rows(**case["rows"])
+    found |= steps(worker, batch, case["steps"])
+    if case.get("logits", True):
+        logits = gathered(worker.logits(batch))
+        if rank == 0:
+            torch.save(torch.from_numpy(merge_tables(batch, logits)[0]["logits"]), folder / "logits.pt")
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    worker.close()
+
+
+def steps(worker: MegatronWorker, batch: Rows, count: int) -> dict[str, Any]:
+    losses, norms = [], []
+    for _ in range(count):
+        parts = gathered(worker.train(batch, LEARNING_RATE, batch.num_response_tokens, TEMPERATURE))
+        losses.append(sum(part.loss for part in parts))
+        norms.append(parts[0].grad_norm)
+    on_gpu = worker.device.type == "cuda"
+    return {
+        "losses": losses,
+        "grad_norms": norms,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+    }
+
+
+def main(folder: Path) -> None:
+    case = json.loads((folder / "case.json").read_text())
+    actor = ActorSettings.model_validate(case["actor"])
+    port = MegatronWorker(actor, Layout(), 0).free_port("127.0.0.1")
+    torch.multiprocessing.start_processes(run_rank, (port, folder), actor.world_size, start_method="spawn")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,174 @@
+"""The actor on CUDA: its steps are the CPU's, Transformer Engine's layers are the local ones, several GPUs are one.
+
+Each case runs in processes of its own: on a CPU the platform module changes megatron-core for the whole process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.config import load_config
+from megatron_rl.plan.hardware import GPUS, Assumptions
+from megatron_rl.plan.memory import stage_memory
+from megatron_rl.plan.setup import Setup
+from tests.hf_models import config_json, write_hf_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+
+SCRIPT = Path(__file__).with_name("actor_on.py")
+ROOT = Path(__file__).parents[2]
+SHAPE: dict[str, Any] = dict(
+    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=4, head_dim=64,
+)  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+ROWS = {"count": 8, "prompt": 20, "response": 40, "vocabulary": 512}
+ENGINE = importlib.util.find_spec("transformer_engine") is not None
+needs_engine = pytest.mark.skipif(not ENGINE, reason="needs Transformer Engine")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+BF16 = {"device": "cuda", "dtype": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Found:
+    description: str
+    losses: list[float]
+    grad_norms: list[float]
+    peak_bytes: int | None
+    logits: Tensor | None
+    """After the last step."""
+
+
+def run(folder: Path, model: Path, actor: dict[str, Any], **case: Any) -> Found:
+    folder.mkdir()
+    settings = {"model": str(model), "actor": {"micro_batch_tokens": 256} | actor, "rows": ROWS, "steps": 3} | case
+    (folder / "case.json").write_text(json.dumps(settings))
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    logits = torch.load(folder / "logits.pt") if (folder / "logits.pt").exists() else None
+    return Found(**json.loads((folder / "found.json").read_text()), logits=logits)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf_model(tmp_path_factory.mktemp("dense") / "model", "qwen3", noise=0.02, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf_model(tmp_path_factory.mktemp("sparse") / "model", "qwen3_moe", noise=0.02, **(SHAPE | EXPERTS))
+
+
+def assert_alike(found: Found, expected: Found, tolerance: float) -> None:
+    """tolerance: of losses and norms, relative; and of logits, as a share of the largest."""
+    assert found.losses == pytest.approx(expected.losses, rel=tolerance, abs=tolerance)
+    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=tolerance)
+    assert found.logits is not None and expected.logits is not None
+    assert (found.logits - expected.logits).abs().max() < tolerance * expected.logits.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2)])
+def test_first_steps_are_those_of_the_cpu(tmp_path: Path, dense: Path, dtype: str, tolerance: float) -> None:
+    there, here = (run(tmp_path / device, dense, {"device": device, "dtype": dtype}) for device in ("cuda", "cpu"))
+    assert there.description.startswith("cuda:0") and here.description.startswith("cpu")
+    assert_alike(there, here, tolerance)
+
+
+@needs_engine
+def test_layers_of_transformer_engine_are_the_local_ones(tmp_path: Path, dense: Path) -> None:
+    """The local ones are fp32's."""
+    engine, local = run(tmp_path / "bf16", dense, BF16), run(tmp_path / "fp32", dense, BF16 | {"dtype": "float32"})
+    assert "Transformer Engine layers" in engine.description and "local layers" in local.description
+    assert_alike(engine, local, 3e-2)
+
+
+@needs_engine
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper")
+@pytest.mark.parametrize("fp8", ["blockwise", "tensorwise"])
+def test_fp8_is_bf16_to_its_rounding(tmp_path: Path, dense: Path, fp8: str) -> None:
+    assert_alike(run(tmp_path / fp8, dense, BF16 | {"fp8": fp8}), run(tmp_path / "bf16", dense, BF16), 0.15)
+
+
+@needs_engine
+def test_grouped_experts_are_sequential_ones(tmp_path: Path, sparse: Path) -> None:
+    ways = [run(tmp_path / way, sparse, BF16 | {"expert_gemm": way}) for way in ("grouped", "sequential")]
+    assert_alike(*ways, tolerance=3e-2)
+
+
+@needs_two
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel": 2, "sequence_parallel": True},
+        {"pipeline_parallel": 2},
+        {"data_parallel": 2},
+        pytest.param({"context_parallel": 2}, marks=needs_engine),
+    ],
+    ids=str,
+)
+def test_two_gpus_are_one(tmp_path: Path, dense: Path, layout: dict[str, Any]) -> None:
+    assert_alike(run(tmp_path / "two", dense, BF16 | layout), run(tmp_path / "one", dense, BF16), 3e-2)
+
+
+@needs_two
+@needs_engine
+def test_grouped_experts_on_two_gpus_are_those_on_one(tmp_path: Path, sparse: Path) -> None:
+    layout = {"data_parallel": 2, "expert_parallel": 2}
+    assert_alike(run(tmp_path / "two", sparse, BF16 | layout), run(tmp_path / "one", sparse, BF16), 3e-2)
+
+
+@pytest.mark.parametrize("change", [{}, {"offload_optimizer": True}, {"recompute": {"granularity": "full"}}], ids=str)
+def test_a_billion_parameters_take_the_memory_that_plan_says(tmp_path: Path, change: dict[str, Any]) -> None:
+    shape = dict(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=14, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
+    )  # fmt: skip
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(config_json("qwen3", **shape)))
+    actor = BF16 | {"micro_batch_tokens": 8192} | change
+    rows = {"count": 16, "prompt": 512, "response": 1536, "vocabulary": 151936}
+    found = run(tmp_path / "run", tmp_path / "model", actor, rows=rows, load=False, logits=False)
+    assert all(norm > 0 for norm in found.grad_norms)
+    expected = planned(tmp_path, actor, rows)
+    assert found.peak_bytes is not None
+    print(f"{change}: {found.peak_bytes / 2**30:.2f} GiB, plan {expected / 2**30:.2f} GiB")
+    assert found.peak_bytes == pytest.approx(expected, rel=0.1)
+
+
+def planned(folder: Path, actor: dict[str, Any], rows: dict[str, int]) -> float:
+    """Bytes of the largest phase of a step, less what CUDA itself and fragments take."""
+    tree = {
+        "model": {"path": str(folder / "model")},
+        "data": {"train": "none.jsonl", "max_prompt_tokens": rows["prompt"]},
+        "rollout": {
+            "prompts_per_step": rows["count"] // 2,
+            "samples_per_prompt": 2,
+            "max_response_tokens": rows["response"],
+        },
+        "reward": {"name": "math"},
+        "train": {"steps": 1},
+        "algorithm": {"name": "grpo"},
+        "actor": actor,
+    }
+    (folder / "run.yaml").write_text(json.dumps(tree))
+    lengths = {"mean_prompt": rows["prompt"], "mean_response": rows["response"] - 0.01}
+    assumed = Assumptions(**lengths, transformer_engine=ENGINE)
+    phases = stage_memory(Setup.of(load_config(folder / "run.yaml", []), GPUS["h100"], assumed), 0).phases
+    return max(sum(phases[name].values()) for name in ("forward and backward", "optimizer"))
