@@ -20,6 +20,7 @@ from megatron_rl.rollout.refill import roll_out
 from megatron_rl.session.finish import finish
 from megatron_rl.session.interrupt import stop_on_interrupt
 from megatron_rl.session.opening import open_run
+from megatron_rl.session.outage import checkpoint_on_outage
 from megatron_rl.session.run import Run
 from megatron_rl.training.advantages import advantages_of
 from megatron_rl.training.policies import Seen, score_lagged_policy, score_old_policy, score_reference
@@ -29,14 +30,14 @@ from megatron_rl.types import Sample
 
 
 def train(config: Config) -> None:
-    """Train to the last step, or to a clean stop with a checkpoint when interrupted."""
-    with open_run(config) as run, stop_on_interrupt() as stop:
+    """Train to the last step, or to a clean stop with a checkpoint: when interrupted, or left without engines."""
+    with open_run(config) as run, stop_on_interrupt() as stop, checkpoint_on_outage(run):
         if not run.resumed:
             run.log(evaluate(run))
         stopping = stop.requested
         while run.step < config.train.steps and not stopping:
             metrics = rl_step(run, run.step + 1)
-            run.step += 1
+            run.step_done(metrics)
             if run.due(config.evaluation.every):
                 metrics |= evaluate(run)
             stopping = stop.requested or run.step == config.train.steps

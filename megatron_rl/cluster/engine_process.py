@@ -26,6 +26,8 @@ class EngineProcess:
         self.state: Literal["starting", "stale", "serving", "lost"] = "lost"
         self.losses = 0
         """In a row, without serving in between."""
+        self.agrees = False
+        """Whether this process was found to keep the log-prob contract."""
         self._retry_at = 0.0
         self.launch()
 
@@ -33,7 +35,7 @@ class EngineProcess:
         self._process = self._make()
         self.started = self.call("start")
         """Done when it can serve."""
-        self.state = "starting"
+        self.state, self.agrees = "starting", False
 
     def launch_when_due(self) -> None:
         if self.state == "lost" and time.monotonic() >= self._retry_at:

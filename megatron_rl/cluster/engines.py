@@ -217,6 +217,10 @@ class Engines:
                 ) from error
             engine.state = "stale"
 
+    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> dict[EngineProcess, list[list[Generation]]]:
+        """What each engine that serves answers to the same request, beside whatever else it is asked."""
+        return self.ask(self._serving, "generate", [prompt.token_ids for prompt in prompts], sampling)
+
     # ------------------------------------------------------------------ weights
 
     @property

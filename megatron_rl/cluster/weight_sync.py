@@ -137,7 +137,8 @@ class FolderSync(WeightSync):
 
     def _transfer(self, engines: list[EngineProcess], verify: bool) -> Answers:
         assert self.version is not None
-        return self.engines.ask(engines, "update_weights", FolderUpdate(self.version, self._parts))
+        update = FolderUpdate(self.version, self._parts, take_checksums=self.checksums is not None)
+        return self.engines.ask(engines, "update_weights", update)
 
     def _needed_for(self, stale: list[EngineProcess]) -> list[EngineProcess]:
         return stale  # what was sent last still lies there

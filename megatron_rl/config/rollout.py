@@ -37,6 +37,19 @@ class ServerSettings(Section):
     """Longest time without any engine; beyond it the run stops with a checkpoint."""
 
 
+class ContractSettings(Section):
+    """The log-prob contract: what an engine says of the tokens it sampled must be what the actor says of them. Every
+    engine is asked at the start, after the first update and when it has been replaced; training does not go on without.
+    """
+
+    every: Count = 50
+    """And every so many weight syncs, of which a step has one; 0: not again."""
+    max_difference: Positive | None = None
+    """Largest difference of a token, in nats; unset: 1e-4 in float32, 1 in bfloat16."""
+    mean_difference: Positive | None = None
+    """Largest mean difference over the tokens, in nats; unset: 1e-4 in float32, 0.03 in bfloat16."""
+
+
 class RolloutSettings(Section):
     """Sampling the responses of a step."""
 
@@ -46,6 +59,8 @@ class RolloutSettings(Section):
     """Engines that share a step's prompts."""
     server: ServerSettings = ServerSettings()
     """Of sglang and vllm."""
+    contract: ContractSettings = ContractSettings()
+    """Of log-probs, with every engine."""
     replay: FilePath | None = None
     """A folder of rollout dumps to train on, one a step, in place of engines; set by `megatron-rl train --rollouts`."""
     prompts_per_step: PositiveInt

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.observability import heartbeat
+from megatron_rl.owned_folder import owned_folder
 from megatron_rl.rollout import sglang, vllm
 from megatron_rl.rollout.engine import EngineLost, UpdateFailed
 from megatron_rl.rollout.server import UNSYNCED, Server, ServerLaunch, ServerRefused, ServerUnavailable
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 COMMANDS = {"sglang": sglang.command, "vllm": vllm.command}
 SERVERS: dict[str, Callable[[str, str | None], Server]] = {"sglang": sglang.SglangServer, "vllm": vllm.VllmServer}
+FOLDER_PREFIX = "megatron-rl-server-"
 KEY_VARIABLE = "MEGATRON_RL_ENGINE_KEY"
 FIRST_BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 0.5, 30.0
 
@@ -44,7 +46,7 @@ class HttpEngine:
         self.version: int | None = UNSYNCED
         """None: of more than one."""
         self._process: ServerProcess | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="megatron-rl-server-"))
+        self._folder: Path | None = None
         self._watches: list[asyncio.Task[None]] = []
         self._under_way = 0
         self._silence_seconds = settings.hang_seconds
@@ -61,11 +63,13 @@ class HttpEngine:
         if url is None:
             port = free_port()
             url = f"http://127.0.0.1:{port}"
+            self._folder = owned_folder(FOLDER_PREFIX, Path(tempfile.gettempdir()))
             command, environment = COMMANDS[self.kind](self.launch, port, str(key), self._folder)
             self._process = await ServerProcess.start(command, environment)
             self._watches.append(asyncio.create_task(self._lose_at_end(self._process)))
         self._server = SERVERS[self.kind](url, key)
         await self._while_there(self._until_alive())
+        self._remove_folder()
         self._watches.append(asyncio.create_task(self._lose_when_silent()))
         _log(f"{self.kind} answers at {url}")
 
@@ -77,7 +81,13 @@ class HttpEngine:
         if self._process:
             await self._process.stop()
         await self._server.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        """What a server is told in a file it has read when it answers."""
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     async def health(self) -> int:
         """The weight version being served."""

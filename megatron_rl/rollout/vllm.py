@@ -70,8 +70,9 @@ class VllmServer:
         return _version(info["weight_version"])
 
     async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
-        await self._update([{"files": [str(part)]} for part in update.parts], update.version, timeout_seconds)
-        self._took_checksums = False
+        portions = [{"files": [str(part)], "take_checksums": update.take_checksums} for part in update.parts]
+        await self._update(portions, update.version, timeout_seconds)
+        self._took_checksums = update.take_checksums
 
     async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
         body = {"init_info": {"members": [asdict(member) for member in members]}}
@@ -113,8 +114,8 @@ class VllmServer:
         return results
 
     async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
-        """On CPU, vLLM keeps linear layers in a form of its own that cannot be read back: of a broadcast, what came is
-        compared as well."""
+        """What came, where its checksums were taken; and what is held. On CPU the latter is embeddings, norms and head:
+        there vLLM keeps linear layers in a form of its own that cannot be read back."""
         if self._took_checksums:
             for received in await self._ask_workers("received_checksums", timeout_seconds):
                 compare(sent.plain, received, version)

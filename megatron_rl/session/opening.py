@@ -33,6 +33,7 @@ from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View, make_view
 from megatron_rl.reward.grader import check_reward, open_grader
+from megatron_rl.rollout.contract import Contract
 from megatron_rl.rollout.replay import NoEngines, Replay
 from megatron_rl.session import folder as run_folder
 from megatron_rl.session.launch import launch_of
@@ -43,6 +44,7 @@ from megatron_rl.session.resume import check_resumption, origin_of, resume
 from megatron_rl.session.run import Inputs, Run
 from megatron_rl.session.warm_start import warm_start
 from megatron_rl.session.weights import open_weight_sync
+from megatron_rl.types import SamplingParams
 
 LONGEST_EXAMPLE = 2_000
 """Characters of a prompt that are shown before training."""
@@ -134,6 +136,7 @@ def open_run(config: Config) -> Iterator[Run]:
             engines=engines,
             replay=replay,
             weights=weights,
+            contract=_contract(config, inputs, view),
             saver=stack.enter_context(_saver(config, actors, origin_of(config, reference), view)),
             view=view,
             metrics=metrics,
@@ -177,6 +180,18 @@ def _start(
     engines = Engines(config.rollout, launch_of(config, model_folder), logs, nodes, view.message)
     stack.callback(engines.close)
     return actors, engines, reference
+
+
+def _contract(config: Config, inputs: Inputs, view: View) -> Contract:
+    rollout = config.rollout
+    sampling = SamplingParams(
+        n=rollout.samples_per_prompt,
+        max_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        stop_token_ids=inputs.stop_token_ids,
+        seed=config.seed,
+    )
+    return Contract(rollout.contract, config.actor.dtype, inputs.train.prompts, sampling, view.message)
 
 
 def _replay(config: Config) -> Replay | None:

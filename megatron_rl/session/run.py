@@ -31,6 +31,7 @@ from megatron_rl.observability.view import View
 from megatron_rl.reward.grader import Grader
 from megatron_rl.reward.outcomes import check_failures, outcome_rates
 from megatron_rl.reward.shaping import format_penalties
+from megatron_rl.rollout.contract import Contract
 from megatron_rl.rollout.replay import NoEngines, Replay
 from megatron_rl.types import Prompt, Sample, SamplingParams
 
@@ -68,6 +69,7 @@ class Run:
     replay: Replay | None
     weights: WeightSync | None
     """None where there are no engines."""
+    contract: Contract
     saver: Saver
     view: View
     metrics: MetricsLog
@@ -75,6 +77,8 @@ class Run:
     phase: Phases
     step: int = 0
     """Steps done."""
+    last_step: tuple[DriverState, dict[str, float]] | None = None
+    """What a checkpoint of the last one that was done here says, and its metrics."""
     resumed: bool = False
     weight_version: int = 0
     recording_cost: Cost = field(default_factory=Cost)
@@ -174,14 +178,19 @@ class Run:
 
     def sync_weights(self) -> dict[str, float]:
         """Give the engines the actor's weights; returns metrics. The first time, and every so often, the checksum of
-        every tensor is compared on both sides."""
+        every tensor is compared on both sides. Raises UserError where engines then do not say what the actor says."""
         if self.weights is None:
             return {}
         before, every = self.weights.version, self.config.weight_sync.verify_every
         if before == self.weight_version:
             return {}  # a step without an update
         verify = before is None or (every > 0 and self.weight_version % every == 0)
-        return self.weights.sync(self.weight_version, verify=verify)
+        metrics = self.weights.sync(self.weight_version, verify=verify)
+        return metrics | self.contract.check(self.weights.engines, self._log_probs)
+
+    def _log_probs(self, rows: Rows, temperature: float) -> Array:
+        """[T], of the response tokens, by the actor."""
+        return self.actors.score(rows, temperature=temperature)["log_probs"]
 
     def log(self, metrics: dict[str, float]) -> None:
         """A step's metrics, to file and screen; then the error of a checkpoint that could not be written meanwhile."""
@@ -234,6 +243,11 @@ class Run:
         finally:
             self.actors.stop_profile(folder)
         self.view.message(f"profile: {folder}")
+
+    def step_done(self, metrics: dict[str, float]) -> None:
+        """One more, with these metrics. What comes next draws prompts: this is the state to go on from."""
+        self.step += 1
+        self.last_step = DriverState(self.step, self.weight_version, self.cursor.state()), metrics
 
     def save(self, metrics: dict[str, float], *, background: bool) -> None:
         """A checkpoint of this step, whose metrics these are."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
-import psutil
+from megatron_rl.owned_folder import owned_folder
 
 PREFIX = "megatron-rl-weights-"
 
@@ -15,12 +14,8 @@ PREFIX = "megatron-rl-weights-"
 def shared_folder() -> Path:
     """A fresh folder in shared memory, or in the temporary folder where there is none to write to.
 
-    Folders that runs which were killed left there are removed: memory is what they would cost.
+    Those that runs which were killed left there are removed: memory is what they would cost.
     """
     memory = Path("/dev/shm")
     parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    for stale in parent.glob(f"{PREFIX}*"):
-        owner = stale.name.removeprefix(PREFIX).split("-")[0]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(stale, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
+    return owned_folder(PREFIX, parent)

@@ -28,6 +28,8 @@ class FolderUpdate:
     version: int
     parts: tuple[Path, ...]
     """All in one folder."""
+    take_checksums: bool = False
+    """Of what is read, for an engine that cannot read back all that it holds."""
 
     @property
     def folder(self) -> Path:

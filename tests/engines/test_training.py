@@ -1,0 +1,158 @@
+"""Whole runs with real servers: refused where log-probs are wrong, gone on with when servers die, stopped in order when
+none can be brought back, and nothing left of them when the driver is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_rl.data.countdown import write_task
+from megatron_rl.rollout import guard
+from tests.e2e_cpu.conftest import QUICKSTART, CommandLine, Finished
+
+PROMPTS, SAMPLES = 8, 4
+SMALL = (
+    "warm_start=null",
+    "algorithm.name=grpo",
+    "reward.name=tests.engines.reward:odd",
+    "rollout.temperature=0.8",
+    f"rollout.prompts_per_step={PROMPTS}",
+    f"rollout.samples_per_prompt={SAMPLES}",
+    "actor.tensor_parallel=1",
+    "evaluation.suites={}",
+    "evaluation.probes={}",
+    "observability.rollouts_every=1",
+    "train.save_every=0",
+)
+
+
+@pytest.fixture(scope="module")
+def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+    folder = tmp_path_factory.mktemp("runs")
+    write_task(folder / "runs/countdown-task")
+    return CommandLine(folder)
+
+
+class Training:
+    """A run under way, and its servers."""
+
+    def __init__(self, command_line: CommandLine, kind: str, name: str, *overrides: str) -> None:
+        self.command_line, self.name, self.said = command_line, name, ""
+        config = QUICKSTART.with_name(f"countdown_{kind}.yaml")
+        self.process: subprocess.Popen[str] = command_line.start(
+            "train", str(config), f"run.name={name}", *SMALL, *overrides
+        )
+
+    def until(self, text: str) -> None:
+        """Read on until it says so."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said += line
+            if text in line:
+                return
+        raise AssertionError(f"it ended without saying {text!r}:\n{self.said[-5000:]}")
+
+    def servers(self) -> list[list[psutil.Process]]:
+        """The processes of each, the first one first; in the order of their start."""
+        guards = [p for p in psutil.Process(self.process.pid).children(recursive=True) if guard.__file__ in p.cmdline()]
+        guards.sort(key=lambda process: process.create_time())
+        return [process.children(recursive=True) for process in guards]
+
+    def end(self) -> Finished:
+        finished = self.command_line.finish(self.process, self.name)
+        return Finished(finished.folder, finished.status, self.said + finished.output)
+
+
+def rollouts(run: Finished) -> Iterator[list[dict[str, object]]]:
+    """Rows of each step, in order."""
+    for path in sorted((run.folder / "rollouts").glob("step_*.parquet")):
+        yield pq.ParquetFile(path).read(["prompt_id", "group", "weight_versions"]).to_pylist()
+
+
+def assert_nothing_was_lost_or_counted_twice(run: Finished) -> None:
+    """Every step has all its samples, all from the weights of the step; no prompt was drawn again."""
+    drawn: Counter[object] = Counter()
+    for row, metrics in zip(rollouts(run), (row for row in run.metrics if row["step"]), strict=True):
+        samples = Counter((sample["prompt_id"], sample["group"]) for sample in row)
+        assert list(samples.values()) == [SAMPLES] * PROMPTS
+        versions = {version for sample in row for version in sample["weight_versions"]}  # type: ignore[attr-defined]
+        assert len(versions) == 1, versions
+        drawn.update(prompt for prompt, _ in samples)
+        assert metrics["logprob/rollout_actor_abs_diff"] < 1e-4
+    assert set(drawn.values()) == {1}
+
+
+RAW = {
+    "vllm": "rollout.server.arguments=[--logprobs-mode,raw_logprobs]",
+    "sglang": "rollout.server.environment={SGLANG_RETURN_ORIGINAL_LOGPROB: '1'}",
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_raw_log_probs_are_refused(command_line: CommandLine, kind: str) -> None:
+    run = Training(command_line, kind, f"raw-{kind}", RAW[kind]).end()
+    assert run.status == 2, run.output
+    assert "Likely cause: raw instead of processed log-probs: they are those at temperature 1, not at 0.8" in run.output
+    assert not run.metrics
+    assert "Traceback" not in run.output
+
+
+def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine) -> None:
+    """One is killed, and when another serves in its place the second one is stopped."""
+    run = Training(
+        command_line,
+        "vllm",
+        "failures",
+        "rollout.engines=2",
+        "rollout.server.hang_seconds=8",
+        "weight_sync.transport=collective",
+        "train.steps=120",  # no more than an epoch
+    )
+    run.until("step=2/")
+    first, second = run.servers()
+    first[0].kill()
+    run.until("is lost, another takes its place: its server has ended")
+    run.until("step=")
+    run.until("serves again")
+    for process in second:
+        process.suspend()
+    run.until("is lost, another takes its place: it has given no sign of life for 8 s")
+    run.until("step=")
+    run.process.send_signal(signal.SIGINT)
+    ended = run.end()
+    assert ended.status == 0, ended.output
+    assert ended.output.count("is lost") == 2
+    assert "log-probs of 2 engines and of the actor agree" in ended.output
+    assert_nothing_was_lost_or_counted_twice(ended)
+
+
+def test_without_engines_it_stops_with_a_checkpoint_and_goes_on_from_it(command_line: CommandLine) -> None:
+    """And when the driver is killed, its servers end as well."""
+    settings = ("rollout.server.outage_seconds=5", "train.steps=120")
+    run = Training(command_line, "sglang", "outage", *settings)
+    run.until("step=2/")
+    (server,) = run.servers()
+    server[0].kill()
+    stopped = run.end()
+    assert stopped.status == 2, stopped.output
+    last = stopped.metrics[-1]["step"]
+    assert "no engine could be brought back for 5 s (rollout.server.outage_seconds)" in stopped.output
+    assert f"checkpoint: {Path('runs/outage/checkpoints')}/step_{last:06d}" in stopped.output
+    assert f"go on after step {last}" in stopped.output
+    assert "Traceback" not in stopped.output
+
+    resumed = Training(command_line, "sglang", "outage", *settings, "resume=auto")
+    resumed.until(f"step={last + 1}/")
+    os.kill(resumed.process.pid, signal.SIGKILL)
+    killed = resumed.end()  # which looks for processes that are left
+    assert killed.status == -signal.SIGKILL
+    assert [row["step"] for row in killed.metrics] == list(range(1, len(killed.metrics) + 1))
+    assert_nothing_was_lost_or_counted_twice(killed)

@@ -1,0 +1,200 @@
+"""An engine whose log-probs are not the actor's is found, and the cause is named. The engine is real, its faults are
+made; the actor is a plain forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.config.rollout import ContractSettings
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.contract import Contract
+from megatron_rl.rollout.transformers_engine import TransformersEngine
+from megatron_rl.types import Generation, Prompt, SamplingParams
+
+TEMPERATURE = 0.7
+PROMPTS = [Prompt(id=f"p:{i}", token_ids=(1, 3 + i, 20 + i), text="", label=None) for i in range(8)]
+SAMPLING = SamplingParams(n=16, max_tokens=12, temperature=TEMPERATURE, stop_token_ids=(2,), seed=3)
+
+Fault = Callable[["Policy", Sequence[int], Generation], Generation]
+
+
+class Policy:
+    """Plain transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def log_p(self, tokens: Sequence[int], start: int, temperature: float) -> torch.Tensor:
+        """[response tokens, V]."""
+        logits = self.model(torch.tensor([list(tokens)])).logits[0, start - 1 : -1]
+        return torch.log_softmax(logits / temperature, -1)
+
+    def score(self, rows: Rows, temperature: float) -> Array:
+        parts = []
+        for row, start in zip(rows.tokens, rows.prompt_lengths, strict=True):
+            log_p = self.log_p(row.tolist(), int(start), temperature)
+            parts.append(log_p.gather(1, torch.tensor(row[start:])[:, None])[:, 0].numpy())
+        return np.concatenate(parts)
+
+
+class Process:
+    def __init__(self, number: int) -> None:
+        self.number, self.agrees = number, False
+
+
+class Engines:
+    """One or more, of which the last has a fault."""
+
+    def __init__(self, engine: TransformersEngine, policy: Policy, count: int = 1) -> None:
+        self.engine, self.policy = engine, policy
+        self.running: list[Any] = [Process(i) for i in range(count)]
+        self.fault: Fault = lambda _policy, _prompt, generation: generation
+        self.temperature = TEMPERATURE
+        self.probes = 0
+
+    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> dict[Any, list[list[Generation]]]:
+        self.probes += 1
+        ids = [prompt.token_ids for prompt in prompts]
+        answers = dict.fromkeys(self.running, self.engine.generate(ids, sampling))
+        faulty = self.engine.generate(ids, replace(sampling, temperature=self.temperature))
+        answers[self.running[-1]] = [
+            [self.fault(self.policy, prompt, generation) for generation in group]
+            for prompt, group in zip(ids, faulty, strict=True)
+        ]
+        return answers
+
+
+def reporting(log_probs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], temperature: float) -> Fault:
+    """Other log-probs of the same tokens: log p [T, V], tokens [T, 1] -> [T, 1]."""
+
+    def fault(policy: Policy, prompt: Sequence[int], generation: Generation) -> Generation:
+        log_p = policy.log_p([*prompt, *generation.token_ids], len(prompt), temperature)
+        chosen = log_probs(log_p, torch.tensor(generation.token_ids)[:, None])
+        return replace(generation, log_probs=chosen[:, 0].tolist())
+
+    return fault
+
+
+def renormalised(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Over the likeliest fifth of the vocabulary: top-k; over more where a token that was sampled is not among them."""
+    chosen = log_p.gather(1, tokens)
+    least = torch.minimum(log_p.topk(log_p.shape[1] // 5).values[:, -1:], chosen)
+    return chosen - torch.logsumexp(log_p.masked_fill(log_p < least, -torch.inf), 1, keepdim=True)
+
+
+def rounded(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return log_p.gather(1, tokens).bfloat16().float()
+
+
+def no_number(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return log_p.gather(1, tokens) * torch.nan
+
+
+def plain(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return log_p.gather(1, tokens)
+
+
+@pytest.fixture
+def engines(engine: TransformersEngine, model_folder: Path) -> Engines:
+    return Engines(engine, Policy(model_folder))
+
+
+def contract(dtype: str = "float32", said: list[str] | None = None, **settings: Any) -> Contract:
+    say = said.append if said is not None else print
+    return Contract(ContractSettings(**settings), dtype, PROMPTS, SAMPLING, say)
+
+
+def test_an_engine_that_agrees(engines: Engines) -> None:
+    said: list[str] = []
+    metrics = contract(said=said).check(engines, engines.policy.score)
+    assert 0 <= metrics["logprob/contract_abs_diff"] <= metrics["logprob/contract_max_diff"] < 1e-4
+    assert [engine.agrees for engine in engines.running] == [True]
+    assert len(said) == 1 and said[0].startswith("log-probs of 1 engine and of the actor agree")
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (reporting(plain, 1.0), r"raw instead of processed log-probs: .* at temperature 1, not at 0\.7"),
+        (reporting(plain, 0.5), r"wrong temperature: they are those at 0\.5, not at 0\.7"),
+        (reporting(plain, TEMPERATURE**2), r"wrong temperature: they are those at 0\.49,"),
+        (reporting(renormalised, TEMPERATURE), r"truncated sampling .* had been cut off"),
+        (reporting(rounded, TEMPERATURE), "another precision"),
+        (reporting(no_number, TEMPERATURE), "some of .* are no numbers"),
+    ],
+    ids=["raw", "temperature", "twice", "top-k", "bf16", "nan"],
+)
+def test_the_cause_is_named(engines: Engines, fault: Fault, cause: str) -> None:
+    engines.fault = fault
+    with pytest.raises(UserError, match=rf"(?s)engine 0 and the actor disagree.*Likely cause: {cause}"):
+        contract().check(engines, engines.policy.score)
+    assert not engines.running[0].agrees
+
+
+def test_an_engine_that_samples_at_another_temperature(engines: Engines) -> None:
+    """And says so."""
+    engines.temperature = 1.3
+    with pytest.raises(UserError, match=r"wrong temperature: they are those at 1\.3, not at 0\.7"):
+        contract().check(engines, engines.policy.score)
+
+
+def test_every_engine_is_asked(engine: TransformersEngine, model_folder: Path) -> None:
+    engines = Engines(engine, Policy(model_folder), count=3)
+    engines.fault = reporting(plain, 1.0)
+    with pytest.raises(UserError, match="engine 2 and the actor disagree"):
+        contract().check(engines, engines.policy.score)
+
+
+def test_weights_that_never_arrive(engine: TransformersEngine, model_folders: tuple[Path, Path]) -> None:
+    """The engine goes on with those of the start; the actor has new ones."""
+    folder, trained = model_folders
+    engines = Engines(TransformersEngine(folder, "cpu", "float32"), Policy(folder))
+    ours = contract()
+    assert ours.check(engines, engines.policy.score)
+    with pytest.raises(UserError, match="Likely cause: weights not synced"):
+        ours.check(engines, Policy(trained).score)
+
+
+def test_other_weights_from_the_start_fit_no_cause(engines: Engines, model_folders: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match=r"none of the known ones alone.*other weights"):
+        contract().check(engines, Policy(model_folders[1]).score)
+
+
+def test_half_precision_has_bounds_of_its_own(engines: Engines) -> None:
+    engines.fault = reporting(rounded, TEMPERATURE)
+    assert contract("bfloat16").check(engines, engines.policy.score)
+    engines.fault = reporting(plain, 1.0)
+    with pytest.raises(UserError, match="raw instead of processed"):
+        contract("bfloat16").check(engines, engines.policy.score)
+
+
+def test_bounds_are_settings(engines: Engines) -> None:
+    engines.fault = reporting(rounded, TEMPERATURE)
+    assert contract(max_difference=0.05, mean_difference=0.02).check(engines, engines.policy.score)
+
+
+def test_when_it_looks(engines: Engines) -> None:
+    """After the first sync, the first update, every fifth sync, and the replacement of an engine."""
+    ours = contract(every=5)
+    looked = [bool(ours.check(engines, engines.policy.score)) for _ in range(6)]
+    assert looked == [True, True, False, False, True, False]
+    engines.running[0].agrees = False
+    assert ours.check(engines, engines.policy.score)
+    assert not ours.check(engines, engines.policy.score)
+    assert engines.probes == 4
+
+
+def test_without_any_engine_nothing_is_claimed(engines: Engines) -> None:
+    engines.running = []
+    engines.probe = lambda prompts, sampling: {}  # type: ignore[method-assign]
+    assert contract().check(engines, engines.policy.score) == {}
