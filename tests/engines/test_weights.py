@@ -60,12 +60,14 @@ def tensors(model: Path) -> list[tuple[str, torch.Tensor]]:
     return [(name, weights[name]) for name in names]
 
 
-def in_folder(folder: Path, model: Path, version: int) -> tuple[FolderUpdate, Checksums]:
+def in_folder(folder: Path, model: Path, version: int, spoilt: str = "") -> tuple[FolderUpdate, Checksums]:
+    """spoilt: a tensor that is not what it should be."""
     transport = FolderTransport(folder, 0, BUCKET)
     transport.connect()
-    pushed = transport.push(iter(tensors(model)), version, ChecksumTaker(1))
+    named = ((name, tensor + 1 if name == spoilt else tensor) for name, tensor in tensors(model))
+    pushed = transport.push(named, version, ChecksumTaker(1))
     assert pushed.checksums and len(pushed.parts) > 3
-    return FolderUpdate(version, pushed.parts), pushed.checksums
+    return FolderUpdate(version, pushed.parts, take_checksums=True), pushed.checksums
 
 
 class Sender:
@@ -128,14 +130,15 @@ def test_a_broadcast_twice(engine: HttpEngine, run: Run[Any], model: Path, other
     sender.transport.close()
 
 
-def test_weights_that_are_not_those_sent_are_found(
-    engine: HttpEngine, run: Run[Any], model: Path, other: Path, tmp_path: Path
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_a_tensor_that_is_not_what_was_sent_is_found(
+    engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path, name: str
 ) -> None:
     _, checksums = in_folder(tmp_path / "sent", other, 6)
-    update, _ = in_folder(tmp_path / "held", model, 6)
+    update, _ = in_folder(tmp_path / "held", other, 6, spoilt=name)
     run(engine.pause())
     run(engine.update_weights(update))
-    with pytest.raises(WeightsDamaged, match="version 6 arrived damaged"):
+    with pytest.raises(WeightsDamaged, match=r"version 6 arrived damaged: 1 of \d+ tensors"):
         run(engine.verify_weights(6, checksums))
 
 

@@ -1,0 +1,46 @@
+"""A server that dies with half of an update. The last of all tests with the server that they share."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_rl.rollout.engine import EngineLost
+from megatron_rl.rollout.http_engine import FOLDER_PREFIX, HttpEngine
+from tests.engines.conftest import Run
+from tests.engines.test_generate import PROMPTS, SAMPLING
+from tests.engines.test_weights import Sender
+
+
+def test_nothing_more_comes_from_it(engine: HttpEngine, run: Run[Any], model: Path) -> None:
+    sender = Sender(model, "weights-killed")
+    connecting = threading.Thread(target=sender.transport.connect)
+    connecting.start()
+    run(engine.pause())
+    run(engine.join_groups([replace(sender.member, rank=1)]))
+    connecting.join()
+    assert engine._process is not None
+    server = psutil.Process(engine._process._process.pid).children()[0]
+
+    async def scenario() -> None:
+        updating = asyncio.create_task(engine.update_weights(sender.update(9)))
+        await asyncio.sleep(0.5)  # it waits for the first bucket, which never comes
+        server.kill()
+        with pytest.raises(EngineLost, match="its server has ended"):
+            await asyncio.wait_for(updating, 20)
+        with pytest.raises(EngineLost):
+            await engine.generate(PROMPTS, SAMPLING)
+
+    run(scenario())
+    sender.transport.close()
+
+
+def test_it_has_left_no_folder(engine: HttpEngine) -> None:
+    assert not list(Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}{psutil.Process().pid}-*"))

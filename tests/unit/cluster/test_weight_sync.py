@@ -1,0 +1,204 @@
+"""Updates that fail on their way: every engine that goes on serving has the whole of the newest one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.cluster import weight_sync
+from megatron_rl.cluster.weight_sync import ATTEMPTS, CollectiveSync, FolderSync, WeightSync
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.engine import UpdateFailed
+from megatron_rl.weight_sync.checksums import Checksums, WeightsDamaged
+from megatron_rl.weight_sync.transport import CollectiveUpdate, Pushed
+
+LOST = object()
+
+
+class Engine:
+    """What it answers to updates and checks, in order; then all goes well."""
+
+    def __init__(self, number: int, state: str = "serving") -> None:
+        self.number, self.state = number, state
+        self.updates: deque[Any] = deque()
+        self.checks: deque[Any] = deque()
+        self.version: int | None = None
+        self.calls: list[str] = []
+        self.groups: list[Any] = []
+
+    def serve(self) -> None:
+        assert self.version is not None, "it serves half of an update"
+        self.state = "serving"
+
+    def answer(self, method: str, *arguments: Any) -> Any:
+        self.calls.append(method)
+        if method == "join_groups":
+            self.groups = arguments[0]
+        if method == "update_weights":
+            self.version = None
+            if self.updates:
+                return self.updates.popleft()
+            self.version = arguments[0].version
+        if method == "verify_weights" and self.checks:
+            return self.checks.popleft()
+        return None
+
+
+class Engines:
+    def __init__(self, count: int) -> None:
+        self.all = [Engine(i) for i in range(count)]
+        self.refresh: Callable[[], None] = lambda: None
+
+    @property
+    def running(self) -> list[Engine]:
+        return [engine for engine in self.all if engine.state in ("stale", "serving")]
+
+    @property
+    def stale(self) -> list[Engine]:
+        return [engine for engine in self.all if engine.state == "stale"]
+
+    def ask(self, engines: Iterable[Engine], method: str, *arguments: Any) -> dict[Engine, Any]:
+        return self.ask_each({engine: (method, *arguments) for engine in engines})
+
+    def ask_each(self, calls: Mapping[Engine, tuple[Any, ...]]) -> dict[Engine, Any]:
+        answers = {}
+        for engine, call in calls.items():
+            answers[engine] = engine.answer(*call)
+            if answers[engine] is LOST:
+                engine.state = "lost"
+                del answers[engine]
+        return answers
+
+
+class Actors:
+    stages = 2
+
+    def __init__(self) -> None:
+        self.pushes = 0
+
+    def submit_weights(self, method: str, *arguments: Any) -> list[Any]:
+        if method != "push_weights":
+            return [None, None]
+        self.pushes += 1
+        checksums = Checksums({"w": "ab"}, {"0:w": "ab"}) if arguments[1] else None
+        return [Pushed(stage, 10, (Path(f"stage-{stage}"),), checksums) for stage in range(self.stages)]
+
+    def publishers(self) -> list[tuple[str, int]]:
+        return [("127.0.0.1", 1), ("127.0.0.1", 2)]
+
+    def weight_specs(self) -> list[list[Any]]:
+        return [[], []]
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_sync, "results", lambda refs: list(refs))
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+Open = Callable[[int], tuple[WeightSync, Any]]
+
+
+@pytest.fixture(params=["folder", "collective"])
+def opened(request: pytest.FixtureRequest, said: list[str]) -> Open:
+    def open_sync(count: int) -> tuple[WeightSync, Any]:
+        engines: Any = Engines(count)
+        actors: Any = Actors()
+        if request.param == "folder":
+            return FolderSync(actors, engines, 1, said.append, folder=Path("f"), bucket_bytes=9), engines
+        collective = CollectiveSync(
+            actors, engines, 1, said.append, backend="gloo", bucket_bytes=9, timeout_seconds=1.0
+        )
+        return collective, engines
+
+    return open_sync
+
+
+def versions(engines: Engines) -> list[int | None]:
+    return [engine.version for engine in engines.running]
+
+
+def test_every_engine_gets_it_while_paused(opened: Open) -> None:
+    sync, engines = opened(3)
+    metrics = sync.sync(1, verify=True)
+    assert versions(engines) == [1, 1, 1]
+    assert metrics["weight_sync/bytes"] == 20
+    for engine in engines.all:
+        order = [call for call in engine.calls if call != "join_groups"]
+        assert order == ["pause", "update_weights", "verify_weights", "resume"]
+
+
+@pytest.mark.parametrize("failures", [1, ATTEMPTS - 1])
+def test_half_of_an_update_is_made_whole(opened: Open, said: list[str], failures: int) -> None:
+    sync, engines = opened(2)
+    engines.all[1].updates.extend([UpdateFailed("broke off")] * failures)
+    sync.sync(1, verify=False)
+    assert versions(engines) == [1, 1]
+    assert any("engine 1 has not got weight version 1 whole: broke off" in line for line in said)
+
+
+def test_damage_is_found_and_mended(opened: Open, said: list[str]) -> None:
+    sync, engines = opened(2)
+    engines.all[0].checks.append(WeightsDamaged("1 of 1 tensors differ"))
+    sync.sync(1, verify=True)
+    assert versions(engines) == [1, 1]
+    assert said == ["engine 0 has not got weight version 1 whole: 1 of 1 tensors differ"]
+
+
+def test_one_that_never_gets_it_whole_ends_the_run(opened: Open) -> None:
+    sync, engines = opened(2)
+    engines.all[1].updates.extend([UpdateFailed("broke off")] * 100)
+    with pytest.raises(UserError, match=rf"version 1 did not arrive whole in {ATTEMPTS} attempts"):
+        sync.sync(1, verify=False)
+
+
+def test_an_engine_that_dies_meanwhile_does_not_keep_the_others(opened: Open) -> None:
+    sync, engines = opened(3)
+    engines.all[1].updates.append(LOST)
+    sync.sync(1, verify=True)
+    assert engines.all[1].state == "lost"
+    assert [engine.number for engine in engines.running] == [0, 2]
+    assert versions(engines) == [1, 1]
+    if isinstance(sync, CollectiveSync):  # a broken group is no use to those who are left
+        assert all(member.size == 3 for engine in engines.running for member in engine.groups)
+
+
+def test_all_of_them_may_die(opened: Open) -> None:
+    """Others take their places when something is asked of them."""
+    sync, engines = opened(2)
+    for engine in engines.all:
+        engine.updates.append(LOST)
+    sync.sync(1, verify=True)
+    assert engines.running == []
+
+
+def test_one_that_takes_a_place_gets_the_newest(opened: Open) -> None:
+    sync, engines = opened(2)
+    sync.sync(1, verify=True)
+    sync.sync(2, verify=False)
+    engines.all[1].state, engines.all[1].version = "stale", None
+    engines.refresh()
+    assert engines.all[1].state == "serving"
+    assert versions(engines) == [2, 2]
+
+
+def test_a_broadcast_says_what_will_come(opened: Open) -> None:
+    sync, engines = opened(1)
+    seen: list[Any] = []
+    answer = engines.all[0].answer
+    engines.all[0].answer = lambda method, *arguments: (seen.append((method, arguments)), answer(method, *arguments))[1]
+    sync.sync(1, verify=True)
+    (update,) = next(arguments for method, arguments in seen if method == "update_weights")
+    assert update.version == 1 and update.take_checksums
+    if isinstance(update, CollectiveUpdate):
+        assert [stage.group for stage in update.stages] == [member.name for member in engines.all[0].groups]
+    else:
+        assert update.parts == (Path("stage-0"), Path("stage-1"))
