@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
         arguments |= {"--device": "cpu", "--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
         arguments |= {"--max-total-tokens": str(max(16384, 4 * launch.max_tokens))}  # else it takes all free memory
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+        all_cores = f"0-{(os.cpu_count() or 1) - 1}"  # else each rank wants a NUMA node of its own
+        environment |= {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([all_cores] * launch.tensor_parallel)}
     line = [str(launch.python or sys.executable), "-m", "sglang.launch_server"]
     line += [word for pair in arguments.items() for word in pair]
     line += ["--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]

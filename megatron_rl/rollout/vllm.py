@@ -42,6 +42,7 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
     if launch.device == "cpu":
         line += ["--enforce-eager"]
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each rank wants a NUMA node of its own
     return [*line, *launch.arguments], environment | launch.environment
 
 

@@ -98,7 +98,8 @@ RAW = {
 
 @pytest.mark.parametrize("kind", RAW)
 def test_raw_log_probs_are_refused(command_line: CommandLine, kind: str) -> None:
-    run = Training(command_line, kind, f"raw-{kind}", RAW[kind]).end()
+    """By two tensor-parallel ranks: all but the temperature is as it should be, weights and log-probs."""
+    run = Training(command_line, kind, f"raw-{kind}", RAW[kind], "rollout.server.tensor_parallel=2").end()
     assert run.status == 2, run.output
     assert "Likely cause: raw instead of processed log-probs: they are those at temperature 1, not at 0.8" in run.output
     assert not run.metrics

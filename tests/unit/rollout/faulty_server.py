@@ -23,6 +23,8 @@ class Script:
 
     faults: deque[str] = field(default_factory=deque)
     """One a request to /generate: error, drop, slow, short, refuse, stale; none left: a good answer."""
+    update_faults: deque[str] = field(default_factory=deque)
+    """One a weight update: error, drop, slow; none left: it is taken."""
     length: int = 5
     seconds: float = 0.0
     """How long a good answer takes."""
@@ -52,6 +54,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.script.abort.set()
             self._answer(200, {})
         elif self.path == "/update_weights_from_disk":
+            self._update(body)
+
+    def _update(self, body: dict[str, Any]) -> None:
+        fault = self.script.update_faults.popleft() if self.script.update_faults else ""
+        if fault == "slow":
+            time.sleep(5)
+        if fault == "drop":
+            self.close_connection = True
+        elif fault == "error":
+            self._answer(500, {"error": "out of memory"})
+        else:
             self.script.version = body["weight_version"]
             self._answer(200, {"success": True})
 

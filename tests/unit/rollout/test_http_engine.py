@@ -13,7 +13,7 @@ import pytest
 
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout import http_engine
-from megatron_rl.rollout.engine import EngineLost
+from megatron_rl.rollout.engine import EngineLost, UpdateFailed
 from megatron_rl.rollout.http_engine import HttpEngine
 from megatron_rl.rollout.server import ServerLaunch, ServerRefused
 from megatron_rl.types import SamplingParams
@@ -166,6 +166,43 @@ def test_a_paused_request_goes_on_with_the_new_weights(server: tuple[str, Script
 
     asyncio.run(scenario())
     assert [(len(body["input_ids"]), body["sampling_params"]["n"]) for body in script.asked] == [(3, 2), (5, 1), (5, 1)]
+
+
+@pytest.mark.parametrize("fault", ["error", "drop", "slow"])
+def test_a_server_that_is_well_but_failed_an_update_serves_nothing_until_it_has_one(
+    server: tuple[str, Script], tmp_path: Path, fault: str
+) -> None:
+    url, script = server
+    script.update_faults.append(fault)
+    update = FolderUpdate(4, (tmp_path / "part-0.safetensors",))
+
+    async def scenario() -> None:
+        async with attached(url, update_timeout_seconds=0.4) as engine:
+            await engine.pause()
+            with pytest.raises(UpdateFailed, match="update_weights_from_disk"):
+                await engine.update_weights(update)
+            with pytest.raises(UpdateFailed, match="half of an update"):
+                await engine.resume()
+            await engine.update_weights(update)
+            await engine.resume()
+            assert await tokens(engine) == GOOD
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_hangs_in_an_update_is_given_up(server: tuple[str, Script], tmp_path: Path) -> None:
+    url, script = server
+    script.update_faults.append("slow")
+    update = FolderUpdate(4, (tmp_path / "part-0.safetensors",))
+
+    async def scenario() -> None:
+        async with attached(url, update_timeout_seconds=0.3, hang_seconds=0.3) as engine:
+            await engine.pause()
+            script.healthy = False
+            with pytest.raises(EngineLost):
+                await engine.update_weights(update)
+
+    asyncio.run(scenario())
 
 
 def test_an_end_token_that_is_not_ours_ends_nothing(server: tuple[str, Script]) -> None:
