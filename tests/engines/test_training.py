@@ -113,7 +113,7 @@ def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine)
         "vllm",
         "failures",
         "rollout.engines=2",
-        "rollout.server.hang_seconds=8",
+        "rollout.server.hang_seconds=20",
         "weight_sync.transport=collective",
         "train.steps=120",  # no more than an epoch
     )
@@ -125,7 +125,7 @@ def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine)
     run.until("serves again")
     for process in second:
         process.suspend()
-    run.until("is lost, another takes its place: it has given no sign of life for 8 s")
+    run.until("is lost, another takes its place: it has given no sign of life for 20 s")
     run.until("step=")
     run.process.send_signal(signal.SIGINT)
     ended = run.end()
