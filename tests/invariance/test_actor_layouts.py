@@ -24,6 +24,7 @@ FULL = {"recompute": {"granularity": "full"}}
 SELECTIVE = {"recompute": {"granularity": "selective", "modules": ["core_attn", "mlp"]}}
 SP = {"sequence_parallel": True}
 TIED = {"model": "tied"}
+EXPERTS = {"model": "experts"}
 LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
     "one rank": (
         {},
@@ -37,6 +38,8 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
             "full recompute": FULL,
             "selective recompute": SELECTIVE,
             "offloaded optimizer": {"offload_optimizer": True},
+            "experts, plain": EXPERTS | PLAIN,
+            "experts, packed, fused": EXPERTS,
         },
     ),
     "tp2": (
@@ -72,6 +75,8 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
         {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2},
         {"tied, tp2-pp2, sp, interleaved": TIED | SP},
     ),
+    "dp2-ep2": ({"data": 2, "expert": 2}, {"experts, dp2-ep2": EXPERTS, "experts, dp2-ep2, recompute": EXPERTS | FULL}),
+    "tp2-ep2": ({"tensor": 2, "expert": 2}, {"experts, tp2-ep2, sp": EXPERTS | SP}),
     "tp2-dp2": ({"tensor": 2, "data": 2}, {"tied, tp2-dp2, sp": TIED | SP}),
 }
 VARIANTS = [(layout, variant) for layout, (_, variants) in LAYOUTS.items() for variant in variants]
@@ -83,9 +88,9 @@ Found = dict[str, Any]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
-    for name, tied in {"untied": False, "tied": True}.items():
-        shape = {"vocab_size": 51, "num_hidden_layers": 4, "tie_word_embeddings": tied}
-        write_hf_model(folder / name, "qwen3", noise=0.1, **shape)
+    for name in ("untied", "tied", "experts"):
+        shape = {"vocab_size": 51, "num_hidden_layers": 4, "tie_word_embeddings": name == "tied"}
+        write_hf_model(folder / name, "qwen3_moe" if name == "experts" else "qwen3", noise=0.1, **shape)
     return folder
 
 
@@ -124,7 +129,8 @@ def found(folder: Path, variant: str) -> Found:
 def test_a_step_is_the_same(folder: Path, layout: str, variant: str) -> None:
     run(folder, "one rank")
     run(folder, layout)
-    expected, got = found(folder, "tied, plain" if "tied" in variant else "plain"), found(folder, variant)
+    model = next((f"{kind}, " for kind in ("tied", "experts") if kind in variant), "")
+    expected, got = found(folder, f"{model}plain"), found(folder, variant)
     torch.testing.assert_close(got["logits"], expected["logits"], atol=1e-5, rtol=1e-5)
     for loss in LOSSES:
         check_step(got[loss], expected[loss])
