@@ -81,7 +81,9 @@ def ray_runtime(placement: Placement, watch: Watch | None = None) -> Iterator[No
                 "them: start one with `ray start` on each, or submit what `megatron-rl slurm` writes"
             )
         processes = sum(placement.processes(node) for node in placement.nodes)
-        options |= {"num_cpus": processes, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        # "local": a Ray of its own, even where another one runs on this machine.
+        options |= {"address": "local", "num_cpus": processes}
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(**options)
     try:
         needed = sum(placement.gpus(node) for node in placement.nodes)
