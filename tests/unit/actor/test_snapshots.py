@@ -1,0 +1,60 @@
+"""Weights kept aside are what they were, whatever training does meanwhile, and are in use for one pass only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.worker import MegatronWorker
+from megatron_rl.batching.rows import Rows
+from megatron_rl.config.actor import ActorSettings, OptimizerSettings
+from tests.hf_models import write_hf_model
+from tests.unit.plan.measure import rows
+
+BATCH = rows(4, prompt=3, response=5, vocabulary=50)
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[MegatronWorker]:
+    model = write_hf_model(tmp_path / "model", noise=0.1)
+    worker = MegatronWorker(ActorSettings(device="cpu"), Layout(), 0)
+    worker.start("127.0.0.1", worker.free_port("127.0.0.1"), model)
+    worker.load_hf(model)
+    worker.build_optimizer(OptimizerSettings())
+    yield worker
+    worker.close()
+
+
+def log_probs(worker: MegatronWorker, weights: str = "current", batch: Rows = BATCH) -> np.ndarray:
+    table = worker.score(batch, 1.0, weights)
+    assert table is not None and sorted(table.rows.tolist()) == [0, 1, 2, 3]
+    return table.values["log_probs"]
+
+
+def test_a_snapshot_stays_while_training_goes_on(worker: MegatronWorker) -> None:
+    before = log_probs(worker)
+    worker.snapshot("lagged")
+    worker.train(BATCH, 0.1, BATCH.num_response_tokens, 1.0)
+    after = log_probs(worker)
+    assert np.abs(after - before).max() > 0.1
+    np.testing.assert_array_equal(log_probs(worker, "lagged"), before)
+    np.testing.assert_array_equal(log_probs(worker), after)
+
+
+def test_one_that_was_not_taken_is_asked_for(worker: MegatronWorker) -> None:
+    with pytest.raises(RuntimeError, match=r"no reference snapshot yet: call snapshot\('reference'\)"):
+        worker.score(BATCH, 1.0, "reference")
+
+
+def test_candidates_are_the_likeliest_tokens(worker: MegatronWorker) -> None:
+    wanted = np.arange(BATCH.num_response_tokens) % 2 == 0
+    table, logits = worker.candidates(BATCH.with_values(wanted=wanted), 1.0, 3), worker.logits(BATCH)
+    assert table is not None and logits is not None
+    ids, likeliest = table.values["candidate_ids"], np.argsort(-logits.values["logits"], axis=1)[:, :3]
+    marked = ids[:, 0] >= 0
+    assert marked.sum() == wanted.sum()
+    np.testing.assert_array_equal(ids[marked], likeliest[marked])
