@@ -153,6 +153,11 @@ def _rollout(config: Config) -> Iterator[str]:
     transport = config.weight_sync.transport
     if transport == "collective" and rollout.engine == "transformers":
         yield "weight_sync.transport: collective is for rollout.engine: sglang or vllm; transformers reads a folder"
+    if transport == "collective" and config.cluster.colocate and config.actor.device != "cpu":
+        yield (
+            "weight_sync.transport: collective is not for cluster.colocate: nccl takes one process a GPU; set "
+            "shared_memory, or disk"
+        )
     if transport == "shared_memory" and config.cluster.nodes > 1:
         yield "weight_sync.transport: shared_memory reaches one node only, and cluster.nodes is more; set disk"
     if transport not in ("disk", "auto") and config.weight_sync.folder:

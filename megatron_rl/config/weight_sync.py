@@ -13,7 +13,7 @@ class WeightSyncSettings(Section):
     transport: Literal["auto", "shared_memory", "disk", "collective"] = "auto"
     """shared_memory: a folder in memory, for engines on the actor's node. disk: a folder that all nodes see.
     collective: a broadcast, nccl between GPUs and gloo between CPUs, to servers only. auto: collective for servers on
-    GPUs, else shared_memory, or disk where there are several nodes."""
+    GPUs of their own, else shared_memory, or disk where there are several nodes."""
     folder: FilePath | None = None
     """Of disk; unset: `weights` in the run's folder. As large as the model."""
     bucket_megabytes: PositiveInt = 512

@@ -18,7 +18,8 @@ def transport_of(config: Config) -> str:
     """`weight_sync.transport`, auto decided."""
     if config.weight_sync.transport != "auto":
         return config.weight_sync.transport
-    if config.rollout.engine != "transformers" and config.actor.device != "cpu":
+    servers_on_gpus = config.rollout.engine != "transformers" and config.actor.device != "cpu"
+    if servers_on_gpus and not config.cluster.colocate:  # nccl takes one process a GPU
         return "collective"
     return "shared_memory" if config.cluster.nodes == 1 else "disk"
 

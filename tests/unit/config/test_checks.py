@@ -42,6 +42,10 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["actor={device: cuda, context_parallel: 2}"], ["actor.context_parallel: 2 needs actor.dtype: bfloat16"]),
         (["actor.virtual_pipeline=2", "actor.rows=padded"], ["actor.virtual_pipeline: 2 needs packed rows"]),
         (["actor.data_parallel=9"], ["actor.data_parallel: 9", "8 rows", "rollout.prompts_per_step"]),
+        (
+            ["rollout.engine=sglang", "actor.device=cuda", "cluster.colocate=true", "weight_sync.transport=collective"],
+            ["weight_sync.transport: collective is not for cluster.colocate"],
+        ),
         (["rollout.engines=5"], ["rollout.engines: 5", "rollout.prompts_per_step: 4"]),
         (["reward.name=countdwn"], ["reward.name: 'countdwn'", "did you mean countdown?"]),
         (["reward.name='my module:f'"], ["reward.name: 'my module:f'", "package.module:function"]),
