@@ -170,33 +170,47 @@ def test_a_broadcast_that_breaks_off_serves_nothing_until_it_is_made_again(
     assert_serves(engine, run, other, 7)
 
 
-def test_requests_under_way_go_on_with_the_new_weights(
+@pytest.fixture
+def update_under_way(
     engine: HttpEngine, run: Run[Any], model: Path, other: Path, tmp_path: Path
-) -> None:
-    update, _ = in_folder(tmp_path, other, 8)
+) -> tuple[dict[int, Path], list[list[Generation]]]:
+    """Version -> weights; and groups of responses of which some were begun with one and ended with the other.
+
+    How long until there are tokens but not yet all of them depends on the machine.
+    """
     sampling = replace(SAMPLING, n=32, max_tokens=50, stop_token_ids=(94,))
 
-    async def scenario() -> list[list[Generation]]:
+    async def scenario(update: FolderUpdate, seconds: float) -> list[list[Generation]]:
         asking = asyncio.create_task(engine.generate([PROMPTS[0]] * 8, sampling))
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(seconds)
         await engine.pause()
         await engine.update_weights(update)
         await engine.resume()
         return await asking
 
-    before = run(engine.health())
-    policies = {before: model, 8: other}
-    groups = run(scenario())
+    held = {run(engine.health()): model}
+    for version, seconds in enumerate((0.25, 0.5, 1.0, 0.1, 2.0, 4.0), start=8):
+        ((before, source),) = held.items()
+        policies = {before: source, version: model if source == other else other}
+        groups = run(scenario(in_folder(tmp_path, policies[version], version)[0], seconds))
+        if any(generation.version_changes for group in groups for generation in group):
+            return policies, groups
+        held = {version: policies[version]}
+    raise AssertionError("no update ever came between two tokens: the test sees nothing")
+
+
+def test_requests_under_way_go_on_with_the_new_weights(
+    update_under_way: tuple[dict[int, Path], list[list[Generation]]],
+) -> None:
+    policies, groups = update_under_way
     assert [len(group) for group in groups] == [32] * 8
     generations = [generation for group in groups for generation in group]
-    changed = [generation for generation in generations if generation.version_changes]
-    assert changed, "all were done before the update: the test sees nothing"
     for generation in generations:
         assert set(generation.weight_versions) <= policies.keys()
         assert len(generation.token_ids) == 50 or generation.token_ids[-1] == 94
-    for generation in changed[:4]:
+    for generation in [generation for generation in generations if generation.version_changes][:4]:
         ((place, version),) = generation.version_changes
         first = replace(generation, token_ids=generation.token_ids[:place], log_probs=generation.log_probs[:place])
-        assert largest_gap(model, PROMPTS[0], first, 1.0) < 1e-4
+        assert largest_gap(policies[first.weight_version], PROMPTS[0], first, 1.0) < 1e-4
         rest = Generation(generation.token_ids[place:], generation.log_probs[place:], "length", version)
-        assert largest_gap(other, (*PROMPTS[0], *first.token_ids), rest, 1.0) < 1e-4
+        assert largest_gap(policies[version], (*PROMPTS[0], *first.token_ids), rest, 1.0) < 1e-4
