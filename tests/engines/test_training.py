@@ -117,7 +117,7 @@ def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine)
         "weight_sync.transport=collective",
         "train.steps=120",  # no more than an epoch
     )
-    run.until("step=2/")
+    run.until("step=1/")
     first, second = run.servers()
     first[0].kill()
     run.until("is lost, another takes its place: its server has ended")
@@ -139,7 +139,7 @@ def test_without_engines_it_stops_with_a_checkpoint_and_goes_on_from_it(command_
     """And when the driver is killed, its servers end as well."""
     settings = ("rollout.server.outage_seconds=5", "train.steps=120")
     run = Training(command_line, "sglang", "outage", *settings)
-    run.until("step=2/")
+    run.until("step=1/")
     (server,) = run.servers()
     server[0].kill()
     stopped = run.end()

@@ -33,7 +33,7 @@ def test_nothing_more_comes_from_it(engine: HttpEngine, run: Run[Any], model: Pa
         updating = asyncio.create_task(engine.update_weights(sender.update(9)))
         await asyncio.sleep(0.5)  # it waits for the first bucket, which never comes
         server.kill()
-        with pytest.raises(EngineLost, match="its server has ended|does not answer after a failed update"):
+        with pytest.raises(EngineLost, match=r"its server has ended|does not answer after a failed update"):
             await asyncio.wait_for(updating, 20)
         with pytest.raises(EngineLost):
             await engine.generate(PROMPTS, SAMPLING)
