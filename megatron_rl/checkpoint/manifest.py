@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_rl.checkpoint.hf_format import HASHING_THREADS, file_sha256
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.backlog import Group
 
 MANIFEST = "manifest.json"
 RNG = "rng.json"
@@ -34,6 +35,8 @@ class DriverState:
     step: int
     weight_version: int
     cursor: dict[str, Any]
+    backlog: Annotated[tuple[Group, ...], Field(exclude=True)] = ()
+    """What steps have left to later ones; in a file of its own, checkpoint/backlog.py."""
 
 
 @dataclass(frozen=True, slots=True)

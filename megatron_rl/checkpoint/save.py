@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from megatron_rl.checkpoint import rng
+from megatron_rl.checkpoint.backlog import BACKLOG, write_backlog
 from megatron_rl.checkpoint.keep import Keep, link, prune
 from megatron_rl.checkpoint.manifest import (
     FORMAT,
@@ -159,6 +160,8 @@ def _complete(folder: Path, manifest: Manifest, driver: RandomState, parts: list
     """Add what belongs to no rank to what the ranks wrote."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
     files[RNG] = write_rng(folder, RandomStates(driver, [part.rng for part in parts]))
+    if manifest.state.backlog:
+        files[BACKLOG] = write_backlog(folder, manifest.state.backlog)
     write_manifest(folder, replace(manifest, optimizer_steps=parts[0].optimizer_steps, files=files))
 
 

@@ -35,6 +35,8 @@ class Request:
     number: int
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    begun: tuple[Generation, ...] = ()
+    """What there is of the responses; none yet, or `sampling.n`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,9 @@ class Engines:
         self.embedded = rollout.engine == "transformers"
         self._outage_seconds = rollout.server.outage_seconds
         self._queue: list[Request] = []
+        self._enough: int | None = None
+        """Groups after which embedded engines may stop; of what is in the queue."""
+        self._cutting = False
         self._calls: dict[ray.ObjectRef, Call] = {}
         self._answers: dict[int, list[Generation]] = {}
         self._submitted = 0
@@ -84,20 +89,32 @@ class Engines:
 
     # ------------------------------------------------------------------ requests
 
-    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[int]:
-        """Have responses sampled. Returns a number for each prompt, to `wait` for and `take` its group by."""
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        begun: Sequence[tuple[Generation, ...]] | None = None,
+        enough: int | None = None,
+    ) -> list[int]:
+        """Have responses sampled. Returns a number for each prompt, to `wait` for and `take` its group by.
+
+        begun: for each prompt, what there is of its responses, to be gone on with. enough: embedded engines stop when
+        so many groups are whole; servers go on until `cut`.
+        """
         numbers = range(self._submitted, self._submitted + len(prompts))
         self._submitted += len(prompts)
         for i, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
             own = sampling if self.embedded else sampling.reseeded(i)
-            self._queue.append(Request(number, prompt.token_ids, own))
+            self._queue.append(Request(number, prompt.token_ids, own, begun[i] if begun else ()))
+        self._enough = enough
         self._dispatch()
         return list(numbers)
 
     def wait(self, numbers: Iterable[int]) -> set[int]:
-        """Those of the numbers whose groups are there, at least one. Raises EnginesLost."""
+        """Those of the numbers whose groups are there, at least one; of embedded engines, which answer batch by batch,
+        all. Raises EnginesLost."""
         numbers, hope = set(numbers), patience()
-        while not (there := numbers & self._answers.keys()):
+        while len(there := numbers & self._answers.keys()) < (len(numbers) if self.embedded else min(1, len(numbers))):
             progress = self._poll()
             if hope:
                 hope.check(progress=progress)
@@ -106,16 +123,31 @@ class Engines:
     def take(self, number: int) -> list[Generation]:
         return self._answers.pop(number)
 
+    def cut(self, numbers: Iterable[int]) -> None:
+        """Have servers stop where they are: `take` gives what there is of these groups and of any other under way."""
+        missing = set(numbers) - self._answers.keys()
+        self._cutting = True
+        while missing:
+            self.ask({call.engine for call in self._calls.values()}, "cut")
+            self._poll()
+            missing -= self._answers.keys()
+        self._cutting = False
+
     def _dispatch(self) -> None:
         """Queued requests to engines that serve: to the embedded ones in as few batches as can be, to a server each by
         itself, as it batches them better."""
+        if self._cutting:
+            self._answers |= {request.number: list(request.begun) for request in self._queue}
+            self._queue = []
         serving = self._serving
         if not serving or not self._queue:
             return
         queue, self._queue = self._queue, []
         if self.embedded:
+            enough, self._enough = self._enough, None
             for i, engine in enumerate(serving):
-                self._call(engine, queue[i :: len(serving)])
+                share = None if enough is None else len(range(i, enough, len(serving)))
+                self._call(engine, queue[i :: len(serving)], share)
             return
         busy = {engine.number: 0 for engine in serving}
         for call in self._calls.values():
@@ -125,12 +157,13 @@ class Engines:
             busy[engine.number] += 1
             self._call(engine, [request])
 
-    def _call(self, engine: EngineProcess, requests: list[Request]) -> None:
+    def _call(self, engine: EngineProcess, requests: list[Request], enough: int | None = None) -> None:
         if requests:
             sampling = requests[0].sampling
             if self.embedded:
                 sampling = sampling.reseeded(engine.number)
-            ref = engine.call("generate", [request.prompt for request in requests], sampling)
+            prompts, begun = [request.prompt for request in requests], [request.begun for request in requests]
+            ref = engine.call("generate", prompts, sampling, begun, enough)
             self._calls[ref] = Call(engine, requests)
 
     # ------------------------------------------------------------------ engines that come and go

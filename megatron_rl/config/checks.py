@@ -141,6 +141,23 @@ def _rollout(config: Config) -> Iterator[str]:
         yield "evaluation.suites: a run that replays rollouts has no engine to evaluate with; give evaluation.suites={}"
     if rollout.replay and config.train.rollout_only:
         yield "rollout.replay and train.rollout_only: there would be nothing to do; give one of them"
+    ahead = 1 + rollout.max_staleness - rollout.asynchronous
+    if rollout.asynchronous and not rollout.max_staleness:
+        yield (
+            "rollout.asynchronous: what is sampled while the actor trains is a step old when its turn comes, and "
+            "rollout.max_staleness: 0 forbids that; set it to 1 or more"
+        )
+    elif rollout.max_staleness and rollout.over_sampling > ahead:
+        yield (
+            f"rollout.over_sampling: {rollout.over_sampling:g} prompts under way for each one needed cannot all be "
+            f"trained on within rollout.max_staleness: {rollout.max_staleness} steps"
+            f"{' of an asynchronous run' if rollout.asynchronous else ''}; give at most {ahead}"
+        )
+    if rollout.max_staleness and config.algorithm.correction.weights == "none":
+        yield (
+            "algorithm.correction.weights: none would train on tokens of older weights (rollout.max_staleness: "
+            f"{rollout.max_staleness}) as if they were the policy's own; set it to truncated, or to masked"
+        )
     if rollout.engine == "transformers" and rollout.server != ServerSettings():
         yield "rollout.server: read by rollout.engine: sglang or vllm only, not by transformers"
     if rollout.server.urls and len(rollout.server.urls) != rollout.engines:

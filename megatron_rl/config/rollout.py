@@ -70,7 +70,16 @@ class RolloutSettings(Section):
     dynamic_sampling: bool = False
     """Leave out groups whose responses all have the same score, and draw other prompts until the step is full."""
     max_draws: PositiveInt = 10
-    """Most draws for a step with dynamic sampling; then it goes on with the groups it has. None at all is an error."""
+    """Most prompts drawn for a step with dynamic sampling, in multiples of those asked for at first; then the step goes
+    on with the groups it has. None at all is an error."""
+    over_sampling: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Prompts under way for each one needed. The step goes on with the first groups that are whole; what is unfinished
+    then is dropped, or goes on at the next step where max_staleness lets it."""
+    max_staleness: Count = 0
+    """Most steps for which a token may lie between being sampled and being trained on. 0: every step samples by its own
+    weights alone. More: what a step has not finished or not needed goes on at the next one, with the tokens it has."""
+    asynchronous: bool = False
+    """Engines go on sampling while the actor trains; needs a max_staleness of 1 or more."""
     max_response_tokens: PositiveInt
     """Longest response, in tokens, its stop token included."""
     temperature: Positive = 1.0

@@ -25,6 +25,11 @@ class Cursor:
         """Epochs completed."""
         return self._epoch
 
+    @property
+    def taken(self) -> int:
+        """Rows given out so far, over all epochs."""
+        return self._epoch * self._size + self._position
+
     def take(self, n: int) -> list[int]:
         """The next n row numbers; where an epoch ends on the way, the next one follows."""
         if n < 0:

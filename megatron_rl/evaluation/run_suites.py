@@ -29,6 +29,7 @@ def evaluate(run: Run) -> dict[str, float]:
             sampling = run.evaluation_sampling(run.config.evaluation.suites[name])
             samples = collect(run.engines, prompts, sampling, run.inputs.tokenizer)
             run.grade(samples)
+            run.check_grades(samples)
             problems = problems_of(samples)
             write_problems(run.folder / "evaluations" / f"step_{run.step:06d}" / f"{name}.parquet", problems)
             suites.append(Measures(problems))

@@ -28,8 +28,22 @@ class RolloutEngine(Protocol):
         """Return when it can serve."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Generation]]:
-        """`sampling.n` responses for each prompt, in the prompts' order."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        begun: Sequence[Sequence[Generation]] = (),
+        enough: int | None = None,
+    ) -> list[list[Generation]]:
+        """`sampling.n` responses for each prompt, in the prompts' order.
+
+        begun: for each prompt, `sampling.n` responses to go on with, or none. enough: stop when so many groups are
+        whole; what is unfinished then has the finish reason abort. For embedded engines; servers are `cut`.
+        """
+        ...
+
+    def cut(self) -> None:
+        """End every `generate` under way with what there is; servers only."""
         ...
 
     def update_weights(self, update: WeightUpdate) -> None:

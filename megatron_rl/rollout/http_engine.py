@@ -49,6 +49,9 @@ class HttpEngine:
         self._folder: Path | None = None
         self._watches: list[asyncio.Task[None]] = []
         self._under_way = 0
+        self._calls = 0
+        """Of `generate`, under way."""
+        self._cutting = False
         self._silence_seconds = settings.hang_seconds
 
     # ------------------------------------------------------------------ its life
@@ -95,10 +98,32 @@ class HttpEngine:
 
     # ------------------------------------------------------------------ rollouts
 
-    async def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Generation]]:
+    async def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        begun: Sequence[Sequence[Generation]] = (),
+        enough: int | None = None,
+    ) -> list[list[Generation]]:
         """See `RolloutEngine`. Requests wait while the engine is paused, and go on from where a pause cut them."""
-        groups = (self._group(prompt, sampling.reseeded(i)) for i, prompt in enumerate(prompts))
-        return await self._while_there(_all(groups))
+        groups = (
+            self._group(prompt, sampling.reseeded(i), begun[i] if begun else ()) for i, prompt in enumerate(prompts)
+        )
+        self._calls += 1
+        try:
+            return await self._while_there(_all(groups))
+        finally:
+            self._calls -= 1
+
+    async def cut(self) -> None:
+        """See `RolloutEngine`."""
+        self._cutting = True
+        try:
+            while self._calls:
+                await self._while_there(self._abort_until_idle())
+                await asyncio.sleep(0.01)
+        finally:
+            self._cutting = False
 
     async def pause(self) -> None:
         """Cut what is under way: its tokens so far are kept, the rest is sampled after `resume`, by the new weights if
@@ -142,13 +167,15 @@ class HttpEngine:
         finally:
             self._silence_seconds = limit
 
-    async def _group(self, prompt: Sequence[int], sampling: SamplingParams) -> list[Generation]:
-        answers = await self._ask(prompt, sampling)
+    async def _group(
+        self, prompt: Sequence[int], sampling: SamplingParams, begun: Sequence[Generation]
+    ) -> list[Generation]:
+        answers = begun or await self._ask(prompt, sampling)
         return await _all(self._finish(prompt, sampling.reseeded(i), a) for i, a in enumerate(answers))
 
     async def _finish(self, prompt: Sequence[int], sampling: SamplingParams, generation: Generation) -> Generation:
         """Go on with a response until it has an end of its own."""
-        while generation.finish_reason == "abort":
+        while generation.finish_reason == "abort" and not self._cutting:
             done = len(generation.token_ids)
             if done == sampling.max_tokens:
                 return generation.followed_by(Generation([], [], "length", generation.weight_version))
@@ -161,6 +188,8 @@ class HttpEngine:
         attempts = self.settings.request_attempts
         for attempt in range(attempts):
             await self._open.wait()
+            if self._cutting:
+                return [Generation([], [], "abort", self.version or 0)] * sampling.n
             self._count(+1)
             try:
                 answers = await self._server.generate(prompt, sampling, self.settings.request_timeout_seconds)

@@ -1,21 +1,24 @@
-"""A step's rollouts: sampled, graded and, with dynamic sampling, drawn again until every group teaches something.
+"""A step's rollouts: prompts are drawn, sampled and graded until the step has its groups.
 
 Dynamic sampling (DAPO, arXiv 2503.14476) leaves out groups whose responses all have the same score, which no
-group-relative advantage can tell apart, and draws other prompts in their place.
+group-relative advantage can tell apart, and draws other prompts in their place. With over-sampling, more prompts are
+under way than are needed, and nobody waits for the slowest. What is left over is dropped, or goes on at the next step
+(`rollout.max_staleness`): see docs/rollouts.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_rl.batching.rows import Array
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.collect import collect
+from megatron_rl.rollout.backlog import Group
+from megatron_rl.rollout.replay import NoEngines
 from megatron_rl.types import Sample
 
 if TYPE_CHECKING:
@@ -31,12 +34,11 @@ class Rollouts:
     rewards: list[float] = field(default_factory=list)
     """Of `drawn`."""
     groups: list[int] = field(default_factory=list)
-    """The groups to train on, in the order they were drawn."""
+    """The groups to train on, the oldest first."""
     informative: set[int] = field(default_factory=set)
     """With dynamic sampling: the drawn groups whose scores differ, surplus ones too."""
-    draws: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    """How grading went, and what dynamic sampling cost."""
+    """How grading went, and what became of the prompts."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -59,31 +61,13 @@ class Rollouts:
 
 def roll_out(run: Run, step: int) -> Rollouts:
     """The step's `rollout.prompts_per_step` groups; fewer only where dynamic sampling reached its bound."""
-    settings = run.config.rollout
     if run.replay:
         return replayed(run.replay.samples(step), run.shaped)
-    rollouts, wanted = Rollouts(), settings.prompts_per_step
-    if not settings.dynamic_sampling:
-        _draw(run, step, rollouts, wanted)
-        rollouts.groups = list(range(wanted))
-        return rollouts
-    while rollouts.draws < settings.max_draws and len(rollouts.informative) < wanted:
-        _draw(run, step, rollouts, _next_count(run, rollouts))
-        rollouts.informative = informative_groups(rollouts.drawn)
-    if not rollouts.informative:
-        raise UserError(
-            f"step {step}: all responses to a prompt had the same score, for each of {_prompts(rollouts)} prompts in "
-            f"{rollouts.draws} draws: the task is too easy or too hard for this policy, or the verifier is at fault. "
-            "Look at the responses with rollout.dynamic_sampling=false observability.rollouts_every=1"
-        )
-    rollouts.groups = sorted(rollouts.informative)[:wanted]
-    rollouts.metrics |= {
-        "rollout/draws": float(rollouts.draws),
-        "rollout/prompts_drawn": float(_prompts(rollouts)),
-        "rollout/groups_missing": float(wanted - len(rollouts.groups)),
-        "rollout/groups_surplus": float(len(rollouts.informative) - len(rollouts.groups)),
-    }
-    return rollouts
+    refill = Refill(run, step)
+    while refill.goes_on:
+        refill.ask()
+        refill.receive()
+    return refill.close()
 
 
 def replayed(samples: list[Sample], rewards_of: Callable[[list[Sample]], list[float]]) -> Rollouts:
@@ -91,42 +75,212 @@ def replayed(samples: list[Sample], rewards_of: Callable[[list[Sample]], list[fl
     return Rollouts(drawn=samples, rewards=rewards_of(samples), groups=sorted({sample.group for sample in samples}))
 
 
-def informative_groups(samples: list[Sample]) -> set[int]:
-    """Groups in which the verifier's scores differ."""
-    scores: dict[int, set[float]] = {}
-    for sample in samples:
-        if sample.reward is None:
-            raise ValueError(f"a sample of {sample.prompt.id} was not graded")
-        scores.setdefault(sample.group, set()).add(sample.reward.score)
-    return {group for group, found in scores.items() if len(found) > 1}
+class Refill:
+    """One step's way from prompts to groups."""
 
+    def __init__(self, run: Run, step: int) -> None:
+        assert not isinstance(run.engines, NoEngines)
+        self.run, self.step, self.engines, self.backlog = run, step, run.engines, run.backlog
+        self.settings = run.config.rollout
+        self.draws = self.drawn = self.begun_anew = 0
+        self.graded: list[Group] = []
+        """In this step."""
+        self.left_out: list[Group] = []
+        """Of `graded`, those that nobody will train on."""
+        self._samples: dict[int, list[Sample]] = {}
+        left, self.backlog.waiting, self.backlog.whole = [*self.backlog.waiting, *self.backlog.whole], [], []
+        for group in left:
+            self._keep(group)
 
-def _draw(run: Run, step: int, rollouts: Rollouts, count: int) -> None:
-    """Add `count` groups. Every draw has random numbers of its own, from seed, step and draw."""
-    with run.phase("rollout"):
-        samples = collect(
-            run.engines,
-            run.next_prompts(count),
-            run.sampling(step, rollouts.draws),
-            run.inputs.tokenizer,
-            first_group=_prompts(rollouts),
+    # ------------------------------------------------------------------ how far it is
+
+    @property
+    def goes_on(self) -> bool:
+        """Until there are enough groups, and no more are left than later steps can train on before they are too old.
+        Only over-sampling leaves slow groups out for being slow."""
+        unfinished = self.backlog.unfinished
+        if self._missing > 0:
+            return bool(unfinished) or self._drawable > 0
+        if self.run.keeps_rollouts:
+            return bool(self._due())
+        return self.settings.over_sampling == 1 and bool(unfinished)
+
+    @property
+    def _missing(self) -> int:
+        return self.settings.prompts_per_step - len(self.backlog.whole)
+
+    @property
+    def _drawable(self) -> int:
+        settings = self.settings
+        return math.ceil(settings.max_draws * settings.prompts_per_step * settings.over_sampling) - self.drawn
+
+    @property
+    def _expected(self) -> int:
+        """Prompts it takes for the groups that are missing, at the rate at which they were informative so far."""
+        whole, found = len(self.graded), len(self.graded) - len(self.left_out)
+        most = self.settings.prompts_per_step
+        if not whole:
+            return self._missing
+        return min(math.ceil(self._missing * whole / found), most) if found else most
+
+    @property
+    def _oldest(self) -> int:
+        """The oldest weight version that may have sampled what this step trains on."""
+        return self.run.weight_version - self.run.versions_late
+
+    def _due(self) -> list[Group]:
+        """Unfinished groups to wait for: were the oldest whole ones trained on now, a later step would find more on
+        their last occasion than it has room for."""
+        backlog, most = self.backlog, self.settings.prompts_per_step
+        left = sorted(backlog.whole, key=lambda group: group.age)[most:] + backlog.unfinished
+        for later in range(self.settings.max_staleness):
+            oldest = self._oldest + (later + 1) * self.run.config.train.updates_per_rollout
+            ending = [group for group in left if group.oldest_version < oldest]
+            if len(ending) > later * most:
+                return [group for group in ending if not group.whole]
+        return []
+
+    # ------------------------------------------------------------------ engines
+
+    def ask(self) -> None:
+        """Have engines at work on as many prompts as it takes. Every draw has random numbers of its own, from seed,
+        step and draw."""
+        backlog, settings = self.backlog, self.settings
+        enough = None
+        if self._missing > 0:
+            expected = self._expected
+            if settings.dynamic_sampling and not backlog.unfinished:
+                expected = max(expected, settings.engines)
+            new = math.ceil(expected * settings.over_sampling) - len(backlog.unfinished)
+            groups = backlog.waiting + self._draw(min(new, self._drawable))
+            if settings.over_sampling > 1:
+                enough = expected
+        else:
+            due = {group.number for group in self._due()}
+            groups = [group for group in backlog.waiting if group.number in due]
+        if not groups:
+            return
+        version = self.run.weight_version
+        groups = [g if g.responses else g.begun_anew(version) for g in sorted(groups, key=lambda g: g.number)]
+        asked = {group.number for group in groups}
+        backlog.waiting = [group for group in backlog.waiting if group.number not in asked]
+        prompts = [self.run.inputs.train.prompts[group.row] for group in groups]
+        sampling = self.run.sampling(self.step, self.draws)
+        with self.run.phase("rollout"):
+            numbers = self.engines.submit(prompts, sampling, [group.responses for group in groups], enough)
+        backlog.under_way |= zip(numbers, groups, strict=True)
+        self.draws += 1
+
+    def receive(self) -> None:
+        """Wait until there is something of what is under way, and grade it."""
+        with self.run.phase("rollout"):
+            there = self.engines.wait(self.backlog.under_way)
+        self._take_in(there)
+        if len(self.graded) >= self.settings.prompts_per_step:
+            self._check_grades()
+
+    def _draw(self, count: int) -> list[Group]:
+        count, first = max(count, 0), self.run.cursor.taken
+        self.drawn += count
+        rows = enumerate(self.run.cursor.take(count), start=first)
+        return [Group(number, row, self.run.weight_version) for number, row in rows]
+
+    def _take_in(self, requests: Collection[int]) -> None:
+        answered = [self.backlog.under_way.pop(number).answered(self.engines.take(number)) for number in requests]
+        samples = {group.number: self._samples_of(group) for group in answered if group.whole}
+        with self.run.phase("reward"):
+            self.run.grade([sample for part in samples.values() for sample in part])
+        for group in sorted(answered, key=lambda group: group.number):
+            if not group.whole:
+                self._keep(group)
+                continue
+            self._samples[group.number] = samples[group.number]
+            group = replace(group, rewards=tuple(s.reward for s in samples[group.number] if s.reward))
+            self.graded.append(group)
+            if group.informative or not self.settings.dynamic_sampling:
+                self._keep(group)
+            else:
+                self.left_out.append(group)
+
+    def _keep(self, group: Group) -> None:
+        """For this step or a later one; what is too old is begun anew."""
+        if group.responses and group.oldest_version < self._oldest:
+            self.begun_anew += 1
+            group = group.begun_anew(self.run.weight_version)
+        self.backlog.put(group)
+
+    def _samples_of(self, group: Group) -> list[Sample]:
+        prompt, decode = self.run.inputs.train.prompts[group.row], self.run.inputs.tokenizer.decode
+        rewards = group.rewards or [None] * len(group.responses)
+        return [
+            Sample(prompt, 0, generation, decode(generation.token_ids, skip_special_tokens=True), reward)
+            for generation, reward in zip(group.responses, rewards, strict=True)
+        ]
+
+    # ------------------------------------------------------------------ the end
+
+    def close(self) -> Rollouts:
+        """The step's groups. What is left goes on at the next step, at once in an asynchronous run."""
+        run, backlog, settings = self.run, self.backlog, self.settings
+        if not settings.asynchronous:
+            with run.phase("rollout"):
+                self.engines.cut(backlog.under_way)
+            self._take_in(list(backlog.under_way))
+        rates = self._check_grades()
+        backlog.whole.sort(key=lambda group: group.age)
+        chosen, backlog.whole = backlog.whole[: settings.prompts_per_step], backlog.whole[settings.prompts_per_step :]
+        if not chosen:
+            raise UserError(
+                f"step {self.step}: all responses to a prompt had the same score, for each of {self.drawn} prompts in "
+                f"{self.draws} draws: the task is too easy or too hard for this policy, or the verifier is at fault. "
+                "Look at the responses with rollout.dynamic_sampling=false observability.rollouts_every=1"
+            )
+        rollouts = self._rollouts(chosen, backlog.whole)
+        rollouts.metrics = rates | self._metrics(chosen)
+        if not run.keeps_rollouts:
+            backlog.waiting, backlog.whole = [], []
+        if settings.asynchronous and self.step < run.config.train.steps:
+            self.drawn = 0
+            self.ask()
+        return rollouts
+
+    def _rollouts(self, chosen: list[Group], surplus: list[Group]) -> Rollouts:
+        """Surplus groups are counted as drawn when they are used; where none is kept, now."""
+        shown = [*chosen, *self.left_out, *([] if self.run.keeps_rollouts else surplus)]
+        shown.sort(key=lambda group: group.age)
+        drawn = []
+        for place, group in enumerate(shown):
+            for sample in self._samples.get(group.number) or self._samples_of(group):
+                sample.group = place
+                drawn.append(sample)
+        numbers = {group.number for group in chosen}
+        return Rollouts(
+            drawn=drawn,
+            rewards=self.run.shaped(drawn),
+            groups=[place for place, group in enumerate(shown) if group.number in numbers],
+            informative={place for place, group in enumerate(shown) if group.informative}
+            if self.settings.dynamic_sampling
+            else set(),
         )
-    with run.phase("reward"):
-        rollouts.rewards += run.grade(samples)
-    before, new = len(rollouts.drawn), len(samples)
-    for name, rate in run.grading_metrics.items():
-        rollouts.metrics[name] = (rollouts.metrics.get(name, 0.0) * before + rate * new) / (before + new)
-    rollouts.drawn += samples
-    rollouts.draws += 1
 
+    def _check_grades(self) -> dict[str, float]:
+        return self.run.check_grades([sample for group in self.graded for sample in self._samples[group.number]])
 
-def _next_count(run: Run, rollouts: Rollouts) -> int:
-    """Prompts to draw for what is missing, at the rate at which groups were informative so far."""
-    settings = run.config.rollout
-    missing, found = settings.prompts_per_step - len(rollouts.informative), len(rollouts.informative)
-    count = math.ceil(missing * _prompts(rollouts) / found) if found else settings.prompts_per_step
-    return min(max(count, settings.engines), settings.prompts_per_step)
-
-
-def _prompts(rollouts: Rollouts) -> int:
-    return rollouts.drawn[-1].group + 1 if rollouts.drawn else 0
+    def _metrics(self, chosen: list[Group]) -> dict[str, float]:
+        settings, run = self.settings, self.run
+        versions = np.array([v for group in chosen for r in group.responses for v in r.weight_versions] or [0])
+        found = {
+            "rollout/staleness_max": float(run.weight_version - versions.min()),
+            "rollout/staleness_mean": float(run.weight_version - versions.mean()),
+        }
+        if settings.dynamic_sampling or settings.over_sampling > 1:
+            found |= {
+                "rollout/draws": float(self.draws),
+                "rollout/prompts_drawn": float(self.drawn),
+                "rollout/groups_missing": float(settings.prompts_per_step - len(chosen)),
+                "rollout/groups_surplus": float(len(self.backlog.whole)),
+                "rollout/groups_unfinished": float(len(self.backlog.unfinished)),
+            }
+        if run.keeps_rollouts:
+            found["rollout/groups_begun_anew"] = float(self.begun_anew)
+        return found

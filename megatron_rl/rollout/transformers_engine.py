@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache
 
 from megatron_rl.observability import heartbeat
+from megatron_rl.rollout.embedded_batch import Batch, RoomyLayer
 from megatron_rl.rollout.stored import as_stored
-from megatron_rl.types import FinishReason, Generation, SamplingParams
+from megatron_rl.types import Generation, SamplingParams
 from megatron_rl.weight_sync.checksums import Checksums, compare, sha256
 from megatron_rl.weight_sync.transport import FolderUpdate, WeightUpdate
 
-# A cache copy costs about as much as a decode step: retire rows once a fifth of the batch has finished.
-RETIRE_BELOW = 0.8
+# A cache copy costs about as much as a decode step: retire rows once a tenth of the batch has finished.
+RETIRE_BELOW = 0.9
 MAX_ROWS = 512
 
 
@@ -44,69 +46,83 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing outlives this process."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Generation]]:
-        """See `RolloutEngine`. Prompts of one length share a batch, so nothing is padded."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        begun: Sequence[Sequence[Generation]] = (),
+        enough: int | None = None,
+    ) -> list[list[Generation]]:
+        """See `RolloutEngine`. Groups of like length share a batch, so that little is padded."""
         if self.paused:
             raise RuntimeError("the engine is paused: resume() it before asking for responses")
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for i, prompt in enumerate(prompts):
-            by_length[len(prompt)].append(i)
         generator = torch.Generator(device=self.device).manual_seed(sampling.seed)
-        results: list[list[Generation]] = [[] for _ in prompts]
-        per_batch = max(1, MAX_ROWS // sampling.n)
-        for indices in by_length.values():
-            for start in range(0, len(indices), per_batch):
-                chosen = indices[start : start + per_batch]
-                tokens = torch.tensor([list(prompts[i]) for i in chosen], device=self.device)
-                generations = self._generate_batch(tokens, sampling, generator)
-                for slot, i in enumerate(chosen):
-                    results[i] = generations[slot * sampling.n : (slot + 1) * sampling.n]
-        return results
+        nothing = Generation([], [], "abort", self.version)
+        groups = [list(begun[i]) if begun and begun[i] else [nothing] * sampling.n for i in range(len(prompts))]
+        lengths = [
+            len(prompt) + max(len(response.token_ids) for response in group)
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+        order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+        per_batch, whole = max(1, MAX_ROWS // sampling.n), 0
+        for start in range(0, len(order), per_batch):
+            chosen = order[start : start + per_batch]
+            share = None if enough is None else math.ceil(enough * (start + len(chosen)) / len(order)) - whole
+            batch = Batch([prompts[i] for i in chosen], [groups[i] for i in chosen], sampling, self.device)
+            self._go_on(batch, sampling, generator, share)
+            whole += batch.whole
+            for i, group in zip(chosen, batch.responses(self.version), strict=True):
+                groups[i] = group
+        return groups
 
     @torch.inference_mode()
-    def _generate_batch(
-        self, prompts: Tensor, sampling: SamplingParams, generator: torch.Generator
-    ) -> list[Generation]:
-        """prompts [P, L] -> P * n generations, prompt-major."""
-        rows = prompts.shape[0] * sampling.n
-        tokens = torch.zeros(rows, sampling.max_tokens, dtype=torch.int64, device=self.device)
-        log_probs = torch.zeros(rows, sampling.max_tokens, device=self.device)
-        lengths = torch.full((rows,), sampling.max_tokens, device=self.device)
-        stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
-
-        cache = DynamicCache(config=self.model.config)
-        logits = self.model(prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        cache.batch_repeat_interleave(sampling.n)
-        logits = logits.repeat_interleave(sampling.n, 0)
-        active = torch.arange(rows, device=self.device)  # which output row each row of the batch is
-        for position in range(sampling.max_tokens):
+    def _go_on(self, batch: Batch, sampling: SamplingParams, generator: torch.Generator, enough: int | None) -> None:
+        """Sample the batch's rows to their ends, or until `enough` of its groups are whole."""
+        if not batch.rows:
+            return
+        stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
+        prefixes, mask, lengths = batch.prefixes()
+        cache = Cache(layers=[RoomyLayer() for _ in range(self.model.config.num_hidden_layers)])
+        logits = self._forward(prefixes, cache, mask, None if mask is None else (mask.cumsum(1) - 1).clamp(min=0))
+        if (repeats := batch.rows // len(prefixes)) > 1:
+            cache.batch_repeat_interleave(repeats)
+            logits, lengths = logits.repeat_interleave(repeats, 0), lengths.repeat_interleave(repeats, 0)
+            mask = None if mask is None else mask.repeat_interleave(repeats, 0)
+        active, limits = torch.arange(batch.rows, device=self.device), batch.limits  # rows of the batch that are here
+        running, chosen, position = limits > 0, active, 0
+        batch.end(active[~running], 0, running[~running])
+        while running.any() and (enough is None or batch.whole < enough):
             if position % 64 == 0:
-                heartbeat.say(f"{len(active)} responses, token {position} of {sampling.max_tokens} at most")
-            chosen, chosen_log_probs = _sample(logits, sampling.temperature, generator)
-            running = ~stopped[active]
-            tokens[active, position] = chosen
-            log_probs[active, position] = chosen_log_probs
-            finished = running & torch.isin(chosen, stop_ids)
-            lengths[active[finished]] = position + 1
-            stopped[active[finished]] = True
-            keep = (~stopped[active]).nonzero().squeeze(-1)
-            if len(keep) == 0 or position + 1 == sampling.max_tokens:
-                break
-            if len(keep) < RETIRE_BELOW * len(active):
-                active, chosen = active[keep], chosen[keep]
-                cache.batch_select_indices(keep)
-            logits = self.model(chosen[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
-        return self._generations(tokens, log_probs, lengths, stopped)
+                heartbeat.say(f"{len(active)} responses, {position} tokens of {sampling.max_tokens} at most")
+            if position:
+                if mask is not None:
+                    mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
+                positions = None if mask is None else lengths[:, None] + position - 1
+                logits = self._forward(chosen[:, None], cache, mask, positions)
+            chosen, log_probs = _sample(logits, sampling.temperature, generator)
+            batch.tokens[active, position], batch.log_probs[active, position] = chosen, log_probs
+            position += 1
+            stopped = torch.isin(chosen, stops)
+            ended = running & (stopped | (limits == position))
+            batch.end(active[ended], position, stopped[ended])
+            running = running & ~ended
+            if running.sum() < RETIRE_BELOW * len(active):
+                active, chosen, limits, lengths = (values[running] for values in (active, chosen, limits, lengths))
+                cache.batch_select_indices(running.nonzero().squeeze(-1))
+                mask, running = None if mask is None else mask[running], running[running]
+        batch.cut(active[running], position)
 
-    def _generations(self, tokens: Tensor, log_probs: Tensor, lengths: Tensor, stopped: Tensor) -> list[Generation]:
-        generations = []
-        for ids, lps, length, stop in zip(
-            tokens.tolist(), log_probs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
-        ):
-            reason: FinishReason = "stop" if stop else "length"
-            generations.append(Generation(ids[:length], lps[:length], reason, self.version))
-        return generations
+    def _forward(self, tokens: Tensor, cache: Cache, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Logits [rows, V] after the last token. mask [rows, all so far]: 0 where there is padding; None: nowhere."""
+        logits: Tensor = self.model(
+            tokens,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            attention_mask=mask,
+            position_ids=positions,
+        ).logits[:, -1]
+        return logits
 
     @torch.no_grad()
     def update_weights(self, update: WeightUpdate) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -10,11 +11,13 @@ from megatron_rl import __version__
 from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.platform import megatron_version
 from megatron_rl.checkpoint import rng
+from megatron_rl.checkpoint.backlog import read_backlog
 from megatron_rl.checkpoint.hf_format import read_config
 from megatron_rl.checkpoint.manifest import ModelFolder, Origin, read_rng
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.observability.metrics import read_metrics
+from megatron_rl.rollout.backlog import Backlog
 from megatron_rl.session.folder import Resumption
 from megatron_rl.session.layout_check import layout_of
 from megatron_rl.session.run import Run
@@ -47,11 +50,20 @@ def resume(run: Run, resumption: Resumption) -> None:
     checkpoint, manifest = resumption.checkpoint, resumption.manifest
     run.actors.load(checkpoint)
     rng.restore(read_rng(checkpoint).driver)
+    run.backlog = _backlog(checkpoint, run.config.rollout.samples_per_prompt)
     run.resumed, run.step, run.weight_version = True, manifest.state.step, manifest.state.weight_version
     if all(row["step"] != run.step for row in read_metrics(run.folder)):  # killed between checkpoint and metrics
         run.metrics.write(run.step, manifest.metrics)
     for line in _report(run, resumption):
         run.view.message(line)
+
+
+def _backlog(checkpoint: Path, samples: int) -> Backlog:
+    """Groups of another size than this run's are begun anew."""
+    groups = read_backlog(checkpoint)
+    return Backlog.of(
+        group if len(group.responses) == samples else group.begun_anew(group.oldest_version) for group in groups
+    )
 
 
 def _report(run: Run, resumption: Resumption) -> list[str]:

@@ -31,6 +31,7 @@ from megatron_rl.observability.view import View
 from megatron_rl.reward.grader import Grader
 from megatron_rl.reward.outcomes import check_failures, outcome_rates
 from megatron_rl.reward.shaping import format_penalties
+from megatron_rl.rollout.backlog import Backlog
 from megatron_rl.rollout.contract import Contract
 from megatron_rl.rollout.replay import NoEngines, Replay
 from megatron_rl.types import Prompt, Sample, SamplingParams
@@ -82,7 +83,8 @@ class Run:
     resumed: bool = False
     weight_version: int = 0
     recording_cost: Cost = field(default_factory=Cost)
-    grading_metrics: dict[str, float] = field(default_factory=dict)
+    backlog: Backlog = field(default_factory=Backlog)
+    """What earlier steps have left to sample or to train on."""
 
     @property
     def temperature(self) -> float:
@@ -96,7 +98,17 @@ class Run:
     @property
     def off_policy(self) -> bool:
         """Whether an update may train a policy other than the one that sampled."""
-        return self.config.train.updates_per_rollout > 1
+        return self.config.train.updates_per_rollout > 1 or self.keeps_rollouts
+
+    @property
+    def keeps_rollouts(self) -> bool:
+        """Whether what a step did not finish or need goes on at the next one."""
+        return self.config.rollout.max_staleness > 0
+
+    @property
+    def versions_late(self) -> int:
+        """How many weight versions old a token may be when a step begins to train on it."""
+        return self.config.rollout.max_staleness * self.config.train.updates_per_rollout
 
     @property
     def ranks_by_actor(self) -> bool:
@@ -110,9 +122,6 @@ class Run:
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: at the end only) happens after this one."""
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
-
-    def next_prompts(self, count: int) -> list[Prompt]:
-        return [self.inputs.train.prompts[i] for i in self.cursor.take(count)]
 
     def sampling(self, step: int, draw: int = 0) -> SamplingParams:
         """Depends on seed, step and draw alone, so that a resumed run draws what the uninterrupted one would have."""
@@ -138,20 +147,20 @@ class Run:
             seed=self.config.seed,
         ).reseeded(EVALUATION_STREAM)
 
-    def grade(self, samples: list[Sample]) -> list[float]:
-        """Fill in what the verifier says; returns the rewards to train on, shaped by format.
-
-        Raises UserError where too many samples cannot be graded.
-        """
-        results = self.rewards.score(samples)
-        for sample, result in zip(samples, results, strict=True):
+    def grade(self, samples: list[Sample]) -> None:
+        """Fill in what the verifier says."""
+        for sample, result in zip(samples, self.rewards.score(samples), strict=True):
             sample.reward = result
-        self.grading_metrics = outcome_rates(results)
+
+    def check_grades(self, samples: list[Sample]) -> dict[str, float]:
+        """Metrics of how grading went. Raises UserError where too many samples could not be graded."""
+        results = [sample.reward for sample in samples if sample.reward]
         check_failures(samples, results, self.config.reward.max_failed_fraction)
+        rates = outcome_rates(results)
         if self.config.reward.format:
             penalties = self._format_penalties(samples)
-            self.grading_metrics["reward/format_fraction"] = penalties.count(0.0) / max(len(samples), 1)
-        return self.shaped(samples)
+            rates["reward/format_fraction"] = penalties.count(0.0) / max(len(samples), 1)
+        return rates
 
     def shaped(self, samples: list[Sample]) -> list[float]:
         """The rewards of graded samples, lowered where their form is wrong."""
@@ -247,12 +256,14 @@ class Run:
     def step_done(self, metrics: dict[str, float]) -> None:
         """One more, with these metrics. What comes next draws prompts: this is the state to go on from."""
         self.step += 1
-        self.last_step = DriverState(self.step, self.weight_version, self.cursor.state()), metrics
+        self.last_step = self._state(), metrics
 
     def save(self, metrics: dict[str, float], *, background: bool) -> None:
         """A checkpoint of this step, whose metrics these are."""
         if not self.keeps_weights:
             return
-        state = DriverState(self.step, self.weight_version, self.cursor.state())
         with self.phase("checkpoint"):
-            self.saver.save(state, metrics, background=background and self.config.train.async_save)
+            self.saver.save(self._state(), metrics, background=background and self.config.train.async_save)
+
+    def _state(self) -> DriverState:
+        return DriverState(self.step, self.weight_version, self.cursor.state(), tuple(self.backlog.groups))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -12,37 +12,74 @@ import pytest
 
 from megatron_rl.data.cursor import Cursor
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.refill import Rollouts, informative_groups, roll_out
+from megatron_rl.rollout.backlog import Backlog
+from megatron_rl.rollout.refill import Rollouts, roll_out
 from megatron_rl.session.run import Run
 from megatron_rl.types import Generation, Prompt, RewardResult, Sample, SamplingParams
 
 PROMPTS = 100
+FRESH = {"rollout/staleness_max": 0.0, "rollout/staleness_mean": 0.0}
 
 
 class Engines:
-    """Notes the seeds it is asked with; a prompt's responses are its number, first and second."""
+    """Notes the seeds it is asked with; a prompt's responses are its number, first and second. Answers all at once."""
+
+    embedded = True
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], int]] = []
+        self.answers: dict[int, list[Generation]] = {}
+        self.submitted = 0
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Generation]]:
+    def submit(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: object = None, enough: int | None = None
+    ) -> list[int]:
         self.asked.append(([prompt.token_ids[0] for prompt in prompts], sampling.seed))
-        return [[Generation([prompt.token_ids[0], k], [0.0, 0.0], "stop", 0) for k in (0, 1)] for prompt in prompts]
+        numbers = range(self.submitted, self.submitted + len(prompts))
+        self.submitted += len(prompts)
+        for number, prompt in zip(numbers, prompts, strict=True):
+            self.answers[number] = [Generation([prompt.token_ids[0], k], [0.0, 0.0], "stop", 0) for k in (0, 1)]
+        return list(numbers)
+
+    def wait(self, numbers: Collection[int]) -> set[int]:
+        return set(numbers) & self.answers.keys()
+
+    def take(self, number: int) -> list[Generation]:
+        return self.answers.pop(number)
+
+    def cut(self, numbers: Collection[int]) -> None:
+        assert not numbers
 
 
-def run_of(informative: set[int], engines: Engines | None = None, **settings: Any) -> Any:
+ROLLOUT = {
+    "prompts_per_step": 4,
+    "samples_per_prompt": 2,
+    "max_response_tokens": 2,
+    "temperature": 1.0,
+    "dynamic_sampling": True,
+    "max_draws": 5,
+    "engines": 1,
+    "over_sampling": 1.0,
+    "max_staleness": 0,
+    "asynchronous": False,
+}
+
+
+def run_of(informative: Callable[[int], bool] | set[int], engines: Any = None, **settings: Any) -> Any:
     """A run whose prompts 0, 1, 2, ... come in order; the first response is right where informative, the second never.
     A reward is the score less 0.25."""
-    rollout = SimpleNamespace(
-        **{"prompts_per_step": 4, "samples_per_prompt": 2, "max_response_tokens": 2, "temperature": 1.0}
-        | {"dynamic_sampling": True, "max_draws": 5, "engines": 1, **settings}
-    )
     prompts = [Prompt(id=str(i), token_ids=(i,), text="", label=None) for i in range(PROMPTS)]
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(rollout=rollout, seed=3),
+        config=SimpleNamespace(
+            rollout=SimpleNamespace(**ROLLOUT | settings),
+            train=SimpleNamespace(updates_per_rollout=1, steps=1000),
+            seed=3,
+        ),
         engines=engines or Engines(),
         replay=None,
         cursor=Cursor(PROMPTS, 0, shuffle=False),
+        backlog=Backlog(),
+        weight_version=0,
         inputs=SimpleNamespace(
             tokenizer=SimpleNamespace(decode=lambda ids, **_: ""),
             train=SimpleNamespace(prompts=prompts),
@@ -51,15 +88,17 @@ def run_of(informative: set[int], engines: Engines | None = None, **settings: An
         phase=lambda name: nullcontext(),
     )
 
-    def grade(samples: list[Sample]) -> list[float]:
+    def grade(samples: list[Sample]) -> None:
         for sample in samples:
-            prompt, k = sample.generation.token_ids
-            sample.reward = RewardResult(float(prompt in informative and k == 0))
-        run.grading_metrics = {"reward/timeout_fraction": float(len(samples) == 8)}
-        return [sample.reward.score - 0.25 for sample in samples if sample.reward]
+            prompt, k = sample.generation.token_ids[:2]
+            good = prompt in informative if isinstance(informative, set) else informative(prompt)
+            sample.reward = RewardResult(float(good and k == 0))
 
     run.grade = grade
-    run.next_prompts = lambda count: Run.next_prompts(run, count)
+    run.check_grades = lambda samples: {"reward/timeout_fraction": len(samples) / 100}
+    run.shaped = lambda samples: [sample.reward.score - 0.25 for sample in samples]
+    run.keeps_rollouts = run.config.rollout.max_staleness > 0
+    run.versions_late = run.config.rollout.max_staleness
     run.sampling = lambda step, draw=0: Run.sampling(run, step, draw)
     return run
 
@@ -73,7 +112,7 @@ def test_without_dynamic_sampling_one_draw_is_all() -> None:
     rollouts = roll_out(run, 1)
     assert prompts_of(rollouts) == [0, 1, 2, 3] and rollouts.groups == [0, 1, 2, 3]
     assert rollouts.sample_rewards.tolist() == [-0.25, -0.25, 0.75, -0.25, -0.25, -0.25, -0.25, -0.25]
-    assert rollouts.metrics == {"reward/timeout_fraction": 1.0}
+    assert rollouts.metrics == {"reward/timeout_fraction": 0.08} | FRESH
     assert rollouts.teaching(np.array([0, 0, 1, -1, 0, 0, 0, 0.0])) == {1}
     assert run.engines.asked == [([0, 1, 2, 3], run.sampling(1).seed)]
 
@@ -87,13 +126,18 @@ def test_groups_that_teach_nothing_are_replaced_until_the_step_is_full() -> None
     assert [sample.group for sample in rollouts.samples] == [1, 1, 3, 3, 5, 5, 6, 6]
     assert rollouts.sample_rewards.tolist() == [0.75, -0.25] * 4
     assert len(rollouts.drawn) == 16
-    assert rollouts.metrics == {
-        "reward/timeout_fraction": 1.0,
-        "rollout/draws": 2.0,
-        "rollout/prompts_drawn": 8.0,
-        "rollout/groups_missing": 0.0,
-        "rollout/groups_surplus": 0.0,
-    }
+    assert (
+        rollouts.metrics
+        == {
+            "reward/timeout_fraction": 0.16,
+            "rollout/draws": 2.0,
+            "rollout/prompts_drawn": 8.0,
+            "rollout/groups_missing": 0.0,
+            "rollout/groups_surplus": 0.0,
+            "rollout/groups_unfinished": 0.0,
+        }
+        | FRESH
+    )
     assert rollouts.teaching(np.zeros(8)) == {1, 3, 5, 6}
 
 
@@ -109,7 +153,7 @@ def test_metrics_of_the_grading_are_of_all_draws() -> None:
     rollouts = roll_out(run, 1)
     assert [prompts for prompts, _ in run.engines.asked] == [[0, 1, 2, 3], [4, 5]]  # 1 missing at a rate of 3/4
     assert len({seed for _, seed in run.engines.asked}) == 2
-    assert rollouts.metrics["reward/timeout_fraction"] == pytest.approx(8 / 12)
+    assert rollouts.metrics["reward/timeout_fraction"] == pytest.approx(12 / 100)
 
 
 def test_a_draw_has_a_prompt_for_every_engine() -> None:
@@ -141,9 +185,3 @@ def test_a_resumed_run_draws_the_same() -> None:
     resumed.cursor.load_state(first.cursor.state())
     roll_out(resumed, 3)
     assert first.engines.asked + resumed.engines.asked == straight.engines.asked
-
-
-def test_an_ungraded_sample_is_no_group_of_equals() -> None:
-    samples = [Sample(Prompt("p", (1,), "", None), 0, Generation([1], [0.0], "stop", 0), "")]
-    with pytest.raises(ValueError, match="not graded"):
-        informative_groups(samples)

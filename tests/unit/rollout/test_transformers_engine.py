@@ -125,3 +125,53 @@ def test_a_paused_engine_refuses(model_folder: Path) -> None:
 def test_weights_are_aligned_whatever_the_file_they_came_from(engine: TransformersEngine) -> None:
     """The last bits of a product depend on it; a resumed run starts its engines from another file."""
     assert all(parameter.data_ptr() % 64 == 0 for parameter in engine.model.parameters())
+
+
+LONG = replace(SAMPLING, max_tokens=24)
+
+
+def whole(group: list[Generation]) -> bool:
+    return all(generation.finish_reason != "abort" for generation in group)
+
+
+def test_it_stops_when_enough_groups_are_whole(engine: TransformersEngine) -> None:
+    groups = engine.generate(PROMPTS, LONG, (), 2)
+    assert sum(map(whole, groups)) in (2, 3)  # two may end with the same token
+    cut = [g for group in groups for g in group if g.finish_reason == "abort"]
+    assert cut and len({len(g.token_ids) for g in cut}) == 1, "all rows stop at one place"
+    assert_log_probs(engine, groups, PROMPTS, 1.0)
+
+
+@pytest.mark.parametrize("rows", [512, 5])
+def test_begun_responses_are_gone_on_with(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Whatever is there stays, ended responses included; log-probs of the rest are those of a full forward."""
+    monkeypatch.setattr(transformers_engine, "MAX_ROWS", rows)
+    first = engine.generate(PROMPTS, LONG, (), 1)
+    first[-1] = []  # not begun at all
+    groups = engine.generate(PROMPTS, replace(LONG, seed=9), first)
+    assert all(map(whole, groups)) and [len(group) for group in groups] == [4] * len(PROMPTS)
+    for begun, group in zip(first[:-1], groups[:-1], strict=True):
+        for before, after in zip(begun, group, strict=True):
+            length = len(before.token_ids)
+            assert after.token_ids[:length] == before.token_ids and after.log_probs[:length] == before.log_probs
+            assert len(after.token_ids) <= LONG.max_tokens
+            assert before.finish_reason == "abort" or after == before
+    assert_log_probs(engine, groups, PROMPTS, 1.0)
+
+
+def test_a_response_cut_at_its_last_token_is_whole(engine: TransformersEngine) -> None:
+    cut = [Generation([1, 2], [-1.0, -2.0], "abort", 0)] * 4
+    groups = engine.generate([(1,)], replace(SAMPLING, max_tokens=2), [cut])
+    assert groups == [[replace(generation, finish_reason="length") for generation in cut]]
+
+
+def test_tokens_of_newer_weights_say_so(model_folder: Path) -> None:
+    engine = TransformersEngine(model_folder, "cpu", "float32")
+    first = engine.generate(PROMPTS, LONG, (), 1)
+    engine.version = 7
+    for begun, group in zip(first, engine.generate(PROMPTS, LONG, first), strict=True):
+        for before, after in zip(begun, group, strict=True):
+            old = len(before.token_ids)
+            assert after.weight_versions == [0] * old + [7] * (len(after.token_ids) - old)

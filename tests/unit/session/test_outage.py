@@ -11,6 +11,7 @@ import pytest
 from megatron_rl.checkpoint.manifest import DriverState
 from megatron_rl.cluster.engines import EnginesLost
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.backlog import Backlog
 from megatron_rl.session.outage import checkpoint_on_outage
 from megatron_rl.session.run import Run
 
@@ -36,11 +37,13 @@ def run_at(folder: Path, step: int, *, keeps_weights: bool = True) -> Any:
         step=step,
         weight_version=2 * step,
         cursor=cursor,
+        backlog=Backlog(),
         last_step=None,
         folder=folder,
         saver=Saver(folder / "checkpoints"),
         keeps_weights=keeps_weights,
     )
+    run._state = lambda: Run._state(run)  # type: ignore[arg-type]
     run.step_done = lambda metrics: Run.step_done(run, metrics)  # type: ignore[arg-type]
     return run
 
