@@ -74,6 +74,7 @@ def learn(
     run: Run, step: int, batch: Rows, samples: list[Sample], advantages: Array
 ) -> tuple[Rows, Seen, dict[str, float]]:
     """The updates on a batch. Returns it with all that was found out, what the actor saw of its tokens, and metrics."""
+    run.release_engines()
     with run.profiled(step):
         with run.phase("score"):
             batch, seen = score_old_policy(run, batch, advantages)

@@ -44,6 +44,8 @@ class WeightSync(ABC):
         self.actors, self.engines, self.engine_ranks, self.say = actors, engines, engine_ranks, say
         self.version: int | None = None
         """Of the weights that the engines have."""
+        self.released = False
+        """Whether engines have left their GPUs, and with them their weights."""
         self.sent_bytes = 0
         self.checksums: Checksums | None = None
         """Of `version`, where they were asked for."""
@@ -54,7 +56,7 @@ class WeightSync(ABC):
 
         verify: compare checksums of all weights, as sent and as held.
         """
-        self.version, self.sent_bytes, self.checksums = version, 0, None
+        self.version, self.sent_bytes, self.checksums, self.released = version, 0, None, False
         self._prepare(verify)
         paused = time.perf_counter()
         self._bring(self.engines.running, verify)
@@ -62,6 +64,11 @@ class WeightSync(ABC):
             "perf/seconds_engines_paused": time.perf_counter() - paused,
             "weight_sync/bytes": float(self.sent_bytes),
         }
+
+    def release_memory(self) -> None:
+        """Engines leave their GPUs to the actor until the next `sync`."""
+        self.engines.ask(self.engines.running, "release_memory")
+        self.released = True
 
     def refresh(self) -> None:
         """The same for engines that have started since; before the first `sync` there is nothing to bring."""

@@ -165,6 +165,8 @@ def _rollout(config: Config) -> Iterator[str]:
             f"rollout.server.urls: {len(rollout.server.urls)} servers are given for rollout.engines: "
             f"{rollout.engines}; give one each"
         )
+    if rollout.asynchronous and config.cluster.colocate:
+        yield "rollout.asynchronous: engines on the actor's GPUs (cluster.colocate) cannot sample while it trains"
     if rollout.server.urls and config.cluster.colocate:
         yield "cluster.colocate: servers that run elsewhere (rollout.server.urls) share no GPUs with the actor"
     transport = config.weight_sync.transport

@@ -64,6 +64,10 @@ class RolloutEngine(Protocol):
 
     def resume(self) -> None: ...
 
+    def release_memory(self) -> None:
+        """Pause, and leave the GPU to others; `update_weights` and `resume` take it back."""
+        ...
+
     def health(self) -> int:
         """The weight version being served; raises when the engine cannot serve."""
         ...

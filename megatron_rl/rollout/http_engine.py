@@ -52,6 +52,8 @@ class HttpEngine:
         self._calls = 0
         """Of `generate`, under way."""
         self._cutting = False
+        self._released = self._has_room = False
+        """Whether its memory was given back, and that of the weights restored since."""
         self._silence_seconds = settings.hang_seconds
 
     # ------------------------------------------------------------------ its life
@@ -131,14 +133,26 @@ class HttpEngine:
         self._open.clear()
         await self._while_there(self._abort_until_idle())
 
+    async def release_memory(self) -> None:
+        """See `RolloutEngine`."""
+        await self.pause()
+        self._released, self.version = True, None
+        await self._control(self._server.release_memory(self.settings.update_timeout_seconds))
+
     async def resume(self) -> None:
         if self.version is None:
             raise UpdateFailed("it has half of an update")
+        if self._released:
+            await self._control(self._server.restore_memory("kv_cache", self.settings.update_timeout_seconds))
+            self._released = self._has_room = False
         self._open.set()
 
     async def update_weights(self, update: WeightUpdate) -> None:
         """See `RolloutEngine`. It serves no more, and does not resume, until it has the whole of an update."""
         limit, self.version = self.settings.update_timeout_seconds, None
+        if self._released and not self._has_room:
+            await self._control(self._server.restore_memory("weights", limit))
+            self._has_room = True
         if isinstance(update, FolderUpdate):
             await self._control(self._server.load_weights(update, limit))
         else:
@@ -254,6 +268,9 @@ class HttpEngine:
         while not self._lost.done():
             heartbeat.say(f"{self._under_way} requests under way")
             await asyncio.sleep(min(5.0, self.settings.hang_seconds / 4))
+            if self._released:  # a sign of life may be a token, which it has no memory for
+                heard = time.monotonic()
+                continue
             try:
                 async with asyncio.timeout(self.settings.hang_seconds):
                     await self._server.alive()

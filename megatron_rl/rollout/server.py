@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import httpx2
 
@@ -39,6 +39,8 @@ class ServerLaunch:
     """Longest prompt and response together."""
     arguments: tuple[str, ...] = ()
     """Last on the command line, so that they win."""
+    colocated: bool = False
+    """It is to give its GPU memory back while the actor trains."""
     environment: dict[str, str] = field(default_factory=dict)
     python: Path | None = None
     """Interpreter; None: this one."""
@@ -74,6 +76,14 @@ class Server(Protocol):
 
     async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
         """Take weights that are broadcast meanwhile; nothing may be generating."""
+        ...
+
+    async def release_memory(self, timeout_seconds: float) -> None:
+        """Give the GPU memory of weights and cache back, and forget both; nothing may be generating."""
+        ...
+
+    async def restore_memory(self, part: Literal["weights", "kv_cache"], timeout_seconds: float) -> None:
+        """Have it again: of the weights before they are updated, of the cache when all else is done."""
         ...
 
     async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerUnavailable, versions
 from megatron_rl.types import FinishReason, Generation, SamplingParams
@@ -43,6 +43,7 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
     line = [str(launch.python or sys.executable), "-m", "sglang.launch_server"]
     line += [word for pair in arguments.items() for word in pair]
     line += ["--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
+    line += ["--enable-memory-saver"] if launch.colocated else []
     return [*line, *launch.arguments], environment | launch.environment
 
 
@@ -111,6 +112,13 @@ class SglangServer:
                 await self._http.post("/update_weights_from_distributed", body, timeout_seconds=timeout_seconds)
         finally:  # also after a failure: the next update begins with a session of its own
             await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
+
+    async def release_memory(self, timeout_seconds: float) -> None:
+        body = {"tags": ["kv_cache", "weights"]}
+        await self._http.post("/release_memory_occupation", body, timeout_seconds=timeout_seconds)
+
+    async def restore_memory(self, part: Literal["weights", "kv_cache"], timeout_seconds: float) -> None:
+        await self._http.post("/resume_memory_occupation", {"tags": [part]}, timeout_seconds=timeout_seconds)
 
     async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
         answer = await self._http.post("/weights_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds)

@@ -129,6 +129,7 @@ class TransformersEngine:
         """See `RolloutEngine`. In place: the model's own tensors are overwritten, none is allocated."""
         if not isinstance(update, FolderUpdate):
             raise TypeError("the embedded engine takes weights from a folder only")
+        self.model.to(self.device)  # where its memory was released
         own, taken = as_stored(self.model.state_dict()), set()
         for name, tensor in update.tensors():
             if name not in own:
@@ -158,6 +159,13 @@ class TransformersEngine:
 
     def resume(self) -> None:
         self.paused = False
+
+    def release_memory(self) -> None:
+        """See `RolloutEngine`."""
+        self.pause()
+        self.model.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def health(self) -> int:
         return self.version

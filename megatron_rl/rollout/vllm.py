@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerRefused, ServerUnavailable, versions
 from megatron_rl.types import Generation, SamplingParams
@@ -39,6 +39,7 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
     line = [str(launch.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server"]
     line += [word for pair in arguments.items() for word in pair]
     line += ["--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
+    line += ["--enable-sleep-mode"] if launch.colocated else []
     if launch.device == "cpu":
         line += ["--enforce-eager"]
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
@@ -113,6 +114,12 @@ class VllmServer:
         answer = await self._http.post("/collective_rpc", {"method": method}, timeout_seconds=timeout_seconds)
         results: list[Any] = answer["results"]
         return results
+
+    async def release_memory(self, timeout_seconds: float) -> None:
+        await self._http.post("/sleep?level=2", timeout_seconds=timeout_seconds)  # 1 would keep the weights, on the CPU
+
+    async def restore_memory(self, part: Literal["weights", "kv_cache"], timeout_seconds: float) -> None:
+        await self._http.post(f"/wake_up?tags={part}", timeout_seconds=timeout_seconds)
 
     async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
         """What came, where its checksums were taken; and what is held. On CPU the latter is embeddings, norms and head:

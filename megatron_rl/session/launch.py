@@ -19,6 +19,7 @@ def launch_of(config: Config, model_folder: Path) -> ServerLaunch:
         dtype=actor.dtype,
         tensor_parallel=server.tensor_parallel,
         max_tokens=min(longest, read_config(model_folder)["max_position_embeddings"]),
+        colocated=config.cluster.colocate and actor.device != "cpu",
         arguments=tuple(server.arguments),
         environment=dict(server.environment),
         python=server.python,

@@ -185,13 +185,18 @@ class Run:
             min_ratio=settings.min_lr_ratio,
         )
 
+    def release_engines(self) -> None:
+        """Engines on the actor's GPUs make room for training; `sync_weights` has them back."""
+        if self.weights and self.config.cluster.colocate and self.config.actor.device != "cpu":
+            self.weights.release_memory()
+
     def sync_weights(self) -> dict[str, float]:
         """Give the engines the actor's weights; returns metrics. The first time, and every so often, the checksum of
         every tensor is compared on both sides. Raises UserError where engines then do not say what the actor says."""
         if self.weights is None:
             return {}
         before, every = self.weights.version, self.config.weight_sync.verify_every
-        if before == self.weight_version:
+        if before == self.weight_version and not self.weights.released:
             return {}  # a step without an update
         verify = before is None or (every > 0 and self.weight_version % every == 0)
         metrics = self.weights.sync(self.weight_version, verify=verify)

@@ -31,6 +31,8 @@ class Script:
     healthy: bool = True
     version: str = "-1"
     asked: list[dict[str, Any]] = field(default_factory=list)
+    control: list[tuple[str, Any]] = field(default_factory=list)
+    """Of the calls that are about memory and weights: path and body."""
     abort: threading.Event = field(default_factory=threading.Event)
 
 
@@ -54,7 +56,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.script.abort.set()
             self._answer(200, {})
         elif self.path == "/update_weights_from_disk":
+            self.script.control.append((self.path, body["weight_version"]))
             self._update(body)
+        elif self.path in ("/release_memory_occupation", "/resume_memory_occupation"):
+            self.script.control.append((self.path, body["tags"]))
+            self._answer(200, {})
 
     def _update(self, body: dict[str, Any]) -> None:
         fault = self.script.update_faults.popleft() if self.script.update_faults else ""

@@ -168,6 +168,71 @@ def test_a_paused_request_goes_on_with_the_new_weights(server: tuple[str, Script
     assert [(len(body["input_ids"]), body["sampling_params"]["n"]) for body in script.asked] == [(3, 2), (5, 1), (5, 1)]
 
 
+def test_what_is_cut_is_given_and_can_be_gone_on_with(server: tuple[str, Script]) -> None:
+    url, script = server
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            script.seconds = 5.0
+            asking = asyncio.create_task(engine.generate(PROMPTS[:1], SAMPLING))
+            await asyncio.sleep(0.3)
+            await engine.cut()
+            (group,) = await asking
+            assert [(g.token_ids, g.finish_reason) for g in group] == [([103, 104], "abort")] * 2
+            script.seconds = 0.0
+            (whole,) = await engine.generate(PROMPTS[:1], SAMPLING, [group])
+            assert [g.token_ids for g in whole] == [[103, 104, 105, 106, 107, 108, END_TOKEN]] * 2
+            assert [g.finish_reason for g in whole] == ["stop"] * 2
+            (again,) = await engine.generate(PROMPTS[:1], SAMPLING, [whole])
+            assert again == whole
+
+    asyncio.run(scenario())
+    assert [(len(body["input_ids"]), body["sampling_params"]["n"]) for body in script.asked] == [(3, 2), (5, 1), (5, 1)]
+
+
+def test_a_request_between_two_attempts_is_cut_too(server: tuple[str, Script], monkeypatch: pytest.MonkeyPatch) -> None:
+    url, script = server
+    monkeypatch.setattr(http_engine, "FIRST_BACK_OFF_SECONDS", 0.5)
+    script.faults.extend(["error", "error"])
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            asking = asyncio.create_task(engine.generate(PROMPTS, SAMPLING))
+            await asyncio.sleep(0.1)
+            await engine.cut()
+            assert [[g.token_ids for g in group] for group in await asking] == [[[], []]] * 2
+
+    asyncio.run(scenario())
+    assert len(script.asked) == 2
+
+
+def test_memory_is_back_for_weights_first_and_for_the_cache_when_they_are_there(
+    server: tuple[str, Script], tmp_path: Path
+) -> None:
+    url, script = server
+
+    async def scenario() -> None:
+        async with attached(url, hang_seconds=0.2) as engine:
+            await engine.release_memory()
+            script.healthy = False  # without memory it cannot give a sign of life, and is left alone
+            with pytest.raises(UpdateFailed):
+                await engine.resume()
+            await asyncio.sleep(0.5)
+            script.healthy = True
+            await engine.pause()
+            await engine.update_weights(FolderUpdate(5, (tmp_path / "part-0.safetensors",)))
+            await engine.resume()
+            assert await tokens(engine) == GOOD
+
+    asyncio.run(scenario())
+    assert script.control == [
+        ("/release_memory_occupation", ["kv_cache", "weights"]),
+        ("/resume_memory_occupation", ["weights"]),
+        ("/update_weights_from_disk", "5"),
+        ("/resume_memory_occupation", ["kv_cache"]),
+    ]
+
+
 @pytest.mark.parametrize("fault", ["error", "drop", "slow"])
 def test_a_server_that_is_well_but_failed_an_update_serves_nothing_until_it_has_one(
     server: tuple[str, Script], tmp_path: Path, fault: str
