@@ -3,10 +3,10 @@
     python benchmarks/embedded_engine.py MODEL [--out benchmarks/results/embedded_engine.json]
 
 MODEL: the quickstart's policy, `runs/<name>/hf` of a run, or `runs/cache/warm_start-2-*`, which RL starts from.
-16 prompts of its data, 8 responses each, at most 46 tokens, temperature 1, float32, one thread. The two take turns, pair
-after pair, each on the same prompts; what counts is the ratio within a pair (median, and the quartiles), in process time,
+16 prompts of its data, 8 responses each, at most 46 tokens, temperature 1, float32, one thread. The two take turns on
+the same prompts, pair after pair; what counts is the ratio within a pair (median, and the quartiles), in process time,
 which other programs disturb least. Tokens are those up to and with each response's end token. `generate` gives no
-log-probs; ours does, and is asked for them with the rest.
+log-probs; ours does.
 """
 
 from __future__ import annotations
