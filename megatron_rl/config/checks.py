@@ -58,7 +58,8 @@ def _algorithm(config: Config) -> Iterator[str]:
     if algorithm.name != "lp_reg":
         return
     full = lp_reg.kl_estimator == "full" or (lp_reg.kl_estimator is None and algorithm.preset in _FULL_KL_PRESETS)
-    other = {"current": False, "old": config.train.updates_per_rollout > 1, "lagged": True}
+    old = config.train.updates_per_rollout > 1 or config.rollout.max_staleness > 0
+    other = {"current": False, "old": old, "lagged": True}
     if full and lp_reg.min_p == 0 and other[algorithm.proxy_source]:
         yield (
             f"algorithm.lp_reg.min_p: 0 with the full KL and algorithm.proxy_source: {algorithm.proxy_source} would "

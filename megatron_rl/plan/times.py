@@ -27,7 +27,7 @@ def step_flops(setup: Setup) -> Parts:
 def extra_forwards(setup: Setup) -> int:
     """Forwards without gradients over a step's rows: of the old policy, a lagged one, a reference."""
     config, algorithm = setup.config, setup.config.algorithm
-    off_policy = config.train.updates_per_rollout > 1
+    off_policy = config.train.updates_per_rollout > 1 or config.rollout.max_staleness > 0
     by_entropy = algorithm.name == "high_entropy" or (
         algorithm.name == "lp_reg" and algorithm.lp_reg.select_by == "entropy"
     )
