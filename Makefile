@@ -48,7 +48,7 @@ test-browser: setup ## look at a report in a real browser (on Debian, as root, C
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }
 	$(BIN)/pytest -m browser
 
-test-slurm: setup ## train on a real Slurm of two nodes (on Debian, as root, it is installed where missing)
+test-slurm: setup ## train on a real Slurm (on Debian, as root, it is installed where missing)
 	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
 	  slurmctld slurmd slurm-client munge iproute2; } || echo 'Slurm could not be installed' >&2
 	$(BIN)/pytest -m slurm tests/slurm

@@ -44,6 +44,7 @@ class CollectiveCheck:
             "tensor parallel": process_groups.tp_group(),
             "pipeline parallel": process_groups.pp_group(),
             "data parallel": process_groups.dp_group(),
+            "context parallel": process_groups.cp_group(),
             "expert parallel": process_groups.expert_group(),
         }
         try:
@@ -54,6 +55,12 @@ class CollectiveCheck:
             }
         finally:
             process_groups.destroy()
+
+    def library(self) -> str:
+        """What carries the sums, with its version."""
+        if self.device.type != "cuda":
+            return platform.backend(self.device)
+        return f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))} for CUDA {torch.version.cuda}"  # type: ignore[no-untyped-call]
 
     def _sum(self, name: str, group: dist.ProcessGroup) -> float:
         """Once to connect, once against the clock."""

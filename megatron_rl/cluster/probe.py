@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,18 @@ def clock_skews(nodes: Nodes) -> list[tuple[float, float]]:
     return [min((_skew(nodes, node) for _ in range(ROUND_TRIPS)), key=lambda skew: skew[1]) for node in nodes.bundles]
 
 
-def collectives(nodes: Nodes, device: str, layout: Layout, logs: Path) -> list[Sums]:
-    """Of each rank, those of the groups it is in. Raises UserError on time-out, and what the ranks raise."""
+@dataclass(frozen=True, slots=True)
+class Collectives:
+    """What the ranks of a layout said, in their order."""
+
+    libraries: list[str]
+    """gloo, or nccl with its version."""
+    sums: list[Sums]
+    """Of the groups a rank is in."""
+
+
+def collectives(nodes: Nodes, device: str, layout: Layout, logs: Path) -> Collectives:
+    """A sum over every process group. Raises UserError on time-out, and what the ranks raise."""
     ranks = [
         host_process(
             "megatron_rl.actor.collectives:CollectiveCheck",
@@ -44,9 +55,12 @@ def collectives(nodes: Nodes, device: str, layout: Layout, logs: Path) -> list[S
         for rank, node in enumerate(nodes.placement.actors)
     ]
     try:
+        if nodes.placement.shared:
+            nodes.rank_devices = _answers([rank.devices.remote() for rank in ranks])
         host = _answers([ranks[0].node_address.remote()])[0]
         port = _answers([ranks[0].call.remote("free_port", host)])[0]
-        return _answers([rank.call.remote("run", host, port) for rank in ranks])
+        libraries = _answers([rank.call.remote("library") for rank in ranks])
+        return Collectives(libraries, _answers([rank.call.remote("run", host, port) for rank in ranks]))
     finally:
         for rank in ranks:
             ray.kill(rank)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
+from megatron_rl.doctor.engines import check_engines
 from megatron_rl.doctor.finding import Finding, judged
 from megatron_rl.doctor.machine import check_gpus, check_limits, check_shared_memory
 from megatron_rl.doctor.versions import check_versions
@@ -48,6 +49,7 @@ def check_cluster(config: Config) -> Iterator[Finding]:
             yield Finding("Ray", "ok", f"{len(nodes.bundles)} nodes of cluster.nodes: {config.cluster.nodes}, {where}")
             yield from _check_nodes(config, nodes, folder)
             yield from _check_groups(config, nodes, folder)
+            yield check_engines(config, nodes, folder)
     except (UserError, ConnectionError) as error:
         remedy = "is RAY_ADDRESS right, the head up, its port open, RAY_AUTH_TOKEN_PATH the head's?"
         yield Finding("Ray", "failure", str(error).strip(), remedy)
@@ -102,12 +104,16 @@ def _check_groups(config: Config, nodes: Nodes, folder: Path) -> Iterator[Findin
     from megatron_rl.session.layout_check import layout_of
 
     try:
-        per_rank = collectives(nodes, config.actor.device, layout_of(config), folder)
+        answers = collectives(nodes, config.actor.device, layout_of(config), folder)
     except Exception as error:  # whatever torch, NCCL or Ray raise is the finding
         last = str(error).strip().splitlines()[-1]
         remedy = "run again with NCCL_DEBUG=INFO; is NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME the right interface?"
         yield Finding("collectives", "failure", last, remedy)
         return
+    libraries = sorted(set(answers.libraries))
+    remedy = "use one environment, or one image, on all nodes: NCCL must be of one version"
+    yield judged("NCCL or gloo", len(libraries) == 1, ", ".join(libraries), remedy)
+    per_rank = answers.sums
     if not any(per_rank):
         yield Finding("collectives", "skipped", "one rank has nobody to talk to")
     for name in dict.fromkeys(name for groups in per_rank for name in groups):

@@ -10,10 +10,11 @@ from pathlib import Path
 from megatron_rl.config import Config
 from megatron_rl.doctor.finding import Finding
 from megatron_rl.doctor.machine import check_disk, check_gpus, check_limits, check_ports, check_shared_memory
-from megatron_rl.doctor.versions import check_versions
+from megatron_rl.doctor.versions import check_server, check_versions
+from megatron_rl.errors import UserError
 
 LEAST_BYTES = 5 * 2**30
-"""For a run whose size is not known."""
+"""For a run whose size is not known, and beside the checkpoints of one whose is."""
 
 
 def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
@@ -25,8 +26,9 @@ def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
     yield from check_gpus(device)
     yield from check_limits(device)
     yield check_shared_memory(device)
-    folder = config.run.folder if config else Path("runs")
-    yield check_disk(folder, LEAST_BYTES, "a run")
+    if config and (finding := check_server(config.rollout)):
+        yield finding
+    yield _check_disk(config)
     if quick or config is None:
         return
     if not os.environ.get("RAY_ADDRESS"):
@@ -35,3 +37,18 @@ def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
     from megatron_rl.doctor.cluster import check_cluster
 
     yield from check_cluster(config)
+
+
+def _check_disk(config: Config | None) -> Finding:
+    """Room for the checkpoints that are kept and the one being written, as far as the model is known."""
+    if config is None:
+        return check_disk(Path("runs"), LEAST_BYTES, "a run")
+    from megatron_rl.plan.setup import setup_of
+    from megatron_rl.plan.times import checkpoint_bytes
+
+    try:
+        one = checkpoint_bytes(setup_of(config))
+    except UserError:  # no model there yet; what is wrong with a layout is said elsewhere
+        return check_disk(config.run.folder, LEAST_BYTES, "a run")
+    count = (config.train.keep_checkpoints or 1) + 1
+    return check_disk(config.run.folder, LEAST_BYTES + count * one, f"{count} checkpoints of {one / 2**30:.1f} GiB")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform as python
+import subprocess
 import sys
 from collections.abc import Iterator
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
+from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.doctor.finding import Finding, judged
 
 PACKAGE = "megatron-rl"
@@ -17,6 +20,37 @@ OPTIONAL = {
     "transformer_engine": "layers are Megatron's local ones, slower on GPUs",
     "apex": "fused kernels of Apex are not used",
 }
+
+SERVERS = {"sglang": SpecifierSet(">=0.5.23,<0.6"), "vllm": SpecifierSet(">=0.32,<0.33")}
+"""Releases whose HTTP interface and command line are known here."""
+_ASK = """
+import importlib.metadata as m
+there = {d.metadata["Name"]: d.version for d in m.distributions()}
+print(next((there[name] for name in (NAME, NAME + "-cpu") if name in there), ""))
+"""
+
+
+def check_server(rollout: RolloutSettings) -> Finding | None:
+    """The engine's package, in the environment that it is started from; None where engines bring none."""
+    name = rollout.engine
+    if name == "transformers" or rollout.server.urls:
+        return None
+    interpreter = str(rollout.server.python or sys.executable)
+    where = f"rollout.server.python: {interpreter}"
+    command = [interpreter, "-c", _ASK.replace("NAME", repr(name))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except OSError as error:
+        return Finding(
+            name, "failure", f"{where}: {error.strerror}", "give the interpreter of the engine's environment"
+        )
+    version = done.stdout.strip()
+    if not version:
+        remedy = f"install it there, or set rollout.server.python to the environment that has {name}"
+        return Finding(name, "failure", f"not installed ({where})", remedy)
+    known = SERVERS[name].contains(version, prereleases=True)
+    remedy = f"{SERVERS[name]} is what this project speaks to; others may do"
+    return judged(name, known, f"{version} ({where})", remedy, otherwise="warning")
 
 
 def check_versions(device: str) -> Iterator[Finding]:

@@ -10,20 +10,18 @@ from rich.console import Console
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
-from megatron_rl.plan.hardware import GPUS, Assumptions
+from megatron_rl.plan.hardware import Assumptions
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.search import layouts, nearest
-from megatron_rl.plan.setup import Setup
+from megatron_rl.plan.setup import setup_of
 from megatron_rl.plan.show import show_layouts, show_plan
 
-USUAL_PROMPT = 200
-"""Tokens; problems of mathematics are about that long."""
 SHOWN = 12
 
 
 def print_plan(config: Config, *, assumptions: list[str], search: bool, as_json: bool) -> None:
     """Raises UserError where the configuration cannot be planned for; not where it does not fit: that is the plan."""
-    setup = Setup.of(config, GPUS[config.cluster.gpu], _assumed(config, assumptions))
+    setup = setup_of(config, **_assumed(assumptions))
     plan = Plan(setup)
     if search:
         found = layouts(setup)
@@ -38,12 +36,9 @@ def print_plan(config: Config, *, assumptions: list[str], search: bool, as_json:
         show_plan(plan, nearest(setup) if plan.problems else [], Console())
 
 
-def _assumed(config: Config, texts: list[str]) -> Assumptions:
-    """What is given, and for lengths a guess: a third of the longest response."""
-    values: dict[str, Any] = {
-        "mean_prompt": min(USUAL_PROMPT, config.data.max_prompt_tokens / 2),
-        "mean_response": config.rollout.max_response_tokens / 3,
-    }
+def _assumed(texts: list[str]) -> dict[str, Any]:
+    """What is given, by its name in `Assumptions`."""
+    values: dict[str, Any] = {}
     known = {field.name for field in fields(Assumptions)}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -56,4 +51,4 @@ def _assumed(config: Config, texts: list[str]) -> Assumptions:
             values[name] = float(value)
         except ValueError:
             raise UserError(f"--assume {text}: {value!r} is not a number") from None
-    return Assumptions(**values)
+    return values

@@ -12,9 +12,12 @@ from megatron_rl.checkpoint.hf_format import read_config
 from megatron_rl.cluster.placement import Placement
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
-from megatron_rl.plan.hardware import Assumptions, Gpu
+from megatron_rl.plan.hardware import GPUS, Assumptions, Gpu
 from megatron_rl.plan.lengths import Lengths, lengths
 from megatron_rl.session.layout_check import layout_of, placement_of
+
+USUAL_PROMPT = 200
+"""Tokens; problems of mathematics are about that long."""
 
 
 @dataclass(frozen=True)
@@ -111,3 +114,13 @@ class Setup:
         """Of one replica in one update."""
         per_update = self.step_tokens / self.layout.data / self.config.train.updates_per_rollout
         return max(1.0, per_update / max(self.config.actor.micro_batch_tokens, self.step_tokens / self.rows))
+
+
+def setup_of(config: Config, **assumed: Any) -> Setup:
+    """On the GPUs that the configuration names. Of lengths that are not given, a guess: a third of the longest
+    response. Raises UserError as `Setup.of` does."""
+    lengths = {
+        "mean_prompt": min(USUAL_PROMPT, config.data.max_prompt_tokens / 2),
+        "mean_response": config.rollout.max_response_tokens / 3,
+    }
+    return Setup.of(config, GPUS[config.cluster.gpu], Assumptions(**lengths | assumed))

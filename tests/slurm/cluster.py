@@ -84,7 +84,7 @@ class SlurmCluster:
     """Use it as a context manager: `with SlurmCluster(folder) as cluster`."""
 
     folder: Path
-    nodes: tuple[str, ...] = ("node1", "node2")
+    nodes: tuple[str, ...] = ("node1", "node2", "node3")
     tag: str = field(default_factory=lambda: uuid.uuid4().hex[:6])
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -201,7 +201,7 @@ class SlurmCluster:
             self.processes["slurmctld"] = self._start("slurmctld", "slurmctld", "-D", "-i")
             for node in self.nodes:
                 self.switch_on(node)
-            self.wait_for("both nodes", self._all_idle, 30)
+            self.wait_for("all nodes", self._all_idle, 30)
         except BaseException:
             self.__exit__()
             raise

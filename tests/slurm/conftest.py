@@ -21,7 +21,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Two nodes."""
+    """Three nodes: two for most jobs, one for what may take its time."""
     if _reason:
         pytest.skip(_reason)
     with SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:

@@ -14,7 +14,7 @@ from tests.slurm.cluster import REPOSITORY, SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
-STEPS = 5
+STEPS = 8
 SETTINGS = (
     "actor.device=cpu",
     "actor.tensor_parallel=1",
@@ -33,6 +33,7 @@ SETTINGS = (
     "train.save_every=1",
 )
 """The quickstart, shortened, a replica on each node."""
+ONE_NODE = ("cluster.nodes=1", "actor.data_parallel=1")
 
 
 @dataclass
@@ -55,10 +56,27 @@ class Workplace:
     def completed(self, job: str) -> None:
         """Wait for it; the test fails with what the job said otherwise."""
         state = self.cluster.finish(job, 400)
-        assert state == "COMPLETED", "\n".join(path.read_text()[-4000:] for path in self.folder.glob(f"*{job}*.out"))
+        assert state == "COMPLETED", self.said_by(job)
+
+    def said_by(self, job: str) -> str:
+        outputs = [*self.folder.glob(f"*{job}*.out"), *self.folder.glob(f"runs/slurm/*-{job}-*/*.log")]
+        return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in outputs)
+
+    def reaches(self, job: str, name: str, step: int) -> None:
+        """Wait until its run has saved a step; the test fails with what the job said where it ends before that."""
+
+        def reached() -> bool:
+            if self.steps_done(name) >= step:
+                return True
+            assert self.cluster.job(job)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), self.said_by(job)
+            return False
+
+        self.cluster.wait_for(f"step {step} of {name}", reached)
 
     def steps_done(self, name: str) -> int:
-        return len(list((self.folder / "runs" / name / "checkpoints").glob("step_*/manifest.json")))
+        """The newest that is saved."""
+        saved = (self.folder / "runs" / name / "checkpoints").glob("step_*/manifest.json")
+        return max((int(path.parent.name.removeprefix("step_")) for path in saved), default=0)
 
     def learned(self, name: str) -> tuple[list[dict[str, float]], bytes]:
         """Every metric but those of time, and the exported weights."""
@@ -92,16 +110,24 @@ def test_two_nodes_train(workplace: Workplace, straight: str) -> None:
     assert "on node[1-2], start 0" in output.read_text()
     logs = next(workplace.folder.glob("runs/slurm/straight-*-0"))
     assert (logs / "ray-token").stat().st_mode & 0o077 == 0
-    for node in workplace.cluster.nodes:
+    for node in workplace.cluster.nodes[:2]:
         workplace.cluster.wait_for(f"{node} is empty", lambda node=node: not workplace.cluster.processes_of(node), 20)
 
 
+@pytest.fixture(scope="module")
+def limited(workplace: Workplace, straight: str) -> str:
+    """A job that cannot end within its time limit, on a node of its own while the other tests go on; its number."""
+    limit = ("cluster.slurm.time_limit=00:02:00", "cluster.slurm.signal_minutes=1", "train.steps=100000")
+    script = workplace.write("limited", *ONE_NODE, *limit, "train.save_every=0")
+    return workplace.submit(script, "--nodelist=node3")
+
+
 def test_the_signal_before_the_limit_checkpoints_and_the_requeued_job_goes_on_exactly(
-    workplace: Workplace, straight: str
+    workplace: Workplace, straight: str, limited: str
 ) -> None:
     cluster = workplace.cluster
     job = workplace.submit(workplace.write("stopped"))
-    cluster.wait_for("two steps", lambda: workplace.steps_done("stopped") >= 2)
+    workplace.reaches(job, "stopped", 2)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the limit, to a minute
     cluster.wait_for("the requeue", lambda: cluster.job(job)["Restarts"] == "1")
     assert workplace.steps_done("stopped") < STEPS
@@ -112,10 +138,19 @@ def test_the_signal_before_the_limit_checkpoints_and_the_requeued_job_goes_on_ex
     assert workplace.learned("stopped") == workplace.learned(straight)
 
 
+def test_slurm_itself_sends_the_signal(workplace: Workplace, limited: str) -> None:
+    cluster = workplace.cluster
+    cluster.wait_for("the requeue", lambda: cluster.job(limited)["Restarts"] == "1")
+    cluster.run("scancel", limited)
+    text = workplace.said_by(limited)
+    assert "time is nearly up" in text and f"queueing job {limited} again" in text
+    assert workplace.steps_done("limited") > 0
+
+
 def test_a_node_that_goes_down_is_survived(workplace: Workplace, straight: str) -> None:
     cluster = workplace.cluster
     job = workplace.submit(workplace.write("bereft"))
-    cluster.wait_for("two steps", lambda: workplace.steps_done("bereft") >= 2)
+    workplace.reaches(job, "bereft", 2)
     cluster.switch_off("node2")
     cluster.wait_for("the requeue", lambda: cluster.job(job)["Restarts"] != "0")
     assert workplace.steps_done("bereft") < STEPS
@@ -126,8 +161,7 @@ def test_a_node_that_goes_down_is_survived(workplace: Workplace, straight: str) 
 
 
 def test_the_tasks_of_an_array_keep_apart(workplace: Workplace, straight: str) -> None:
-    one_node = ("cluster.nodes=1", "actor.data_parallel=1", "train.steps=1", "observability.tensorboard=false")
-    job = workplace.submit(workplace.write("seeds", *one_node, "--seeds", "0-1"))
+    job = workplace.submit(workplace.write("seeds", *ONE_NODE, "train.steps=1", "--seeds", "0-1"))
     for task in ("0", "1"):
         workplace.completed(f"{job}_{task}")
     runs = [f"seeds-{job}-seed{seed}" for seed in (0, 1)]
@@ -141,7 +175,7 @@ def test_the_tasks_of_an_array_keep_apart(workplace: Workplace, straight: str) -
     ("settings", "words"),
     [
         (["cluster.slurm.time_limit=02:00:00"], "time limit"),
-        (["cluster.nodes=3", "actor.data_parallel=3"], "node"),
+        (["cluster.nodes=4", "actor.data_parallel=4"], "node"),
         (["cluster.slurm.partition=absent"], "partition"),
         (["cluster.slurm.options=[--gpus-per-node=4]"], "generic resource"),
     ],
