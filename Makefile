@@ -106,10 +106,12 @@ image-test: setup ## build the CPU image and start it, without Docker (on Debian
 	  buildah debootstrap; } || echo 'buildah could not be installed' >&2
 	$(BIN)/pytest -m image -rs tests/image
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy lpreg megatron_rl
+	$(BIN)/shellcheck .ci/run examples/recipes/*/*.sbatch
+	$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) $(WINDOW) $(ENGINES) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

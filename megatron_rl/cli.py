@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _takes_config(slurm)
     slurm.add_argument("--output", type=Path, metavar="FILE", help="default: <name of the run>.sbatch here")
     slurm.add_argument("--seeds", metavar="0-3", help="a job array: a run for each seed")
+    slurm.add_argument("--doctor", action="store_true", help="a job that runs doctor on its nodes, and trains nothing")
     slurm.add_argument("--submit", action="store_true", help="and submit it")
     slurm.set_defaults(command=_slurm)
     report = commands.add_parser("report", help="write report.html of a run, or of several side by side")
@@ -152,7 +153,9 @@ def _doctor(options: argparse.Namespace) -> int:
 def _slurm(options: argparse.Namespace) -> None:
     from megatron_rl.cluster.slurm import submit, write_script
 
-    script = write_script(options.config, options.overrides, output=options.output, seeds=options.seeds)
+    script = write_script(
+        options.config, options.overrides, output=options.output, seeds=options.seeds, doctor=options.doctor
+    )
     print(f"job {submit(script)} submitted: {script}" if options.submit else script)
 
 

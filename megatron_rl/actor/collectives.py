@@ -60,7 +60,7 @@ class CollectiveCheck:
         """What carries the sums, with its version."""
         if self.device.type != "cuda":
             return platform.backend(self.device)
-        return f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))} for CUDA {torch.version.cuda}"  # type: ignore[no-untyped-call]
+        return f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))} for CUDA {torch.version.cuda}"
 
     def _sum(self, name: str, group: dist.ProcessGroup) -> float:
         """Once to connect, once against the clock."""

@@ -84,7 +84,13 @@ def ray_runtime(placement: Placement, watch: Watch | None = None) -> Iterator[No
         # "local": a Ray of its own, even where another one runs on this machine.
         options |= {"address": "local", "num_cpus": processes}
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(
+            f"RAY_ADDRESS: {os.environ.get('RAY_ADDRESS')} does not let us in: {error}\nIs its head up, the port open, "
+            "and are RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH the same here as where `ray start` was run?"
+        ) from error
     try:
         needed = sum(placement.gpus(node) for node in placement.nodes)
         available = int(ray.cluster_resources().get("GPU", 0))

@@ -18,20 +18,27 @@ LOG_FOLDER = "runs/slurm"
 """What Ray says on each node, in a folder for each start of each job."""
 
 
-def write_script(path: Path, overrides: list[str], *, output: Path | None, seeds: str | None) -> Path:
+def write_script(
+    path: Path, overrides: list[str], *, output: Path | None, seeds: str | None, doctor: bool = False
+) -> Path:
     """The script that trains the configuration at `path` under the overrides; `output` unset: `<run.name>.sbatch`.
 
-    seeds: a job array, such as 0-3: one run each, with its index as the seed. Raises UserError on a job that cannot be.
+    seeds: a job array, such as 0-3: one run each, with its index as the seed. doctor: the job looks at its nodes as
+    `megatron-rl doctor` does, and trains nothing. Raises UserError on a job that cannot be.
     """
+    if seeds and doctor:
+        raise UserError("--seeds and --doctor: the nodes are looked at once; give one of them")
     config = load_config(path, overrides)
     check_layout(config)
     placement = placement_of(config)
     _check(config, placement, seeds)
-    output = output or Path(f"{config.run.name}.sbatch")
-    arguments = [str(path), *overrides, *([f"--seeds={seeds}"] if seeds else [])]
+    name = f"{config.run.name}-doctor" if doctor else config.run.name
+    output = output or Path(f"{name}.sbatch")
+    arguments = [str(path), *overrides, *([f"--seeds={seeds}"] if seeds else []), *(["--doctor"] if doctor else [])]
     text = _template().render(
         command=shlex.join(arguments),
-        name=config.run.name,
+        name=name,
+        verb="doctor" if doctor else "train",
         folder=config.run.folder,
         log_folder=LOG_FOLDER,
         nodes=config.cluster.nodes,

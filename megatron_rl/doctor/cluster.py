@@ -32,16 +32,17 @@ Report = tuple[str, bool, list[Finding]]
 def check_cluster(config: Config) -> Iterator[Finding]:
     """Reserves the nodes of the run as the run will. What fails ends what needs it, and is a finding."""
     from megatron_rl.cluster.runtime import ray_runtime
-    from megatron_rl.session.layout_check import placement_of
+    from megatron_rl.session.layout_check import check_layout, placement_of
     from megatron_rl.session.opening import with_device
 
     config = with_device(config)
     try:
+        check_layout(config)
         placement = placement_of(config)
         parent = next(path for path in config.run.folder.resolve().parents if path.is_dir())
         folder = Path(tempfile.mkdtemp(prefix="doctor-", dir=parent))
     except (UserError, OSError) as error:
-        yield Finding("placement", "failure", str(error), "see `megatron-rl plan`")
+        yield Finding("layout", "failure", str(error), "see `megatron-rl plan`")
         return
     try:
         with ray_runtime(placement) as nodes:
@@ -50,9 +51,8 @@ def check_cluster(config: Config) -> Iterator[Finding]:
             yield from _check_nodes(config, nodes, folder)
             yield from _check_groups(config, nodes, folder)
             yield check_engines(config, nodes, folder)
-    except (UserError, ConnectionError) as error:
-        remedy = "is RAY_ADDRESS right, the head up, its port open, RAY_AUTH_TOKEN_PATH the head's?"
-        yield Finding("Ray", "failure", str(error).strip(), remedy)
+    except UserError as error:
+        yield Finding("Ray", "failure", str(error).strip(), "see docs/cluster.md, With and without Slurm")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -35,11 +35,14 @@ def check_engines(config: Config, nodes: Nodes, logs: Path) -> Finding:
         return Finding(CHECK, "skipped", "rollout.replay: there will be none")
     if nodes.placement.shared and not nodes.rank_devices:
         return Finding(CHECK, "skipped", "they share the actor's GPUs, whose ranks did not start")
+    if not any(config.model.path.glob("*.safetensors")):
+        remedy = "they start from the model's weights: have them there first"
+        return Finding(CHECK, "skipped", f"model.path: {config.model.path} has no weights yet", remedy)
     try:
         open_weights(config.model.path)
         launch = launch_of(config, config.model.path)
     except UserError as error:
-        return Finding(CHECK, "skipped", str(error), "an engine starts from the model's weights: have them there first")
+        return Finding(CHECK, "failure", str(error), "the model's folder is not whole")
     # One that fails is not waited for again, as a run would.
     server = rollout.server.model_copy(update={"outage_seconds": 0.1, "request_attempts": 1})
     once = rollout.model_copy(update={"server": server})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_rl.plan.flops import body_flops, head_flops
 from megatron_rl.plan.hardware import GIB
+from megatron_rl.plan.memory import RankMemory, actor_memory
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
 
@@ -34,12 +35,32 @@ class EngineMemory:
 
 
 def engine_memory(setup: Setup) -> EngineMemory:
+    """On a GPU of its own, or on what the actor leaves of one (`cluster.colocate`)."""
     model, ranks = setup.model, setup.config.rollout.server.tensor_parallel
     weights = setup.element * model_parameters(model) / ranks
     key_heads = max(1.0, model.kv_heads / ranks)
     token = 2 * model.layers * key_heads * model.head_dim * setup.element
     share = SHARE[setup.config.rollout.engine] * setup.gpu.memory
+    if setup.placement.shared:
+        share -= max(rank.total("rollout") for rank in actor_memory(setup)) + setup.assumed.released
     return EngineMemory(weights, share - weights - WORK_SPACE, token)
+
+
+def colocated_memory(setup: Setup) -> list[RankMemory]:
+    """`actor_memory` with an engine on the same GPUs: awake in a rollout, with its weights alone while it gets new
+    ones, else with its memory released."""
+    engine, released = engine_memory(setup), {"an engine's CUDA, NCCL": setup.assumed.released}
+    weights = {"an engine's weights": engine.weights}
+    awake = weights | {"its cache": max(0.0, engine.cache), "its work space": WORK_SPACE}
+    return [
+        RankMemory(
+            rank.stage,
+            rank.phases
+            | {"rollout": rank.phases["rollout"] | awake, "weight sync": rank.phases["weight sync"] | weights},
+            rank.reserved | released,
+        )
+        for rank in actor_memory(setup)
+    ]
 
 
 def rollout_seconds(setup: Setup) -> float:

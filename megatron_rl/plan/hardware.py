@@ -77,6 +77,8 @@ class Assumptions:
     """Bytes a second that a node writes to the shared file system."""
     reserve: float = 3.5 * GIB
     """Of a GPU, for the CUDA context, NCCL's buffers and cuBLAS workspaces of an actor rank."""
+    released: float = 2 * GIB
+    """Of a GPU, for what an engine keeps that has released its weights and cache: CUDA context and NCCL's buffers."""
     transformer_engine: bool = True
     """Whether the actor's layers are Transformer Engine's where there are GPUs; they are where it is installed."""
     fragmentation: float = 0.05

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_rl.plan.engines import EngineMemory, engine_memory
+from megatron_rl.plan.engines import EngineMemory, colocated_memory, engine_memory
 from megatron_rl.plan.hardware import GIB
 from megatron_rl.plan.memory import RankMemory, actor_memory, host_bytes
 from megatron_rl.plan.parameters import model_parameters
@@ -24,7 +24,7 @@ class Plan:
     @cached_property
     def actor(self) -> list[RankMemory]:
         """One entry a pipeline stage."""
-        return actor_memory(self.setup)
+        return colocated_memory(self.setup) if self.setup.placement.shared else actor_memory(self.setup)
 
     @cached_property
     def engine(self) -> EngineMemory | None:
@@ -73,6 +73,7 @@ class Plan:
             yield (
                 f"engine: {self.engine.weights / GIB:.1f} GiB of weights leave room for {self.engine.tokens:.0f} "
                 f"tokens of cache, the longest row is {self.setup.longest_row}; raise rollout.server.tensor_parallel"
+                + (" or take cluster.colocate back" if self.setup.placement.shared else "")
             )
 
     @cached_property
@@ -85,6 +86,9 @@ class Plan:
         used = sum(setup.placement.gpus(node) for node in setup.placement.nodes)
         if setup.placement.on_gpu and used < self.gpus:
             yield f"{self.gpus - used} of {self.gpus} GPUs have nothing to do"
+        asleep = used - sum(map(len, setup.placement.shared))
+        if setup.placement.shared and asleep:
+            yield f"{asleep} of {used} GPUs have no engine: they wait through every rollout"
         if self.engine is not None:
             together = self.engine.tokens / (setup.assumed.mean_prompt + setup.lengths.mean())
             mine = setup.rows / setup.config.rollout.engines
@@ -107,7 +111,11 @@ class Plan:
             "fits": not self.problems,
             "problems": self.problems,
             "remarks": self.remarks,
-            "placement": {"actors": list(setup.placement.actors), "engines": list(setup.placement.engines)},
+            "placement": {
+                "actors": list(setup.placement.actors),
+                "engines": list(setup.placement.engines),
+                "shared": [list(ranks) for ranks in setup.placement.shared],
+            },
             "actor": [
                 {
                     "stage": rank.stage,

@@ -93,12 +93,15 @@ def nearest(setup: Setup, count: int = 3) -> list[tuple[Choice, Plan]]:
 
 
 def _choices(setup: Setup) -> Iterator[Choice]:
-    """Powers of two, as machines are; the GPUs that the actor leaves are the engines'."""
+    """Powers of two, as machines are; the GPUs that the actor leaves are the engines', or all are both's
+    (`cluster.colocate`). Context parallelism stays as it is."""
     cluster, rollout = setup.config.cluster, setup.config.rollout
     gpus, elsewhere = cluster.nodes * cluster.gpus_per_node, bool(rollout.server.urls)
     embedded = rollout.engine == "transformers"
     for tensor, pipeline, data in product(POWERS, POWERS, range(1, gpus + 1)):
-        left = gpus - tensor * pipeline * data
+        left = gpus - tensor * pipeline * data * setup.config.actor.context_parallel
+        if cluster.colocate and setup.placement.on_gpu:
+            left = gpus if left == 0 else -1
         if left < 0 or tensor > cluster.gpus_per_node or pipeline > setup.model.layers or setup.rows % data:
             continue
         if elsewhere and left:

@@ -75,10 +75,16 @@ def _placement(plan: Plan) -> Table:
     for node in placement.nodes:
         ranks = [rank for rank, place in enumerate(placement.actors) if place == node]
         engines = [str(engine) for engine, place in enumerate(placement.engines) if place == node]
+        if placement.shared:
+            engines = [f"{engine} (ranks {_span(placement.shared[int(engine)])})" for engine in engines]
         stages = sorted({rank // (layout.world_size // layout.pipeline) for rank in ranks})
         said = f"{ranks[0]}-{ranks[-1]} (stage {', '.join(map(str, stages))})" if ranks else ""
         table.add_row(str(node), said, ", ".join(engines))
     return table
+
+
+def _span(ranks: Sequence[int]) -> str:
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
 
 
 def _actor(plan: Plan) -> Table:

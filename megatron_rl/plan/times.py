@@ -108,7 +108,9 @@ def _optimizer_seconds(setup: Setup) -> float:
 
 
 def _sync_seconds(setup: Setup) -> float:
-    """Each pipeline stage sends its part to all engines at once."""
+    """Each pipeline stage sends its part to all engines at once; engines on the actor's GPUs get it within a node
+    unless the stages are on several."""
     part = setup.element * model_parameters(setup.model) / setup.layout.pipeline
-    apart = len(setup.placement.nodes) > 1
+    stage_nodes = set(setup.placement.actors[:: setup.layout.world_size // setup.layout.pipeline])
+    apart = len(stage_nodes if setup.placement.shared else setup.placement.nodes) > 1
     return part / ((setup.gpu.network if apart else setup.gpu.link) * setup.assumed.links)

@@ -117,9 +117,10 @@ def test_two_nodes_train(workplace: Workplace, straight: str) -> None:
 @pytest.fixture(scope="module")
 def limited(workplace: Workplace, straight: str) -> str:
     """A job that cannot end within its time limit, on a node of its own while the other tests go on; its number."""
-    limit = ("cluster.slurm.time_limit=00:02:00", "cluster.slurm.signal_minutes=1", "train.steps=100000")
-    script = workplace.write("limited", *ONE_NODE, *limit, "train.save_every=0")
-    return workplace.submit(script, "--nodelist=node3")
+    limit = ("cluster.slurm.time_limit=00:04:00", "cluster.slurm.signal_minutes=1")
+    idle = ("reward.name=tests.slurm.slow_reward:grade", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2")
+    long = ("train.steps=100000", "train.save_every=0")
+    return workplace.submit(workplace.write("limited", *ONE_NODE, *limit, *idle, *long), "--nodelist=node3")
 
 
 def test_the_signal_before_the_limit_checkpoints_and_the_requeued_job_goes_on_exactly(
@@ -138,15 +139,6 @@ def test_the_signal_before_the_limit_checkpoints_and_the_requeued_job_goes_on_ex
     assert workplace.learned("stopped") == workplace.learned(straight)
 
 
-def test_slurm_itself_sends_the_signal(workplace: Workplace, limited: str) -> None:
-    cluster = workplace.cluster
-    cluster.wait_for("the requeue", lambda: cluster.job(limited)["Restarts"] == "1")
-    cluster.run("scancel", limited)
-    text = workplace.said_by(limited)
-    assert "time is nearly up" in text and f"queueing job {limited} again" in text
-    assert workplace.steps_done("limited") > 0
-
-
 def test_a_node_that_goes_down_is_survived(workplace: Workplace, straight: str) -> None:
     cluster = workplace.cluster
     job = workplace.submit(workplace.write("bereft"))
@@ -158,6 +150,16 @@ def test_a_node_that_goes_down_is_survived(workplace: Workplace, straight: str) 
     workplace.completed(job)
     assert int(cluster.job(job)["Restarts"]) >= 1
     assert workplace.learned("bereft") == workplace.learned(straight)
+
+
+def test_doctor_looks_at_all_nodes(workplace: Workplace, straight: str) -> None:
+    job = workplace.submit(workplace.write("looked-at", "warm_start=null", "--doctor"))
+    workplace.completed(job)
+    said = " ".join(workplace.said_by(job).split())
+    for words in ("2 nodes of cluster.nodes: 2", "the same on all nodes", "node2: clock ok", "data parallel ok 1 x 2"):
+        assert words in said
+    assert "engines ok 1 x transformers started" in said
+    assert not (workplace.folder / "runs/looked-at").exists()
 
 
 def test_the_tasks_of_an_array_keep_apart(workplace: Workplace, straight: str) -> None:
@@ -191,4 +193,13 @@ def test_what_the_cluster_cannot_do_is_refused_at_submit(
     assert main(["slurm", config, "run.name=refused", *SETTINGS, *settings, "--submit"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: refused.sbatch was refused: ") and words in error.lower()
-    assert workplace.cluster.run("squeue", "-h").stdout == ""
+    assert workplace.cluster.run("squeue", "-h", "--name=refused").stdout == ""
+
+
+def test_slurm_itself_sends_the_signal(workplace: Workplace, limited: str) -> None:
+    cluster = workplace.cluster
+    cluster.wait_for("the requeue", lambda: cluster.job(limited)["Restarts"] == "1")
+    cluster.run("scancel", limited)
+    text = workplace.said_by(limited)
+    assert "time is nearly up" in text and f"queueing job {limited} again" in text
+    assert workplace.steps_done("limited") > 0

@@ -96,6 +96,15 @@ def test_overrides_reach_the_run_as_they_were_given(write: Write) -> None:
     assert words.splitlines() == ["megatron-rl", "train", "mine.yaml", "run.name=mine", AWKWARD]
 
 
+def test_a_job_that_only_looks(write: Write) -> None:
+    script = write_script(Path("mine.yaml"), ["run.name=mine"], output=None, seeds=None, doctor=True)
+    text = script.read_text()
+    assert script == Path("mine-doctor.sbatch") and "#SBATCH --job-name=mine-doctor\n" in text
+    assert "megatron-rl doctor mine.yaml run.name=mine" in text and "megatron-rl train" not in text
+    with pytest.raises(UserError, match="--seeds and --doctor"):
+        write_script(Path("mine.yaml"), ["run.name=mine"], output=None, seeds="0-1", doctor=True)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

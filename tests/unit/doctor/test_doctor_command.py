@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_rl.actor.layout import Layout
 from megatron_rl.cli import main
+from megatron_rl.cluster.placement import place
+from megatron_rl.cluster.probe import collectives
+from megatron_rl.cluster.runtime import ray_runtime
+from megatron_rl.config import load_config
+from megatron_rl.doctor.engines import check_engines
 from megatron_rl.doctor.finding import Finding
 from megatron_rl.doctor.show import show
+from tests.hf_models import write_hf_model
 
 CONFIG = """\
 model: {path: model}
@@ -46,17 +53,52 @@ def test_a_cluster_on_this_machine(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(CONFIG)
-    layout = ["actor.device=cpu", "actor.tensor_parallel=2", "actor.pipeline_parallel=2"]
-    assert main(["doctor", "mine.yaml", *layout]) == 0
+    write_hf_model(Path("model"), "qwen3_moe")
+    layout = ["actor.device=cpu", "actor.tensor_parallel=2", "actor.data_parallel=2", "actor.expert_parallel=2"]
+    assert main(["doctor", "mine.yaml", *layout]) == 1
+    assert "layout failure actor.tensor_parallel is 2 and" in " ".join(capsys.readouterr().out.split())
+    assert main(["doctor", "mine.yaml", *layout, "actor.sequence_parallel=true"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for words in (
         "same on all nodes",
         "all ranks ok 1 x 4 ranks",
+        "NCCL or gloo ok gloo",
         "tensor parallel ok 2 x 2",
-        "pipeline parallel ok 2 x 2",
+        "data parallel ok 2 x 2",
+        "expert parallel ok 2 x 2",
+        "engines ok 1 x transformers started",
+        "for 3 checkpoints of",
     ):
         assert words in said
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "model"}
+
+
+@pytest.mark.e2e
+def test_every_group_is_summed_over_and_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
+    """Context parallelism trains on CUDA only, but its groups are there on CPU."""
+    (tmp_path / "mine.yaml").write_text(CONFIG.replace("path: model", f"path: {tmp_path / 'model'}"))
+    config = load_config(tmp_path / "mine.yaml", ["actor.device=cpu"])
+    absent = load_config(tmp_path / "mine.yaml", ["actor.device=cpu", "rollout.engine=sglang"])
+    weights = write_hf_model(tmp_path / "model") / "model.safetensors"
+    layout = Layout(pipeline=2, context=2)
+    with ray_runtime(place(layout, 1, config.cluster, engine_gpus=0, on_gpu=False)) as nodes:
+        said = collectives(nodes, "cpu", layout, tmp_path)
+        not_installed = check_engines(absent, nodes, tmp_path)
+        weights.write_bytes(weights.read_bytes()[:-100])
+        damaged = check_engines(config, nodes, tmp_path)
+        weights.unlink()
+        not_there = check_engines(config, nodes, tmp_path)
+    assert said.libraries == ["gloo"] * 4
+    members = {name: {groups[name][0] for groups in said.sums} for name in said.sums[0]}
+    assert members == {
+        "all ranks": {(0, 1, 2, 3)},
+        "pipeline parallel": {(0, 2), (1, 3)},
+        "context parallel": {(0, 1), (2, 3)},
+    }
+    assert not_installed.state == "failure" and "rollout.server.python" in not_installed.remedy
+    assert "engine 0 did not start" in not_installed.found and "No module named" in not_installed.found
+    assert damaged.state == "failure" and "model.safetensors" in damaged.found
+    assert not_there.state == "skipped" and "has no weights yet" in not_there.found
 
 
 @pytest.mark.e2e

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.doctor import machine, versions
 from megatron_rl.doctor.finding import Finding
 
@@ -105,6 +106,30 @@ def test_versions_outside_the_window_are_named_with_what_to_do(monkeypatch: pyte
     assert found["ray"].found.startswith("1.13; >=") and found["ray"].remedy.startswith("pip install 'ray")
     assert found["rich"].found == "not installed"
     assert found["packages"].state == "ok" and "megatron-core" in found["packages"].found
+
+
+@pytest.mark.parametrize(
+    ("says", "state", "words"),
+    [
+        ("0.5.23", "ok", "0.5.23 (rollout.server.python"),
+        ("0.4.1", "warning", "0.4.1"),
+        ("", "failure", "not installed"),
+        (None, "failure", "No such file"),
+    ],
+)
+def test_the_engine_is_looked_for_where_it_will_be_started_from(
+    tmp_path: Path, says: str | None, state: str, words: str
+) -> None:
+    interpreter = tmp_path / "python"
+    if says is not None:
+        interpreter.write_text(f"#!/bin/sh\necho '{says}'\n")
+        interpreter.chmod(0o755)
+    common = {"prompts_per_step": 1, "samples_per_prompt": 2, "max_response_tokens": 8}
+    rollout = RolloutSettings.model_validate({**common, "engine": "sglang", "server": {"python": interpreter}})
+    finding = versions.check_server(rollout)
+    assert finding is not None and (finding.state, words in finding.found) == (state, True)
+    assert state == "ok" or finding.remedy
+    assert versions.check_server(RolloutSettings.model_validate(common)) is None  # the embedded one is this package's
 
 
 def test_what_makes_gpus_fast_is_asked_for_on_gpus_only() -> None:

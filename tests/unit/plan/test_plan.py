@@ -112,6 +112,34 @@ def test_a_search_is_sorted_and_uses_what_there_is(make: Make) -> None:
     assert plan.step_seconds < make().step_seconds
 
 
+COLOCATED = ("cluster.colocate=true", "actor.data_parallel=8", "rollout.engines=8", "rollout.server.tensor_parallel=4")
+
+
+def test_an_engine_on_the_actors_gpus_has_what_the_actor_leaves(make: Make) -> None:
+    alone, plan = make("rollout.engines=4", "rollout.server.tensor_parallel=4"), make(*COLOCATED)
+    assert not plan.problems and plan.engine is not None and alone.engine is not None
+    (rank,) = plan.actor
+    assert rank.total("rollout") == pytest.approx(0.85 * plan.setup.gpu.memory)  # SGLang's usual share
+    kept = sum(rank.phases["rollout"][part] for part in ("weights", "gradients", "main weights", "moments"))
+    reserved = sum(rank.reserved.values())
+    assert plan.engine.cache == pytest.approx(alone.engine.cache - kept - reserved)
+    assert "an engine's weights" in rank.phases["weight sync"]
+    for phase in ("load", "log-probs", "forward and backward", "optimizer", "checkpoint"):  # it sleeps
+        assert not {"an engine's weights", "its cache"} & {*rank.phases[phase]}
+    offloaded = make(*COLOCATED, "actor.offload_optimizer=true")
+    assert offloaded.engine is not None and offloaded.engine.cache > plan.engine.cache
+    assert offloaded.step_seconds < make().step_seconds  # nobody waits for the other half of the GPUs
+
+
+def test_what_does_not_suit_engines_on_the_actors_gpus_is_said(make: Make) -> None:
+    large = make(*COLOCATED, f"model.path={MODELS / 'Qwen2.5-32B'}", "rollout.server.tensor_parallel=1")
+    assert any("take cluster.colocate back" in problem for problem in large.problems)
+    assert any("16 of 32 GPUs have no engine" in text for text in make(*COLOCATED, "rollout.engines=4").remarks)
+    for choice, plan in layouts(make(*COLOCATED).setup):
+        actor = choice.tensor * choice.pipeline * choice.data
+        assert actor == 32 >= choice.engines * choice.engine_tensor and not plan.problems
+
+
 def test_remarks(make: Make) -> None:
     assert any("GPUs have nothing to do" in remark for remark in make("rollout.engines=8").remarks)
     assert any(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_rl.cli import main
 from megatron_rl.cluster.slurm import write_script
 from megatron_rl.config import Config, load_config
+from megatron_rl.data.countdown import write_task
 from megatron_rl.plan.hardware import GPUS, Assumptions
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.setup import Setup
@@ -50,6 +54,31 @@ def test_it_fits_with_room_to_spare_and_uses_every_gpu(recipe: Path) -> None:
         assert plan.problems == []
         assert max(rank.peak for rank in plan.actor) < 0.9 * plan.setup.gpu.memory
         assert not any("nothing to do" in remark for remark in plan.remarks)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_nothing_is_found_wrong_before_it_starts(
+    recipe: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a login node: `train --dry-run` and `plan`, with a model folder without weights."""
+    model = MODELS / ("Qwen3-14B-Base" if "14b" in str(recipe) else "Qwen2.5-32B")
+    shutil.copy(model / "config.json", inputs[0].removeprefix("model.path="))
+    assert main(["train", str(recipe), "--dry-run", *inputs]) == 0
+    said = capsys.readouterr()
+    assert "nothing wrong found" in said.err and "\\boxed{}" in said.err
+    assert main(["plan", str(recipe), "--json", *inputs]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name files: a tokenizer, a few rows of DAPO-Math-17k, and those of AIME for every suite."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_task(folder / "task")
+    published = ROOT / "tests/fixtures/published"
+    suites = ("aime24", "aime25", "math500", "minerva", "olympiadbench")
+    given = [f"evaluation.suites.{name}.data={published / 'aime_2024_verl.parquet'}" for name in suites]
+    return [f"model.path={folder / 'task/model'}", f"data.train={published / 'dapo.parquet'}", *given]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

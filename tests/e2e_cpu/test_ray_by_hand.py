@@ -1,0 +1,134 @@
+"""Several nodes without Slurm: `ray start` on each, and RAY_ADDRESS. Here two of Ray's nodes are on one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from ray.util import get_node_ip_address
+
+from tests.e2e_cpu.conftest import QUICKSTART, REPOSITORY, CommandLine
+
+pytestmark = pytest.mark.e2e
+
+SETTINGS = (
+    "cluster.nodes=2",
+    "actor.device=cpu",
+    "actor.tensor_parallel=1",
+    "actor.data_parallel=2",
+    "warm_start.batch_size=8",
+    "warm_start.phases.0.steps=5",
+    "warm_start.phases.1.steps=2",
+    "evaluation.suites={}",
+    "evaluation.probes={}",
+    "train.steps=2",
+)
+DEVICES = """
+import json
+from pathlib import Path
+import ray
+from megatron_rl.actor.layout import Layout
+from megatron_rl.cluster.placement import place
+from megatron_rl.cluster.runtime import host_process, ray_runtime
+from megatron_rl.config.cluster import ClusterSettings
+
+cluster = ClusterSettings(nodes=2, gpus_per_node=2, colocate=True)
+placement = place(Layout(tensor=2, data=2), 2, cluster, engine_gpus=2, on_gpu=True)
+def start(name, node, **given):
+    return host_process("types:SimpleNamespace", (), log_file=Path(name), nodes=nodes, node=node, **given)
+with ray_runtime(placement) as nodes:
+    ranks = [start(f"rank-{rank}.log", node, gpus=1) for rank, node in enumerate(placement.actors)]
+    nodes.rank_devices = ray.get([rank.devices.remote() for rank in ranks])
+    engines = [
+        start(f"engine-{i}.log", node, gpus=2, devices=nodes.engine_devices(i))
+        for i, node in enumerate(placement.engines)
+    ]
+    print(json.dumps([nodes.rank_devices, ray.get([engine.devices.remote() for engine in engines])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Two nodes of four CPUs and two GPUs that are not there, behind a token. Sets the environment that users would."""
+    folder = tmp_path_factory.mktemp("ray")
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    address = f"{get_node_ip_address()}:{_free_port()}"
+    before = dict(os.environ)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_ADDRESS": address}
+    os.environ["PYTHONPATH"] = str(REPOSITORY)
+    port = address.split(":")[1]
+    head = _start(folder / "head.log", "--head", f"--port={port}", "--include-dashboard=false")
+    nodes = [head]
+    try:
+        _wait_for(address)
+        nodes.append(_start(folder / "worker.log", f"--address={address}"))
+        yield address
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        for node in nodes:
+            node.wait(60)
+        os.environ.clear()
+        os.environ |= before
+
+
+def _start(log: Path, *options: str) -> subprocess.Popen[bytes]:
+    ray = Path(sys.executable).with_name("ray")
+    resources = ("--num-cpus=4", "--num-gpus=2")
+    with log.open("wb") as output:
+        return subprocess.Popen([ray, "start", "--block", *resources, *options], stdout=output, stderr=output)
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for(address: str) -> None:
+    host, port = address.split(":")
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"no Ray at {address}"
+            time.sleep(0.2)
+
+
+def test_two_nodes_train(ray_address: str, command_line: CommandLine) -> None:
+    finished = command_line.train("by-hand", *SETTINGS)
+    assert finished.status == 0, finished.output[-5000:]
+    assert [row["step"] for row in finished.metrics] == [0, 1, 2]
+
+
+def test_engines_on_the_actors_gpus_see_what_their_ranks_see(ray_address: str, tmp_path: Path) -> None:
+    """Ray only counts GPUs: none is needed to be told which ones to use."""
+    done = subprocess.run([sys.executable, "-c", DEVICES], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks, engines = json.loads(done.stdout.splitlines()[-1])
+    assert sorted(ranks[:2]) == sorted(ranks[2:]) == ["0", "1"]
+    assert engines == [f"{ranks[0]},{ranks[1]}", f"{ranks[2]},{ranks[3]}"]
+
+
+def test_a_wrong_token_is_said(ray_address: str, tmp_path: Path) -> None:
+    token = tmp_path / "other"
+    token.write_text(secrets.token_hex(32))
+    environment = os.environ | {"RAY_AUTH_TOKEN_PATH": str(token)}
+    command = [sys.executable, "-m", "megatron_rl.cli", "doctor", str(QUICKSTART), "actor.device=cpu"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 1, said
+    assert f"RAY_ADDRESS: {ray_address} does not let us in" in said and "RAY_AUTH_TOKEN_PATH" in said

@@ -1,0 +1,12 @@
+"""A reward for a run that is there for long without keeping the machine busy."""
+
+from __future__ import annotations
+
+import time
+
+from megatron_rl.types import RewardResult, Sample
+
+
+def grade(sample: Sample) -> RewardResult:
+    time.sleep(2)
+    return RewardResult(float(len(sample.text) % 2))
