@@ -122,8 +122,12 @@ def _there() -> list[dict[str, float]]:
 class Hosted:
     """An object that lives in a Ray process. Its module is imported there: the driver stays light."""
 
-    def __init__(self, target: str, arguments: tuple[Any, ...], log_file: Path, many_nodes: bool) -> None:
+    def __init__(
+        self, target: str, arguments: tuple[Any, ...], log_file: Path, many_nodes: bool, driver_folder: Path
+    ) -> None:
         redirect_output(log_file)
+        if driver_folder.is_dir():  # where relative paths start; a node's own Ray was started anywhere
+            os.chdir(driver_folder)
         # Ctrl-C is for the driver, which stops us in order. Python's own signal() works in the main thread only.
         ctypes.CDLL(None).signal(signal.SIGINT, ctypes.c_void_p(signal.SIG_IGN))
         self.address = get_node_ip_address() if many_nodes else "127.0.0.1"
@@ -191,7 +195,7 @@ def host_process(
     actor = ray.remote(concurrency_groups={BACKGROUND: 1})(hosted).options(  # type: ignore[call-overload]
         num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": environment}, scheduling_strategy=nodes.strategy(node)
     )
-    return actor.remote(target, arguments, log_file.resolve(), nodes.many)
+    return actor.remote(target, arguments, log_file.resolve(), nodes.many, Path.cwd())
 
 
 def patience() -> Patience | None:

@@ -57,7 +57,7 @@ def stage_memory(setup: Setup, stage: int) -> RankMemory:
         "log-probs": kept | forward,
         "forward and backward": kept | _backward(setup, stage),
         "optimizer": kept | _optimizer(setup, stage),
-        "weight sync": kept | {"a tensor, gathered": 2 * one_tensor},
+        "weight sync": kept | {"a tensor, gathered": one_tensor, "a bucket, and flat": 2 * _bucket(setup, weights)},
         "checkpoint": dict(kept),
     }
     if _other_policy(setup):
@@ -103,6 +103,12 @@ def host_bytes(setup: Setup, stage: int) -> float:
 def _largest_tensor(setup: Setup) -> float:
     """As a Hugging Face folder has it."""
     return setup.element * setup.model.hidden * max(setup.model.vocabulary, setup.model.ffn)
+
+
+def _bucket(setup: Setup, weights: float) -> float:
+    """What is sent in one go: as much as is asked for, but a tensor at least, and a stage's weights at most."""
+    asked = setup.config.weight_sync.bucket_megabytes * 2**20
+    return max(_largest_tensor(setup), min(asked, setup.layout.tensor * weights))
 
 
 def _other_policy(setup: Setup) -> bool:

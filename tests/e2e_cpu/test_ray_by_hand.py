@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -65,13 +67,16 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     token.write_text(secrets.token_hex(32))
     address = f"{get_node_ip_address()}:{_free_port()}"
     before = dict(os.environ)
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_ADDRESS": address}
+    short = tempfile.mkdtemp(
+        prefix="ray-", dir="/tmp"
+    )  # sockets have short names; and no other Ray sees this one there
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": short}
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     port = address.split(":")[1]
-    head = _start(folder / "head.log", "--head", f"--port={port}", "--include-dashboard=false")
-    nodes = [head]
+    nodes = [_start(folder / "head.log", "--head", f"--port={port}", "--include-dashboard=false")]
     try:
         _wait_for(address)
+        os.environ["RAY_ADDRESS"] = address
         nodes.append(_start(folder / "worker.log", f"--address={address}"))
         yield address
     finally:
@@ -79,6 +84,7 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             node.terminate()
         for node in nodes:
             node.wait(60)
+        shutil.rmtree(short, ignore_errors=True)
         os.environ.clear()
         os.environ |= before
 
@@ -126,9 +132,20 @@ def test_engines_on_the_actors_gpus_see_what_their_ranks_see(ray_address: str, t
 def test_a_wrong_token_is_said(ray_address: str, tmp_path: Path) -> None:
     token = tmp_path / "other"
     token.write_text(secrets.token_hex(32))
-    environment = os.environ | {"RAY_AUTH_TOKEN_PATH": str(token)}
-    command = [sys.executable, "-m", "megatron_rl.cli", "doctor", str(QUICKSTART), "actor.device=cpu"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    said = " ".join(done.stdout.split())
-    assert done.returncode == 1, said
+    status, said = _doctor(tmp_path, os.environ | {"RAY_AUTH_TOKEN_PATH": str(token)})
+    assert status == 1, said
     assert f"RAY_ADDRESS: {ray_address} does not let us in" in said and "RAY_AUTH_TOKEN_PATH" in said
+
+
+def test_a_run_that_names_no_ray_has_its_own(ray_address: str, tmp_path: Path) -> None:
+    """Ray itself would join whichever it finds on the machine."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    status, said = _doctor(tmp_path, environment)
+    assert status == 0 and "1 nodes of cluster.nodes: 1, started for this" in said, said
+
+
+def _doctor(folder: Path, environment: Mapping[str, str]) -> tuple[int, str]:
+    layout = ("actor.device=cpu", "actor.tensor_parallel=1")
+    command = [sys.executable, "-m", "megatron_rl.cli", "doctor", str(QUICKSTART), *layout]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200)
+    return done.returncode, " ".join(done.stdout.split())

@@ -56,6 +56,8 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["rollout.max_staleness=1", "rollout.asynchronous=true", "algorithm.correction.weights=masked",
           "cluster.colocate=true"], ["rollout.asynchronous", "cluster.colocate"]),
         (["rollout.engines=5"], ["rollout.engines: 5", "rollout.prompts_per_step: 4"]),
+        (["cluster.colocate=true", "rollout.engine=sglang", "rollout.server.urls=[http://a]"],
+         ["cluster.colocate", "rollout.server.urls"]),
         (["reward.name=countdwn"], ["reward.name: 'countdwn'", "did you mean countdown?"]),
         (["reward.name='my module:f'"], ["reward.name: 'my module:f'", "package.module:function"]),
         (["actor.optimizer={schedule: cosine, warmup_steps: 10}"],
