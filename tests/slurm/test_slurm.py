@@ -33,6 +33,7 @@ SETTINGS = (
     "train.save_every=1",
 )
 """The quickstart, shortened, a replica on each node."""
+NOT_LEARNED = ("time", "perf/", "memory/", "logprob/contract")
 ONE_NODE = ("cluster.nodes=1", "actor.data_parallel=1")
 
 
@@ -79,11 +80,10 @@ class Workplace:
         return max((int(path.parent.name.removeprefix("step_")) for path in saved), default=0)
 
     def learned(self, name: str) -> tuple[list[dict[str, float]], bytes]:
-        """Every metric but those of time, and the exported weights."""
+        """Every metric but those of the machine and of a start, and the exported weights."""
         run = self.folder / "runs" / name
         metrics = [
-            {key: value for key, value in row.items() if key != "time" and not key.startswith(("perf/", "memory/"))}
-            for row in read_metrics(run)
+            {key: value for key, value in row.items() if not key.startswith(NOT_LEARNED)} for row in read_metrics(run)
         ]
         return metrics, (run / "hf/model.safetensors").read_bytes()
 
