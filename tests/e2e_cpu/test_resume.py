@@ -40,11 +40,9 @@ OFF_POLICY = (
 
 
 def learning_curve(run: Finished) -> list[dict[str, float]]:
-    """Every metric but those of time."""
-    return [
-        {name: value for name, value in row.items() if name != "time" and not name.startswith(("perf/", "memory/"))}
-        for row in run.metrics
-    ]
+    """Every metric but those of the machine, and of the contract, which is checked at every start."""
+    other = ("time", "perf/", "memory/", "logprob/contract")
+    return [{name: value for name, value in row.items() if not name.startswith(other)} for row in run.metrics]
 
 
 def interrupt(command_line: CommandLine, name: str, at: str, how: signal.Signals, *overrides: str) -> Finished:
