@@ -74,7 +74,7 @@ class Assumptions:
     sum_latency: float = 12e-6
     """Seconds that a sum over an engine's ranks costs whatever its size."""
     file_rate: float = 1 * GB
-    """Bytes a second that a node writes to the shared file system."""
+    """Bytes a second that a node writes to the shared file system, or reads from it."""
     reserve: float = 3.5 * GIB
     """Of a GPU, for the CUDA context, NCCL's buffers and cuBLAS workspaces of an actor rank."""
     released: float = 2 * GIB

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_rl.plan.engines import EngineMemory, colocated_memory, engine_memory
+from megatron_rl.plan.engines import WORK_SPACE, EngineMemory, colocated_memory, engine_memory
 from megatron_rl.plan.hardware import GIB
 from megatron_rl.plan.memory import RankMemory, actor_memory, host_bytes
 from megatron_rl.plan.parameters import model_parameters
@@ -86,6 +86,9 @@ class Plan:
         used = sum(setup.placement.gpus(node) for node in setup.placement.nodes)
         if setup.placement.on_gpu and used < self.gpus:
             yield f"{self.gpus - used} of {self.gpus} GPUs have nothing to do"
+        if setup.placement.shared and self.engine is not None and setup.config.rollout.engine == "vllm":
+            share = (self.engine.weights + self.engine.cache + WORK_SPACE) / setup.gpu.memory
+            yield f"vLLM takes a share of all memory: rollout.server.arguments=[--gpu-memory-utilization, {share:.2f}]"
         asleep = used - sum(map(len, setup.placement.shared))
         if setup.placement.shared and asleep:
             yield f"{asleep} of {used} GPUs have no engine: they wait through every rollout"

@@ -7,6 +7,7 @@ from megatron_rl.plan.flops import body_flops, head_flops
 from megatron_rl.plan.memory import optimizer_state
 from megatron_rl.plan.parameters import model_parameters, rank_parameters
 from megatron_rl.plan.setup import Setup
+from megatron_rl.session.transport import transport_of
 
 Parts = dict[str, float]
 
@@ -108,9 +109,15 @@ def _optimizer_seconds(setup: Setup) -> float:
 
 
 def _sync_seconds(setup: Setup) -> float:
-    """Each pipeline stage sends its part to all engines at once; engines on the actor's GPUs get it within a node
-    unless the stages are on several."""
-    part = setup.element * model_parameters(setup.model) / setup.layout.pipeline
-    stage_nodes = set(setup.placement.actors[:: setup.layout.world_size // setup.layout.pipeline])
-    apart = len(stage_nodes if setup.placement.shared else setup.placement.nodes) > 1
+    """A broadcast: each pipeline stage sends its part to all engines at once. A folder in memory: over the bus and
+    back. One on disk: each stage writes its part, then every node reads the whole."""
+    whole = setup.element * model_parameters(setup.model)
+    part = whole / setup.layout.pipeline
+    transport = transport_of(setup.config)
+    if transport == "disk":
+        stage_nodes = set(setup.placement.actors[:: setup.layout.world_size // setup.layout.pipeline])
+        return (whole / len(stage_nodes) + whole) / setup.assumed.file_rate
+    if transport == "shared_memory":
+        return (part + whole) / (setup.gpu.host * setup.assumed.links)
+    apart = len(setup.placement.nodes) > 1
     return part / ((setup.gpu.network if apart else setup.gpu.link) * setup.assumed.links)

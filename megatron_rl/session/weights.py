@@ -11,17 +11,8 @@ from megatron_rl.cluster.engines import Engines
 from megatron_rl.cluster.weight_sync import CollectiveSync, FolderSync, WeightSync
 from megatron_rl.config import Config
 from megatron_rl.observability.view import View
+from megatron_rl.session.transport import transport_of
 from megatron_rl.weight_sync.shared_memory import shared_folder
-
-
-def transport_of(config: Config) -> str:
-    """`weight_sync.transport`, auto decided."""
-    if config.weight_sync.transport != "auto":
-        return config.weight_sync.transport
-    servers_on_gpus = config.rollout.engine != "transformers" and config.actor.device != "cpu"
-    if servers_on_gpus and not config.cluster.colocate:  # nccl takes one process a GPU
-        return "collective"
-    return "shared_memory" if config.cluster.nodes == 1 else "disk"
 
 
 def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: View, stack: ExitStack) -> WeightSync:

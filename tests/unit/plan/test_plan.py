@@ -131,9 +131,21 @@ def test_an_engine_on_the_actors_gpus_has_what_the_actor_leaves(make: Make) -> N
     assert offloaded.step_seconds < make().step_seconds  # nobody waits for the other half of the GPUs
 
 
+def test_how_weights_travel_costs_time(make: Make) -> None:
+    """29.5 GB: by the network at 37.5 GB/s; written once and read by every node at 1 GB/s; over the bus and back."""
+    weights = 2 * model_parameters(make().setup.model)
+    assert make().seconds["weight sync"] == pytest.approx(weights / 37.5e9)
+    assert make("weight_sync.transport=disk").seconds["weight sync"] == pytest.approx(2 * weights / 1e9)
+    alone = make("cluster={nodes: 1, colocate: true}", "actor.data_parallel=2", "rollout.engines=8")
+    assert alone.seconds["weight sync"] == pytest.approx(2 * weights / 48e9)
+
+
 def test_what_does_not_suit_engines_on_the_actors_gpus_is_said(make: Make) -> None:
     large = make(*COLOCATED, f"model.path={MODELS / 'Qwen2.5-32B'}", "rollout.server.tensor_parallel=1")
     assert any("take cluster.colocate back" in problem for problem in large.problems)
+    vllm = make(*COLOCATED, "rollout.engine=vllm")
+    (share,) = (float(text.rstrip("]").split()[-1]) for text in vllm.remarks if "gpu-memory-utilization" in text)
+    assert 0.2 < share < 0.9
     assert any("16 of 32 GPUs have no engine" in text for text in make(*COLOCATED, "rollout.engines=4").remarks)
     for choice, plan in layouts(make(*COLOCATED).setup):
         actor = choice.tensor * choice.pipeline * choice.data

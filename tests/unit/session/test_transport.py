@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import load_config
-from megatron_rl.session.weights import transport_of
+from megatron_rl.session.transport import transport_of
 
 MINIMAL = """\
 model: {path: model}
