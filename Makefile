@@ -16,7 +16,7 @@ ENGINES_PIN := -c constraints-engines.txt
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark test test-browser test-slurm window test-megatron-window engines test-engines image-test lint clean
+.PHONY: help setup quickstart benchmark benchmark-check reproduce test test-browser test-slurm window test-megatron-window engines test-engines image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -100,6 +100,17 @@ test-engines: engines ## everything that needs real SGLang and vLLM servers, on 
 benchmark: setup ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes)
 	$(BIN)/python benchmarks/token_stats.py --out runs/benchmarks/token_stats_cpu.json $(ARGS)
 	$(BIN)/python benchmarks/maths_reward.py --out runs/benchmarks/maths_reward.json
+	$(BIN)/python benchmarks/batching.py --out runs/benchmarks/batching.json
+	$(BIN)/python benchmarks/training_step.py --out runs/benchmarks/training_step.json
+	$(BIN)/python benchmarks/weight_sync.py --out runs/benchmarks/weight_sync.json
+	$(BIN)/python benchmarks/start_up.py --out runs/benchmarks/start_up.json
+	$(BIN)/python benchmarks/scaling.py --out runs/benchmarks/scaling.json
+
+benchmark-check: setup ## costs that no machine changes, against the kept ones (a minute)
+	$(BIN)/python benchmarks/check.py
+
+reproduce: setup ## GRPO beside Lp-Reg on the quickstart, three seeds each: the table of the README (half an hour on two cores)
+	$(BIN)/python benchmarks/countdown_seeds.py --out runs/benchmarks/countdown_seeds.json $(ARGS)
 
 image-test: setup ## build the CPU image and start it, without Docker (on Debian, as root, buildah is installed where missing)
 	@which buildah debootstrap >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \

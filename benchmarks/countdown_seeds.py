@@ -56,6 +56,7 @@ def main() -> None:
         label: [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
         for label, rows in results.items()
     }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"machine": machine(), "config": CONFIG, "runs": kept}, indent=1) + "\n")
 
 

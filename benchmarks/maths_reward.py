@@ -106,6 +106,7 @@ def main() -> None:
         print(name, result)
     load = os.getloadavg()[0]  # of what else ran meanwhile, these workers included
     kept = {"machine": machine(), "load_average": load, "workers": options.workers, "batches": results}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(kept, indent=1) + "\n")
 
 

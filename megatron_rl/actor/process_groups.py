@@ -118,7 +118,10 @@ def is_last_stage() -> bool:
 
 
 def gather_shards(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """The tensor of every rank of a group, in their order, on each of them; all of one shape. No gradient."""
+    """The tensor of every rank of a group, in their order, on each of them; all of one shape. No gradient. In a group
+    of one the tensor itself, not a copy."""
+    if group.size() == 1:
+        return [local]
     shards = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(shards, local.contiguous(), group=group)
     return shards

@@ -10,6 +10,8 @@ G key/value groups, n = heads / G, D = head_dim, r = tensor rank:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,18 +40,23 @@ def split(kind: Kind, tensors: list[Tensor], model: Architecture, tp: int, rank:
 
 
 def join(kind: Kind, shards: list[Tensor], model: Architecture) -> tuple[Tensor, ...]:
-    """Every rank's Megatron tensor -> whole Hugging Face tensors; the inverse of `split`."""
+    """Every rank's Megatron tensor -> whole Hugging Face tensors; the inverse of `split`. They may be views of it."""
     match kind:
         case "replicated":
             return (shards[0],)
         case "row":
-            return (torch.cat(shards, dim=1),)
+            return (_cat(shards, dim=1),)
         case "vocab":
-            return (torch.cat(shards)[: model.vocabulary],)
+            return (_cat(shards)[: model.vocabulary],)
         case "gate_up":
-            return tuple(torch.cat(halves) for halves in zip(*(shard.chunk(2) for shard in shards), strict=True))
+            return tuple(_cat(halves) for halves in zip(*(shard.chunk(2) for shard in shards), strict=True))
         case "qkv":
-            by_group = torch.cat(shards).unflatten(0, (model.kv_heads, -1))
+            by_group = _cat(shards).unflatten(0, (model.kv_heads, -1))
             query_rows = model.heads // model.kv_heads * model.head_dim
             parts = by_group.split([query_rows, model.head_dim, model.head_dim], dim=1)
             return tuple(part.flatten(0, 1) for part in parts)
+
+
+def _cat(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Without a copy where there is one only."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)

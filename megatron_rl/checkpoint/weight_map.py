@@ -61,7 +61,14 @@ def export_hf_weights(
             raise ValueError(f"value for {name} has shape {tuple(local.shape)}, not {tuple(parameter.shape)}")
         for place, shards in _gathered(architecture, entry, local):
             whole = join(entry.rule.kind, shards, architecture)
-            yield from ((hf_name, tensor.clone()) for hf_name, tensor in zip(place.hf_names, whole, strict=True))
+            yield from ((hf_name, _own(tensor, local)) for hf_name, tensor in zip(place.hf_names, whole, strict=True))
+
+
+def _own(tensor: Tensor, local: Tensor) -> Tensor:
+    """With memory that is nothing else's: neither the model's nor part of a larger tensor. Copied where it is not."""
+    storage = tensor.untyped_storage()
+    shared = storage.data_ptr() == local.untyped_storage().data_ptr() or storage.nbytes() != tensor.nbytes
+    return tensor.clone() if shared else tensor.contiguous()
 
 
 def _gathered(architecture: Architecture, entry: Entry, local: Tensor) -> Iterator[tuple[Entry, list[Tensor]]]:

@@ -64,10 +64,8 @@ def colocated_memory(setup: Setup) -> list[RankMemory]:
 
 
 def rollout_seconds(setup: Setup) -> float:
-    """Prompts, then token after token for as long as the longest response; every engine has an equal part.
-
-    A step of decoding costs the larger of reading weights and cache, and of multiplying; and two sums over the engine's
-    ranks in each layer. Where the cache holds fewer responses than there are, they take turns.
+    """Prompts, then token after token for as long as the longest response; every engine has an equal part. Where the
+    cache holds fewer responses than there are, they take turns.
     """
     memory, assumed, gpu = engine_memory(setup), setup.assumed, setup.gpu
     ranks, engines = setup.config.rollout.server.tensor_parallel, setup.config.rollout.engines
@@ -82,13 +80,23 @@ def rollout_seconds(setup: Setup) -> float:
             break
         context = assumed.mean_prompt + position
         together = min(alive, max(1.0, memory.tokens / context))
-        read = (memory.weights + together * context * memory.token) / (gpu.bandwidth * assumed.decoding)
-        flops = body_flops(setup.model, 1, 2 * context) + head_flops(setup.model, 1)
-        multiply = together * flops / ranks / (gpu.flops * assumed.prefill)
-        seconds += width * alive / together * (max(read, multiply) + _between_ranks(setup, together))
+        seconds += width * alive / together * decoding_seconds(setup, memory, together, context)
     prompts = mine / setup.config.rollout.samples_per_prompt
     reading = body_flops(setup.model, assumed.mean_prompt, assumed.mean_prompt**2)
     return seconds + prompts * reading / ranks / (gpu.flops * assumed.prefill)
+
+
+def decoding_seconds(setup: Setup, memory: EngineMemory, together: float, context: float) -> float:
+    """One step of an engine, in which each of `together` responses gets a token; context: tokens before it, on average.
+
+    It costs the larger of reading weights and cache, and of multiplying; and two sums over the engine's ranks in each
+    layer.
+    """
+    assumed, gpu, ranks = setup.assumed, setup.gpu, setup.config.rollout.server.tensor_parallel
+    read = (memory.weights + together * context * memory.token) / (gpu.bandwidth * assumed.decoding)
+    flops = body_flops(setup.model, 1, 2 * context) + head_flops(setup.model, 1)
+    multiply = together * flops / ranks / (gpu.flops * assumed.prefill)
+    return max(read, multiply) + _between_ranks(setup, together)
 
 
 def _between_ranks(setup: Setup, together: float) -> float:

@@ -1,0 +1,151 @@
+"""What a step costs in counts that no machine changes, against the counts that are kept: a regression check.
+
+    python benchmarks/check.py            # fails where something costs more than is kept; under a minute
+    python benchmarks/check.py --keep     # after a change that is meant: look at the table, then commit it
+
+Counted on a Qwen3 of four small layers in one process: operations and calls into torch of a training step, bytes that a
+batch takes on its way to the actor, bytes allocated to hand weights out, modules that the command line loads to show
+its help, and how unevenly 512 rows go to 64 replicas. (torch counts no operations in attention on a CPU, so fewer than
+are needed.) Passes through the model are asserted for every method by `tests/invariance/test_methods_layouts.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.batching import case, draw
+from benchmarks.machine import arguments
+from megatron_rl.actor.architecture import Architecture
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.worker import MegatronWorker
+from megatron_rl.batching.rows import Rows
+from megatron_rl.checkpoint.weight_map import export_hf_weights
+from megatron_rl.config.actor import ActorSettings, OptimizerSettings
+from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.plan.flops import pass_flops
+
+KEPT = Path(__file__).parent / "results/check.json"
+ROOM = 1.05
+"""Times what is kept: versions of torch differ a little."""
+ROWS, VOCABULARY = 64, 1000
+MODEL: dict[str, Any] = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256},
+    **{"tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+}
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls into torch that compute or copy, and the bytes of new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.calls += 1
+            self.bytes += out.nbytes
+        return out
+
+
+def rows() -> Rows:
+    random = np.random.default_rng(0)
+    lengths = random.integers(10, 80, ROWS)
+    batch = Rows([random.integers(0, VOCABULARY, length + 8) for length in lengths], np.full(ROWS, 8))
+    tokens = batch.num_response_tokens
+    return batch.with_values(
+        advantages=random.normal(size=tokens).astype(np.float32),
+        rollout_log_probs=-random.random(tokens).astype(np.float32),
+        selected=random.random(tokens) < 0.01,
+    )
+
+
+def worker_of(folder: Path) -> MegatronWorker:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **MODEL)).save_pretrained(folder)
+    worker = MegatronWorker(ActorSettings(device="cpu"), Layout(), 0)
+    worker.start("127.0.0.1", worker.free_port("127.0.0.1"), folder)
+    worker.load_hf(folder)
+    worker.set_loss(LossChoice.of(AlgorithmSettings()))
+    worker.build_optimizer(OptimizerSettings())
+    return worker
+
+
+def count() -> dict[str, float]:
+    batch, found = rows(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        worker = worker_of(Path(folder))
+        worker.train(batch, 1e-6, batch.num_response_tokens, 1.0)  # builds what is built once
+        with FlopCounterMode(display=False) as flops:
+            worker.train(batch, 1e-6, batch.num_response_tokens, 1.0)
+        with Calls() as calls:
+            worker.train(batch, 1e-6, batch.num_response_tokens, 1.0)
+        with Calls() as export:
+            size = sum(tensor.nbytes for _, tensor in export_hf_weights(worker.model, worker.hf_config))
+        shape = Architecture.from_hf(worker.hf_config)
+        worker.close()
+    needed = 3 * pass_flops(shape, batch.lengths.tolist(), batch.num_response_tokens)
+    found["operations of a training step over those it needs"] = flops.get_total_flops() / needed
+    found["calls into torch in a training step"] = calls.calls
+    found["bytes allocated in a training step, a token"] = calls.bytes / batch.lengths.sum()
+    found["bytes allocated to hand weights out, over their size"] = export.bytes / size
+    found["bytes of a batch on its way to the actor, a token"] = len(pickle.dumps(batch, 5)) / batch.lengths.sum()
+    found["modules loaded to show the help"] = modules_of_help()
+    found["dearest of 64 replicas over their mean, 512 rows"] = 1 + case(draw(512, 0.6, 0), 64, 3e4)["imbalance"]
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def modules_of_help() -> int:
+    code = (
+        "import sys\nbefore = len(sys.modules)\n"
+        "try:\n    from megatron_rl.cli import main; main(['--help'])\nexcept SystemExit: pass\n"
+        "print(len(sys.modules) - before, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stderr.split()[-1])
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--keep", action="store_true", help="keep what is found now")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    kept, found = json.loads(KEPT.read_text()) if KEPT.exists() else {}, count()
+    table, worse = Table("count", "kept", "now", ""), []
+    for name, value in found.items():
+        limit = kept.get(name, value) * ROOM
+        if value > limit:
+            worse.append(name)
+        table.add_row(name, f"{kept.get(name, '')}", f"{value:g}", "[red]more[/]" if value > limit else "")
+    Console().print(table)
+    if options.keep:
+        KEPT.write_text(json.dumps(found, indent=1) + "\n")
+    elif worse or kept.keys() != found.keys():
+        raise SystemExit(f"more than is kept in {KEPT.name}: {', '.join(worse) or 'counts differ in name'}")
+
+
+if __name__ == "__main__":
+    main()

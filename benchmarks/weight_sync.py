@@ -1,0 +1,282 @@
+"""Bytes and seconds of a weight update, by transport and layout, beside the rate of the bare way.
+
+    python benchmarks/weight_sync.py [--layers 10] [--out benchmarks/results/weight_sync.json]
+
+A Qwen3 of 0.5 B parameters with random weights in bf16 (1.04 GB; about 6 GiB of memory), on actor ranks as a run has
+them and one engine, a process each. By folder (in memory that is shared, or on disk) the embedded engine takes the
+files; by broadcast over gloo a receiver copies each tensor into its place, as vLLM's does. Every update is whole: from
+the ranks' shards to the engine's own tensors. The best of three.
+
+The rate: the same bytes written to one file there and copied from it into memory, or broadcast in buckets of the same
+size and copied, by the same two processes; and under tensor parallelism gathered between the ranks before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import arguments, keep
+from megatron_rl.actor.layout import Layout
+from megatron_rl.actor.worker import MegatronWorker
+from megatron_rl.config.actor import ActorSettings
+from megatron_rl.weight_sync import process_group
+from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
+from megatron_rl.weight_sync.shared_memory import shared_folder
+from megatron_rl.weight_sync.transport import FolderUpdate, GroupMember
+
+SHAPE: dict[str, Any] = {
+    **{"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8},
+    **{"head_dim": 128, "vocab_size": 4096, "max_position_embeddings": 4096, "tie_word_embeddings": False},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+LAYOUTS = {"one rank": Layout(), "TP 2": Layout(tensor=2), "PP 2": Layout(pipeline=2)}
+TRANSPORTS = ("shared memory", "disk", "gloo")
+BUCKET, REPEATS, HOST, TARGET = 256 * 2**20, 3, "127.0.0.1", 0.6
+MINUTES = timedelta(minutes=10)
+
+
+def write_model(folder: Path, layers: int) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", num_hidden_layers=layers, **SHAPE))
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+class Together:
+    """Processes that begin and end something at once, and tell each other values."""
+
+    def __init__(self, port: int, rank: int, size: int) -> None:
+        self.store = dist.TCPStore(HOST, port, size, is_master=rank == 0, timeout=MINUTES)
+        self.size, self.count = size, 0
+
+    def meet(self) -> None:
+        self.count += 1
+        if self.store.add(f"met-{self.count}", 1) == self.size:
+            self.store.set(f"all-{self.count}", "")
+        self.store.wait([f"all-{self.count}"], MINUTES)
+
+    def timed(self, work: Callable[[], Any]) -> float:
+        """Seconds until all are done."""
+        self.meet()
+        start = time.perf_counter()
+        work()
+        self.meet()
+        return time.perf_counter() - start
+
+
+def places(transport: str, folder: Path, stages: int, ports: list[int]) -> list[Any]:
+    if transport != "gloo":
+        return [folder] * stages
+    return [GroupMember(f"stage-{i}-{ports[i]}", HOST, ports[i], "gloo", 2, 0, 600.0) for i in range(stages)]
+
+
+def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], ports: list[int]) -> None:
+    """A rank of the actor."""
+    together = Together(ports[0], rank, layout.world_size + 1)
+    worker = MegatronWorker(ActorSettings(device="cpu", dtype="bfloat16"), layout, rank)
+    worker.start(HOST, ports[1], model)
+    worker.load_hf(model)
+    specs = worker.weight_specs()
+    together.store.set(f"specs-{rank}", json.dumps([(s.name, s.dtype, s.shape) for s in specs or []]))
+    for transport in TRANSPORTS:
+        for version in range(REPEATS):
+            own = ports[2 + TRANSPORTS.index(transport) * 8 :][:8]
+            if version == 0:
+                together.meet()
+                worker.connect_weights(places(transport, folders[transport], layout.pipeline, own), BUCKET)
+            found: list[Any] = []
+            together.timed(lambda v=version, f=found: f.append(worker.push_weights(v, 0)))
+            parts = [str(part) for part in found[0].parts] if found[0] else []
+            together.store.set(f"parts-{transport}-{version}-{rank}", json.dumps(parts))
+            together.timed(lambda: None)
+        worker.disconnect_weights()
+    bare_gather(together, layout, rank)
+    bare_broadcast(together, ports[-1], sender=True) if rank == 0 else idle(together)
+    together.meet()
+    worker.close()
+
+
+def idle(together: Together) -> None:
+    for _ in range(REPEATS):
+        together.timed(lambda: None)
+
+
+def bare_gather(together: Together, layout: Layout, rank: int) -> None:
+    """Nothing but the tensor-parallel gather, of shards as large as those of a layer's largest matrix."""
+    shard = torch.zeros(SHAPE["hidden_size"] * SHAPE["intermediate_size"] // layout.tensor, dtype=torch.bfloat16)
+    from megatron_rl.actor import process_groups
+
+    for _ in range(REPEATS):
+        together.timed(
+            lambda: process_groups.gather_shards(shard, process_groups.tp_group()) if layout.tensor > 1 else None
+        )
+
+
+def bare_broadcast(together: Together, port: int, *, sender: bool) -> None:
+    """Buckets over gloo; the receiver copies what it got."""
+    group = process_group.join(GroupMember("bare", HOST, port, "gloo", 2, 0 if sender else 1, 600.0))
+    flat, mine = torch.zeros(BUCKET, dtype=torch.uint8), torch.ones(BUCKET, dtype=torch.uint8)
+
+    def work() -> None:
+        dist.broadcast(flat, group=group, group_src=0)
+        if not sender:
+            mine.copy_(flat)
+
+    for _ in range(REPEATS):
+        seconds = together.timed(work)
+        if not sender:
+            together.store.set("broadcast", str(min(seconds, float(together.store.get("broadcast")))))
+
+
+def engine(layout: Layout, model: Path, folders: dict[str, Path], ports: list[int], answer: Any) -> None:
+    """The receiving process; puts seconds of each transport and of each bare rate."""
+    from megatron_rl.rollout.transformers_engine import TransformersEngine
+
+    together = Together(ports[0], layout.world_size, layout.world_size + 1)
+    own = TransformersEngine(model, "cpu", "bfloat16")
+    held = own.model.state_dict()
+    stages = layout.world_size // layout.pipeline
+    first = [stage * stages for stage in range(layout.pipeline)]
+    specs = [[TensorSpec(n, d, tuple(s)) for n, d, s in json.loads(together.store.get(f"specs-{r}"))] for r in first]
+    total = sum(spec.nbytes for part in specs for spec in part)
+    seconds: dict[str, list[float]] = {}
+    for transport in TRANSPORTS:
+        groups: list[Any] = []
+        for version in range(REPEATS):
+            at = ports[2 + TRANSPORTS.index(transport) * 8 :][:8]
+            if version == 0:
+                together.meet()
+                if transport == "gloo":
+                    groups = [
+                        process_group.join(GroupMember(f"stage-{i}-{at[i]}", HOST, at[i], "gloo", 2, 1, 600.0))
+                        for i in range(layout.pipeline)
+                    ]
+            push = together.timed(lambda g=groups: receive(g, specs, held))
+            names = [f"parts-{transport}-{version}-{rank}" for rank in first]
+            parts = tuple(Path(part) for name in names for part in json.loads(together.store.get(name)))
+            take = together.timed(lambda v=version, p=parts: own.update_weights(FolderUpdate(v, p)) if p else None)
+            seconds.setdefault(transport, []).append(push + take)
+            seconds.setdefault(f"{transport}, push", []).append(push)
+        for group in groups:
+            process_group.leave(group)
+    gather = min(together.timed(lambda: None) for _ in range(REPEATS))
+    per_gather = 2 * SHAPE["hidden_size"] * SHAPE["intermediate_size"]
+    gather *= total / per_gather if layout.tensor > 1 else 0
+    together.store.set("broadcast", "inf")
+    bare_broadcast(together, ports[-1], sender=False)
+    bare = {"gloo": gather + float(together.store.get("broadcast")) * total / BUCKET}
+    for transport in TRANSPORTS[:2]:
+        bare[transport] = gather + min(bare_file(folders[transport] / "bare", held) for _ in range(REPEATS))
+    together.meet()
+    answer.put({"bytes": total, "bare": bare, "seconds": {name: min(values) for name, values in seconds.items()}})
+
+
+def receive(groups: list[Any], specs: list[list[TensorSpec]], held: dict[str, torch.Tensor]) -> None:
+    for group, stage in zip(groups, specs, strict=False):
+        for bucket in bucket_specs(stage, BUCKET):
+            flat = torch.empty(sum(spec.nbytes for spec in bucket), dtype=torch.uint8)
+            dist.broadcast(flat, group=group, group_src=0)
+            for name, tensor in unflatten(flat, bucket):
+                held[name].copy_(tensor)
+
+
+def bare_file(path: Path, held: dict[str, torch.Tensor]) -> float:
+    """All bytes written to a file from one buffer after the other, and copied from the mapped file into memory."""
+    buffers = [tensor.contiguous().view(torch.uint8).numpy() for tensor in held.values()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with path.open("wb") as file:
+        for buffer in buffers:
+            file.write(memoryview(buffer.reshape(-1)))
+    mapped, place = np.memmap(path, dtype=np.uint8, mode="r"), 0
+    for buffer in buffers:
+        buffer.reshape(-1)[:] = mapped[place : place + buffer.nbytes]
+        place += buffer.nbytes
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds
+
+
+def measure(layout: Layout, model: Path) -> dict[str, Any]:
+    """Of one layout."""
+    memory, disk = shared_folder(), Path(tempfile.mkdtemp(prefix="weights-", dir=Path("runs")))
+    folders = {"shared memory": memory / "weights", "disk": disk / "weights", "gloo": disk}
+    context = mp.get_context("spawn")
+    answer, ports = context.Queue(), free_ports(2 + 8 * len(TRANSPORTS) + 1)
+    processes = [
+        context.Process(target=act, args=(rank, layout, model, folders, ports)) for rank in range(layout.world_size)
+    ]
+    processes.append(context.Process(target=engine, args=(layout, model, folders, ports, answer)))
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"a process ended with exit code {process.exitcode}")
+        return answer.get()
+    finally:
+        for process in processes:
+            process.kill()
+        for folder in (memory, disk):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    import socket
+
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind((HOST, 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--layers", type=int, default=10, help="of the model, 0.1 GB each")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    Path("runs").mkdir(exist_ok=True)
+    table = Table("layout", "transport", "GB", "seconds", "of which push", "GB/s", "bare GB/s", "share", "target")
+    found = {}
+    with tempfile.TemporaryDirectory(dir="runs") as model:
+        write_model(Path(model), options.layers)
+        for name in options.layouts:
+            found[name] = measure(LAYOUTS[name], Path(model))
+            size = found[name]["bytes"] / 1e9
+            for transport in TRANSPORTS:
+                seconds, bare = found[name]["seconds"][transport], found[name]["bare"][transport]
+                share = bare / seconds
+                push = found[name]["seconds"][f"{transport}, push"]
+                rates = (f"{seconds:.2f}", f"{push:.2f}", f"{size / seconds:.2f}", f"{size / bare:.2f}")
+                met = "met" if share >= TARGET else "missed"
+                table.add_row(name, transport, f"{size:.2f}", *rates, f"{share:.0%}", met)
+    Console().print(table)
+    keep(options.out, "weight_sync", settings=SHAPE | {"layers": options.layers, "bucket": BUCKET}, layouts=found)
+
+
+if __name__ == "__main__":
+    main()
