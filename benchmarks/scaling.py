@@ -267,13 +267,10 @@ def main() -> None:
     console.print(table)
     plot(found, options.plot)
     checked = check() if options.check else []
-    if checked:
-        console.print(Table("processes", "schedule", "simulated s", "measured s", "off by"))
     for row in checked:
+        seconds = f"simulated {row['simulated']:.2f} s, measured {row['measured']:.2f} s a step"
         off = row["measured"] / row["simulated"] - 1
-        console.print(
-            f"{row['processes']}  {row['schedule']:14}{row['simulated']:6.2f}{row['measured']:6.2f}  {off:+.0%}"
-        )
+        console.print(f"{row['processes']} processes, {row['schedule']}: {seconds}, {off:+.0%}", highlight=False)
     settings = {"recipe": str(RECIPE), "groups": GROUPS, "surplus": SURPLUS, "spread": SPREAD, "mean": MEAN}
     keep(options.out, "scaling", settings=settings, nodes=found, check=checked)
 
