@@ -2,7 +2,8 @@
 
 Run as a file, `guard.py COMMAND...`; it needs nothing of this package. Started as the leader of a process group, with
 a pipe as standard input that nobody writes to: it closes when its owner ends, however that happens. Servers fork; none
-of their processes may outlive a run and keep a GPU.
+of their processes may outlive a run and keep a GPU. The guard is two processes: Ray kills a worker's children when it
+ends that worker, but not their children.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ GRACE_SECONDS = 5.0
 def main(command: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the group gets one from us below
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends us in order
+    if watcher := os.fork():
+        os.waitpid(watcher, 0)
+        os.killpg(0, signal.SIGKILL)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     threading.Thread(target=_end_with_owner, args=(child,), daemon=True).start()
     status = child.wait()

@@ -48,7 +48,7 @@ class ServerProcess:
 
     async def stop(self) -> None:
         """End it; returns when none of its processes is left."""
-        tree = self._tree()
+        tree = self._tree()  # a server may have processes in groups of their own
         if self.running and self._process.stdin is not None:
             self._process.stdin.close()
             with suppress(TimeoutError):
@@ -56,11 +56,28 @@ class ServerProcess:
         with suppress(ProcessLookupError):  # the guard may have been killed before its children
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
-        while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in tree):
+        while any(_alive(process) for process in [*tree, *self._group()]):
             await asyncio.sleep(0.05)
+
+    def _group(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if _group_of(process) == self._process.pid]
 
     def _tree(self) -> list[psutil.Process]:
         try:
             return psutil.Process(self._process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _group_of(process: psutil.Process) -> int | None:
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return None

@@ -8,10 +8,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import pytest
 
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.data.countdown import write_task
+from megatron_rl.rollout import guard
 from megatron_rl.rollout.http_engine import HttpEngine
 from megatron_rl.rollout.server import ServerLaunch
 
@@ -62,6 +64,11 @@ def model(task: Path) -> Path:
 
 def launch(model: Path, **changes: object) -> ServerLaunch:
     return ServerLaunch(model, "cpu", "float32", 1, CONTEXT, **changes)  # type: ignore[arg-type]
+
+
+def server_processes(guarding: psutil.Process) -> list[psutil.Process]:
+    """Of the server that a guard watches, the first one first."""
+    return [process for process in guarding.children(recursive=True) if guard.__file__ not in process.cmdline()]
 
 
 @pytest.fixture(scope="session", params=KINDS)

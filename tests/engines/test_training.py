@@ -17,6 +17,7 @@ import pytest
 from megatron_rl.data.countdown import write_task
 from megatron_rl.rollout import guard
 from tests.e2e_cpu.conftest import QUICKSTART, CommandLine, Finished
+from tests.engines.conftest import server_processes
 
 PROMPTS, SAMPLES = 8, 4
 SMALL = (
@@ -62,9 +63,9 @@ class Training:
 
     def servers(self) -> list[list[psutil.Process]]:
         """The processes of each, the first one first; in the order of their start."""
-        guards = [p for p in psutil.Process(self.process.pid).children(recursive=True) if guard.__file__ in p.cmdline()]
-        guards.sort(key=lambda process: process.create_time())
-        return [process.children(recursive=True) for process in guards]
+        tree = psutil.Process(self.process.pid).children(recursive=True)
+        leaders = [p for p in tree if guard.__file__ in p.cmdline() and os.getpgid(p.pid) == p.pid]
+        return [server_processes(leader) for leader in sorted(leaders, key=psutil.Process.create_time)]
 
     def end(self) -> Finished:
         finished = self.command_line.finish(self.process, self.name)
@@ -152,8 +153,11 @@ def test_without_engines_it_stops_with_a_checkpoint_and_goes_on_from_it(command_
 
     resumed = Training(command_line, "sglang", "outage", *settings, "resume=auto")
     resumed.until(f"step={last + 1}/")
+    (server,) = resumed.servers()
     os.kill(resumed.process.pid, signal.SIGKILL)
-    killed = resumed.end()  # which looks for processes that are left
+    _, left = psutil.wait_procs(server, timeout=30)
+    assert not left
+    killed = resumed.end()  # which looks for any other process that is left
     assert killed.status == -signal.SIGKILL
     assert [row["step"] for row in killed.metrics] == list(range(1, len(killed.metrics) + 1))
     assert_nothing_was_lost_or_counted_twice(killed)

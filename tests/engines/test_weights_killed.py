@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rl.rollout.engine import EngineLost
 from megatron_rl.rollout.http_engine import FOLDER_PREFIX, HttpEngine
-from tests.engines.conftest import Run
+from tests.engines.conftest import Run, server_processes
 from tests.engines.test_generate import PROMPTS, SAMPLING
 from tests.engines.test_weights import Sender
 
@@ -27,7 +27,7 @@ def test_nothing_more_comes_from_it(engine: HttpEngine, run: Run[Any], model: Pa
     run(engine.join_groups([replace(sender.member, rank=1)]))
     connecting.join()
     assert engine._process is not None
-    server = psutil.Process(engine._process._process.pid).children()[0]
+    server = server_processes(psutil.Process(engine._process._process.pid))[0]
 
     async def scenario() -> None:
         updating = asyncio.create_task(engine.update_weights(sender.update(9)))

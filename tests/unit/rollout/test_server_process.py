@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -25,9 +24,10 @@ def alive(pids: list[int]) -> list[int]:
 
 
 async def started(program: str) -> tuple[ServerProcess, list[int]]:
+    """It, and its processes: the two of the guard, and those of the program."""
     process = await ServerProcess.start([sys.executable, "-c", program], {})
     root = psutil.Process(process._process.pid)
-    while len(tree := root.children(recursive=True)) < 2:
+    while len(tree := root.children(recursive=True)) < 3:
         await asyncio.sleep(0.05)
     return process, [root.pid, *(child.pid for child in tree)]
 
@@ -45,7 +45,7 @@ def test_stop_ends_all_of_them(program: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_one_that_dies_takes_the_others_along() -> None:
     async def scenario() -> None:
         process, pids = await started(TREE)
-        os.kill(pids[1], signal.SIGKILL)
+        os.kill(pids[2], signal.SIGKILL)
         await asyncio.wait_for(process.ended(), 10)
         await process.stop()
         assert alive(pids) == []
@@ -53,7 +53,9 @@ def test_one_that_dies_takes_the_others_along() -> None:
     asyncio.run(scenario())
 
 
-def test_they_end_with_an_owner_that_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("guard_as_well", [False, True])
+def test_they_end_with_an_owner_that_was_killed(guard_as_well: bool) -> None:
+    """As Ray ends a worker: with what it has started itself, but not with what that has started."""
     owner = subprocess.Popen(
         [
             sys.executable,
@@ -65,10 +67,23 @@ def test_they_end_with_an_owner_that_was_killed(tmp_path: Path) -> None:
     )
     assert owner.stdout is not None and owner.stdout.readline() == b"up\n"
     pids = [child.pid for child in psutil.Process(owner.pid).children(recursive=True)]
-    assert len(pids) == 3
+    assert len(pids) == 4
+    if guard_as_well:
+        os.kill(pids[0], signal.SIGKILL)
     owner.kill()
     owner.wait()
     deadline = time.monotonic() + guard.GRACE_SECONDS + 10
     while alive(pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert alive(pids) == []
+
+
+def test_they_end_with_the_watching_half_of_the_guard() -> None:
+    async def scenario() -> None:
+        process, pids = await started(TREE)
+        os.kill(pids[1], signal.SIGKILL)
+        await asyncio.wait_for(process.ended(), 10)
+        await process.stop()
+        assert alive(pids) == []
+
+    asyncio.run(scenario())
