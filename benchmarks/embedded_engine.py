@@ -33,7 +33,7 @@ from megatron_rl.rollout.transformers_engine import TransformersEngine
 from megatron_rl.types import SamplingParams
 
 PROMPTS, RESPONSES, TOKENS = 16, 8, 46
-PAIRS, WARM_UP = 60, 5
+PAIRS, WARM_UP = 50, 5
 """Pairs that are timed, after a few that are not."""
 
 

@@ -1,18 +1,13 @@
-"""What the embedded engine samples at a time: rows of several prompts, and the cache of their keys and values."""
+"""What the embedded engine samples at a time: rows of several prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from megatron_rl.types import FinishReason, Generation, SamplingParams
-
-ROOM = 64
-"""Positions that a cache grows by, at least."""
 
 
 class Batch:
@@ -88,42 +83,3 @@ class Batch:
             sampled = Generation(tokens[:length], log_probs[:length], reason, version)
             groups[g][k] = groups[g][k].followed_by(sampled) if groups[g][k].token_ids else sampled
         return groups
-
-
-class RoomyLayer(DynamicLayer):
-    """A cache layer that grows in place, with room to spare: the library's own is copied whole at every token.
-
-    Keys and values are [rows, heads, positions, head dimension].
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._room: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append; returns all there is."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        used = self.get_seq_length()
-        end = used + key_states.shape[-2]
-        if self._room is None or end > self._room[0].shape[-2]:
-            shape = (*key_states.shape[:2], end + max(ROOM, end // 2), key_states.shape[-1])
-            room = key_states.new_empty(shape), value_states.new_empty(*shape[:-1], value_states.shape[-1])
-            if used:
-                room[0][:, :, :used], room[1][:, :, :used] = self.keys, self.values
-            self._room = room
-        keys, values = self._room
-        keys[:, :, used:end], values[:, :, used:end] = key_states, value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-        return self.keys, self.values
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._room = None
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._room = None

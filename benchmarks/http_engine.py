@@ -1,0 +1,143 @@
+"""What HTTP costs: the same engine asked in this process and as a server, on the quickstart's rollouts.
+
+    .venv-engines/bin/python benchmarks/http_engine.py MODEL [--out benchmarks/results/http_engine.json]
+
+MODEL: as of benchmarks/embedded_engine.py. The engine is vLLM, in the environment of `make engines`: once as vLLM's own
+`LLM` in this process (its core as a process of its own, as always), once as a server behind our `HttpEngine`, both with
+the server's settings. 16 prompts a call, 8 responses each, at most 46 tokens, log-probs of all. They take turns, pair
+after pair, on the same prompts; what counts is the ratio of seconds a token within a pair: median, and the quartiles.
+Wall time, so give it a quiet machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from benchmarks.machine import arguments, keep
+from megatron_rl.config.rollout import ServerSettings
+from megatron_rl.data.countdown import write_task
+from megatron_rl.data.rows import read_rows
+from megatron_rl.rollout.http_engine import HttpEngine
+from megatron_rl.rollout.server import ServerLaunch
+from megatron_rl.types import SamplingParams
+
+PROMPTS, RESPONSES, TOKENS, CONTEXT = 16, 8, 46, 64
+PAIRS, WARM_UP = 30, 5
+"""Pairs that are timed, after a few that are not."""
+
+
+class InProcess:
+    """vLLM's own interface."""
+
+    def __init__(self, model: Path) -> None:
+        from vllm import LLM
+
+        self._engine = LLM(
+            str(model),
+            dtype="float32",
+            max_model_len=CONTEXT,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            disable_log_stats=True,
+        )
+
+    def tokens(self, prompts: list[list[int]], sampling: SamplingParams) -> int:
+        from vllm import SamplingParams as Theirs
+
+        theirs = [
+            Theirs(
+                n=sampling.n,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=True,
+                seed=sampling.reseeded(i).seed,
+                logprobs=0,
+                detokenize=False,
+            )
+            for i in range(len(prompts))
+        ]
+        asked: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+        answers = self._engine.generate(asked, theirs, use_tqdm=False)
+        return sum(len(output.token_ids) for answer in answers for output in answer.outputs)
+
+
+class Server:
+    """Ours."""
+
+    def __init__(self, model: Path, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._engine = HttpEngine("vllm", ServerSettings(), ServerLaunch(model, "cpu", "float32", 1, CONTEXT))
+        loop.run_until_complete(self._engine.start())
+        loop.run_until_complete(self._engine.resume())
+
+    def tokens(self, prompts: list[list[int]], sampling: SamplingParams) -> int:
+        groups = self._loop.run_until_complete(self._engine.generate(prompts, sampling))
+        return sum(len(response.token_ids) for group in groups for response in group)
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._engine.close())
+
+
+def measure(model: Path, prompts: list[list[int]], end: int) -> list[tuple[float, float]]:
+    """(in this process, as a server): tokens a second of each pair."""
+    inside, server = InProcess(model), Server(model, asyncio.new_event_loop())
+    rates = []
+    try:
+        for pair in range(PAIRS + WARM_UP):
+            batch = prompts[PROMPTS * pair : PROMPTS * (pair + 1)]
+            sampling = SamplingParams(RESPONSES, TOKENS, 1.0, (end,), seed=pair)
+            found: dict[Any, float] = {}
+            for engine in (inside, server) if pair % 2 else (server, inside):
+                start = time.perf_counter()
+                found[engine] = engine.tokens(batch, sampling) / (time.perf_counter() - start)
+            rates.append((found[inside], found[server]))
+    finally:
+        server.close()
+    return rates[WARM_UP:]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        write_task(Path(folder) / "task")
+        rows = [row["prompt"] for _, row in read_rows(Path(folder) / "task/train.jsonl")][: PROMPTS * (PAIRS + WARM_UP)]
+    prompts = [tokenizer(row)["input_ids"] for row in rows]
+    rates = measure(options.model.resolve(), prompts, tokenizer.eos_token_id)
+    low, middle, high = statistics.quantiles([inside / server for inside, server in rates], n=4)
+    tokens_per_second = {
+        "in this process": statistics.median(inside for inside, _ in rates),
+        "as a server": statistics.median(server for _, server in rates),
+    }
+    for name, value in tokens_per_second.items():
+        Console().print(f"{name}: {value:,.0f} tokens/s")
+    Console().print(f"seconds a token, server / in this process: {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
+    keep(
+        options.out,
+        "http_engine",
+        tokens_per_second=tokens_per_second,
+        ratio={"median": middle, "quartiles": [low, high], "pairs": PAIRS},
+    )
+
+
+if __name__ == "__main__":
+    main()

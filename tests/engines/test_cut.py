@@ -1,0 +1,48 @@
+"""Partial rollouts with real servers: what is cut goes on from where it was, and log-probs stay the policy's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.rollout.http_engine import HttpEngine
+from megatron_rl.types import Generation, SamplingParams
+from tests.engines.conftest import Run
+from tests.engines.test_generate import largest_gap
+
+PROMPTS = [(1, 20 + i, 31, 7) for i in range(24)]
+SAMPLING = SamplingParams(n=4, max_tokens=56, temperature=1.0, stop_token_ids=(94,), seed=1)
+
+
+async def cut_after(engine: HttpEngine, seconds: float) -> list[list[Generation]]:
+    asking = asyncio.create_task(engine.generate(PROMPTS, SAMPLING))
+    await asyncio.sleep(seconds)
+    await engine.cut()
+    async with asyncio.timeout(5):
+        return await asking
+
+
+def unfinished(groups: Sequence[Sequence[Generation]]) -> list[Generation]:
+    return [generation for group in groups for generation in group if generation.finish_reason == "abort"]
+
+
+def test_what_is_cut_goes_on(engine: HttpEngine, run: Run[Any], model: Path) -> None:
+    for seconds in (0.4, 0.2, 0.1, 0.05):  # however fast the machine is
+        groups: list[list[Generation]] = run(cut_after(engine, seconds))
+        if any(generation.token_ids for generation in unfinished(groups)):
+            break
+    begun = unfinished(groups)
+    assert any(generation.token_ids for generation in begun), "nothing was cut in the middle"
+    whole: list[list[Generation]] = run(engine.generate(PROMPTS, SAMPLING, groups))
+    assert not unfinished(whole)
+    for before, after in zip(groups, whole, strict=True):
+        assert len(after) == SAMPLING.n
+        for first, last in zip(before, after, strict=True):
+            length = len(first.token_ids)
+            assert last.token_ids[:length] == first.token_ids and last.log_probs[:length] == first.log_probs
+            assert len(last.token_ids) == SAMPLING.max_tokens or last.finish_reason == "stop"
+    place = next(i for i, group in enumerate(groups) if any(g.token_ids for g in unfinished([group])))
+    for generation in whole[place]:
+        assert largest_gap(model, PROMPTS[place], generation, 1.0) < 1e-4
