@@ -1,0 +1,124 @@
+"""Writes the kept results into docs/benchmarks.md, between its markers.
+
+python benchmarks/page.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS = ROOT / "docs/benchmarks.md", ROOT / "benchmarks/results"
+MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Found = dict[str, Any]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    names = list(head)
+    lines = [names, ["---"] * len(names), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def where(found: Found) -> str:
+    machine, load = found["machine"], found["load_average"][0]
+    return f"\n{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; load {load:.1f} at the end.\n"
+
+
+def batching(found: Found) -> str:
+    head = ("spread", "rows of an update", "DP", "imbalance, median", "worst", "padding", "in order", "side by side")
+    rows = (
+        [
+            *(f"{case[name]}" for name in ("spread", "rows", "replicas")),
+            *(f"{case[name]:.1%}" for name in ("imbalance", "imbalance_worst", "padding_worst")),
+            *(f"{case[name]:.0%}" for name in ("imbalance_in_order", "padding_side_by_side")),
+        ]
+        for case in found["cases"]
+    )
+    return table(head, rows)
+
+
+def training_step(found: Found) -> str:
+    text = ""
+    for title, rows in found["tables"].items():
+        parts = (
+            [
+                name,
+                *(f"{row[key]:.3f}" for key in ("wall", "cpu")),
+                f"{row['wall_to_ours']:.2f}",
+                f"{row['cpu_to_ours']:.2f}",
+            ]
+            for name, row in rows.items()
+        )
+        text += table((title, "wall s", "processor s", "wall / ours", "processor / ours"), parts) + "\n"
+    phases = next(iter(found["tables"]["whole step"].values()))["phases"]
+    text += (
+        table(("phase of ours, with rollouts", "wall ms"), ([n, f"{s * 1e3:.0f}"] for n, s in phases.items())) + "\n"
+    )
+    for target in found["targets"]:
+        met = "met" if target["met"] else "**missed**"
+        text += (
+            f"- {target['of']} / {target['over']}, processor time: {target['value']:.2f} ({target['target']}: {met})\n"
+        )
+    run = found["positions"]
+    return text + f"- positions of a step that have a gradient: ours {run['ours']:.0f}, TRL {run['TRL']:.0f}\n"
+
+
+def weight_sync(found: Found) -> str:
+    rows = []
+    for layout, each in found["layouts"].items():
+        for transport, bare in each["bare"].items():
+            seconds, size = each["seconds"][transport], each["bytes"] / 1e9
+            rates = (f"{size / seconds:.2f}", f"{size / bare:.2f}", f"{bare / seconds:.0%}")
+            rows.append([layout, transport, f"{size:.2f}", f"{seconds:.2f}", *rates])
+    return table(("layout", "transport", "GB", "seconds", "GB/s", "bare GB/s", "share"), rows)
+
+
+def start_up(found: Found) -> str:
+    rows = []
+    for name, row in found["found"].items():
+        processor = f"{row['processor']:.2f}" if "processor" in row else ""
+        target = found["targets"].get(name)
+        rows.append([name, f"{row['wall']:.2f}", processor, f"{target:g}" if target else ""])
+    moments = found["found"]["first step of the quickstart"]["moments"]
+    said = ", ".join(f"{name} {at:.1f} s" for name, at in moments.items())
+    return table(("", "wall s", "processor s", "target s"), rows) + f"\nOn the way to the first step: {said}.\n"
+
+
+def scaling(found: Found) -> str:
+    names = ("synchronous", "over-sampled", "partial", "asynchronous", "rest")
+    rows = ([nodes, *(f"{times[name]:.0f}" for name in names)] for nodes, times in found["nodes"].items())
+    text = table(("nodes", *names[:-1], "all but rollouts"), rows)
+    checked = (
+        [f"{row['processes']}", row["schedule"], f"{row['simulated']:.2f}", f"{row['measured']:.2f}"]
+        for row in found["check"]
+    )
+    if found["check"]:
+        text += "\n" + table(("processes that sleep", "schedule", "simulated s", "measured s"), checked)
+    return text
+
+
+TABLES: dict[str, Callable[[Found], str]] = {
+    f.__name__: f for f in (batching, training_step, weight_sync, start_up, scaling)
+}
+
+
+def rendered(name: str) -> str:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "(No results are kept yet: they belong on a quiet machine.)\n"
+    found = json.loads(path.read_text())
+    return TABLES[name](found) + where(found)
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    PAGE.write_text(MARKED.sub(lambda match: f"{match[1]}{rendered(match[2])}{match[3]}", text))
+
+
+if __name__ == "__main__":
+    main()
