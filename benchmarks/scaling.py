@@ -137,8 +137,9 @@ def simulate(
 
 
 def setup_of(nodes: int) -> Setup:
-    overrides = [MODEL, f"cluster.nodes={nodes}", f"actor.data_parallel={nodes}", f"rollout.engines={2 * nodes}"]
-    return Setup.of(load_config(RECIPE, overrides), GPUS["h100"], Assumptions(PROMPT, MEAN, SPREAD))
+    halves = ["actor.tensor_parallel=4", "rollout.server.tensor_parallel=2", "cluster.colocate=false"]
+    sizes = [f"cluster.nodes={nodes}", f"actor.data_parallel={nodes}", f"rollout.engines={2 * nodes}"]
+    return Setup.of(load_config(RECIPE, [MODEL, *halves, *sizes]), GPUS["h100"], Assumptions(PROMPT, MEAN, SPREAD))
 
 
 def cluster_times(nodes: int) -> dict[str, float]:
