@@ -15,6 +15,8 @@ from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, Gr
 
 CONTROL_SECONDS = 60.0
 """Longest time for a call that computes nothing."""
+RESERVED = 8
+"""It refuses prompts within 6 tokens of its context: what is gone on with may be as long. Never used as positions."""
 
 
 def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -28,12 +30,12 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--port": str(port),
         "--config": str(key_file),
         "--dtype": launch.dtype,
-        "--context-length": str(launch.max_tokens),
+        "--context-length": str(launch.max_tokens + RESERVED),
         "--tensor-parallel-size": str(launch.tensor_parallel),
         "--weight-version": str(UNSYNCED),
         "--log-level": "warning",
     }
-    environment = {"HF_HUB_OFFLINE": "1"}
+    environment = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     if launch.device == "cpu":
         arguments |= {"--device": "cpu", "--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
         arguments |= {"--max-total-tokens": str(max(16384, 4 * launch.max_tokens))}  # else it takes all free memory
