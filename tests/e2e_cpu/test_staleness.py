@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -51,18 +52,17 @@ def assert_within_bound(run: Finished) -> None:
     assert len(losses) == STEPS and all(row.get("train/updates") == 1 for row in run.metrics if row["step"] > 0)
 
 
-def test_partial_rollouts_go_on_after_a_kill_as_if_there_had_been_none(
-    command_line: CommandLine, quickstart: Callable[..., Finished]
-) -> None:
+def test_partial_rollouts_go_on_from_a_checkpoint_bit_for_bit(quickstart: Callable[..., Finished]) -> None:
     straight = quickstart("partial", *PARTIAL)
     assert_within_bound(straight)
     assert max(row.get("rollout/staleness_max", 0) for row in straight.metrics) == 1
     left = read_backlog(straight.folder / "checkpoints/step_000002")
     assert any(group.whole for group in left) and any(not group.whole for group in left)
 
-    killed = interrupt(command_line, "partial_killed", "step_000002", signal.SIGKILL, *PARTIAL)
-    assert killed.status == -signal.SIGKILL, killed.output
-    resumed = quickstart("partial_killed", *PARTIAL, "resume=auto")
+    again = straight.folder.with_name("partial_again")
+    shutil.copytree(straight.folder, again, symlinks=True)
+    shutil.rmtree(again / f"checkpoints/step_{STEPS:06d}")
+    resumed = quickstart(again.name, *PARTIAL, "resume=auto")
     assert "(step 2)" in resumed.output
     assert_same_end(resumed, straight)
 
