@@ -39,9 +39,10 @@ $(VENV)/.stamp: pyproject.toml setup.py constraints-cpu.txt
 quickstart: setup ## train the Countdown example: make quickstart ARGS="algorithm.name=grpo"
 	$(BIN)/megatron-rl train examples/quickstart/countdown.yaml $(ARGS)
 
-# Unit tests share the cores; a whole run starts several processes of its own, so those go one at a time.
+# Unit tests share the cores, a file at a time: what a file prepares is then prepared once. A whole run starts several
+# processes of its own, so those go one at a time.
 test: setup ## every test that needs no GPU
-	$(BIN)/pytest -m "not gpu and not e2e and not browser and not slurm and not engines and not image" -n 2 --dist worksteal
+	$(BIN)/pytest -m "not gpu and not e2e and not browser and not slurm and not engines and not image" -n 2 --dist loadfile
 	$(BIN)/pytest -m "not gpu and e2e"
 
 test-browser: setup ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)

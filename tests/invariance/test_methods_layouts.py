@@ -31,6 +31,10 @@ from tests.invariance.method_steps import (
     prompts,
 )
 
+TIMEOUT = 900
+"""Seconds for all of it at once: two minutes on two quiet cores, many more on busy ones."""
+pytestmark = pytest.mark.timeout(TIMEOUT)
+
 ROOT = Path(__file__).parents[2]
 REFERENCE = "one rank"
 OTHERS = [name for name in VARIANTS if name != REFERENCE]
@@ -86,7 +90,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=TIMEOUT - 20,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in VARIANTS}
