@@ -13,7 +13,7 @@ from tests.hf_models import write_hf_model
 
 pytestmark = pytest.mark.e2e
 
-LAYOUTS = {"alone": (), "shared_out": ("actor.data_parallel=2", "actor.expert_parallel=2")}
+LAYOUTS = {"experts": (), "experts_shared_out": ("actor.data_parallel=2", "actor.expert_parallel=2")}
 REWARD = """
 from megatron_rl.types import RewardResult, Sample
 
@@ -64,6 +64,6 @@ def test_a_mixture_of_experts_trains(runs: dict[str, Finished], layout: str) -> 
 
 
 def test_expert_parallelism_changes_nothing(runs: dict[str, Finished]) -> None:
-    for alone, shared_out in zip(runs["alone"].metrics[1:], runs["shared_out"].metrics[1:], strict=True):
+    for alone, shared_out in zip(runs["experts"].metrics[1:], runs["experts_shared_out"].metrics[1:], strict=True):
         for metric in COMPARED:
             assert shared_out[metric] == pytest.approx(alone[metric], rel=1e-4, abs=1e-6), metric
