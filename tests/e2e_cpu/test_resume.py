@@ -118,8 +118,7 @@ def test_off_policy_in_bf16_with_the_distributed_optimizer(
 ) -> None:
     """Two updates a rollout with the full KL against the policy that sampled, refilled batches, a reference model; the
     newest checkpoint is damaged on the way."""
-    warm = max((command_line.folder / "runs/cache").glob("warm_start-2-*"), key=os.path.getmtime)
-    overrides = (*SHORT, *OFF_POLICY, f"model.path={warm}", "warm_start=null")
+    overrides = (*SHORT, *OFF_POLICY, f"model.path={straight.folder / 'hf'}", "warm_start=null")
     whole = quickstart("off_policy", *overrides)
     again = whole.folder.with_name("off_policy_again")
     shutil.copytree(whole.folder, again, symlinks=True)
