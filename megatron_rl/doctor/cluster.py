@@ -104,7 +104,7 @@ def _check_groups(config: Config, nodes: Nodes, folder: Path) -> Iterator[Findin
     from megatron_rl.session.layout_check import layout_of
 
     try:
-        answers = collectives(nodes, config.actor.device, layout_of(config), folder)
+        answers = collectives(nodes, config.actor.device, layout_of(config.actor), folder)
     except Exception as error:  # whatever torch, NCCL or Ray raise is the finding
         last = str(error).strip().splitlines()[-1]
         remedy = "run again with NCCL_DEBUG=INFO; is NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME the right interface?"

@@ -56,7 +56,7 @@ class Setup:
 
     @cached_property
     def layout(self) -> Layout:
-        return layout_of(self.config)
+        return layout_of(self.config.actor)
 
     @cached_property
     def placement(self) -> Placement:

@@ -6,10 +6,10 @@ from megatron_rl.actor.layout import Layout, validate_layout
 from megatron_rl.checkpoint.hf_format import read_config
 from megatron_rl.cluster.placement import Placement, place
 from megatron_rl.config import Config
+from megatron_rl.config.actor import ActorSettings
 
 
-def layout_of(config: Config) -> Layout:
-    actor = config.actor
+def layout_of(actor: ActorSettings) -> Layout:
     return Layout(
         tensor=actor.tensor_parallel,
         pipeline=actor.pipeline_parallel,
@@ -26,10 +26,10 @@ def placement_of(config: Config) -> Placement:
     on_gpu, server = config.actor.device != "cpu", config.rollout.server
     engine_gpus = server.tensor_parallel if on_gpu and not server.urls else 0
     engines = 0 if config.rollout.replay else config.rollout.engines
-    return place(layout_of(config), engines, config.cluster, engine_gpus=engine_gpus, on_gpu=on_gpu)
+    return place(layout_of(config.actor), engines, config.cluster, engine_gpus=engine_gpus, on_gpu=on_gpu)
 
 
 def check_layout(config: Config) -> None:
     """Raises UserError where the model cannot be spread as asked. One that `prepare` has yet to write passes."""
     if config.model.path.exists():
-        validate_layout(read_config(config.model.path), layout_of(config), config.actor.pad_vocabulary)
+        validate_layout(read_config(config.model.path), layout_of(config.actor), config.actor.pad_vocabulary)

@@ -162,7 +162,7 @@ def _start(
 
     resumed: who wrote the checkpoint that the run goes on from. It has its weights then: no warm start.
     """
-    logs, layout = config.run.folder / "logs", layout_of(config)
+    logs, layout = config.run.folder / "logs", layout_of(config.actor)
     view.phase("starting")
     actors = Actors(config.actor, layout, config.model.path, logs, nodes)
     stack.callback(actors.close)

@@ -27,7 +27,7 @@ def origin_of(config: Config, reference: ModelFolder | None = None) -> Origin:
     """What this process writes into its checkpoints."""
     return Origin(
         model=asdict(Architecture.from_hf(read_config(config.model.path))),
-        layout=asdict(layout_of(config)),
+        layout=asdict(layout_of(config.actor)),
         dtype=config.actor.dtype,
         versions={"megatron-rl": __version__, "megatron-core": megatron_version(), "torch": torch.__version__},
         reference=reference,

@@ -23,22 +23,11 @@ from megatron_rl.batching.rows import Rows
 from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.session.layout_check import layout_of
 from tests.unit.plan.measure import rows
 
 LEARNING_RATE = 1e-3
 TEMPERATURE = 1.0
-
-
-def layout_of(actor: ActorSettings) -> Layout:
-    return Layout(
-        tensor=actor.tensor_parallel,
-        pipeline=actor.pipeline_parallel,
-        data=actor.data_parallel,
-        context=actor.context_parallel,
-        expert=actor.expert_parallel,
-        virtual_pipeline=actor.virtual_pipeline,
-        sequence_parallel=actor.sequence_parallel,
-    )
 
 
 def gathered(part: Any) -> list[Any]:
