@@ -87,7 +87,7 @@ def worker_of(folder: Path) -> MegatronWorker:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **MODEL)).save_pretrained(folder)
     worker = MegatronWorker(ActorSettings(device="cpu"), Layout(), 0)
-    worker.start("127.0.0.1", worker.free_port("127.0.0.1"), folder)
+    worker.start("127.0.0.1", worker.open_port("127.0.0.1"), folder)
     worker.load_hf(folder)
     worker.set_loss(LossChoice.of(AlgorithmSettings()))
     worker.build_optimizer(OptimizerSettings())

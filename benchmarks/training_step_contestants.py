@@ -117,7 +117,7 @@ def megatron_alone(pace: Pace, recording: Path) -> None:
 
     config, steps = quickstart(f"model.path={recording / 'hf'}"), Recorded(recording)
     worker = MegatronWorker(config.actor, Layout(), 0)
-    worker.start("127.0.0.1", worker.free_port("127.0.0.1"), config.model.path)
+    worker.start("127.0.0.1", worker.open_port("127.0.0.1"), config.model.path)
     worker.load_hf(config.model.path)
     worker.set_loss(LossChoice.of(config.algorithm))
     worker.build_optimizer(config.actor.optimizer)

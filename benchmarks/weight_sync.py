@@ -34,9 +34,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import arguments, keep
+from megatron_rl.actor import process_groups
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.config.actor import ActorSettings
+from megatron_rl.rendezvous import open_port, store_at
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
 from megatron_rl.weight_sync.shared_memory import shared_folder
@@ -64,9 +66,16 @@ def write_model(folder: Path, layers: int) -> None:
 class Together:
     """Processes that begin and end something at once, and tell each other values."""
 
-    def __init__(self, port: int, rank: int, size: int) -> None:
-        self.store = dist.TCPStore(HOST, port, size, is_master=rank == 0, timeout=MINUTES)
+    def __init__(self, port: int, size: int) -> None:
+        self.store = store_at(HOST, port, MINUTES)
         self.size, self.count = size, 0
+
+    def open_port(self, name: str) -> None:
+        """For others who ask for it by name."""
+        self.store.set(f"port-{name}", str(open_port(HOST)))
+
+    def port(self, name: str) -> int:
+        return int(self.store.get(f"port-{name}"))
 
     def meet(self) -> None:
         self.count += 1
@@ -83,26 +92,32 @@ class Together:
         return time.perf_counter() - start
 
 
-def places(transport: str, folder: Path, stages: int, ports: list[int]) -> list[Any]:
-    if transport != "gloo":
-        return [folder] * stages
-    return [GroupMember(f"stage-{i}-{ports[i]}", HOST, ports[i], "gloo", 2, 0, 600.0) for i in range(stages)]
+def members(together: Together, stages: int, rank: int) -> list[GroupMember]:
+    names = [f"stage-{i}" for i in range(stages)]
+    return [GroupMember(name, HOST, together.port(name), "gloo", 2, rank, 600.0) for name in names]
 
 
-def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], ports: list[int]) -> None:
+def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], port: int) -> None:
     """A rank of the actor."""
-    together = Together(ports[0], rank, layout.world_size + 1)
+    together = Together(port, layout.world_size + 1)
     worker = MegatronWorker(ActorSettings(device="cpu", dtype="bfloat16"), layout, rank)
-    worker.start(HOST, ports[1], model)
+    if rank == 0:
+        together.open_port("actor")
+        together.open_port("bare")
+    worker.start(HOST, together.port("actor"), model)
+    if worker.publishes():
+        together.open_port(f"stage-{process_groups.pp_rank()}")
     worker.load_hf(model)
     specs = worker.weight_specs()
     together.store.set(f"specs-{rank}", json.dumps([(s.name, s.dtype, s.shape) for s in specs or []]))
     for transport in TRANSPORTS:
         for version in range(REPEATS):
-            own = ports[2 + TRANSPORTS.index(transport) * 8 :][:8]
             if version == 0:
                 together.meet()
-                worker.connect_weights(places(transport, folders[transport], layout.pipeline, own), BUCKET)
+                stages, folder = layout.pipeline, folders[transport]
+                worker.connect_weights(
+                    members(together, stages, 0) if transport == "gloo" else [folder] * stages, BUCKET
+                )
             found: list[Any] = []
             together.timed(lambda v=version, f=found: f.append(worker.push_weights(v, 0)))
             parts = [str(part) for part in found[0].parts] if found[0] else []
@@ -110,7 +125,7 @@ def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], ports:
             together.timed(lambda: None)
         worker.disconnect_weights()
     bare_gather(together, layout, rank)
-    bare_broadcast(together, ports[-1], sender=True) if rank == 0 else idle(together)
+    bare_broadcast(together, sender=True) if rank == 0 else idle(together)
     together.meet()
     worker.close()
 
@@ -123,17 +138,15 @@ def idle(together: Together) -> None:
 def bare_gather(together: Together, layout: Layout, rank: int) -> None:
     """Nothing but the tensor-parallel gather, of shards as large as those of a layer's largest matrix."""
     shard = torch.zeros(SHAPE["hidden_size"] * SHAPE["intermediate_size"] // layout.tensor, dtype=torch.bfloat16)
-    from megatron_rl.actor import process_groups
-
     for _ in range(REPEATS):
         together.timed(
             lambda: process_groups.gather_shards(shard, process_groups.tp_group()) if layout.tensor > 1 else None
         )
 
 
-def bare_broadcast(together: Together, port: int, *, sender: bool) -> None:
+def bare_broadcast(together: Together, *, sender: bool) -> None:
     """Buckets over gloo; the receiver copies what it got."""
-    group = process_group.join(GroupMember("bare", HOST, port, "gloo", 2, 0 if sender else 1, 600.0))
+    group = process_group.join(GroupMember("bare", HOST, together.port("bare"), "gloo", 2, 0 if sender else 1, 600.0))
     flat, mine = torch.zeros(BUCKET, dtype=torch.uint8), torch.ones(BUCKET, dtype=torch.uint8)
 
     def work() -> None:
@@ -147,11 +160,11 @@ def bare_broadcast(together: Together, port: int, *, sender: bool) -> None:
             together.store.set("broadcast", str(min(seconds, float(together.store.get("broadcast")))))
 
 
-def engine(layout: Layout, model: Path, folders: dict[str, Path], ports: list[int], answer: Any) -> None:
+def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, answer: Any) -> None:
     """The receiving process; puts seconds of each transport and of each bare rate."""
     from megatron_rl.rollout.transformers_engine import TransformersEngine
 
-    together = Together(ports[0], layout.world_size, layout.world_size + 1)
+    together = Together(port, layout.world_size + 1)
     own = TransformersEngine(model, "cpu", "bfloat16")
     held = own.model.state_dict()
     stages = layout.world_size // layout.pipeline
@@ -162,14 +175,10 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], ports: list[in
     for transport in TRANSPORTS:
         groups: list[Any] = []
         for version in range(REPEATS):
-            at = ports[2 + TRANSPORTS.index(transport) * 8 :][:8]
             if version == 0:
                 together.meet()
                 if transport == "gloo":
-                    groups = [
-                        process_group.join(GroupMember(f"stage-{i}-{at[i]}", HOST, at[i], "gloo", 2, 1, 600.0))
-                        for i in range(layout.pipeline)
-                    ]
+                    groups = [process_group.join(member) for member in members(together, layout.pipeline, 1)]
             push = together.timed(lambda g=groups: receive(g, specs, held))
             names = [f"parts-{transport}-{version}-{rank}" for rank in first]
             parts = tuple(Path(part) for name in names for part in json.loads(together.store.get(name)))
@@ -182,7 +191,7 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], ports: list[in
     per_gather = 2 * SHAPE["hidden_size"] * SHAPE["intermediate_size"]
     gather *= total / per_gather if layout.tensor > 1 else 0
     together.store.set("broadcast", "inf")
-    bare_broadcast(together, ports[-1], sender=False)
+    bare_broadcast(together, sender=False)
     bare = {"gloo": gather + float(together.store.get("broadcast")) * total / BUCKET}
     for transport in TRANSPORTS[:2]:
         bare[transport] = gather + min(bare_file(folders[transport] / "bare", held) for _ in range(REPEATS))
@@ -221,11 +230,11 @@ def measure(layout: Layout, model: Path) -> dict[str, Any]:
     memory, disk = shared_folder(), Path(tempfile.mkdtemp(prefix="weights-", dir=Path("runs")))
     folders = {"shared memory": memory / "weights", "disk": disk / "weights", "gloo": disk}
     context = mp.get_context("spawn")
-    answer, ports = context.Queue(), free_ports(2 + 8 * len(TRANSPORTS) + 1)
+    answer, port = context.Queue(), open_port(HOST)
     processes = [
-        context.Process(target=act, args=(rank, layout, model, folders, ports)) for rank in range(layout.world_size)
+        context.Process(target=act, args=(rank, layout, model, folders, port)) for rank in range(layout.world_size)
     ]
-    processes.append(context.Process(target=engine, args=(layout, model, folders, ports, answer)))
+    processes.append(context.Process(target=engine, args=(layout, model, folders, port, answer)))
     try:
         for process in processes:
             process.start()
@@ -239,18 +248,6 @@ def measure(layout: Layout, model: Path) -> dict[str, Any]:
             process.kill()
         for folder in (memory, disk):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    import socket
-
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind((HOST, 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def main() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import time
 
 import torch
 import torch.distributed as dist
 
+from megatron_rl import rendezvous
 from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.layout import Layout
 
@@ -16,16 +16,14 @@ MESSAGE = 2**20
 
 
 class CollectiveCheck:
-    """Call `run` on all ranks at once, with the address of rank 0 and its `free_port`."""
+    """Call `run` on all ranks at once, with the address of rank 0 and its `open_port`."""
 
     def __init__(self, device: str, layout: Layout, rank: int) -> None:
         self.device, self.layout, self.rank = platform.prepare(device), layout, rank
 
-    def free_port(self, host: str) -> int:
-        """One for the process group, at an address of this machine."""
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return int(probe.getsockname()[1])
+    def open_port(self, host: str) -> int:
+        """For the process group to meet at, at an address of this machine."""
+        return rendezvous.open_port(host)
 
     def run(self, host: str, port: int) -> dict[str, tuple[tuple[int, ...], float]]:
         """Name of each group that has others in it -> its ranks, and the seconds of a sum over them.
@@ -35,8 +33,7 @@ class CollectiveCheck:
         process_groups.init_process_groups(
             self.layout,
             rank=self.rank,
-            world_size=self.layout.world_size,
-            init_method=f"tcp://{host}:{port}",
+            store=rendezvous.store_at(host, port, process_groups.TIMEOUT),
             device=self.device,
         )
         groups = {

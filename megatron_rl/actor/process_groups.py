@@ -13,22 +13,20 @@ from torch import Tensor
 from megatron_rl.actor import platform
 from megatron_rl.actor.layout import Layout
 
-TIMEOUT_MINUTES = 10
+TIMEOUT = timedelta(minutes=10)
 """Longer than any collective here waits; short enough that a lost rank is noticed."""
 
 SEED = 1
 
 
-def init_process_groups(layout: Layout, *, rank: int, world_size: int, init_method: str, device: torch.device) -> None:
-    """Join the world and make the groups of `layout`. `init_method` is torch's, such as "tcp://host:port"."""
-    if world_size != layout.world_size:
-        raise ValueError(f"{layout} needs {layout.world_size} ranks, not {world_size}")
+def init_process_groups(layout: Layout, *, rank: int, store: dist.Store, device: torch.device) -> None:
+    """Join the world and make the groups of `layout`. store: the same one for all ranks."""
     dist.init_process_group(
         platform.backend(device),
-        init_method=init_method,
+        store=store,
         rank=rank,
-        world_size=world_size,
-        timeout=timedelta(minutes=TIMEOUT_MINUTES),
+        world_size=layout.world_size,
+        timeout=TIMEOUT,
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -37,7 +35,7 @@ def init_process_groups(layout: Layout, *, rank: int, world_size: int, init_meth
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        distributed_timeout_minutes=TIMEOUT_MINUTES,
+        distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),
     )
     # Nothing here draws random numbers, but sequence parallelism and recompute ask for Megatron's generators.
     model_parallel_cuda_manual_seed(SEED)

@@ -6,7 +6,6 @@ Every method is collective: the driver calls it on all ranks. Only the reporting
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from torch.profiler import record_function
 
 import lpreg
+from megatron_rl import rendezvous
 from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.distributed import wrap_chunks
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class MegatronWorker:
-    """A rank. Call `start` on all ranks at once, with the address of rank 0 and its `free_port`."""
+    """A rank. Call `start` on all ranks at once, with the address of rank 0 and its `open_port`."""
 
     def __init__(self, settings: ActorSettings, layout: Layout, rank: int) -> None:
         self.settings = settings
@@ -56,11 +56,9 @@ class MegatronWorker:
         self.loss: lpreg.PolicyLoss | None = None
         self.transport: WeightTransport | None = None
 
-    def free_port(self, host: str) -> int:
-        """One for the process group, at an address of this machine."""
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return int(probe.getsockname()[1])
+    def open_port(self, host: str) -> int:
+        """For a process group to meet at, at an address of this machine."""
+        return rendezvous.open_port(host)
 
     def start(self, host: str, port: int, model_folder: Path) -> str:
         """Join the process groups and build this rank's part of the model, its weights yet to come by `load_hf`.
@@ -74,8 +72,7 @@ class MegatronWorker:
         process_groups.init_process_groups(
             self.layout,
             rank=self.rank,
-            world_size=self.layout.world_size,
-            init_method=f"tcp://{host}:{port}",
+            store=rendezvous.store_at(host, port, process_groups.TIMEOUT),
             device=self.device,
         )
         self.dtype = getattr(torch, self.settings.dtype)

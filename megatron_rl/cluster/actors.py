@@ -62,7 +62,7 @@ class Actors:
         if nodes.placement.shared:
             nodes.rank_devices = results([rank.devices.remote() for rank in self.ranks])
         host = results([self.ranks[0].node_address.remote()])[0]
-        port = results([self.ranks[0].call.remote("free_port", host)])[0]
+        port = results([self.ranks[0].call.remote("open_port", host)])[0]
         self.description: str = self._all("start", host, port, model_folder)[0]
         self.gpu = known_gpu(results([self.ranks[0].call.remote("device_name")])[0])
         """None on a CPU, and on a GPU of unknown rate."""
@@ -152,10 +152,10 @@ class Actors:
         return self._submit(method, *arguments)
 
     def publishers(self) -> list[tuple[str, int]]:
-        """(address, free port) of the rank of each pipeline stage that sends its weights, in their order."""
+        """(address, open port) of the rank of each pipeline stage that sends its weights, in their order."""
         chosen = [rank for rank, publishes in zip(self.ranks, self._all("publishes"), strict=True) if publishes]
         hosts = results([rank.node_address.remote() for rank in chosen])
-        ports = results([rank.call.remote("free_port", host) for rank, host in zip(chosen, hosts, strict=True)])
+        ports = results([rank.call.remote("open_port", host) for rank, host in zip(chosen, hosts, strict=True)])
         return list(zip(hosts, ports, strict=True))
 
     def weight_specs(self) -> list[list[TensorSpec]]:

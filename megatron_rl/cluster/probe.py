@@ -58,7 +58,7 @@ def collectives(nodes: Nodes, device: str, layout: Layout, logs: Path) -> Collec
         if nodes.placement.shared:
             nodes.rank_devices = _answers([rank.devices.remote() for rank in ranks])
         host = _answers([ranks[0].node_address.remote()])[0]
-        port = _answers([ranks[0].call.remote("free_port", host)])[0]
+        port = _answers([ranks[0].call.remote("open_port", host)])[0]
         libraries = _answers([rank.call.remote("library") for rank in ranks])
         return Collectives(libraries, _answers([rank.call.remote("run", host, port) for rank in ranks]))
     finally:

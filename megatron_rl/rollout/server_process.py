@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import sys
@@ -14,12 +15,18 @@ import psutil
 
 from megatron_rl.rollout import guard
 
+PORTS = range(20_000, 32_000)
+"""Above Ray's, and below those that Linux gives to outgoing connections: a server takes seconds to bind its port, in
+which one of those would be taken."""
+
 
 def free_port() -> int:
-    """One on the loopback device."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One on the loopback device. Raises OSError where none is found."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"of the ports {PORTS.start} to {PORTS.stop - 1}, 100 were tried and none was free")
 
 
 class ServerProcess:

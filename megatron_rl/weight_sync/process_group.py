@@ -7,19 +7,18 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from megatron_rl.rendezvous import store_at
 from megatron_rl.weight_sync.transport import GroupMember
 
 
 def join(member: GroupMember, index: int = 0) -> dist.ProcessGroup:
-    """Returns when all have joined; rank 0 is the meeting point. index: a process's place within its engine.
+    """Returns when all have joined; rank 0 has opened the port. index: a process's place within its engine.
 
     torch has no public way to a group outside of the default one's world. This is what engines themselves do, down to
     the keys under which members find each other.
     """
     rank, timeout = member.rank + index, timedelta(seconds=member.timeout_seconds)
-    address = f"tcp://{member.host}:{member.port}"
-    store, _, _ = next(iter(c10d.rendezvous(address, rank, member.size, timeout=timeout)))
-    store.set_timeout(timeout)
+    store = store_at(member.host, member.port, timeout)
     group, _ = c10d._new_process_group_helper(
         member.size,
         rank,

@@ -12,12 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from ray.util import get_node_ip_address
 
+from megatron_rl.rollout.server_process import free_port
 from tests.e2e_cpu.conftest import QUICKSTART, REPOSITORY, CommandLine
 
 pytestmark = pytest.mark.e2e
@@ -65,7 +65,7 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    address = f"{get_node_ip_address()}:{_free_port()}"
+    address = f"{get_node_ip_address()}:{free_port()}"
     before = dict(os.environ)
     short = tempfile.mkdtemp(
         prefix="ray-", dir="/tmp"
@@ -94,12 +94,6 @@ def _start(log: Path, *options: str) -> subprocess.Popen[bytes]:
     resources = ("--num-cpus=4", "--num-gpus=2")
     with log.open("wb") as output:
         return subprocess.Popen([ray, "start", "--block", *resources, *options], stdout=output, stderr=output)
-
-
-def _free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_for(address: str) -> None:

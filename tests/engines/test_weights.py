@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_rl.rendezvous import open_port
 from megatron_rl.rollout.engine import UpdateFailed
 from megatron_rl.rollout.http_engine import HttpEngine
 from megatron_rl.types import Generation
@@ -25,6 +25,7 @@ from megatron_rl.weight_sync.folder import FolderTransport
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember, Pushed, StageBuckets
 from tests.engines.conftest import Run
 from tests.engines.test_generate import PROMPTS, SAMPLING, largest_gap
+from tests.meeting import HOST
 
 BUCKET = 300_000
 """Bytes: an eighth of the model."""
@@ -74,11 +75,8 @@ class Sender:
     """An actor's rank, in a thread."""
 
     def __init__(self, model: Path, group: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
         self.model = model
-        self.member = GroupMember(group, "127.0.0.1", port, "gloo", size=2, rank=0, timeout_seconds=20.0)
+        self.member = GroupMember(group, HOST, open_port(HOST), "gloo", size=2, rank=0, timeout_seconds=20.0)
         self.transport = CollectiveTransport(self.member, 0, BUCKET)
 
     def update(self, version: int) -> CollectiveUpdate:

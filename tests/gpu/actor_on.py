@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.rows import Rows
@@ -24,6 +23,7 @@ from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.session.layout_check import layout_of
+from tests.meeting import meeting_point
 from tests.unit.plan.measure import rows
 
 LEARNING_RATE = 1e-3
@@ -37,13 +37,13 @@ def gathered(part: Any) -> list[Any]:
     return [part for part in parts if part is not None]
 
 
-def run_rank(rank: int, port: int, folder: Path) -> None:
+def run_rank(rank: int, folder: Path) -> None:
     case = json.loads((folder / "case.json").read_text())
     actor = ActorSettings.model_validate(case["actor"])
     os.environ["LOCAL_RANK"] = str(rank)
     model = Path(case["model"])
     worker = MegatronWorker(actor, layout_of(actor), rank)
-    found: dict[str, Any] = {"description": worker.start("127.0.0.1", port, model)}
+    found: dict[str, Any] = {"description": worker.start(*meeting_point(worker, folder / "port"), model)}
     if case.get("load", True):
         worker.load_hf(model)
     else:
@@ -79,8 +79,7 @@ def steps(worker: MegatronWorker, batch: Rows, count: int) -> dict[str, Any]:
 def main(folder: Path) -> None:
     case = json.loads((folder / "case.json").read_text())
     actor = ActorSettings.model_validate(case["actor"])
-    port = MegatronWorker(actor, Layout(), 0).free_port("127.0.0.1")
-    torch.multiprocessing.start_processes(run_rank, (port, folder), actor.world_size, start_method="spawn")
+    torch.multiprocessing.start_processes(run_rank, (folder,), actor.world_size, start_method="spawn")
 
 
 if __name__ == "__main__":

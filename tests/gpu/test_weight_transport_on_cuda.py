@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -12,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rl.rendezvous import open_port
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
 from megatron_rl.weight_sync.collective import CollectiveTransport
 from megatron_rl.weight_sync.transport import GroupMember
+from tests.meeting import HOST
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,10 +66,8 @@ def test_weights_arrive_whole(record_property: Callable[[str, object], None]) ->
     torch.cuda.set_device(0)
     weights = tensors()
     specs = [TensorSpec.of(name, tensor) for name, tensor in weights]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    members = [GroupMember("weights", "127.0.0.1", port, "nccl", 2, rank, timeout_seconds=60.0) for rank in range(2)]
+    port = open_port(HOST)
+    members = [GroupMember("weights", HOST, port, "nccl", 2, rank, timeout_seconds=60.0) for rank in range(2)]
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=engine, args=(members[1], specs, theirs))

@@ -27,6 +27,7 @@ from megatron_rl.checkpoint.weight_map import export_hf_weights
 from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
+from tests.meeting import meeting_point
 
 VOCABULARY = 51  # odd: tensor parallelism pads it
 TEMPERATURE, DENOMINATOR, LEARNING_RATE = 0.9, 90.0, 1e-2
@@ -55,13 +56,13 @@ def batch() -> Rows:
     )
 
 
-def steps(rank: int, layout: Layout, variant: dict[str, Any], port: int, folder: Path) -> dict[str, Any] | None:
+def steps(rank: int, layout: Layout, variant: dict[str, Any], meeting: Path, folder: Path) -> dict[str, Any] | None:
     """What rank 0 gathered of all ranks' answers."""
     model = folder / variant.pop("model")
     settings = ActorSettings.model_validate({"device": "cpu", "micro_batch_tokens": 24} | variant)
     sequence_parallel = settings.sequence_parallel
     worker = MegatronWorker(settings, replace(layout, sequence_parallel=sequence_parallel), rank)
-    worker.start("127.0.0.1", port, model)
+    worker.start(*meeting_point(worker, meeting), model)
     rows = batch()
     found: dict[str, Any] = {}
     for name, algorithm in LOSSES.items():
@@ -95,10 +96,10 @@ def gathered(part: Any) -> list[Any]:
     return [part for part in parts if part is not None]
 
 
-def run_rank(rank: int, layout: Layout, variants: dict[str, dict[str, Any]], ports: list[int], folder: Path) -> None:
+def run_rank(rank: int, layout: Layout, variants: dict[str, dict[str, Any]], folder: Path) -> None:
     torch.set_num_threads(1)
-    for (name, variant), port in zip(variants.items(), ports, strict=True):
-        found = steps(rank, layout, variant, port, folder)
+    for name, variant in variants.items():
+        found = steps(rank, layout, variant, folder / f"{name}.port", folder)
         if found is not None:
             torch.save(as_tensors(found), folder / f"{name}.pt")
 
@@ -112,7 +113,7 @@ def as_tensors(value: Any) -> Any:
 def main() -> None:
     layout, variants, folder = Layout(**json.loads(sys.argv[1])), json.loads(sys.argv[2]), Path(sys.argv[3])
     platform.prepare("cpu")
-    arguments = (layout, variants, [int(port) for port in sys.argv[4:]], folder)
+    arguments = (layout, variants, folder)
     torch.multiprocessing.start_processes(run_rank, arguments, layout.world_size, start_method="fork")
 
 

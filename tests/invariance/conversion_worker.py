@@ -127,9 +127,8 @@ def run_rank(rank: int, models: dict[str, Model], folder: Path) -> None:
         if rank >= layout.world_size:
             continue
         name = f"tp{tensor}-pp{pipeline}"
-        process_groups.init_process_groups(
-            layout, rank=rank, world_size=layout.world_size, init_method=f"file://{folder}/{name}", device=CPU
-        )
+        meeting = torch.distributed.FileStore(f"{folder}/{name}")
+        process_groups.init_process_groups(layout, rank=rank, store=meeting, device=CPU)
         measured[name] = {
             case: measure(model, layout, folder / "saved" / name / case) for case, model in models.items()
         }

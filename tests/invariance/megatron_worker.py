@@ -201,9 +201,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def run_rank(rank: int, layout: Layout, folder: Path, cases: list[str]) -> None:
-    process_groups.init_process_groups(
-        layout, rank=rank, world_size=layout.world_size, init_method=f"file://{folder}/rendezvous", device=DEVICE
-    )
+    meeting = torch.distributed.FileStore(f"{folder}/meeting")
+    process_groups.init_process_groups(layout, rank=rank, store=meeting, device=DEVICE)
     measured = {case: measure(case, layout) for case in cases}
     (folder / f"{rank}.json").write_text(json.dumps(measured))
     process_groups.destroy()

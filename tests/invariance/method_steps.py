@@ -8,7 +8,6 @@ FOLDER/<layout>.pt. Every rank runs the driver, with the answers of all ranks.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,8 +33,9 @@ from megatron_rl.session.run import Run
 from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select
 from megatron_rl.training.update import update
+from tests.meeting import meeting_point
 
-HOST, RANKS = "127.0.0.1", 4
+RANKS = 4
 VOCABULARY = 51  # odd: tensor parallelism pads it
 
 TEMPERATURE = 0.9
@@ -264,16 +264,6 @@ def find(rank: int, name: str, folder: Path) -> dict[str, Any]:
     dist.barrier()
     worker.close()
     return found
-
-
-def meeting_point(worker: MegatronWorker, file: Path) -> tuple[str, int]:
-    """Rank 0's address, which the others wait for."""
-    if worker.rank == 0:
-        file.with_suffix(".new").write_text(str(worker.free_port(HOST)))
-        file.with_suffix(".new").rename(file)
-    while not file.exists():
-        time.sleep(0.01)
-    return HOST, int(file.read_text())
 
 
 def run_rank(rank: int, folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -100,7 +99,7 @@ def run(folder: Path, layout: str) -> None:
     if (folder / f"{next(iter(variants))}.pt").exists():
         return
     variants = {name: {"model": "untied"} | variant for name, variant in variants.items()}
-    arguments = [json.dumps(degrees), json.dumps(variants), str(folder), *free_ports(len(variants))]
+    arguments = [json.dumps(degrees), json.dumps(variants), str(folder)]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
@@ -109,16 +108,6 @@ def run(folder: Path, layout: str) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-
-
-def free_ports(count: int) -> list[str]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [str(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def found(folder: Path, variant: str) -> Found:

@@ -95,10 +95,8 @@ def hand_on(rank: int, number: int, journey: str, folder: Path) -> None:
     source, target = folder / str(number - 1), folder / str(number)
     target.mkdir(parents=True, exist_ok=True)
     device = platform.prepare("cpu")
-    meeting = f"file://{folder}/meeting-{number}"
-    process_groups.init_process_groups(
-        layout, rank=rank, world_size=layout.world_size, init_method=meeting, device=device
-    )
+    meeting = torch.distributed.FileStore(f"{folder}/meeting-{number}")
+    process_groups.init_process_groups(layout, rank=rank, store=meeting, device=device)
     model = build_model(config, layout=layout, dtype=getattr(torch, dtype), device=device)
     torch.manual_seed(number)
     for parameter in model.parameters():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from torch.distributed import HashStore
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -86,16 +86,13 @@ def megatron_logits(hf_config: Mapping[str, Any], tokens: Tensor, fill: Callable
     Raises UserError where Megatron cannot run on CPU.
     """
     device = platform.prepare("cpu")
-    with tempfile.TemporaryDirectory() as meeting:
-        process_groups.init_process_groups(
-            Layout(), rank=0, world_size=1, init_method=f"file://{meeting}/rendezvous", device=device
-        )
-        try:
-            model = build_model(hf_config, layout=Layout(), dtype=torch.float32, device=device)
-            fill(model)
-            logits: Tensor = model.eval()(tokens, None, None)
-        finally:
-            process_groups.destroy()
+    process_groups.init_process_groups(Layout(), rank=0, store=HashStore(), device=device)
+    try:
+        model = build_model(hf_config, layout=Layout(), dtype=torch.float32, device=device)
+        fill(model)
+        logits: Tensor = model.eval()(tokens, None, None)
+    finally:
+        process_groups.destroy()
     return logits
 
 

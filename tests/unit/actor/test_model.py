@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,25 +11,22 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.attention import SDPAttention
 from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.model import build_model
 from megatron_rl.actor.norm import RMSNorm
 from tests.hf_models import config_json
+from tests.meeting import only_rank
 
 CPU = torch.device("cpu")
 CONFIG = config_json("qwen3", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    platform.prepare("cpu")
-    meeting: Path = tmp_path_factory.mktemp("groups") / "rendezvous"
-    process_groups.init_process_groups(Layout(), rank=0, world_size=1, init_method=f"file://{meeting}", device=CPU)
-    yield
-    process_groups.destroy()
+def alone() -> Iterator[None]:
+    with only_rank():
+        yield
 
 
 def config(**changes: Any) -> TransformerConfig:

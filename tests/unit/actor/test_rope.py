@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.model import build_model
 from megatron_rl.checkpoint.weight_map import load_hf_weights
 from tests.hf_models import config_json, hf_model
+from tests.meeting import only_rank
 
 CPU = torch.device("cpu")
 ROPES: dict[str, dict[str, Any]] = {
@@ -35,12 +34,9 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    platform.prepare("cpu")
-    meeting: Path = tmp_path_factory.mktemp("groups") / "rendezvous"
-    process_groups.init_process_groups(Layout(), rank=0, world_size=1, init_method=f"file://{meeting}", device=CPU)
-    yield
-    process_groups.destroy()
+def alone() -> Iterator[None]:
+    with only_rank():
+        yield
 
 
 def logits(config: dict[str, Any], weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:

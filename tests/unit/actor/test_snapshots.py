@@ -22,7 +22,7 @@ BATCH = rows(4, prompt=3, response=5, vocabulary=50)
 def worker(tmp_path: Path) -> Iterator[MegatronWorker]:
     model = write_hf_model(tmp_path / "model", noise=0.1)
     worker = MegatronWorker(ActorSettings(device="cpu"), Layout(), 0)
-    worker.start("127.0.0.1", worker.free_port("127.0.0.1"), model)
+    worker.start("127.0.0.1", worker.open_port("127.0.0.1"), model)
     worker.load_hf(model)
     worker.build_optimizer(OptimizerSettings())
     yield worker

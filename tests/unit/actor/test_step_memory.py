@@ -32,7 +32,7 @@ BYTES = 4 * (LONG - SHORT) * (LARGE - SMALL)
 @contextmanager
 def actor(model: Path, **settings: Any) -> Iterator[MegatronWorker]:
     worker = MegatronWorker(ActorSettings.model_validate({"device": "cpu"} | settings), Layout(), 0)
-    worker.start("127.0.0.1", worker.free_port("127.0.0.1"), model)
+    worker.start("127.0.0.1", worker.open_port("127.0.0.1"), model)
     try:
         worker.load_hf(model)
         worker.set_loss(LossChoice.of(AlgorithmSettings(name="grpo")))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.model import build_model
@@ -38,20 +37,18 @@ from megatron_rl.checkpoint.weight_map import export_hf_weights
 from megatron_rl.config.actor import OptimizerSettings
 from megatron_rl.errors import UserError
 from tests.hf_models import config_json
+from tests.meeting import only_rank
 
 CPU = torch.device("cpu")
 CONFIG = config_json("qwen3", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def alone() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    platform.prepare("cpu")
-    meeting: Path = tmp_path_factory.mktemp("groups") / "rendezvous"
-    process_groups.init_process_groups(Layout(), rank=0, world_size=1, init_method=f"file://{meeting}", device=CPU)
-    yield
-    process_groups.destroy()
+    with only_rank():
+        yield
     torch.set_num_threads(threads)
 
 

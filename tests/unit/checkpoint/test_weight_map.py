@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.architecture import SUPPORTED, Architecture
 from megatron_rl.actor.layout import Layout, padded_vocabulary
 from megatron_rl.actor.model import build_model
@@ -20,17 +18,15 @@ from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, 
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.stored import as_stored
 from tests.hf_models import config_json, hf_model
+from tests.meeting import only_rank
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    platform.prepare("cpu")
-    meeting: Path = tmp_path_factory.mktemp("groups") / "rendezvous"
-    process_groups.init_process_groups(Layout(), rank=0, world_size=1, init_method=f"file://{meeting}", device=CPU)
-    yield
-    process_groups.destroy()
+def alone() -> Iterator[None]:
+    with only_rank():
+        yield
 
 
 SHAPE = {"vocab_size": 37, "num_hidden_layers": 3}

@@ -1,4 +1,4 @@
-"""What a real actor allocates: run as `measure.py RANK PORT FOLDER` with the cases in FOLDER/cases.json.
+"""What a real actor allocates: run as `measure.py RANK FOLDER` with the cases in FOLDER/cases.json.
 
 For each case, writes to FOLDER/<case>-<rank>.json the bytes that stay and those at the peak of each pass, as torch's
 allocator says. All cases are of as many ranks as run this.
@@ -23,6 +23,7 @@ from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.rows import Rows
 from megatron_rl.config.actor import ActorSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
+from tests.meeting import meeting_point
 
 
 def peak(work: Callable[[], object]) -> int:
@@ -42,7 +43,7 @@ def storage(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measure(settings: ActorSettings, batch: Rows, model_folder: Path, rank: int, port: int) -> dict[str, int]:
+def measure(settings: ActorSettings, batch: Rows, model_folder: Path, rank: int) -> dict[str, int]:
     layout = Layout(
         tensor=settings.tensor_parallel,
         pipeline=settings.pipeline_parallel,
@@ -50,7 +51,7 @@ def measure(settings: ActorSettings, batch: Rows, model_folder: Path, rank: int,
         sequence_parallel=settings.sequence_parallel,
     )
     worker = MegatronWorker(settings, layout, rank)
-    worker.start("127.0.0.1", port, model_folder)
+    worker.start(*meeting_point(worker, model_folder.with_suffix(".port")), model_folder)
     for parameter in worker.model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.02)
     worker.set_loss(LossChoice.of(AlgorithmSettings(name="grpo")))
@@ -88,14 +89,14 @@ def rows(count: int, prompt: int, response: int, vocabulary: int) -> Rows:
     )
 
 
-def main(rank: int, port: int, folder: Path) -> None:
+def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     cases: dict[str, dict[str, Any]] = json.loads((folder / "cases.json").read_text())
-    for number, (name, case) in enumerate(cases.items()):
+    for name, case in cases.items():
         settings = ActorSettings.model_validate(case["actor"])
-        found = measure(settings, rows(**case["rows"]), folder / name, rank, port + number)
+        found = measure(settings, rows(**case["rows"]), folder / name, rank)
         (folder / f"{name}-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -92,13 +91,10 @@ def run(cases: dict[str, Case], ranks: int, folder: Path) -> Measured:
         for name, case in cases.items()
     }
     (folder / "cases.json").write_text(json.dumps(plain))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(port), str(folder)],
+            [sys.executable, str(SCRIPT), str(rank), str(folder)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

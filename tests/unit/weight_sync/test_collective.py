@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -12,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rl.rendezvous import open_port
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
 from megatron_rl.weight_sync.collective import CollectiveTransport
 from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
+from tests.meeting import HOST
 
 LIMIT = 400
 NAMES = ("a.b.weight", "a.c.weight", "a.d.weight")
@@ -28,21 +29,12 @@ def tensors() -> list[tuple[str, torch.Tensor]]:
 
 
 def member(port: int, rank: int, size: int, timeout_seconds: float) -> GroupMember:
-    return GroupMember("weights-test-0", "127.0.0.1", port, "gloo", size, rank, timeout_seconds)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return GroupMember("weights-test-0", HOST, port, "gloo", size, rank, timeout_seconds)
 
 
 def engine(mine: GroupMember, buckets_to_take: int, answer: Connection) -> None:
     """A process with a group of its own, as an engine has, that takes so many buckets."""
-    port = free_port()
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, timeout=timedelta(seconds=30)
-    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=30))
     group = process_group.join(mine)
     received: dict[str, str] = {}
     specs = [TensorSpec.of(name, tensor) for name, tensor in tensors()]
@@ -55,7 +47,7 @@ def engine(mine: GroupMember, buckets_to_take: int, answer: Connection) -> None:
 
 def run(buckets_to_take: list[int], timeout_seconds: float = 30.0) -> tuple[CollectiveTransport, list[Any]]:
     context = multiprocessing.get_context("spawn")
-    port, size = free_port(), 1 + len(buckets_to_take)
+    port, size = open_port(HOST), 1 + len(buckets_to_take)
     engines = []
     for rank, count in enumerate(buckets_to_take, start=1):
         ours, theirs = context.Pipe()
@@ -98,6 +90,6 @@ def test_an_engine_that_dies_on_the_way_is_noticed() -> None:
 
 
 def test_an_engine_that_does_not_come_is_noticed() -> None:
-    transport = CollectiveTransport(member(free_port(), 0, 2, 1.0), 0, LIMIT)
+    transport = CollectiveTransport(member(open_port(HOST), 0, 2, 1.0), 0, LIMIT)
     with pytest.raises(WeightsNotSent, match="not all engines came"):
         transport.connect()
