@@ -5,8 +5,10 @@
 
 Counted on a Qwen3 of four small layers in one process: operations and calls into torch of a training step, bytes that a
 batch takes on its way to the actor, bytes allocated to hand weights out, modules that the command line loads to show
-its help, and how unevenly 512 rows go to 64 replicas. (torch counts no operations in attention on a CPU, so fewer than
-are needed.) Passes through the model are asserted for every method by `tests/invariance/test_methods_layouts.py`.
+its help, how unevenly 512 rows go to 64 replicas, and, on a simulated clock with made-up rates
+(`scaling_simulator.py`), how long a step takes where rollouts are not synchronous. (torch counts no operations in
+attention on a CPU, so fewer than are needed.) Passes through the model are asserted for every method by
+`tests/invariance/test_methods_layouts.py`.
 """
 
 from __future__ import annotations
@@ -30,12 +32,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.batching import case, draw
 from benchmarks.machine import arguments
+from benchmarks.scaling import log_normal
+from benchmarks.scaling_check import MODES, QUICKSTART
+from benchmarks.scaling_simulator import Fleet, Rates, simulate
 from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.rows import Rows
 from megatron_rl.checkpoint.weight_map import export_hf_weights
+from megatron_rl.config import load_config
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.plan.flops import pass_flops
@@ -115,7 +121,18 @@ def count() -> dict[str, float]:
     found["bytes of a batch on its way to the actor, a token"] = len(pickle.dumps(batch, 5)) / batch.lengths.sum()
     found["modules loaded to show the help"] = modules_of_help()
     found["dearest of 64 replicas over their mean, 512 rows"] = 1 + case(draw(512, 0.6, 0), 64, 3e4)["imbalance"]
+    synchronous = simulated("synchronous")
+    for mode in list(MODES)[1:]:
+        found[f"a simulated step over a synchronous one, {mode}"] = simulated(mode) / synchronous
     return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def simulated(mode: str) -> float:
+    """Seconds of a step: 64 groups of uneven lengths on eight engines, and training that takes about as long."""
+    config = load_config(QUICKSTART, [*MODES[mode], "rollout.prompts_per_step=64", "train.steps=1000"])
+    rates = Rates(lambda rows, before: 1e-2 + 1e-4 * rows, lambda prefixes: 1e-5 * float(prefixes.sum()), 200.0)
+    steps = simulate(config, Fleet(8, rates), log_normal(8), lambda tokens: 5e-5 * tokens, 6)
+    return sum(step.whole for step in steps[2:])
 
 
 def modules_of_help() -> int:

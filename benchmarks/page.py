@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, RESULTS = ROOT / "docs/benchmarks.md", ROOT / "benchmarks/results"
+sys.path.insert(0, str(ROOT))
+
+PAGE, RESULTS, SCALING = ROOT / "docs/benchmarks.md", ROOT / "benchmarks/results", ROOT / "docs/scaling.svg"
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Found = dict[str, Any]
@@ -90,16 +93,28 @@ def start_up(found: Found) -> str:
 
 
 def scaling(found: Found) -> str:
-    names = ("synchronous", "over-sampled", "partial", "asynchronous", "rest")
-    rows = ([nodes, *(f"{times[name]:.0f}" for name in names)] for nodes, times in found["nodes"].items())
-    text = table(("nodes", *names[:-1], "all but rollouts"), rows)
-    checked = (
-        [f"{row['processes']}", row["schedule"], f"{row['simulated']:.2f}", f"{row['measured']:.2f}"]
-        for row in found["check"]
+    from benchmarks.scaling_picture import picture
+
+    picture(found["models"], SCALING)
+    modes = ("synchronous", "over-sampled", "partial", "asynchronous")
+    text = f"![seconds of a step against nodes, simulated]({SCALING.name})\n\n"
+    for model, by_nodes in found["models"].items():
+        rows = ([nodes, *(f"{times[name]:.0f}" for name in (*modes, "rest"))] for nodes, times in by_nodes.items())
+        text += table((f"{model}, nodes", *modes, "without rollouts"), rows) + "\n"
+    if not found["check"]:
+        return text
+    rows = (
+        [
+            f"{row['processes']}",
+            row["mode"],
+            *(f"{row[key]:.2f}" for key in ("predicted", "measured")),
+            f"{row['measured'] / row['predicted']:.2f}",
+            *(f"{row[key]:.2f}" for key in ("predicted_rollout", "measured_rollout")),
+        ]
+        for row in found["check"]["runs"]
     )
-    if found["check"]:
-        text += "\n" + table(("processes that sleep", "schedule", "simulated s", "measured s"), checked)
-    return text
+    head = ("engines and replicas", "real runs", "step predicted s", "measured s", "measured / predicted")
+    return text + table((*head, "waiting for rollouts, predicted s", "measured s"), rows)
 
 
 TABLES: dict[str, Callable[[Found], str]] = {

@@ -1,0 +1,281 @@
+"""A run on a clock of its own: the product decides what engines are asked and when, engines and actor only take time.
+
+`simulate` goes through the product's own `roll_out` (`megatron_rl/rollout/refill.py`), step after step: over-sampling,
+what goes on at the next step, the bound on staleness and asynchronous rollouts are not written down again here. In
+place of engines stands `Fleet`: every response has a length from the start, and a token of each takes what `Rates` say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.config import Config
+from megatron_rl.data.cursor import Cursor
+from megatron_rl.rollout.backlog import Backlog
+from megatron_rl.rollout.refill import roll_out
+
+STRIDE = 128
+"""Most tokens decoded at one pace: it falls as contexts grow."""
+
+Lengths = np.ndarray
+"""[responses of a group], int."""
+LengthsOf = Callable[[int], Lengths]
+"""Of the prompt of a row; always the same ones."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of an engine."""
+
+    decode: Callable[[int, float], float]
+    """A decoding step of so many responses, with so many tokens before it on average."""
+    read: Callable[[np.ndarray], float]
+    """Prefixes of these lengths."""
+    prompt: float
+    """Tokens of a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """In the place of a `Generation`: as many tokens, none of them real."""
+
+    length: int
+    done: int
+    weight_version: int
+
+    @property
+    def token_ids(self) -> range:
+        return range(self.done)
+
+    @property
+    def finish_reason(self) -> str:
+        return "stop" if self.done >= self.length else "abort"
+
+    @property
+    def weight_versions(self) -> list[int]:
+        return [self.weight_version]
+
+
+class Engine:
+    """Rows of responses, those of a request side by side."""
+
+    def __init__(self) -> None:
+        self.length = self.done = self.request = self.version = np.zeros(0, dtype=np.int64)
+        self.quota = 0
+        """Whole groups after which an embedded engine stops."""
+        self.tokens, self.pace, self.reading = 0, 0.0, 0.0
+        """Of the present stride: tokens of each response, seconds of each; and seconds of prefixes before it."""
+
+    def add(self, number: int, length: Lengths, done: np.ndarray, version: np.ndarray) -> None:
+        self.length, self.done = np.append(self.length, length), np.append(self.done, done)
+        self.request = np.append(self.request, np.full(len(length), number))
+        self.version = np.append(self.version, version)
+
+    def remove(self, number: int) -> list[Response]:
+        mine = self.request == number
+        rows = zip(self.length[mine].tolist(), self.done[mine].tolist(), self.version[mine].tolist(), strict=True)
+        responses = [Response(*row) for row in rows]
+        self.length, self.done, self.request, self.version = (
+            values[~mine] for values in (self.length, self.done, self.request, self.version)
+        )
+        return responses
+
+    def plan(self, rates: Rates) -> float:
+        """Seconds to where the next response ends; infinite where none goes on."""
+        alive = self.done < self.length
+        if not alive.any():
+            return np.inf
+        self.tokens = int(min(STRIDE, (self.length - self.done)[alive].min()))
+        before = rates.prompt + self.done[alive].mean() + self.tokens / 2
+        self.pace = rates.decode(int(alive.sum()), float(before))
+        return self.reading + self.tokens * self.pace
+
+    def go_on(self, left: float) -> None:
+        """Up to where so many seconds of the stride are left."""
+        if not np.isfinite(left):
+            return
+        tokens = self.tokens - min(self.tokens, int(np.ceil(left / self.pace - 1e-9)))
+        self.reading = max(0.0, left - self.tokens * self.pace)
+        self.done = np.where(self.done < self.length, self.done + tokens, self.done)
+
+    def whole(self) -> list[int]:
+        """Requests whose responses have all ended."""
+        goes_on = self.done < self.length
+        whole: list[int] = np.setdiff1d(self.request[~goes_on], self.request[goes_on]).tolist()
+        return whole
+
+
+class Fleet:
+    """What `Engines` is to the product, and the actor's ranks; `cores`, where all of them share so many."""
+
+    def __init__(
+        self, engines: int, rates: Rates, *, embedded: bool = False, ranks: int = 1, cores: float = np.inf
+    ) -> None:
+        self.embedded, self.rates, self.ranks, self.cores = embedded, rates, ranks, cores
+        self.engines = [Engine() for _ in range(engines)]
+        self.left = np.full(engines + 1, np.inf)
+        """Seconds of work until something happens, alone on a core: of each engine, and of the actor."""
+        self.now, self.weight_version = 0.0, 0
+        self.answers: dict[int, list[Response]] = {}
+        self.submitted = 0
+
+    def submit(
+        self, prompts: Sequence[Lengths], sampling: Any, begun: Sequence[Sequence[Response]], enough: int | None = None
+    ) -> list[int]:
+        """As the product's: round and round to embedded engines, each of which stops at its share; to servers where
+        fewest are."""
+        first, self.submitted, count = self.submitted, self.submitted + len(prompts), len(self.engines)
+        for i, engine in enumerate(self.engines):
+            self._settle(i)
+            engine.quota = len(prompts[i::count]) if enough is None else len(range(i, enough, count))
+        load = [len(np.unique(engine.request)) for engine in self.engines]
+        for i, (length, before) in enumerate(zip(prompts, begun, strict=True)):
+            place = i % count if self.embedded else int(np.argmin(load))
+            load[place] += 1
+            done = np.array([response.done for response in before] or np.zeros_like(length))
+            version = [response.weight_version for response in before] or [self.weight_version] * len(length)
+            self.engines[place].add(first + i, length, done, np.array(version))
+            prefixes = (self.rates.prompt + done)[done < length] if before else np.array([self.rates.prompt])
+            self.engines[place].reading += self.rates.read(prefixes)
+        for i in range(count):
+            self._plan(i)
+        return list(range(first, self.submitted))
+
+    def wait(self, numbers: Iterable[int]) -> set[int]:
+        numbers = set(numbers)
+        while len(there := numbers & self.answers.keys()) < (len(numbers) if self.embedded else min(1, len(numbers))):
+            self._advance()
+        return there
+
+    def take(self, number: int) -> list[Response]:
+        return self.answers.pop(number)
+
+    def cut(self, numbers: Collection[int]) -> None:
+        if not numbers:
+            return
+        for i, engine in enumerate(self.engines):
+            self._settle(i)
+            engine.reading = 0.0
+            self._answer(engine, np.unique(engine.request).tolist())
+            self._plan(i)
+
+    def train(self, seconds: float) -> None:
+        """The actor's ranks are at work, beside engines that have something to do; each for so long on its own."""
+        self.left[-1] = seconds
+        while np.isfinite(self.left[-1]):
+            self._advance()
+
+    def update_weights(self, version: int) -> None:
+        """Servers pause in the middle of their responses; embedded engines end their batches first."""
+        while self.embedded and np.isfinite(self.left).any():
+            self._advance()
+        self.weight_version = version
+
+    def _advance(self) -> None:
+        """To the next thing that happens. Those at work get equal parts of the cores."""
+        at_work = np.isfinite(self.left)
+        if not at_work.any():
+            raise RuntimeError("nobody is at work on what is waited for")
+        speed = min(1.0, self.cores / (int(at_work[:-1].sum()) + self.ranks * bool(at_work[-1])))
+        i = int(self.left.argmin())
+        seconds = float(self.left[i])
+        self.left -= seconds
+        self.now += seconds / speed
+        if i == len(self.engines):
+            self.left[i] = np.inf
+            return
+        engine = self.engines[i]
+        self._settle(i)
+        whole = engine.whole()
+        if not self.embedded:
+            self._answer(engine, whole)
+        elif len(whole) >= engine.quota:
+            self._answer(engine, np.unique(engine.request).tolist())
+        self._plan(i)
+
+    def _settle(self, i: int) -> None:
+        self.engines[i].go_on(float(self.left[i]))
+
+    def _plan(self, i: int) -> None:
+        self.left[i] = self.engines[i].plan(self.rates)
+
+    def _answer(self, engine: Engine, numbers: Iterable[int]) -> None:
+        self.answers |= {number: engine.remove(number) for number in numbers}
+
+
+class Prompts:
+    """One for every row."""
+
+    def __init__(self, lengths_of: LengthsOf) -> None:
+        self.lengths_of = lengths_of
+
+    def __getitem__(self, row: int) -> Lengths:
+        return self.lengths_of(row)
+
+
+class SimulatedRun:
+    """What `roll_out` asks of a `Run`."""
+
+    replay = None
+
+    def __init__(self, config: Config, fleet: Fleet, lengths_of: LengthsOf) -> None:
+        self.config, self.engines, self.weight_version = config, fleet, 0
+        self.backlog, self.cursor = Backlog(), Cursor(2**20, seed=0, shuffle=False)
+        tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
+        self.inputs = SimpleNamespace(train=SimpleNamespace(prompts=Prompts(lengths_of)), tokenizer=tokenizer)
+
+    @property
+    def keeps_rollouts(self) -> bool:
+        return self.config.rollout.max_staleness > 0
+
+    @property
+    def versions_late(self) -> int:
+        return self.config.rollout.max_staleness * self.config.train.updates_per_rollout
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def sampling(self, step: int, draw: int) -> None: ...
+
+    def grade(self, samples: Sequence[Any]) -> None: ...
+
+    def check_grades(self, samples: Sequence[Any]) -> dict[str, float]:
+        return {}
+
+    def shaped(self, samples: Sequence[Any]) -> list[float]:
+        return [0.0] * len(samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Seconds, as the driver sees them."""
+
+    whole: float
+    rollout: float
+    """Of it, waiting for engines until the step has its groups."""
+
+
+def simulate(
+    config: Config,
+    fleet: Fleet,
+    lengths_of: LengthsOf,
+    rest: Callable[[int], float],
+    steps: int,
+) -> list[Step]:
+    """rest: seconds of each rank besides rollouts, at a step with so many response tokens."""
+    run, found = SimulatedRun(config, fleet, lengths_of), []
+    for step in range(1, steps + 1):
+        start = fleet.now
+        samples = roll_out(run, step).samples  # type: ignore[arg-type]
+        sampled = fleet.now
+        fleet.train(rest(sum(len(sample.generation.token_ids) for sample in samples)))
+        run.weight_version += config.train.updates_per_rollout
+        fleet.update_weights(run.weight_version)
+        found.append(Step(fleet.now - start, sampled - start))
+    return found
