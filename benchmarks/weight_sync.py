@@ -200,9 +200,10 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, ans
 
 
 def receive(groups: list[Any], specs: list[list[TensorSpec]], held: dict[str, torch.Tensor]) -> None:
+    buffer = torch.empty(BUCKET, dtype=torch.uint8)
     for group, stage in zip(groups, specs, strict=False):
         for bucket in bucket_specs(stage, BUCKET):
-            flat = torch.empty(sum(spec.nbytes for spec in bucket), dtype=torch.uint8)
+            flat = buffer[: sum(spec.nbytes for spec in bucket)]
             dist.broadcast(flat, group=group, group_src=0)
             for name, tensor in unflatten(flat, bucket):
                 held[name].copy_(tensor)

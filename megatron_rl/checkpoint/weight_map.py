@@ -45,7 +45,8 @@ def import_values(
 def export_hf_weights(
     model: Stage, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """This pipeline stage's tensors under their Hugging Face names, whole, one at a time, each with its own memory.
+    """This pipeline stage's tensors under their Hugging Face names, whole, one at a time. They may be views of what is
+    exported, to be used before it changes: memory that is new costs a large model more than the copy into it.
 
     Collective over the ranks that share a layer, its experts included: every one of them must exhaust the iterator, and
     gets every tensor. `values`: tensors to export in place of the parameters (a snapshot, optimizer moments), by
@@ -61,14 +62,7 @@ def export_hf_weights(
             raise ValueError(f"value for {name} has shape {tuple(local.shape)}, not {tuple(parameter.shape)}")
         for place, shards in _gathered(architecture, entry, local):
             whole = join(entry.rule.kind, shards, architecture)
-            yield from ((hf_name, _own(tensor, local)) for hf_name, tensor in zip(place.hf_names, whole, strict=True))
-
-
-def _own(tensor: Tensor, local: Tensor) -> Tensor:
-    """With memory that is nothing else's: neither the model's nor part of a larger tensor. Copied where it is not."""
-    storage = tensor.untyped_storage()
-    shared = storage.data_ptr() == local.untyped_storage().data_ptr() or storage.nbytes() != tensor.nbytes
-    return tensor.clone() if shared else tensor.contiguous()
+            yield from zip(place.hf_names, whole, strict=True)
 
 
 def _gathered(architecture: Architecture, entry: Entry, local: Tensor) -> Iterator[tuple[Entry, list[Tensor]]]:

@@ -57,9 +57,12 @@ def _portions(items: Iterable[T], size_and_type: Callable[[T], tuple[int, object
         yield portion
 
 
-def flatten(bucket: list[tuple[str, Tensor]]) -> Tensor:
-    """[bytes], uint8: the tensors one behind the other."""
-    return torch.cat([tensor.contiguous().reshape(-1).view(torch.uint8) for _, tensor in bucket])
+def flatten(bucket: list[tuple[str, Tensor]], into: Tensor | None = None) -> Tensor:
+    """[bytes], uint8: the tensors one behind the other; at the beginning of `into` where they fit there."""
+    pieces = [tensor.contiguous().reshape(-1).view(torch.uint8) for _, tensor in bucket]
+    total = sum(piece.numel() for piece in pieces)
+    fits = into is not None and total <= into.numel()
+    return torch.cat(pieces, out=into[:total] if fits and into is not None else None)
 
 
 def unflatten(flat: Tensor, specs: Iterable[TensorSpec]) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import bucketed, flatten
@@ -29,11 +30,13 @@ class CollectiveTransport:
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
         total = 0
+        buffer: Tensor | None = None  # of the largest bucket so far: new memory costs more than the copy into it
         for bucket in bucketed(tensors, self.bucket_bytes):
             if taker:
                 for name, tensor in bucket:
                     taker.add(name, tensor)
-            flat = flatten(bucket)
+            flat = flatten(bucket, into=buffer)
+            buffer = flat if buffer is None or flat.numel() > buffer.numel() else buffer
             try:
                 dist.broadcast(flat, group=self._group, group_src=0)
             except RuntimeError as error:

@@ -16,8 +16,11 @@ def named(shapes: list[tuple[list[int], torch.dtype]]) -> list[tuple[str, torch.
     return [(f"t{i}", torch.randn(shape).to(dtype)) for i, (shape, dtype) in enumerate(shapes)]
 
 
-@given(tensors, st.integers(1, 200))
-def test_both_sides_cut_alike_and_nothing_is_lost(shapes: list[tuple[list[int], torch.dtype]], limit: int) -> None:
+@given(tensors, st.integers(1, 200), st.sampled_from([None, 1, 40, 1000]))
+def test_both_sides_cut_alike_and_nothing_is_lost(
+    shapes: list[tuple[list[int], torch.dtype]], limit: int, room: int | None
+) -> None:
+    into = None if room is None else torch.empty(room, dtype=torch.uint8)
     sent = named(shapes)
     buckets = list(bucketed(iter(sent), limit))
     specs = bucket_specs([TensorSpec.of(name, tensor) for name, tensor in sent], limit)
@@ -26,7 +29,9 @@ def test_both_sides_cut_alike_and_nothing_is_lost(shapes: list[tuple[list[int], 
     for bucket, part in zip(buckets, specs, strict=True):
         assert len(bucket) == 1 or sum(tensor.nbytes for _, tensor in bucket) <= limit
         assert len({tensor.dtype for _, tensor in bucket}) == 1
-        flat = flatten(bucket)
+        flat = flatten(bucket, into)
+        if into is not None and flat.nbytes:
+            assert (flat.data_ptr() == into.data_ptr()) is (flat.nbytes <= into.nbytes)
         assert flat.nbytes == sum(spec.nbytes for spec in part)
         for (name, tensor), (other_name, other) in zip(bucket, unflatten(flat, part), strict=True):
             assert name == other_name and tensor.shape == other.shape and torch.equal(tensor, other)
