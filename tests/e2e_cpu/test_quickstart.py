@@ -70,10 +70,18 @@ def test_lp_reg_selects(learned: Finished) -> None:
     assert np.mean(values(learned, "lpreg/selected_fraction")) > 0.001
 
 
+def last_recorded(run: Finished, kind: str) -> str:
+    """Every tenth step but those at which recording had cost too large a share of the time: on a busy machine, some."""
+    names = sorted(path.name for path in (run.folder / kind).iterdir())
+    assert names[0] == "step_000001.parquet" and {int(name[5:11]) for name in names} <= {1, 10, 20, 30, 40}
+    return names[-1]
+
+
 def test_candidates_are_recorded(learned: Finished) -> None:
     """Of the policy after the step: it hardly differs from the one that sampled."""
-    rows = pq.read_table(learned.folder / "candidates/step_000010.parquet").to_pylist()
-    rollouts = pq.read_table(learned.folder / "rollouts/step_000010.parquet").to_pylist()
+    last = last_recorded(learned, "candidates")
+    rows = pq.read_table(learned.folder / "candidates" / last).to_pylist()
+    rollouts = pq.read_table(learned.folder / "rollouts" / last).to_pylist()
     assert len(rows) > 50
     for row in rows:
         p = np.exp(row["candidate_log_probs"])
@@ -108,7 +116,7 @@ def test_the_run_folder_holds_what_was_promised(learned: Finished) -> None:
         "engine-0.log",
     }
     assert load_config(folder / "config.yaml", []).run.name == "learned"
-    rollouts = pq.read_table(folder / "rollouts/step_000010.parquet").to_pylist()
+    rollouts = pq.read_table(folder / "rollouts" / last_recorded(learned, "rollouts")).to_pylist()
     assert len(rollouts) == 128
     assert all(len(row["token_ids"]) == len(row["log_probs"]) == len(row["entropy"]) for row in rollouts)
 
