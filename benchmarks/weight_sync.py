@@ -166,7 +166,7 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, ans
 
     together = Together(port, layout.world_size + 1)
     own = TransformersEngine(model, "cpu", "bfloat16")
-    held = own.model.state_dict()
+    held, buffer = own.model.state_dict(), torch.zeros(BUCKET, dtype=torch.uint8)
     stages = layout.world_size // layout.pipeline
     first = [stage * stages for stage in range(layout.pipeline)]
     specs = [[TensorSpec(n, d, tuple(s)) for n, d, s in json.loads(together.store.get(f"specs-{r}"))] for r in first]
@@ -179,7 +179,7 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, ans
                 together.meet()
                 if transport == "gloo":
                     groups = [process_group.join(member) for member in members(together, layout.pipeline, 1)]
-            push = together.timed(lambda g=groups: receive(g, specs, held))
+            push = together.timed(lambda g=groups: receive(g, specs, held, buffer))
             names = [f"parts-{transport}-{version}-{rank}" for rank in first]
             parts = tuple(Path(part) for name in names for part in json.loads(together.store.get(name)))
             take = together.timed(lambda v=version, p=parts: own.update_weights(FolderUpdate(v, p)) if p else None)
@@ -199,8 +199,9 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, ans
     answer.put({"bytes": total, "bare": bare, "seconds": {name: min(values) for name, values in seconds.items()}})
 
 
-def receive(groups: list[Any], specs: list[list[TensorSpec]], held: dict[str, torch.Tensor]) -> None:
-    buffer = torch.empty(BUCKET, dtype=torch.uint8)
+def receive(
+    groups: list[Any], specs: list[list[TensorSpec]], held: dict[str, torch.Tensor], buffer: torch.Tensor
+) -> None:
     for group, stage in zip(groups, specs, strict=False):
         for bucket in bucket_specs(stage, BUCKET):
             flat = buffer[: sum(spec.nbytes for spec in bucket)]
@@ -210,20 +211,20 @@ def receive(groups: list[Any], specs: list[list[TensorSpec]], held: dict[str, to
 
 
 def bare_file(path: Path, held: dict[str, torch.Tensor]) -> float:
-    """All bytes written to a file from one buffer after the other, and copied from the mapped file into memory."""
+    """All bytes written to a file, which then replaces the last one, and copied from the mapped file into memory."""
     buffers = [tensor.contiguous().view(torch.uint8).numpy() for tensor in held.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    with path.open("wb") as file:
+    fresh = path.with_suffix(".new")
+    with fresh.open("wb") as file:
         for buffer in buffers:
             file.write(memoryview(buffer.reshape(-1)))
+    fresh.replace(path)
     mapped, place = np.memmap(path, dtype=np.uint8, mode="r"), 0
     for buffer in buffers:
         buffer.reshape(-1)[:] = mapped[place : place + buffer.nbytes]
         place += buffer.nbytes
-    seconds = time.perf_counter() - start
-    path.unlink()
-    return seconds
+    return time.perf_counter() - start
 
 
 def measure(layout: Layout, model: Path) -> dict[str, Any]:

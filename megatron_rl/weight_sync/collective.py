@@ -20,6 +20,8 @@ class CollectiveTransport:
     def __init__(self, member: GroupMember, stage: int, bucket_bytes: int) -> None:
         self.member, self.stage, self.bucket_bytes = member, stage, bucket_bytes
         self._group: dist.ProcessGroup | None = None
+        self._buffer: Tensor | None = None
+        """Where buckets are put together on a CPU: new memory costs more than the copy. On a GPU torch keeps its own."""
 
     def connect(self) -> None:
         """Returns when all engines have joined. Raises WeightsNotSent when one does not."""
@@ -30,13 +32,13 @@ class CollectiveTransport:
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
         total = 0
-        buffer: Tensor | None = None  # of the largest bucket so far: new memory costs more than the copy into it
         for bucket in bucketed(tensors, self.bucket_bytes):
             if taker:
                 for name, tensor in bucket:
                     taker.add(name, tensor)
-            flat = flatten(bucket, into=buffer)
-            buffer = flat if buffer is None or flat.numel() > buffer.numel() else buffer
+            flat = flatten(bucket, into=self._buffer)
+            if flat.device.type == "cpu" and (self._buffer is None or flat.numel() > self._buffer.numel()):
+                self._buffer = flat
             try:
                 dist.broadcast(flat, group=self._group, group_src=0)
             except RuntimeError as error:
@@ -47,4 +49,4 @@ class CollectiveTransport:
     def close(self) -> None:
         if self._group is not None:
             process_group.leave(self._group)
-            self._group = None
+            self._group = self._buffer = None
