@@ -21,7 +21,7 @@ class CollectiveTransport:
         self.member, self.stage, self.bucket_bytes = member, stage, bucket_bytes
         self._group: dist.ProcessGroup | None = None
         self._buffer: Tensor | None = None
-        """Where buckets are put together on a CPU: new memory costs more than the copy. On a GPU torch keeps its own."""
+        """Where buckets are put together on a CPU: new memory costs more than the copy. On a GPU torch keeps it."""
 
     def connect(self) -> None:
         """Returns when all engines have joined. Raises WeightsNotSent when one does not."""
