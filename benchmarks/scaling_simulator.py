@@ -129,21 +129,27 @@ class Fleet:
         self, prompts: Sequence[Lengths], sampling: Any, begun: Sequence[Sequence[Response]], enough: int | None = None
     ) -> list[int]:
         """As the product's: round and round to embedded engines, each of which stops at its share; to servers where
-        fewest are."""
+        fewest are. Servers read the prefixes of new requests alone, an embedded engine those of a batch."""
         first, self.submitted, count = self.submitted, self.submitted + len(prompts), len(self.engines)
         for i, engine in enumerate(self.engines):
             self._settle(i)
             engine.quota = len(prompts[i::count]) if enough is None else len(range(i, enough, count))
         load = [len(np.unique(engine.request)) for engine in self.engines]
+        prefixes: list[list[int]] = [[] for _ in self.engines]
+        gone_on = {i % count for i, before in enumerate(begun) if before} if self.embedded else set()
         for i, (length, before) in enumerate(zip(prompts, begun, strict=True)):
             place = i % count if self.embedded else int(np.argmin(load))
             load[place] += 1
             done = np.array([response.done for response in before] or np.zeros_like(length))
             version = [response.weight_version for response in before] or [self.weight_version] * len(length)
             self.engines[place].add(first + i, length, done, np.array(version))
-            prefixes = (self.rates.prompt + done)[done < length] if before else np.array([self.rates.prompt])
-            self.engines[place].reading += self.rates.read(prefixes)
-        for i in range(count):
+            rows = (self.rates.prompt + done)[done < length].tolist()
+            prefixes[place] += rows if before or place in gone_on else rows[:1]  # a fresh prompt is read once
+        for i, lengths in enumerate(prefixes):
+            if i in gone_on:
+                lengths = [max(lengths)] * len(lengths)  # rows of a batch are padded to the longest
+            if lengths:
+                self.engines[i].reading += self.rates.read(np.array(lengths))
             self._plan(i)
         return list(range(first, self.submitted))
 
