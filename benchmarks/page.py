@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -114,7 +115,9 @@ def scaling(found: Found) -> str:
         for row in found["check"]["runs"]
     )
     head = ("engines and replicas", "real runs", "step predicted s", "measured s", "measured / predicted")
-    return text + table((*head, "waiting for rollouts, predicted s", "measured s"), rows)
+    over = sorted(row["measured"] / row["predicted"] for row in found["check"]["runs"])
+    said = f"\nMeasured over predicted: {over[0]:.2f} to {over[-1]:.2f}, the median {statistics.median(over):.2f}.\n"
+    return text + table((*head, "waiting for rollouts, predicted s", "measured s"), rows) + said
 
 
 TABLES: dict[str, Callable[[Found], str]] = {
