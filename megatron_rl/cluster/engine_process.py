@@ -1,4 +1,6 @@
-"""One engine's place in a run: the process that is there, and the one that replaces it when it is lost."""
+"""One engine's place in a run: the process that is there, and the one that replaces it when it is lost.
+
+The router (`rollout.server.router`) is looked after in the same way."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any, Literal
 import ray
 
 from megatron_rl.rollout.engine import EngineLost
+from megatron_rl.rollout.server import Address
 
 FIRST_BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 1.0, 60.0
 CLOSE_SECONDS = 15.0
@@ -20,14 +23,19 @@ class EngineProcess:
     stale: it has started, but not the weights of the run.
     """
 
-    def __init__(self, number: int, make: Callable[[], Any], say: Callable[[str], None]) -> None:
-        """make: a fresh process, hosting an engine that was not started yet."""
+    def __init__(
+        self, number: int, make: Callable[[], Any], say: Callable[[str], None], name: str | None = None
+    ) -> None:
+        """make: a fresh process, hosting an engine that was not started yet. name: for people."""
         self.number, self._make, self._say = number, make, say
+        self.name = name or f"engine {number}"
         self.state: Literal["starting", "stale", "serving", "lost"] = "lost"
         self.losses = 0
         """In a row, without serving in between."""
         self.agrees = False
         """Whether this process was found to keep the log-prob contract."""
+        self.address: Address | None = None
+        """Of its server, once it has started."""
         self._retry_at = 0.0
         self.launch()
 
@@ -47,7 +55,7 @@ class EngineProcess:
     def serve(self) -> None:
         """It has started, and has the weights of the run."""
         if self.losses:
-            self._say(f"engine {self.number} serves again")
+            self._say(f"{self.name} serves again")
         self.state, self.losses = "serving", 0
 
     def lose(self, why: object) -> None:
@@ -55,7 +63,7 @@ class EngineProcess:
         if self.state == "lost":
             return
         wait = min(FIRST_BACK_OFF_SECONDS * 2**self.losses, LONGEST_BACK_OFF_SECONDS) if self.losses else 0.0
-        self._say(f"engine {self.number} is lost, another takes its place: {why}")
+        self._say(f"{self.name} is lost, another takes its place: {why}")
         self.state = "lost"
         self.losses += 1
         self._retry_at = time.monotonic() + wait

@@ -11,12 +11,14 @@ from typing import Any
 
 import ray
 
+from megatron_rl.cluster.engine_hosts import host_engine, host_router, log_file
 from megatron_rl.cluster.engine_process import EngineProcess, loss
-from megatron_rl.cluster.runtime import HostedAsync, Nodes, host_process, patience, results
+from megatron_rl.cluster.routing import Routing
+from megatron_rl.cluster.runtime import Nodes, patience, results
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import UpdateFailed
-from megatron_rl.rollout.server import ServerLaunch
+from megatron_rl.rollout.server import UNSYNCED, ServerLaunch
 from megatron_rl.types import Generation, Prompt, SamplingParams
 from megatron_rl.weight_sync.checksums import WeightsDamaged
 
@@ -75,8 +77,14 @@ class Engines:
         """Gives the weights of the run to engines that are stale."""
         self._served_at = time.monotonic()
         self._engines = [
-            EngineProcess(i, partial(_make, rollout, launch, logs, nodes, i), say) for i in range(rollout.engines)
+            EngineProcess(i, partial(host_engine, rollout, launch, logs, nodes, i), say) for i in range(rollout.engines)
         ]
+        self._routing: Routing | None = None
+        self._losses: dict[ray.ObjectRef, EngineProcess] = {}
+        """With a router: what each engine answers when it is lost, as it may be asked for nothing else."""
+        if rollout.server.router:
+            router = EngineProcess(len(self._engines), partial(host_router, rollout, logs, nodes), say, "the router")
+            self._routing = Routing(router, self.ask)
         self._start(logs)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Generation]]:
@@ -134,13 +142,13 @@ class Engines:
         self._cutting = False
 
     def _dispatch(self) -> None:
-        """Queued requests to engines that serve: to the embedded ones in as few batches as can be, to a server each by
-        itself, as it batches them better."""
+        """Queued requests to engines that serve: to the embedded ones in as few batches as can be, to a server or to
+        the router each by itself, as servers batch them better."""
         if self._cutting:
             self._answers |= {request.number: list(request.begun) for request in self._queue}
             self._queue = []
         serving = self._serving
-        if not serving or not self._queue:
+        if not serving or not self._queue or not self._routed:
             return
         queue, self._queue = self._queue, []
         if self.embedded:
@@ -148,6 +156,10 @@ class Engines:
             for i, engine in enumerate(serving):
                 share = None if enough is None else len(range(i, enough, len(serving)))
                 self._call(engine, queue[i :: len(serving)], share)
+            return
+        if self._routing:
+            for request in queue:
+                self._call(self._routing.router, [request])
             return
         busy = {engine.number: 0 for engine in serving}
         for call in self._calls.values():
@@ -170,8 +182,8 @@ class Engines:
 
     def _poll(self) -> bool:
         """Wait a moment for anything to happen, and act on it. Returns whether something did."""
-        starting = {engine.started: engine for engine in self._engines if engine.state == "starting"}
-        refs = [*self._calls, *starting]
+        starting = {process.started: process for process in self._processes if process.state == "starting"}
+        refs = [*self._calls, *starting, *self._losses]
         if not refs:
             time.sleep(POLL_SECONDS)
         elif ray.wait(refs, timeout=POLL_SECONDS)[0]:
@@ -183,9 +195,13 @@ class Engines:
                 self._started(starting[ref])
             elif ref in self._calls:  # not given up with its engine a moment ago
                 self._answered(ref)
+            elif ref in self._losses:
+                self._ended(ref)
         if self.stale:
             self.refresh()
         self._replace_lost()
+        if self._routing:
+            self._routing.refresh()
         self._dispatch()
         return bool(refs)
 
@@ -200,13 +216,21 @@ class Engines:
         for request, group in zip(call.requests, groups, strict=True):
             self._answers[request.number] = group
 
-    def _started(self, engine: EngineProcess) -> None:
+    def _started(self, process: EngineProcess) -> None:
         try:
-            results([engine.started])
+            process.address = results([process.started])[0]
         except Exception as error:
-            self._lose(engine, error)
-        else:
-            engine.state = "stale"
+            self._lose(process, error)
+            return
+        process.state = "stale"
+        if self._routing and process is not self._routing.router:
+            self._losses[process.call("until_lost")] = process
+
+    def _ended(self, loss: ray.ObjectRef) -> None:
+        try:
+            results([loss])
+        except Exception as error:
+            self._lose(self._losses[loss], error)
 
     def _lose(self, engine: EngineProcess, error: Exception) -> None:
         """Raises the error unless it says that the engine is lost."""
@@ -217,38 +241,48 @@ class Engines:
         for ref, call in list(self._calls.items()):
             if call.engine is engine:
                 self._queue += self._calls.pop(ref).requests
+        self._losses = {ref: process for ref, process in self._losses.items() if process is not engine}
 
     def _serve_as_they_are(self) -> None:
         """Without a trainer: the weights are those of the folder that the engines were started from."""
-        for engine in self.ask(self.stale, "resume"):
-            engine.serve()
+        self.resume(self.stale, UNSYNCED)
 
     def _replace_lost(self) -> None:
-        if self._serving:
+        if self._serving and self._routed:
             self._served_at = time.monotonic()
         elif time.monotonic() - self._served_at > self._outage_seconds:
             raise EnginesLost(
                 f"no engine could be brought back for {self._outage_seconds:g} s (rollout.server.outage_seconds); "
                 "their logs say why"
             )
-        for engine in self._engines:
-            engine.launch_when_due()
+        for process in self._processes:
+            process.launch_when_due()
+
+    @property
+    def _processes(self) -> list[EngineProcess]:
+        """The router comes first: it starts in a moment, or not at all."""
+        return [*([self._routing.router] if self._routing else []), *self._engines]
+
+    @property
+    def _routed(self) -> bool:
+        """Whether requests can be sent, as far as that depends on a router."""
+        return self._routing is None or self._routing.router.state == "serving"
 
     @property
     def _serving(self) -> list[EngineProcess]:
         return [engine for engine in self._engines if engine.state == "serving"]
 
     def _start(self, logs: Path) -> None:
-        for engine in self._engines:
+        for process in self._processes:
             try:
-                results([engine.started])
+                results([process.started])
             except Exception as error:
                 if (why := loss(error)) is None:
                     raise
                 raise UserError(
-                    f"engine {engine.number} did not start: {why}. Its log: {_log(logs, engine.number)}"
+                    f"{process.name} did not start: {why}. Its log: {log_file(logs, process.name)}"
                 ) from error
-            engine.state = "stale"
+            self._started(process)
 
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> dict[EngineProcess, list[list[Generation]]]:
         """What each engine that serves answers to the same request, beside whatever else it is asked."""
@@ -284,31 +318,21 @@ class Engines:
                     self._lose(engine, error)
         return answers
 
+    def pause(self, engines: Iterable[EngineProcess]) -> list[EngineProcess]:
+        """Nothing is generated by these from here on until `resume`. Returns those that are left."""
+        engines = list(engines)
+        if self._routing:
+            self._routing.pause(engines)
+        return list(self.ask(engines, "pause"))
+
+    def resume(self, engines: Iterable[EngineProcess], version: int) -> None:
+        """These have the weights of this version, as have all others that serve."""
+        resumed = list(self.ask(engines, "resume"))
+        for engine in resumed:
+            engine.serve()
+        if self._routing:
+            self._routing.resume(resumed, version)
+
     def close(self) -> None:
-        for engine in self._engines:
-            engine.end()
-
-
-def _make(rollout: RolloutSettings, launch: ServerLaunch, logs: Path, nodes: Nodes, number: int) -> Any:
-    if rollout.engine == "transformers":
-        target = "megatron_rl.rollout.transformers_engine:TransformersEngine"
-        arguments: tuple[Any, ...] = (launch.model_folder, launch.device, launch.dtype)
-    else:
-        target = "megatron_rl.rollout.http_engine:HttpEngine"
-        url = rollout.server.urls[number] if rollout.server.urls else None
-        arguments = (rollout.engine, rollout.server, launch, url)
-    placement = nodes.placement
-    return host_process(
-        target,
-        arguments,
-        log_file=_log(logs, number),
-        nodes=nodes,
-        node=placement.engines[number],
-        gpus=placement.engine_gpus,
-        devices=nodes.engine_devices(number),
-        **({} if rollout.engine == "transformers" else {"hosted": HostedAsync}),
-    )
-
-
-def _log(logs: Path, number: int) -> Path:
-    return logs / f"engine-{number}.log"
+        for process in self._processes:
+            process.end()

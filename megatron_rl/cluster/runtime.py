@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray.util import get_node_ip_address, placement_group, remove_placement_group
+from ray.util import get_node_ip_address, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_rl.cluster.placement import Placement
@@ -54,6 +54,13 @@ class Nodes:
     @property
     def many(self) -> bool:
         return len(self.bundles) > 1
+
+    def address(self, node: int) -> str:
+        """Where its processes are reached by the others of this run."""
+        if not self.many:
+            return "127.0.0.1"
+        name = placement_group_table(self.group)["bundles_to_node_id"][self.bundles[node]]
+        return next(str(there["NodeManagerAddress"]) for there in ray.nodes() if there["NodeID"] == name)
 
     def engine_devices(self, number: int) -> str | None:
         """CUDA_VISIBLE_DEVICES of an engine that shares its GPUs with the actor; None where it has GPUs of its own."""
@@ -181,6 +188,7 @@ def host_process(
     nodes: Nodes,
     node: int,
     gpus: int,
+    cpus: int = 1,
     devices: str | None = None,
     hosted: type[Hosted] = Hosted,
 ) -> Any:
@@ -193,7 +201,7 @@ def host_process(
         gpus = 0
         environment |= {"CUDA_VISIBLE_DEVICES": devices, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     actor = ray.remote(concurrency_groups={BACKGROUND: 1})(hosted).options(  # type: ignore[call-overload]
-        num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": environment}, scheduling_strategy=nodes.strategy(node)
+        num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": environment}, scheduling_strategy=nodes.strategy(node)
     )
     return actor.remote(target, arguments, log_file.resolve(), nodes.many, Path.cwd())
 

@@ -67,7 +67,7 @@ class WeightSync(ABC):
 
     def release_memory(self) -> None:
         """Engines leave their GPUs to the actor until the next `sync`."""
-        self.engines.ask(self.engines.running, "release_memory")
+        self.engines.ask(self.engines.pause(self.engines.running), "release_memory")
         self.released = True
 
     def refresh(self) -> None:
@@ -92,14 +92,13 @@ class WeightSync(ABC):
 
     def _bring(self, engines: list[EngineProcess], verify: bool) -> None:
         for _ in range(ATTEMPTS):
-            paused = self.engines.ask(engines, "pause")
-            answers = self._transfer(list(paused), verify) if paused else {}
+            paused = self.engines.pause(engines)
+            answers = self._transfer(paused, verify) if paused else {}
             if self.checksums:
                 whole = [engine for engine, answer in answers.items() if not isinstance(answer, Exception)]
                 answers |= self.engines.ask(whole, "verify_weights", self.version, self.checksums)
             failed = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
-            for engine in self.engines.ask([engine for engine in answers if engine not in failed], "resume"):
-                engine.serve()
+            self.engines.resume([engine for engine in answers if engine not in failed], self.version)
             for engine, failure in failed.items():
                 self.say(f"engine {engine.number} has not got weight version {self.version} whole: {failure}")
             engines = [engine for engine in failed if engine in self.engines.running]

@@ -161,6 +161,8 @@ def _rollout(config: Config) -> Iterator[str]:
         )
     if rollout.engine == "transformers" and rollout.server != ServerSettings():
         yield "rollout.server: read by rollout.engine: sglang or vllm only, not by transformers"
+    if rollout.engine == "vllm" and rollout.server.router:
+        yield "rollout.server.router: sglang-router is for rollout.engine: sglang, not for vllm"
     if rollout.server.urls and len(rollout.server.urls) != rollout.engines:
         yield (
             f"rollout.server.urls: {len(rollout.server.urls)} servers are given for rollout.engines: "

@@ -15,6 +15,9 @@ class ServerSettings(Section):
     urls: list[Text] = Field(default_factory=list)
     """Servers that run already, one an engine, to attach to; empty: each engine starts its own on its node. Their
     admin key, if they have one, is read from MEGATRON_RL_ENGINE_KEY."""
+    router: Literal["round_robin", "power_of_two", "cache_aware", "random"] | None = None
+    """For sglang: have sglang-router share requests out to the engines, by this policy of its own; unset: they go to
+    the engine with the fewest. It is started by the run, from the same environment as the servers."""
     python: FilePath | None = None
     """Interpreter of the environment the server is installed in; unset: this one."""
     tensor_parallel: PositiveInt = 1

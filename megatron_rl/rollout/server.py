@@ -18,6 +18,11 @@ UNSYNCED = -1
 """Weight version of a server that still has the weights of the folder it was started from."""
 
 
+LOOPBACK = "127.0.0.1"
+KEY_VARIABLE = "MEGATRON_RL_ENGINE_KEY"
+"""Environment variable that has the admin key of servers which run already."""
+
+
 class ServerUnavailable(Exception):
     """No answer, or one that says the server is in trouble: ask again, or give it up."""
 
@@ -44,6 +49,16 @@ class ServerLaunch:
     environment: dict[str, str] = field(default_factory=dict)
     python: Path | None = None
     """Interpreter; None: this one."""
+    host: str = LOOPBACK
+    """Where it listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server is, and the key that it wants; None where it wants none."""
+
+    url: str
+    key: str | None = None
 
 
 class Server(Protocol):
@@ -96,15 +111,18 @@ class Server(Protocol):
 class HttpClient:
     """JSON in, JSON out."""
 
-    def __init__(self, url: str, key: str | None) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+    def __init__(self, address: Address) -> None:
+        headers = {"Authorization": f"Bearer {address.key}"} if address.key else {}
         self._client = httpx2.AsyncClient(
-            base_url=url,
+            base_url=address.url,
             headers=headers,
             timeout=httpx2.Timeout(None, connect=10.0),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,  # a proxy has no business between an engine and its server
         )
+
+    async def delete(self, path: str, *, timeout_seconds: float) -> Any:
+        return await self._send("DELETE", path, None, timeout_seconds)
 
     async def get(self, path: str, *, timeout_seconds: float) -> Any:
         return await self._send("GET", path, None, timeout_seconds)

@@ -20,11 +20,11 @@ PORTS = range(20_000, 32_000)
 which one of those would be taken."""
 
 
-def free_port() -> int:
-    """One on the loopback device. Raises OSError where none is found."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """One at an address of this machine. Raises OSError where none is found."""
     for port in random.SystemRandom().sample(PORTS, 100):
         with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
             return port
     raise OSError(f"of the ports {PORTS.start} to {PORTS.stop - 1}, 100 were tried and none was free")
 

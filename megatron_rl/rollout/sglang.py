@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerUnavailable, versions
+from megatron_rl.rollout.server import UNSYNCED, Address, HttpClient, ServerLaunch, ServerUnavailable, versions
 from megatron_rl.types import FinishReason, Generation, SamplingParams
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
@@ -23,10 +23,10 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
     """The command line, and the environment beside ours. The key goes into a file, as a list of processes is public."""
     key_file = folder / "sglang.yaml"
     key_file.touch(mode=0o600)
-    key_file.write_text(f"admin-api-key: {key}\n")
+    key_file.write_text(f"api-key: {key}\nadmin-api-key: {key}\n")
     arguments = {
         "--model-path": str(launch.model_folder),
-        "--host": "127.0.0.1",
+        "--host": launch.host,
         "--port": str(port),
         "--config": str(key_file),
         "--dtype": launch.dtype,
@@ -52,8 +52,8 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
 class SglangServer:
     """Implements `Server`."""
 
-    def __init__(self, url: str, key: str | None) -> None:
-        self._http = HttpClient(url, key)
+    def __init__(self, address: Address) -> None:
+        self._http = HttpClient(address)
         self._groups: list[str] = []
 
     async def alive(self) -> None:

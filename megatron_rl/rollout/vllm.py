@@ -10,7 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.rollout.server import UNSYNCED, HttpClient, ServerLaunch, ServerRefused, ServerUnavailable, versions
+from megatron_rl.rollout.server import (
+    UNSYNCED,
+    Address,
+    HttpClient,
+    ServerLaunch,
+    ServerRefused,
+    ServerUnavailable,
+    versions,
+)
 from megatron_rl.types import Generation, SamplingParams
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
@@ -24,7 +32,7 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
     """The command line, and the environment beside ours; the key is in the latter."""
     arguments = {
         "--model": str(launch.model_folder),
-        "--host": "127.0.0.1",
+        "--host": launch.host,
         "--port": str(port),
         "--dtype": launch.dtype,
         "--max-model-len": str(launch.max_tokens),
@@ -50,8 +58,8 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
 class VllmServer:
     """Implements `Server`."""
 
-    def __init__(self, url: str, key: str | None) -> None:
-        self._http = HttpClient(url, key)
+    def __init__(self, address: Address) -> None:
+        self._http = HttpClient(address)
         self._took_checksums = False
 
     async def alive(self) -> None:

@@ -73,6 +73,13 @@ class Engines:
                 del answers[engine]
         return answers
 
+    def pause(self, engines: Iterable[Engine]) -> list[Engine]:
+        return list(self.ask(engines, "pause"))
+
+    def resume(self, engines: Iterable[Engine], version: int) -> None:
+        for engine in self.ask(engines, "resume"):
+            engine.serve()
+
 
 class Actors:
     stages = 2

@@ -56,6 +56,8 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["rollout.max_staleness=1", "rollout.asynchronous=true", "algorithm.correction.weights=masked",
           "cluster.colocate=true"], ["rollout.asynchronous", "cluster.colocate"]),
         (["rollout.engines=5"], ["rollout.engines: 5", "rollout.prompts_per_step: 4"]),
+        (["rollout.engine=vllm", "rollout.server.router=round_robin"], ["rollout.server.router", "vllm"]),
+        (["rollout.server.router=round_robin"], ["rollout.server", "not by transformers"]),
         (["cluster.colocate=true", "rollout.engine=sglang", "rollout.server.urls=[http://a]"],
          ["cluster.colocate", "rollout.server.urls"]),
         (["reward.name=countdwn"], ["reward.name: 'countdwn'", "did you mean countdown?"]),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.rollout import ServerSettings
-from megatron_rl.rollout import http_engine
+from megatron_rl.rollout import requests
 from megatron_rl.rollout.engine import EngineLost, UpdateFailed
 from megatron_rl.rollout.http_engine import HttpEngine
 from megatron_rl.rollout.server import ServerLaunch, ServerRefused
@@ -34,7 +34,7 @@ def server() -> Iterator[tuple[str, Script]]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_engine, "FIRST_BACK_OFF_SECONDS", 0.01)
+    monkeypatch.setattr(requests, "FIRST_BACK_OFF_SECONDS", 0.01)
 
 
 @asynccontextmanager
@@ -192,7 +192,7 @@ def test_what_is_cut_is_given_and_can_be_gone_on_with(server: tuple[str, Script]
 
 def test_a_request_between_two_attempts_is_cut_too(server: tuple[str, Script], monkeypatch: pytest.MonkeyPatch) -> None:
     url, script = server
-    monkeypatch.setattr(http_engine, "FIRST_BACK_OFF_SECONDS", 0.5)
+    monkeypatch.setattr(requests, "FIRST_BACK_OFF_SECONDS", 0.5)
     script.faults.extend(["error", "error"])
 
     async def scenario() -> None:
@@ -204,6 +204,61 @@ def test_a_request_between_two_attempts_is_cut_too(server: tuple[str, Script], m
 
     asyncio.run(scenario())
     assert len(script.asked) == 2
+
+
+def test_what_is_cut_while_paused_does_not_wait(server: tuple[str, Script]) -> None:
+    url, _ = server
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            await engine.pause()
+            asking = asyncio.create_task(tokens(engine))
+            await asyncio.sleep(0.1)
+            await engine.cut()
+            assert await asyncio.wait_for(asking, 1) == [[[], []]] * 2
+            asking = asyncio.create_task(tokens(engine))
+            await asyncio.sleep(0.1)
+            assert not asking.done(), "it is still paused"
+            await engine.resume()
+            assert await asking == GOOD
+
+    asyncio.run(scenario())
+
+
+def test_what_does_not_come_back_when_it_is_cut_is_asked_for_anew(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.faults.append("slow")
+
+    async def scenario() -> None:
+        async with attached(url, hang_seconds=0.5) as engine:
+            asking = asyncio.create_task(tokens(engine))
+            await asyncio.sleep(0.1)
+            await asyncio.wait_for(engine.pause(), 3)
+            await engine.resume()
+            assert await asyncio.wait_for(asking, 3) == GOOD
+
+    asyncio.run(scenario())
+    assert len(script.asked) == 3
+
+
+def test_a_server_that_was_restarted_behind_our_back_is_given_up_though_it_is_asked_nothing(
+    server: tuple[str, Script], tmp_path: Path
+) -> None:
+    url, script = server
+
+    async def scenario() -> None:
+        async with attached(url, hang_seconds=0.4) as engine:
+            await engine.pause()
+            await engine.update_weights(FolderUpdate(4, (tmp_path / "part-0.safetensors",)))
+            await engine.resume()
+            lost = asyncio.create_task(engine.until_lost())
+            await asyncio.sleep(0.3)
+            assert not lost.done()
+            script.version = "-1"
+            with pytest.raises(EngineLost, match="it serves weights -1, not 4"):
+                await asyncio.wait_for(lost, 3)
+
+    asyncio.run(scenario())
 
 
 def test_memory_is_back_for_weights_first_and_for_the_cache_when_they_are_there(

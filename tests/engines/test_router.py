@@ -1,0 +1,171 @@
+"""The real sglang-router in front of two real SGLang servers."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_rl.config.rollout import ServerSettings
+from megatron_rl.data.countdown import write_task
+from megatron_rl.rollout.http_engine import HttpEngine
+from megatron_rl.rollout.router import Router
+from megatron_rl.rollout.server import UNSYNCED, Address, HttpClient, ServerRefused
+from megatron_rl.types import Generation, SamplingParams
+from tests.e2e_cpu.conftest import CommandLine
+from tests.engines.conftest import Run, launch, server_processes
+from tests.engines.test_generate import largest_gap
+from tests.engines.test_training import Training, assert_nothing_was_lost_or_counted_twice
+from tests.engines.test_weights import in_folder
+
+SETTINGS = ServerSettings(router="round_robin")
+PROMPTS = [(1, 20 + i, 31, 7) for i in range(16)]
+SAMPLING = SamplingParams(n=4, max_tokens=56, temperature=1.0, stop_token_ids=(94,), seed=1)
+
+
+@dataclass
+class Routed:
+    engines: list[HttpEngine]
+    addresses: list[Address]
+    router: Router
+
+    async def begin(self, prompts: list[tuple[int, ...]] = PROMPTS) -> asyncio.Task[list[list[Generation]]]:
+        """Requests that are under way in all servers."""
+        asking = asyncio.create_task(self.router.generate(prompts, SAMPLING))
+        loads: dict[str, int] = {}
+        while len(loads) < len(self.addresses) or not all(loads.values()):
+            assert not asking.done(), f"they were never under way in all servers at once: {loads}"
+            loads = await self.router._servers.loads()
+        return asking
+
+
+@pytest.fixture(scope="module")
+def routed(run: Run[Any], model: Path) -> Iterator[Routed]:
+    engines, router = [HttpEngine("sglang", SETTINGS, launch(model)) for _ in range(2)], Router(SETTINGS)
+
+    async def start() -> list[Address]:
+        *addresses, _ = await asyncio.gather(*(engine.start() for engine in engines), router.start())
+        await asyncio.gather(*(engine.resume() for engine in engines))
+        assert await router.serve(addresses, UNSYNCED) == {address.url for address in addresses}
+        return addresses
+
+    async def stop() -> None:
+        await asyncio.gather(*(engine.close() for engine in engines), router.close())
+
+    yield Routed(engines, run(start()), router)
+    run(stop())
+
+
+def assert_whole(model: Path, groups: list[list[Generation]], version: int = UNSYNCED) -> None:
+    assert [len(group) for group in groups] == [SAMPLING.n] * len(PROMPTS)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        assert len({tuple(generation.token_ids) for generation in group}) == SAMPLING.n
+        for generation in group:
+            assert len(generation.token_ids) == SAMPLING.max_tokens or generation.token_ids[-1] == 94
+            assert generation.finish_reason != "abort"
+            assert generation.weight_versions[-1] == version
+        assert largest_gap(model, prompt, group[0], 1.0) < 1e-4
+
+
+def test_requests_go_to_all_servers_and_log_probs_are_the_policys(routed: Routed, run: Run[Any], model: Path) -> None:
+    async def scenario() -> list[list[Generation]]:
+        return await (await routed.begin())
+
+    assert_whole(model, run(scenario()))
+
+
+def test_only_who_has_its_key_gives_it_servers_and_keys_are_in_no_command_line(routed: Routed, run: Run[Any]) -> None:
+    servers = routed.router._servers
+    url = str(servers._data._http._client.base_url)
+    stranger = HttpClient(Address(url))
+    with pytest.raises(ServerRefused, match="status 401"):
+        run(stranger.post("/workers", {"url": "http://127.0.0.1:9"}, timeout_seconds=5.0))
+    run(stranger.close())
+    keys = [str(address.key) for address in routed.addresses]
+    keys.append(servers._control._client.headers["Authorization"].removeprefix("Bearer "))
+    started = [process for process in psutil.Process().children(recursive=True) if process.is_running()]
+    lines = [" ".join(process.cmdline()) for process in started]
+    assert len(lines) > 3 and not any(key in line for key in keys for line in lines)
+
+
+def test_a_cut_and_a_pause_reach_requests_in_all_servers(
+    routed: Routed, run: Run[Any], model: Path, tmp_path: Path
+) -> None:
+    async def scenario() -> tuple[list[list[Generation]], list[list[Generation]]]:
+        asking = await routed.begin()
+        await routed.router.cut()
+        cut = await asyncio.wait_for(asking, 5)
+        going_on = asyncio.create_task(routed.router.generate(PROMPTS, SAMPLING, cut))
+        await asyncio.sleep(0.2)
+        await routed.router.pause()
+        assert set((await routed.router._servers.loads()).values()) == {0}
+        update, _ = in_folder(tmp_path, model, 3)
+        for engine in routed.engines:
+            await engine.pause()
+            await engine.update_weights(update)
+            await engine.resume()
+        await routed.router.serve(routed.addresses, 3)
+        return cut, await going_on
+
+    cut, whole = run(scenario())
+    assert any(generation.finish_reason == "abort" for group in cut for generation in group)
+    for before, after in zip(cut, whole, strict=True):
+        for first, last in zip(before, after, strict=False):
+            assert last.token_ids[: len(first.token_ids)] == first.token_ids
+            assert last.weight_versions[: len(first.token_ids)] == first.weight_versions
+    versions = {version for group in whole for generation in group for version in generation.weight_versions}
+    assert versions == {UNSYNCED, 3}
+
+
+def test_a_server_that_is_killed_takes_no_request_with_it(routed: Routed, run: Run[Any], model: Path) -> None:
+    """The last of all tests with these two."""
+    process = routed.engines[0]._process
+    assert process is not None
+    (first, *_) = server_processes(psutil.Process(process._process.pid))
+
+    async def scenario() -> list[list[Generation]]:
+        asking = await routed.begin()
+        first.kill()
+        with pytest.raises(Exception, match="its server has ended"):
+            await routed.engines[0].until_lost()
+        reached = await routed.router.serve(routed.addresses[1:], 3)
+        assert reached == {routed.addresses[1].url}
+        return await asyncio.wait_for(asking, 60)
+
+    assert_whole(model, run(scenario()), version=3)
+
+
+def test_a_run_goes_on_when_an_engine_and_then_the_router_is_killed(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("routed")
+    write_task(folder / "runs/countdown-task")
+    run = Training(
+        CommandLine(folder),
+        "sglang",
+        "routed",
+        "rollout.engines=2",
+        "rollout.server.router=round_robin",
+        "train.steps=2000",  # more than are taken until all are back, however fast
+    )
+    run.until("step=1/")
+    servers = [server[0] for server in run.servers()]
+    (router,) = [server for server in servers if "router" in " ".join(server.cmdline())]
+    next(server for server in servers if server != router).kill()
+    run.until("is lost, another takes its place: its server has ended")
+    run.until("step=")
+    run.until("serves again")
+    run.until("step=")
+    router.kill()
+    run.until("the router is lost, another takes its place: its server has ended")
+    run.until("the router serves again")
+    run.until("step=")
+    run.process.send_signal(signal.SIGINT)
+    ended = run.end()
+    assert ended.status == 0, ended.output
+    assert ended.output.count("is lost") == 2
+    assert_nothing_was_lost_or_counted_twice(ended)
