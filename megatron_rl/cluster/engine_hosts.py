@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.cluster.runtime import HostedAsync, Nodes, host_process
+from megatron_rl.cluster.runtime import Hosted, HostedAsync, Nodes, host_process
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.rollout.server import ServerLaunch
 
@@ -30,7 +30,7 @@ def host_engine(rollout: RolloutSettings, launch: ServerLaunch, logs: Path, node
         node=placement.engines[number],
         gpus=placement.engine_gpus,
         devices=nodes.engine_devices(number),
-        **({} if rollout.engine == "transformers" else {"hosted": HostedAsync}),
+        hosted=Hosted if rollout.engine == "transformers" else HostedAsync,
     )
 
 

@@ -25,6 +25,9 @@ from megatron_rl.observability.process_log import redirect_output
 
 OBJECT_STORE_BYTES = 256 * 2**20
 BACKGROUND = "background"
+CALLS_AT_A_TIME = 100_000
+"""Of a process with coroutines: more than a run has requests under way, as a pause must not queue behind them. Ray's
+own limit is 1000."""
 NODES_TIMEOUT_SECONDS = 120
 """How long Ray may take to find the nodes: those of a job that has just begun may still be joining."""
 
@@ -166,7 +169,7 @@ class Hosted:
 
 
 class HostedAsync(Hosted):
-    """One whose methods are coroutines: any number of calls at a time, on one event loop."""
+    """One whose methods are coroutines: many calls at a time, on one event loop."""
 
     async def call(self, method: str, *arguments: Any) -> Any:
         return await getattr(self.object, method)(*arguments)
@@ -200,8 +203,13 @@ def host_process(
     if devices is not None:
         gpus = 0
         environment |= {"CUDA_VISIBLE_DEVICES": devices, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    calls = {"max_concurrency": CALLS_AT_A_TIME} if hosted is HostedAsync else {}
     actor = ray.remote(concurrency_groups={BACKGROUND: 1})(hosted).options(  # type: ignore[call-overload]
-        num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": environment}, scheduling_strategy=nodes.strategy(node)
+        num_cpus=cpus,
+        num_gpus=gpus,
+        runtime_env={"env_vars": environment},
+        scheduling_strategy=nodes.strategy(node),
+        **calls,
     )
     return actor.remote(target, arguments, log_file.resolve(), nodes.many, Path.cwd())
 

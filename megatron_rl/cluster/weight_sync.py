@@ -91,6 +91,7 @@ class WeightSync(ABC):
         """The engines that take part when these get their weights."""
 
     def _bring(self, engines: list[EngineProcess], verify: bool) -> None:
+        assert self.version is not None
         for _ in range(ATTEMPTS):
             paused = self.engines.pause(engines)
             answers = self._transfer(paused, verify) if paused else {}

@@ -106,7 +106,7 @@ class Router:
         if reached:
             self._requests.resume()
         else:
-            await self._requests.pause()
+            await self._requests.pause(LEFT_BEHIND_SECONDS)
         return reached
 
     async def generate(
@@ -192,8 +192,9 @@ class RoutedServers:
         return {worker["url"]: worker["load"] for worker in answer["workers"]}
 
     async def close(self) -> None:
-        for client in [self._control, self._data, *self._servers.values()]:
-            await client.close()
+        await self._control.close()
+        for server in [self._data, *self._servers.values()]:
+            await server.close()
 
 
 def _interpreter(settings: ServerSettings) -> str:
