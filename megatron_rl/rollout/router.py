@@ -186,11 +186,6 @@ class RoutedServers:
         answer = await self._control.get("/workers", timeout_seconds=CONTROL_SECONDS)
         return {worker["url"]: worker["id"] for worker in answer["workers"] if worker["is_healthy"]}
 
-    async def loads(self) -> dict[str, int]:
-        """Requests under way, by the URL of the server that has them."""
-        answer = await self._control.get("/workers", timeout_seconds=CONTROL_SECONDS)
-        return {worker["url"]: worker["load"] for worker in answer["workers"]}
-
     async def close(self) -> None:
         await self._control.close()
         for server in [self._data, *self._servers.values()]:
