@@ -72,7 +72,8 @@ class Router:
         port, key = free_port(), secrets.token_hex(16)
         address = Address(f"http://{LOOPBACK}:{port}", key)
         line = command(self._settings, port, free_port())
-        self._process = await ServerProcess.start(line, {KEY_VARIABLE: key})
+        environment = {KEY_VARIABLE: key} | dict.fromkeys(("NO_PROXY", "no_proxy"), "*")  # none between it and servers
+        self._process = await ServerProcess.start(line, environment)
         self._life.lose_at_end_of(self._process)
         self._servers = RoutedServers(address)
         self._requests = Requests(self._servers, self._settings, self._life, ServerUnavailable)
