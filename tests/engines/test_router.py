@@ -55,7 +55,9 @@ class Routed:
 
 @pytest.fixture(scope="module")
 def routed(run: Run[Any], model: Path) -> Iterator[Routed]:
-    engines, router = [HttpEngine("sglang", SETTINGS, launch(model)) for _ in range(2)], Router(SETTINGS)
+    hosts = ("127.0.0.1", "127.0.0.2")  # two nodes, as far as addresses go
+    engines = [HttpEngine("sglang", SETTINGS, launch(model, host=host)) for host in hosts]
+    router = Router(SETTINGS)
 
     async def start() -> list[Address]:
         *addresses, _ = await asyncio.gather(*(engine.start() for engine in engines), router.start())
@@ -88,13 +90,14 @@ def test_requests_go_to_all_servers_and_log_probs_are_the_policys(routed: Routed
     assert_whole(model, run(scenario()))
 
 
-def test_only_who_has_its_key_gives_it_servers_and_keys_are_in_no_command_line(routed: Routed, run: Run[Any]) -> None:
+def test_nothing_is_done_for_strangers_and_keys_are_in_no_command_line(routed: Routed, run: Run[Any]) -> None:
     servers = routed.router._servers
     url = str(servers._data._http._client.base_url)
-    stranger = HttpClient(Address(url))
-    with pytest.raises(ServerRefused, match="status 401"):
-        run(stranger.post("/workers", {"url": "http://127.0.0.1:9"}, timeout_seconds=5.0))
-    run(stranger.close())
+    for asked, path in ((url, "/workers"), (routed.addresses[1].url, "/generate")):
+        stranger = HttpClient(Address(asked))
+        with pytest.raises(ServerRefused, match="status 401"):
+            run(stranger.post(path, {"url": "http://127.0.0.1:9"}, timeout_seconds=5.0))
+        run(stranger.close())
     keys = [str(address.key) for address in routed.addresses]
     keys.append(servers._control._client.headers["Authorization"].removeprefix("Bearer "))
     started = [process for process in psutil.Process().children(recursive=True) if process.is_running()]
