@@ -78,12 +78,20 @@ def log_normal(samples: int) -> LengthsOf:
     return lengths_of
 
 
-def setup_of(recipe: Recipe, nodes: int, mode: str) -> Setup:
+def assumptions(recorded: LengthsOf | None) -> Assumptions:
+    """With the mean and the spread of recorded lengths."""
+    if recorded is None:
+        return Assumptions(PROMPT, MEAN, SPREAD)
+    some = np.concatenate([recorded(row) for row in range(1000)])
+    return Assumptions(PROMPT, float(some.mean()), float(np.log(some).std()))
+
+
+def setup_of(recipe: Recipe, nodes: int, mode: str, assumed: Assumptions) -> Setup:
     sizes = [f"cluster.nodes={nodes}", f"rollout.engines={nodes}", "cluster.colocate=false"]
     sizes += [f"actor.data_parallel={nodes // recipe.nodes_a_replica}", f"model.path={recipe.model}"]
     for more in ([], ["actor.offload_optimizer=true"]):
         config = load_config(recipe.file, [*sizes, *more, *MODES[mode]])
-        setup = Setup.of(config, GPUS["h100"], Assumptions(PROMPT, MEAN, SPREAD))
+        setup = Setup.of(config, GPUS["h100"], assumed)
         if not (problems := Plan(setup).problems):
             return setup
     raise RuntimeError(f"{recipe.file} on {nodes} nodes: {problems}")
@@ -108,7 +116,7 @@ def cluster_times(model: str, nodes: int, run: Path | None) -> dict[str, float]:
     found: dict[str, float] = {}
     recorded = recorded_lengths(run) if run else None
     for mode in MODES:
-        setup = setup_of(RECIPES[model], nodes, mode)
+        setup = setup_of(RECIPES[model], nodes, mode, assumptions(recorded))
         rest = sum(seconds for part, seconds in step_seconds(setup).items() if part != "rollout")
         found.setdefault("rest", rest)
         fleet = Fleet(nodes, rates(setup))
