@@ -63,7 +63,7 @@ def rl_step(run: Run, step: int) -> dict[str, float]:
     run.record(step, samples, advantages, batch, seen)
 
     metrics |= rollouts.metrics | rollout_metrics(rollouts.drawn, rollouts.teaching(advantages))
-    metrics |= policy_metrics(batch, seen) | learned
+    metrics |= policy_metrics(batch, seen, rollouts.fresh) | learned
     metrics |= run.phase.flush()
     metrics["perf/step_seconds"] = time.perf_counter() - start
     metrics["perf/tokens_per_second"] = batch.num_response_tokens / metrics["perf/step_seconds"]

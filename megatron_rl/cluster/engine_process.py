@@ -36,11 +36,14 @@ class EngineProcess:
         """Whether this process was found to keep the log-prob contract."""
         self.address: Address | None = None
         """Of its server, once it has started."""
+        self.launches = 0
+        """Processes that there have been in this place; the newest one's number."""
         self._retry_at = 0.0
         self.launch()
 
     def launch(self) -> None:
         self._process = self._make()
+        self.launches += 1
         self.started = self.call("start")
         """Done when it can serve."""
         self.state, self.agrees = "starting", False

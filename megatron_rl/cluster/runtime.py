@@ -83,6 +83,8 @@ def ray_runtime(placement: Placement, watch: Watch | None = None) -> Iterator[No
     global _watch
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Calls to an engine that is lost are made again elsewhere: nobody reads their errors, which Ray would print.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not os.environ.get("RAY_ADDRESS"):
         if len(placement.nodes) > 1:

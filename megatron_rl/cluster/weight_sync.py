@@ -168,7 +168,8 @@ class CollectiveSync(WeightSync):
         super().__init__(actors, engines, engine_ranks, say)
         self._backend, self._bucket_bytes, self._timeout_seconds = backend, bucket_bytes, timeout_seconds
         self._buckets = [bucket_specs(specs, bucket_bytes) for specs in actors.weight_specs()]
-        self._members: set[EngineProcess] = set()
+        self._members: set[tuple[int, int]] = set()
+        """Of the groups: engines, and the processes that they were then."""
         self._stages: tuple[StageBuckets, ...] = ()
 
     def _prepare(self, verify: bool) -> None:
@@ -177,17 +178,20 @@ class CollectiveSync(WeightSync):
     def _transfer(self, engines: list[EngineProcess], verify: bool) -> Answers:
         """All of them, or none: who is left of a group that broke meets the others anew."""
         assert self.version is not None
-        if self._members != set(engines):
+        if self._members != _processes(engines):
             answers = self._meet(engines)
             if failure := _failure(engines, answers):
                 return dict.fromkeys(answers, failure)
         update = CollectiveUpdate(self.version, self._stages, take_checksums=verify)
         pushing = self._push(verify)
         answers = self.engines.ask(engines, "update_weights", update)
+        failure = _failure(engines, answers)
+        if failure:  # a sender that waits for one of them then sees that it is gone, and need not wait for the limit
+            self.engines.ask(answers, "join_groups", [])
         broken = _broken(pushing)
         if not broken:
             self._pushed(pushing)
-        if failure := _failure(engines, answers) or broken:
+        if failure := failure or broken:
             self._members = set()
             return dict.fromkeys(answers, failure)
         return answers
@@ -219,11 +223,15 @@ class CollectiveSync(WeightSync):
         answers = self.engines.ask_each(calls)
         if broken := _broken(connecting):
             return dict.fromkeys(answers, broken)
-        self._members = set(engines)
+        self._members = _processes(engines)
         self._stages = tuple(
             StageBuckets(sender.name, buckets) for sender, buckets in zip(senders, self._buckets, strict=True)
         )
         return answers
+
+
+def _processes(engines: Iterable[EngineProcess]) -> set[tuple[int, int]]:
+    return {(engine.number, engine.launches) for engine in engines}
 
 
 def _broken(calls: list[ray.ObjectRef]) -> Exception | None:

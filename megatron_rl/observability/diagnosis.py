@@ -160,11 +160,12 @@ def _stale_weights(rows: Sequence[Row], settings: DiagnosisSettings) -> str | No
 
 
 def _gap_growth(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    means = _start_and_now(rows, "logprob/rollout_actor_abs_diff", settings.window)
+    """Of fresh tokens: of older ones the gap grows with the policy's own steps."""
+    means = _start_and_now(rows, "logprob/fresh_abs_diff", settings.window)
     if means is None or means[1] <= max(settings.gap, settings.gap_growth * means[0]):
         return None
     limit = max(settings.gap, settings.gap_growth * means[0])
-    return f"rollout and actor log-probs differ by {number(means[1])} nat on average, more than {number(limit)}"
+    return f"log-probs of fresh tokens differ by {number(means[1])} nat from the actor's, more than {number(limit)}"
 
 
 RULES = (

@@ -35,8 +35,12 @@ def rollout_metrics(samples: Sequence[Sample], teaching: Collection[int]) -> dic
     }
 
 
-def policy_metrics(batch: Rows, seen: Mapping[str, Array]) -> dict[str, float]:
-    """Entropy, the kept share and the rollout-actor gap over the tokens the actor saw (NaN where it did not)."""
+def policy_metrics(batch: Rows, seen: Mapping[str, Array], fresh: Array) -> dict[str, float]:
+    """Entropy, the kept share and the rollout-actor gap over the tokens the actor saw (NaN where it did not).
+
+    fresh: [T] bool, the tokens that the weights in training sampled. Their gap should be none; of the others it is how
+    far the policy has moved as well.
+    """
     if "entropy" not in seen:
         return {}
     entropy = np.asarray(seen["entropy"], dtype=np.float64)
@@ -44,7 +48,8 @@ def policy_metrics(batch: Rows, seen: Mapping[str, Array]) -> dict[str, float]:
     row_of = batch.per_token(np.arange(len(batch)))
     sums = np.bincount(row_of[known], weights=entropy[known], minlength=len(batch))
     counts = np.bincount(row_of[known], minlength=len(batch))
-    gap = np.abs(np.asarray(seen["log_probs"], dtype=np.float64) - batch.values["rollout_log_probs"])[known]
+    gaps = np.abs(np.asarray(seen["log_probs"], dtype=np.float64) - batch.values["rollout_log_probs"])
+    gap, fresh_gap = gaps[known], gaps[known & fresh]
     return {
         "entropy/token_mean": float(entropy[known].mean()),
         "entropy/sequence_mean": float((sums[counts > 0] / counts[counts > 0]).mean()),
@@ -52,7 +57,7 @@ def policy_metrics(batch: Rows, seen: Mapping[str, Array]) -> dict[str, float]:
         "lpreg/one_minus_z": float(-np.expm1(np.asarray(seen["log_z"], dtype=np.float64)[known]).mean()),
         "logprob/rollout_actor_abs_diff": float(gap.mean()),
         "logprob/rollout_actor_max_diff": float(gap.max()),
-    }
+    } | ({"logprob/fresh_abs_diff": float(fresh_gap.mean())} if len(fresh_gap) else {})
 
 
 def rate_metrics(flops: float, seconds: float, ranks: int, peak: float | None) -> dict[str, float]:

@@ -55,7 +55,7 @@ class HttpEngine:
     async def start(self) -> Address:
         """Start the server, or attach to it, and wait until it answers. Returns where it is. Raises EngineLost when it
         does not."""
-        self._life = Life()
+        self._life, self._examined = Life(), asyncio.Lock()
         if self.url is None:
             port, key = free_port(self.launch.host), secrets.token_hex(16)
             address = Address(f"http://{self.launch.host}:{port}", key)
@@ -70,7 +70,7 @@ class HttpEngine:
         await self._life.begin(self._server.alive, self.settings.start_timeout_seconds)
         self._remove_folder()
         self._life.lose_when_silent(
-            self._sign_of_life, self.settings.hang_seconds, self._patience, lambda: str(self._requests)
+            self._sign_of_life, self.settings.hang_seconds, lambda: self._silence_seconds, lambda: str(self._requests)
         )
         log(f"{self.kind} answers at {address.url}")
         return address
@@ -89,16 +89,16 @@ class HttpEngine:
 
     async def _sign_of_life(self) -> None:
         """Besides, a server that was restarted behind our back has not the weights that it was given."""
-        await self._server.alive()
-        given = self._requests.version
-        if given not in (None, UNSYNCED):
-            held = await self._server.weight_version()
-            if held != given == self._requests.version:
-                self._life.lose(f"it serves weights {held}, not {given}")
-
-    def _patience(self) -> float | None:
-        """A sign of life may be a token, which it has no memory for when that is released."""
-        return None if self._released else self._silence_seconds
+        async with self._examined:
+            if self._released:  # a sign of life may be a token, for which there is no memory
+                await self._server.weight_version()
+                return
+            await self._server.alive()
+            given = self._requests.version
+            if given not in (None, UNSYNCED):
+                held = await self._server.weight_version()
+                if held != given == self._requests.version:
+                    self._life.lose(f"it serves weights {held}, not {given}")
 
     def _remove_folder(self) -> None:
         """What a server is told in a file it has read when it answers."""
@@ -134,7 +134,8 @@ class HttpEngine:
     async def release_memory(self) -> None:
         """See `RolloutEngine`."""
         await self.pause()
-        self._released, self._requests.version = True, None
+        async with self._examined:
+            self._released, self._requests.version = True, None
         await self._control(self._server.release_memory(self.settings.update_timeout_seconds))
 
     async def resume(self) -> None:
@@ -172,8 +173,8 @@ class HttpEngine:
         except (ServerUnavailable, ServerRefused) as error:
             try:
                 async with asyncio.timeout(limit):
-                    await self._life.while_there(self._server.alive())
-            except (ServerUnavailable, TimeoutError):
+                    await self._life.while_there(self._sign_of_life())
+            except (ServerUnavailable, ServerRefused, TimeoutError):
                 raise self._life.lose(f"it does not answer after a failed update: {error}") from error
             raise UpdateFailed(str(error)) from error
         finally:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from megatron_rl.observability import heartbeat
 from megatron_rl.rollout.engine import EngineLost
-from megatron_rl.rollout.server import ServerUnavailable
+from megatron_rl.rollout.server import ServerRefused, ServerUnavailable
 from megatron_rl.rollout.server_process import ServerProcess
 
 T = TypeVar("T")
@@ -65,11 +65,11 @@ class Life:
         self,
         alive: Callable[[], Awaitable[None]],
         hang_seconds: float,
-        patience: Callable[[], float | None],
+        patience: Callable[[], float],
         doing: Callable[[], str],
     ) -> None:
-        """patience: seconds that it may be silent now, None where it is not to be asked; hang_seconds, or more. doing:
-        for this process's own heartbeat."""
+        """patience: seconds that it may be silent now: hang_seconds, or more. doing: for this process's own
+        heartbeat."""
         self._watch(self._lose_when_silent(alive, hang_seconds, patience, doing))
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
@@ -93,22 +93,19 @@ class Life:
         self,
         alive: Callable[[], Awaitable[None]],
         hang_seconds: float,
-        patience: Callable[[], float | None],
+        patience: Callable[[], float],
         doing: Callable[[], str],
     ) -> None:
         heard = time.monotonic()
         while not self._lost.done():
             heartbeat.say(doing())
             await asyncio.sleep(min(5.0, hang_seconds / 4))
-            if patience() is None:
-                heard = time.monotonic()
-                continue
             try:
                 async with asyncio.timeout(hang_seconds):
                     await alive()
-            except (ServerUnavailable, TimeoutError) as error:
+            except (ServerUnavailable, ServerRefused, TimeoutError) as error:
                 limit = patience()
-                if limit is not None and time.monotonic() - heard > limit:
+                if time.monotonic() - heard > limit:
                     self.lose(f"it has given no sign of life for {limit:g} s: {error}")
             else:
                 heard = time.monotonic()

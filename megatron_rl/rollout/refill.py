@@ -19,7 +19,7 @@ from megatron_rl.batching.rows import Array
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.backlog import Group
 from megatron_rl.rollout.replay import NoEngines
-from megatron_rl.types import Sample
+from megatron_rl.types import Generation, Sample
 
 if TYPE_CHECKING:
     from megatron_rl.session.run import Run
@@ -39,6 +39,8 @@ class Rollouts:
     """With dynamic sampling: the drawn groups whose scores differ, surplus ones too."""
     metrics: dict[str, float] = field(default_factory=dict)
     """How grading went, and what became of the prompts."""
+    weight_version: int | None = None
+    """Of the weights that the step trains; None where samples are replayed, whose versions are another run's."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -52,6 +54,16 @@ class Rollouts:
         chosen = set(self.groups)
         pairs = zip(self.drawn, self.rewards, strict=True)
         return np.array([reward for sample, reward in pairs if sample.group in chosen], dtype=np.float64)
+
+    @property
+    def fresh(self) -> Array:
+        """[T] bool, over the response tokens of `samples`: those that the weights in training sampled."""
+        return np.concatenate([self._is_fresh(sample.generation) for sample in self.samples])
+
+    def _is_fresh(self, generation: Generation) -> Array:
+        if generation.version_changes:
+            return np.array(generation.weight_versions) == self.weight_version
+        return np.full(len(generation.token_ids), generation.weight_version == self.weight_version)
 
     def teaching(self, advantages: Array) -> set[int]:
         """The drawn groups with an advantage [N], or that would have had one."""
@@ -255,6 +267,7 @@ class Refill:
                 drawn.append(sample)
         numbers = {group.number for group in chosen}
         return Rollouts(
+            weight_version=self.run.weight_version,
             drawn=drawn,
             rewards=self.run.shaped(drawn),
             groups=[place for place, group in enumerate(shown) if group.number in numbers],

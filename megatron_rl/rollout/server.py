@@ -150,7 +150,12 @@ class HttpClient:
 
 def versions(spans: Sequence[dict[str, Any]], length: int) -> tuple[int, tuple[tuple[int, int], ...]]:
     """A server's [{version, start, end}, ...] as `weight_version` and `version_changes` of a `Generation`."""
-    starts = [(int(span["start"]), int(span["version"])) for span in spans if span["start"] < length]
+    starts = [(int(span["start"]), version_of(span["version"])) for span in spans if span["start"] < length]
     if not starts:
         return UNSYNCED, ()
     return starts[0][1], tuple(starts[1:])
+
+
+def version_of(label: str) -> int:
+    """A server that was given no weights yet calls its own "default", if it was not told otherwise."""
+    return UNSYNCED if label == "default" else int(label)

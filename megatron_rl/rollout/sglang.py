@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.rollout.server import UNSYNCED, Address, HttpClient, ServerLaunch, ServerUnavailable, versions
+from megatron_rl.rollout.server import (
+    UNSYNCED,
+    Address,
+    HttpClient,
+    ServerLaunch,
+    ServerRefused,
+    ServerUnavailable,
+    version_of,
+    versions,
+)
 from megatron_rl.types import FinishReason, Generation, SamplingParams
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
@@ -72,7 +81,7 @@ class SglangServer:
 
     async def weight_version(self) -> int:
         info = await self._http.get("/model_info", timeout_seconds=CONTROL_SECONDS)
-        return int(info["weight_version"])
+        return version_of(info["weight_version"])
 
     async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
         body = {"model_path": str(update.folder), "weight_version": str(update.version), "flush_cache": True}
@@ -96,7 +105,7 @@ class SglangServer:
             await self._http.post("/init_weights_update_group", body, timeout_seconds=timeout_seconds)
 
     async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
-        await self._http.post("/begin_weight_update", {"selector": "target"}, timeout_seconds=timeout_seconds)
+        await self._begin(timeout_seconds)
         try:
             calls = [(stage.group, bucket) for stage in update.stages for bucket in stage.buckets]
             for number, (group, bucket) in enumerate(calls, start=1):
@@ -115,7 +124,18 @@ class SglangServer:
         finally:  # also after a failure: the next update begins with a session of its own
             await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
 
+    async def _begin(self, timeout_seconds: float) -> None:
+        body = {"selector": "target"}
+        try:
+            await self._http.post("/begin_weight_update", body, timeout_seconds=timeout_seconds)
+        except ServerRefused:  # an update before this one is open, as its end did not get through
+            await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
+            await self._http.post("/begin_weight_update", body, timeout_seconds=timeout_seconds)
+
     async def release_memory(self, timeout_seconds: float) -> None:
+        """It ends when it is told so while its scheduler still has to do with a request that has been answered."""
+        wait = f"/flush_cache?timeout={timeout_seconds:g}"
+        await self._http.post(wait, timeout_seconds=timeout_seconds + CONTROL_SECONDS)
         body = {"tags": ["kv_cache", "weights"]}
         await self._http.post("/release_memory_occupation", body, timeout_seconds=timeout_seconds)
 

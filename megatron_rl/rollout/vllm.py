@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rl.rollout.server import (
-    UNSYNCED,
     Address,
     HttpClient,
     ServerLaunch,
     ServerRefused,
     ServerUnavailable,
+    version_of,
     versions,
 )
 from megatron_rl.types import Generation, SamplingParams
@@ -61,6 +61,7 @@ class VllmServer:
     def __init__(self, address: Address) -> None:
         self._http = HttpClient(address)
         self._took_checksums = False
+        self._asleep = False
 
     async def alive(self) -> None:
         await self.weight_version()  # /health does not notice an engine core that hangs
@@ -77,7 +78,7 @@ class VllmServer:
 
     async def weight_version(self) -> int:
         info = await self._http.get("/weight_info", timeout_seconds=CONTROL_SECONDS)
-        return _version(info["weight_version"])
+        return version_of(info["weight_version"])
 
     async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
         portions = [{"files": [str(part)], "take_checksums": update.take_checksums} for part in update.parts]
@@ -103,7 +104,14 @@ class VllmServer:
         self._took_checksums = update.take_checksums
 
     async def _update(self, portions: list[dict[str, Any]], version: int, timeout_seconds: float) -> None:
-        """By our own receiver in vLLM's processes (`weight_sync/vllm_receiver.py`)."""
+        """By our own receiver in vLLM's processes (`weight_sync/vllm_receiver.py`).
+
+        A request that was given up may still be on its way here. With half of the weights it would end vLLM: until it
+        has the whole of them, it begins nothing.
+        """
+        if not self._asleep:
+            await self._http.post("/pause?mode=abort", timeout_seconds=timeout_seconds)
+        await self._ask_workers("end_open_update", timeout_seconds)
         await self._http.post("/start_weight_update", timeout_seconds=timeout_seconds)
         for portion in portions:
             await self._http.post("/update_weights", {"update_info": portion}, timeout_seconds=timeout_seconds)
@@ -111,6 +119,8 @@ class VllmServer:
         await self._raise_failure()
         await self._http.post("/reset_prefix_cache", timeout_seconds=timeout_seconds)
         await self._http.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=CONTROL_SECONDS)
+        if not self._asleep:
+            await self._http.post("/resume", timeout_seconds=timeout_seconds)
 
     async def _raise_failure(self) -> None:
         for failures in await self._ask_workers("weight_failure", CONTROL_SECONDS):
@@ -124,10 +134,12 @@ class VllmServer:
         return results
 
     async def release_memory(self, timeout_seconds: float) -> None:
+        self._asleep = True  # and paused, until all of its memory is back
         await self._http.post("/sleep?level=2", timeout_seconds=timeout_seconds)  # 1 would keep the weights, on the CPU
 
     async def restore_memory(self, part: Literal["weights", "kv_cache"], timeout_seconds: float) -> None:
         await self._http.post(f"/wake_up?tags={part}", timeout_seconds=timeout_seconds)
+        self._asleep = part != "kv_cache"
 
     async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
         """What came, where its checksums were taken; and what is held. On CPU the latter is embeddings, norms and head:
@@ -176,11 +188,5 @@ def _generation(choice: dict[str, Any]) -> Generation:
     reason = choice["finish_reason"]
     if reason not in ("stop", "length", "abort"):
         raise ServerUnavailable(f"/inference/v1/generate: a response ended with {reason!r}")
-    spans = [{**span, "version": _version(span["version"])} for span in choice["weight_versions"] or []]
-    version, changes = versions(spans, len(tokens))
+    version, changes = versions(choice["weight_versions"] or [], len(tokens))
     return Generation(tokens, [entry["logprob"] for entry in entries], reason, version, changes)
-
-
-def _version(label: str) -> int:
-    """A server that was given no weights yet calls its own "default"."""
-    return UNSYNCED if label == "default" else int(label)

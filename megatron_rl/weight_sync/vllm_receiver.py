@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +52,8 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
         self.received: dict[str, str] = {}
         """Checksums of what came with the last update, where they were taken."""
         self.failure: str | None = None
+        self.updating = False
+        """Between the start and the finish of an update."""
         self._groups: dict[str, dist.ProcessGroup] = {}
 
     def init_transfer_engine(self, init_info: Groups) -> None:
@@ -62,7 +64,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
             self._groups = {member.name: process_group.join(member, self.parallel_config.rank) for member in members}
 
     def start_weight_update(self) -> None:
-        self.failure, self.received = None, {}
+        self.failure, self.received, self.updating = None, {}, True
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -81,6 +83,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
                 self.model.load_weights([(name, tensor)])
 
     def finish_weight_update(self) -> None:
+        self.updating = False
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             for module in self.model.modules():
@@ -118,10 +121,17 @@ class Extension:
     """What a vLLM worker can be asked beside its own methods (`--worker-extension-cls`)."""
 
     weight_transfer_engine: Receiver
+    finish_weight_update: Callable[[], None]
+    """The worker's own."""
 
     def weight_failure(self) -> list[str]:
         """Why the last update, or the last meeting of groups, failed here; empty when it did not."""
         return [self.weight_transfer_engine.failure] if self.weight_transfer_engine.failure else []
+
+    def end_open_update(self) -> None:
+        """End an update whose sender went away in the middle: to begin another one beside it ends vLLM."""
+        if self.weight_transfer_engine.updating:
+            self.finish_weight_update()
 
     def received_checksums(self) -> dict[str, str]:
         return self.weight_transfer_engine.received

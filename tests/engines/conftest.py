@@ -16,6 +16,7 @@ from megatron_rl.data.countdown import write_task
 from megatron_rl.rollout import guard
 from megatron_rl.rollout.http_engine import HttpEngine
 from megatron_rl.rollout.server import ServerLaunch
+from tests.e2e_cpu.conftest import CommandLine
 
 T = TypeVar("T")
 Run = Callable[[Awaitable[T]], T]
@@ -55,6 +56,14 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     write_task(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+    """Where runs are, with the same task."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_task(folder / "runs/countdown-task")
+    return CommandLine(folder)
 
 
 @pytest.fixture(scope="session")

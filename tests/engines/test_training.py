@@ -14,7 +14,6 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_rl.data.countdown import write_task
 from megatron_rl.rollout import guard
 from tests.e2e_cpu.conftest import QUICKSTART, CommandLine, Finished
 from tests.engines.conftest import server_processes
@@ -33,13 +32,6 @@ SMALL = (
     "observability.rollouts_every=1",
     "train.save_every=0",
 )
-
-
-@pytest.fixture(scope="module")
-def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
-    folder = tmp_path_factory.mktemp("runs")
-    write_task(folder / "runs/countdown-task")
-    return CommandLine(folder)
 
 
 class Training:

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_rl.rendezvous import open_port
 from megatron_rl.rollout.engine import UpdateFailed
 from megatron_rl.rollout.http_engine import HttpEngine
+from megatron_rl.rollout.server import ServerUnavailable
 from megatron_rl.types import Generation
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker, WeightsDamaged
@@ -103,6 +105,49 @@ def test_a_folder(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path
     assert run(engine.verify_weights(3, checksums)) > 10
     run(engine.resume())
     assert run(engine.health()) == 3
+    assert_serves(engine, run, other, 3)
+
+
+def test_memory_given_back_and_taken_again(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path) -> None:
+    """As in colocated runs, right after requests that were cut. On a CPU no memory moves, but every call and the order
+    of calls are real."""
+
+    async def release() -> None:
+        asking = asyncio.create_task(engine.generate(PROMPTS, replace(SAMPLING, n=16, max_tokens=50)))
+        await asyncio.sleep(0.3)
+        await engine.cut()
+        await asking
+        await engine.release_memory()
+
+    run(release())
+    with pytest.raises(UpdateFailed, match="half of an update"):
+        run(engine.resume())
+    update, checksums = in_folder(tmp_path, other, 3)
+    run(engine.pause())
+    run(engine.update_weights(update))
+    assert run(engine.verify_weights(3, checksums)) > 10
+    run(engine.resume())
+    assert_serves(engine, run, other, 3)
+
+
+def test_requests_that_come_late_do_no_harm(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path) -> None:
+    """As one that was given up does, when it was held up on its way."""
+    update, checksums = in_folder(tmp_path, other, 3)
+
+    async def late(seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        with suppress(ServerUnavailable):
+            await engine._server.generate(PROMPTS[0], replace(SAMPLING, n=2), 30)
+
+    async def scenario() -> None:
+        await engine.pause()
+        requests = [asyncio.create_task(late(i * 0.01)) for i in range(60)]
+        await engine.update_weights(update)
+        await engine.resume()
+        await asyncio.gather(*requests)
+
+    run(scenario())
+    assert run(engine.verify_weights(3, checksums)) > 10
     assert_serves(engine, run, other, 3)
 
 

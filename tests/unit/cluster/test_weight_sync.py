@@ -23,7 +23,7 @@ class Engine:
     """What it answers to updates and checks, in order; then all goes well."""
 
     def __init__(self, number: int, state: str = "serving") -> None:
-        self.number, self.state = number, state
+        self.number, self.state, self.launches = number, state, 1
         self.updates: deque[Any] = deque()
         self.checks: deque[Any] = deque()
         self.version: int | None = None
@@ -42,6 +42,8 @@ class Engine:
             self.version = None
             if self.updates:
                 return self.updates.popleft()
+            if isinstance(arguments[0], CollectiveUpdate) and not self.groups:
+                return UpdateFailed("it is in no group")
             self.version = arguments[0].version
         if method == "verify_weights" and self.checks:
             return self.checks.popleft()
@@ -187,14 +189,17 @@ def test_all_of_them_may_die(opened: Open) -> None:
     assert engines.running == []
 
 
-def test_one_that_takes_a_place_gets_the_newest(opened: Open) -> None:
+def test_one_that_takes_a_place_gets_the_newest(opened: Open, said: list[str]) -> None:
+    """At the first attempt: it meets the others before anything is sent."""
     sync, engines = opened(2)
     sync.sync(1, verify=True)
     sync.sync(2, verify=False)
-    engines.all[1].state, engines.all[1].version = "stale", None
+    replaced = engines.all[1]
+    replaced.state, replaced.version, replaced.groups, replaced.launches = "stale", None, [], 2
     engines.refresh()
     assert engines.all[1].state == "serving"
     assert versions(engines) == [2, 2]
+    assert said == []
 
 
 def test_a_broadcast_says_what_will_come(opened: Open) -> None:

@@ -18,7 +18,7 @@ HEALTHY = {
     "lpreg/kept_fraction": 0.985,
     "response_length/truncated_fraction": 0.02,
     "reward/mean": 0.4,
-    "logprob/rollout_actor_abs_diff": 0.004,
+    "logprob/fresh_abs_diff": 0.004,
     "rollout/staleness_max": 1.0,
 }
 TURNS: dict[str, Callable[[int], dict[str, float]]] = {
@@ -30,7 +30,7 @@ TURNS: dict[str, Callable[[int], dict[str, float]]] = {
     "reward_without_accuracy": lambda step: {"reward/mean": 0.4 + 0.01 * step, "eval/a/avg@8": 0.5 - 0.01 * step},
     "no_reward": lambda step: {"reward/mean": 0.0},
     "stale_weights": lambda step: {"rollout/staleness_max": 6.0},
-    "gap_growth": lambda step: {"logprob/rollout_actor_abs_diff": 0.004 * 1.2**step},
+    "gap_growth": lambda step: {"logprob/fresh_abs_diff": 0.004 * 1.2**step},
 }
 
 
@@ -110,3 +110,10 @@ def test_the_report_lists_warnings(run_folder: Path) -> None:
     go(diagnosis, 1, 10, TURNS["no_reward"])
     text = write_report(run_folder).read_text()
     assert "<h2>Warnings</h2>" in text and "<b>no_reward</b> from step 5: no response has had a reward" in text
+
+
+def test_a_policy_that_moves_away_from_older_tokens_is_no_gap(tmp_path: Path) -> None:
+    """As in asynchronous runs, and where partial rollouts go on."""
+    diagnosis = Diagnosis(tmp_path, DiagnosisSettings(), [])
+    moving = {"rollout/staleness_max": 1.0}
+    assert go(diagnosis, 1, 60, lambda step: {**moving, "logprob/rollout_actor_abs_diff": 0.004 * 1.2**step}) == []

@@ -50,6 +50,7 @@ def test_policy_metrics() -> None:
             "kept": np.array([True, True, False, True, True, False]),
             "log_z": np.log([1, 1, 0.5, 1, 0.75, 0.75]),
         },
+        np.array([True, True, True, True, False, False]),
     )
     assert found == pytest.approx(
         {
@@ -59,6 +60,7 @@ def test_policy_metrics() -> None:
             "lpreg/one_minus_z": 1 / 6,
             "logprob/rollout_actor_abs_diff": 0.25,
             "logprob/rollout_actor_max_diff": 1.0,
+            "logprob/fresh_abs_diff": 0.125,
         }
     )
 
@@ -72,6 +74,7 @@ def test_tokens_that_the_actor_did_not_see_do_not_count() -> None:
             "kept": np.array([NAN, NAN, 0, 1, 1, 0], dtype=np.float32),
             "log_z": np.array([NAN, NAN, np.log(0.5), 0, 0, 0], dtype=np.float32),
         },
+        np.array([True, True, True, True, True, False]),
     )
     assert found == pytest.approx(
         {
@@ -81,12 +84,19 @@ def test_tokens_that_the_actor_did_not_see_do_not_count() -> None:
             "lpreg/one_minus_z": 0.125,
             "logprob/rollout_actor_abs_diff": 0.25,
             "logprob/rollout_actor_max_diff": 1.0,
+            "logprob/fresh_abs_diff": 0.0,
         }
     )
 
 
 def test_an_actor_that_saw_nothing_says_nothing() -> None:
-    assert policy_metrics(batch(), {}) == {}
+    assert policy_metrics(batch(), {}, np.zeros(6, dtype=bool)) == {}
+
+
+def test_of_older_tokens_alone_there_is_no_fresh_gap() -> None:
+    seen = dict.fromkeys(("entropy", "log_probs", "kept", "log_z"), np.zeros(6))
+    found = policy_metrics(batch(), seen, np.zeros(6, dtype=bool))
+    assert "logprob/rollout_actor_abs_diff" in found and "logprob/fresh_abs_diff" not in found
 
 
 def test_loss_metrics() -> None:

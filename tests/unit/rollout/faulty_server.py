@@ -25,6 +25,8 @@ class Script:
     """One a request to /generate: error, drop, slow, short, refuse, stale; none left: a good answer."""
     update_faults: deque[str] = field(default_factory=deque)
     """One a weight update: error, drop, slow; none left: it is taken."""
+    abort_faults: int = 0
+    """How many of the next calls to abort are answered 500."""
     length: int = 5
     seconds: float = 0.0
     """How long a good answer takes."""
@@ -49,15 +51,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {"weight_version": self.script.version})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         if self.path == "/generate":
             self._generate(body)
+        elif self.path == "/abort_request" and self.script.abort_faults:
+            self.script.abort_faults -= 1
+            self._answer(500, {"error": "told to fail"})
         elif self.path == "/abort_request":
             self.script.abort.set()
             self._answer(200, {})
         elif self.path == "/update_weights_from_disk":
             self.script.control.append((self.path, body["weight_version"]))
             self._update(body)
+        elif self.path.startswith("/flush_cache?timeout="):
+            self.script.control.append(("/flush_cache", None))
+            self._answer(200, {})
         elif self.path in ("/release_memory_occupation", "/resume_memory_occupation"):
             self.script.control.append((self.path, body["tags"]))
             self._answer(200, {})

@@ -59,6 +59,21 @@ def test_the_next_token_comes_from_the_new_weights(model_folders: tuple[Path, Pa
     assert places == {name: tensor.data_ptr() for name, tensor in engine.model.state_dict().items()}, "not in place"
 
 
+def test_memory_given_back_is_taken_again_for_the_next_weights(
+    model_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    engine, other = (TransformersEngine(folder, "cpu", "float32") for folder in model_folders)
+    engine.release_memory()
+    with pytest.raises(RuntimeError, match="paused"):
+        engine.generate(PROMPTS, SAMPLING)
+    update, checksums = publish(tmp_path, weights(other))
+    engine.update_weights(update)
+    assert engine.verify_weights(7, checksums) == len(weights(other))
+    engine.resume()
+    tokens = [[g.token_ids for g in group] for group in engine.generate(PROMPTS, SAMPLING)]
+    assert tokens == [[g.token_ids for g in group] for group in other.generate(PROMPTS, SAMPLING)]
+
+
 def test_the_names_are_those_of_the_folder(model_folders: tuple[Path, Path]) -> None:
     stored, engine = open_weights(model_folders[0]), TransformersEngine(model_folders[0], "cpu", "float32")
     assert stored.keys() == weights(engine).keys()

@@ -206,6 +206,25 @@ def test_a_request_between_two_attempts_is_cut_too(server: tuple[str, Script], m
     assert len(script.asked) == 2
 
 
+@pytest.mark.parametrize("stop", ["cut", "pause"])
+def test_what_cannot_be_aborted_at_once_is_aborted_later(server: tuple[str, Script], stop: str) -> None:
+    url, script = server
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            script.seconds = 5.0
+            asking = asyncio.create_task(engine.generate(PROMPTS[:1], SAMPLING))
+            await asyncio.sleep(0.2)
+            script.abort_faults = 3
+            await getattr(engine, stop)()
+            script.seconds = 0.0
+            await engine.resume()
+            assert all(g.token_ids[:2] == [103, 104] for g in (await asking)[0])
+
+    asyncio.run(scenario())
+    assert script.abort_faults == 0
+
+
 def test_what_is_cut_while_paused_does_not_wait(server: tuple[str, Script]) -> None:
     url, _ = server
 
@@ -281,6 +300,7 @@ def test_memory_is_back_for_weights_first_and_for_the_cache_when_they_are_there(
 
     asyncio.run(scenario())
     assert script.control == [
+        ("/flush_cache", None),
         ("/release_memory_occupation", ["kv_cache", "weights"]),
         ("/resume_memory_occupation", ["weights"]),
         ("/update_weights_from_disk", "5"),

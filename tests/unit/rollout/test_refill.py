@@ -185,3 +185,14 @@ def test_a_resumed_run_draws_the_same() -> None:
     resumed.cursor.load_state(first.cursor.state())
     roll_out(resumed, 3)
     assert first.engines.asked + resumed.engines.asked == straight.engines.asked
+
+
+def test_fresh_tokens_are_those_of_the_weights_in_training() -> None:
+    prompt = Prompt("p:0", (1,), "", None)
+    gone_on_with = Generation([5, 6, 7], [0.0] * 3, "stop", 3, ((2, 4),))
+    begun_now = Generation([5, 6], [0.0] * 2, "stop", 4)
+    drawn = [Sample(prompt, group, g, "") for group, g in enumerate([gone_on_with, begun_now, begun_now])]
+    step = Rollouts(drawn=drawn, groups=[0, 2], weight_version=4)
+    assert step.fresh.tolist() == [False, False, True, True, True]
+    replayed = Rollouts(drawn=drawn, groups=[0, 2])
+    assert replayed.fresh.tolist() == [False] * 5

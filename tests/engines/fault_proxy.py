@@ -1,0 +1,121 @@
+"""A proxy between an engine and a real server: it passes on what it is asked, and fails on command."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from megatron_rl.rollout.http_engine import HttpEngine
+
+SLOW_SECONDS = 8.0
+"""Longer than the engines of the tests are to wait for an answer."""
+
+
+@dataclass
+class Script:
+    """Which server is behind the address, and what the next requests meet there."""
+
+    server: HttpEngine
+    faults: dict[str, deque[str]] = field(default_factory=dict)
+    """Path -> one a request to it; none left, or an empty one: it is passed on.
+
+    error: answered 500. drop: the connection is closed. lost: the same, when the server has done it. slow: held back.
+    down: from here on each request to this path is answered 500, until another engine is attached.
+    restarted: from here on `successor` is behind the address.
+    """
+    successor: HttpEngine | None = None
+    down: str = ""
+    met: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fault(self, path: str, update_path: str) -> str:
+        """What a request to the path meets."""
+        with self.lock:
+            if path == update_path:
+                self.down = ""  # a new engine brings weights before it asks for anything
+            if path == self.down:
+                return "error"
+            waiting = self.faults.get(path)
+            fault = waiting.popleft() if waiting else ""
+            if fault:
+                self.met[f"{fault} {path}"] += 1
+            if fault == "down":
+                self.down = path
+                return "error"
+            if fault == "restarted":
+                assert self.successor is not None
+                self.server = self.successor
+            return fault
+
+
+class _Handler(BaseHTTPRequestHandler):
+    script: Script
+    update_path: str
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._pass_on()
+
+    def do_POST(self) -> None:
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.script.fault(self.path, self.update_path)
+        if fault == "drop":
+            self.close_connection = True
+            return
+        if fault == "error":
+            self._answer(500, "text/plain", b"the proxy was told to fail")
+            return
+        if fault == "slow":
+            time.sleep(SLOW_SECONDS)
+        client = self.script.server._server._http._client
+        server = HTTPConnection(client.base_url.host, client.base_url.port)
+        headers = {"Content-Type": "application/json", "Authorization": client.headers["Authorization"]}
+        try:
+            server.request(self.command, self.path, body, headers)
+            answer = server.getresponse()
+            data = answer.read()
+        finally:
+            server.close()
+        if fault == "lost":
+            self.close_connection = True
+            return
+        self._answer(answer.status, answer.headers.get("Content-Type", "text/plain"), data)
+
+    def _answer(self, status: int, content_type: str, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+class _Proxy(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Who asked has gone away."""
+
+
+@contextmanager
+def fault_proxy(script: Script, update_path: str) -> Iterator[str]:
+    """Its URL."""
+    handler = type("Handler", (_Handler,), {"script": script, "update_path": update_path})
+    proxy = _Proxy(("127.0.0.1", 0), handler)
+    threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}"
+    finally:
+        proxy.shutdown()
+        proxy.server_close()

@@ -1,0 +1,114 @@
+"""Whole runs whose server fails in every way but death: 500s, dropped connections, lost and slow answers, calls to
+abort that fail, while it generates and while it takes weights; and one that somebody else has started anew."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.rollout import ServerSettings
+from megatron_rl.rollout.http_engine import HttpEngine
+from tests.e2e_cpu.conftest import CommandLine, Finished
+from tests.engines.conftest import Run, launch
+from tests.engines.fault_proxy import Script, fault_proxy
+from tests.engines.test_training import PROMPTS, SAMPLES, Training, rollouts
+from tests.engines.test_weights import in_folder
+
+STEPS = 14
+GOOD = [""]
+SOME = [*GOOD * 2 * PROMPTS, "error", "error", "drop", "lost", "slow"]
+"""After the engine's contract was checked twice."""
+FAULTS = {
+    "sglang": {
+        "/generate": [*SOME, *GOOD * 4 * PROMPTS, "restarted"],
+        "/abort_request": [*GOOD * 2, "error", "drop"],
+        "/begin_weight_update": [*GOOD * 2, "lost"],
+        "/update_weights_from_distributed": [*GOOD * 14, "error", *GOOD * 5, "lost"],
+        "/end_weight_update": [*GOOD * 6, "drop"],
+    },
+    "vllm": {
+        "/inference/v1/generate": [*SOME, *GOOD * 2 * PROMPTS, "down"],
+        "/start_weight_update": [*GOOD * 2, "lost", *GOOD, "error"],
+        "/update_weights": [*GOOD * 14, "error", *GOOD * 5, "lost", *GOOD * 3, "slow"],
+        "/finish_weight_update": [*GOOD * 6, "drop", "lost"],
+    },
+}
+LOSSES = {"sglang": ["it serves weights -1"], "vllm": ["a request failed 3 times"]}
+UPDATE_PATH = {"sglang": "/begin_weight_update", "vllm": "/start_weight_update"}
+HOW = {
+    "sglang": (
+        "weight_sync.transport=collective",
+        "rollout.over_sampling=1.5",
+        "rollout.max_staleness=1",
+        "algorithm.correction.weights=truncated",
+    ),
+    "vllm": ("weight_sync.transport=shared_memory",),
+}
+LIMITS = (
+    "rollout.server.request_attempts=3",
+    "rollout.server.request_timeout_seconds=6",
+    "rollout.server.update_timeout_seconds=6",
+    "weight_sync.bucket_megabytes=1",
+)
+
+
+@pytest.fixture
+def successor(engine: HttpEngine, run: Run[Any], model: Path) -> Iterator[HttpEngine | None]:
+    """A second server, as it is when it has just been started, where there is a use for it."""
+    if not any("restarted" in faults for faults in FAULTS[engine.kind].values()):
+        yield None
+        return
+    successor = HttpEngine(engine.kind, ServerSettings(), launch(model))
+    run(successor.start())
+    yield successor
+    run(successor.close())
+
+
+@pytest.fixture
+def lent(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> Iterator[HttpEngine]:
+    """The server that tests share; it has the model's weights again afterwards."""
+    yield engine
+    run(engine.pause())
+    run(engine.update_weights(in_folder(tmp_path / "restored", model, 200)[0]))
+    run(engine.resume())
+
+
+def assert_each_sample_is_there_once(run: Finished, staleness: int) -> None:
+    """Every step has all its samples, none of weights older than it may train on; no prompt comes twice."""
+    drawn: Counter[object] = Counter()
+    steps = list(rollouts(run))
+    assert len(steps) == STEPS
+    for version, rows in enumerate(steps):
+        samples = Counter((row["prompt_id"], row["group"]) for row in rows)
+        assert list(samples.values()) == [SAMPLES] * PROMPTS
+        versions = {version for row in rows for version in row["weight_versions"]}  # type: ignore[attr-defined]
+        assert versions <= set(range(version - staleness, version + 1)) and version in versions, versions
+        drawn.update(prompt for prompt, _ in samples)
+    assert set(drawn.values()) == {1}
+
+
+def test_a_run_takes_all_its_steps(lent: HttpEngine, successor: HttpEngine | None, command_line: CommandLine) -> None:
+    kind = lent.kind
+    script = Script(lent, {path: deque(faults) for path, faults in FAULTS[kind].items()}, successor)
+    with fault_proxy(script, UPDATE_PATH[kind]) as url:
+        settings = (f"rollout.server.urls=[{url}]", f"train.steps={STEPS}", *HOW[kind], *LIMITS)
+        ended = Training(command_line, kind, f"faults-{kind}", *settings).end()
+    assert ended.status == 0, ended.output
+    assert not any(script.faults.values()), "faults that nothing has met"
+    assert [row["step"] for row in ended.metrics] == list(range(STEPS + 1))
+    assert_each_sample_is_there_once(ended, staleness=1 if kind == "sglang" else 0)
+
+    why = re.findall(r"engine 0 is lost, another takes its place: (.*?)(?:, not \d+)?\n", ended.output)
+    assert why == LOSSES[kind]
+    assert ended.output.count("engine 0 serves again") == len(why)
+    assert re.search(r"engine 0 has not got weight version \d+ whole: ", ended.output)
+    assert "Traceback" not in ended.output
+    log = (ended.folder / "logs/engine-0.log").read_text()
+    assert re.search(r"request failed, attempt 1 of 3: POST \S+: status 500, the proxy was told to fail", log)
+    assert re.search(r"request failed, attempt \d of 3: POST \S+: RemoteProtocolError", log)
+    assert re.search(r"request failed, attempt \d of 3: POST \S+: ReadTimeout", log)
