@@ -103,7 +103,7 @@ def scaling(found: Found) -> str:
         rows = ([nodes, *(f"{times[name]:.0f}" for name in (*modes, "rest"))] for nodes, times in by_nodes.items())
         text += table((f"{model}, nodes", *modes, "without rollouts"), rows) + "\n"
     if not found["check"]:
-        return text
+        return text + "(No check against real runs is kept yet: it belongs on a quiet machine.)\n"
     rows = (
         [
             f"{row['processes']}",
