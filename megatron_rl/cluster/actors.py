@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 
 
+CLOSE_SECONDS = 5
+"""How long all ranks together get to end by themselves."""
 SETTLE_SECONDS = 60
 """How long the other ranks get to end what they do when one has failed."""
 
@@ -185,8 +187,7 @@ class Actors:
         return [shard for shards in self._all("export_hf", folder) for shard in shards or ()]
 
     def close(self) -> None:
-        for ref in self._submit("close"):
-            ray.wait([ref], timeout=5)
+        ray.wait(self._submit("close"), num_returns=len(self.ranks), timeout=CLOSE_SECONDS)
         for rank in self.ranks:
             ray.kill(rank)
 
