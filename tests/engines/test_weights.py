@@ -81,6 +81,14 @@ class Sender:
         self.member = GroupMember(group, HOST, open_port(HOST), "gloo", size=2, rank=0, timeout_seconds=20.0)
         self.transport = CollectiveTransport(self.member, 0, BUCKET)
 
+    def meet(self, engine: HttpEngine, run: Run[Any]) -> None:
+        """Both sides join the group."""
+        connecting = threading.Thread(target=self.transport.connect)
+        connecting.start()
+        run(engine.pause())
+        run(engine.join_groups([replace(self.member, rank=1)]))
+        connecting.join()
+
     def update(self, version: int) -> CollectiveUpdate:
         specs = [TensorSpec.of(name, tensor) for name, tensor in tensors(self.model)]
         stage = StageBuckets(self.member.name, bucket_specs(specs, BUCKET))
@@ -153,11 +161,7 @@ def test_requests_that_come_late_do_no_harm(engine: HttpEngine, run: Run[Any], o
 
 def test_a_broadcast_twice(engine: HttpEngine, run: Run[Any], model: Path, other: Path) -> None:
     sender = Sender(other, "weights-twice")
-    connecting = threading.Thread(target=sender.transport.connect)
-    connecting.start()
-    run(engine.pause())
-    run(engine.join_groups([replace(sender.member, rank=1)]))
-    connecting.join()
+    sender.meet(engine, run)
     for version, source in ((4, other), (5, model)):
         sender.model = source
         run(engine.pause())
@@ -189,11 +193,7 @@ def test_a_broadcast_that_breaks_off_serves_nothing_until_it_is_made_again(
     engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path
 ) -> None:
     sender = Sender(other, "weights-broken")
-    connecting = threading.Thread(target=sender.transport.connect)
-    connecting.start()
-    run(engine.pause())
-    run(engine.join_groups([replace(sender.member, rank=1)]))
-    connecting.join()
+    sender.meet(engine, run)
 
     def half() -> None:
         sender.push(7, [], upto=12)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,7 @@ from tests.engines.test_weights import Sender
 
 def test_nothing_more_comes_from_it(engine: HttpEngine, run: Run[Any], model: Path) -> None:
     sender = Sender(model, "weights-killed")
-    connecting = threading.Thread(target=sender.transport.connect)
-    connecting.start()
-    run(engine.pause())
-    run(engine.join_groups([replace(sender.member, rank=1)]))
-    connecting.join()
+    sender.meet(engine, run)
     assert engine._process is not None
     server = server_processes(psutil.Process(engine._process._process.pid))[0]
 
