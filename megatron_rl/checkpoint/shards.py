@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from megatron_rl.errors import UserError
 
 FILE_BYTES = 2 * 2**30
 """A file is full when it holds this much."""
+HEADER_BYTES = 2**20
+"""Of a file that grows: room for some 7,000 tensors."""
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -37,7 +40,9 @@ def write_shard(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> ShardFi
     """
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        parts: list[bytes | memoryview] = [_header(tensors), *map(_bytes, tensors.values())]
+        starts = itertools.accumulate((tensor.nbytes for tensor in tensors.values()), initial=0)
+        entries = {name: _entry(tensor, start) for (name, tensor), start in zip(tensors.items(), starts, strict=False)}
+        parts: list[bytes | memoryview] = [_header(entries), *map(_bytes, tensors.values())]
         for part in parts:
             file.write(part)
             digest.update(part)
@@ -47,15 +52,41 @@ def write_shard(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> ShardFi
     return ShardFile(kind, size, digest.hexdigest(), tuple(tensors))
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    """Length and JSON, padded so that the data behind it is aligned."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
+class GrowingShard:
+    """A safetensors file that takes one tensor at a time, so that no two need be in memory. Its header, for which room
+    is left, comes last; until then the file is beside its place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self._entries: dict[str, Any] = {}
+        self._file = path.with_suffix(".new").open("wb")
+        self._file.seek(HEADER_BYTES)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """From any device; it may change when this returns."""
+        self._entries[name] = _entry(tensor, self.size)
+        self._file.write(_bytes(tensor.cpu()))
+        self.size += tensor.nbytes
+
+    def close(self) -> None:
+        """Put it in its place. Raises ValueError when it has more tensors than the header has room for."""
+        with self._file as file:
+            file.seek(0)
+            file.write(_header(self._entries, HEADER_BYTES))
+        Path(file.name).replace(self.path)
+
+
+def _entry(tensor: Tensor, start: int) -> dict[str, Any]:
+    end = start + tensor.nbytes
+    return {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+
+
+def _header(entries: Mapping[str, Any], size: int = 0) -> bytes:
+    """Length and JSON, padded so that the data behind it is aligned, or to `size`."""
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    if size and 8 + len(text) > size:
+        raise ValueError(f"{len(entries)} tensors are too many for one file: their names take more than {size} bytes")
+    text += b" " * ((size - 8 - len(text)) if size else -len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from megatron_rl.weight_sync.buckets import bucketed
+from megatron_rl.checkpoint.shards import GrowingShard
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.transport import NamedTensors, Pushed
 
@@ -22,20 +20,26 @@ class FolderTransport:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
-        """A file a bucket. Each replaces the old one, which an engine may still have mapped, when it is whole."""
-        parts, total = [], 0
-        for number, bucket in enumerate(bucketed(tensors, self.bucket_bytes)):
-            path = self.folder / f"stage-{self.stage:02}-bucket-{number:03}.safetensors"
-            held = {name: tensor.detach().cpu().contiguous() for name, tensor in bucket}
+        """A file a bucket, written tensor by tensor. Each replaces the old one, which an engine may still have mapped,
+        when it is whole."""
+        files: list[GrowingShard] = []
+        kind = None
+        for name, tensor in tensors:
             if taker:
-                for name, tensor in bucket:
-                    taker.add(name, tensor)
-            fresh = path.with_suffix(".new")
-            save_file(held, fresh)
-            fresh.replace(path)
-            parts.append(path)
-            total += sum(tensor.nbytes for tensor in held.values())
-        return Pushed(self.stage, total, tuple(parts), taker.result() if taker else None)
+                taker.add(name, tensor)
+            if not files or tensor.dtype != kind or files[-1].size + tensor.nbytes > self.bucket_bytes:
+                if files:
+                    files[-1].close()
+                files.append(GrowingShard(self._path(len(files))))
+            files[-1].add(name, tensor.detach())
+            kind = tensor.dtype
+        if files:
+            files[-1].close()
+        parts, total = tuple(file.path for file in files), sum(file.size for file in files)
+        return Pushed(self.stage, total, parts, taker.result() if taker else None)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"stage-{self.stage:02}-bucket-{number:03}.safetensors"
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

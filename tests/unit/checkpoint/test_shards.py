@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megatron_rl.checkpoint.shards import ShardTensors, write_shard
+from megatron_rl.checkpoint.shards import GrowingShard, ShardTensors, write_shard
 from megatron_rl.errors import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8)
@@ -34,6 +34,32 @@ def test_safetensors_itself_reads_what_was_written(
     read = load_file(path)
     assert read.keys() == tensors.keys()
     assert all(read[name].dtype == value.dtype and torch.equal(read[name], value) for name, value in tensors.items())
+
+
+@given(tensors=named_tensors())
+def test_a_growing_file_is_the_same_in_the_end(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, torch.Tensor]
+) -> None:
+    path = tmp_path_factory.mktemp("shard") / "x.safetensors"
+    file = GrowingShard(path)
+    for name, tensor in tensors.items():
+        file.add(name, tensor.clone())
+        assert not path.exists()
+    file.close()
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(read[name].dtype == value.dtype and torch.equal(read[name], value) for name, value in tensors.items())
+    assert file.size == sum(tensor.nbytes for tensor in tensors.values())
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
+
+
+def test_a_growing_file_says_when_it_has_no_room_for_names(tmp_path: Path) -> None:
+    file = GrowingShard(tmp_path / "x.safetensors")
+    for i in range(2):
+        file.add("x" * 600_000 + str(i), torch.ones(1))
+    with pytest.raises(ValueError, match="2 tensors are too many for one file"):
+        file.close()
+    assert not file.path.exists()
 
 
 def test_a_view_is_written_as_it_looks(tmp_path: Path) -> None:

@@ -62,6 +62,17 @@ def test_no_file_holds_more_than_a_bucket(tmp_path: Path) -> None:
     assert {path.name for path in pushed.parts} == {f"stage-00-bucket-00{i}.safetensors" for i in range(2)}
 
 
+def test_types_of_other_widths_do_not_share_a_file(tmp_path: Path) -> None:
+    """What follows an odd number of narrow values could not be mapped."""
+    sent = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.bfloat16)}
+    pushed = FolderTransport(tmp_path, 0, SMALL).push(sent.items(), 1)
+    arrived = dict(update(pushed).tensors())
+    assert len(pushed.parts) == 3
+    assert {name: (t.dtype, t.tolist()) for name, t in arrived.items()} == {
+        name: (t.dtype, t.tolist()) for name, t in sent.items()
+    }
+
+
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
     pushed = push(tmp_path)
     assert pushed.checksums
