@@ -4,7 +4,6 @@ none can be brought back, and nothing left of them when the driver is killed."""
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 from collections import Counter
@@ -33,13 +32,6 @@ SMALL = (
     "observability.rollouts_every=1",
     "train.save_every=0",
 )
-
-
-def computing(server: list[psutil.Process]) -> list[psutil.Process]:
-    """The processes of vLLM behind the one that speaks HTTP."""
-    found = [process for process in server[1:] if " ".join(process.cmdline()).startswith("VLLM::")]
-    assert found, [process.cmdline() for process in server]
-    return found
 
 
 class Training:
@@ -112,18 +104,16 @@ def test_raw_log_probs_are_refused(command_line: CommandLine, kind: str) -> None
     assert "Traceback" not in run.output
 
 
-@pytest.mark.timeout(600)  # four servers start
-def test_servers_that_fail_are_replaced(command_line: CommandLine) -> None:
-    """One is killed; then what computes in the other gets no more memory; then one of those in their places hangs."""
+def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine) -> None:
+    """One is killed, and when another serves in its place the second one is stopped."""
     run = Training(
         command_line,
         "vllm",
         "failures",
         "rollout.engines=2",
         "rollout.server.hang_seconds=20",
-        "rollout.server.request_attempts=10",
         "weight_sync.transport=collective",
-        "train.steps=20000",  # more than are taken until the servers are back, however fast
+        "train.steps=2000",  # more than are taken until the servers are back, however fast
     )
     run.until("step=1/")
     first, second = run.servers()
@@ -131,19 +121,14 @@ def test_servers_that_fail_are_replaced(command_line: CommandLine) -> None:
     run.until("is lost, another takes its place: its server has ended")
     run.until("step=")
     run.until("serves again")
-    for process in computing(second):
-        process.rlimit(resource.RLIMIT_DATA, (2**20, 2**20))
-    run.until("is lost, another takes its place: ")  # it ends, or stops answering and does not end
-    run.until("step=")
-    run.until("serves again")
-    for process in run.servers()[0]:
+    for process in second:
         process.suspend()
     run.until("is lost, another takes its place: it has given no sign of life for 20 s")
     run.until("step=")
     run.process.send_signal(signal.SIGINT)
     ended = run.end()
     assert ended.status == 0, ended.output
-    assert ended.output.count("is lost") == 3
+    assert ended.output.count("is lost") == 2
     assert "log-probs of 2 engines and of the actor agree" in ended.output
     assert_nothing_was_lost_or_counted_twice(ended)
 
