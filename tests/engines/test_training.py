@@ -104,6 +104,7 @@ def test_raw_log_probs_are_refused(command_line: CommandLine, kind: str) -> None
     assert "Traceback" not in run.output
 
 
+@pytest.mark.timeout(600)  # three servers start, and one is waited for
 def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine) -> None:
     """One is killed, and when another serves in its place the second one is stopped."""
     run = Training(
