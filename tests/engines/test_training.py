@@ -113,7 +113,6 @@ def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine)
         "failures",
         "rollout.engines=2",
         "rollout.server.hang_seconds=20",
-        "weight_sync.transport=collective",
         "train.steps=2000",  # more than are taken until the servers are back, however fast
     )
     run.until("step=1/")
