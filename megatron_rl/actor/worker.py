@@ -39,6 +39,7 @@ from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.collective import CollectiveTransport
 from megatron_rl.weight_sync.folder import FolderTransport
+from megatron_rl.weight_sync.mapped import MappedTransport
 from megatron_rl.weight_sync.transport import GroupMember, Pushed, WeightTransport
 
 if TYPE_CHECKING:
@@ -169,6 +170,8 @@ class MegatronWorker:
         place = places[stage]
         if isinstance(place, Path):
             self.transport = FolderTransport(place, stage, bucket_bytes)
+        elif place.mapped:
+            self.transport = MappedTransport(place, stage, bucket_bytes, self.device)
         else:
             self.transport = CollectiveTransport(place, stage, bucket_bytes)
         self.transport.connect()

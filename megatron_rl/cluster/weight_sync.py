@@ -152,7 +152,8 @@ class FolderSync(WeightSync):
 
 
 class CollectiveSync(WeightSync):
-    """Broadcast by the first rank of each pipeline stage, in a group of its own with all engines."""
+    """By the first rank of each pipeline stage, in a group of its own with all engines: broadcast, or `mapped` by them
+    (`weight_sync/mapped.py`)."""
 
     def __init__(
         self,
@@ -164,10 +165,13 @@ class CollectiveSync(WeightSync):
         backend: str,
         bucket_bytes: int,
         timeout_seconds: float,
+        mapped: bool = False,
     ) -> None:
         super().__init__(actors, engines, engine_ranks, say)
-        self._backend, self._bucket_bytes, self._timeout_seconds = backend, bucket_bytes, timeout_seconds
-        self._buckets = [bucket_specs(specs, bucket_bytes) for specs in actors.weight_specs()]
+        self._backend, self._timeout_seconds, self._mapped = backend, timeout_seconds, mapped
+        specs = actors.weight_specs()
+        self._bucket_bytes = min(bucket_bytes, max(sum(spec.nbytes for spec in stage) for stage in specs))
+        self._buckets = [bucket_specs(stage, bucket_bytes) for stage in specs]
         self._members: set[tuple[int, int]] = set()
         """Of the groups: engines, and the processes that they were then."""
         self._stages: tuple[StageBuckets, ...] = ()
@@ -201,6 +205,8 @@ class CollectiveSync(WeightSync):
 
     def _meet(self, engines: list[EngineProcess]) -> Answers:
         """New groups, one a stage: its sender is rank 0, then come the engines' processes."""
+        if self._mapped:  # nobody has memory mapped any more that its owner gives back
+            self.engines.ask(engines, "join_groups", [])
         results(self.actors.submit_weights("disconnect_weights"))
         meeting = uuid.uuid4().hex[:8]  # a server that was attached to before knows older names
         senders = [
@@ -212,6 +218,7 @@ class CollectiveSync(WeightSync):
                 size=1 + len(engines) * self.engine_ranks,
                 rank=0,
                 timeout_seconds=self._timeout_seconds,
+                mapped=self._mapped,
             )
             for stage, (host, port) in enumerate(self.actors.publishers())
         ]

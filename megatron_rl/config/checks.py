@@ -21,6 +21,7 @@ def contradictions(config: Config) -> list[str]:
         *_updates(config),
         *_parallel(config),
         *_rollout(config),
+        *_weight_sync(config),
         *_reward(config),
         *_rest(config),
     ]
@@ -172,7 +173,12 @@ def _rollout(config: Config) -> Iterator[str]:
         yield "rollout.asynchronous: engines on the actor's GPUs (cluster.colocate) cannot sample while it trains"
     if rollout.server.urls and config.cluster.colocate:
         yield "cluster.colocate: servers that run elsewhere (rollout.server.urls) share no GPUs with the actor"
-    transport = config.weight_sync.transport
+
+
+def _weight_sync(config: Config) -> Iterator[str]:
+    rollout, transport = config.rollout, config.weight_sync.transport
+    if transport == "cuda_ipc":
+        yield from _cuda_ipc(config)
     if transport == "collective" and rollout.engine == "transformers":
         yield "weight_sync.transport: collective is for rollout.engine: sglang or vllm; transformers reads a folder"
     if transport == "collective" and config.cluster.colocate and config.actor.device != "cpu":
@@ -184,6 +190,24 @@ def _rollout(config: Config) -> Iterator[str]:
         yield "weight_sync.transport: shared_memory reaches one node only, and cluster.nodes is more; set disk"
     if transport not in ("disk", "auto") and config.weight_sync.folder:
         yield f"weight_sync.folder: read by weight_sync.transport: disk only, not by {transport}"
+
+
+def _cuda_ipc(config: Config) -> Iterator[str]:
+    if config.actor.device == "cpu":
+        yield "weight_sync.transport: cuda_ipc is memory of GPUs, and actor.device is cpu; set shared_memory"
+        return
+    if config.rollout.engine != "vllm":
+        yield (
+            f"weight_sync.transport: cuda_ipc is for rollout.engine: vllm, not for {config.rollout.engine}, which has "
+            "nothing of ours in its processes that could map memory; set shared_memory"
+        )
+    if config.cluster.nodes > 1:
+        yield "weight_sync.transport: cuda_ipc reaches one node only, and cluster.nodes is more; set disk"
+    elif not config.cluster.colocate:
+        yield (
+            "weight_sync.transport: cuda_ipc is for engines on the actor's GPUs (cluster.colocate), which nccl has no "
+            "room for; set collective"
+        )
 
 
 def _reward(config: Config) -> Iterator[str]:

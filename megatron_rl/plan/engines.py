@@ -9,6 +9,7 @@ from megatron_rl.plan.hardware import GIB
 from megatron_rl.plan.memory import RankMemory, actor_memory
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
+from megatron_rl.session.transport import transport_of
 
 SHARE = {"sglang": 0.85, "vllm": 0.90, "transformers": 0.90}
 """Of a GPU's memory that the engine takes for weights and KV cache unless told otherwise, about."""
@@ -52,6 +53,8 @@ def colocated_memory(setup: Setup) -> list[RankMemory]:
     engine, released = engine_memory(setup), {"an engine's CUDA, NCCL": setup.assumed.released}
     weights = {"an engine's weights": engine.weights}
     awake = weights | {"its cache": max(0.0, engine.cache), "its work space": WORK_SPACE}
+    if transport_of(setup.config) == "cuda_ipc":
+        weights |= {"a bucket that it has read": setup.config.weight_sync.bucket_megabytes * 2.0**20}
     return [
         RankMemory(
             rank.stage,

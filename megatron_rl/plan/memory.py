@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from megatron_rl.plan.activations import FP32, layer_bytes
 from megatron_rl.plan.parameters import rank_parameters, stage_layers
 from megatron_rl.plan.setup import Setup
+from megatron_rl.session.transport import transport_of
 
 Parts = dict[str, float]
 """What takes the memory -> bytes."""
@@ -50,6 +51,12 @@ def actor_memory(setup: Setup) -> list[RankMemory]:
 def stage_memory(setup: Setup, stage: int) -> RankMemory:
     kept = kept_state(setup, stage)
     weights, one_tensor = kept["weights"], _largest_tensor(setup)
+    bucket, flat = _bucket(setup, weights), {"a tensor, gathered": one_tensor}
+    if transport_of(setup.config) == "cuda_ipc":
+        kept |= {"what engines map": 2.0 * _half(setup, weights)}
+        flat |= {"a bucket": bucket}
+    else:
+        flat |= {"a bucket, and flat": 2 * bucket}
     forward = _forward(setup, stage)
     phases: dict[str, Parts] = {
         "load": {name: kept[name] for name in ("weights", "gradients")} | {"a tensor of the folder": one_tensor},
@@ -57,7 +64,7 @@ def stage_memory(setup: Setup, stage: int) -> RankMemory:
         "log-probs": kept | forward,
         "forward and backward": kept | _backward(setup, stage),
         "optimizer": kept | _optimizer(setup, stage),
-        "weight sync": kept | {"a tensor, gathered": one_tensor, "a bucket, and flat": 2 * _bucket(setup, weights)},
+        "weight sync": kept | flat,
         "checkpoint": dict(kept),
     }
     if _other_policy(setup):
@@ -107,8 +114,12 @@ def _largest_tensor(setup: Setup) -> float:
 
 def _bucket(setup: Setup, weights: float) -> float:
     """What is sent in one go: as much as is asked for, but a tensor at least, and a stage's weights at most."""
-    asked = setup.config.weight_sync.bucket_megabytes * 2**20
-    return max(_largest_tensor(setup), min(asked, setup.layout.tensor * weights))
+    return max(_largest_tensor(setup), _half(setup, weights))
+
+
+def _half(setup: Setup, weights: float) -> float:
+    """Of the memory that engines map (weight_sync.transport: cuda_ipc); a larger tensor passes in portions."""
+    return min(setup.config.weight_sync.bucket_megabytes * 2**20, setup.layout.tensor * weights)
 
 
 def _other_policy(setup: Setup) -> bool:

@@ -109,14 +109,17 @@ def _optimizer_seconds(setup: Setup) -> float:
 
 
 def _sync_seconds(setup: Setup) -> float:
-    """A broadcast: each pipeline stage sends its part to all engines at once. A folder in memory: over the bus and
-    back. One on disk: each stage writes its part, then every node reads the whole."""
+    """A broadcast: each pipeline stage sends its part to all engines at once. CUDA IPC: engines read the whole. A
+    folder in memory: over the bus and back. One on disk: each stage writes its part, then every node reads the whole.
+    """
     whole = setup.element * model_parameters(setup.model)
     part = whole / setup.layout.pipeline
     transport = transport_of(setup.config)
     if transport == "disk":
         stage_nodes = set(setup.placement.actors[:: setup.layout.world_size // setup.layout.pipeline])
         return (whole / len(stage_nodes) + whole) / setup.assumed.file_rate
+    if transport == "cuda_ipc":  # one stage after another, and most engines on other GPUs than a stage's first rank
+        return whole / (setup.gpu.link * setup.assumed.links)
     if transport == "shared_memory":
         return (part + whole) / (setup.gpu.host * setup.assumed.links)
     apart = len(setup.placement.nodes) > 1

@@ -21,15 +21,16 @@ def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: Vie
     ranks = server.tensor_parallel
     bucket_bytes = settings.bucket_megabytes * 2**20
     transport = transport_of(config)
-    if transport == "collective":
+    if transport in ("collective", "cuda_ipc"):
         sync: WeightSync = CollectiveSync(
             actors,
             engines,
             ranks,
             view.message,
-            backend="gloo" if config.actor.device == "cpu" else "nccl",
+            backend="gloo" if config.actor.device == "cpu" or transport == "cuda_ipc" else "nccl",
             bucket_bytes=bucket_bytes,
             timeout_seconds=server.update_timeout_seconds,
+            mapped=transport == "cuda_ipc",
         )
     else:
         in_memory = transport == "shared_memory"

@@ -56,6 +56,8 @@ class GroupMember:
     rank: int
     """0 is the stage's; of an engine, that of its first process."""
     timeout_seconds: float
+    mapped: bool = False
+    """Weights go through the sender's memory, which the others map; the group is to agree on when."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, unflatten
 from megatron_rl.weight_sync.checksums import sha256
+from megatron_rl.weight_sync.mapped import MappedReceiver
 from megatron_rl.weight_sync.transport import GroupMember
 
 
@@ -54,14 +55,20 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
         self.failure: str | None = None
         self.updating = False
         """Between the start and the finish of an update."""
-        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._groups: dict[str, dist.ProcessGroup | MappedReceiver] = {}
 
     def init_transfer_engine(self, init_info: Groups) -> None:
         self.shutdown()
         self.failure = None
         members = [GroupMember(**member) for member in init_info.members]
         with self._keep_failure():
-            self._groups = {member.name: process_group.join(member, self.parallel_config.rank) for member in members}
+            for member in members:
+                self._groups[member.name] = self._join(member)
+
+    def _join(self, member: GroupMember) -> dist.ProcessGroup | MappedReceiver:
+        if member.mapped:
+            return MappedReceiver(member, self.parallel_config.rank, self.device)
+        return process_group.join(member, self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
         self.failure, self.received, self.updating = None, {}, True
@@ -76,8 +83,8 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
     def receive_weights(self, update_info: Portion) -> None:
         if self.failure:
             return
-        with self._keep_failure():
-            for name, tensor in self._tensors(update_info):
+        with self._keep_failure(), self._tensors(update_info) as tensors:
+            for name, tensor in tensors:
                 if update_info.take_checksums:
                     self.received[name] = sha256(tensor)
                 self.model.load_weights([(name, tensor)])
@@ -90,17 +97,30 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
                 if isinstance(module, ParallelLMHead):  # a tied one has a packed copy, which nobody else renews
                     module.quant_method.process_weights_after_loading(module)
 
-    def _tensors(self, portion: Portion) -> Iterator[tuple[str, torch.Tensor]]:
+    @contextmanager
+    def _tensors(self, portion: Portion) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
         """Each with memory of its own: a layer may keep it until the rest of the layer has come."""
-        for file in portion.files:
+        specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in portion.bucket]
+        group = self._groups.get(portion.group)
+        if isinstance(group, MappedReceiver):
+            with group.bucket(specs) as tensors:
+                yield tensors
+        elif group is not None:
+            yield self._broadcast(specs, group)
+        elif not specs:
+            yield self._read(portion.files)
+        else:
+            raise RuntimeError(f"it is not in the group {portion.group}")
+
+    def _read(self, files: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for file in files:
             with safe_open(file, framework="pt", device=str(self.device)) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                     yield name, tensors.get_tensor(name)
-        if not portion.bucket:
-            return
-        specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in portion.bucket]
+
+    def _broadcast(self, specs: Sequence[TensorSpec], group: dist.ProcessGroup) -> Iterator[tuple[str, torch.Tensor]]:
         flat = torch.empty(sum(spec.nbytes for spec in specs), dtype=torch.uint8, device=self.device)
-        dist.broadcast(flat, group=self._groups[portion.group], group_src=0)
+        dist.broadcast(flat, group=group, group_src=0)
         for name, tensor in unflatten(flat, specs):
             yield name, tensor.clone()
 
@@ -112,9 +132,9 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
             self.failure = f"{type(error).__name__}: {error}"
 
     def shutdown(self) -> None:
-        for group in self._groups.values():
-            process_group.leave(group)
-        self._groups = {}
+        groups, self._groups = self._groups, {}
+        for group in groups.values():
+            group.close() if isinstance(group, MappedReceiver) else process_group.leave(group)
 
 
 class Extension:

@@ -24,7 +24,15 @@ from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker, WeightsDamaged
 from megatron_rl.weight_sync.collective import CollectiveTransport
 from megatron_rl.weight_sync.folder import FolderTransport
-from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember, Pushed, StageBuckets
+from megatron_rl.weight_sync.mapped import MappedTransport
+from megatron_rl.weight_sync.transport import (
+    CollectiveUpdate,
+    FolderUpdate,
+    GroupMember,
+    Pushed,
+    StageBuckets,
+    WeightTransport,
+)
 from tests.engines.conftest import Run
 from tests.engines.test_generate import PROMPTS, SAMPLING, largest_gap
 from tests.meeting import HOST
@@ -76,10 +84,13 @@ def in_folder(folder: Path, model: Path, version: int, spoilt: str = "") -> tupl
 class Sender:
     """An actor's rank, in a thread."""
 
-    def __init__(self, model: Path, group: str) -> None:
+    def __init__(self, model: Path, group: str, *, mapped: bool = False) -> None:
+        """mapped: through memory, as on a GPU; here it is the host's."""
         self.model = model
-        self.member = GroupMember(group, HOST, open_port(HOST), "gloo", size=2, rank=0, timeout_seconds=20.0)
-        self.transport = CollectiveTransport(self.member, 0, BUCKET)
+        self.member = GroupMember(group, HOST, open_port(HOST), "gloo", 2, 0, timeout_seconds=20.0, mapped=mapped)
+        self.transport: WeightTransport = CollectiveTransport(self.member, 0, BUCKET)
+        if mapped:
+            self.transport = MappedTransport(self.member, 0, BUCKET, torch.device("cpu"))
 
     def meet(self, engine: HttpEngine, run: Run[Any]) -> None:
         """Both sides join the group."""
@@ -159,8 +170,11 @@ def test_requests_that_come_late_do_no_harm(engine: HttpEngine, run: Run[Any], o
     assert_serves(engine, run, other, 3)
 
 
-def test_a_broadcast_twice(engine: HttpEngine, run: Run[Any], model: Path, other: Path) -> None:
-    sender = Sender(other, "weights-twice")
+@pytest.mark.parametrize("mapped", [False, True])
+def test_over_a_group_twice(engine: HttpEngine, run: Run[Any], model: Path, other: Path, mapped: bool) -> None:
+    if mapped and engine.kind != "vllm":
+        pytest.skip("refused by the configuration")
+    sender = Sender(other, f"weights-twice-{mapped}", mapped=mapped)
     sender.meet(engine, run)
     for version, source in ((4, other), (5, model)):
         sender.model = source
@@ -189,10 +203,13 @@ def test_a_tensor_that_is_not_what_was_sent_is_found(
         run(engine.verify_weights(6, checksums))
 
 
-def test_a_broadcast_that_breaks_off_serves_nothing_until_it_is_made_again(
-    engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path
+@pytest.mark.parametrize("mapped", [False, True])
+def test_an_update_that_breaks_off_serves_nothing_until_it_is_made_again(
+    engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path, mapped: bool
 ) -> None:
-    sender = Sender(other, "weights-broken")
+    if mapped and engine.kind != "vllm":
+        pytest.skip("refused by the configuration")
+    sender = Sender(other, f"weights-broken-{mapped}", mapped=mapped)
     sender.meet(engine, run)
 
     def half() -> None:

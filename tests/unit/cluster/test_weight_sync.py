@@ -116,15 +116,16 @@ def said() -> list[str]:
 Open = Callable[[int], tuple[WeightSync, Any]]
 
 
-@pytest.fixture(params=["folder", "collective"])
+@pytest.fixture(params=["folder", "collective", "mapped"])
 def opened(request: pytest.FixtureRequest, said: list[str]) -> Open:
     def open_sync(count: int) -> tuple[WeightSync, Any]:
         engines: Any = Engines(count)
         actors: Any = Actors()
         if request.param == "folder":
             return FolderSync(actors, engines, 1, said.append, folder=Path("f"), bucket_bytes=9), engines
+        mapped = request.param == "mapped"
         collective = CollectiveSync(
-            actors, engines, 1, said.append, backend="gloo", bucket_bytes=9, timeout_seconds=1.0
+            actors, engines, 1, said.append, backend="gloo", bucket_bytes=9, timeout_seconds=1.0, mapped=mapped
         )
         return collective, engines
 
@@ -178,6 +179,28 @@ def test_an_engine_that_dies_meanwhile_does_not_keep_the_others(opened: Open) ->
     assert versions(engines) == [1, 1]
     if isinstance(sync, CollectiveSync):  # a broken group is no use to those who are left
         assert all(member.size == 3 for engine in engines.running for member in engine.groups)
+
+
+def test_engines_give_memory_up_before_its_owner_does(said: list[str]) -> None:
+    engines: Any = Engines(1)
+    actors: Any = Actors()
+    sync = CollectiveSync(
+        actors, engines, 1, said.append, backend="gloo", bucket_bytes=9, timeout_seconds=1.0, mapped=True
+    )
+    held: list[int] = []
+    submit = actors.submit_weights
+
+    def submit_weights(method: str, *arguments: Any) -> list[Any]:
+        if method == "disconnect_weights":
+            held.append(len(engines.all[0].groups))
+        return submit(method, *arguments)
+
+    actors.submit_weights = submit_weights
+    sync.sync(1, verify=False)
+    engines.all[0].launches += 1
+    sync.sync(2, verify=False)
+    assert held == [0, 0]
+    assert all(member.mapped for member in engines.all[0].groups)
 
 
 def test_all_of_them_may_die(opened: Open) -> None:

@@ -140,6 +140,23 @@ def test_how_weights_travel_costs_time(make: Make) -> None:
     assert alone.seconds["weight sync"] == pytest.approx(2 * weights / 48e9)
 
 
+def test_memory_that_engines_map_is_there_all_the_time(make: Make) -> None:
+    """Two halves of a bucket each, which the engine has no room for; it takes a bucket at a time out of them."""
+    colocated = ("rollout.engine=vllm", "cluster={nodes: 1, colocate: true}", "actor.data_parallel=2")
+    server = ("rollout.engines=2", "rollout.server.tensor_parallel=4")
+    by_files = make(*colocated, *server)
+    mapped = make(*colocated, *server, "weight_sync={transport: cuda_ipc, bucket_megabytes: 1024}")
+    halves = 2 * GIB
+    (rank,), (other,) = mapped.actor, by_files.actor
+    for phase in ("rollout", "log-probs", "forward and backward", "optimizer", "checkpoint"):
+        assert rank.phases[phase]["what engines map"] == halves
+        assert "what engines map" not in other.phases[phase]
+    assert rank.phases["weight sync"]["a bucket that it has read"] == GIB
+    assert mapped.engine is not None and by_files.engine is not None
+    assert mapped.engine.cache == pytest.approx(by_files.engine.cache - halves, rel=0.02)
+    assert mapped.seconds["weight sync"] < by_files.seconds["weight sync"]
+
+
 def test_what_does_not_suit_engines_on_the_actors_gpus_is_said(make: Make) -> None:
     large = make(*COLOCATED, f"model.path={MODELS / 'Qwen2.5-32B'}", "rollout.server.tensor_parallel=1")
     assert any("take cluster.colocate back" in problem for problem in large.problems)

@@ -29,6 +29,13 @@ train: {steps: 10}
         (["rollout.engine=sglang", "actor.device=cuda", "cluster.colocate=true"], "shared_memory"),
         (["rollout.engine=sglang", "actor.device=cuda", "cluster={nodes: 2, colocate: true}"], "disk"),
         (["rollout.engine=sglang", "weight_sync.transport=disk"], "disk"),
+        (
+            [
+                *("rollout.engine=vllm", "actor.device=cuda", "cluster.colocate=true"),
+                "weight_sync={transport: cuda_ipc, bucket_megabytes: 128}",
+            ],
+            "cuda_ipc",
+        ),
     ],
 )
 def test_what_auto_means(overrides: list[str], transport: str, tmp_path: Path) -> None:

@@ -1,0 +1,214 @@
+"""Weights through memory that is mapped, between senders and engines that are processes; without a GPU, the host's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_rl.rendezvous import open_port
+from megatron_rl.weight_sync import device_memory
+from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
+from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
+from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport
+from megatron_rl.weight_sync.shared_memory import PREFIX
+from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
+
+HOST = "127.0.0.1"
+LIMIT = 400
+"""Bytes: of each half, and of a bucket that is not a tensor."""
+CPU = torch.device("cpu")
+WAIT = 60
+
+
+def tensors(stage: int) -> list[tuple[str, torch.Tensor]]:
+    """In six buckets, one of them of a tensor that goes in three portions; one not contiguous, two of another type."""
+    torch.manual_seed(stage)
+    shapes = [(30, 2), (31, 2), (20, 1), (20, 2), (125, 2), (3, 3)]
+    named = [(f"{stage}.{i}.weight", torch.randn(shape)) for i, shape in enumerate(shapes)]
+    named.append((f"{stage}.turned", torch.randn(5, 7).t()))
+    return [*named, (f"{stage}.half", torch.randn(11).bfloat16()), (f"{stage}.odd", torch.randn(3, 5).bfloat16())]
+
+
+def specs(stage: int) -> tuple[tuple[TensorSpec, ...], ...]:
+    return bucket_specs([TensorSpec.of(name, tensor) for name, tensor in tensors(stage)], LIMIT)
+
+
+@dataclass
+class Engine:
+    process: SpawnProcess
+    answers: Connection
+
+
+def take(receivers: list[MappedReceiver], trouble: str) -> Any:
+    """An update: checksums of what came, or why it failed."""
+    received: dict[str, str] = {}
+    try:
+        for stage, receiver in enumerate(receivers):
+            for number, bucket in enumerate(specs(stage)):
+                with receiver.bucket(bucket) as coming:
+                    for name, tensor in coming:
+                        received[name] = sha256(tensor)
+                    if (stage, number) == (0, 2):
+                        if trouble == "dies":
+                            os._exit(1)
+                        if trouble == "fails":
+                            raise ValueError("it does not fit")
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return received
+
+
+def engine(members: list[GroupMember], trouble: str, updates: int, answers: Connection) -> None:
+    """With a group of its own, as an engine has."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=WAIT))
+    if trouble == "no room":
+        device_memory.HostMemory.__init__ = no_room  # type: ignore[method-assign]
+    try:
+        receivers = [MappedReceiver(member, 0, CPU) for member in members]
+    except (RuntimeError, OSError) as error:
+        answers.send(str(error))
+        return
+    for _ in range(updates):
+        answers.send(take(receivers, trouble))
+    for receiver in receivers:
+        receiver.close()
+    answers.send("closed")
+
+
+def no_room(*_: object) -> None:
+    raise OSError("no room to map it")
+
+
+@contextmanager
+def met(
+    troubles: list[str], stages: int = 1, updates: int = 1, seconds: float = WAIT
+) -> Iterator[tuple[list[MappedTransport], list[Engine]]]:
+    """Senders that are still to connect, and engines that wait for them."""
+    context = multiprocessing.get_context("spawn")
+    ports, engines = [open_port(HOST) for _ in range(stages)], []
+
+    def members(rank: int) -> list[GroupMember]:
+        size = 1 + len(troubles)
+        return [
+            GroupMember(f"mapped-{stage}-{port}", HOST, port, "gloo", size, rank, seconds, mapped=True)
+            for stage, port in enumerate(ports)
+        ]
+
+    for rank, trouble in enumerate(troubles, start=1):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=engine, args=(members(rank), trouble, updates, theirs))
+        process.start()
+        theirs.close()
+        engines.append(Engine(process, ours))
+    transports = [MappedTransport(member, stage, LIMIT, CPU) for stage, member in enumerate(members(0))]
+    try:
+        yield transports, engines
+    finally:
+        for transport in transports:
+            transport.close()
+        for each in engines:
+            each.process.kill()
+            each.process.join()
+
+
+def at_once(calls: list[Any]) -> None:
+    threads = [Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def answer(engine: Engine) -> Any:
+    assert engine.answers.poll(WAIT)
+    return engine.answers.recv()
+
+
+def mapped_folders() -> list[Path]:
+    return [path for path in Path("/dev/shm").glob(f"{PREFIX}{os.getpid()}-*") if path.is_dir()]
+
+
+def test_every_engine_gets_every_tensor_of_two_stages_twice() -> None:
+    with met(["", ""], stages=2, updates=2) as (transports, engines):
+        at_once([transport.connect for transport in transports])
+        assert not mapped_folders(), "what is mapped needs no name, which would stay when processes are killed"
+        for version in (1, 2):
+            pushed: dict[int, Any] = {}
+
+            def push(transport: MappedTransport, version: int = version, into: dict[int, Any] = pushed) -> None:
+                named = iter(tensors(transport.stage))
+                into[transport.stage] = transport.push(named, version, ChecksumTaker(1))
+
+            at_once([lambda transport=transport: push(transport) for transport in transports])
+            sent = pushed[0].checksums.plain | pushed[1].checksums.plain
+            assert len(sent) == 18
+            assert pushed[1].bytes == sum(tensor.nbytes for _, tensor in tensors(1))
+            for each in engines:
+                assert answer(each) == sent
+        for each in engines:
+            assert answer(each) == "closed"
+
+
+@pytest.mark.parametrize(
+    ("trouble", "of_the_other"), [("fails", "it failed in process 1 of the engines"), ("dies", "")]
+)
+def test_an_engine_that_fails_on_the_way_stops_all(trouble: str, of_the_other: str) -> None:
+    with met([trouble, ""]) as (transports, engines):
+        transports[0].connect()
+        with pytest.raises(WeightsNotSent, match=f"weights of version 7 broke off after 728 bytes: .*{of_the_other}"):
+            transports[0].push(iter(tensors(0)), 7)
+        other = answer(engines[1])
+        assert isinstance(other, str) and of_the_other in other
+        if trouble == "fails":
+            assert answer(engines[0]) == "it does not fit"
+
+
+def test_a_sender_that_goes_away_is_noticed() -> None:
+    with met([""]) as (transports, engines):
+        transports[0].connect()
+
+        def broken() -> Iterator[tuple[str, torch.Tensor]]:
+            yield from tensors(0)[:4]
+            raise OSError("the actor's own trouble")
+
+        with pytest.raises(OSError, match="own trouble"):
+            transports[0].push(broken(), 7)
+        transports[0].close()
+        assert isinstance(answer(engines[0]), str)
+
+
+def test_an_engine_that_cannot_map_the_memory_is_noticed() -> None:
+    with met(["no room", ""]) as (transports, engines):
+        with pytest.raises(WeightsNotSent, match="it failed in process 1 of the engines"):
+            transports[0].connect()
+        assert answer(engines[0]) == "no room to map it"
+        assert "it failed in process 1 of the engines" in answer(engines[1])
+    assert not mapped_folders()
+
+
+def test_an_engine_that_does_not_come_is_noticed() -> None:
+    with met([], seconds=1.0) as (transports, _):
+        transports[0].member = GroupMember("mapped", HOST, open_port(HOST), "gloo", 2, 0, 1.0, mapped=True)
+        with pytest.raises(WeightsNotSent, match="not all engines came"):
+            transports[0].connect()
+
+
+def test_a_sender_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_rl.weight_sync.mapped.allocate", no_room)
+    with met([""]) as (transports, engines):
+        with pytest.raises(WeightsNotSent, match="no room"):
+            transports[0].connect()
+        assert isinstance(answer(engines[0]), str), "the engine need not wait for the limit"
