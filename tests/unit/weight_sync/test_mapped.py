@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.rendezvous import open_port
-from megatron_rl.weight_sync import device_memory
+from megatron_rl.weight_sync import cuda_runtime, device_memory
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
 from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport
 from megatron_rl.weight_sync.shared_memory import PREFIX
 from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
+from tests.unit.weight_sync import cuda_stand_in
 
 HOST = "127.0.0.1"
 LIMIT = 400
@@ -73,6 +74,8 @@ def take(receivers: list[MappedReceiver], trouble: str) -> Any:
 
 def engine(members: list[GroupMember], trouble: str, updates: int, answers: Connection) -> None:
     """With a group of its own, as an engine has."""
+    if cuda_stand_in.FOLDER in os.environ:
+        cuda_stand_in.take_over()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=WAIT))
     if trouble == "no room":
         device_memory.HostMemory.__init__ = no_room  # type: ignore[method-assign]
@@ -94,7 +97,7 @@ def no_room(*_: object) -> None:
 
 @contextmanager
 def met(
-    troubles: list[str], stages: int = 1, updates: int = 1, seconds: float = WAIT
+    troubles: list[str], stages: int = 1, updates: int = 1, seconds: float = WAIT, device: torch.device = CPU
 ) -> Iterator[tuple[list[MappedTransport], list[Engine]]]:
     """Senders that are still to connect, and engines that wait for them."""
     context = multiprocessing.get_context("spawn")
@@ -113,7 +116,7 @@ def met(
         process.start()
         theirs.close()
         engines.append(Engine(process, ours))
-    transports = [MappedTransport(member, stage, LIMIT, CPU) for stage, member in enumerate(members(0))]
+    transports = [MappedTransport(member, stage, LIMIT, device) for stage, member in enumerate(members(0))]
     try:
         yield transports, engines
     finally:
@@ -141,8 +144,22 @@ def mapped_folders() -> list[Path]:
     return [path for path in Path("/dev/shm").glob(f"{PREFIX}{os.getpid()}-*") if path.is_dir()]
 
 
-def test_every_engine_gets_every_tensor_of_two_stages_twice() -> None:
-    with met(["", ""], stages=2, updates=2) as (transports, engines):
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """cuda: the code for a GPU, upon a stand-in for CUDA's runtime."""
+    if request.param == "cuda":
+        cuda_stand_in.install(folder, monkeypatch)
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    cuda_runtime._library.cache_clear()
+
+
+def test_every_engine_gets_every_tensor_of_two_stages_twice(device: torch.device, folder: Path) -> None:
+    with met(["", ""], stages=2, updates=2, device=device) as (transports, engines):
         at_once([transport.connect for transport in transports])
         assert not mapped_folders(), "what is mapped needs no name, which would stay when processes are killed"
         for version in (1, 2):
@@ -160,6 +177,7 @@ def test_every_engine_gets_every_tensor_of_two_stages_twice() -> None:
                 assert answer(each) == sent
         for each in engines:
             assert answer(each) == "closed"
+    assert not list(folder.iterdir()), "all of it was given back"
 
 
 @pytest.mark.parametrize(
@@ -197,6 +215,21 @@ def test_an_engine_that_cannot_map_the_memory_is_noticed() -> None:
         assert answer(engines[0]) == "no room to map it"
         assert "it failed in process 1 of the engines" in answer(engines[1])
     assert not mapped_folders()
+
+
+def test_what_cuda_refuses_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(RuntimeError, match="this torch is not built for CUDA"):
+        cuda_runtime.malloc(1)
+    cuda_stand_in.install(folder, monkeypatch)
+    with pytest.raises(RuntimeError, match=r"cudaMalloc: error of the stand-in \(2\)"):
+        cuda_runtime.malloc(cuda_stand_in.MOST + 1)
+    with pytest.raises(RuntimeError, match=r"cudaIpcOpenMemHandle: .* \(400\)"):
+        cuda_runtime.ipc_open(bytes(range(64)))
+    owned = device_memory.allocate(8, torch.device("cuda"))
+    owned.close()
+    owned.close()
+    assert not list(folder.iterdir())
 
 
 def test_an_engine_that_does_not_come_is_noticed() -> None:
