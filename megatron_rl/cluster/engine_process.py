@@ -32,6 +32,8 @@ class EngineProcess:
         self.state: Literal["starting", "stale", "serving", "lost"] = "lost"
         self.losses = 0
         """In a row, without serving in between."""
+        self.has_served = False
+        """Whether this process ever had the weights of the run."""
         self.agrees = False
         """Whether this process was found to keep the log-prob contract."""
         self.address: Address | None = None
@@ -46,7 +48,7 @@ class EngineProcess:
         self.launches += 1
         self.started = self.call("start")
         """Done when it can serve."""
-        self.state, self.agrees = "starting", False
+        self.state, self.has_served, self.agrees = "starting", False, False
 
     def launch_when_due(self) -> None:
         if self.state == "lost" and time.monotonic() >= self._retry_at:
@@ -59,7 +61,7 @@ class EngineProcess:
         """It has started, and has the weights of the run."""
         if self.losses:
             self._say(f"{self.name} serves again")
-        self.state, self.losses = "serving", 0
+        self.state, self.has_served, self.losses = "serving", True, 0
 
     def lose(self, why: object) -> None:
         """Nothing of it is used again. It is replaced, at once the first time, later when that did not help."""

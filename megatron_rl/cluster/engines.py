@@ -14,7 +14,7 @@ import ray
 from megatron_rl.cluster.engine_hosts import host_engine, host_router, log_file
 from megatron_rl.cluster.engine_process import EngineProcess, loss
 from megatron_rl.cluster.routing import Routing
-from megatron_rl.cluster.runtime import Nodes, patience, results
+from megatron_rl.cluster.runtime import Nodes, as_done, patience, results
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import UpdateFailed
@@ -237,6 +237,10 @@ class Engines:
         why = loss(error)
         if why is None:
             raise error
+        self.give_up(engine, why)
+
+    def give_up(self, engine: EngineProcess, why: str) -> None:
+        """Nothing of it is used again: others get what it was asked for, and another takes its place."""
         engine.lose(why)
         for ref, call in list(self._calls.items()):
             if call.engine is engine:
@@ -304,16 +308,22 @@ class Engines:
         half of an update is an exception."""
         return self.ask_each({engine: (method, *arguments) for engine in engines})
 
-    def ask_each(self, calls: Mapping[EngineProcess, tuple[Any, ...]]) -> dict[EngineProcess, Any]:
-        """The same with a call for each: (method, arguments...)."""
-        refs = {engine: engine.call(*call) for engine, call in calls.items()}
+    def ask_each(
+        self, calls: Mapping[EngineProcess, tuple[Any, ...]], failed: Callable[[EngineProcess], object] | None = None
+    ) -> dict[EngineProcess, Any]:
+        """The same with a call for each: (method, arguments...). failed: told of an engine as soon as its answer is an
+        exception, while others may still be at work."""
+        engines = {engine.call(*call): engine for engine, call in calls.items()}
         answers = {}
-        for engine, ref in refs.items():
+        for ref in as_done(list(engines)):
+            engine = engines[ref]
             try:
                 answers[engine] = results([ref])[0]
             except Exception as error:
                 if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, HALF_UPDATED):
                     answers[engine] = error.cause
+                    if failed:
+                        failed(engine)
                 else:
                     self._lose(engine, error)
         return answers

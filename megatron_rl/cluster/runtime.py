@@ -221,6 +221,16 @@ def patience() -> Patience | None:
     return Patience(_watch) if _watch else None
 
 
+def as_done(refs: list[ray.ObjectRef]) -> Iterator[ray.ObjectRef]:
+    """Each as soon as it is done, well or not; `results` has what came out. Waits no longer than `results` would."""
+    hope = patience()
+    while refs:
+        ready, refs = ray.wait(refs, timeout=hope.poll_seconds if hope else None)
+        if hope:
+            hope.check(progress=bool(ready))
+        yield from ready
+
+
 def results(refs: list[ray.ObjectRef]) -> list[Any]:
     """`ray.get`, with a process's UserError or OSError raised as the error it was: Ray's copy lacks the errno.
 

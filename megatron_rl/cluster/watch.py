@@ -34,14 +34,10 @@ class Watch:
         """`ray.get`. Raises the first error of a process at once; UserError when none makes progress any more."""
         waiting, patience = refs, Patience(self)
         while waiting:
-            ready, waiting = ray.wait(waiting, timeout=self._poll)
+            ready, waiting = ray.wait(waiting, timeout=patience.poll_seconds)
             ray.get(ready)
             patience.check(progress=bool(ready))
         return ray.get(refs)
-
-    @property
-    def _poll(self) -> float | None:
-        return min(POLL_SECONDS, self.limit_seconds / 3) if self.limit_seconds else None
 
     def stop(self, quiet_seconds: float) -> None:
         beats = heartbeat.read_beats(self.heartbeats)
@@ -61,6 +57,12 @@ class Patience:
     def __init__(self, watch: Watch) -> None:
         self._watch, self._since = watch, time.monotonic()
         self._counts: dict[str, int] = {}
+
+    @property
+    def poll_seconds(self) -> float | None:
+        """How often to look."""
+        limit = self._watch.limit_seconds
+        return min(POLL_SECONDS, limit / 3) if limit else None
 
     def check(self, *, progress: bool) -> None:
         """Raises UserError when nothing came and no process made progress for the watch's limit."""

@@ -28,8 +28,9 @@ from megatron_rl.weight_sync.transport import (
     WeightsNotSent,
 )
 
-ATTEMPTS = 5
-"""Of one update, each with the engines that are left and have not got it."""
+TOGETHER, ALONE = 3, 2
+"""Attempts of one update with all engines that have not got it, then with each of them by itself: in a broadcast one
+that fails makes all fail."""
 
 Answers = dict[EngineProcess, Any]
 """Of the engines that were not lost on the way. An exception is the answer of one that has half of an update."""
@@ -92,24 +93,42 @@ class WeightSync(ABC):
 
     def _bring(self, engines: list[EngineProcess], verify: bool) -> None:
         assert self.version is not None
-        for _ in range(ATTEMPTS):
-            paused = self.engines.pause(engines)
-            answers = self._transfer(paused, verify) if paused else {}
-            if self.checksums:
-                whole = [engine for engine, answer in answers.items() if not isinstance(answer, Exception)]
-                answers |= self.engines.ask(whole, "verify_weights", self.version, self.checksums)
-            failed = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
-            self.engines.resume([engine for engine in answers if engine not in failed], self.version)
-            for engine, failure in failed.items():
-                self.say(f"engine {engine.number} has not got weight version {self.version} whole: {failure}")
+        failed: dict[EngineProcess, Exception] = {}
+        for attempt in range(TOGETHER + ALONE):
+            failed = {}
+            for those in [engines] if attempt < TOGETHER else [[engine] for engine in engines]:
+                failed |= self._attempt(those, verify)
             engines = [engine for engine in failed if engine in self.engines.running]
             if not engines:
                 return
-        raise UserError(
-            f"weights of version {self.version} did not arrive whole in {ATTEMPTS} attempts, last in engine "
-            f"{engines[0].number}: {failed[engines[0]]}. The engines' logs may say more; weight_sync.transport=disk "
-            "does without a network between actor and engines"
-        )
+        for engine in engines:
+            self._give_up(engine, failed[engine])
+
+    def _attempt(self, engines: list[EngineProcess], verify: bool) -> dict[EngineProcess, Exception]:
+        """Bring it to these. Returns those that are still there and have not got it, each with the reason."""
+        assert self.version is not None
+        paused = self.engines.pause(engines)
+        answers = self._transfer(paused, verify) if paused else {}
+        if self.checksums:
+            whole = [engine for engine, answer in answers.items() if not isinstance(answer, Exception)]
+            answers |= self.engines.ask(whole, "verify_weights", self.version, self.checksums)
+        failed = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
+        self.engines.resume([engine for engine in answers if engine not in failed], self.version)
+        for engine, failure in failed.items():
+            self.say(f"engine {engine.number} has not got weight version {self.version} whole: {failure}")
+        return failed
+
+    def _give_up(self, engine: EngineProcess, failure: Exception) -> None:
+        """It fails by itself. A fresh process may do it; where a fresh one does not, and no other engine does either,
+        it is not the engine."""
+        others = any(other.state == "serving" for other in self.engines.running)
+        if not engine.has_served and not others:
+            raise UserError(
+                f"weights of version {self.version} did not arrive whole in {TOGETHER + ALONE} attempts, last in "
+                f"engine {engine.number}: {failure}. The engines' logs may say more; weight_sync.transport=disk does "
+                "without a network between actor and engines"
+            )
+        self.engines.give_up(engine, f"it takes no weights: {failure}")
 
     def _push(self, verify: bool) -> list[ray.ObjectRef]:
         return self.actors.submit_weights("push_weights", self.version, self.engine_ranks if verify else 0)
@@ -144,7 +163,7 @@ class FolderSync(WeightSync):
 
     def _transfer(self, engines: list[EngineProcess], verify: bool) -> Answers:
         assert self.version is not None
-        update = FolderUpdate(self.version, self._parts, take_checksums=self.checksums is not None)
+        update = FolderUpdate(self.version, self._parts, self.checksums is not None, nbytes=self.sent_bytes)
         return self.engines.ask(engines, "update_weights", update)
 
     def _needed_for(self, stale: list[EngineProcess]) -> list[EngineProcess]:
@@ -164,14 +183,16 @@ class CollectiveSync(WeightSync):
         *,
         backend: str,
         bucket_bytes: int,
-        timeout_seconds: float,
+        update_seconds: Callable[[int], float],
         mapped: bool = False,
     ) -> None:
+        """update_seconds: how long weights of so many bytes may take."""
         super().__init__(actors, engines, engine_ranks, say)
-        self._backend, self._timeout_seconds, self._mapped = backend, timeout_seconds, mapped
+        self._backend, self._mapped = backend, mapped
         specs = actors.weight_specs()
         self._bucket_bytes = min(bucket_bytes, max(sum(spec.nbytes for spec in stage) for stage in specs))
         self._buckets = [bucket_specs(stage, bucket_bytes) for stage in specs]
+        self._timeout_seconds = update_seconds(sum(spec.nbytes for stage in specs for spec in stage))
         self._members: set[tuple[int, int]] = set()
         """Of the groups: engines, and the processes that they were then."""
         self._stages: tuple[StageBuckets, ...] = ()
@@ -188,10 +209,12 @@ class CollectiveSync(WeightSync):
                 return dict.fromkeys(answers, failure)
         update = CollectiveUpdate(self.version, self._stages, take_checksums=verify)
         pushing = self._push(verify)
-        answers = self.engines.ask(engines, "update_weights", update)
+        answers = self.engines.ask_each(
+            {engine: ("update_weights", update) for engine in engines},
+            # A sender that waits for it then sees that it is gone, and the others that the sender is.
+            failed=lambda engine: self.engines.ask([engine], "join_groups", []),
+        )
         failure = _failure(engines, answers)
-        if failure:  # a sender that waits for one of them then sees that it is gone, and need not wait for the limit
-            self.engines.ask(answers, "join_groups", [])
         broken = _broken(pushing)
         if not broken:
             self._pushed(pushing)

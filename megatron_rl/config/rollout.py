@@ -8,6 +8,9 @@ from pydantic import Field
 
 from .fields import Count, FilePath, Positive, PositiveInt, Section, Text
 
+UPDATE_BYTES_PER_SECOND = 100 * 10**6
+"""Slower than any network or disk that a run would put up with."""
+
 
 class ServerSettings(Section):
     """SGLang or vLLM servers: how one is started, and when it is given up. Nothing here is read by `transformers`."""
@@ -30,14 +33,19 @@ class ServerSettings(Section):
     """Longest time a server may take until it answers."""
     request_timeout_seconds: Positive = 3600.0
     """Longest time one request may take; beyond it, it is aborted and asked again."""
-    update_timeout_seconds: Positive = 900.0
-    """Longest time a weight update may take; an engine that takes longer is replaced."""
+    update_timeout_seconds: Positive | None = None
+    """Longest time an engine may take to load new weights, and to hear of those that are broadcast, or it is replaced;
+    unset: `hang_seconds`, and a second for each 100 MB of the model."""
     request_attempts: PositiveInt = 4
     """How often a request is asked before its engine is given up and replaced."""
     hang_seconds: Positive = 60.0
     """A server that gives no sign of life for so long is replaced."""
     outage_seconds: Positive = 1800.0
     """Longest time without any engine; beyond it the run stops with a checkpoint."""
+
+    def update_seconds(self, nbytes: int) -> float:
+        """Longest time that weights of so many bytes may take."""
+        return self.update_timeout_seconds or self.hang_seconds + nbytes // UPDATE_BYTES_PER_SECOND
 
 
 class ContractSettings(Section):

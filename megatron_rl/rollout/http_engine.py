@@ -8,6 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +37,9 @@ T = TypeVar("T")
 COMMANDS = {"sglang": sglang.command, "vllm": vllm.command}
 SERVERS: dict[str, Callable[[Address], Server]] = {"sglang": sglang.SglangServer, "vllm": vllm.VllmServer}
 FOLDER_PREFIX = "megatron-rl-server-"
+IN_GROUP = 2
+"""Times as long as an update may take: one who is well, but waits in a broadcast for one who hangs, is to be heard of
+when the broadcast has failed."""
 
 
 class HttpEngine:
@@ -49,6 +53,8 @@ class HttpEngine:
         self._released = self._has_room = False
         """Whether its memory was given back, and that of the weights restored since."""
         self._silence_seconds = settings.hang_seconds
+        self._weights_bytes = 0
+        """Of the newest update."""
 
     # ------------------------------------------------------------------ its life
 
@@ -136,40 +142,46 @@ class HttpEngine:
         await self.pause()
         async with self._examined:
             self._released, self._requests.version = True, None
-        await self._control(self._server.release_memory(self.settings.update_timeout_seconds))
+        await self._control(self._server.release_memory, self._update_seconds)
 
     async def resume(self) -> None:
         if self._requests.version is None:
             raise UpdateFailed("it has half of an update")
         if self._released:
-            await self._control(self._server.restore_memory("kv_cache", self.settings.update_timeout_seconds))
+            await self._control(partial(self._server.restore_memory, "kv_cache"), self._update_seconds)
             self._released = self._has_room = False
         self._requests.resume()
 
     async def update_weights(self, update: WeightUpdate) -> None:
         """See `RolloutEngine`. It serves no more, and does not resume, until it has the whole of an update."""
-        limit, self._requests.version = self.settings.update_timeout_seconds, None
+        self._requests.version, self._weights_bytes = None, update.nbytes
         if self._released and not self._has_room:
-            await self._control(self._server.restore_memory("weights", limit))
+            await self._control(partial(self._server.restore_memory, "weights"), self._update_seconds)
             self._has_room = True
         if isinstance(update, FolderUpdate):
-            await self._control(self._server.load_weights(update, limit))
+            await self._control(partial(self._server.load_weights, update), self._update_seconds)
         else:
-            await self._control(self._server.receive_weights(update, limit))
+            await self._control(partial(self._server.receive_weights, update), IN_GROUP * self._update_seconds)
         self._requests.version = update.version
 
     async def verify_weights(self, version: int, sent: Checksums) -> int:
-        return await self._control(self._server.verify_weights(version, sent, self.settings.update_timeout_seconds))
+        return await self._control(partial(self._server.verify_weights, version, sent), self._update_seconds)
 
     async def join_groups(self, members: Sequence[GroupMember]) -> None:
-        await self._control(self._server.join_groups(members, self.settings.update_timeout_seconds))
+        limit = max((member.timeout_seconds for member in members), default=self._update_seconds)
+        await self._control(partial(self._server.join_groups, members), IN_GROUP * limit)
 
-    async def _control(self, work: Awaitable[T]) -> T:
-        """The work's result. When it fails: UpdateFailed if the server is well otherwise, else EngineLost."""
+    @property
+    def _update_seconds(self) -> float:
+        return self.settings.update_seconds(self._weights_bytes)
+
+    async def _control(self, work: Callable[[float], Awaitable[T]], seconds: float) -> T:
+        """The work's result, which may take so long. When it fails: UpdateFailed if the server is well otherwise, else
+        EngineLost."""
         limit = self.settings.hang_seconds
-        self._silence_seconds = max(limit, self.settings.update_timeout_seconds)  # it may say nothing else meanwhile
+        self._silence_seconds = max(limit, seconds)  # it may say nothing else meanwhile
         try:
-            return await self._life.while_there(work)
+            return await self._life.while_there(work(seconds))
         except (ServerUnavailable, ServerRefused) as error:
             try:
                 async with asyncio.timeout(limit):

@@ -29,7 +29,7 @@ def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: Vie
             view.message,
             backend="gloo" if config.actor.device == "cpu" or transport == "cuda_ipc" else "nccl",
             bucket_bytes=bucket_bytes,
-            timeout_seconds=server.update_timeout_seconds,
+            update_seconds=server.update_seconds,
             mapped=transport == "cuda_ipc",
         )
     else:

@@ -31,6 +31,7 @@ class CollectiveTransport:
             raise WeightsNotSent(f"not all engines came to {self.member.name}: {error}") from error
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
+        assert self._group is not None, "no engine has been met"
         total = 0
         for bucket in bucketed(tensors, self.bucket_bytes):
             if taker:
@@ -39,12 +40,20 @@ class CollectiveTransport:
             flat = flatten(bucket, into=self._buffer)
             if flat.device.type == "cpu" and (self._buffer is None or flat.numel() > self._buffer.numel()):
                 self._buffer = flat
-            try:
-                dist.broadcast(flat, group=self._group, group_src=0)
-            except RuntimeError as error:
-                raise WeightsNotSent(f"weights of version {version} broke off after {total} bytes: {error}") from error
+            if failure := self._broadcast(flat):
+                self.close()  # engines that wait for the rest then see that it will not come
+                raise WeightsNotSent(f"weights of version {version} broke off after {total} bytes: {failure}")
             total += flat.nbytes
         return Pushed(self.stage, total, checksums=taker.result() if taker else None)
+
+    def _broadcast(self, flat: Tensor) -> str | None:
+        """Returns what went wrong, if anything. The error itself would keep the group alive, and gloo's connections end
+        with it alone."""
+        try:
+            dist.broadcast(flat, group=self._group, group_src=0)
+        except RuntimeError as error:
+            return str(error)
+        return None
 
     def close(self) -> None:
         if self._group is not None:

@@ -30,6 +30,8 @@ class FolderUpdate:
     """All in one folder."""
     take_checksums: bool = False
     """Of what is read, for an engine that cannot read back all that it holds."""
+    nbytes: int = 0
+    """Of all parts together; 0: not known."""
 
     @property
     def folder(self) -> Path:
@@ -75,6 +77,10 @@ class CollectiveUpdate:
     version: int
     stages: tuple[StageBuckets, ...]
     take_checksums: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for stage in self.stages for bucket in stage.buckets for spec in bucket)
 
 
 WeightUpdate = FolderUpdate | CollectiveUpdate

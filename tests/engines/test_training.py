@@ -4,6 +4,7 @@ none can be brought back, and nothing left of them when the driver is killed."""
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 from collections import Counter
@@ -32,6 +33,13 @@ SMALL = (
     "observability.rollouts_every=1",
     "train.save_every=0",
 )
+
+
+def computing(server: list[psutil.Process]) -> list[psutil.Process]:
+    """The processes of vLLM behind the one that speaks HTTP."""
+    found = [process for process in server[1:] if " ".join(process.cmdline()).startswith("VLLM::")]
+    assert found, [process.cmdline() for process in server]
+    return found
 
 
 class Training:
@@ -113,6 +121,7 @@ def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine)
         "failures",
         "rollout.engines=2",
         "rollout.server.hang_seconds=20",
+        "weight_sync.transport=collective",
         "train.steps=2000",  # more than are taken until the servers are back, however fast
     )
     run.until("step=1/")
@@ -123,13 +132,37 @@ def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine)
     run.until("serves again")
     for process in second:
         process.suspend()
-    run.until("is lost, another takes its place: it has given no sign of life for 20 s")
+    # 20 s, or twice as long in the middle of a broadcast, in which the other waits for it
+    run.until("is lost, another takes its place: it has given no sign of life for ")
     run.until("step=")
     run.process.send_signal(signal.SIGINT)
     ended = run.end()
     assert ended.status == 0, ended.output
     assert ended.output.count("is lost") == 2
     assert "log-probs of 2 engines and of the actor agree" in ended.output
+    assert_nothing_was_lost_or_counted_twice(ended)
+
+
+def test_a_server_without_memory_is_replaced(command_line: CommandLine) -> None:
+    """What computes in the only one gets no more: it ends, or stops answering, or answers but cannot take an update."""
+    run = Training(
+        command_line,
+        "vllm",
+        "memory",
+        "rollout.server.hang_seconds=20",
+        "train.steps=2000",
+    )
+    run.until("step=1/")
+    (server,) = run.servers()
+    for process in computing(server):
+        process.rlimit(resource.RLIMIT_DATA, (2**20, 2**20))
+    run.until("is lost, another takes its place: ")
+    run.until("serves again")
+    run.until("step=")
+    run.process.send_signal(signal.SIGINT)
+    ended = run.end()
+    assert ended.status == 0, ended.output
+    assert ended.output.count("is lost") == 1
     assert_nothing_was_lost_or_counted_twice(ended)
 
 

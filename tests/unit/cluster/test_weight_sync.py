@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from megatron_rl.cluster import weight_sync
-from megatron_rl.cluster.weight_sync import ATTEMPTS, CollectiveSync, FolderSync, WeightSync
+from megatron_rl.cluster.weight_sync import ALONE, TOGETHER, CollectiveSync, FolderSync, WeightSync
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import UpdateFailed
 from megatron_rl.weight_sync.checksums import Checksums, WeightsDamaged
 from megatron_rl.weight_sync.transport import CollectiveUpdate, Pushed
 
 LOST = object()
+ATTEMPTS = TOGETHER + ALONE
 
 
 class Engine:
@@ -24,6 +25,7 @@ class Engine:
 
     def __init__(self, number: int, state: str = "serving") -> None:
         self.number, self.state, self.launches = number, state, 1
+        self.has_served = False
         self.updates: deque[Any] = deque()
         self.checks: deque[Any] = deque()
         self.version: int | None = None
@@ -32,7 +34,7 @@ class Engine:
 
     def serve(self) -> None:
         assert self.version is not None, "it serves half of an update"
-        self.state = "serving"
+        self.state, self.has_served = "serving", True
 
     def answer(self, method: str, *arguments: Any) -> Any:
         self.calls.append(method)
@@ -54,6 +56,7 @@ class Engines:
     def __init__(self, count: int) -> None:
         self.all = [Engine(i) for i in range(count)]
         self.refresh: Callable[[], None] = lambda: None
+        self.given_up: list[tuple[int, str]] = []
 
     @property
     def running(self) -> list[Engine]:
@@ -66,14 +69,22 @@ class Engines:
     def ask(self, engines: Iterable[Engine], method: str, *arguments: Any) -> dict[Engine, Any]:
         return self.ask_each({engine: (method, *arguments) for engine in engines})
 
-    def ask_each(self, calls: Mapping[Engine, tuple[Any, ...]]) -> dict[Engine, Any]:
+    def ask_each(
+        self, calls: Mapping[Engine, tuple[Any, ...]], failed: Callable[[Engine], object] | None = None
+    ) -> dict[Engine, Any]:
         answers = {}
         for engine, call in calls.items():
             answers[engine] = engine.answer(*call)
             if answers[engine] is LOST:
                 engine.state = "lost"
                 del answers[engine]
+            elif failed and isinstance(answers[engine], Exception):
+                failed(engine)
         return answers
+
+    def give_up(self, engine: Engine, why: str) -> None:
+        engine.state = "lost"
+        self.given_up.append((engine.number, why))
 
     def pause(self, engines: Iterable[Engine]) -> list[Engine]:
         return list(self.ask(engines, "pause"))
@@ -125,7 +136,14 @@ def opened(request: pytest.FixtureRequest, said: list[str]) -> Open:
             return FolderSync(actors, engines, 1, said.append, folder=Path("f"), bucket_bytes=9), engines
         mapped = request.param == "mapped"
         collective = CollectiveSync(
-            actors, engines, 1, said.append, backend="gloo", bucket_bytes=9, timeout_seconds=1.0, mapped=mapped
+            actors,
+            engines,
+            1,
+            said.append,
+            backend="gloo",
+            bucket_bytes=9,
+            update_seconds=lambda nbytes: 1.0,
+            mapped=mapped,
         )
         return collective, engines
 
@@ -163,11 +181,38 @@ def test_damage_is_found_and_mended(opened: Open, said: list[str]) -> None:
     assert said == ["engine 0 has not got weight version 1 whole: 1 of 1 tensors differ"]
 
 
-def test_one_that_never_gets_it_whole_ends_the_run(opened: Open) -> None:
+def test_one_that_cannot_take_it_is_found_and_replaced(opened: Open) -> None:
+    """In a broadcast all have failed: those who take it alone serve on."""
+    sync, engines = opened(3)
+    engines.all[1].updates.extend([UpdateFailed("no memory")] * 100)
+    sync.sync(1, verify=False)
+    assert engines.given_up == [(1, "it takes no weights: no memory")]
+    assert [engine.state for engine in engines.all] == ["serving", "lost", "serving"]
+    assert versions(engines) == [1, 1]
+    sync.sync(2, verify=False)
+    assert versions(engines) == [2, 2]
+
+
+def test_when_no_fresh_engine_can_take_it_the_run_ends(opened: Open) -> None:
     sync, engines = opened(2)
-    engines.all[1].updates.extend([UpdateFailed("broke off")] * 100)
+    for engine in engines.all:
+        engine.state = "stale"
+        engine.updates.extend([UpdateFailed("broke off")] * 100)
     with pytest.raises(UserError, match=rf"version 1 did not arrive whole in {ATTEMPTS} attempts"):
         sync.sync(1, verify=False)
+    assert not engines.given_up
+
+
+def test_the_only_engine_is_replaced_once(opened: Open) -> None:
+    sync, engines = opened(1)
+    (engine,) = engines.all
+    sync.sync(1, verify=False)
+    engine.updates.extend([UpdateFailed("no memory")] * 100)
+    sync.sync(2, verify=False)
+    assert engines.given_up == [(0, "it takes no weights: no memory")]
+    engine.state, engine.has_served, engine.launches = "stale", False, 2
+    with pytest.raises(UserError, match="version 2 did not arrive whole"):
+        engines.refresh()
 
 
 def test_an_engine_that_dies_meanwhile_does_not_keep_the_others(opened: Open) -> None:
@@ -185,7 +230,7 @@ def test_engines_give_memory_up_before_its_owner_does(said: list[str]) -> None:
     engines: Any = Engines(1)
     actors: Any = Actors()
     sync = CollectiveSync(
-        actors, engines, 1, said.append, backend="gloo", bucket_bytes=9, timeout_seconds=1.0, mapped=True
+        actors, engines, 1, said.append, backend="gloo", bucket_bytes=9, update_seconds=lambda nbytes: 1.0, mapped=True
     )
     held: list[int] = []
     submit = actors.submit_weights
@@ -201,6 +246,26 @@ def test_engines_give_memory_up_before_its_owner_does(said: list[str]) -> None:
     sync.sync(2, verify=False)
     assert held == [0, 0]
     assert all(member.mapped for member in engines.all[0].groups)
+
+
+def test_who_waits_for_one_that_failed_is_released_at_once() -> None:
+    """It leaves the groups before the others' answers are waited for."""
+    engines: Any = Engines(2)
+    actors: Any = Actors()
+    sync = CollectiveSync(actors, engines, 1, print, backend="gloo", bucket_bytes=9, update_seconds=lambda nbytes: 1.0)
+    first, second = engines.all
+    first.updates.append(UpdateFailed("broke off"))
+    answer, groups = second.answer, []
+
+    def watched(method: str, *arguments: Any) -> Any:
+        if method == "update_weights":
+            groups.append(list(first.groups))
+        return answer(method, *arguments)
+
+    second.answer = watched
+    sync.sync(1, verify=False)
+    assert groups[0] == [] and len(groups[1]) == 2
+    assert versions(engines) == [1, 1]
 
 
 def test_all_of_them_may_die(opened: Open) -> None:

@@ -336,13 +336,18 @@ def test_a_server_that_hangs_in_an_update_is_given_up(server: tuple[str, Script]
     update = FolderUpdate(4, (tmp_path / "part-0.safetensors",))
 
     async def scenario() -> None:
-        async with attached(url, update_timeout_seconds=0.3, hang_seconds=0.3) as engine:
+        async with attached(url, hang_seconds=0.3) as engine:
             await engine.pause()
             script.healthy = False
             with pytest.raises(EngineLost):
                 await engine.update_weights(update)
 
     asyncio.run(scenario())
+
+
+def test_an_update_may_take_the_longer_the_larger_the_model() -> None:
+    assert ServerSettings(hang_seconds=60).update_seconds(32 * 10**9) == 60 + 320
+    assert ServerSettings(hang_seconds=60, update_timeout_seconds=5).update_seconds(32 * 10**9) == 5
 
 
 def test_an_end_token_that_is_not_ours_ends_nothing(server: tuple[str, Script]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from datetime import timedelta
+from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -32,26 +34,35 @@ def member(port: int, rank: int, size: int, timeout_seconds: float) -> GroupMemb
     return GroupMember("weights-test-0", HOST, port, "gloo", size, rank, timeout_seconds)
 
 
-def engine(mine: GroupMember, buckets_to_take: int, answer: Connection) -> None:
-    """A process with a group of its own, as an engine has, that takes so many buckets."""
+def engine(mine: GroupMember, buckets_to_take: int, then: str, answer: Connection) -> None:
+    """A process with a group of its own, as an engine has, that takes so many buckets of one update after the other."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=30))
     group = process_group.join(mine)
     received: dict[str, str] = {}
     specs = [TensorSpec.of(name, tensor) for name, tensor in tensors()]
-    for bucket in bucket_specs(specs, LIMIT)[:buckets_to_take]:
+    for bucket in islice(cycle(bucket_specs(specs, LIMIT)), buckets_to_take):
         flat = torch.empty(sum(spec.nbytes for spec in bucket), dtype=torch.uint8)
         dist.broadcast(flat, group=group, group_src=0)
         received |= {name: sha256(tensor) for name, tensor in unflatten(flat, bucket)}
     answer.send(received)
+    if then == "leave":
+        process_group.leave(group)
+        del group  # its connections end with it
+    if then != "end":
+        threading.Event().wait()
 
 
-def run(buckets_to_take: list[int], timeout_seconds: float = 30.0) -> tuple[CollectiveTransport, list[Any]]:
+def run(
+    buckets_to_take: list[int], timeout_seconds: float = 30.0, then: str = "end"
+) -> tuple[CollectiveTransport, list[Any]]:
+    """then: what the first engine does when it has them: end, hang, or leave the group."""
     context = multiprocessing.get_context("spawn")
     port, size = open_port(HOST), 1 + len(buckets_to_take)
     engines = []
     for rank, count in enumerate(buckets_to_take, start=1):
         ours, theirs = context.Pipe()
-        process = context.Process(target=engine, args=(member(port, rank, size, timeout_seconds), count, theirs))
+        mine, last = member(port, rank, size, timeout_seconds), then if rank == 1 else "end"
+        process = context.Process(target=engine, args=(mine, count, last, theirs))
         process.start()
         engines.append((process, ours))
     transport = CollectiveTransport(member(port, 0, size, timeout_seconds), 0, LIMIT)
@@ -84,6 +95,25 @@ def test_an_engine_that_dies_on_the_way_is_noticed() -> None:
         with pytest.raises(WeightsNotSent, match="weights of version 7 broke off"):
             for _ in range(50):  # what one side has sent may lie in buffers for a while
                 transport.push(iter(tensors()), 7)
+    finally:
+        transport.close()
+        end(engines)
+
+
+@pytest.mark.parametrize("then", ["leave", "hang"])
+def test_nobody_waits_for_one_that_has_given_up(then: str) -> None:
+    """One that hangs is waited for until the limit, one that leaves is not; the other engine learns of it too."""
+    transport, engines = run([1, 10_000], 300.0, then)
+    try:
+        if then == "hang":  # the sender's limit, now that all have come
+            assert transport._group is not None
+            transport._group.set_timeout(timedelta(seconds=1))
+        with pytest.raises(WeightsNotSent, match="weights of version 7 broke off"):
+            for _ in range(50):
+                transport.push(iter(tensors()), 7)
+        (first, _), (second, _) = engines
+        second.join(60)
+        assert second.exitcode and first.is_alive()  # an exception ended it
     finally:
         transport.close()
         end(engines)
