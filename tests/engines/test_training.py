@@ -3,7 +3,9 @@ none can be brought back, and nothing left of them when the driver is killed."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_rl.observability.heartbeat import FOLDER
 from megatron_rl.rollout import guard
 from tests.e2e_cpu.conftest import QUICKSTART, CommandLine, Finished
 from tests.engines.conftest import server_processes
@@ -60,6 +63,12 @@ class Training:
             if text in line:
                 return
         raise AssertionError(f"it ended without saying {text!r}:\n{self.said[-5000:]}")
+
+    def until_sending(self) -> None:
+        """Wait until the actor broadcasts weights, which it does until all engines have them."""
+        beat = self.command_line.folder / "runs" / self.name / "logs" / FOLDER / "actor-rank-0.json"
+        while json.loads(beat.read_text())["call"] != "push_weights":
+            assert self.process.poll() is None
 
     def servers(self) -> list[list[psutil.Process]]:
         """The processes of each, the first one first; in the order of their start."""
@@ -114,7 +123,8 @@ def test_raw_log_probs_are_refused(command_line: CommandLine, kind: str) -> None
 
 @pytest.mark.timeout(600)  # three servers start, and one is waited for
 def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine) -> None:
-    """One is killed, and when another serves in its place the second one is stopped."""
+    """One is killed; and when another serves in its place, the second one is stopped in the middle of a broadcast, in
+    which the first waits for it."""
     run = Training(
         command_line,
         "vllm",
@@ -130,15 +140,16 @@ def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine)
     run.until("is lost, another takes its place: its server has ended")
     run.until("step=")
     run.until("serves again")
-    for process in second:
+    run.until_sending()
+    for process in reversed(second):  # what computes before what speaks HTTP
         process.suspend()
-    # 20 s, or twice as long in the middle of a broadcast, in which the other waits for it
-    run.until("is lost, another takes its place: it has given no sign of life for ")
+    run.until("is lost, another takes its place: it has given no sign of life for 40 s")
     run.until("step=")
     run.process.send_signal(signal.SIGINT)
     ended = run.end()
     assert ended.status == 0, ended.output
     assert ended.output.count("is lost") == 2
+    assert re.search(r"engine 0 has not got weight version \d+ whole: ", ended.output)
     assert "log-probs of 2 engines and of the actor agree" in ended.output
     assert_nothing_was_lost_or_counted_twice(ended)
 
