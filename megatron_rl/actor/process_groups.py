@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_rl.actor import platform
 from megatron_rl.actor.layout import Layout
+from megatron_rl.memory import Memory, fresh
 
 TIMEOUT = timedelta(minutes=10)
 """Longer than any collective here waits; short enough that a lost rank is noticed."""
@@ -98,9 +99,13 @@ def cp_rank() -> int:
     return parallel_state.get_context_parallel_rank()
 
 
-def is_first_replica() -> bool:
-    """Whether no rank before this one has the same shards."""
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+def publisher() -> int:
+    """The rank that hands this pipeline stage's tensors out, for all that have them: the stage's first."""
+    return pp_rank() * (dist.get_world_size() // pp_group().size())
+
+
+def publishes() -> bool:
+    return dist.get_rank() == publisher()
 
 
 def pp_rank() -> int:
@@ -123,6 +128,29 @@ def gather_shards(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     shards = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(shards, local.contiguous(), group=group)
     return shards
+
+
+def collect_shards(local: Tensor, group: dist.ProcessGroup, memory: Memory = fresh) -> list[Tensor]:
+    """As `gather_shards`, but for the rank that publishes only, in `memory`: the others get nothing, and where a group
+    does not have that rank, nothing travels."""
+    ranks = dist.get_process_group_ranks(group)
+    if publisher() not in ranks:
+        return []
+    if not publishes():
+        _all_done([dist.P2POp(dist.isend, local.contiguous(), publisher(), group)])
+        return []
+    others = [rank for rank in ranks if rank != publisher()]
+    if not others:
+        return [local]
+    shards = dict(zip(others, memory(local, (len(others), *local.shape)), strict=True))
+    _all_done([dist.P2POp(dist.irecv, shard, rank, group) for rank, shard in shards.items()])
+    return [shards.get(rank, local) for rank in ranks]
+
+
+def _all_done(transfers: list[dist.P2POp]) -> None:
+    """As a batch, since nccl would make a communicator of its own for a pair."""
+    for work in dist.batch_isend_irecv(transfers):
+        work.wait()
 
 
 def gather_vocabulary(logits: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from megatron_rl.checkpoint.hf_format import open_weights, read_config
 from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.checkpoint.state import HeldState, RankState, export_stage
-from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
+from megatron_rl.checkpoint.weight_map import load_hf_weights, publish_hf_weights
 from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.collective import CollectiveTransport
@@ -153,11 +153,12 @@ class MegatronWorker:
 
     def publishes(self) -> bool:
         """Whether this rank hands its pipeline stage's tensors out, for all who have them."""
-        return process_groups.tp_rank() == 0 and process_groups.is_first_replica()
+        return process_groups.publishes()
 
     def weight_specs(self) -> list[TensorSpec] | None:
         """What `push_weights` will send, in its order."""
-        specs = [TensorSpec.of(name, tensor) for name, tensor in export_hf_weights(self.model, self.hf_config)]
+        tensors = publish_hf_weights(self.model, self.hf_config, reuse_memory=True)
+        specs = [TensorSpec.of(name, tensor) for name, tensor in tensors]
         return specs if self.publishes() else None
 
     def connect_weights(self, places: Sequence[Path | GroupMember], bucket_bytes: int) -> None:
@@ -181,7 +182,7 @@ class MegatronWorker:
 
         checksums_for: tensor-parallel ranks of an engine; 0: no checksums.
         """
-        tensors = export_hf_weights(self.model, self.hf_config)
+        tensors = publish_hf_weights(self.model, self.hf_config, reuse_memory=True)
         try:
             if self.transport is None:
                 return None

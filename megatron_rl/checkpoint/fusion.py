@@ -10,7 +10,7 @@ G key/value groups, n = heads / G, D = head_dim, r = tensor rank:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.layout import padded_vocabulary
 from megatron_rl.checkpoint.families import Kind
+from megatron_rl.memory import Memory, fresh
 
 
 def split(kind: Kind, tensors: list[Tensor], model: Architecture, tp: int, rank: int) -> Tensor:
@@ -39,24 +40,33 @@ def split(kind: Kind, tensors: list[Tensor], model: Architecture, tp: int, rank:
             return by_group.chunk(tp)[rank].flatten(0, 1)
 
 
-def join(kind: Kind, shards: list[Tensor], model: Architecture) -> tuple[Tensor, ...]:
-    """Every rank's Megatron tensor -> whole Hugging Face tensors; the inverse of `split`. They may be views of it."""
+def join(kind: Kind, shards: list[Tensor], model: Architecture, memory: Memory = fresh) -> Iterator[Tensor]:
+    """Every rank's Megatron tensor -> whole Hugging Face tensors, one at a time; the inverse of `split`.
+
+    They may be views of the shards; what has to be put together is in `memory`.
+    """
     match kind:
         case "replicated":
-            return (shards[0],)
+            yield shards[0]
         case "row":
-            return (_cat(shards, dim=1),)
+            yield _cat(shards, memory, dim=1)
         case "vocab":
-            return (_cat(shards)[: model.vocabulary],)
+            yield _cat(shards, memory)[: model.vocabulary]
         case "gate_up":
-            return tuple(_cat(halves) for halves in zip(*(shard.chunk(2) for shard in shards), strict=True))
+            for halves in zip(*(shard.chunk(2) for shard in shards), strict=True):
+                yield _cat(halves, memory)
         case "qkv":
-            by_group = _cat(shards).unflatten(0, (model.kv_heads, -1))
-            query_rows = model.heads // model.kv_heads * model.head_dim
-            parts = by_group.split([query_rows, model.head_dim, model.head_dim], dim=1)
-            return tuple(part.flatten(0, 1) for part in parts)
+            query_rows, groups = model.heads // model.kv_heads * model.head_dim, model.kv_heads // len(shards)
+            rows = (query_rows, model.head_dim, model.head_dim)
+            for parts in zip(*(shard.unflatten(0, (groups, -1)).split(rows, dim=1) for shard in shards), strict=True):
+                yield _cat(parts, memory).flatten(0, 1)
 
 
-def _cat(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Without a copy where there is one only."""
-    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
+def _cat(parts: Sequence[Tensor], memory: Memory, dim: int = 0) -> Tensor:
+    """Without a copy where there is one only, and without gaps."""
+    first = parts[0]
+    if len(parts) == 1 and first.is_contiguous():
+        return first
+    shape = list(first.shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return torch.cat(list(parts), dim=dim, out=memory(first, shape))

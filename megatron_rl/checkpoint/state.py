@@ -24,7 +24,7 @@ from megatron_rl.checkpoint import rng, shards
 from megatron_rl.checkpoint.hf_shards import HfShard, write_hf_shards
 from megatron_rl.checkpoint.manifest import RandomState, RankPart, ShardFile, read_manifest, read_rng
 from megatron_rl.checkpoint.shards import ShardTensors
-from megatron_rl.checkpoint.weight_map import Stage, export_hf_weights, import_values
+from megatron_rl.checkpoint.weight_map import Stage, export_hf_weights, import_values, publish_hf_weights
 from megatron_rl.observability import heartbeat
 
 
@@ -176,7 +176,7 @@ def export_stage(
 
     Collective over the ranks that share a layer.
     """
-    tensors = export_hf_weights(model, hf_config)
+    tensors = publish_hf_weights(model, hf_config)
     try:
         return write_hf_shards(folder, tensors, part=stage) if publishes else None
     finally:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
@@ -16,9 +18,13 @@ from megatron_rl.actor.architecture import Architecture
 from megatron_rl.checkpoint.families import EMBEDDING, HEAD, Entry, Shape, entries, rule_of
 from megatron_rl.checkpoint.fusion import join, split
 from megatron_rl.errors import UserError
+from megatron_rl.memory import Memory, Reused, fresh
 
 Stage: TypeAlias = GPTModel | nn.ModuleList
 """This rank's part of the model: of several chunks where the pipeline's schedule interleaves them."""
+
+Gather: TypeAlias = Callable[[Tensor, dist.ProcessGroup], list[Tensor]]
+"""(shard, group) -> the shards of the group's ranks in their order; nothing where they are not wanted."""
 
 
 def load_hf_weights(model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]) -> None:
@@ -41,7 +47,6 @@ def import_values(
         yield name, shard.clone()
 
 
-@torch.no_grad()
 def export_hf_weights(
     model: Stage, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
@@ -52,6 +57,27 @@ def export_hf_weights(
     gets every tensor. `values`: tensors to export in place of the parameters (a snapshot, optimizer moments), by
     Megatron name and of the parameters' local shapes.
     """
+    return _whole(model, hf_config, values, process_groups.gather_shards, fresh)
+
+
+def publish_hf_weights(
+    model: Stage, hf_config: Mapping[str, Any], *, reuse_memory: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """`export_hf_weights` for the rank that publishes; the others must exhaust the iterator too, which gives them
+    nothing. `reuse_memory`: a tensor is to be used before the next one is drawn, which may take its place."""
+    received, joined = (Reused(), Reused()) if reuse_memory else (fresh, fresh)
+    tensors = _whole(model, hf_config, None, partial(process_groups.collect_shards, memory=received), joined)
+    publishes = process_groups.publishes()
+    for pair in tensors:
+        if publishes:
+            yield pair
+
+
+@torch.no_grad()
+def _whole(
+    model: Stage, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None, gather: Gather, memory: Memory
+) -> Iterator[tuple[str, Tensor]]:
+    """Of the tensors whose shards this rank gets."""
     architecture = Architecture.from_hf(hf_config)
     for name, parameter in model.named_parameters():
         entry = _entry(model, architecture, name)
@@ -60,19 +86,20 @@ def export_hf_weights(
         local = parameter.detach() if values is None else values[name]
         if local.shape != parameter.shape:
             raise ValueError(f"value for {name} has shape {tuple(local.shape)}, not {tuple(parameter.shape)}")
-        for place, shards in _gathered(architecture, entry, local):
-            whole = join(entry.rule.kind, shards, architecture)
-            yield from zip(place.hf_names, whole, strict=True)
+        for place, shards in _gathered(architecture, entry, local, gather):
+            if shards:
+                yield from zip(place.hf_names, join(entry.rule.kind, shards, architecture, memory), strict=True)
 
 
-def _gathered(architecture: Architecture, entry: Entry, local: Tensor) -> Iterator[tuple[Entry, list[Tensor]]]:
+def _gathered(
+    architecture: Architecture, entry: Entry, local: Tensor, gather: Gather
+) -> Iterator[tuple[Entry, list[Tensor]]]:
     """A parameter's shards over tensor-parallel ranks; of an expert, those of its like on every expert rank too."""
     if entry.expert is None:
-        replicated = entry.rule.kind == "replicated"
-        yield entry, [local] if replicated else process_groups.gather_shards(local, process_groups.tp_group())
+        yield entry, [local] if entry.rule.kind == "replicated" else gather(local, process_groups.tp_group())
         return
     ranks, tp = process_groups.expert_group().size(), process_groups.expert_tp_group().size()
-    shards = process_groups.gather_shards(local, process_groups.expert_shards_group())
+    shards = gather(local, process_groups.expert_shards_group())
     here = _experts_per_rank(architecture)
     for rank in range(ranks):
         yield replace(entry, expert=rank * here + entry.expert % here), shards[rank * tp : (rank + 1) * tp]

@@ -51,12 +51,11 @@ def actor_memory(setup: Setup) -> list[RankMemory]:
 def stage_memory(setup: Setup, stage: int) -> RankMemory:
     kept = kept_state(setup, stage)
     weights, one_tensor = kept["weights"], _largest_tensor(setup)
-    bucket, flat = _bucket(setup, weights), {"a tensor, gathered": one_tensor}
+    passing = {"a tensor, and its shards": 2 * one_tensor}
     if transport_of(setup.config) == "cuda_ipc":
         kept |= {"what engines map": 2.0 * _half(setup, weights)}
-        flat |= {"a bucket": bucket}
     else:
-        flat |= {"a bucket, and flat": 2 * bucket}
+        passing |= {"a bucket": _bucket(setup, weights)}
     forward = _forward(setup, stage)
     phases: dict[str, Parts] = {
         "load": {name: kept[name] for name in ("weights", "gradients")} | {"a tensor of the folder": one_tensor},
@@ -64,7 +63,7 @@ def stage_memory(setup: Setup, stage: int) -> RankMemory:
         "log-probs": kept | forward,
         "forward and backward": kept | _backward(setup, stage),
         "optimizer": kept | _optimizer(setup, stage),
-        "weight sync": kept | flat,
+        "weight sync": kept | passing,
         "checkpoint": dict(kept),
     }
     if _other_policy(setup):

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from megatron_rl.memory import Memory, fresh
+
 T = TypeVar("T")
 
 
@@ -33,40 +35,54 @@ class TensorSpec:
         return count * getattr(torch, self.dtype).itemsize
 
 
-def bucketed(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """In their order, each bucket of one type and at most `limit_bytes`, but for a tensor that is larger by itself."""
-    return _portions(tensors, lambda pair: (pair[1].nbytes, pair[1].dtype), limit_bytes)
-
-
 def bucket_specs(specs: Iterable[TensorSpec], limit_bytes: int) -> tuple[tuple[TensorSpec, ...], ...]:
-    """How `bucketed` will portion these tensors."""
-    return tuple(tuple(part) for part in _portions(specs, lambda spec: (spec.nbytes, spec.dtype), limit_bytes))
+    """In their order, each bucket of one type and at most `limit_bytes`, but for a tensor that is larger by itself."""
+    buckets: list[list[TensorSpec]] = []
+    for opens, spec in _openings(specs, lambda spec: (spec.nbytes, spec.dtype), limit_bytes):
+        if opens:
+            buckets.append([])
+        buckets[-1].append(spec)
+    return tuple(tuple(bucket) for bucket in buckets)
 
 
-def _portions(items: Iterable[T], size_and_type: Callable[[T], tuple[int, object]], limit: int) -> Iterator[list[T]]:
-    portion: list[T] = []
+def bucketed(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int) -> Iterator[tuple[bool, Tensor]]:
+    """Whether one of these buckets begins, and the tensor that comes next."""
+    pairs = _openings(tensors, lambda pair: (pair[1].nbytes, pair[1].dtype), limit_bytes)
+    return ((opens, tensor) for opens, (_, tensor) in pairs)
+
+
+def flattened(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int, memory: Memory = fresh) -> Iterator[Tensor]:
+    """The same buckets as [bytes], uint8: tensors one behind the other, each of which may change when the next one is
+    drawn. They are in `memory`."""
+    flat, filled = None, 0
+    for opens, tensor in bucketed(tensors, limit_bytes):
+        if opens:
+            if flat is not None:
+                yield flat[:filled]
+            bytes_like = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            flat, filled = memory(bytes_like, (max(limit_bytes, tensor.nbytes),)), 0
+        assert flat is not None
+        end = filled + tensor.nbytes
+        flat[filled:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        filled = end
+    if flat is not None:
+        yield flat[:filled]
+
+
+def _openings(
+    items: Iterable[T], size_and_type: Callable[[T], tuple[int, object]], limit: int
+) -> Iterator[tuple[bool, T]]:
+    """Each, and whether a bucket begins with it."""
     held, kind = 0, None
     for item in items:
         size, own_kind = size_and_type(item)
-        if portion and (held + size > limit or own_kind != kind):
-            yield portion
-            portion, held = [], 0
-        portion.append(item)
-        held, kind = held + size, own_kind
-    if portion:
-        yield portion
-
-
-def flatten(bucket: list[tuple[str, Tensor]], into: Tensor | None = None) -> Tensor:
-    """[bytes], uint8: the tensors one behind the other; at the beginning of `into` where they fit there."""
-    pieces = [tensor.contiguous().reshape(-1).view(torch.uint8) for _, tensor in bucket]
-    total = sum(piece.numel() for piece in pieces)
-    fits = into is not None and total <= into.numel()
-    return torch.cat(pieces, out=into[:total] if fits and into is not None else None)
+        opens = own_kind != kind or held + size > limit
+        yield opens, item
+        held, kind = size if opens else held + size, own_kind
 
 
 def unflatten(flat: Tensor, specs: Iterable[TensorSpec]) -> Iterator[tuple[str, Tensor]]:
-    """The inverse of `flatten`: views of `flat`."""
+    """The tensors of a flattened bucket: views of it."""
     start = 0
     for spec in specs:
         end = start + spec.nbytes

@@ -67,6 +67,12 @@ class ChecksumTaker:
         for rank, (fused, piece) in enumerate(_pieces(name, tensor, self._ranks)):
             self._fused.setdefault(f"{rank}:{fused}", hashlib.sha256()).update(_bytes(piece))
 
+    def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same ones, each taken on its way."""
+        for name, tensor in tensors:
+            self.add(name, tensor)
+            yield name, tensor
+
     def result(self) -> Checksums:
         return Checksums(dict(self._plain), {name: digest.hexdigest() for name, digest in self._fused.items()})
 

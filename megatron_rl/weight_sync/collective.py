@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.memory import Reused
 from megatron_rl.weight_sync import process_group
-from megatron_rl.weight_sync.buckets import bucketed, flatten
+from megatron_rl.weight_sync.buckets import flattened
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.transport import GroupMember, NamedTensors, Pushed, WeightsNotSent
 
@@ -20,8 +21,8 @@ class CollectiveTransport:
     def __init__(self, member: GroupMember, stage: int, bucket_bytes: int) -> None:
         self.member, self.stage, self.bucket_bytes = member, stage, bucket_bytes
         self._group: dist.ProcessGroup | None = None
-        self._buffer: Tensor | None = None
-        """Where buckets are put together on a CPU: new memory costs more than the copy. On a GPU torch keeps it."""
+        self._memory = Reused()
+        """Of buckets on a CPU. On a GPU torch keeps what was freed, and training has it meanwhile."""
 
     def connect(self) -> None:
         """Returns when all engines have joined. Raises WeightsNotSent when one does not."""
@@ -32,14 +33,8 @@ class CollectiveTransport:
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
         assert self._group is not None, "no engine has been met"
-        total = 0
-        for bucket in bucketed(tensors, self.bucket_bytes):
-            if taker:
-                for name, tensor in bucket:
-                    taker.add(name, tensor)
-            flat = flatten(bucket, into=self._buffer)
-            if flat.device.type == "cpu" and (self._buffer is None or flat.numel() > self._buffer.numel()):
-                self._buffer = flat
+        total, memory = 0, self._memory if self.member.backend == "gloo" else Reused()
+        for flat in flattened(taker.watch(tensors) if taker else tensors, self.bucket_bytes, memory):
             if failure := self._broadcast(flat):
                 self.close()  # engines that wait for the rest then see that it will not come
                 raise WeightsNotSent(f"weights of version {version} broke off after {total} bytes: {failure}")
@@ -58,4 +53,4 @@ class CollectiveTransport:
     def close(self) -> None:
         if self._group is not None:
             process_group.leave(self._group)
-            self._group = self._buffer = None
+            self._group = None

@@ -24,9 +24,7 @@ class FolderTransport:
         when it is whole."""
         files: list[GrowingShard] = []
         kind = None
-        for name, tensor in tensors:
-            if taker:
-                taker.add(name, tensor)
+        for name, tensor in taker.watch(tensors) if taker else tensors:
             if not files or tensor.dtype != kind or files[-1].size + tensor.nbytes > self.bucket_bytes:
                 if files:
                     files[-1].close()

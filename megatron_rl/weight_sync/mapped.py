@@ -86,19 +86,35 @@ class MappedTransport:
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
         total, first = 0, self._portions
-        for bucket in bucketed(tensors, self.bucket_bytes):
-            if taker:
-                for name, tensor in bucket:
-                    taker.add(name, tensor)
-            for portion in _portions([tensor for _, tensor in bucket], self.bucket_bytes):
-                written = _write(self._halves[self._portions % HALVES], portion)
-                if self._portions > first:
-                    self._meet(version, total)  # the last one was read
-                self._meet(version, total)  # this one is there
-                self._portions, total = self._portions + 1, total + written
+        for written in self._written(taker.watch(tensors) if taker else tensors):
+            if self._portions > first:
+                self._meet(version, total)  # the last one was read
+            self._meet(version, total)  # this one is there
+            self._portions, total = self._portions + 1, total + written
         if self._portions > first:
             self._meet(version, total)
         return Pushed(self.stage, total, checksums=taker.result() if taker else None)
+
+    def _written(self, tensors: NamedTensors) -> Iterator[int]:
+        """Bytes of each portion that is there: a bucket, or, of one that is a single larger tensor, as many as fit."""
+        filled: int | None = None
+        for opens, tensor in bucketed(tensors, self.bucket_bytes):
+            pieces = tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(self.bucket_bytes)
+            for number, piece in enumerate(pieces):
+                if filled is not None and (opens or number):
+                    self._half.wait()
+                    yield filled
+                    filled = None
+                start = filled or 0
+                self._half.write(start, piece)
+                filled = start + piece.nbytes
+        if filled is not None:
+            self._half.wait()
+            yield filled
+
+    @property
+    def _half(self) -> DeviceMemory:
+        return self._halves[self._portions % HALVES]
 
     def _meet(self, version: int, total: int) -> None:
         assert self._meeting is not None
@@ -157,25 +173,6 @@ class MappedReceiver:
         for half in self._halves:
             half.close()
         self._halves = []
-
-
-def _portions(bucket: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
-    """A bucket is one portion. One that is larger has one tensor, in as many as it takes."""
-    if sum(tensor.nbytes for tensor in bucket) <= size:
-        yield bucket
-        return
-    for tensor in bucket:
-        yield from ([piece] for piece in tensor.contiguous().reshape(-1).view(torch.uint8).split(size))
-
-
-def _write(memory: DeviceMemory, tensors: Sequence[Tensor]) -> int:
-    """Returns how many bytes."""
-    start = 0
-    for tensor in tensors:
-        memory.write(start, tensor.detach().contiguous())
-        start += tensor.nbytes
-    memory.wait()
-    return start
 
 
 def _who(rank: int) -> str:

@@ -14,7 +14,7 @@ from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker
 
 NamedTensors = Iterable[tuple[str, Tensor]]
-"""Hugging Face name, whole tensor; one at a time."""
+"""Hugging Face name, whole tensor; one at a time: the next may be in its memory."""
 
 
 class WeightsNotSent(RuntimeError):

@@ -26,7 +26,7 @@ from megatron_rl.checkpoint.convert.proof import fill_by_megatron
 from megatron_rl.checkpoint.families import Entry, entries
 from megatron_rl.checkpoint.fusion import split
 from megatron_rl.checkpoint.torch_dist import TorchDistWeights, write_torch_dist
-from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights
+from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights, publish_hf_weights
 from megatron_rl.rollout.stored import as_stored
 from tests.hf_models import config_json, hf_model
 
@@ -83,6 +83,9 @@ def measure(model: Model, layout: Layout, folder: Path) -> dict[str, float]:
     load_hf_weights(wanted, model.hf_config, model.tensors)
     exported = dict(export_hf_weights(wanted, model.hf_config))
     found = {"export": difference(exported, model.tensors)}
+    published = dict(publish_hf_weights(wanted, model.hf_config))
+    assert published.keys() == (exported.keys() if process_groups.tp_rank() == 0 else set())
+    found["published"] = difference(published, exported) if published else 0.0
     loaded = build_model(model.hf_config, layout=layout, dtype=torch.float32, device=CPU)
     fill_by_megatron(model.folder)(loaded)
     found["Megatron reads ours"] = difference(dict(loaded.named_parameters()), dict(wanted.named_parameters()))

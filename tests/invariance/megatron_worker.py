@@ -26,7 +26,7 @@ from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.distributed import wrap_ddp
 from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.model import build_model
-from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, load_hf_weights
+from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, load_hf_weights, publish_hf_weights
 from megatron_rl.rollout.stored import as_stored
 from tests.hf_models import hf_model
 
@@ -168,6 +168,7 @@ def measure(case: str, layout: Layout) -> dict[str, object]:
         "tensor_rank": process_groups.tp_rank(),
         "gradient_errors": {n: relative(g, wanted.gradients[n]) for n, g in gradients.items()},
         "exported": sorted(exported),
+        **published(model, wanted),
         "expected_names": sorted(wanted.weights),
         "export_error": max(difference(tensor, wanted.weights[name]) for name, tensor in exported.items()),
         "import_error": max(difference(imported[name], parameters[name]) for name in parameters),
@@ -175,6 +176,15 @@ def measure(case: str, layout: Layout) -> dict[str, object]:
         "grad_norm": clipped_norm(run, model),
         "expected_grad_norm": torch.stack([g.norm() for g in wanted.gradients.values()]).norm().item(),
     }
+
+
+def published(model: torch.nn.Module, wanted: Reference) -> dict[str, object]:
+    """Names this rank publishes, and how far they are off: kept, and each looked at before the next."""
+    kept = dict(publish_hf_weights(model, wanted.hf_config))
+    passing = publish_hf_weights(model, wanted.hf_config, reuse_memory=True)
+    errors = [difference(tensor, wanted.weights[name]) for name, tensor in passing]
+    errors += [difference(tensor, wanted.weights[name]) for name, tensor in kept.items()]
+    return {"published": sorted(kept), "publish_error": max(errors, default=0.0)}
 
 
 def bf16_export_error(wanted: Reference, layout: Layout) -> float:

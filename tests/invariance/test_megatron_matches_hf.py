@@ -100,5 +100,6 @@ def test_gradient_norm_counts_every_parameter_once(measured: list[dict[str, Any]
 def test_weights_survive_the_round_trip_exactly(measured: list[dict[str, Any]], case: str) -> None:
     ranks = [rank[case] for rank in measured]
     assert sorted({name for rank in ranks for name in rank["exported"]}) == ranks[0]["expected_names"]
-    for error in ("export_error", "import_error", "bf16_export_error"):
+    assert sorted(name for rank in ranks for name in rank["published"]) == ranks[0]["expected_names"]
+    for error in ("export_error", "publish_error", "import_error", "bf16_export_error"):
         assert max(rank[error] for rank in ranks) == 0.0, error

@@ -54,7 +54,7 @@ class TorchDistWeights:
             raise UserError(
                 f"{self._folder} is damaged: {place.key} cannot be read ({error}). Copy it again."
             ) from error
-        return join(entry.rule.kind, [target.reshape(shape)], self._architecture)
+        return tuple(join(entry.rule.kind, [target.reshape(shape)], self._architecture))
 
     def _find(self, entry: Entry) -> Place:
         return next(place for place in places(self._architecture, entry) if place.key in self._tensors)

@@ -33,7 +33,7 @@ from megatron_rl.checkpoint.manifest import (
     write_rng,
 )
 from megatron_rl.checkpoint.state import RankState, export_stage
-from megatron_rl.checkpoint.weight_map import export_hf_weights
+from megatron_rl.checkpoint.weight_map import export_hf_weights, publish_hf_weights
 from megatron_rl.config.actor import OptimizerSettings
 from megatron_rl.errors import UserError
 from tests.hf_models import config_json
@@ -215,14 +215,14 @@ def test_after_a_full_disk_a_rank_draws_the_rest_of_an_export(tmp_path: Path, mo
     drawn: list[str] = []
 
     def export(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in export_hf_weights(*arguments):
+        for name, tensor in publish_hf_weights(*arguments):
             drawn.append(name)
             yield name, tensor
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_rl.checkpoint.state.export_hf_weights", export)
+    monkeypatch.setattr("megatron_rl.checkpoint.state.publish_hf_weights", export)
     monkeypatch.setattr("megatron_rl.checkpoint.state.write_hf_shards", fail)
     stage = Stage(0, torch.float32)
     with pytest.raises(OSError, match="No space"):
