@@ -1,14 +1,17 @@
 """Bytes and seconds of a weight update, by transport and layout, beside the rate of the bare way.
 
-    python benchmarks/weight_sync.py [--layers 10] [--out benchmarks/results/weight_sync.json]
+    python benchmarks/weight_sync.py [--layers 10] [--repeats 5] [--out benchmarks/results/weight_sync.json]
 
 A Qwen3 of 0.5 B parameters with random weights in bf16 (1.04 GB; about 6 GiB of memory), on actor ranks as a run has
 them and one engine, a process each. By folder (in memory that is shared, or on disk) the embedded engine takes the
 files; by broadcast over gloo a receiver copies each tensor into its place, as vLLM's does. Every update is whole: from
-the ranks' shards to the engine's own tensors. The best of three.
+the ranks' shards to the engine's own tensors.
 
-The rate: the same bytes written to one file there and copied from it into memory, or broadcast in buckets of the same
-size and copied, by the same two processes; and under tensor parallelism gathered between the ranks before.
+The bare way, after each update, in the same processes: as many bytes, of no meaning and from memory that is ready,
+written to one file there by the first rank and copied from it by the engine, or broadcast in buckets of the same size
+and copied. Under tensor parallelism what the other ranks hold is sent to the first one before, into memory that is
+ready too, in pieces of a large matrix's shard; nothing is put together. The best of each is kept, and the median of
+each update's own share.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -51,7 +55,7 @@ SHAPE: dict[str, Any] = {
 }
 LAYOUTS = {"one rank": Layout(), "TP 2": Layout(tensor=2), "PP 2": Layout(pipeline=2)}
 TRANSPORTS = ("shared memory", "disk", "gloo")
-BUCKET, REPEATS, HOST, TARGET = 256 * 2**20, 3, "127.0.0.1", 0.6
+BUCKET, HOST, TARGET = 256 * 2**20, "127.0.0.1", 0.6
 MINUTES = timedelta(minutes=10)
 
 
@@ -97,7 +101,7 @@ def members(together: Together, stages: int, rank: int) -> list[GroupMember]:
     return [GroupMember(name, HOST, together.port(name), "gloo", 2, rank, 600.0) for name in names]
 
 
-def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], port: int) -> None:
+def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], port: int, repeats: int) -> None:
     """A rank of the actor."""
     together = Together(port, layout.world_size + 1)
     worker = MegatronWorker(ActorSettings(device="cpu", dtype="bfloat16"), layout, rank)
@@ -110,8 +114,9 @@ def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], port: 
     worker.load_hf(model)
     specs = worker.weight_specs()
     together.store.set(f"specs-{rank}", json.dumps([(s.name, s.dtype, s.shape) for s in specs or []]))
+    bare = BareActor(together, layout, rank)
     for transport in TRANSPORTS:
-        for version in range(REPEATS):
+        for version in range(repeats):
             if version == 0:
                 together.meet()
                 stages, folder = layout.pipeline, folders[transport]
@@ -123,45 +128,59 @@ def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], port: 
             parts = [str(part) for part in found[0].parts] if found[0] else []
             together.store.set(f"parts-{transport}-{version}-{rank}", json.dumps(parts))
             together.timed(lambda: None)
+            together.timed(lambda t=transport: bare.push(None if t == "gloo" else folders[t] / "bare"))
+            together.timed(lambda: None)
         worker.disconnect_weights()
-    bare_gather(together, layout, rank)
-    bare_broadcast(together, sender=True) if rank == 0 else idle(together)
     together.meet()
     worker.close()
 
 
-def idle(together: Together) -> None:
-    for _ in range(REPEATS):
-        together.timed(lambda: None)
+def bare_group(together: Together, rank: int) -> dist.ProcessGroup:
+    return process_group.join(GroupMember("bare", HOST, together.port("bare"), "gloo", 2, rank, 600.0))
 
 
-def bare_gather(together: Together, layout: Layout, rank: int) -> None:
-    """Nothing but the tensor-parallel gather, of shards as large as those of a layer's largest matrix."""
-    shard = torch.zeros(SHAPE["hidden_size"] * SHAPE["intermediate_size"] // layout.tensor, dtype=torch.bfloat16)
-    for _ in range(REPEATS):
-        together.timed(
-            lambda: process_groups.gather_shards(shard, process_groups.tp_group()) if layout.tensor > 1 else None
-        )
+def portions(total: int, largest: int) -> Iterator[int]:
+    """`total` in parts."""
+    for start in range(0, total, largest):
+        yield min(largest, total - start)
 
 
-def bare_broadcast(together: Together, *, sender: bool) -> None:
-    """Buckets over gloo; the receiver copies what it got."""
-    group = process_group.join(GroupMember("bare", HOST, together.port("bare"), "gloo", 2, 0 if sender else 1, 600.0))
-    flat, mine = torch.zeros(BUCKET, dtype=torch.uint8), torch.ones(BUCKET, dtype=torch.uint8)
+class BareActor:
+    """A rank's part of the bare way: the first tensor-parallel ranks send theirs to rank 0, which hands out all."""
 
-    def work() -> None:
-        dist.broadcast(flat, group=group, group_src=0)
-        if not sender:
-            mine.copy_(flat)
+    def __init__(self, together: Together, layout: Layout, rank: int) -> None:
+        self.rank, self.total, self.peers = rank, int(together.store.get("total")), layout.tensor
+        self.group = None if rank else bare_group(together, 0)
+        self.piece = 2 * SHAPE["hidden_size"] * SHAPE["intermediate_size"] // layout.tensor
+        self.memory = torch.zeros(self.piece if rank else BUCKET, dtype=torch.uint8)
 
-    for _ in range(REPEATS):
-        seconds = together.timed(work)
-        if not sender:
-            together.store.set("broadcast", str(min(seconds, float(together.store.get("broadcast")))))
+    def push(self, path: Path | None) -> None:
+        """To a file, which replaces the last one, or by broadcast."""
+        self._collect()
+        if self.rank:
+            return
+        if path is None:
+            for size in portions(self.total, BUCKET):
+                dist.broadcast(self.memory[:size], group=self.group, group_src=0)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".new")
+        with fresh.open("wb") as file:
+            for size in portions(self.total, self.piece):
+                file.write(self.memory[:size].numpy().data)
+        fresh.replace(path)
+
+    def _collect(self) -> None:
+        group = process_groups.tp_group()
+        for size in portions(self.total // self.peers, self.piece):
+            if 0 < self.rank < self.peers:
+                dist.send(self.memory[:size], group=group, group_dst=0)
+            for peer in range(1, self.peers if self.rank == 0 else 0):
+                dist.recv(self.memory[:size], group=group, group_src=peer)
 
 
-def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, answer: Any) -> None:
-    """The receiving process; puts seconds of each transport and of each bare rate."""
+def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, repeats: int, answer: Any) -> None:
+    """The receiving process; puts seconds of each transport and of its bare way."""
     from megatron_rl.rollout.transformers_engine import TransformersEngine
 
     together = Together(port, layout.world_size + 1)
@@ -171,10 +190,13 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, ans
     first = [stage * stages for stage in range(layout.pipeline)]
     specs = [[TensorSpec(n, d, tuple(s)) for n, d, s in json.loads(together.store.get(f"specs-{r}"))] for r in first]
     total = sum(spec.nbytes for part in specs for spec in part)
+    together.store.set("total", str(total))
+    bare_members, place = bare_group(together, 1), torch.ones(total, dtype=torch.uint8)
     seconds: dict[str, list[float]] = {}
+    bare: dict[str, list[float]] = {}
     for transport in TRANSPORTS:
         groups: list[Any] = []
-        for version in range(REPEATS):
+        for version in range(repeats):
             if version == 0:
                 together.meet()
                 if transport == "gloo":
@@ -185,18 +207,26 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, ans
             take = together.timed(lambda v=version, p=parts: own.update_weights(FolderUpdate(v, p)) if p else None)
             seconds.setdefault(transport, []).append(push + take)
             seconds.setdefault(f"{transport}, push", []).append(push)
+            if transport == "gloo":
+                bare_push = together.timed(lambda: bare_receive(bare_members, buffer, place))
+                bare_take = together.timed(lambda: None)
+            else:
+                bare_push = together.timed(lambda: None)
+                bare_take = together.timed(lambda t=transport: bare_read(folders[t] / "bare", place))
+            bare.setdefault(transport, []).append(bare_push + bare_take)
         for group in groups:
             process_group.leave(group)
-    gather = min(together.timed(lambda: None) for _ in range(REPEATS))
-    per_gather = 2 * SHAPE["hidden_size"] * SHAPE["intermediate_size"]
-    gather *= total / per_gather if layout.tensor > 1 else 0
-    together.store.set("broadcast", "inf")
-    bare_broadcast(together, sender=False)
-    bare = {"gloo": gather + float(together.store.get("broadcast")) * total / BUCKET}
-    for transport in TRANSPORTS[:2]:
-        bare[transport] = gather + min(bare_file(folders[transport] / "bare", held) for _ in range(REPEATS))
     together.meet()
-    answer.put({"bytes": total, "bare": bare, "seconds": {name: min(values) for name, values in seconds.items()}})
+    answer.put(
+        {
+            "bytes": total,
+            "bare": {name: min(values) for name, values in bare.items()},
+            "seconds": {name: min(values) for name, values in seconds.items()},
+            "median share": {
+                name: statistics.median(b / s for b, s in zip(bare[name], seconds[name], strict=True)) for name in bare
+            },
+        }
+    )
 
 
 def receive(
@@ -210,33 +240,28 @@ def receive(
                 held[name].copy_(tensor)
 
 
-def bare_file(path: Path, held: dict[str, torch.Tensor]) -> float:
-    """All bytes written to a file, which then replaces the last one, and copied from the mapped file into memory."""
-    buffers = [tensor.contiguous().view(torch.uint8).numpy() for tensor in held.values()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    fresh = path.with_suffix(".new")
-    with fresh.open("wb") as file:
-        for buffer in buffers:
-            file.write(memoryview(buffer.reshape(-1)))
-    fresh.replace(path)
-    mapped, place = np.memmap(path, dtype=np.uint8, mode="r"), 0
-    for buffer in buffers:
-        buffer.reshape(-1)[:] = mapped[place : place + buffer.nbytes]
-        place += buffer.nbytes
-    return time.perf_counter() - start
+def bare_receive(group: dist.ProcessGroup, buffer: torch.Tensor, place: torch.Tensor) -> None:
+    for part in place.split(BUCKET):
+        received = buffer[: part.nbytes]
+        dist.broadcast(received, group=group, group_src=0)
+        part.copy_(received)
 
 
-def measure(layout: Layout, model: Path) -> dict[str, Any]:
+def bare_read(path: Path, place: torch.Tensor) -> None:
+    place.numpy()[:] = np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def measure(layout: Layout, model: Path, repeats: int) -> dict[str, Any]:
     """Of one layout."""
     memory, disk = shared_folder(), Path(tempfile.mkdtemp(prefix="weights-", dir=Path("runs")))
     folders = {"shared memory": memory / "weights", "disk": disk / "weights", "gloo": disk}
     context = mp.get_context("spawn")
     answer, port = context.Queue(), open_port(HOST)
     processes = [
-        context.Process(target=act, args=(rank, layout, model, folders, port)) for rank in range(layout.world_size)
+        context.Process(target=act, args=(rank, layout, model, folders, port, repeats))
+        for rank in range(layout.world_size)
     ]
-    processes.append(context.Process(target=engine, args=(layout, model, folders, port, answer)))
+    processes.append(context.Process(target=engine, args=(layout, model, folders, port, repeats, answer)))
     try:
         for process in processes:
             process.start()
@@ -255,24 +280,28 @@ def measure(layout: Layout, model: Path) -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--layers", type=int, default=10, help="of the model, 0.1 GB each")
+    parser.add_argument("--repeats", type=int, default=5, help="updates by each transport")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     Path("runs").mkdir(exist_ok=True)
-    table = Table("layout", "transport", "GB", "seconds", "of which push", "GB/s", "bare GB/s", "share", "target")
+    table = Table(
+        "layout", "transport", "GB", "seconds", "of which push", "GB/s", "bare GB/s", "share", "median", "target"
+    )
     found = {}
     with tempfile.TemporaryDirectory(dir="runs") as model:
         write_model(Path(model), options.layers)
         for name in options.layouts:
-            found[name] = measure(LAYOUTS[name], Path(model))
+            found[name] = measure(LAYOUTS[name], Path(model), options.repeats)
             size = found[name]["bytes"] / 1e9
             for transport in TRANSPORTS:
                 seconds, bare = found[name]["seconds"][transport], found[name]["bare"][transport]
                 share = bare / seconds
                 push = found[name]["seconds"][f"{transport}, push"]
                 rates = (f"{seconds:.2f}", f"{push:.2f}", f"{size / seconds:.2f}", f"{size / bare:.2f}")
+                median = found[name]["median share"][transport]
                 met = "met" if share >= TARGET else "missed"
-                table.add_row(name, transport, f"{size:.2f}", *rates, f"{share:.0%}", met)
+                table.add_row(name, transport, f"{size:.2f}", *rates, f"{share:.0%}", f"{median:.0%}", met)
     Console().print(table)
     keep(options.out, "weight_sync", settings=SHAPE | {"layers": options.layers, "bucket": BUCKET}, layouts=found)
 
