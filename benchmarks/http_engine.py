@@ -6,7 +6,9 @@ MODEL: as of benchmarks/embedded_engine.py. The engine is vLLM, in the environme
 `LLM` in this process (its core as a process of its own, as always), once as a server behind our `HttpEngine`, both with
 the server's settings. 16 prompts a call, 8 responses each, at most 46 tokens, log-probs of all. They take turns, pair
 after pair, on the same prompts; what counts is the ratio of seconds a token within a pair: median, and the quartiles.
-Wall time, so give it a quiet machine.
+The worker of the one whose turn it is not is stopped (SIGSTOP): for a second after its last token it would poll for the
+next, and take a core from the other. Wall time, so give it a quiet machine. CPU seconds a token, of all processes, are
+kept beside it: other programs disturb them less, but they count polling.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import psutil
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -40,10 +44,33 @@ PAIRS, WARM_UP = 30, 5
 """Pairs that are timed, after a few that are not."""
 
 
+class Processes:
+    """Those that a contestant has started, and this one."""
+
+    def __init__(self, before: set[psutil.Process]) -> None:
+        self._started = set(psutil.Process().children(recursive=True)) - before
+        self._workers = [process for process in self._started if process.name() == "VLLM::Worker"]
+        if not self._workers:
+            raise SystemExit("no process VLLM::Worker was started: vLLM names them otherwise now")
+
+    def stop(self) -> None:
+        for worker in self._workers:
+            worker.suspend()
+
+    def go_on(self) -> None:
+        for worker in self._workers:
+            worker.resume()
+
+    def cpu_seconds(self) -> float:
+        times = [process.cpu_times() for process in (psutil.Process(), *self._started) if process.is_running()]
+        return sum(time.user + time.system for time in times)
+
+
 class InProcess:
     """vLLM's own interface."""
 
     def __init__(self, model: Path) -> None:
+        before = set(psutil.Process().children(recursive=True))
         from vllm import LLM
 
         self._engine = LLM(
@@ -56,6 +83,7 @@ class InProcess:
             enforce_eager=True,
             disable_log_stats=True,
         )
+        self.processes = Processes(before)
 
     def tokens(self, prompts: list[list[int]], sampling: SamplingParams) -> int:
         from vllm import SamplingParams as Theirs
@@ -82,10 +110,12 @@ class Server:
     """Ours."""
 
     def __init__(self, model: Path, loop: asyncio.AbstractEventLoop) -> None:
+        before = set(psutil.Process().children(recursive=True))
         self._loop = loop
         self._engine = HttpEngine("vllm", ServerSettings(), ServerLaunch(model, "cpu", "float32", 1, CONTEXT))
         loop.run_until_complete(self._engine.start())
         loop.run_until_complete(self._engine.resume())
+        self.processes = Processes(before)
 
     def tokens(self, prompts: list[list[int]], sampling: SamplingParams) -> int:
         groups = self._loop.run_until_complete(self._engine.generate(prompts, sampling))
@@ -95,22 +125,42 @@ class Server:
         self._loop.run_until_complete(self._engine.close())
 
 
-def measure(model: Path, prompts: list[list[int]], end: int) -> list[tuple[float, float]]:
-    """(in this process, as a server): tokens a second of each pair."""
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of a token."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def cost(engine: InProcess | Server, prompts: list[list[int]], sampling: SamplingParams) -> Cost:
+    engine.processes.go_on()
+    try:
+        used, start = engine.processes.cpu_seconds(), time.perf_counter()
+        tokens = engine.tokens(prompts, sampling)
+        seconds = time.perf_counter() - start
+        return Cost(seconds / tokens, (engine.processes.cpu_seconds() - used) / tokens)
+    finally:
+        engine.processes.stop()
+
+
+def measure(model: Path, prompts: list[list[int]], end: int) -> list[tuple[Cost, Cost]]:
+    """(in this process, as a server) of each pair."""
     inside, server = InProcess(model), Server(model, asyncio.new_event_loop())
-    rates = []
+    costs = []
+    inside.processes.stop()
+    server.processes.stop()
     try:
         for pair in range(PAIRS + WARM_UP):
             batch = prompts[PROMPTS * pair : PROMPTS * (pair + 1)]
             sampling = SamplingParams(RESPONSES, TOKENS, 1.0, (end,), seed=pair)
-            found: dict[Any, float] = {}
-            for engine in (inside, server) if pair % 2 else (server, inside):
-                start = time.perf_counter()
-                found[engine] = engine.tokens(batch, sampling) / (time.perf_counter() - start)
-            rates.append((found[inside], found[server]))
+            found = {e: cost(e, batch, sampling) for e in ((inside, server) if pair % 2 else (server, inside))}
+            costs.append((found[inside], found[server]))
     finally:
+        inside.processes.go_on()
+        server.processes.go_on()
         server.close()
-    return rates[WARM_UP:]
+    return costs[WARM_UP:]
 
 
 def main() -> None:
@@ -122,20 +172,23 @@ def main() -> None:
         write_task(Path(folder) / "task")
         rows = [row["prompt"] for _, row in read_rows(Path(folder) / "task/train.jsonl")][: PROMPTS * (PAIRS + WARM_UP)]
     prompts = [tokenizer(row)["input_ids"] for row in rows]
-    rates = measure(options.model.resolve(), prompts, tokenizer.eos_token_id)
-    low, middle, high = statistics.quantiles([inside / server for inside, server in rates], n=4)
+    costs = measure(options.model.resolve(), prompts, tokenizer.eos_token_id)
+    low, middle, high = statistics.quantiles([server.seconds / inside.seconds for inside, server in costs], n=4)
+    cpu = statistics.quantiles([server.cpu_seconds / inside.cpu_seconds for inside, server in costs], n=4)
     tokens_per_second = {
-        "in this process": statistics.median(inside for inside, _ in rates),
-        "as a server": statistics.median(server for _, server in rates),
+        "in this process": 1 / statistics.median(inside.seconds for inside, _ in costs),
+        "as a server": 1 / statistics.median(server.seconds for _, server in costs),
     }
     for name, value in tokens_per_second.items():
         Console().print(f"{name}: {value:,.0f} tokens/s")
     Console().print(f"seconds a token, server / in this process: {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
+    Console().print(f"CPU seconds a token: {cpu[1]:.3f} (quartiles {cpu[0]:.3f}, {cpu[2]:.3f})")
     keep(
         options.out,
         "http_engine",
         tokens_per_second=tokens_per_second,
         ratio={"median": middle, "quartiles": [low, high], "pairs": PAIRS},
+        cpu_ratio={"median": cpu[1], "quartiles": [cpu[0], cpu[2]]},
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import httpx2
+import aiohttp
 
 from megatron_rl.errors import UserError
 from megatron_rl.types import Generation, SamplingParams
@@ -21,6 +22,10 @@ UNSYNCED = -1
 LOOPBACK = "127.0.0.1"
 KEY_VARIABLE = "MEGATRON_RL_ENGINE_KEY"
 """Environment variable that has the admin key of servers which run already."""
+
+
+KEEP_ALIVE_SECONDS = 4.0
+"""An unused connection is kept for so long. Servers close theirs after 5 s, and a request on its way then is lost."""
 
 
 class ServerUnavailable(Exception):
@@ -109,17 +114,11 @@ class Server(Protocol):
 
 
 class HttpClient:
-    """JSON in, JSON out."""
+    """JSON in, JSON out. For one event loop."""
 
     def __init__(self, address: Address) -> None:
-        headers = {"Authorization": f"Bearer {address.key}"} if address.key else {}
-        self._client = httpx2.AsyncClient(
-            base_url=address.url,
-            headers=headers,
-            timeout=httpx2.Timeout(None, connect=10.0),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
-            trust_env=False,  # a proxy has no business between an engine and its server
-        )
+        self.address = address
+        self._opened: aiohttp.ClientSession | None = None
 
     async def delete(self, path: str, *, timeout_seconds: float) -> Any:
         return await self._send("DELETE", path, None, timeout_seconds)
@@ -132,20 +131,33 @@ class HttpClient:
         return await self._send("POST", path, body, timeout_seconds)
 
     async def _send(self, method: str, path: str, body: Any, timeout_seconds: float) -> Any:
-        timeout = httpx2.Timeout(timeout_seconds, connect=min(timeout_seconds, 10.0))
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=min(timeout_seconds, 10.0))
         try:
-            response = await self._client.request(method, path, json=body, timeout=timeout)
-        except httpx2.TransportError as error:
+            async with self._session.request(method, self.address.url + path, json=body, timeout=timeout) as response:
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise ServerUnavailable(f"{method} {path}: {type(error).__name__} {error}".rstrip()) from error
-        if response.status_code in (408, 429) or response.status_code >= 500:
-            raise ServerUnavailable(f"{method} {path}: status {response.status_code}, {response.text[:500]}")
-        if response.status_code >= 400:
-            raise ServerRefused(f"{method} {path}: status {response.status_code}, {response.text[:500]}")
-        is_json = response.headers.get("content-type", "").startswith("application/json")
-        return response.json() if is_json and response.content else response.text
+        if response.status in (408, 429) or response.status >= 500:
+            raise ServerUnavailable(f"{method} {path}: status {response.status}, {text[:500]}")
+        if response.status >= 400:
+            raise ServerRefused(f"{method} {path}: status {response.status}, {text[:500]}")
+        return json.loads(text) if text and response.content_type == "application/json" else text
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        """aiohttp's needs the loop to be running already."""
+        if self._opened is None:
+            key = self.address.key
+            self._opened = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._opened
 
     async def close(self) -> None:
-        await self._client.aclose()
+        if self._opened:
+            await self._opened.close()
 
 
 def versions(spans: Sequence[dict[str, Any]], length: int) -> tuple[int, tuple[tuple[int, int], ...]]:

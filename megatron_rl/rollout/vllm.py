@@ -24,6 +24,7 @@ from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 from megatron_rl.weight_sync.vllm_plugin import BACKEND, EXTENSION
 
+BRIEF_ANSWERS = "megatron_rl.rollout.vllm_brief.BriefAnswers"
 CONTROL_SECONDS = 60.0
 """Longest time for a call that computes nothing."""
 
@@ -40,6 +41,7 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--logprobs-mode": "processed_logprobs",  # those of the policy at the sampling temperature
         "--weight-transfer-config": json.dumps({"backend": BACKEND}),
         "--worker-extension-cls": EXTENSION,
+        "--middleware": BRIEF_ANSWERS,
         "--generation-config": "vllm",  # else the model's folder may bring a top-p of its own
     }
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": key}
@@ -49,7 +51,7 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
     line += ["--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
     line += ["--enable-sleep-mode"] if launch.colocated else []
     if launch.device == "cpu":
-        line += ["--enforce-eager"]
+        line += ["--enforce-eager", "--disable-log-stats"]  # the numbers for /metrics take longer than the answers
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each rank wants a NUMA node of its own
     return [*line, *launch.arguments], environment | launch.environment
@@ -69,7 +71,7 @@ class VllmServer:
     async def generate(
         self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
     ) -> list[Generation]:
-        body = {"token_ids": list(prompt), "sampling_params": _sampling(sampling)}
+        body = {"brief": True, "token_ids": list(prompt), "sampling_params": _sampling(sampling)}
         answer = await self._http.post("/inference/v1/generate", body, timeout_seconds=timeout_seconds)
         return [_generation(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
 

@@ -1,4 +1,4 @@
-"""The receiving side of weight updates, inside a vLLM worker. Nothing else imports vLLM."""
+"""The receiving side of weight updates, inside a vLLM worker. Beside it only `rollout/vllm_brief.py` imports vLLM."""
 
 from __future__ import annotations
 

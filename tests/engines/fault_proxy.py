@@ -76,9 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "slow":
             time.sleep(SLOW_SECONDS)
-        client = self.script.server._server._http._client
-        server = HTTPConnection(client.base_url.host, client.base_url.port)
-        headers = {"Content-Type": "application/json", "Authorization": client.headers["Authorization"]}
+        address = self.script.server._server._http.address
+        server = HTTPConnection(address.url.removeprefix("http://"))
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {address.key}"}
         try:
             server.request(self.command, self.path, body, headers)
             answer = server.getresponse()

@@ -95,14 +95,14 @@ def test_requests_go_to_all_servers_and_log_probs_are_the_policys(routed: Routed
 
 def test_nothing_is_done_for_strangers_and_keys_are_in_no_command_line(routed: Routed, run: Run[Any]) -> None:
     servers = routed.router._servers
-    url = str(servers._data._http._client.base_url)
+    url = servers._data._http.address.url
     for asked, path in ((url, "/workers"), (routed.addresses[1].url, "/generate")):
         stranger = HttpClient(Address(asked))
         with pytest.raises(ServerRefused, match="status 401"):
             run(stranger.post(path, {"url": "http://127.0.0.1:9"}, timeout_seconds=5.0))
         run(stranger.close())
     keys = [str(address.key) for address in routed.addresses]
-    keys.append(servers._control._client.headers["Authorization"].removeprefix("Bearer "))
+    keys.append(str(servers._control.address.key))
     started = [process for process in psutil.Process().children(recursive=True) if process.is_running()]
     lines = [" ".join(process.cmdline()) for process in started]
     assert len(lines) > 3 and not any(key in line for key in keys for line in lines)
