@@ -40,7 +40,7 @@ from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.rows import Rows
-from megatron_rl.checkpoint.weight_map import export_hf_weights
+from megatron_rl.checkpoint.weight_map import publish_hf_weights
 from megatron_rl.config import load_config
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
@@ -66,7 +66,8 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        known = [*args, *(kwargs or {}).values()]  # of which one may be `out`
+        given = {arg.untyped_storage().data_ptr() for arg in known if isinstance(arg, torch.Tensor)}
         if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
             self.calls += 1
             self.bytes += out.nbytes
@@ -110,7 +111,8 @@ def count() -> dict[str, float]:
         with Calls() as calls:
             worker.train(batch, 1e-6, batch.num_response_tokens, 1.0)
         with Calls() as export:
-            size = sum(tensor.nbytes for _, tensor in export_hf_weights(worker.model, worker.hf_config))
+            tensors = publish_hf_weights(worker.model, worker.hf_config, reuse_memory=True)
+            size = sum(tensor.nbytes for _, tensor in tensors)
         shape = Architecture.from_hf(worker.hf_config)
         worker.close()
     needed = 3 * pass_flops(shape, batch.lengths.tolist(), batch.num_response_tokens)

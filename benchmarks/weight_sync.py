@@ -285,9 +285,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     Path("runs").mkdir(exist_ok=True)
-    table = Table(
-        "layout", "transport", "GB", "seconds", "of which push", "GB/s", "bare GB/s", "share", "median", "target"
-    )
+    table = Table("layout", "transport", "s", "push s", "GB/s", "bare GB/s", "share", "median", "target")
     found = {}
     with tempfile.TemporaryDirectory(dir="runs") as model:
         write_model(Path(model), options.layers)
@@ -301,7 +299,8 @@ def main() -> None:
                 rates = (f"{seconds:.2f}", f"{push:.2f}", f"{size / seconds:.2f}", f"{size / bare:.2f}")
                 median = found[name]["median share"][transport]
                 met = "met" if share >= TARGET else "missed"
-                table.add_row(name, transport, f"{size:.2f}", *rates, f"{share:.0%}", f"{median:.0%}", met)
+                table.add_row(name, transport, *rates, f"{share:.0%}", f"{median:.0%}", met)
+    table.title = f"{size:.2f} GB"
     Console().print(table)
     keep(options.out, "weight_sync", settings=SHAPE | {"layers": options.layers, "bucket": BUCKET}, layouts=found)
 
