@@ -155,9 +155,7 @@ class HttpEngine:
     async def update_weights(self, update: WeightUpdate) -> None:
         """See `RolloutEngine`. It serves no more, and does not resume, until it has the whole of an update."""
         self._requests.version, self._weights_bytes = None, update.nbytes
-        if self._released and not self._has_room:
-            await self._control(partial(self._server.restore_memory, "weights"), self._update_seconds)
-            self._has_room = True
+        await self._make_room()
         if isinstance(update, FolderUpdate):
             await self._control(partial(self._server.load_weights, update), self._update_seconds)
         else:
@@ -168,8 +166,15 @@ class HttpEngine:
         return await self._control(partial(self._server.verify_weights, version, sent), self._update_seconds)
 
     async def join_groups(self, members: Sequence[GroupMember]) -> None:
+        await self._make_room()  # SGLang gets ready for weights before it hears of anything else
         limit = max((member.timeout_seconds for member in members), default=self._update_seconds)
         await self._control(partial(self._server.join_groups, members), IN_GROUP * limit)
+
+    async def _make_room(self) -> None:
+        """Have the memory of the weights again."""
+        if self._released and not self._has_room:
+            await self._control(partial(self._server.restore_memory, "weights"), self._update_seconds)
+            self._has_room = True
 
     @property
     def _update_seconds(self) -> float:

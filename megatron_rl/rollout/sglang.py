@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_rl.owned_folder import owned_folder
 from megatron_rl.rollout.server import (
     UNSYNCED,
     Address,
@@ -19,6 +22,7 @@ from megatron_rl.rollout.server import (
     versions,
 )
 from megatron_rl.types import FinishReason, Generation, SamplingParams
+from megatron_rl.weight_sync import sglang_receiver
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 
@@ -42,6 +46,7 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--context-length": str(launch.max_tokens + RESERVED),
         "--tensor-parallel-size": str(launch.tensor_parallel),
         "--weight-version": str(UNSYNCED),
+        "--custom-weight-loader": sglang_receiver.LOADER,
         "--log-level": "warning",
     }
     environment = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
@@ -64,6 +69,11 @@ class SglangServer:
     def __init__(self, address: Address) -> None:
         self._http = HttpClient(address)
         self._groups: list[str] = []
+        self._mapped = False
+        """Whether it is in groups of mapped memory, which are our own in SGLang's processes."""
+        self._ranks = 0
+        self._folder: Path | None = None
+        """Where those say what they fail with."""
 
     async def alive(self) -> None:
         await self._http.get("/health_generate", timeout_seconds=CONTROL_SECONDS)
@@ -88,6 +98,10 @@ class SglangServer:
         await self._http.post("/update_weights_from_disk", body, timeout_seconds=timeout_seconds)
 
     async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
+        mapped = [member for member in members if member.mapped]
+        if mapped or self._mapped:
+            await self._join_mapped(mapped, timeout_seconds)
+        members = [member for member in members if not member.mapped]
         for name in self._groups:
             await self._http.post(
                 "/destroy_weights_update_group", {"group_name": name}, timeout_seconds=timeout_seconds
@@ -104,12 +118,28 @@ class SglangServer:
             }
             await self._http.post("/init_weights_update_group", body, timeout_seconds=timeout_seconds)
 
+    async def _join_mapped(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
+        info = await self._http.get("/server_info", timeout_seconds=CONTROL_SECONDS)
+        self._ranks, self._mapped = int(info["tp_size"]), bool(members)
+        self._folder = self._folder or owned_folder("megatron-rl-sglang-", Path(tempfile.gettempdir()))
+        orders = sglang_receiver.join(members, self._ranks, self._failures)
+        await self._begin(timeout_seconds)
+        try:
+            await self._order(orders, {"flush_cache": False}, timeout_seconds)
+        finally:
+            await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
+
     async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
         await self._begin(timeout_seconds)
         try:
             calls = [(stage.group, bucket) for stage in update.stages for bucket in stage.buckets]
             for number, (group, bucket) in enumerate(calls, start=1):
                 last = number == len(calls)
+                ending = {"flush_cache": last, "weight_version": str(update.version) if last else None}
+                if self._mapped:
+                    orders = sglang_receiver.take(group, bucket, self._ranks, self._failures)
+                    await self._order(orders, ending, timeout_seconds)
+                    continue
                 body = {
                     "names": [spec.name for spec in bucket],
                     "dtypes": [spec.dtype for spec in bucket],
@@ -117,12 +147,25 @@ class SglangServer:
                     "group_name": group,
                     "load_format": "flattened_bucket",
                     "selector": "target",
-                    "flush_cache": last,
-                    "weight_version": str(update.version) if last else None,
                 }
-                await self._http.post("/update_weights_from_distributed", body, timeout_seconds=timeout_seconds)
+                await self._http.post(
+                    "/update_weights_from_distributed", body | ending, timeout_seconds=timeout_seconds
+                )
         finally:  # also after a failure: the next update begins with a session of its own
             await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
+
+    @property
+    def _failures(self) -> Path:
+        assert self._folder
+        return self._folder / "failures"
+
+    async def _order(self, orders: list[str], ending: dict[str, Any], timeout_seconds: float) -> None:
+        """To our own receiver in SGLang's processes (`weight_sync/sglang_receiver.py`). Raises what it fails with."""
+        self._failures.unlink(missing_ok=True)
+        body = {"serialized_named_tensors": orders, "load_format": sglang_receiver.LOADER, "selector": "target"}
+        await self._http.post("/update_weights_from_tensor", body | ending, timeout_seconds=timeout_seconds)
+        if self._failures.exists():
+            raise ServerRefused(self._failures.read_text().partition("\n")[0])
 
     async def _begin(self, timeout_seconds: float) -> None:
         body = {"selector": "target"}
@@ -153,6 +196,8 @@ class SglangServer:
 
     async def close(self) -> None:
         await self._http.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _sampling(sampling: SamplingParams) -> dict[str, Any]:

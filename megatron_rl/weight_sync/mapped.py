@@ -6,7 +6,7 @@ group: all meet when a bucket is there, and again when it was read. Whoever fail
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -29,13 +29,13 @@ class Meeting:
     def __init__(self, member: GroupMember, index: int = 0) -> None:
         """index: a process's place within its engine."""
         self.rank, self.size = member.rank + index, member.size
-        self._group = process_group.join(member, index)
+        self._group: dist.ProcessGroup | None = process_group.join(member, index)
 
     def meet(self, *, failed: bool = False) -> None:
         """Return when all are here."""
         failures = torch.zeros(self.size, dtype=torch.int32)
         failures[self.rank] = int(failed)
-        dist.all_reduce(failures, group=self._group)
+        self._together(lambda group: dist.all_reduce(failures, group=group))
         if others := [rank for rank in failures.nonzero().flatten().tolist() if rank != self.rank]:
             raise RuntimeError(f"it failed in {', '.join(map(_who, others))}")
 
@@ -53,11 +53,29 @@ class Meeting:
     def tell(self, text: str = "") -> str:
         """The sender's words, to all."""
         message = torch.tensor(list(text.ljust(_MESSAGE_BYTES).encode()), dtype=torch.uint8)
-        dist.broadcast(message, group=self._group, group_src=0)
+        self._together(lambda group: dist.broadcast(message, group=group, group_src=0))
         return bytes(message.tolist()).decode().rstrip()
 
+    def _together(self, work: Callable[[dist.ProcessGroup], object]) -> None:
+        """Whoever sees it break leaves, so that those see it too who wait for this one."""
+        if trouble := self._trouble(work):
+            self.leave()
+            raise RuntimeError(trouble)
+
+    def _trouble(self, work: Callable[[dist.ProcessGroup], object]) -> str:
+        """What went wrong, if anything. The error itself would keep the group, and with it its connections."""
+        if self._group is None:
+            return "the group has broken up"
+        try:
+            work(self._group)
+        except RuntimeError as error:
+            return str(error) or type(error).__name__
+        return ""
+
     def leave(self) -> None:
-        process_group.leave(self._group)
+        group, self._group = self._group, None
+        if group is not None:
+            process_group.leave(group)
 
 
 class MappedTransport:

@@ -172,8 +172,6 @@ def test_requests_that_come_late_do_no_harm(engine: HttpEngine, run: Run[Any], o
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_over_a_group_twice(engine: HttpEngine, run: Run[Any], model: Path, other: Path, mapped: bool) -> None:
-    if mapped and engine.kind != "vllm":
-        pytest.skip("refused by the configuration")
     sender = Sender(other, f"weights-twice-{mapped}", mapped=mapped)
     sender.meet(engine, run)
     for version, source in ((4, other), (5, model)):
@@ -207,8 +205,6 @@ def test_a_tensor_that_is_not_what_was_sent_is_found(
 def test_an_update_that_breaks_off_serves_nothing_until_it_is_made_again(
     engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path, mapped: bool
 ) -> None:
-    if mapped and engine.kind != "vllm":
-        pytest.skip("refused by the configuration")
     sender = Sender(other, f"weights-broken-{mapped}", mapped=mapped)
     sender.meet(engine, run)
 
