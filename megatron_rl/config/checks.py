@@ -196,11 +196,8 @@ def _cuda_ipc(config: Config) -> Iterator[str]:
     if config.actor.device == "cpu":
         yield "weight_sync.transport: cuda_ipc is memory of GPUs, and actor.device is cpu; set shared_memory"
         return
-    if config.rollout.engine != "vllm":
-        yield (
-            f"weight_sync.transport: cuda_ipc is for rollout.engine: vllm, not for {config.rollout.engine}, which has "
-            "nothing of ours in its processes that could map memory; set shared_memory"
-        )
+    if config.rollout.engine == "transformers":
+        yield "weight_sync.transport: cuda_ipc is for rollout.engine: sglang or vllm; transformers reads a folder"
     if config.cluster.nodes > 1:
         yield "weight_sync.transport: cuda_ipc reaches one node only, and cluster.nodes is more; set disk"
     elif not config.cluster.colocate:

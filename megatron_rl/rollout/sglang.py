@@ -23,6 +23,7 @@ from megatron_rl.rollout.server import (
 )
 from megatron_rl.types import FinishReason, Generation, SamplingParams
 from megatron_rl.weight_sync import sglang_receiver
+from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 
@@ -131,28 +132,34 @@ class SglangServer:
 
     async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
         await self._begin(timeout_seconds)
+        receive = self._receive_mapped if self._mapped else self._receive_broadcast
         try:
             calls = [(stage.group, bucket) for stage in update.stages for bucket in stage.buckets]
             for number, (group, bucket) in enumerate(calls, start=1):
                 last = number == len(calls)
                 ending = {"flush_cache": last, "weight_version": str(update.version) if last else None}
-                if self._mapped:
-                    orders = sglang_receiver.take(group, bucket, self._ranks, self._failures)
-                    await self._order(orders, ending, timeout_seconds)
-                    continue
-                body = {
-                    "names": [spec.name for spec in bucket],
-                    "dtypes": [spec.dtype for spec in bucket],
-                    "shapes": [list(spec.shape) for spec in bucket],
-                    "group_name": group,
-                    "load_format": "flattened_bucket",
-                    "selector": "target",
-                }
-                await self._http.post(
-                    "/update_weights_from_distributed", body | ending, timeout_seconds=timeout_seconds
-                )
+                await receive(group, bucket, ending, timeout_seconds)
         finally:  # also after a failure: the next update begins with a session of its own
             await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
+
+    async def _receive_broadcast(
+        self, group: str, bucket: Sequence[TensorSpec], ending: dict[str, Any], timeout_seconds: float
+    ) -> None:
+        body = {
+            "names": [spec.name for spec in bucket],
+            "dtypes": [spec.dtype for spec in bucket],
+            "shapes": [list(spec.shape) for spec in bucket],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "selector": "target",
+        }
+        await self._http.post("/update_weights_from_distributed", body | ending, timeout_seconds=timeout_seconds)
+
+    async def _receive_mapped(
+        self, group: str, bucket: Sequence[TensorSpec], ending: dict[str, Any], timeout_seconds: float
+    ) -> None:
+        orders = sglang_receiver.take(group, bucket, self._ranks, self._failures)
+        await self._order(orders, ending, timeout_seconds)
 
     @property
     def _failures(self) -> Path:

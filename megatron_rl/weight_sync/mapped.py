@@ -35,7 +35,7 @@ class Meeting:
         """Return when all are here."""
         failures = torch.zeros(self.size, dtype=torch.int32)
         failures[self.rank] = int(failed)
-        self._together(lambda group: dist.all_reduce(failures, group=group))
+        self._do(lambda group: dist.all_reduce(failures, group=group))
         if others := [rank for rank in failures.nonzero().flatten().tolist() if rank != self.rank]:
             raise RuntimeError(f"it failed in {', '.join(map(_who, others))}")
 
@@ -53,10 +53,10 @@ class Meeting:
     def tell(self, text: str = "") -> str:
         """The sender's words, to all."""
         message = torch.tensor(list(text.ljust(_MESSAGE_BYTES).encode()), dtype=torch.uint8)
-        self._together(lambda group: dist.broadcast(message, group=group, group_src=0))
+        self._do(lambda group: dist.broadcast(message, group=group, group_src=0))
         return bytes(message.tolist()).decode().rstrip()
 
-    def _together(self, work: Callable[[dist.ProcessGroup], object]) -> None:
+    def _do(self, work: Callable[[dist.ProcessGroup], object]) -> None:
         """Whoever sees it break leaves, so that those see it too who wait for this one."""
         if trouble := self._trouble(work):
             self.leave()

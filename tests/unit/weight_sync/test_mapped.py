@@ -194,6 +194,16 @@ def test_an_engine_that_fails_on_the_way_stops_all(trouble: str, of_the_other: s
             assert answer(engines[0]) == "it does not fit"
 
 
+def test_a_death_is_noticed_by_those_who_are_not_next_to_it() -> None:
+    """In a ring of five: none waits for the limit."""
+    with met(["", "", "dies", ""], seconds=600.0) as (transports, engines):
+        transports[0].connect()
+        with pytest.raises(WeightsNotSent, match="weights of version 7 broke off after 728 bytes"):
+            transports[0].push(iter(tensors(0)), 7)
+        for each in engines[:2] + engines[3:]:
+            assert isinstance(answer(each), str)
+
+
 def test_a_sender_that_goes_away_is_noticed() -> None:
     with met([""]) as (transports, engines):
         transports[0].connect()
