@@ -73,13 +73,13 @@ class Descendants(threading.Thread):
 class CommandLine:
     """`megatron-rl` in a folder of its own, as a user's shell would run it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, program: str = "megatron_rl.cli") -> None:
+        self.folder, self.program = folder, program
         self.started: dict[int, Descendants] = {}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_rl.cli", *arguments],
+            [sys.executable, "-m", self.program, *arguments],
             cwd=self.folder,
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,

@@ -121,6 +121,26 @@ def test_raw_log_probs_are_refused(command_line: CommandLine, kind: str) -> None
     assert "Traceback" not in run.output
 
 
+@pytest.mark.parametrize(("kind", "ranks"), [("vllm", 1), ("sglang", 2)])
+def test_weights_through_mapped_memory(command_line: CommandLine, kind: str, ranks: int) -> None:
+    """Of two pipeline stages, in several buckets each, to a server that gives its memory back in between; every update
+    is compared on both sides."""
+    run = Training(
+        CommandLine(command_line.folder, "tests.engines.mapped_on_cpu"),
+        kind,
+        f"mapped-{kind}",
+        "weight_sync={transport: cuda_ipc, bucket_megabytes: 1, verify_every: 1}",
+        "actor.pipeline_parallel=2",
+        f"rollout.server.tensor_parallel={ranks}",
+        "cluster.colocate=true",
+        "train.steps=2",
+    ).end()
+    assert run.status == 0, run.output
+    assert "has not got weight version" not in run.output
+    assert_nothing_was_lost_or_counted_twice(run)
+    assert [metrics["weight_sync/bytes"] for metrics in run.metrics if metrics["step"]] == [2412288.0] * 2
+
+
 @pytest.mark.timeout(600)  # three servers start, and one is waited for
 def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine) -> None:
     """One is killed; and when another serves in its place, the second one is stopped in the middle of a broadcast, in
