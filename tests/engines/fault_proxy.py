@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from megatron_rl.rollout.http_engine import HttpEngine
 
-SLOW_SECONDS = 8.0
+SLOW_SECONDS = 13.0
 """Longer than the engines of the tests are to wait for an answer."""
 
 
