@@ -139,7 +139,7 @@ def test_a_weight_map_that_is_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.
         return split(kind, parts[::-1] if kind == "gate_up" else parts, *rest)
 
     def swapped_join(kind: str, *rest: Any) -> tuple[torch.Tensor, ...]:
-        return join(kind, *rest)[:: -1 if kind == "gate_up" else 1]
+        return tuple(join(kind, *rest))[:: -1 if kind == "gate_up" else 1]
 
     monkeypatch.setattr(room.target, "split", swapped_split)
     monkeypatch.setattr(room.source.torch_dist.read, "join", swapped_join)

@@ -30,7 +30,7 @@ RIGHT = "def add(a, b):\n    print('noise')\n    return a + b"
 
 @pytest.fixture(scope="module")
 def reward() -> CodeReward:
-    return CodeReward(RewardSettings(name="code", code=CodeSettings(test_seconds=2.0, memory_mb=256)))
+    return CodeReward(RewardSettings(name="code", code=CodeSettings(test_seconds=5.0, memory_mb=256)))
 
 
 @pytest.fixture
