@@ -52,6 +52,7 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
     line += ["--enable-sleep-mode"] if launch.colocated else []
     if launch.device == "cpu":
         line += ["--enforce-eager", "--disable-log-stats"]  # the numbers for /metrics take longer than the answers
+        line += ["--no-enable-chunked-prefill"]  # prompts in parts, and seeds, end it there
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each rank wants a NUMA node of its own
     return [*line, *launch.arguments], environment | launch.environment
