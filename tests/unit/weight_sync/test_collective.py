@@ -36,7 +36,7 @@ def member(port: int, rank: int, size: int, timeout_seconds: float) -> GroupMemb
 
 def engine(mine: GroupMember, buckets_to_take: int, then: str, answer: Connection) -> None:
     """A process with a group of its own, as an engine has, that takes so many buckets of one update after the other."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=120))
     group = process_group.join(mine)
     received: dict[str, str] = {}
     specs = [TensorSpec.of(name, tensor) for name, tensor in tensors()]
@@ -53,7 +53,7 @@ def engine(mine: GroupMember, buckets_to_take: int, then: str, answer: Connectio
 
 
 def run(
-    buckets_to_take: list[int], timeout_seconds: float = 30.0, then: str = "end"
+    buckets_to_take: list[int], timeout_seconds: float = 120.0, then: str = "end"
 ) -> tuple[CollectiveTransport, list[Any]]:
     """then: what the first engine does when it has them: end, hang, or leave the group."""
     context = multiprocessing.get_context("spawn")
@@ -83,7 +83,7 @@ def test_every_engine_gets_every_tensor() -> None:
         assert pushed.bytes == sum(tensor.nbytes for _, tensor in tensors())
         assert pushed.checksums and len(pushed.checksums.plain) == len(NAMES)
         for _, answer in engines:
-            assert answer.poll(30) and answer.recv() == pushed.checksums.plain
+            assert answer.poll(120) and answer.recv() == pushed.checksums.plain
     finally:
         transport.close()
         end(engines)

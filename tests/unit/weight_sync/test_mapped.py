@@ -31,7 +31,7 @@ HOST = "127.0.0.1"
 LIMIT = 400
 """Bytes: of each half, and of a bucket that is not a tensor."""
 CPU = torch.device("cpu")
-WAIT = 60
+WAIT = 120
 
 
 def tensors(stage: int) -> list[tuple[str, torch.Tensor]]:
