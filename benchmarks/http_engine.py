@@ -40,7 +40,7 @@ from megatron_rl.rollout.server import ServerLaunch
 from megatron_rl.types import SamplingParams
 
 PROMPTS, RESPONSES, TOKENS, CONTEXT = 16, 8, 46, 64
-PAIRS, WARM_UP = 30, 5
+PAIRS, WARM_UP = 55, 5
 """Pairs that are timed, after a few that are not."""
 
 
@@ -82,6 +82,7 @@ class InProcess:
             skip_tokenizer_init=True,
             enforce_eager=True,
             disable_log_stats=True,
+            enable_chunked_prefill=False,
         )
         self.processes = Processes(before)
 
