@@ -18,7 +18,7 @@ from ray.util import get_node_ip_address, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_rl.cluster.placement import Placement
-from megatron_rl.cluster.watch import Patience, Watch
+from megatron_rl.cluster.watch import Patience, Watch, finished
 from megatron_rl.errors import UserError
 from megatron_rl.observability import heartbeat
 from megatron_rl.observability.process_log import redirect_output
@@ -223,12 +223,7 @@ def patience() -> Patience | None:
 
 def as_done(refs: list[ray.ObjectRef]) -> Iterator[ray.ObjectRef]:
     """Each as soon as it is done, well or not; `results` has what came out. Waits no longer than `results` would."""
-    hope = patience()
-    while refs:
-        ready, refs = ray.wait(refs, timeout=hope.poll_seconds if hope else None)
-        if hope:
-            hope.check(progress=bool(ready))
-        yield from ready
+    return finished(refs, patience())
 
 
 def results(refs: list[ray.ObjectRef]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,8 @@ class Watch:
 
     def results(self, refs: list[ray.ObjectRef]) -> list[Any]:
         """`ray.get`. Raises the first error of a process at once; UserError when none makes progress any more."""
-        waiting, patience = refs, Patience(self)
-        while waiting:
-            ready, waiting = ray.wait(waiting, timeout=patience.poll_seconds)
-            ray.get(ready)
-            patience.check(progress=bool(ready))
+        for ref in finished(refs, Patience(self)):
+            ray.get(ref)
         return ray.get(refs)
 
     def stop(self, quiet_seconds: float) -> None:
@@ -74,6 +72,15 @@ class Patience:
             self._counts, self._since = now, time.monotonic()
         elif time.monotonic() - self._since > self._watch.limit_seconds:
             self._watch.stop(time.monotonic() - self._since)
+
+
+def finished(refs: list[ray.ObjectRef], patience: Patience | None) -> Iterator[ray.ObjectRef]:
+    """Each as soon as it is done, well or not."""
+    while refs:
+        ready, refs = ray.wait(refs, timeout=patience.poll_seconds if patience else None)
+        if patience:
+            patience.check(progress=bool(ready))
+        yield from ready
 
 
 def _examine(beat: Beat) -> Evidence:

@@ -64,7 +64,7 @@ def load(model: Model, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
         else:
             with _receivers[order["group"]].bucket([TensorSpec(**spec) for spec in order["bucket"]]) as tensors:
                 model.load_weights(tensors)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:
         with Path(order["failures"]).open("a") as file:
             file.write(f"{type(error).__name__}: {error}\n")
         _leave()

@@ -105,6 +105,17 @@ def assert_nothing_was_lost_or_counted_twice(run: Finished) -> None:
     assert times[epochs + 1] == more and times[epochs] == (problems - more if epochs else 0), times
 
 
+def assert_it_goes_on(run: Training, losses: int) -> Finished:
+    """To a next step, after so many processes were lost; then it is stopped."""
+    run.until("step=")
+    run.process.send_signal(signal.SIGINT)
+    ended = run.end()
+    assert ended.status == 0, ended.output
+    assert ended.output.count("is lost") == losses
+    assert_nothing_was_lost_or_counted_twice(ended)
+    return ended
+
+
 RAW = {
     "vllm": "rollout.server.arguments=[--logprobs-mode,raw_logprobs]",
     "sglang": "rollout.server.environment={SGLANG_RETURN_ORIGINAL_LOGPROB: '1'}",
@@ -164,15 +175,10 @@ def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine)
     for process in reversed(second):  # what computes before what speaks HTTP
         process.suspend()
     run.until("is lost, another takes its place: it has given no sign of life for ")
-    run.until("step=")
-    run.process.send_signal(signal.SIGINT)
-    ended = run.end()
-    assert ended.status == 0, ended.output
-    assert ended.output.count("is lost") == 2
+    ended = assert_it_goes_on(run, losses=2)
     if "no sign of life for 40 s" in ended.output:  # else it had all of the broadcast already: 20 s
         assert re.search(r"engine \d has not got weight version \d+ whole: ", ended.output)
     assert "log-probs of 2 engines and of the actor agree" in ended.output
-    assert_nothing_was_lost_or_counted_twice(ended)
 
 
 def test_a_server_without_memory_is_replaced(command_line: CommandLine) -> None:
@@ -190,12 +196,7 @@ def test_a_server_without_memory_is_replaced(command_line: CommandLine) -> None:
         process.rlimit(resource.RLIMIT_DATA, (2**20, 2**20))
     run.until("is lost, another takes its place: ")
     run.until("serves again")
-    run.until("step=")
-    run.process.send_signal(signal.SIGINT)
-    ended = run.end()
-    assert ended.status == 0, ended.output
-    assert ended.output.count("is lost") == 1
-    assert_nothing_was_lost_or_counted_twice(ended)
+    assert_it_goes_on(run, losses=1)
 
 
 def test_without_engines_it_stops_with_a_checkpoint_and_goes_on_from_it(command_line: CommandLine) -> None:
