@@ -61,7 +61,7 @@ def over_mean(costs: list[float]) -> float:
 
 def case(tokens: np.ndarray, ranks: int, even_length: float) -> dict[str, float]:
     costs = row_costs(tokens, even_length)
-    shares = share_out(tokens.tolist(), ranks, token_budget=BUDGET, even_length=even_length)
+    shares = share_out(tokens.tolist(), ranks, token_budget=BUDGET, costs=costs)
     by_rank = [float(sum(costs[rows].sum() for rows in share if rows)) for share in shares]
     in_order = np.array_split(np.arange(len(tokens)), ranks)
     return {
@@ -120,7 +120,7 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     found = measure()
     tokens, start = draw(2048, SPREADS[0], 0), time.process_time()
-    share_out(tokens.tolist(), 64, token_budget=BUDGET, even_length=1e4)
+    share_out(tokens.tolist(), 64, token_budget=BUDGET, costs=row_costs(tokens, 1e4))
     seconds = time.process_time() - start
     show(found, seconds)
     settings = {"limit": LIMIT, "mean": MEAN, "draws": DRAWS, "budget": BUDGET, "multiple": MULTIPLE}

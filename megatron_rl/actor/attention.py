@@ -3,14 +3,14 @@ Transformer Engine. Plugs into Megatron's local layers through their ModuleSpec.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
-
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_rl.actor.tree_attention import TreePacking, tree_packing
+from megatron_rl.batching.prefix_tree import PrefixTree
 
 
 class SDPAttention(torch.nn.Module):
@@ -40,27 +40,17 @@ class SDPAttention(torch.nn.Module):
         if packed_seq_params is None:
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return out.permute(2, 0, 1, 3).flatten(2)
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        out = torch.empty_like(query)
-        for places, inside in _alike(bounds, query.device):
-            rows = self._attend(*(x[places].transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
-            out[places[inside]] = rows[inside]
-        return out
+        if not isinstance(packed_seq_params, TreePacking):
+            lengths = packed_seq_params.cu_seqlens_q.diff().cpu().numpy()
+            packed_seq_params = tree_packing(PrefixTree.separate(lengths), query.device)
+        return packed_seq_params.attention(query, key, value, self._attend_rows)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """[rows, length, heads, dim] each."""
+        return self._attend(*(x.transpose(1, 2) for x in (query, key, value)), mask=mask).transpose(1, 2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """[batch, heads, length, dim] each."""
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=True)
-
-
-def _alike(bounds: list[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Packed sequences of similar length together, as (places [n, longest], which of them are real [n, longest]): one
-    call for many short ones, and at most half of each row padding, which comes last and so is seen by nothing real."""
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for start, stop in pairwise(bounds):
-        if stop > start:
-            groups.setdefault((stop - start).bit_length(), []).append((start, stop - start))
-    for group in groups.values():
-        starts, lengths = torch.tensor(group, device=device).unbind(1)
-        offsets = torch.arange(int(lengths.max()), device=device)
-        inside = offsets < lengths[:, None]
-        yield torch.where(inside, starts[:, None] + offsets, starts[:, None]), inside
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )

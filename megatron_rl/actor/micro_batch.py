@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,22 +11,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from lpreg import ProxyStore
-from megatron_rl.batching.context import Indices, chunk_multiple, held_by
+from megatron_rl.actor.tree_attention import tree_packing
+from megatron_rl.batching.context import Indices, held_by
+from megatron_rl.batching.forms import Form, lay_out
 from megatron_rl.batching.rows import Rows
 from megatron_rl.batching.stored_proxy import StoredProxy
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How rows become tensors."""
-
-    packed: bool = True
-    """One after another in a single row without padding between them; else side by side, padded on the right."""
-    length_multiple: int = 1
-    """s is padded to a multiple of this."""
-    context_ranks: int = 1
-    """Ranks that share each row; only packed ones can be shared."""
-    context_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +24,11 @@ class MicroBatch:
     position of padding, so that a rank can take part in a forward that the others need."""
 
     tokens: Tensor
-    """[b, s]; packed: [1, s]. Under context parallelism this rank's part of s."""
+    """[b, s]; in a single row: [1, s]. Under context parallelism this rank's part of s."""
     positions: Tensor
     """[b, s]"""
     packing: PackedSeqParams | None
-    """Where packed rows begin and end; None for padded ones."""
+    """Who sees whom: where packed rows begin and end, or a TreePacking; None for padded rows."""
     predictors: Tensor
     """[T], where in the flattened [s * b] the hidden state is that predicts each response token. Under context
     parallelism only of those tokens that this rank predicts: `places`."""
@@ -62,20 +49,26 @@ class MicroBatch:
 def micro_batch(batch: Rows, rows: Sequence[int], device: torch.device, form: Form, length: int = 0) -> MicroBatch:
     """The given rows of the batch, on the device; s is at least `length`."""
     part = batch.take(rows)
-    tokens, positions, predictors, bounds = (_packed if form.packed else _padded)(part, form, length)
+    laid = lay_out(part, form, length)
+    tokens, positions, predictors = laid.tokens, laid.positions, laid.predictors
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=device)
 
-    places = None
+    places = packing = None
+    if laid.tree is not None:
+        packing = tree_packing(laid.tree, device, tokens.shape[1] - laid.tree.size)
+    elif laid.bounds is not None:
+        packing = _packing(tensor(laid.bounds), form.context_ranks > 1)
     if form.context_ranks > 1:
-        held = held_by(form.context_rank, form.context_ranks, np.diff(bounds).tolist())
+        assert laid.bounds is not None, "only packed rows can be shared"
+        held = held_by(form.context_rank, form.context_ranks, np.diff(laid.bounds).tolist())
         tokens, positions, predictors, mine = _held_part(tokens, positions, predictors, held)
         places = tensor(mine)
     return MicroBatch(
         tokens=tensor(tokens),
         positions=tensor(positions),
-        packing=_packing(tensor(bounds), form.context_ranks > 1) if form.packed else None,
+        packing=packing,
         predictors=tensor(predictors),
         places=places,
         targets=tensor(part.targets),
@@ -84,47 +77,6 @@ def micro_batch(batch: Rows, rows: Sequence[int], device: torch.device, form: Fo
         rows=tuple(rows),
         proxy=None if part.proxy is None else _proxy_store(part.proxy, device),
     )
-
-
-def packed_length(batch: Rows, rows: Sequence[int], form: Form) -> int:
-    """s of these rows packed, over all context-parallel ranks."""
-    unit = chunk_multiple(form.context_ranks)
-    tokens = int(_rounded_up(batch.lengths[list(rows)] - 1, unit).sum())
-    return int(_rounded_up(max(1, tokens), math.lcm(unit, form.length_multiple)))
-
-
-def _packed(part: Rows, form: Form, length: int) -> tuple[Indices, Indices, Indices, Indices]:
-    """(tokens [1, s], positions [1, s], predictors [T], bounds of the rows). Padding at the end is a row of its own."""
-    slots = _rounded_up(part.lengths - 1, chunk_multiple(form.context_ranks))
-    tail = max(length, packed_length(part, range(len(part)), form)) - int(slots.sum())
-    if tail:
-        slots = np.append(slots, tail)
-    ends = np.cumsum(slots)
-    starts = ends - slots
-    tokens = np.zeros(int(ends[-1]), dtype=np.int64)
-    for row, start in zip(part.tokens, starts[: len(part)], strict=True):
-        tokens[start : start + len(row) - 1] = row[:-1]
-    positions = np.arange(len(tokens)) - np.repeat(starts, slots)
-    predictors = _predicting(part) + part.per_token(starts[: len(part)])
-    return tokens[None], positions[None], predictors, np.concatenate([[0], ends]).astype(np.int32)
-
-
-def _padded(part: Rows, form: Form, length: int) -> tuple[Indices, Indices, Indices, Indices]:
-    """(tokens [b, s], positions [b, s], predictors [T], nothing)."""
-    longest = int(part.lengths.max() - 1) if len(part) else 1
-    width = max(length, _rounded_up(longest, form.length_multiple))
-    tokens = np.zeros((max(1, len(part)), width), dtype=np.int64)
-    for i, row in enumerate(part.tokens):
-        tokens[i, : len(row) - 1] = row[:-1]
-    positions = np.broadcast_to(np.arange(width), tokens.shape)
-    predictors = _predicting(part) * len(tokens) + part.per_token(np.arange(len(part)))
-    return tokens, positions, predictors, np.zeros(0, dtype=np.int32)
-
-
-def _predicting(part: Rows) -> Indices:
-    """[T], the position in its row that predicts each response token."""
-    first = np.cumsum(part.response_lengths) - part.response_lengths
-    return np.arange(part.num_response_tokens) + part.per_token(part.prompt_lengths - 1 - first)
 
 
 def _held_part(
@@ -149,10 +101,6 @@ def _packing(bounds: Tensor, shared: bool) -> PackedSeqParams:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-
-
-def _rounded_up(number: Any, multiple: int) -> Any:
-    return -(-number // multiple) * multiple
 
 
 def _proxy_store(proxy: StoredProxy, device: torch.device) -> ProxyStore:

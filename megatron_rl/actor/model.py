@@ -22,6 +22,7 @@ from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.layers import stage_layers
 from megatron_rl.actor.layout import Layout, last_stage_layers, padded_vocabulary, validate_layout
 from megatron_rl.actor.rope import ScaledRope
+from megatron_rl.actor.tree_attention import TreePacking
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ExpertGemm, Fp8, RecomputeSettings
@@ -36,6 +37,13 @@ class PolicyModel(GPTModel):
         self._project = project
         output: Tensor = super().forward(*args, **settings)
         return output
+
+    def _preprocess(self, **inputs: Any) -> tuple[Any, ...]:
+        """Positions that rows share do not follow one another: their rotary frequencies are picked one by one."""
+        hidden, frequencies, *rest = super()._preprocess(**inputs)
+        if isinstance(inputs["packed_seq_params"], TreePacking):
+            frequencies = frequencies[inputs["position_ids"][0]]
+        return hidden, frequencies, *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Tensor:
         output: Tensor = super()._postprocess(hidden_states, *args, **settings) if self._project else hidden_states

@@ -15,16 +15,18 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 import lpreg
-from megatron_rl.actor import process_groups
+from megatron_rl.actor import platform, process_groups
 from megatron_rl.actor.architecture import Architecture
 from megatron_rl.actor.candidates import top_candidates
 from megatron_rl.actor.head import Head
 from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.micro_batch import Form, MicroBatch, micro_batch, packed_length
+from megatron_rl.actor.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.results import Table, TrainResult, add_up
 from megatron_rl.actor.step import run_schedule
+from megatron_rl.batching.balance import row_costs
+from megatron_rl.batching.forms import Form, single_row_length
 from megatron_rl.batching.rows import Rows
-from megatron_rl.batching.share import share_out
+from megatron_rl.batching.share import share_out, share_out_trees
 from megatron_rl.batching.stored_proxy import StoredProxy
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class Passes:
         self.micro_batch_tokens = settings.micro_batch_tokens
         fp8_block = 1 if settings.fp8 == "none" else FP8_BLOCK
         self.form = Form(
-            packed=settings.rows == "packed",
+            rows=platform.row_form(settings, device),
             length_multiple=layout.context * (layout.tensor if layout.sequence_parallel else 1) * fp8_block,
             context_ranks=layout.context,
             context_rank=process_groups.cp_rank(),
@@ -148,18 +150,19 @@ class Passes:
 
     def _share(self, batch: Rows) -> list[MicroBatch]:
         """This replica's micro-batches."""
-        interleaved = self.layout.virtual_pipeline > 1
-        shares = share_out(
-            batch.lengths.tolist(),
-            self.layout.data,
+        interleaved, even_length = self.layout.virtual_pipeline > 1, self.architecture.even_length
+        settings: dict[str, Any] = dict(
             token_budget=self.micro_batch_tokens * self.layout.context,
-            packed=self.form.packed,
-            even_length=self.architecture.even_length,
             count_multiple=self.layout.pipeline if interleaved else 1,
             same_count=self.layout.expert > 1,  # ranks that share experts run every forward together
         )
+        if self.form.rows == "prefix_tree":
+            shares = share_out_trees(batch.tokens, self.layout.data, even_length=even_length, **settings)
+        else:
+            costs, packed = row_costs(batch.lengths, even_length), self.form.rows == "packed"
+            shares = share_out(batch.lengths.tolist(), self.layout.data, packed=packed, costs=costs, **settings)
         own = shares[process_groups.dp_rank()]
-        length = max((packed_length(batch, rows, self.form) for rows in own), default=0) if interleaved else 0
+        length = max((single_row_length(batch, rows, self.form) for rows in own), default=0) if interleaved else 0
         return [micro_batch(batch, rows, self.device, self.form, length) for rows in own]
 
 

@@ -25,6 +25,7 @@ import torch
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron_rl.batching.forms import RowForm
     from megatron_rl.config.actor import ActorSettings
 
 SUPPORTED = ((0, 16), (0, 19))
@@ -145,6 +146,13 @@ def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float32 and installed
 
 
+def row_form(settings: ActorSettings, device: torch.device) -> RowForm:
+    """How the rows of a micro-batch lie together; Transformer Engine's attention knows no rows that share positions."""
+    if settings.rows != "auto":
+        return settings.rows
+    return "packed" if uses_transformer_engine(device, getattr(torch, settings.dtype)) else "prefix_tree"
+
+
 def require(device: torch.device, settings: ActorSettings) -> None:
     """Raises UserError where settings ask for what only Transformer Engine has, and it is not there."""
     wanted = {
@@ -152,8 +160,14 @@ def require(device: torch.device, settings: ActorSettings) -> None:
         f"actor.fp8: {settings.fp8}": settings.fp8 != "none",
         f"actor.expert_gemm: {settings.expert_gemm}": settings.expert_gemm == "grouped",
     }
+    engine = uses_transformer_engine(device, getattr(torch, settings.dtype))
+    if engine and settings.rows == "prefix_tree":
+        raise UserError(
+            "actor.rows: prefix_tree is not for Transformer Engine, which is installed: its attention knows no rows that "
+            "share positions. Set actor.rows to auto or packed"
+        )
     for key, asked in wanted.items():
-        if asked and not uses_transformer_engine(device, getattr(torch, settings.dtype)):
+        if asked and not engine:
             raise UserError(
                 f"{key} needs Transformer Engine, which runs on CUDA only, here in bfloat16, and must be installed. "
                 "Install it and set actor.dtype to bfloat16, or set context_parallel to 1, fp8 to none and expert_gemm "

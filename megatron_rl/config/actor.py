@@ -61,7 +61,7 @@ class ActorSettings(Section):
     """Ranks that share the layers out between them."""
     virtual_pipeline: PositiveInt = 1
     """Chunks of layers on each pipeline rank. More than one: Megatron's interleaved schedule, in which ranks wait less
-    for each other and send more. Needs packed rows."""
+    for each other and send more. Not for padded rows."""
     data_parallel: PositiveInt = 1
     """Copies of the model; each takes its part of a step's rows."""
     context_parallel: PositiveInt = 1
@@ -81,8 +81,10 @@ class ActorSettings(Section):
     """Type of weights and activations in forward and backward."""
     micro_batch_tokens: PositiveInt = 8192
     """Most tokens, prompts included, in one forward pass; a longer row goes alone."""
-    rows: Literal["packed", "padded"] = "packed"
-    """How the rows of a micro-batch lie together: one after another, without padding, or side by side."""
+    rows: Literal["auto", "prefix_tree", "packed", "padded"] = "auto"
+    """How the rows of a micro-batch lie together. prefix_tree: what several have in common from their start, their
+    prompt above all, is run once; not with Transformer Engine. packed: one after another, without padding. padded: side
+    by side. auto: prefix_tree, or packed with Transformer Engine."""
     lm_head: Literal["fused", "materialised"] = "fused"
     """fused: the loss projects a chunk of response tokens at a time, and no logits are kept; materialised: the logits
     of a micro-batch's response tokens are whole, which takes their number times vocabulary / tensor_parallel."""

@@ -120,9 +120,9 @@ def _parallel(config: Config) -> Iterator[str]:
         )
     if actor.fp8 != "none" and actor.dtype != "bfloat16":
         yield f"actor.fp8: {actor.fp8} is a form of bfloat16 training; set actor.dtype to bfloat16"
-    for key in ("context_parallel", "virtual_pipeline"):
-        if getattr(actor, key) > 1 and actor.rows == "padded":
-            yield f"actor.{key}: {getattr(actor, key)} needs packed rows; set actor.rows to packed"
+    for key, forms in (("context_parallel", ("prefix_tree", "padded")), ("virtual_pipeline", ("padded",))):
+        if getattr(actor, key) > 1 and actor.rows in forms:
+            yield f"actor.{key}: {getattr(actor, key)} needs packed rows, not {actor.rows}; set actor.rows to packed"
     rows = _mini_batch_prompts(config) * config.rollout.samples_per_prompt
     if actor.data_parallel > rows:
         yield (
