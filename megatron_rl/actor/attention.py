@@ -33,8 +33,9 @@ class SDPAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **settings: object,
     ) -> Tensor:
-        """Packed: query [T, heads, dim], key and value [T, kv_heads, dim] -> [T, heads, dim], each sequence on its own.
-        Otherwise: [length, batch, heads, dim] -> [length, batch, heads * dim]. Raises ValueError for a mask."""
+        """Packed: query [T, heads, dim], key and value [T, kv_heads, dim] -> [T, heads, dim], each sequence on its own,
+        or as a TreePacking says. Otherwise: [length, batch, heads, dim] -> [length, batch, heads * dim]. Raises
+        ValueError for a mask."""
         if attention_mask is not None:
             raise ValueError("SDPAttention is causal and takes no mask; pack the sequences, or pad them on the right")
         if packed_seq_params is None:
@@ -47,7 +48,8 @@ class SDPAttention(torch.nn.Module):
 
     def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """[rows, length, heads, dim] each."""
-        return self._attend(*(x.transpose(1, 2) for x in (query, key, value)), mask=mask).transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return self._attend(query, key, value, mask).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """[batch, heads, length, dim] each."""

@@ -59,7 +59,7 @@ def micro_batch(batch: Rows, rows: Sequence[int], device: torch.device, form: Fo
     if laid.tree is not None:
         packing = tree_packing(laid.tree, device, tokens.shape[1] - laid.tree.size)
     elif laid.bounds is not None:
-        packing = _packing(tensor(laid.bounds), form.context_ranks > 1)
+        packing = _packing(tensor(laid.bounds.astype(np.int32)), form.context_ranks > 1)
     if form.context_ranks > 1:
         assert laid.bounds is not None, "only packed rows can be shared"
         held = held_by(form.context_rank, form.context_ranks, np.diff(laid.bounds).tolist())

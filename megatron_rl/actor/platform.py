@@ -163,8 +163,8 @@ def require(device: torch.device, settings: ActorSettings) -> None:
     engine = uses_transformer_engine(device, getattr(torch, settings.dtype))
     if engine and settings.rows == "prefix_tree":
         raise UserError(
-            "actor.rows: prefix_tree is not for Transformer Engine, which is installed: its attention knows no rows that "
-            "share positions. Set actor.rows to auto or packed"
+            "actor.rows: prefix_tree is not for Transformer Engine, which is installed: its attention knows no rows "
+            "that share positions. Set actor.rows to auto or packed"
         )
     for key, asked in wanted.items():
         if asked and not engine:

@@ -39,7 +39,7 @@ class LaidOut:
     predictors: Indices
     """[T], where in the flattened [s * b] the response tokens are predicted."""
     bounds: Indices | None = None
-    """Of packed rows, int32; padding at the end is a row of its own."""
+    """Of packed rows; padding at the end is a row of its own."""
     tree: PrefixTree | None = None
     """Padding comes after it."""
 
@@ -84,7 +84,7 @@ def _packed(part: Rows, form: Form, length: int) -> LaidOut:
         tokens[start : start + len(row) - 1] = row[:-1]
     positions = np.arange(len(tokens)) - np.repeat(starts, slots)
     predictors = _predicting(part) + part.per_token(starts[: len(part)])
-    bounds = np.concatenate([[0], ends]).astype(np.int32)
+    bounds = np.concatenate([[0], ends])
     return LaidOut(tokens[None], positions[None], predictors, bounds=bounds)
 
 

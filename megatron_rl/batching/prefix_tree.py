@@ -3,9 +3,9 @@
 What a causal model computes at a position depends on the tokens up to it alone. So the rows of one prompt can share its
 positions, and their responses share theirs as far as they say the same; gradients of all that follow add up there.
 
-A row takes its length less one positions, as its last token is only a target. Positions of the tree are numbered row
-after row in `order`, in which rows that begin alike are neighbours: what follows from a position, and nothing else, then
-has the numbers after it up to its end.
+A row takes its length less one positions, as its last token is only a target. They are numbered row after row in
+`order`, in which rows that begin alike are neighbours: what follows from a position, and nothing else, then has the
+numbers after it up to its end.
 """
 
 from __future__ import annotations

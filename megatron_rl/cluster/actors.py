@@ -78,8 +78,8 @@ class Actors:
         return results(self._submit(method, *args))
 
     def take_flops(self) -> float:
-        """Operations of the model's passes over the batches since the last call, all ranks together; what is computed
-        again in the backward to save memory is not among them."""
+        """Operations of the model's passes over the batches since the last call, all ranks together, each row as if it
+        ran alone; what is computed again in the backward to save memory is not among them."""
         flops, self._flops = self._flops, 0.0
         return flops
 

@@ -42,17 +42,24 @@ OPTIMIZER = OptimizerSettings(lr=LEARNING_RATE, eps=1.0, clip_grad=0.5, weight_d
 
 
 def batch() -> Rows:
+    """Groups of a prompt and three responses, which begin alike; one ends within another, two are the same."""
     random = np.random.default_rng(5)
-    shape = [(3, 9), (5, 2), (1, 12), (2, 6), (4, 7), (3, 5), (2, 1), (6, 10), (2, 8)]
-    rows = Rows(
-        [random.integers(0, VOCABULARY, prompt + response) for prompt, response in shape],
-        np.array([prompt for prompt, _ in shape], dtype=np.int64),
-    )
-    tokens = rows.num_response_tokens
+    shape = [(3, (9, 2, 12)), (1, (6, 7, 5)), (6, (1, 10, 10))]
+    tokens, prompts = [], []
+    for prompt, responses in shape:
+        longest = random.integers(0, VOCABULARY, prompt + max(responses))
+        for response, alike in zip(responses, (4, 2, 10), strict=True):
+            row = longest[: prompt + response].copy()
+            row[prompt + alike :] = random.integers(0, VOCABULARY, len(row[prompt + alike :]))
+            tokens.append(row)
+            prompts.append(prompt)
+    tokens[-1] = tokens[-2].copy()
+    rows = Rows(tokens, np.array(prompts, dtype=np.int64))
+    count = rows.num_response_tokens
     return rows.with_values(
-        advantages=rows.per_token(random.normal(size=len(shape))).astype(np.float32),
-        selected=random.random(tokens) < 0.4,
-        old_log_probs=(-4 + 0.5 * random.normal(size=tokens)).astype(np.float32),
+        advantages=rows.per_token(random.normal(size=len(rows))).astype(np.float32),
+        selected=random.random(count) < 0.4,
+        old_log_probs=(-4 + 0.5 * random.normal(size=count)).astype(np.float32),
     )
 
 

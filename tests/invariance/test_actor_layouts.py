@@ -19,6 +19,8 @@ SCRIPT = Path(__file__).parent / "actor_steps.py"
 ROOT = Path(__file__).parents[2]
 
 PLAIN = {"rows": "padded", "lm_head": "materialised"}
+PACKED = {"rows": "packed"}
+"""Else rows share positions: the default on a CPU."""
 FULL = {"recompute": {"granularity": "full"}}
 SELECTIVE = {"recompute": {"granularity": "selective", "modules": ["core_attn", "mlp"]}}
 SP = {"sequence_parallel": True}
@@ -30,15 +32,17 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
         {
             "plain": PLAIN,
             "tied, plain": TIED | PLAIN,
-            "packed, fused": {},
-            "tied, packed, fused": TIED,
-            "packed, materialised": {"lm_head": "materialised"},
+            "fused": {},
+            "tied, fused": TIED,
+            "materialised": {"lm_head": "materialised"},
+            "packed, fused": PACKED,
             "padded, fused": {"rows": "padded"},
             "full recompute": FULL,
             "selective recompute": SELECTIVE,
             "offloaded optimizer": {"offload_optimizer": True},
             "experts, plain": EXPERTS | PLAIN,
-            "experts, packed, fused": EXPERTS,
+            "experts, fused": EXPERTS,
+            "experts, packed, fused": EXPERTS | PACKED,
         },
     ),
     "tp2": (
@@ -49,6 +53,7 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
             "tp2, sp, plain": SP | PLAIN,
             "tied, tp2, sp, plain": TIED | SP | PLAIN,
             "tp2, sp, fused": SP,
+            "tp2, sp, packed, fused": SP | PACKED,
             "tied, tp2, sp, fused": TIED | SP,
             "tp2, sp, full recompute": SP | FULL,
             "tp2, sp, selective recompute": SP | SELECTIVE,
@@ -56,15 +61,19 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
     ),
     "pp2": (
         {"pipeline": 2},
-        {"pp2, plain": PLAIN, "pp2, fused": {}, "tied, pp2, fused": TIED, "pp2, full recompute": FULL},
+        {"pp2, plain": PLAIN, "pp2, fused": {}, "tied, pp2, fused": TIED, "pp2, packed, full recompute": FULL | PACKED},
     ),
     "pp2, interleaved": (
         {"pipeline": 2, "virtual_pipeline": 2},
-        {"pp2, interleaved": {}, "tied, pp2, interleaved": TIED | FULL},
+        {"pp2, interleaved": {}, "tied, pp2, packed, interleaved": TIED | FULL | PACKED},
     ),
     "dp2": (
         {"data": 2},
-        {"dp2, plain": PLAIN | {"distributed_optimizer": False}, "dp2, distributed optimizer": {}},
+        {
+            "dp2, plain": PLAIN | {"distributed_optimizer": False},
+            "dp2, distributed optimizer": {},
+            "dp2, packed": PACKED,
+        },
     ),
     "tp2-pp2": (
         {"tensor": 2, "pipeline": 2},
@@ -133,6 +142,6 @@ def check_step(got: Found, expected: Found) -> None:
         torch.testing.assert_close(got[kind], expected[kind], atol=2e-6, rtol=1e-5)
     assert got["gradient"].keys() == expected["gradient"].keys()
     for name, gradient in expected["gradient"].items():
-        error = (got["gradient"][name] - gradient).abs().max() / gradient.abs().max()
-        assert error < 1e-5, name
+        error = (got["gradient"][name] - gradient).abs().max()
+        assert error <= 1e-5 * gradient.abs().max(), name  # an expert that no token chose has none
     torch.testing.assert_close(got["weights"], expected["weights"], atol=1e-6, rtol=1e-6)

@@ -89,6 +89,22 @@ def test_what_only_transformer_engine_has_is_refused_without_it(
     platform.require(torch.device(device), ActorSettings())
 
 
+def test_rows_share_positions_but_not_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed in (False, True):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=installed: found or None)
+        for device in (torch.device("cpu"), torch.device("cuda")):
+            engine = installed and device.type == "cuda"
+            auto, asked = (ActorSettings(dtype="bfloat16", **rows) for rows in ({}, {"rows": "prefix_tree"}))
+            assert platform.row_form(auto, device) == ("packed" if engine else "prefix_tree")
+            assert platform.row_form(asked, device) == "prefix_tree"
+            platform.require(device, auto)
+            if engine:
+                with pytest.raises(UserError, match=r"actor\.rows: prefix_tree is not for Transformer Engine"):
+                    platform.require(device, asked)
+            else:
+                platform.require(device, asked)
+
+
 def test_backend() -> None:
     assert platform.backend(torch.device("cpu")) == "gloo"
     assert platform.backend(torch.device("cuda", 1)) == "nccl"

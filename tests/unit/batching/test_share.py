@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_rl.batching.balance import balanced, row_costs
 from megatron_rl.batching.packing import first_fit, length_buckets
-from megatron_rl.batching.share import MicroBatches, share_out
+from megatron_rl.batching.prefix_tree import PrefixTree
+from megatron_rl.batching.share import PARTS, MicroBatches, share_out, share_out_trees
 
 lengths_lists = st.lists(st.integers(1, 50), max_size=40)
 budgets = st.integers(1, 200)
@@ -19,7 +20,6 @@ plans = st.fixed_dictionaries(
     {
         "token_budget": budgets,
         "packed": st.booleans(),
-        "even_length": st.none() | st.floats(1, 100),
         "count_multiple": st.integers(1, 4),
         "same_count": st.booleans(),
     }
@@ -86,10 +86,12 @@ def test_a_batch_that_fits_into_one_micro_batch_is_shared_all_the_same(packed: b
 
 
 def test_long_rows_count_for_more_where_attention_does() -> None:
-    lengths = [100, 25, 25, 25, 25]
-    assert [load(share, lengths) for share in share_out(lengths, 2, token_budget=1000)] == [100, 100]
+    lengths = [100, 50, 50, 50]
+    by_length = share_out(lengths, 2, token_budget=1000)
+    assert sorted(load(share, lengths) for share in by_length) == [100, 150]
     costs = row_costs(np.array(lengths), even_length=50)
-    assert costs.tolist() == [300, 37.5, 37.5, 37.5, 37.5]
+    assert costs.tolist() == [300, 100, 100, 100]
+    assert sorted(share_out(lengths, 2, token_budget=1000, costs=costs)) == [[[0]], [[1, 2, 3]]]
 
 
 @given(lengths_lists, budgets)
@@ -114,3 +116,44 @@ def test_balanced_parts_differ_by_at_most_one_item(costs: list[float], parts: in
     assert sorted(index for group in groups for index in group) == list(range(len(costs)))
     sums = [sum(costs[index] for index in group) for group in groups]
     assert max(sums) - min(sums) <= max(costs, default=0) * (1 + 1e-9)
+
+
+groups = st.lists(
+    st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.lists(st.integers(0, 8), min_size=1, max_size=6)),
+    max_size=6,
+)
+"""(prompt, length of each response)."""
+
+
+def rows_of_groups(groups: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [
+        np.concatenate([prompt, random.integers(1, 3, length)]).astype(np.int64)
+        for prompt, responses in groups
+        for length in responses
+    ]
+
+
+@given(groups, st.integers(1, 5), budgets, st.integers(1, 3), st.booleans())
+def test_rows_that_share_positions_are_in_one_micro_batch_each(
+    groups: list[tuple[list[int], list[int]]], ranks: int, budget: int, count_multiple: int, same_count: bool
+) -> None:
+    rows = rows_of_groups(groups)
+    counts: dict[str, Any] = {"count_multiple": count_multiple, "same_count": same_count}
+    shares = share_out_trees(rows, ranks, token_budget=budget, **counts)
+    micro_batches = [part for share in shares for part in share]
+    assert len(shares) == ranks and sorted(i for part in micro_batches for i in part) == list(range(len(rows)))
+    assert all(len(share) % count_multiple == 0 for share in shares)
+    assert not same_count or len({len(share) for share in shares}) == 1
+    for part in micro_batches:
+        assert PrefixTree.of([rows[i] for i in part]).size <= max(budget, max((len(rows[i]) for i in part), default=0))
+
+
+def test_a_group_stays_together_where_ranks_have_several() -> None:
+    random = np.random.default_rng(1)
+    rows = [np.concatenate([[group] * 20, random.integers(0, 50, 10)]) for group in range(4 * PARTS) for _ in range(8)]
+    shares = share_out_trees(rows, 4, token_budget=10_000)
+    sizes = [PrefixTree.of([rows[i] for part in share for i in part]).size for share in shares]
+    whole = PrefixTree.of(rows).size
+    assert sum(sizes) <= 1.1 * whole  # each alone they would be 2.9 times as much
+    assert max(sizes) <= 1.05 * sum(sizes) / 4

@@ -37,10 +37,14 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["actor.device=cuda", "actor.fp8=tensorwise"], ["actor.fp8: tensorwise is a form of bfloat16"]),
         (
             ["actor={device: cuda, dtype: bfloat16, context_parallel: 2, rows: padded}"],
-            ["actor.context_parallel: 2 needs packed rows; set actor.rows to packed"],
+            ["actor.context_parallel: 2 needs packed rows, not padded; set actor.rows to packed"],
         ),
         (["actor={device: cuda, context_parallel: 2}"], ["actor.context_parallel: 2 needs actor.dtype: bfloat16"]),
         (["actor.virtual_pipeline=2", "actor.rows=padded"], ["actor.virtual_pipeline: 2 needs packed rows"]),
+        (
+            ["actor={device: cuda, dtype: bfloat16, context_parallel: 2, rows: prefix_tree}"],
+            ["actor.context_parallel: 2 needs packed rows, not prefix_tree"],
+        ),
         (["actor.data_parallel=9"], ["actor.data_parallel: 9", "8 rows", "rollout.prompts_per_step"]),
         (
             ["rollout.engine=sglang", "actor.device=cuda", "cluster.colocate=true", "weight_sync.transport=collective"],

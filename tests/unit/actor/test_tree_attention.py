@@ -1,0 +1,81 @@
+"""Attention over rows that share positions is that of each row alone, forward and backward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.actor import tree_attention
+from megatron_rl.actor.attention import SDPAttention
+from megatron_rl.actor.tree_attention import tree_packing
+from megatron_rl.batching.prefix_tree import PrefixTree
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+CPU = torch.device("cpu")
+TOGETHER = st.sampled_from([1, 3, 8, tree_attention.TOGETHER])
+"""Small ones have rows alone, and rows longer than that, which have no mask."""
+
+rows_lists = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_size=1, max_size=8)
+
+
+def attention() -> SDPAttention:
+    config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS, attention_dropout=0.0)
+    return SDPAttention(config, layer_number=1)
+
+
+def inputs(size: int) -> list[torch.Tensor]:
+    torch.manual_seed(size)
+    return [torch.randn(size, heads, DIM, dtype=torch.float64) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+def alone(tree: PrefixTree, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Each position from the row that it is first in, by the formula."""
+    out = torch.zeros_like(query)
+    key, value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
+    for path in tree.paths:
+        for i, place in enumerate(path.tolist()):
+            seen = torch.from_numpy(path[: i + 1])
+            scores = torch.einsum("hd,khd->hk", query[place], key[seen]) / DIM**0.5
+            out[place] = torch.einsum("hk,khd->hd", scores.softmax(-1), value[seen])
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows_lists, TOGETHER, st.integers(0, 5))
+def test_a_row_sees_itself_and_no_other(rows: list[list[int]], together: int, padding: int) -> None:
+    tree = PrefixTree.of([np.array(row, dtype=np.int64) for row in rows])
+    padding = max(padding, int(tree.size == 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_attention, "TOGETHER", together)
+        packing = tree_packing(tree, CPU, padding)
+    given = [x.requires_grad_() for x in inputs(tree.size + padding)]
+    out = attention()(*given, None, packing)
+    assert out.shape == given[0].shape and out.isfinite().all()
+    expected = alone(tree, *given)
+    torch.testing.assert_close(out[: tree.size], expected[: tree.size])
+
+    weight = torch.randn(tree.size, HEADS, DIM, dtype=torch.float64)
+    found = torch.autograd.grad((out[: tree.size] * weight).sum(), given)
+    wanted = torch.autograd.grad((expected[: tree.size] * weight).sum(), given) if tree.size else found
+    for mine, formula in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, formula)
+
+
+def test_long_rows_that_share_nothing_have_no_mask() -> None:
+    lengths = np.array([200, 7, 130, 300])
+    blocks = tree_packing(PrefixTree.separate(lengths), CPU).blocks
+    assert sorted(block.queries.shape[1] for block in blocks if block.mask is None) == [200, 300]
+    assert sum(block.queries.shape[0] for block in blocks) == len(lengths)
+
+
+def test_a_mask_is_of_a_row_and_what_it_shares_not_of_its_whole_group() -> None:
+    """Else its size would grow with the square of a group's tokens."""
+    prompt, responses = np.arange(100), np.arange(8 * 300).reshape(8, 300) + 100
+    tree = PrefixTree.of([np.concatenate([prompt, response]) for response in responses])
+    assert tree.size == 100 + 8 * 299
+    masks = [block.mask for block in tree_packing(tree, CPU).blocks if block.mask is not None]
+    assert [mask.shape for mask in masks] == [(7, 1, 299, 399)]
