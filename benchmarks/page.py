@@ -69,7 +69,7 @@ def training_step(found: Found) -> str:
             f"- {target['of']} / {target['over']}, processor time: {target['value']:.2f} ({target['target']}: {met})\n"
         )
     run = found["positions"]
-    return text + f"- positions of a step that have a gradient: ours {run['ours']:.0f}, TRL {run['TRL']:.0f}\n"
+    return text + f"- positions of a step: ours {run['ours']:.0f}, packed {run['packed']:.0f}, TRL {run['TRL']:.0f}\n"
 
 
 def weight_sync(found: Found) -> str:

@@ -109,13 +109,13 @@ def batch_of(samples: list[Sample]) -> tuple[Rows, int]:
     return rows.take(np.flatnonzero(advantages)), rows.num_response_tokens
 
 
-def megatron_alone(pace: Pace, recording: Path) -> None:
-    """The actor's rank in this process: what is left of ours without driver and Ray."""
+def megatron_alone(pace: Pace, recording: Path, *, rows: str = "auto") -> None:
+    """The actor's rank in this process: what is left of ours without driver and Ray. `rows`: how they lie together."""
     from megatron_rl.actor.layout import Layout
     from megatron_rl.actor.policy_loss import LossChoice
     from megatron_rl.actor.worker import MegatronWorker
 
-    config, steps = quickstart(f"model.path={recording / 'hf'}"), Recorded(recording)
+    config, steps = quickstart(f"model.path={recording / 'hf'}", f"actor.rows={rows}"), Recorded(recording)
     worker = MegatronWorker(config.actor, Layout(), 0)
     worker.start("127.0.0.1", worker.open_port("127.0.0.1"), config.model.path)
     worker.load_hf(config.model.path)
@@ -132,7 +132,8 @@ def megatron_alone(pace: Pace, recording: Path) -> None:
 
 
 def plain(pace: Pace, recording: Path) -> None:
-    """The same algorithm in plain torch and transformers, with lpreg's head and loss and the same micro-batches."""
+    """The same algorithm in plain torch and transformers, with lpreg's head and loss; rows of similar length side by
+    side."""
     from transformers import AutoModelForCausalLM
 
     config, steps = quickstart(), Recorded(recording)
@@ -247,6 +248,7 @@ def _graded(
 CONTESTANTS: dict[str, Callable[[Pace, Path], None]] = {
     "ours": ours,
     "ours, one process": megatron_alone,
+    "ours, one process, packed rows": partial(megatron_alone, rows="packed"),
     "plain loop": plain,
     "TRL": trl,
     "ours, with rollouts": partial(ours, rollouts=True),

@@ -74,6 +74,10 @@ class Actors:
     def _submit(self, method: str, *args: Any) -> list[ray.ObjectRef]:
         return [rank.call.remote(method, *args) for rank in self.ranks]
 
+    def _sent(self, batch: Rows) -> Rows | ray.ObjectRef:
+        """As an argument of `_submit`: several ranks read one copy, a single one gets it with the call."""
+        return ray.put(batch) if len(self.ranks) > 1 else batch
+
     def _all(self, method: str, *args: Any) -> list[Any]:
         return results(self._submit(method, *args))
 
@@ -106,7 +110,7 @@ class Actors:
     ) -> list[ray.ObjectRef]:
         """Start a step without waiting: ranks take calls in order, so the next batch can be made meanwhile."""
         self._count(batch, passes=3)
-        return self._submit("train", ray.put(batch), lr, denominator, temperature)
+        return self._submit("train", self._sent(batch), lr, denominator, temperature)
 
     def train_result(self, refs: list[ray.ObjectRef], batch: Rows) -> StepResult:
         parts: list[TrainResult] = [part for part in results(refs) if part is not None]
@@ -126,16 +130,16 @@ class Actors:
     ) -> tuple[dict[str, np.ndarray], StoredProxy]:
         """As `score`; and the proxy of the tokens that the batch marks as `proxy_wanted`."""
         self._count(batch, passes=1)
-        tables = self._all("score", ray.put(batch), temperature, weights) if len(batch) else []
+        tables = self._all("score", self._sent(batch), temperature, weights) if len(batch) else []
         return merge_tables(batch, [table for table in tables if table is not None])
 
     def logits(self, batch: Rows) -> np.ndarray:
         """[T, V]."""
-        return merge_tables(batch, [t for t in self._all("logits", ray.put(batch)) if t is not None])[0]["logits"]
+        return merge_tables(batch, [t for t in self._all("logits", self._sent(batch)) if t is not None])[0]["logits"]
 
     def candidates(self, batch: Rows, *, temperature: float, count: int) -> dict[str, np.ndarray]:
         """candidate_ids, candidate_log_probs [T, count] where the batch marks a position as `wanted`."""
-        tables = self._all("candidates", ray.put(batch), temperature, count)
+        tables = self._all("candidates", self._sent(batch), temperature, count)
         return merge_tables(batch, [table for table in tables if table is not None])[0]
 
     def start_profile(self) -> None:

@@ -33,9 +33,8 @@ class Watch:
 
     def results(self, refs: list[ray.ObjectRef]) -> list[Any]:
         """`ray.get`. Raises the first error of a process at once; UserError when none makes progress any more."""
-        for ref in finished(refs, Patience(self)):
-            ray.get(ref)
-        return ray.get(refs)
+        done = {ref: ray.get(ref) for ref in finished(refs, Patience(self))}
+        return [done[ref] for ref in refs]
 
     def stop(self, quiet_seconds: float) -> None:
         beats = heartbeat.read_beats(self.heartbeats)
