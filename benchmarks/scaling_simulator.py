@@ -236,14 +236,6 @@ class SimulatedRun:
         tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
         self.inputs = SimpleNamespace(train=SimpleNamespace(prompts=Prompts(lengths_of)), tokenizer=tokenizer)
 
-    @property
-    def keeps_rollouts(self) -> bool:
-        return self.config.rollout.max_staleness > 0
-
-    @property
-    def versions_late(self) -> int:
-        return self.config.rollout.max_staleness * self.config.train.updates_per_rollout
-
     def phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
 

@@ -153,3 +153,13 @@ class Config(Section):
     train: TrainSettings
     evaluation: EvaluationSettings = EvaluationSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
+
+    @property
+    def keeps_rollouts(self) -> bool:
+        """Whether what a step did not finish or need goes on at the next one."""
+        return self.rollout.max_staleness > 0
+
+    @property
+    def versions_late(self) -> int:
+        """How many weight versions old a token may be when a step begins to train on it."""
+        return self.rollout.max_staleness * self.train.updates_per_rollout

@@ -113,7 +113,7 @@ class Refill:
         unfinished = self.backlog.unfinished
         if self._missing > 0:
             return bool(unfinished) or self._drawable > 0
-        if self.run.keeps_rollouts:
+        if self.run.config.keeps_rollouts:
             return bool(self._due())
         return self.settings.over_sampling == 1 and bool(unfinished)
 
@@ -138,7 +138,7 @@ class Refill:
     @property
     def _oldest(self) -> int:
         """The oldest weight version that may have sampled what this step trains on."""
-        return self.run.weight_version - self.run.versions_late
+        return self.run.weight_version - self.run.config.versions_late
 
     def _due(self) -> list[Group]:
         """Unfinished groups to wait for: were the oldest whole ones trained on now, a later step would find more on
@@ -249,7 +249,7 @@ class Refill:
             )
         rollouts = self._rollouts(chosen, backlog.whole)
         rollouts.metrics = rates | self._metrics(chosen)
-        if not run.keeps_rollouts:
+        if not run.config.keeps_rollouts:
             backlog.waiting, backlog.whole = [], []
         if settings.asynchronous and self.step < run.config.train.steps:
             self.drawn = 0
@@ -258,7 +258,7 @@ class Refill:
 
     def _rollouts(self, chosen: list[Group], surplus: list[Group]) -> Rollouts:
         """Surplus groups are counted as drawn when they are used; where none is kept, now."""
-        shown = [*chosen, *self.left_out, *([] if self.run.keeps_rollouts else surplus)]
+        shown = [*chosen, *self.left_out, *([] if self.run.config.keeps_rollouts else surplus)]
         shown.sort(key=lambda group: group.age)
         drawn = []
         for place, group in enumerate(shown):
@@ -294,6 +294,6 @@ class Refill:
                 "rollout/groups_surplus": float(len(self.backlog.whole)),
                 "rollout/groups_unfinished": float(len(self.backlog.unfinished)),
             }
-        if run.keeps_rollouts:
+        if run.config.keeps_rollouts:
             found["rollout/groups_begun_anew"] = float(self.begun_anew)
         return found

@@ -98,17 +98,7 @@ class Run:
     @property
     def off_policy(self) -> bool:
         """Whether an update may train a policy other than the one that sampled."""
-        return self.config.train.updates_per_rollout > 1 or self.keeps_rollouts
-
-    @property
-    def keeps_rollouts(self) -> bool:
-        """Whether what a step did not finish or need goes on at the next one."""
-        return self.config.rollout.max_staleness > 0
-
-    @property
-    def versions_late(self) -> int:
-        """How many weight versions old a token may be when a step begins to train on it."""
-        return self.config.rollout.max_staleness * self.config.train.updates_per_rollout
+        return self.config.train.updates_per_rollout > 1 or self.config.keeps_rollouts
 
     @property
     def ranks_by_actor(self) -> bool:

@@ -38,7 +38,7 @@ def trained(rollouts: Rollouts, run: Any) -> list[int]:
         assert generation.token_ids == [row, k % 2, *range(2, length)] and generation.finish_reason == "stop"
         assert len(generation.log_probs) == len(generation.weight_versions) == length
         assert generation.weight_versions == sorted(generation.weight_versions)
-        assert run.weight_version - generation.weight_versions[0] <= run.versions_late
+        assert run.weight_version - generation.weight_versions[0] <= run.config.versions_late
     return [sample.prompt.token_ids[0] for sample in rollouts.samples[::2]]
 
 
@@ -82,7 +82,7 @@ def test_no_prompt_is_lost_or_used_twice(
     left = [group.number for group in run.backlog.groups]
     assert len(left) == len(set(left)) and not set(left) & used.keys()
     there = used.keys() | dull.keys() | set(left)
-    if run.keeps_rollouts:
+    if run.config.keeps_rollouts:
         assert max(dull.values(), default=1) == 1 and there == set(range(run.cursor.taken))
         if dynamic:
             assert not any(prompt % 3 for prompt in dull), "an informative group was left out"

@@ -69,11 +69,14 @@ def run_of(informative: Callable[[int], bool] | set[int], engines: Any = None, *
     """A run whose prompts 0, 1, 2, ... come in order; the first response is right where informative, the second never.
     A reward is the score less 0.25."""
     prompts = [Prompt(id=str(i), token_ids=(i,), text="", label=None) for i in range(PROMPTS)]
+    rollout = SimpleNamespace(**ROLLOUT | settings)
     run: Any = SimpleNamespace(
         config=SimpleNamespace(
-            rollout=SimpleNamespace(**ROLLOUT | settings),
+            rollout=rollout,
             train=SimpleNamespace(updates_per_rollout=1, steps=1000),
             seed=3,
+            keeps_rollouts=rollout.max_staleness > 0,
+            versions_late=rollout.max_staleness,
         ),
         engines=engines or Engines(),
         replay=None,
@@ -97,8 +100,6 @@ def run_of(informative: Callable[[int], bool] | set[int], engines: Any = None, *
     run.grade = grade
     run.check_grades = lambda samples: {"reward/timeout_fraction": len(samples) / 100}
     run.shaped = lambda samples: [sample.reward.score - 0.25 for sample in samples]
-    run.keeps_rollouts = run.config.rollout.max_staleness > 0
-    run.versions_late = run.config.rollout.max_staleness
     run.sampling = lambda step, draw=0: Run.sampling(run, step, draw)
     return run
 

@@ -43,14 +43,14 @@ class Step:
         algorithm = SimpleNamespace(selection_log_probs=self.selection_log_probs)
         loss = make_loss(self.name, **self.settings)
         run: Any = SimpleNamespace(
-            config=SimpleNamespace(algorithm=algorithm, train=train, rollout=SimpleNamespace(max_staleness=0)),
+            config=SimpleNamespace(algorithm=algorithm, train=train, keeps_rollouts=False),
             loss=loss,
             actors=SimpleNamespace(score_and_store=self.score, snapshot=lambda name: self.asked.append(f"keep {name}")),
             temperature=1.0,
             sampling=lambda step: SimpleNamespace(seed=step),
             snapshot_due=lambda step: True,
         )
-        for name in ("keeps_rollouts", "off_policy", "ranks_by_actor"):
+        for name in ("off_policy", "ranks_by_actor"):
             setattr(run, name, getattr(Run, name).fget(run))
         rows = Rows(
             tokens=[np.full(1 + length, row, dtype=np.int64) for row, length in enumerate(LENGTHS)],
