@@ -1,7 +1,8 @@
 """Attention over rows that share positions: which queries look at which keys, worked out once for all layers.
 
 Rows that begin alike look from their own positions at all of their row. A few short ones go together, with a mask for
-who sees what; a long one alone, so that the mask does not grow with the square of a whole group's length.
+who sees what. A longer one goes alone and whole, the queries that it shares included: causal attention then needs no
+mask, which for long rows would be much larger than all else.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Block:
     """n runs of rows, of similar size."""
 
     queries: Tensor
-    """[n, q], their own positions, then padding."""
+    """[n, q], positions, then padding."""
     keys: Tensor
     """[n, k], what those see, then padding."""
     mask: Tensor | None
@@ -41,7 +42,8 @@ class TreePacking(PackedSeqParams):
 
     blocks: tuple[Block, ...] = ()
     places: Tensor | None = None
-    """[s], where each position is among the queries of all blocks, padding included."""
+    """[s], where each position is among the queries of all blocks, padding included; one of them, where it is in
+    several."""
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         """query: [s, heads, dim], key and value: [s, kv_heads, dim] -> [s, heads, dim]."""
@@ -58,7 +60,7 @@ def tree_packing(tree: PrefixTree, device: torch.device, padding: int = 0) -> Tr
     tail = np.arange(tree.size, total)
     alike: dict[tuple[int, int, bool], list[tuple[Indices, Indices]]] = {}
     for queries, keys in [*_runs(tree), (tail, tail)]:
-        whole = len(queries) == len(keys) > TOGETHER  # one row, of which nothing was seen before
+        whole = len(queries) == len(keys) > TOGETHER
         if len(queries):
             alike.setdefault((len(queries).bit_length(), len(keys).bit_length(), whole), []).append((queries, keys))
     real = np.concatenate([_padded([queries for queries, _ in runs], -1).ravel() for runs in alike.values()])
@@ -76,12 +78,14 @@ def tree_packing(tree: PrefixTree, device: torch.device, padding: int = 0) -> Tr
 
 
 def _runs(tree: PrefixTree) -> list[tuple[Indices, Indices]]:
-    """(queries, keys) of each: the rows' own positions; before these, what the first shares with the row before it."""
+    """(queries, keys) of each."""
     found = []
     for run in tree.runs(TOGETHER):
         first, last = run[0], run[-1]
-        queries = np.arange(tree.starts[first], tree.starts[last] + tree.own[last])
-        found.append((queries, np.concatenate([tree.paths[first][: tree.shared[first]], queries])))
+        own = np.arange(tree.starts[first], tree.starts[last] + tree.own[last])
+        seen = np.concatenate([tree.paths[first][: tree.shared[first]], own])
+        if len(own):
+            found.append((own if len(seen) <= TOGETHER else seen, seen))
     return found
 
 

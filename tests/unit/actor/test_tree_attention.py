@@ -65,17 +65,18 @@ def test_a_row_sees_itself_and_no_other(rows: list[list[int]], together: int, pa
         torch.testing.assert_close(mine, formula)
 
 
-def test_long_rows_that_share_nothing_have_no_mask() -> None:
+def test_long_rows_have_no_mask() -> None:
+    """Else its size would grow with the square of their length."""
+    prompt, random = np.arange(100), np.random.default_rng(0)
+    rows = [np.concatenate([prompt, random.integers(0, 50, length)]) for length in (400, 390, 3, 420, 5)]
+    tree = PrefixTree.of(rows)
+    assert tree.size < sum(map(len, rows)) - 4 * 99
+    blocks = tree_packing(tree, CPU).blocks
+    assert all(block.mask is None for block in blocks if block.keys.shape[1] > tree_attention.TOGETHER)
+    assert sum(block.mask is None for block in blocks) >= 2
+
+
+def test_rows_that_share_nothing_are_attended_by_length() -> None:
     lengths = np.array([200, 7, 130, 300])
     blocks = tree_packing(PrefixTree.separate(lengths), CPU).blocks
-    assert sorted(block.queries.shape[1] for block in blocks if block.mask is None) == [200, 300]
-    assert sum(block.queries.shape[0] for block in blocks) == len(lengths)
-
-
-def test_a_mask_is_of_a_row_and_what_it_shares_not_of_its_whole_group() -> None:
-    """Else its size would grow with the square of a group's tokens."""
-    prompt, responses = np.arange(100), np.arange(8 * 300).reshape(8, 300) + 100
-    tree = PrefixTree.of([np.concatenate([prompt, response]) for response in responses])
-    assert tree.size == 100 + 8 * 299
-    masks = [block.mask for block in tree_packing(tree, CPU).blocks if block.mask is not None]
-    assert [mask.shape for mask in masks] == [(7, 1, 299, 399)]
+    assert sorted(block.queries.shape for block in blocks) == [(1, 7), (1, 300), (2, 200)]
