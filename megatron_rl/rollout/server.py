@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -77,7 +78,7 @@ class Server(Protocol):
         self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
     ) -> list[Generation]:
         """`sampling.n` responses; those that `abort_all` cut short have the finish reason abort. Cancelling the call
-        ends the work on it too."""
+        ends the work on it too, at the latest when nobody waits for those that were asked at the same moment."""
         ...
 
     async def abort_all(self) -> None:
@@ -130,18 +131,37 @@ class HttpClient:
         """The answer: parsed if it is JSON, else its text."""
         return await self._send("POST", path, body, timeout_seconds)
 
+    async def post_for_lines(self, path: str, body: Any, *, timeout_seconds: float) -> AsyncGenerator[Any, None]:
+        """Each line of the answer, parsed, as soon as it is there."""
+        async with self._answer("POST", path, body, timeout_seconds) as response:
+            begun: list[bytes] = []
+            async for chunk in response.content.iter_any():
+                *ends, rest = chunk.split(b"\n")
+                for end in ends:
+                    yield json.loads(b"".join([*begun, end]))
+                    begun = []
+                begun.append(rest)
+
     async def _send(self, method: str, path: str, body: Any, timeout_seconds: float) -> Any:
+        async with self._answer(method, path, body, timeout_seconds) as response:
+            text = await response.text()
+        return json.loads(text) if text and response.content_type == "application/json" else text
+
+    @asynccontextmanager
+    async def _answer(
+        self, method: str, path: str, body: Any, timeout_seconds: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A good one, of which the rest is to be read."""
         timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=min(timeout_seconds, 10.0))
         try:
             async with self._session.request(method, self.address.url + path, json=body, timeout=timeout) as response:
-                text = await response.text()
+                if response.status >= 400:
+                    troubled = response.status in (408, 429) or response.status >= 500
+                    words = f"{method} {path}: status {response.status}, {(await response.text())[:500]}"
+                    raise ServerUnavailable(words) if troubled else ServerRefused(words)
+                yield response
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServerUnavailable(f"{method} {path}: {type(error).__name__} {error}".rstrip()) from error
-        if response.status in (408, 429) or response.status >= 500:
-            raise ServerUnavailable(f"{method} {path}: status {response.status}, {text[:500]}")
-        if response.status >= 400:
-            raise ServerRefused(f"{method} {path}: status {response.status}, {text[:500]}")
-        return json.loads(text) if text and response.content_type == "application/json" else text
 
     @property
     def _session(self) -> aiohttp.ClientSession:

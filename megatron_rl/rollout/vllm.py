@@ -19,6 +19,7 @@ from megatron_rl.rollout.server import (
     version_of,
     versions,
 )
+from megatron_rl.rollout.vllm_together import Together
 from megatron_rl.types import Generation, SamplingParams
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
@@ -63,6 +64,7 @@ class VllmServer:
 
     def __init__(self, address: Address) -> None:
         self._http = HttpClient(address)
+        self._together = Together(self._http)
         self._took_checksums = False
         self._asleep = False
 
@@ -72,9 +74,12 @@ class VllmServer:
     async def generate(
         self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
     ) -> list[Generation]:
-        body = {"brief": True, "token_ids": list(prompt), "sampling_params": _sampling(sampling)}
-        answer = await self._http.post("/inference/v1/generate", body, timeout_seconds=timeout_seconds)
-        return [_generation(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+        request = {"token_ids": list(prompt), "sampling_params": _sampling(sampling)}
+        choices = await self._together.ask(request, timeout_seconds)
+        if choices is None:
+            answer = await self._http.post("/inference/v1/generate", request, timeout_seconds=timeout_seconds)
+            choices = answer["choices"]
+        return [_generation(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
 
     async def abort_all(self) -> None:
         await self._http.post("/abort_requests", {}, timeout_seconds=CONTROL_SECONDS)

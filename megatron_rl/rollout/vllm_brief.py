@@ -1,9 +1,11 @@
-"""Brief answers to rollout requests: a middleware of vLLM's HTTP server, named to it on its command line.
+"""Rollout requests answered together and briefly: a middleware of vLLM's HTTP server, named to it on its command line.
 
-vLLM's own handler builds several checked objects a token; with a small model that takes longer than HTTP itself. A
-request that says `"brief": true` is answered with what `rollout/vllm.py` reads, and nothing else. Any other request,
-one without the key, and one that fails goes on to vLLM's handler, which answers it or says in its own words what is
-wrong. It knows no "brief" and answers such a request at length: a server without this middleware is slower, no more.
+vLLM's own handler takes one prompt a request and builds several checked objects a token, either of which takes longer
+than sampling with a small model. `POST /brief/generate` takes a list of requests from `rollout/vllm_together.py`, each
+`{"token_ids": ..., "sampling_params": ...}`. The answer has a line for each, as soon as its responses are there:
+`{"request": <place>, "choices": ...}`, with what `rollout/vllm.py` reads and nothing else. Choices are null where a
+request fails: vLLM's own handler, asked for it alone, says in its own words what is wrong. That handler, and all else,
+is as it is without this middleware.
 """
 
 from __future__ import annotations
@@ -25,8 +27,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-PATH = "/inference/v1/generate"
-FIELDS = {"brief", "token_ids", "sampling_params"}
+PATH = "/brief/generate"
 LOWEST_LOG_PROB = -9999.0
 """In the place of less, and of NaN, as in vLLM's own answers."""
 
@@ -40,20 +41,14 @@ class BriefAnswers:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != PATH or not _has_key(scope):
             return await self._app(scope, receive, send)
-        first = await _whole(receive)
-        answer = None
-        if (request := _brief(first)) is not None:
-            try:
-                answer = await _unless_gone(_generate(scope["app"].state.engine_client, request), receive)
-            except ConnectionAbortedError:
-                return None
-            except Exception:  # vLLM's handler meets it again, and says what it is
-                answer = None
-        if answer is None:
-            return await self._app(scope, _again(first, receive), send)
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
+        requests = json.loads(await _body(receive))
+        headers = [(b"content-type", b"application/x-ndjson")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": answer})
+        try:
+            await _unless_gone(_answer(scope["app"].state.engine_client, requests, send), receive)
+        except ConnectionAbortedError:
+            return None
+        await send({"type": "http.response.body", "body": b""})
 
 
 def _has_key(scope: Message) -> bool:
@@ -63,55 +58,49 @@ def _has_key(scope: Message) -> bool:
     return not keys or any(secrets.compare_digest(given, f"Bearer {key}".encode()) for key in keys)
 
 
-async def _whole(receive: Receive) -> Message:
-    """The request's body as one message; or that its sender has gone."""
+async def _body(receive: Receive) -> bytes:
+    """Of the request; not all of it, if its sender has gone."""
     body = b""
     while True:
         message = await receive()
         body += message.get("body", b"")
         if not message.get("more_body"):
-            return message | {"body": body} if message["type"] == "http.request" else message
+            return body
 
 
-def _again(first: Message, receive: Receive) -> Receive:
-    """`receive` for one who has not read the request yet."""
-    left = [first]
-
-    async def receive_again() -> Message:
-        return left.pop() if left else await receive()
-
-    return receive_again
-
-
-def _brief(message: Message) -> dict[str, Any] | None:
-    """The request, if it is one for us."""
-    try:
-        request = json.loads(message.get("body", b""))
-    except ValueError:
-        return None
-    return request if isinstance(request, dict) and request.keys() == FIELDS and request["brief"] is True else None
-
-
-async def _unless_gone(work: Awaitable[bytes], receive: Receive) -> bytes:
-    """The work's result. When who asked goes away it is cancelled, which takes it from the engine, and
+async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:
+    """Returns when it is done. When who asked goes away it is cancelled, which takes it from the engine, and
     ConnectionAbortedError is raised."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(receive())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ConnectionAbortedError
-        return task.result()
+        task.result()
     finally:
         task.cancel()
         gone.cancel()
 
 
-async def _generate(engine: Any, request: dict[str, Any]) -> bytes:
-    sampling = SamplingParams(**request["sampling_params"], output_kind=RequestOutputKind.FINAL_ONLY)
+async def _answer(engine: Any, requests: list[dict[str, Any]], send: Send) -> None:
+    async def line(place: int, request: dict[str, Any]) -> None:
+        answer = json.dumps({"request": place, "choices": await _choices(engine, request)})
+        await send({"type": "http.response.body", "body": answer.encode() + b"\n", "more_body": True})
+
+    async with asyncio.TaskGroup() as tasks:
+        for place, request in enumerate(requests):
+            tasks.create_task(line(place, request))
+
+
+async def _choices(engine: Any, request: dict[str, Any]) -> list[dict[str, Any]] | None:
     outputs: list[Any] = []
-    async for answer in engine.generate(tokens_input(request["token_ids"]), sampling, f"brief-{uuid.uuid4().hex}"):
-        outputs = answer.outputs  # one answer, with all
-    return json.dumps({"choices": [_choice(output) for output in outputs]}).encode()
+    try:
+        sampling = SamplingParams(**request["sampling_params"], output_kind=RequestOutputKind.FINAL_ONLY)
+        async for answer in engine.generate(tokens_input(request["token_ids"]), sampling, f"brief-{uuid.uuid4().hex}"):
+            outputs = answer.outputs  # one answer, with all
+        return [_choice(output) for output in outputs]
+    except Exception:  # vLLM's handler meets it again, and says what it is
+        return None
 
 
 def _choice(output: Any) -> dict[str, Any]:

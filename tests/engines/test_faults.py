@@ -21,18 +21,20 @@ from tests.engines.test_weights import in_folder
 
 STEPS = 14
 GOOD = [""]
-SOME = [*GOOD * 2 * PROMPTS, "error", "error", "drop", "lost", "slow"]
-"""After the engine's contract was checked twice."""
+SOME = ["error", "error", "drop", "lost", "slow"]
+CHECKS = 2
+"""Of the engine's contract, before the first step. SGLang is asked prompt by prompt; vLLM for all of a moment at once,
+and again one by one for those that failed."""
 FAULTS = {
     "sglang": {
-        "/generate": [*SOME, *GOOD * 4 * PROMPTS, "restarted"],
+        "/generate": [*GOOD * CHECKS * PROMPTS, *SOME, *GOOD * 4 * PROMPTS, "restarted"],
         "/abort_request": [*GOOD * 2, "error", "drop"],
         "/begin_weight_update": [*GOOD * 2, "lost"],
         "/update_weights_from_distributed": [*GOOD * 14, "error", *GOOD * 5, "lost"],
         "/end_weight_update": [*GOOD * 6, "drop"],
     },
     "vllm": {
-        "/inference/v1/generate": [*SOME, *GOOD * 2 * PROMPTS, "down"],
+        "/brief/generate": [*GOOD * CHECKS, *SOME, *GOOD * 12, "down"],
         "/start_weight_update": [*GOOD * 2, "lost", *GOOD, "error"],
         "/update_weights": [*GOOD * 14, "error", *GOOD * 5, "lost", *GOOD * 3, "slow"],
         "/finish_weight_update": [*GOOD * 6, "drop", "lost"],

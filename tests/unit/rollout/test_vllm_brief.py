@@ -1,5 +1,5 @@
-"""Which requests the middleware takes from vLLM's own handler, and what becomes of those that are given up. vLLM itself
-is stood in for; that the answers are the same is tested with the real one."""
+"""What the middleware answers, what it leaves to vLLM's own handler, and what becomes of requests that are given up.
+vLLM itself is stood in for; that the answers are the same is tested with the real one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-REQUEST = {"brief": True, "token_ids": [1, 5], "sampling_params": {"n": 1}}
+GOOD, BAD, ENDLESS = 5, 6, 7
+"""Last tokens of prompts: what the engine does with them."""
 KEY = [(b"authorization", b"Bearer secret")]
 
 
@@ -27,17 +28,17 @@ class _Span:
 class Engine:
     """Answers with two tokens, the second impossible; fails; or is never done."""
 
-    def __init__(self, does: str = "answer") -> None:
-        self.does, self.cancelled = does, False
+    def __init__(self) -> None:
+        self.cancelled = 0
 
     async def generate(self, prompt: Any, sampling: Any, request_id: str) -> AsyncIterator[Any]:
         try:
-            if self.does == "wait":
+            if prompt[-1] == ENDLESS:
                 await asyncio.sleep(60)
         except asyncio.CancelledError:
-            self.cancelled = True
+            self.cancelled += 1
             raise
-        if self.does == "fail":
+        if prompt[-1] == BAD:
             raise RuntimeError("told to")
         span = _Span("7", 0, 2)
         log_probs = [{4: SimpleNamespace(logprob=-0.5)}, {9: SimpleNamespace(logprob=float("nan"))}]
@@ -46,33 +47,34 @@ class Engine:
 
 
 class Call:
-    """One request through the middleware; vLLM's handler behind it notes the body that it reads."""
+    """One list of requests through the middleware, in two parts; vLLM's own application is behind it."""
 
-    def __init__(self, brief_answers: Any, engine: Engine, body: bytes, headers: Any, stays: bool = True) -> None:
-        self.passed_on: list[bytes] = []
+    def __init__(self, brief_answers: Any, *ends: int, headers: Any = KEY, path: str = "/brief/generate") -> None:
+        self.passed_on, self.engine = False, Engine()
         self.sent: list[Any] = []
-        half = len(body) // 2
+        body = json.dumps([{"token_ids": [1, end], "sampling_params": {"n": 1}} for end in ends]).encode()
         self._messages = [
-            {"type": "http.request", "body": body[:half], "more_body": True},
-            {"type": "http.request", "body": body[half:]},
+            {"type": "http.request", "body": body[:10], "more_body": True},
+            {"type": "http.request", "body": body[10:]},
         ]
-        self._stays = stays
-        state = SimpleNamespace(engine_client=engine, args=SimpleNamespace(api_key=None))
-        scope = {"type": "http", "path": "/inference/v1/generate", "headers": headers}
-        asyncio.run(brief_answers(self.app)(scope | {"app": SimpleNamespace(state=state)}, self.receive, self.send))
+        state = SimpleNamespace(engine_client=self.engine, args=SimpleNamespace(api_key=None))
+        scope = {"type": "http", "path": path, "headers": headers, "app": SimpleNamespace(state=state)}
+        asyncio.run(brief_answers(self.app)(scope, self.receive, self.send))
+
+    @property
+    def choices(self) -> dict[int, Any]:
+        """Of each request, in the order in which they came."""
+        lines = [json.loads(message["body"]) for message in self.sent[1:] if message["body"]]
+        return {line["request"]: line["choices"] for line in lines}
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
-        message = {"more_body": True}
-        body = b""
-        while message.get("more_body"):
-            message = await receive()
-            body += message["body"]
-        self.passed_on.append(body)
+        assert len(self._messages) == 2, "nothing of the request has been read"
+        self.passed_on = True
 
     async def receive(self) -> Any:
         if self._messages:
             return self._messages.pop(0)
-        await asyncio.sleep(60 if self._stays else 0.01)
+        await asyncio.sleep(0.05)
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
@@ -94,41 +96,34 @@ def brief_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del sys.modules["megatron_rl.rollout.vllm_brief"]
 
 
-def test_a_brief_request_is_answered(brief_answers: Any) -> None:
-    call = Call(brief_answers, Engine(), json.dumps(REQUEST).encode(), KEY)
-    assert not call.passed_on and call.sent[0]["status"] == 200
-    (choice,) = json.loads(call.sent[1]["body"])["choices"]
-    assert choice == {
+def test_each_request_has_its_answer(brief_answers: Any) -> None:
+    call = Call(brief_answers, GOOD, GOOD)
+    assert not call.passed_on and call.sent[0]["status"] == 200 and not call.sent[-1].get("more_body")
+    choice = {
         "index": 0,
         "token_ids": [4, 9],
         "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -9999.0}]},
         "finish_reason": "stop",
         "weight_versions": [{"version": "7", "start": 0, "end": 2}],
     }
+    assert call.choices == {0: [choice], 1: [choice]}
+
+
+def test_one_that_fails_is_left_to_vllms_handler_alone(brief_answers: Any) -> None:
+    choices = Call(brief_answers, GOOD, BAD, GOOD).choices
+    assert choices.keys() == {0, 1, 2} and choices[0] and choices[1] is None and choices[2]
+
+
+def test_nobody_waits_for_the_slowest_and_what_is_given_up_leaves_the_engine(brief_answers: Any) -> None:
+    call = Call(brief_answers, ENDLESS, GOOD, ENDLESS)
+    assert call.choices.keys() == {1} and call.sent[-1]["more_body"], "the answer has no end"
+    assert call.engine.cancelled == 2
 
 
 @pytest.mark.parametrize(
-    ("body", "headers", "does"),
-    [
-        (REQUEST | {"brief": False}, KEY, "answer"),
-        (REQUEST | {"stream": True}, KEY, "answer"),
-        ({"token_ids": [1, 5], "sampling_params": {}}, KEY, "answer"),
-        ([REQUEST], KEY, "answer"),
-        (REQUEST, [], "answer"),
-        (REQUEST, [(b"authorization", b"Bearer Secret")], "answer"),
-        (REQUEST, KEY, "fail"),
-    ],
+    "changes",
+    [{"path": "/inference/v1/generate"}, {"headers": []}, {"headers": [(b"authorization", b"Bearer Secret")]}],
 )
-def test_the_rest_reaches_vllms_handler_whole(brief_answers: Any, body: Any, headers: Any, does: str) -> None:
-    call = Call(brief_answers, Engine(does), json.dumps(body).encode(), headers)
-    assert [json.loads(passed) for passed in call.passed_on] == [body] and not call.sent
-
-
-def test_what_is_no_json_too(brief_answers: Any) -> None:
-    assert Call(brief_answers, Engine(), b"{", KEY).passed_on == [b"{"]
-
-
-def test_a_request_that_is_given_up_leaves_the_engine(brief_answers: Any) -> None:
-    engine = Engine("wait")
-    call = Call(brief_answers, engine, json.dumps(REQUEST).encode(), KEY, stays=False)
-    assert engine.cancelled and not call.passed_on and not call.sent
+def test_the_rest_is_vllms(brief_answers: Any, changes: dict[str, Any]) -> None:
+    call = Call(brief_answers, GOOD, **changes)
+    assert call.passed_on and not call.sent
