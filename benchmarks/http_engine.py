@@ -5,15 +5,18 @@
 MODEL: as of benchmarks/embedded_engine.py. The engine is vLLM, in the environment of `make engines`: once as vLLM's own
 `LLM` in this process (its core as a process of its own, as always), once as a server behind our `HttpEngine`, both with
 the server's settings. 16 prompts a call, 8 responses each, at most 46 tokens, log-probs of all. They take turns, pair
-after pair, on the same prompts; what counts is the ratio of seconds a token within a pair: median, and the quartiles.
-The worker of the one whose turn it is not is stopped (SIGSTOP): for a second after its last token it would poll for the
-next, and take a core from the other. Wall time, so give it a quiet machine. CPU seconds a token, of all processes, are
-kept beside it: other programs disturb them less, but they count polling.
+after pair, on the same prompts, which come round with other random numbers; what counts is the ratio of seconds a token
+within a pair: median, and the quartiles. A call takes a tenth of a second, and whatever else wakes up is seen in it: it
+takes this many pairs until the median comes out the same again. The worker of the one whose turn it is not is stopped
+(SIGSTOP): for a second after its last token it would poll for the next, and take a core from the other. Wall time, so
+give it a quiet machine. CPU seconds a token, of all processes, are kept beside it: other programs disturb them less,
+but they count polling.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import statistics
 import sys
@@ -40,7 +43,7 @@ from megatron_rl.rollout.server import ServerLaunch
 from megatron_rl.types import SamplingParams
 
 PROMPTS, RESPONSES, TOKENS, CONTEXT = 16, 8, 46, 64
-PAIRS, WARM_UP = 55, 5
+PAIRS, WARM_UP = 200, 5
 """Pairs that are timed, after a few that are not."""
 
 
@@ -148,12 +151,12 @@ def cost(engine: InProcess | Server, prompts: list[list[int]], sampling: Samplin
 def measure(model: Path, prompts: list[list[int]], end: int) -> list[tuple[Cost, Cost]]:
     """(in this process, as a server) of each pair."""
     inside, server = InProcess(model), Server(model, asyncio.new_event_loop())
-    costs = []
+    costs, endless = [], itertools.cycle(prompts)
     inside.processes.stop()
     server.processes.stop()
     try:
         for pair in range(PAIRS + WARM_UP):
-            batch = prompts[PROMPTS * pair : PROMPTS * (pair + 1)]
+            batch = [next(endless) for _ in range(PROMPTS)]
             sampling = SamplingParams(RESPONSES, TOKENS, 1.0, (end,), seed=pair)
             found = {e: cost(e, batch, sampling) for e in ((inside, server) if pair % 2 else (server, inside))}
             costs.append((found[inside], found[server]))
@@ -171,7 +174,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     with tempfile.TemporaryDirectory() as folder:
         write_task(Path(folder) / "task")
-        rows = [row["prompt"] for _, row in read_rows(Path(folder) / "task/train.jsonl")][: PROMPTS * (PAIRS + WARM_UP)]
+        rows = [row["prompt"] for _, row in read_rows(Path(folder) / "task/train.jsonl")]
     prompts = [tokenizer(row)["input_ids"] for row in rows]
     costs = measure(options.model.resolve(), prompts, tokenizer.eos_token_id)
     low, middle, high = statistics.quantiles([server.seconds / inside.seconds for inside, server in costs], n=4)
