@@ -286,12 +286,12 @@ def test_memory_is_back_for_weights_first_and_for_the_cache_when_they_are_there(
     url, script = server
 
     async def scenario() -> None:
-        async with attached(url, hang_seconds=0.2) as engine:
+        async with attached(url, hang_seconds=1.0) as engine:
             await engine.release_memory()
             script.healthy = False  # without memory it cannot give a sign of life, and is left alone
             with pytest.raises(UpdateFailed):
                 await engine.resume()
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(2.0)
             script.healthy = True
             await engine.pause()
             await engine.update_weights(FolderUpdate(5, (tmp_path / "part-0.safetensors",)))
