@@ -30,7 +30,7 @@ and again one by one for those that failed."""
 FAULTS = {
     "sglang": {
         "/generate": [*GOOD * CHECKS * PROMPTS, *SOME, *GOOD * 4 * PROMPTS, "restarted"],
-        "/abort_request": [*GOOD * 2, "error", "drop"],
+        "/abort_request": ["error", "drop"],
         "/begin_weight_update": [*GOOD * 2, "lost"],
         "/update_weights_from_distributed": [*GOOD * 14, "error", *GOOD * 5, "lost"],
         "/end_weight_update": [*GOOD * 6, "drop"],
