@@ -15,7 +15,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_rl.batching.prefix_tree import Indices, PrefixTree
+from megatron_rl.batching.context import Indices
+from megatron_rl.batching.prefix_tree import PrefixTree
 
 TOGETHER = 48
 """Positions that rows which go together see at most."""
