@@ -4,7 +4,7 @@
 
 Response lengths are log-normal, cut off at 8,192 (mean 2,700, spread: the logarithm's standard deviation), prompts
 log-normal around 200; twenty draws of each case, median and worst. The shares are those that the actor makes
-(`share_out` with packed rows and its own cost of a row, attention included), for Qwen3-14B.
+(`partition` with packed rows and its own cost of a row, attention included), for Qwen3-14B.
 
 imbalance: what the dearest replica's rows cost over the mean, less one: the share of its time that an average replica
 waits. It cannot be less than `bound`: no split is better than the mean, nor than the longest row alone.
@@ -30,10 +30,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import arguments, keep
-from megatron_rl.actor.architecture import Architecture
 from megatron_rl.batching.balance import row_costs
-from megatron_rl.batching.share import MicroBatches, share_out
-from megatron_rl.checkpoint.hf_format import read_config
+from megatron_rl.batching.partition import MicroBatches, partition
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.hf_format import read_config
 
 MODEL = Path("tests/fixtures/models/Qwen3-14B-Base")
 LIMIT, MEAN, PROMPT, DRAWS = 8192, 2700.0, 200.0, 20
@@ -61,7 +61,7 @@ def over_mean(costs: list[float]) -> float:
 
 def case(tokens: np.ndarray, ranks: int, even_length: float) -> dict[str, float]:
     costs = row_costs(tokens, even_length)
-    shares = share_out(tokens.tolist(), ranks, token_budget=BUDGET, costs=costs)
+    shares = partition(tokens.tolist(), ranks, token_budget=BUDGET, costs=costs)
     by_rank = [float(sum(costs[rows].sum() for rows in share if rows)) for share in shares]
     in_order = np.array_split(np.arange(len(tokens)), ranks)
     return {
@@ -120,7 +120,7 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     found = measure()
     tokens, start = draw(2048, SPREADS[0], 0), time.process_time()
-    share_out(tokens.tolist(), 64, token_budget=BUDGET, costs=row_costs(tokens, 1e4))
+    partition(tokens.tolist(), 64, token_budget=BUDGET, costs=row_costs(tokens, 1e4))
     seconds = time.process_time() - start
     show(found, seconds)
     settings = {"limit": LIMIT, "mean": MEAN, "draws": DRAWS, "budget": BUDGET, "multiple": MULTIPLE}

@@ -35,15 +35,15 @@ from benchmarks.machine import arguments
 from benchmarks.scaling import log_normal
 from benchmarks.scaling_check import MODES, QUICKSTART
 from benchmarks.scaling_simulator import Fleet, Rates, simulate
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
-from megatron_rl.batching.rows import Rows
-from megatron_rl.checkpoint.weight_map import publish_hf_weights
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.config import load_config
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.weight_map import publish_hf_weights
+from megatron_rl.parallel.layout import Layout
 from megatron_rl.plan.flops import pass_flops
 
 KEPT = Path(__file__).parent / "results/check.json"
@@ -74,10 +74,10 @@ class Calls(TorchDispatchMode):
         return out
 
 
-def rows() -> Rows:
+def rows() -> SequenceBatch:
     random = np.random.default_rng(0)
     lengths = random.integers(10, 80, ROWS)
-    batch = Rows([random.integers(0, VOCABULARY, length + 8) for length in lengths], np.full(ROWS, 8))
+    batch = SequenceBatch([random.integers(0, VOCABULARY, length + 8) for length in lengths], np.full(ROWS, 8))
     tokens = batch.num_response_tokens
     return batch.with_values(
         advantages=random.normal(size=tokens).astype(np.float32),

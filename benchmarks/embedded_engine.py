@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import arguments, keep
 from megatron_rl.data.countdown import write_task
 from megatron_rl.data.rows import read_rows
-from megatron_rl.rollout.transformers_engine import TransformersEngine
+from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 from megatron_rl.types import SamplingParams
 
 PROMPTS, RESPONSES, TOKENS = 16, 8, 46

@@ -38,8 +38,8 @@ from benchmarks.machine import arguments, keep
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.data.countdown import write_task
 from megatron_rl.data.rows import read_rows
-from megatron_rl.rollout.http_engine import HttpEngine
-from megatron_rl.rollout.server import ServerLaunch
+from megatron_rl.rollout.servers.http_engine import HttpEngine
+from megatron_rl.rollout.servers.server import ServerLaunch
 from megatron_rl.types import SamplingParams
 
 PROMPTS, RESPONSES, TOKENS, CONTEXT = 16, 8, 46, 64

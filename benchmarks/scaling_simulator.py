@@ -1,6 +1,6 @@
 """A run on a clock of its own: the product decides what engines are asked and when, engines and actor only take time.
 
-`simulate` goes through the product's own `roll_out` (`megatron_rl/rollout/refill.py`), step after step: over-sampling,
+`simulate` goes through the product's own `roll_out` (`megatron_rl/rollout/collector.py`), step by step: over-sampling,
 what goes on at the next step, the bound on staleness and asynchronous rollouts are not written down again here. In
 place of engines stands `Fleet`: every response has a length from the start, and a token of each takes what `Rates` say.
 """
@@ -17,8 +17,8 @@ import numpy as np
 
 from megatron_rl.config import Config
 from megatron_rl.data.cursor import Cursor
-from megatron_rl.rollout.backlog import Backlog
-from megatron_rl.rollout.refill import roll_out
+from megatron_rl.rollout.buffer import RolloutBuffer
+from megatron_rl.rollout.collector import roll_out
 
 STRIDE = 128
 """Most tokens decoded at one pace: it falls as contexts grow."""
@@ -232,7 +232,7 @@ class SimulatedRun:
 
     def __init__(self, config: Config, fleet: Fleet, lengths_of: LengthsOf) -> None:
         self.config, self.engines, self.weight_version = config, fleet, 0
-        self.backlog, self.cursor = Backlog(), Cursor(2**20, seed=0, shuffle=False)
+        self.buffer, self.cursor = RolloutBuffer(), Cursor(2**20, seed=0, shuffle=False)
         tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
         self.inputs = SimpleNamespace(train=SimpleNamespace(prompts=Prompts(lengths_of)), tokenizer=tokenizer)
 

@@ -22,8 +22,8 @@ import torch
 from torch.profiler import record_function
 
 import lpreg
-from megatron_rl.batching.rows import Rows, rows_of
-from megatron_rl.batching.share import share_out
+from megatron_rl.batching.partition import partition
+from megatron_rl.batching.sequences import SequenceBatch, rows_of
 from megatron_rl.config import Config, load_config
 from megatron_rl.rollout.replay import Replay
 from megatron_rl.types import Sample
@@ -75,7 +75,7 @@ class Recorded(Replay):
 def ours(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
     """The product's own step, driver, Ray and all; `rollouts`: sampled and graded in the step, else as recorded."""
     from megatron_rl.loop import rl_step
-    from megatron_rl.session.opening import open_run
+    from megatron_rl.run.opening import open_run
 
     folder = Path(f"runs/benchmark-{os.getpid()}")
     source = (
@@ -99,7 +99,7 @@ def ours(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def batch_of(samples: list[Sample]) -> tuple[Rows, int]:
+def batch_of(samples: list[Sample]) -> tuple[SequenceBatch, int]:
     """The rows that act on the gradient, with their advantages, and the tokens that the loss is a mean over."""
     rewards = torch.tensor([sample.reward.score for sample in samples], dtype=torch.float64)  # type: ignore[union-attr]
     groups = torch.tensor([sample.group for sample in samples])
@@ -111,9 +111,9 @@ def batch_of(samples: list[Sample]) -> tuple[Rows, int]:
 
 def megatron_alone(pace: Pace, recording: Path, *, rows: str = "auto") -> None:
     """The actor's rank in this process: what is left of ours without driver and Ray. `rows`: how they lie together."""
-    from megatron_rl.actor.layout import Layout
-    from megatron_rl.actor.policy_loss import LossChoice
+    from megatron_rl.actor.passes.policy_loss import LossChoice
     from megatron_rl.actor.worker import MegatronWorker
+    from megatron_rl.parallel.layout import Layout
 
     config, steps = quickstart(f"model.path={recording / 'hf'}", f"actor.rows={rows}"), Recorded(recording)
     worker = MegatronWorker(config.actor, Layout(), 0)
@@ -145,7 +145,7 @@ def plain(pace: Pace, recording: Path) -> None:
         rows, tokens = batch_of(samples)
         optimizer.zero_grad()
         total = 0.0
-        for part in share_out(rows.lengths.tolist(), 1, token_budget=config.actor.micro_batch_tokens, packed=False)[0]:
+        for part in partition(rows.lengths.tolist(), 1, token_budget=config.actor.micro_batch_tokens, packed=False)[0]:
             batch = rows.take(part)
             ids = torch.zeros(len(batch), int(batch.lengths.max()), dtype=torch.int64)
             predicts = torch.zeros(ids.shape, dtype=torch.bool)

@@ -38,11 +38,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import arguments, keep
-from megatron_rl.actor import process_groups
-from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.config.actor import ActorSettings
-from megatron_rl.rendezvous import open_port, store_at
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.utils.rendezvous import open_port, store_at
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
 from megatron_rl.weight_sync.shared_memory import shared_folder
@@ -67,7 +67,7 @@ def write_model(folder: Path, layers: int) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-class Together:
+class RequestBatcher:
     """Processes that begin and end something at once, and tell each other values."""
 
     def __init__(self, port: int, size: int) -> None:
@@ -96,14 +96,14 @@ class Together:
         return time.perf_counter() - start
 
 
-def members(together: Together, stages: int, rank: int) -> list[GroupMember]:
+def members(together: RequestBatcher, stages: int, rank: int) -> list[GroupMember]:
     names = [f"stage-{i}" for i in range(stages)]
     return [GroupMember(name, HOST, together.port(name), "gloo", 2, rank, 600.0) for name in names]
 
 
 def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], port: int, repeats: int) -> None:
     """A rank of the actor."""
-    together = Together(port, layout.world_size + 1)
+    together = RequestBatcher(port, layout.world_size + 1)
     worker = MegatronWorker(ActorSettings(device="cpu", dtype="bfloat16"), layout, rank)
     if rank == 0:
         together.open_port("actor")
@@ -135,7 +135,7 @@ def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], port: 
     worker.close()
 
 
-def bare_group(together: Together, rank: int) -> dist.ProcessGroup:
+def bare_group(together: RequestBatcher, rank: int) -> dist.ProcessGroup:
     return process_group.join(GroupMember("bare", HOST, together.port("bare"), "gloo", 2, rank, 600.0))
 
 
@@ -148,7 +148,7 @@ def portions(total: int, largest: int) -> Iterator[int]:
 class BareActor:
     """A rank's part of the bare way: the first tensor-parallel ranks send theirs to rank 0, which hands out all."""
 
-    def __init__(self, together: Together, layout: Layout, rank: int) -> None:
+    def __init__(self, together: RequestBatcher, layout: Layout, rank: int) -> None:
         self.rank, self.total, self.peers = rank, int(together.store.get("total")), layout.tensor
         self.group = None if rank else bare_group(together, 0)
         self.piece = 2 * SHAPE["hidden_size"] * SHAPE["intermediate_size"] // layout.tensor
@@ -181,9 +181,9 @@ class BareActor:
 
 def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, repeats: int, answer: Any) -> None:
     """The receiving process; puts seconds of each transport and of its bare way."""
-    from megatron_rl.rollout.transformers_engine import TransformersEngine
+    from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 
-    together = Together(port, layout.world_size + 1)
+    together = RequestBatcher(port, layout.world_size + 1)
     own = TransformersEngine(model, "cpu", "bfloat16")
     held, buffer = own.model.state_dict(), torch.zeros(BUCKET, dtype=torch.uint8)
     stages = layout.world_size // layout.pipeline

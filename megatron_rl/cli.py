@@ -87,7 +87,7 @@ def _takes_config(command: argparse.ArgumentParser, *, optional: bool = False) -
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_rl.config import check_inputs, expand, load_config
-    from megatron_rl.session.layout_check import check_layout
+    from megatron_rl.parallel.configured import check_layout
 
     config = load_config(options.config, [*_mode(options), *options.overrides])
     if options.dry_run:
@@ -132,8 +132,8 @@ def _show_prompt(config: Config) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from megatron_rl.commands.plan import print_plan
     from megatron_rl.config import load_config
-    from megatron_rl.plan.command import print_plan
 
     config = load_config(options.config, options.overrides)
     print_plan(config, assumptions=options.assume, search=options.search, as_json=options.json)
@@ -166,7 +166,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from megatron_rl.observability import heartbeat
+    from megatron_rl.utils import heartbeat
 
     beats = heartbeat.read_beats(options.folder / "logs" / heartbeat.FOLDER)
     if not beats:

@@ -11,17 +11,17 @@ import time
 import numpy as np
 from rich.console import Console
 
-from megatron_rl.batching.rows import Array, Rows, rows_of
+from megatron_rl.batching.sequences import Array, SequenceBatch, rows_of
 from megatron_rl.config import Config
 from megatron_rl.evaluation.run_suites import evaluate
 from megatron_rl.observability.step_metrics import policy_metrics, rollout_metrics
 from megatron_rl.observability.summary import print_summary
-from megatron_rl.rollout.refill import roll_out
-from megatron_rl.session.finish import finish
-from megatron_rl.session.interrupt import stop_on_interrupt
-from megatron_rl.session.opening import open_run
-from megatron_rl.session.outage import checkpoint_on_outage
-from megatron_rl.session.run import Run
+from megatron_rl.rollout.collector import roll_out
+from megatron_rl.run.finish import finish
+from megatron_rl.run.interrupt import stop_on_interrupt
+from megatron_rl.run.opening import open_run
+from megatron_rl.run.outage import checkpoint_on_outage
+from megatron_rl.run.run import Run
 from megatron_rl.training.advantages import advantages_of
 from megatron_rl.training.policies import Seen, score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select, selection_overlap
@@ -71,8 +71,8 @@ def rl_step(run: Run, step: int) -> dict[str, float]:
 
 
 def learn(
-    run: Run, step: int, batch: Rows, samples: list[Sample], advantages: Array
-) -> tuple[Rows, Seen, dict[str, float]]:
+    run: Run, step: int, batch: SequenceBatch, samples: list[Sample], advantages: Array
+) -> tuple[SequenceBatch, Seen, dict[str, float]]:
     """The updates on a batch. Returns it with all that was found out, what the actor saw of its tokens, and metrics."""
     run.release_engines()
     with run.profiled(step):

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_rl.actor import platform, process_groups
-from megatron_rl.actor.layout import Layout
+from megatron_rl.actor import platform
 from megatron_rl.actor.worker import MegatronWorker
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.layout import Layout
 
 HOST = "127.0.0.1"
 

@@ -25,7 +25,7 @@ import torch
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_rl.batching.forms import RowForm
+    from megatron_rl.batching.packing import PackingForm
     from megatron_rl.config.actor import ActorSettings
 
 SUPPORTED = ((0, 16), (0, 19))
@@ -146,7 +146,7 @@ def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float32 and installed
 
 
-def row_form(settings: ActorSettings, device: torch.device) -> RowForm:
+def packing_form(settings: ActorSettings, device: torch.device) -> PackingForm:
     """How the rows of a micro-batch lie together; Transformer Engine's attention knows no rows that share positions."""
     if settings.rows != "auto":
         return settings.rows

@@ -16,25 +16,26 @@ from torch import nn
 from torch.profiler import record_function
 
 import lpreg
-from megatron_rl import rendezvous
-from megatron_rl.actor import platform, process_groups
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.actor.distributed import wrap_chunks
-from megatron_rl.actor.head import Head
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.model import build_model
-from megatron_rl.actor.optimizer import Optimizer
-from megatron_rl.actor.passes import Passes
-from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor import platform
+from megatron_rl.actor.model.head import Head
+from megatron_rl.actor.model.policy import build_model
+from megatron_rl.actor.optimizer.distributed import wrap_chunks
+from megatron_rl.actor.optimizer.optimizer import Optimizer
+from megatron_rl.actor.optimizer.snapshots import Snapshots
+from megatron_rl.actor.passes.passes import Passes
+from megatron_rl.actor.passes.policy_loss import LossChoice
+from megatron_rl.actor.passes.results import Snapshot, Table, TrainResult, Weights
 from megatron_rl.actor.profiling import Profiler
-from megatron_rl.actor.results import Snapshot, Table, TrainResult, Weights
-from megatron_rl.actor.snapshots import Snapshots
-from megatron_rl.batching.rows import Rows
-from megatron_rl.checkpoint.hf_format import open_weights, read_config
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.checkpoint.state import HeldState, RankState, export_stage
-from megatron_rl.checkpoint.weight_map import load_hf_weights, publish_hf_weights
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.hf_format import open_weights, read_config
+from megatron_rl.models.weight_map import load_hf_weights, publish_hf_weights
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.utils import rendezvous
 from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.collective import CollectiveTransport
@@ -118,7 +119,7 @@ class MegatronWorker:
 
     # ------------------------------------------------------------------ passes
 
-    def train(self, batch: Rows, lr: float, denominator: float, temperature: float) -> TrainResult | None:
+    def train(self, batch: SequenceBatch, lr: float, denominator: float, temperature: float) -> TrainResult | None:
         """One optimizer step. `denominator`: response tokens of the whole global batch, dropped rows included."""
         self.optimizer.zero_grad()
         result = self.passes.gradients(batch, self.loss, denominator, temperature)
@@ -126,15 +127,15 @@ class MegatronWorker:
             grad_norm = self.optimizer.step(lr)
         return replace(result, grad_norm=grad_norm) if result else None
 
-    def score(self, batch: Rows, temperature: float, weights: Weights = "current") -> Table | None:
+    def score(self, batch: SequenceBatch, temperature: float, weights: Weights = "current") -> Table | None:
         """As `Passes.score`, by the actor's own weights or those of a snapshot."""
         with self.snapshots.in_use(weights):
             return self.passes.score(batch, self.loss, temperature)
 
-    def logits(self, batch: Rows) -> Table | None:
+    def logits(self, batch: SequenceBatch) -> Table | None:
         return self.passes.logits(batch)
 
-    def candidates(self, batch: Rows, temperature: float, count: int) -> Table | None:
+    def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
         return self.passes.candidates(batch, temperature, count)
 
     def snapshot(self, name: Snapshot) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_rl.checkpoint.hf_format import INDEX, copy_all_but_weights
 from megatron_rl.checkpoint.trained import trained_from, weight_files
+from megatron_rl.models.hf_format import INDEX, copy_all_but_weights
 
 
 def link_as_model(checkpoint: Path, folder: Path, base: Path | None = None) -> None:

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_rl.batching.rows import Array, Rows
-from megatron_rl.checkpoint.hf_format import copy_all_but_weights
+from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.checkpoint.hf_shards import HfShard, finish_hf_folder
 from megatron_rl.errors import UserError
+from megatron_rl.models.hf_format import copy_all_but_weights
 
 
 def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[HfShard]]) -> None:
@@ -37,7 +37,7 @@ def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[Hf
 
 
 @torch.inference_mode()
-def largest_logit_difference(folder: Path, rows: Rows, actor_logits: Array, dtype: str) -> float:
+def largest_logit_difference(folder: Path, rows: SequenceBatch, actor_logits: Array, dtype: str) -> float:
     """Reload the export with plain transformers; the largest difference over the rows' response tokens.
 
     actor_logits [T, V], as the actor computed them.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_rl.checkpoint.hf_format import INDEX, SINGLE
 from megatron_rl.checkpoint.shards import write_shard
 from megatron_rl.errors import UserError
+from megatron_rl.models.hf_format import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5 * 10**9
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

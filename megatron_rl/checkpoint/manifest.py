@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from megatron_rl.checkpoint.hf_format import HASHING_THREADS, file_sha256
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.backlog import Group
+from megatron_rl.models.hf_format import HASHING_THREADS, file_sha256
+from megatron_rl.rollout.buffer import Group
 
 MANIFEST = "manifest.json"
 RNG = "rng.json"
@@ -35,7 +35,7 @@ class DriverState:
     step: int
     weight_version: int
     cursor: dict[str, Any]
-    backlog: Annotated[tuple[Group, ...], Field(exclude=True)] = ()
+    buffer: Annotated[tuple[Group, ...], Field(exclude=True)] = ()
     """What steps have left to later ones; in a file of its own, checkpoint/backlog.py."""
 
 

@@ -19,8 +19,6 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from megatron_rl.checkpoint import rng
-from megatron_rl.checkpoint.backlog import BACKLOG, write_backlog
-from megatron_rl.checkpoint.keep import Keep, link, prune
 from megatron_rl.checkpoint.manifest import (
     FORMAT,
     PARTIAL,
@@ -36,6 +34,8 @@ from megatron_rl.checkpoint.manifest import (
     write_manifest,
     write_rng,
 )
+from megatron_rl.checkpoint.retention import Retention, link, prune
+from megatron_rl.checkpoint.rollout_buffer import BUFFER_FILE, write_buffer
 from megatron_rl.errors import UserError
 
 
@@ -58,7 +58,9 @@ class Ranks(Protocol):
 class Saver:
     """The checkpoints of a run. One is under way at a time; `with` waits for the last one, unless interrupted."""
 
-    def __init__(self, folder: Path, ranks: Ranks, origin: Origin, keep: Keep, announce: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, ranks: Ranks, origin: Origin, keep: Retention, announce: Callable[[str], None]
+    ) -> None:
         self._folder, self._ranks, self._origin, self._keep, self._announce = folder, ranks, origin, keep, announce
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[float] | None = None
@@ -160,8 +162,8 @@ def _complete(folder: Path, manifest: Manifest, driver: RandomState, parts: list
     """Add what belongs to no rank to what the ranks wrote."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
     files[RNG] = write_rng(folder, RandomStates(driver, [part.rng for part in parts]))
-    if manifest.state.backlog:
-        files[BACKLOG] = write_backlog(folder, manifest.state.backlog)
+    if manifest.state.buffer:
+        files[BUFFER_FILE] = write_buffer(folder, manifest.state.buffer)
     write_manifest(folder, replace(manifest, optimizer_steps=parts[0].optimizer_steps, files=files))
 
 

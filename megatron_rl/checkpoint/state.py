@@ -16,16 +16,16 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
-from megatron_rl.actor import process_groups
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.optimizer import Optimizer
-from megatron_rl.actor.optimizer_state import KINDS, read_state, set_state
+from megatron_rl.actor.optimizer.optimizer import Optimizer
+from megatron_rl.actor.optimizer.state import KINDS, read_state, set_state
 from megatron_rl.checkpoint import rng, shards
 from megatron_rl.checkpoint.hf_shards import HfShard, write_hf_shards
 from megatron_rl.checkpoint.manifest import RandomState, RankPart, ShardFile, read_manifest, read_rng
 from megatron_rl.checkpoint.shards import ShardTensors
-from megatron_rl.checkpoint.weight_map import Stage, export_hf_weights, import_values, publish_hf_weights
-from megatron_rl.observability import heartbeat
+from megatron_rl.models.weight_map import Stage, export_hf_weights, import_values, publish_hf_weights
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.utils import heartbeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class RankState:
         files: dict[str, ShardFile] = {}
         failure = None
         for shard in self._shards(kinds):
-            heartbeat.say(f"writing {shard.name}")
+            heartbeat.notify(f"writing {shard.name}")
             try:
                 if failure is None:
                     files.update([shard.write(folder)])
@@ -114,7 +114,7 @@ class RankState:
         streams = [import_values(self.model, self.hf_config, ShardTensors(folder, files, kind)) for kind in KINDS]
         for shares in zip(*streams, strict=True):
             name = shares[0][0]
-            heartbeat.say(f"loading {name}")
+            heartbeat.notify(f"loading {name}")
             parts = {kind: part for kind, (_, part) in zip(KINDS, shares, strict=True)}
             parameters[name].copy_(parts["weights"])
             yield name, parts

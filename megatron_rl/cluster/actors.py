@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.policy_loss import LossChoice
-from megatron_rl.actor.results import Snapshot, Sums, Table, TrainResult, Weights, add_up
-from megatron_rl.batching.rows import Rows
+from megatron_rl.actor.passes.policy_loss import LossChoice
+from megatron_rl.actor.passes.results import Snapshot, Sums, Table, TrainResult, Weights, add_up
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
-from megatron_rl.checkpoint.hf_format import read_config
 from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.cluster.runtime import Nodes, host_process, results
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.hf_format import read_config
+from megatron_rl.parallel.layout import Layout
 from megatron_rl.plan.flops import pass_flops
 from megatron_rl.plan.hardware import known_gpu
 from megatron_rl.weight_sync.buckets import TensorSpec
@@ -74,7 +74,7 @@ class Actors:
     def _submit(self, method: str, *args: Any) -> list[ray.ObjectRef]:
         return [rank.call.remote(method, *args) for rank in self.ranks]
 
-    def _sent(self, batch: Rows) -> Rows | ray.ObjectRef:
+    def _sent(self, batch: SequenceBatch) -> SequenceBatch | ray.ObjectRef:
         """As an argument of `_submit`: several ranks read one copy, a single one gets it with the call."""
         return ray.put(batch) if len(self.ranks) > 1 else batch
 
@@ -87,7 +87,7 @@ class Actors:
         flops, self._flops = self._flops, 0.0
         return flops
 
-    def _count(self, batch: Rows, passes: int) -> None:
+    def _count(self, batch: SequenceBatch, passes: int) -> None:
         """passes: forwards; a backward is worth two."""
         self._flops += passes * pass_flops(self._model, batch.lengths.tolist(), batch.num_response_tokens)
 
@@ -99,20 +99,20 @@ class Actors:
     def load_hf(self, folder: Path) -> None:
         self._all("load_hf", folder)
 
-    def train(self, batch: Rows, *, lr: float, denominator: float, temperature: float = 1.0) -> StepResult:
+    def train(self, batch: SequenceBatch, *, lr: float, denominator: float, temperature: float = 1.0) -> StepResult:
         """One optimizer step on the batch."""
         return self.train_result(
             self.submit_train(batch, lr=lr, denominator=denominator, temperature=temperature), batch
         )
 
     def submit_train(
-        self, batch: Rows, *, lr: float, denominator: float, temperature: float = 1.0
+        self, batch: SequenceBatch, *, lr: float, denominator: float, temperature: float = 1.0
     ) -> list[ray.ObjectRef]:
         """Start a step without waiting: ranks take calls in order, so the next batch can be made meanwhile."""
         self._count(batch, passes=3)
         return self._submit("train", self._sent(batch), lr, denominator, temperature)
 
-    def train_result(self, refs: list[ray.ObjectRef], batch: Rows) -> StepResult:
+    def train_result(self, refs: list[ray.ObjectRef], batch: SequenceBatch) -> StepResult:
         parts: list[TrainResult] = [part for part in results(refs) if part is not None]
         return StepResult(
             values=merge_tables(batch, [part.table for part in parts])[0],
@@ -121,23 +121,25 @@ class Actors:
             grad_norm=parts[0].grad_norm,
         )
 
-    def score(self, batch: Rows, *, temperature: float = 1.0, weights: Weights = "current") -> dict[str, np.ndarray]:
+    def score(
+        self, batch: SequenceBatch, *, temperature: float = 1.0, weights: Weights = "current"
+    ) -> dict[str, np.ndarray]:
         """Name -> [T]: log_probs, entropy, log_z, kept of every response token, without gradients."""
         return self.score_and_store(batch, temperature=temperature, weights=weights)[0]
 
     def score_and_store(
-        self, batch: Rows, *, temperature: float = 1.0, weights: Weights = "current"
+        self, batch: SequenceBatch, *, temperature: float = 1.0, weights: Weights = "current"
     ) -> tuple[dict[str, np.ndarray], StoredProxy]:
         """As `score`; and the proxy of the tokens that the batch marks as `proxy_wanted`."""
         self._count(batch, passes=1)
         tables = self._all("score", self._sent(batch), temperature, weights) if len(batch) else []
         return merge_tables(batch, [table for table in tables if table is not None])
 
-    def logits(self, batch: Rows) -> np.ndarray:
+    def logits(self, batch: SequenceBatch) -> np.ndarray:
         """[T, V]."""
         return merge_tables(batch, [t for t in self._all("logits", self._sent(batch)) if t is not None])[0]["logits"]
 
-    def candidates(self, batch: Rows, *, temperature: float, count: int) -> dict[str, np.ndarray]:
+    def candidates(self, batch: SequenceBatch, *, temperature: float, count: int) -> dict[str, np.ndarray]:
         """candidate_ids, candidate_log_probs [T, count] where the batch marks a position as `wanted`."""
         tables = self._all("candidates", self._sent(batch), temperature, count)
         return merge_tables(batch, [table for table in tables if table is not None])[0]
@@ -204,7 +206,7 @@ def _when_all_are_done(refs: list[ray.ObjectRef]) -> list[Any]:
         ray.wait(refs, num_returns=len(refs), timeout=SETTLE_SECONDS)
 
 
-def merge_tables(batch: Rows, tables: list[Table]) -> tuple[dict[str, np.ndarray], StoredProxy]:
+def merge_tables(batch: SequenceBatch, tables: list[Table]) -> tuple[dict[str, np.ndarray], StoredProxy]:
     """Tables of some rows each -> flat values, and stored entries, in the batch's own order."""
     merged: dict[str, np.ndarray] = {}
     proxies = []

@@ -8,16 +8,16 @@ from typing import Any
 
 from megatron_rl.cluster.runtime import Hosted, HostedAsync, Nodes, host_process
 from megatron_rl.config.rollout import RolloutSettings
-from megatron_rl.rollout.server import ServerLaunch
+from megatron_rl.rollout.servers.server import ServerLaunch
 
 
 def host_engine(rollout: RolloutSettings, launch: ServerLaunch, logs: Path, nodes: Nodes, number: int) -> Any:
     placement = nodes.placement
     if rollout.engine == "transformers":
-        target = "megatron_rl.rollout.transformers_engine:TransformersEngine"
+        target = "megatron_rl.rollout.engines.transformers.engine:TransformersEngine"
         arguments: tuple[Any, ...] = (launch.model_folder, launch.device, launch.dtype)
     else:
-        target = "megatron_rl.rollout.http_engine:HttpEngine"
+        target = "megatron_rl.rollout.servers.http_engine:HttpEngine"
         url = rollout.server.urls[number] if rollout.server.urls else None
         if rollout.server.router:  # which is on one node, and reaches it from there
             launch = replace(launch, host=nodes.address(placement.engines[number]))
@@ -36,7 +36,7 @@ def host_engine(rollout: RolloutSettings, launch: ServerLaunch, logs: Path, node
 
 def host_router(rollout: RolloutSettings, logs: Path, nodes: Nodes) -> Any:
     return host_process(
-        "megatron_rl.rollout.router:Router",
+        "megatron_rl.rollout.servers.router:Router",
         (rollout.server,),
         log_file=log_file(logs, "the router"),
         nodes=nodes,

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import ray
 
-from megatron_rl.rollout.engine import EngineLost
-from megatron_rl.rollout.server import Address
+from megatron_rl.rollout.engines.interface import EngineLost
+from megatron_rl.rollout.servers.server import Address
 
 FIRST_BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 1.0, 60.0
 CLOSE_SECONDS = 15.0
@@ -24,10 +24,10 @@ class EngineProcess:
     """
 
     def __init__(
-        self, number: int, make: Callable[[], Any], say: Callable[[str], None], name: str | None = None
+        self, number: int, make: Callable[[], Any], notify: Callable[[str], None], name: str | None = None
     ) -> None:
         """make: a fresh process, hosting an engine that was not started yet. name: for people."""
-        self.number, self._make, self._say = number, make, say
+        self.number, self._make, self._say = number, make, notify
         self.name = name or f"engine {number}"
         self.state: Literal["starting", "stale", "serving", "lost"] = "lost"
         self.losses = 0

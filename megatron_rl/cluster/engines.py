@@ -14,11 +14,11 @@ import ray
 from megatron_rl.cluster.engine_hosts import host_engine, host_router, log_file
 from megatron_rl.cluster.engine_process import EngineProcess, loss
 from megatron_rl.cluster.routing import Routing
-from megatron_rl.cluster.runtime import Nodes, as_done, patience, results
+from megatron_rl.cluster.runtime import Nodes, as_done, progress_deadline, results
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.engine import UpdateFailed
-from megatron_rl.rollout.server import UNSYNCED, ServerLaunch
+from megatron_rl.rollout.engines.interface import UpdateFailed
+from megatron_rl.rollout.servers.server import UNSYNCED, ServerLaunch
 from megatron_rl.types import Generation, Prompt, SamplingParams
 from megatron_rl.weight_sync.checksums import WeightsDamaged
 
@@ -58,7 +58,7 @@ class Engines:
         launch: ServerLaunch,
         logs: Path,
         nodes: Nodes,
-        say: Callable[[str], None] = print,
+        notify: Callable[[str], None] = print,
     ) -> None:
         """`launch` has the model, device and type of the embedded engine too. Raises UserError when one fails to start.
 
@@ -77,13 +77,14 @@ class Engines:
         """Gives the weights of the run to engines that are stale."""
         self._served_at = time.monotonic()
         self._engines = [
-            EngineProcess(i, partial(host_engine, rollout, launch, logs, nodes, i), say) for i in range(rollout.engines)
+            EngineProcess(i, partial(host_engine, rollout, launch, logs, nodes, i), notify)
+            for i in range(rollout.engines)
         ]
         self._routing: Routing | None = None
         self._losses: dict[ray.ObjectRef, EngineProcess] = {}
         """With a router: what each engine answers when it is lost, as it may be asked for nothing else."""
         if rollout.server.router:
-            router = EngineProcess(len(self._engines), partial(host_router, rollout, logs, nodes), say, "the router")
+            router = EngineProcess(len(self._engines), partial(host_router, rollout, logs, nodes), notify, "the router")
             self._routing = Routing(router, self.ask)
         self._start(logs)
 
@@ -121,7 +122,7 @@ class Engines:
     def wait(self, numbers: Iterable[int]) -> set[int]:
         """Those of the numbers whose groups are there, at least one; of embedded engines, which answer batch by batch,
         all. Raises EnginesLost."""
-        numbers, hope = set(numbers), patience()
+        numbers, hope = set(numbers), progress_deadline()
         while len(there := numbers & self._answers.keys()) < (len(numbers) if self.embedded else min(1, len(numbers))):
             progress = self._poll()
             if hope:

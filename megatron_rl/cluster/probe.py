@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 
-from megatron_rl.actor.layout import Layout
 from megatron_rl.cluster.runtime import Nodes, host_process
 from megatron_rl.errors import UserError
+from megatron_rl.parallel.layout import Layout
 
 Sums = dict[str, tuple[tuple[int, ...], float]]
 """Name of a process group -> its ranks, and the seconds of a sum over them."""
@@ -45,7 +45,7 @@ def collectives(nodes: Nodes, device: str, layout: Layout, logs: Path) -> Collec
     """A sum over every process group. Raises UserError on time-out, and what the ranks raise."""
     ranks = [
         host_process(
-            "megatron_rl.actor.collectives:CollectiveCheck",
+            "megatron_rl.parallel.collectives:CollectiveCheck",
             (device, layout, rank),
             log_file=logs / f"rank-{rank}.log",
             nodes=nodes,

@@ -17,11 +17,11 @@ import ray
 from ray.util import get_node_ip_address, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megatron_rl.cluster.placement import Placement
-from megatron_rl.cluster.watch import Patience, Watch, finished
+from megatron_rl.cluster.watch import ProgressDeadline, Watch, finished
 from megatron_rl.errors import UserError
-from megatron_rl.observability import heartbeat
-from megatron_rl.observability.process_log import redirect_output
+from megatron_rl.parallel.placement import Placement
+from megatron_rl.utils import heartbeat
+from megatron_rl.utils.process_log import redirect_output
 
 OBJECT_STORE_BYTES = 256 * 2**20
 BACKGROUND = "background"
@@ -150,11 +150,11 @@ class Hosted:
         self.object = getattr(importlib.import_module(module), name)(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        heartbeat.say("", call=method)
+        heartbeat.notify("", call=method)
         try:
             return getattr(self.object, method)(*arguments)
         finally:
-            heartbeat.say("", call=heartbeat.IDLE)
+            heartbeat.notify("", call=heartbeat.IDLE)
 
     @ray.method(concurrency_group=BACKGROUND)
     def call_beside(self, method: str, *arguments: Any) -> Any:
@@ -216,14 +216,14 @@ def host_process(
     return actor.remote(target, arguments, log_file.resolve(), nodes.many, Path.cwd())
 
 
-def patience() -> Patience | None:
+def progress_deadline() -> ProgressDeadline | None:
     """For a wait that `results` does not do; None outside `ray_runtime`."""
-    return Patience(_watch) if _watch else None
+    return ProgressDeadline(_watch) if _watch else None
 
 
 def as_done(refs: list[ray.ObjectRef]) -> Iterator[ray.ObjectRef]:
     """Each as soon as it is done, well or not; `results` has what came out. Waits no longer than `results` would."""
-    return finished(refs, patience())
+    return finished(refs, progress_deadline())
 
 
 def results(refs: list[ray.ObjectRef]) -> list[Any]:

@@ -12,9 +12,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatron_rl.errors import UserError
-from megatron_rl.observability import heartbeat
 from megatron_rl.observability.hang import Evidence, examine, explain
-from megatron_rl.observability.heartbeat import Beat
+from megatron_rl.utils import heartbeat
+from megatron_rl.utils.heartbeat import Beat
 
 POLL_SECONDS = 5.0
 
@@ -33,7 +33,7 @@ class Watch:
 
     def results(self, refs: list[ray.ObjectRef]) -> list[Any]:
         """`ray.get`. Raises the first error of a process at once; UserError when none makes progress any more."""
-        done = {ref: ray.get(ref) for ref in finished(refs, Patience(self))}
+        done = {ref: ray.get(ref) for ref in finished(refs, ProgressDeadline(self))}
         return [done[ref] for ref in refs]
 
     def stop(self, quiet_seconds: float) -> None:
@@ -48,7 +48,7 @@ class Watch:
         )
 
 
-class Patience:
+class ProgressDeadline:
     """Of one wait, however often it looks whether there is anything."""
 
     def __init__(self, watch: Watch) -> None:
@@ -73,12 +73,12 @@ class Patience:
             self._watch.stop(time.monotonic() - self._since)
 
 
-def finished(refs: list[ray.ObjectRef], patience: Patience | None) -> Iterator[ray.ObjectRef]:
+def finished(refs: list[ray.ObjectRef], progress_deadline: ProgressDeadline | None) -> Iterator[ray.ObjectRef]:
     """Each as soon as it is done, well or not."""
     while refs:
-        ready, refs = ray.wait(refs, timeout=patience.poll_seconds if patience else None)
-        if patience:
-            patience.check(progress=bool(ready))
+        ready, refs = ray.wait(refs, timeout=progress_deadline.poll_seconds if progress_deadline else None)
+        if progress_deadline:
+            progress_deadline.check(progress=bool(ready))
         yield from ready
 
 

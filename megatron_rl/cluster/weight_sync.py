@@ -40,9 +40,9 @@ class WeightSync(ABC):
     """One a run; a subclass for each way that weights can go. An engine is paused while it takes an update, and serves
     again only with the whole of it."""
 
-    def __init__(self, actors: Actors, engines: Engines, engine_ranks: int, say: Callable[[str], None]) -> None:
+    def __init__(self, actors: Actors, engines: Engines, engine_ranks: int, notify: Callable[[str], None]) -> None:
         """engine_ranks: tensor-parallel ranks of an engine. say: told what went wrong and was mended."""
-        self.actors, self.engines, self.engine_ranks, self.say = actors, engines, engine_ranks, say
+        self.actors, self.engines, self.engine_ranks, self.notify = actors, engines, engine_ranks, notify
         self.version: int | None = None
         """Of the weights that the engines have."""
         self.released = False
@@ -115,7 +115,7 @@ class WeightSync(ABC):
         failed = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
         self.engines.resume([engine for engine in answers if engine not in failed], self.version)
         for engine, failure in failed.items():
-            self.say(f"engine {engine.number} has not got weight version {self.version} whole: {failure}")
+            self.notify(f"engine {engine.number} has not got weight version {self.version} whole: {failure}")
         return failed
 
     def _give_up(self, engine: EngineProcess, failure: Exception) -> None:
@@ -149,12 +149,12 @@ class FolderSync(WeightSync):
         actors: Actors,
         engines: Engines,
         engine_ranks: int,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         *,
         folder: Path,
         bucket_bytes: int,
     ) -> None:
-        super().__init__(actors, engines, engine_ranks, say)
+        super().__init__(actors, engines, engine_ranks, notify)
         self._parts: tuple[Path, ...] = ()
         results(actors.submit_weights("connect_weights", [folder] * actors.stages, bucket_bytes))
 
@@ -179,7 +179,7 @@ class CollectiveSync(WeightSync):
         actors: Actors,
         engines: Engines,
         engine_ranks: int,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         *,
         backend: str,
         bucket_bytes: int,
@@ -187,7 +187,7 @@ class CollectiveSync(WeightSync):
         mapped: bool = False,
     ) -> None:
         """update_seconds: how long weights of so many bytes may take."""
-        super().__init__(actors, engines, engine_ranks, say)
+        super().__init__(actors, engines, engine_ranks, notify)
         self._backend, self._mapped = backend, mapped
         specs = actors.weight_specs()
         self._bucket_bytes = min(bucket_bytes, max(sum(spec.nbytes for spec in stage) for stage in specs))

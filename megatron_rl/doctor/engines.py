@@ -25,9 +25,9 @@ REMEDY = {
 
 def check_engines(config: Config, nodes: Nodes, logs: Path) -> Finding:
     """Every engine of the run starts from the model's folder and samples a few tokens; all end again."""
-    from megatron_rl.checkpoint.hf_format import open_weights
     from megatron_rl.cluster.engines import Engines
-    from megatron_rl.session.launch import launch_of
+    from megatron_rl.models.hf_format import open_weights
+    from megatron_rl.run.launch import launch_of
     from megatron_rl.types import Prompt, SamplingParams
 
     rollout = config.rollout
@@ -51,7 +51,7 @@ def check_engines(config: Config, nodes: Nodes, logs: Path) -> Finding:
     engines: Engines | None = None
     started = time.monotonic()
     try:
-        engines = Engines(once, launch, logs, nodes, say=lambda _: None)
+        engines = Engines(once, launch, logs, nodes, notify=lambda _: None)
         seconds = time.monotonic() - started
         answers = engines.generate(prompts, sampling)
     except Exception as error:  # whatever an engine raises is the finding

@@ -16,10 +16,10 @@ from megatron_rl.errors import UserError
 from megatron_rl.evaluation.measures import Estimate, Measures, macro
 from megatron_rl.evaluation.problems import Problem, problems_of, read_problems, write_problems
 from megatron_rl.evaluation.sources import Source
-from megatron_rl.observability.files import atomically
 from megatron_rl.reward.grader import Grader, open_grader
 from megatron_rl.reward.outcomes import check_failures
 from megatron_rl.types import Prompt, SamplingParams
+from megatron_rl.utils.files import atomically
 
 IDENTITY, SUMMARY = "evaluation.json", "summary.json"
 

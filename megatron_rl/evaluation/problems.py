@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
-from megatron_rl.observability.files import atomically
 from megatron_rl.types import Outcome, Sample
+from megatron_rl.utils.files import atomically
 
 RIGHT = 0.5
 """A response with a higher score is right: what pass@k and maj@k count."""

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_rl.batching.rows import rows_of
+from megatron_rl.batching.sequences import rows_of
 from megatron_rl.evaluation.measures import Measures, macro
 from megatron_rl.evaluation.probes import probe_rows
 from megatron_rl.evaluation.problems import problems_of, write_problems
-from megatron_rl.rollout.collect import collect
+from megatron_rl.rollout.sample import collect
 
 if TYPE_CHECKING:
-    from megatron_rl.session.run import Run
+    from megatron_rl.run.run import Run
     from megatron_rl.types import Sample
 
 

@@ -12,10 +12,10 @@ from megatron_rl.data.template import load_tokenizer
 from megatron_rl.data.tokens import stop_token_ids
 from megatron_rl.errors import UserError
 from megatron_rl.types import FinishReason, Generation, Prompt, Sample, SamplingParams
-from megatron_rl.web import RequestFailed, ask
+from megatron_rl.utils.web import RequestFailed, ask
 
 if TYPE_CHECKING:
-    from megatron_rl.rollout.transformers_engine import TransformersEngine
+    from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 
 EDGE = 2**20
 """Bytes at either end of a weight file that identify it, with its size."""
@@ -49,7 +49,7 @@ class ModelFolder:
         self._engine: TransformersEngine | None = None
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
-        from megatron_rl.rollout.collect import collect
+        from megatron_rl.rollout.sample import collect
 
         return collect(self, prompts, sampling, self.tokenizer)
 
@@ -61,7 +61,7 @@ class ModelFolder:
         if self._engine is None:
             import torch
 
-            from megatron_rl.rollout.transformers_engine import TransformersEngine
+            from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 
             device = self._device if self._device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
             silence_loading()

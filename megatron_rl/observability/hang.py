@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import psutil
 
-from megatron_rl.observability import heartbeat
 from megatron_rl.observability.format import duration
-from megatron_rl.observability.heartbeat import IDLE, Beat
+from megatron_rl.utils import heartbeat
+from megatron_rl.utils.heartbeat import IDLE, Beat
 
 STACK_SECONDS = 20
 """How long one process's stack may take to read."""

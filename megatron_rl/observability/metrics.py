@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
-from megatron_rl.observability.files import atomically, write_error
 from megatron_rl.observability.sinks import Sink
+from megatron_rl.utils.files import atomically, write_error
 
 FILE_NAME = "metrics.jsonl"
 

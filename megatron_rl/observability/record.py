@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_rl.batching.rows import Array, Rows
-from megatron_rl.observability.files import atomically
+from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.observability.rollouts import write_rollouts
 from megatron_rl.types import Sample
+from megatron_rl.utils.files import atomically
 
 MOST_TIME = 0.02
 """Share of a run's time that dumps may take, unless every step is to have one."""
@@ -49,7 +49,7 @@ def record(
     step: int,
     samples: Sequence[Sample],
     advantages: Array,
-    batch: Rows,
+    batch: SequenceBatch,
     seen: Mapping[str, Array],
     *,
     most_tokens: int,
@@ -84,13 +84,13 @@ def recorded_rows(groups: Sequence[int], lengths: Array, step: int, most_tokens:
     return np.flatnonzero(np.isin(number, kept or min(sizes, key=lambda group: sizes[group])))
 
 
-def candidate_positions(batch: Rows, step: int) -> Rows:
+def candidate_positions(batch: SequenceBatch, step: int) -> SequenceBatch:
     """A few rows, their starts only, some of whose response tokens are marked as `wanted`; `row` is where they came
     from, `position` the place in the response."""
     random = np.random.default_rng(step)
     rows = np.sort(random.permutation(len(batch))[:CANDIDATE_ROWS])
     lengths = np.minimum(batch.response_lengths[rows], CANDIDATE_TOKENS)
-    part = Rows(
+    part = SequenceBatch(
         tokens=[batch.tokens[i][: batch.prompt_lengths[i] + n] for i, n in zip(rows, lengths, strict=True)],
         prompt_lengths=batch.prompt_lengths[rows],
     )
@@ -100,7 +100,7 @@ def candidate_positions(batch: Rows, step: int) -> Rows:
     return part.with_values(wanted=wanted, row=part.per_token(rows), position=position)
 
 
-def write_candidates(folder: Path, step: int, part: Rows, found: Mapping[str, Array]) -> Path:
+def write_candidates(folder: Path, step: int, part: SequenceBatch, found: Mapping[str, Array]) -> Path:
     """`folder/step_000010.parquet`: a row a marked position, with its likeliest next tokens, the likeliest first."""
     marked = part.values["wanted"]
     table = pa.table(

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_rl.observability.files import atomically
 from megatron_rl.types import Sample
+from megatron_rl.utils.files import atomically
 
 SCHEMA = pa.schema(
     [

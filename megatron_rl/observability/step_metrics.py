@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_rl.actor.results import add_up
-from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.actor.passes.results import add_up
+from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.types import Sample
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def rollout_metrics(samples: Sequence[Sample], teaching: Collection[int]) -> dic
     }
 
 
-def policy_metrics(batch: Rows, seen: Mapping[str, Array], fresh: Array) -> dict[str, float]:
+def policy_metrics(batch: SequenceBatch, seen: Mapping[str, Array], fresh: Array) -> dict[str, float]:
     """Entropy, the kept share and the rollout-actor gap over the tokens the actor saw (NaN where it did not).
 
     fresh: [T] bool, the tokens that the weights in training sampled. Their gap should be none; of the others it is how

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.actor.layout import Layout
 from megatron_rl.config.actor import RecomputeSettings
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.parallel.layout import Layout
 
 FP32 = 4
 

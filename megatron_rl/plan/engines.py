@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_rl.config.transport import transport_of
 from megatron_rl.plan.flops import body_flops, head_flops
 from megatron_rl.plan.hardware import GIB
 from megatron_rl.plan.memory import RankMemory, actor_memory
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
-from megatron_rl.session.transport import transport_of
 
 SHARE = {"sglang": 0.85, "vllm": 0.90, "transformers": 0.90}
 """Of a GPU's memory that the engine takes for weights and KV cache unless told otherwise, about."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rl.actor.architecture import Architecture
+from megatron_rl.models.architecture import Architecture
 
 
 def layer_weights(model: Architecture, layer: int) -> int:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_rl.config.transport import transport_of
 from megatron_rl.plan.activations import FP32, layer_bytes
 from megatron_rl.plan.parameters import rank_parameters, stage_layers
 from megatron_rl.plan.setup import Setup
-from megatron_rl.session.transport import transport_of
 
 Parts = dict[str, float]
 """What takes the memory -> bytes."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.actor.layout import Layout, last_stage_layers, padded_vocabulary
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.parallel.layout import Layout, last_stage_layers, padded_vocabulary
 
 
 @dataclass(frozen=True, slots=True)

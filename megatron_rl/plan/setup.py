@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.actor.layout import Layout, padded_vocabulary, validate_layout
-from megatron_rl.checkpoint.hf_format import read_config
-from megatron_rl.cluster.placement import Placement
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.hf_format import read_config
+from megatron_rl.parallel.configured import layout_of, placement_of
+from megatron_rl.parallel.layout import Layout, padded_vocabulary, validate_layout
+from megatron_rl.parallel.placement import Placement
 from megatron_rl.plan.hardware import GPUS, Assumptions, Gpu
 from megatron_rl.plan.lengths import Lengths, lengths
-from megatron_rl.session.layout_check import layout_of, placement_of
 
 USUAL_PROMPT = 200
 """Tokens; problems of mathematics are about that long."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from megatron_rl.config.transport import transport_of
 from megatron_rl.plan.engines import rollout_seconds
 from megatron_rl.plan.flops import body_flops, head_flops
 from megatron_rl.plan.memory import optimizer_state
 from megatron_rl.plan.parameters import model_parameters, rank_parameters
 from megatron_rl.plan.setup import Setup
-from megatron_rl.session.transport import transport_of
 
 Parts = dict[str, float]
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 from megatron_rl.config.reward import RemoteSettings, RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.types import RewardResult, Sample
-from megatron_rl.web import EXCERPT, RequestFailed, ask
+from megatron_rl.utils.web import EXCERPT, RequestFailed, ask
 
 
 class RemoteReward:

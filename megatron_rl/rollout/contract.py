@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from megatron_rl.batching.rows import Array, Rows, rows_of
+from megatron_rl.batching.sequences import Array, SequenceBatch, rows_of
 from megatron_rl.config.rollout import ContractSettings
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.contract_causes import Score, likely_cause, paths
@@ -67,10 +67,10 @@ class Contract:
         dtype: str,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         """dtype: of the actor. say: told when engines are found to agree."""
-        self.bounds, self._every, self._say = Bounds.of(settings, dtype), settings.every, say
+        self.bounds, self._every, self._say = Bounds.of(settings, dtype), settings.every, notify
         self._prompts = list(prompts[:PROMPTS])
         self._sampling = replace(sampling, n=RESPONSES, max_tokens=min(TOKENS, sampling.max_tokens))
         self._syncs = 0
@@ -108,7 +108,7 @@ class Contract:
         )
         return {"logprob/contract_max_diff": float(gap.max()), "logprob/contract_abs_diff": float(gap.mean())}
 
-    def _rows(self, groups: Sequence[Sequence[Generation]]) -> Rows:
+    def _rows(self, groups: Sequence[Sequence[Generation]]) -> SequenceBatch:
         """Of one engine's answer."""
         return rows_of(
             [
@@ -118,7 +118,7 @@ class Contract:
             ]
         )
 
-    def _refusal(self, engine: int, rows: Rows, actors: Array, score: Score) -> str:
+    def _refusal(self, engine: int, rows: SequenceBatch, actors: Array, score: Score) -> str:
         gap = np.abs(rows.values["rollout_log_probs"] - actors)
         cause = likely_cause(
             rows, actors, score, temperature=self._sampling.temperature, hold=self.bounds.hold, before=self._before

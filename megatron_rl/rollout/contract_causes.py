@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.sequences import Array, SequenceBatch
 
-Score = Callable[[Rows, float], Array]
+Score = Callable[[SequenceBatch, float], Array]
 """(rows, temperature) -> [T], log-probs of the response tokens by the actor as it is now."""
 
 WIDEST = 4.0
@@ -25,7 +25,7 @@ AS_IF_ROUNDED = 0.03
 
 
 def likely_cause(
-    rows: Rows,
+    rows: SequenceBatch,
     actors: Array,
     score: Score,
     *,
@@ -73,7 +73,7 @@ def likely_cause(
     )
 
 
-def paths(rows: Rows, log_probs: Array) -> dict[tuple[int, ...], float]:
+def paths(rows: SequenceBatch, log_probs: Array) -> dict[tuple[int, ...], float]:
     """Each response token with all that is before it -> its log-prob [T]."""
     found, place = {}, 0
     for tokens, start in zip(rows.tokens, rows.prompt_lengths, strict=True):
@@ -85,7 +85,7 @@ def paths(rows: Rows, log_probs: Array) -> dict[tuple[int, ...], float]:
 
 
 def _are_those_of(
-    rows: Rows, said: Array, before: Mapping[tuple[int, ...], float], hold: Callable[[Array], bool]
+    rows: SequenceBatch, said: Array, before: Mapping[tuple[int, ...], float], hold: Callable[[Array], bool]
 ) -> bool:
     """Whether the engine says what the actor once did, of the tokens it was asked of then: some always are sampled
     again."""
@@ -93,7 +93,9 @@ def _are_those_of(
     return bool(again) and hold(np.abs(np.array(again)))
 
 
-def _fitted_temperature(rows: Rows, said: Array, actors: Array, score: Score, temperature: float) -> float | None:
+def _fitted_temperature(
+    rows: SequenceBatch, said: Array, actors: Array, score: Score, temperature: float
+) -> float | None:
     """The temperature at which the actor says the same, if there is one: by golden section on its logarithm."""
 
     def gap(log_ratio: float) -> float:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 import lpreg
-from megatron_rl.batching.rows import Array
+from megatron_rl.batching.sequences import Array
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
-    from megatron_rl.rollout.refill import Rollouts
+    from megatron_rl.rollout.collector import Rollouts
 
 
 def advantages_of(config: Config, rollouts: Rollouts) -> tuple[Array, dict[str, float]]:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 
 if TYPE_CHECKING:
-    from megatron_rl.session.run import Run
+    from megatron_rl.run.run import Run
 
 Seen = dict[str, Array]
 """Name -> [T], what the actor said of each response token before the first update; NaN where it was not asked."""
@@ -29,7 +29,7 @@ def acting_rows(run: Run, advantages: Array) -> Array:
     return advantages != 0
 
 
-def score_old_policy(run: Run, batch: Rows, advantages: Array) -> tuple[Rows, Seen]:
+def score_old_policy(run: Run, batch: SequenceBatch, advantages: Array) -> tuple[SequenceBatch, Seen]:
     """The batch with the old policy's values where the updates need them; and what the actor was seen to say."""
     acting = acting_rows(run, advantages)
     wanted = ~acting if run.config.train.score_dropped else np.zeros_like(acting)
@@ -50,7 +50,7 @@ def score_old_policy(run: Run, batch: Rows, advantages: Array) -> tuple[Rows, Se
     return batch, seen
 
 
-def score_lagged_policy(run: Run, step: int, batch: Rows) -> Rows:
+def score_lagged_policy(run: Run, step: int, batch: SequenceBatch) -> SequenceBatch:
     """The batch with the proxy of the lagged snapshot: log q of the response tokens, -inf where its filter drops them,
     and where the loss wants it q over all of the filter.
 
@@ -72,7 +72,7 @@ def score_lagged_policy(run: Run, step: int, batch: Rows) -> Rows:
     return batch.with_values(proxy_log_probs=log_q)
 
 
-def score_reference(run: Run, batch: Rows, advantages: Array) -> Rows:
+def score_reference(run: Run, batch: SequenceBatch, advantages: Array) -> SequenceBatch:
     """The batch with the reference model's log-probs of the response tokens, where the loss holds the policy to it."""
     if not run.config.algorithm.reference_kl.coefficient:
         return batch
@@ -81,18 +81,18 @@ def score_reference(run: Run, batch: Rows, advantages: Array) -> Rows:
     return batch.with_values(reference_log_probs=seen["log_probs"])
 
 
-def _uses_proxy(run: Run, batch: Rows) -> Array:
+def _uses_proxy(run: Run, batch: SequenceBatch) -> Array:
     """[T] bool, where the proxy can matter; among all tokens as long as none is selected."""
     acts: Array = run.loss.uses_proxy(torch.from_numpy(batch.values["advantages"])).numpy()
     return acts & batch.values["selected"] if "selected" in batch.values else acts
 
 
-def _with_proxy(batch: Rows, rows: Array, proxy: StoredProxy) -> Rows:
+def _with_proxy(batch: SequenceBatch, rows: Array, proxy: StoredProxy) -> SequenceBatch:
     """proxy: over the tokens of `rows`."""
     return replace(batch, proxy=StoredProxy.join(batch.num_response_tokens, [(batch.token_index(rows), proxy)]))
 
 
-def fill(seen: Seen, part: dict[str, Array], batch: Rows, rows: Array) -> None:
+def fill(seen: Seen, part: dict[str, Array], batch: SequenceBatch, rows: Array) -> None:
     """Write the values of some rows into the whole batch's."""
     index = batch.token_index(rows)
     for name, values in part.items():

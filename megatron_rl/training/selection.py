@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 import lpreg
-from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.observability.step_metrics import selection_metrics
 from megatron_rl.training.policies import Seen
 
 if TYPE_CHECKING:
-    from megatron_rl.session.run import Run
+    from megatron_rl.run.run import Run
 
 
-def select(run: Run, step: int, batch: Rows, seen: Seen) -> tuple[Rows, dict[str, float]]:
+def select(run: Run, step: int, batch: SequenceBatch, seen: Seen) -> tuple[SequenceBatch, dict[str, float]]:
     """The batch with its selected tokens marked, and where the ranking was cut."""
     rule = run.loss.selection
     if rule is None:
@@ -41,7 +41,7 @@ def select(run: Run, step: int, batch: Rows, seen: Seen) -> tuple[Rows, dict[str
     return batch.with_values(selected=mask), selection_metrics(rule, selection)
 
 
-def selection_overlap(run: Run, batch: Rows, seen: Seen) -> dict[str, float]:
+def selection_overlap(run: Run, batch: SequenceBatch, seen: Seen) -> dict[str, float]:
     """Share of the lowest log-probs that the engine's and the actor's ranking agree on, where both are known."""
     rule = run.loss.selection
     if rule is None or rule.kind != "lowest_log_prob" or not np.isfinite(seen.get("log_probs", np.nan)).all():

@@ -9,7 +9,7 @@ import numpy as np
 
 import lpreg
 from megatron_rl.batching.mini_batches import mini_batches
-from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.errors import UserError
 from megatron_rl.observability.step_metrics import update_metrics
 from megatron_rl.training.policies import Seen, acting_rows, fill
@@ -17,11 +17,11 @@ from megatron_rl.types import Sample
 
 if TYPE_CHECKING:
     from megatron_rl.cluster.actors import StepResult
-    from megatron_rl.session.run import Run
+    from megatron_rl.run.run import Run
 
 
 def update(
-    run: Run, step: int, batch: Rows, samples: Sequence[Sample], advantages: Array, seen: Seen
+    run: Run, step: int, batch: SequenceBatch, samples: Sequence[Sample], advantages: Array, seen: Seen
 ) -> dict[str, float]:
     """All updates of a step, one a mini-batch. Returns their metrics; on-policy, fills in what the actor `seen` lacks.
 
@@ -62,7 +62,7 @@ def old_policy_kl(log_ratio: Array) -> float:
     return float((np.expm1(log_ratio) - log_ratio).mean())
 
 
-def denominator(loss: lpreg.PolicyLoss, mini_batch: Rows) -> int:
+def denominator(loss: lpreg.PolicyLoss, mini_batch: SequenceBatch) -> int:
     """What the loss is a mean over, dropped rows included."""
     if loss.denominator_counts == "selected_tokens":
         return max(1, int(mini_batch.values["selected"].sum()))

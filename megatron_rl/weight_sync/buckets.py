@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megatron_rl.memory import Memory, fresh
+from megatron_rl.utils.memory import Memory, fresh
 
 T = TypeVar("T")
 

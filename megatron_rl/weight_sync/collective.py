@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.memory import Reused
+from megatron_rl.utils.memory import Reused
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import flattened
 from megatron_rl.weight_sync.checksums import ChecksumTaker

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from megatron_rl.rendezvous import store_at
+from megatron_rl.utils.rendezvous import store_at
 from megatron_rl.weight_sync.transport import GroupMember
 
 

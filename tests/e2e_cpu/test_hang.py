@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from megatron_rl.observability.heartbeat import read_beats
+from megatron_rl.utils.heartbeat import read_beats
 from tests.e2e_cpu.conftest import QUICKSTART, SHORT_WARM_START, CommandLine
 
 pytestmark = pytest.mark.e2e

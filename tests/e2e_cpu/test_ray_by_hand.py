@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from ray.util import get_node_ip_address
 
-from megatron_rl.rollout.server_process import free_port
+from megatron_rl.rollout.servers.server_process import free_port
 from tests.e2e_cpu.conftest import QUICKSTART, REPOSITORY, CommandLine
 
 pytestmark = pytest.mark.e2e
@@ -38,8 +38,8 @@ DEVICES = """
 import json
 from pathlib import Path
 import ray
-from megatron_rl.actor.layout import Layout
-from megatron_rl.cluster.placement import place
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.parallel.placement import place
 from megatron_rl.cluster.runtime import host_process, ray_runtime
 from megatron_rl.config.cluster import ClusterSettings
 

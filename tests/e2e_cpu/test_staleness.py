@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_rl.checkpoint.backlog import BACKLOG, read_backlog
 from megatron_rl.checkpoint.manifest import read_manifest
+from megatron_rl.checkpoint.rollout_buffer import BUFFER_FILE, read_buffer
 from megatron_rl.observability.rollouts import dumps
 from tests.e2e_cpu.conftest import CommandLine, Finished
 from tests.e2e_cpu.test_resume import SHORT, assert_same_end, interrupt
@@ -56,7 +56,7 @@ def test_partial_rollouts_go_on_from_a_checkpoint_bit_for_bit(quickstart: Callab
     straight = quickstart("partial", *PARTIAL)
     assert_within_bound(straight)
     assert max(row.get("rollout/staleness_max", 0) for row in straight.metrics) == 1
-    left = read_backlog(straight.folder / "checkpoints/step_000002")
+    left = read_buffer(straight.folder / "checkpoints/step_000002")
     assert any(group.whole for group in left) and any(not group.whole for group in left)
 
     again = straight.folder.with_name("partial_again")
@@ -74,7 +74,7 @@ def test_an_asynchronous_run_loses_no_prompt_when_it_is_killed(
     killed = interrupt(command_line, "asynchronous", "step_000002", signal.SIGKILL, *ASYNCHRONOUS)
     assert killed.status == -signal.SIGKILL, killed.output
     checkpoint = killed.folder / "checkpoints/step_000002"
-    assert (checkpoint / BACKLOG).is_file()
+    assert (checkpoint / BUFFER_FILE).is_file()
     resumed = quickstart("asynchronous", *ASYNCHRONOUS, "resume=auto")
     assert_within_bound(resumed)
     cursor = read_manifest(resumed.folder / f"checkpoints/step_{STEPS:06d}").state.cursor

@@ -13,9 +13,9 @@ import pytest
 
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.data.countdown import write_task
-from megatron_rl.rollout import guard
-from megatron_rl.rollout.http_engine import HttpEngine
-from megatron_rl.rollout.server import ServerLaunch
+from megatron_rl.rollout.servers import guard
+from megatron_rl.rollout.servers.http_engine import HttpEngine
+from megatron_rl.rollout.servers.server import ServerLaunch
 from tests.e2e_cpu.conftest import CommandLine
 
 T = TypeVar("T")

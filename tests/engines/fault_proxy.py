@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from megatron_rl.rollout.http_engine import HttpEngine
+from megatron_rl.rollout.servers.http_engine import HttpEngine
 
 SLOW_SECONDS = 13.0
 """Longer than the engines of the tests are to wait for an answer."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.rollout.http_engine import HttpEngine
-from megatron_rl.rollout.server import Address, HttpClient, ServerRefused
-from megatron_rl.rollout.vllm import _generation, _sampling
-from megatron_rl.rollout.vllm_together import PATH, Together
+from megatron_rl.rollout.engines.vllm.request_batcher import PATH, RequestBatcher
+from megatron_rl.rollout.engines.vllm.server import _generation, _sampling
+from megatron_rl.rollout.servers.http_engine import HttpEngine
+from megatron_rl.rollout.servers.server import Address, HttpClient, ServerRefused
 from megatron_rl.types import SamplingParams
 from tests.engines.conftest import Run
 
@@ -43,7 +43,7 @@ def test_they_say_what_vllms_own_say(engine: HttpEngine, run: Run[list[Any]]) ->
     requests = [REQUEST, REQUEST | {"token_ids": [1, 5]}]
 
     async def both(client: HttpClient) -> tuple[list[Any], list[Any]]:
-        together = Together(client)
+        together = RequestBatcher(client)
         brief = await asyncio.gather(*(together.ask(request, 60.0) for request in requests))
         path = "/inference/v1/generate"
         return brief, [(await client.post(path, request, timeout_seconds=60.0))["choices"] for request in requests]
@@ -66,7 +66,7 @@ def test_a_stranger_gets_none(engine: HttpEngine, run: Run[list[Any]]) -> None:
 
 def test_what_cannot_be_done_is_left_to_vllms_handler(engine: HttpEngine, run: Run[list[Any]]) -> None:
     async def asked(client: HttpClient) -> list[Any]:
-        together = Together(client)
+        together = RequestBatcher(client)
         return await asyncio.gather(*(together.ask(request, 60.0) for request in [*WRONG, REQUEST]))
 
     *wrong, right = run(with_client(address(engine), asked))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.rollout.http_engine import HttpEngine
+from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.types import Generation, SamplingParams
 from tests.engines.conftest import Run
 from tests.engines.test_generate import largest_gap

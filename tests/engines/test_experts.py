@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.rollout import ServerSettings
-from megatron_rl.rollout.http_engine import HttpEngine
+from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.types import SamplingParams
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.folder import FolderTransport

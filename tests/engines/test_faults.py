@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.rollout import ServerSettings
-from megatron_rl.rollout.http_engine import HttpEngine
+from megatron_rl.rollout.servers.http_engine import HttpEngine
 from tests.e2e_cpu.conftest import CommandLine, Finished
 from tests.engines.conftest import Run, launch
 from tests.engines.fault_proxy import Script, fault_proxy

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.rollout.http_engine import HttpEngine
-from megatron_rl.rollout.server import ServerRefused
+from megatron_rl.rollout.servers.http_engine import HttpEngine
+from megatron_rl.rollout.servers.server import ServerRefused
 from megatron_rl.types import Generation, SamplingParams
 from tests.engines.conftest import CONTEXT, Run
 

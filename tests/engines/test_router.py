@@ -13,9 +13,9 @@ import pytest
 
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.data.countdown import write_task
-from megatron_rl.rollout.http_engine import HttpEngine
-from megatron_rl.rollout.router import Router
-from megatron_rl.rollout.server import UNSYNCED, Address, HttpClient, ServerRefused
+from megatron_rl.rollout.servers.http_engine import HttpEngine
+from megatron_rl.rollout.servers.router import Router
+from megatron_rl.rollout.servers.server import UNSYNCED, Address, HttpClient, ServerRefused
 from megatron_rl.types import Generation, SamplingParams
 from tests.e2e_cpu.conftest import CommandLine
 from tests.engines.conftest import Run, launch, server_processes

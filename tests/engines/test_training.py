@@ -17,8 +17,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_rl.observability.heartbeat import FOLDER
-from megatron_rl.rollout import guard
+from megatron_rl.rollout.servers import guard
+from megatron_rl.utils.heartbeat import FOLDER
 from tests.e2e_cpu.conftest import QUICKSTART, CommandLine, Finished
 from tests.engines.conftest import server_processes
 

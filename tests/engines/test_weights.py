@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rl.rendezvous import open_port
-from megatron_rl.rollout.engine import UpdateFailed
-from megatron_rl.rollout.http_engine import HttpEngine
-from megatron_rl.rollout.server import ServerUnavailable
+from megatron_rl.rollout.engines.interface import UpdateFailed
+from megatron_rl.rollout.servers.http_engine import HttpEngine
+from megatron_rl.rollout.servers.server import ServerUnavailable
 from megatron_rl.types import Generation
+from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker, WeightsDamaged
 from megatron_rl.weight_sync.collective import CollectiveTransport

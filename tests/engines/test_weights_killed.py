@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_rl.rollout.engine import EngineLost
-from megatron_rl.rollout.http_engine import FOLDER_PREFIX, HttpEngine
+from megatron_rl.rollout.engines.interface import EngineLost
+from megatron_rl.rollout.servers.http_engine import FOLDER_PREFIX, HttpEngine
 from tests.engines.conftest import Run, server_processes
 from tests.engines.test_generate import PROMPTS, SAMPLING
 from tests.engines.test_weights import Sender

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
-from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
-from megatron_rl.session.layout_check import layout_of
+from megatron_rl.parallel.configured import layout_of
 from tests.meeting import meeting_point
 from tests.unit.plan.measure import rows
 
@@ -65,7 +65,7 @@ def run_rank(rank: int, folder: Path) -> None:
     worker.close()
 
 
-def steps(worker: MegatronWorker, batch: Rows, count: int) -> dict[str, Any]:
+def steps(worker: MegatronWorker, batch: SequenceBatch, count: int) -> dict[str, Any]:
     losses, norms = [], []
     for _ in range(count):
         parts = gathered(worker.train(batch, LEARNING_RATE, batch.num_response_tokens, TEMPERATURE))

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from megatron_rl.rendezvous import open_port
+from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
 from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport

@@ -13,7 +13,7 @@ from lpreg import TokenStats, fused_token_stats, token_stats
 pytestmark = pytest.mark.gpu
 
 FLOATS = ("log_probs", "entropy", "log_z", "max_logit")
-Form = Callable[[Tensor, Tensor, Tensor], TokenStats]
+PackingSpec = Callable[[Tensor, Tensor, Tensor], TokenStats]
 
 
 def materialised(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenStats:
@@ -26,7 +26,7 @@ def fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenStats:
 
 @pytest.mark.parametrize("form", [materialised, fused])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_on_cuda_as_on_the_cpu(form: Form, dtype: torch.dtype) -> None:
+def test_on_cuda_as_on_the_cpu(form: PackingSpec, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).to(dtype).requires_grad_() for n in (40, 64))
     targets = torch.randint(64, (40,), generator=generator)

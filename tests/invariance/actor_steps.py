@@ -18,15 +18,15 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from megatron_rl.actor import platform
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.optimizer_state import read_state
-from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.optimizer.state import read_state
+from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
-from megatron_rl.batching.rows import Rows
-from megatron_rl.checkpoint.weight_map import export_hf_weights
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.models.weight_map import export_hf_weights
+from megatron_rl.parallel.layout import Layout
 from tests.meeting import meeting_point
 
 VOCABULARY = 51  # odd: tensor parallelism pads it
@@ -41,7 +41,7 @@ LOSSES = {
 OPTIMIZER = OptimizerSettings(lr=LEARNING_RATE, eps=1.0, clip_grad=0.5, weight_decay=0.1)
 
 
-def batch() -> Rows:
+def batch() -> SequenceBatch:
     """Groups of a prompt and three responses, which begin alike; one ends within another, two are the same."""
     random = np.random.default_rng(5)
     shape = [(3, (9, 2, 12)), (1, (6, 7, 5)), (6, (1, 10, 10))]
@@ -54,7 +54,7 @@ def batch() -> Rows:
             tokens.append(row)
             prompts.append(prompt)
     tokens[-1] = tokens[-2].copy()
-    rows = Rows(tokens, np.array(prompts, dtype=np.int64))
+    rows = SequenceBatch(tokens, np.array(prompts, dtype=np.int64))
     count = rows.num_response_tokens
     return rows.with_values(
         advantages=rows.per_token(random.normal(size=len(rows))).astype(np.float32),

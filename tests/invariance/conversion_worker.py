@@ -18,16 +18,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_rl.actor import platform, process_groups
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.model import build_model
+from megatron_rl.actor import platform
+from megatron_rl.actor.model.policy import build_model
 from megatron_rl.checkpoint.convert.proof import fill_by_megatron
-from megatron_rl.checkpoint.families import Entry, entries
-from megatron_rl.checkpoint.fusion import split
 from megatron_rl.checkpoint.torch_dist import TorchDistWeights, write_torch_dist
-from megatron_rl.checkpoint.weight_map import export_hf_weights, load_hf_weights, publish_hf_weights
-from megatron_rl.rollout.stored import as_stored
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families import Entry, entries
+from megatron_rl.models.fused_experts import as_stored
+from megatron_rl.models.fusion import split
+from megatron_rl.models.weight_map import export_hf_weights, load_hf_weights, publish_hf_weights
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.layout import Layout
 from tests.hf_models import config_json, hf_model
 
 SIZES = (1, 2, 3, 4)

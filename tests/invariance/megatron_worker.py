@@ -22,12 +22,13 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megatron_rl.actor import platform, process_groups
-from megatron_rl.actor.distributed import wrap_ddp
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.model import build_model
-from megatron_rl.checkpoint.weight_map import export_hf_weights, import_values, load_hf_weights, publish_hf_weights
-from megatron_rl.rollout.stored import as_stored
+from megatron_rl.actor import platform
+from megatron_rl.actor.model.policy import build_model
+from megatron_rl.actor.optimizer.distributed import wrap_ddp
+from megatron_rl.models.fused_experts import as_stored
+from megatron_rl.models.weight_map import export_hf_weights, import_values, load_hf_weights, publish_hf_weights
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.layout import Layout
 from tests.hf_models import hf_model
 
 LLAMA3_ROPE = {

@@ -18,18 +18,18 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from megatron_rl.actor import platform
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.optimizer_state import read_state
-from megatron_rl.actor.policy_loss import LossChoice
-from megatron_rl.actor.results import Weights, add_up
+from megatron_rl.actor.optimizer.state import read_state
+from megatron_rl.actor.passes.policy_loss import LossChoice
+from megatron_rl.actor.passes.results import Weights, add_up
 from megatron_rl.actor.worker import MegatronWorker
-from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
-from megatron_rl.checkpoint.weight_map import export_hf_weights
 from megatron_rl.cluster.actors import StepResult, merge_tables
 from megatron_rl.config import Config
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
-from megatron_rl.session.run import Run
+from megatron_rl.models.weight_map import export_hf_weights
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.run.run import Run
 from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select
 from megatron_rl.training.update import update
@@ -113,10 +113,10 @@ def prompts() -> list[tuple[Array, int]]:
     return [(prompt, int(random.integers(1, 13))) for prompt in of_groups for _ in range(SAMPLES)]
 
 
-def batch(folder: Path) -> tuple[Rows, Array, Array]:
+def batch(folder: Path) -> tuple[SequenceBatch, Array, Array]:
     """Rows as the engine sampled them; advantages [N], of which two groups have none; groups [N]."""
     sampled = torch.load(folder / SAMPLED)
-    rows = Rows(
+    rows = SequenceBatch(
         [tokens.numpy() for tokens in sampled["tokens"]],
         np.array([len(prompt) for prompt, _ in prompts()], dtype=np.int64),
     )
@@ -142,15 +142,15 @@ class AllRanks:
     def _count(self, what: str) -> None:
         self.ran[what] += 1
 
-    def _note(self, what: str, batch: Rows) -> None:
+    def _note(self, what: str, batch: SequenceBatch) -> None:
         self.passes.append({"what": what, "rows": len(batch), **self.ran})
         self.ran = dict.fromkeys(self.ran, 0)
 
-    def score(self, batch: Rows, *, temperature: float, weights: Weights = "current") -> dict[str, Array]:
+    def score(self, batch: SequenceBatch, *, temperature: float, weights: Weights = "current") -> dict[str, Array]:
         return self.score_and_store(batch, temperature=temperature, weights=weights)[0]
 
     def score_and_store(
-        self, batch: Rows, *, temperature: float, weights: Weights = "current"
+        self, batch: SequenceBatch, *, temperature: float, weights: Weights = "current"
     ) -> tuple[dict[str, Array], StoredProxy]:
         if not len(batch):
             return merge_tables(batch, [])
@@ -158,7 +158,7 @@ class AllRanks:
         self._note(weights, batch)
         return merge_tables(batch, tables)
 
-    def train(self, batch: Rows, *, lr: float, denominator: float, temperature: float) -> StepResult:
+    def train(self, batch: SequenceBatch, *, lr: float, denominator: float, temperature: float) -> StepResult:
         parts = gathered(self.worker.train(batch, lr, denominator, temperature))
         self._note("train", batch)
         return StepResult(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.actor.candidates import top_candidates
+from megatron_rl.actor.passes.candidates import top_candidates
 from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
 
 SPLITS = (1, 2, 4)

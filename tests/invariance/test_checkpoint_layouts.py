@@ -16,11 +16,10 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from megatron_rl.actor import platform, process_groups
-from megatron_rl.actor.distributed import wrap_ddp
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.model import build_model
-from megatron_rl.actor.optimizer import Optimizer
+from megatron_rl.actor import platform
+from megatron_rl.actor.model.policy import build_model
+from megatron_rl.actor.optimizer.distributed import wrap_ddp
+from megatron_rl.actor.optimizer.optimizer import Optimizer
 from megatron_rl.checkpoint.manifest import (
     FORMAT,
     RNG,
@@ -36,6 +35,8 @@ from megatron_rl.checkpoint.manifest import (
 from megatron_rl.checkpoint.shards import ShardTensors
 from megatron_rl.checkpoint.state import RankState
 from megatron_rl.config.actor import OptimizerSettings
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.layout import Layout
 from tests.hf_models import config_json
 
 DENSE = (

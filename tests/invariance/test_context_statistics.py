@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from lpreg import LossInputs, TokenStats, make_loss, token_stats
-from megatron_rl.actor import process_groups
-from megatron_rl.actor.context import whole_over_context
 from megatron_rl.batching.context import held_by
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.context_statistics import whole_over_context
 from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks
 
 LENGTHS = (8, 24, 16)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.actor.layout import Layout
+from megatron_rl.parallel.layout import Layout
 
 WORKER = Path(__file__).parent / "megatron_worker.py"
 DENSE = ("qwen3", "qwen3-tied", "qwen2", "qwen2-tied", "llama", "llama-tied-biased")

@@ -18,7 +18,7 @@ HEAVY = {"torch", "ray", "megatron", "transformers"}
 # Rooms a login node can import. Their functions may import torch; importing the room may not.
 LIGHT = [
     "cli.py",
-    "cluster/placement.py",
+    "parallel/placement.py",
     "cluster/slurm.py",
     "config",
     "data",
@@ -30,7 +30,7 @@ LIGHT = [
     "types.py",
 ]
 # Who alone may import a library, anywhere in a file.
-OWNERS = {"megatron": ["actor", "checkpoint"], "ray": ["cluster", "loop.py"]}
+OWNERS = {"megatron": ["actor", "checkpoint", "models", "parallel"], "ray": ["cluster", "loop.py"]}
 
 
 def name(path: Path) -> str:

@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from megatron_rl.actor.architecture import SUPPORTED
 from megatron_rl.checkpoint.convert import bridge, proof
 from megatron_rl.checkpoint.convert.source import Rounded, Source, hf_folder_of, open_source
 from megatron_rl.checkpoint.convert.target import Written
-from megatron_rl.checkpoint.families import entries, parameters
-from megatron_rl.checkpoint.hf_format import read_config
 from megatron_rl.checkpoint.hf_shards import MAX_SHARD_BYTES
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import SUPPORTED
+from megatron_rl.models.families import entries, parameters
+from megatron_rl.models.hf_format import read_config
 
 Format = Literal["hf", "torch_dist"]
 _SPARE = 64 * 2**20

@@ -9,8 +9,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.actor.architecture import SUPPORTED
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import SUPPORTED
 
 
 def convert(source: Path, hf_folder: Path, partial: Path, *, to_hf: bool, family: str) -> None:

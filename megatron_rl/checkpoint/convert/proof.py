@@ -16,15 +16,16 @@ from torch.distributed import HashStore
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_rl.actor import platform, process_groups
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.model import build_model
+from megatron_rl.actor import platform
+from megatron_rl.actor.model.policy import build_model
 from megatron_rl.checkpoint import torch_dist
 from megatron_rl.checkpoint.convert.source import ByName, Weights
-from megatron_rl.checkpoint.families import entries, parameters
-from megatron_rl.checkpoint.weight_map import load_hf_weights
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families import entries, parameters
+from megatron_rl.models.weight_map import load_hf_weights
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.layout import Layout
 from megatron_rl.weight_sync.checksums import tensor_checksum
 
 ROWS, LENGTH = 2, 32

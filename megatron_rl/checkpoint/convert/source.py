@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_rl.actor.architecture import Architecture
 from megatron_rl.checkpoint import torch_dist
-from megatron_rl.checkpoint.families import Entry, entries
-from megatron_rl.checkpoint.hf_format import FolderWeights, open_weights, read_config
 from megatron_rl.checkpoint.manifest import MANIFEST
 from megatron_rl.checkpoint.trained import find_checkpoint, trained_from, weight_files
-from megatron_rl.checkpoint.weight_map import check_names
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families import Entry, entries
+from megatron_rl.models.hf_format import FolderWeights, open_weights, read_config
+from megatron_rl.models.weight_map import check_names
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """By safetensors' names."""

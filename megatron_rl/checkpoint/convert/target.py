@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_rl.checkpoint.convert.source import HF_FILES, Rounded, Source
-from megatron_rl.checkpoint.families import Entry, entries
-from megatron_rl.checkpoint.fusion import split
-from megatron_rl.checkpoint.hf_format import copy_all_but_weights
 from megatron_rl.checkpoint.hf_shards import finish_hf_folder, write_hf_shards
 from megatron_rl.checkpoint.torch_dist import write_torch_dist
+from megatron_rl.models.families import Entry, entries
+from megatron_rl.models.fusion import split
+from megatron_rl.models.hf_format import copy_all_but_weights
 from megatron_rl.weight_sync.checksums import tensor_checksum
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.checkpoint.families import Entry
-from megatron_rl.checkpoint.fusion import split
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families import Entry
+from megatron_rl.models.fusion import split
 
 CONFIG, COMMON, INDEX, TRACKER = "metadata.json", "common.pt", ".metadata", "latest_checkpointed_iteration.txt"
 RELEASE = "release"

@@ -13,12 +13,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.checkpoint.families import Entry, entries
-from megatron_rl.checkpoint.fusion import join
 from megatron_rl.checkpoint.torch_dist.index import Reader
 from megatron_rl.checkpoint.torch_dist.keys import CONFIG, Place, megatron_shape, places, resolve
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families import Entry, entries
+from megatron_rl.models.fusion import join
 
 
 class TorchDistWeights:

@@ -18,8 +18,6 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.checkpoint.families import Entry, entries
 from megatron_rl.checkpoint.hf_shards import MAX_SHARD_BYTES
 from megatron_rl.checkpoint.torch_dist.keys import (
     COMMON,
@@ -30,6 +28,8 @@ from megatron_rl.checkpoint.torch_dist.keys import (
     megatron_shape,
     place_of,
 )
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families import Entry, entries
 
 
 def write_torch_dist(

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_rl.data.rows import read_rows
 from megatron_rl.data.schemas import Row
 from megatron_rl.errors import UserError
-from megatron_rl.observability.files import atomically
+from megatron_rl.utils.files import atomically
 
 from .convert import answer_of, extras_of, problem_of
 from .sets import SETS, Columns, PublishedSet

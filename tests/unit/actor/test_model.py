@@ -11,11 +11,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rl.actor.attention import SDPAttention
-from megatron_rl.actor.distributed import wrap_ddp
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.model import build_model
-from megatron_rl.actor.norm import RMSNorm
+from megatron_rl.actor.model.attention import SDPAttention
+from megatron_rl.actor.model.norm import RMSNorm
+from megatron_rl.actor.model.policy import build_model
+from megatron_rl.actor.optimizer.distributed import wrap_ddp
+from megatron_rl.parallel.layout import Layout
 from tests.hf_models import config_json
 from tests.meeting import only_rank
 

@@ -95,8 +95,8 @@ def test_rows_share_positions_but_not_with_transformer_engine(monkeypatch: pytes
         for device in (torch.device("cpu"), torch.device("cuda")):
             engine = installed and device.type == "cuda"
             auto, asked = (ActorSettings(dtype="bfloat16", **rows) for rows in ({}, {"rows": "prefix_tree"}))
-            assert platform.row_form(auto, device) == ("packed" if engine else "prefix_tree")
-            assert platform.row_form(asked, device) == "prefix_tree"
+            assert platform.packing_form(auto, device) == ("packed" if engine else "prefix_tree")
+            assert platform.packing_form(asked, device) == "prefix_tree"
             platform.require(device, auto)
             if engine:
                 with pytest.raises(UserError, match=r"actor\.rows: prefix_tree is not for Transformer Engine"):

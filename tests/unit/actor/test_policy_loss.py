@@ -7,7 +7,7 @@ import pytest
 
 from lpreg.losses.registry import METHODS
 from lpreg.presets import PRESETS
-from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.config.fields import Section
 from megatron_rl.config.methods import LpRegSettings

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.model import build_model
-from megatron_rl.checkpoint.weight_map import load_hf_weights
+from megatron_rl.actor.model.policy import build_model
+from megatron_rl.models.weight_map import load_hf_weights
+from megatron_rl.parallel.layout import Layout
 from tests.hf_models import config_json, hf_model
 from tests.meeting import only_rank
 

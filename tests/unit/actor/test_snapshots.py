@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_rl.actor.layout import Layout
 from megatron_rl.actor.worker import MegatronWorker
-from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
+from megatron_rl.parallel.layout import Layout
 from tests.hf_models import write_hf_model
 from tests.unit.plan.measure import rows
 
@@ -29,7 +29,7 @@ def worker(tmp_path: Path) -> Iterator[MegatronWorker]:
     worker.close()
 
 
-def log_probs(worker: MegatronWorker, weights: str = "current", batch: Rows = BATCH) -> np.ndarray:
+def log_probs(worker: MegatronWorker, weights: str = "current", batch: SequenceBatch = BATCH) -> np.ndarray:
     table = worker.score(batch, 1.0, weights)
     assert table is not None and sorted(table.rows.tolist()) == [0, 1, 2, 3]
     return table.values["log_probs"]

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
-from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.parallel.layout import Layout
 from tests.hf_models import write_hf_model
 from tests.unit.plan.measure import peak, rows
 
@@ -81,13 +81,13 @@ def test_bf16_gradients_add_up_in_fp32(tmp_path: Path) -> None:
     """Of many micro-batches, as if each had been alone and all had been added in fp64."""
     model = write_hf_model(tmp_path / "model", noise=0.1)
     random = np.random.default_rng(0)
-    batch = Rows([random.integers(0, 50, 8) for _ in range(24)], np.full(24, 3))
+    batch = SequenceBatch([random.integers(0, 50, 8) for _ in range(24)], np.full(24, 3))
     batch = batch.with_values(advantages=batch.per_token(random.random(24) + 0.5).astype(np.float32))
     with actor(model, dtype="bfloat16", micro_batch_tokens=8) as worker:
         parameters = dict(worker.model.named_parameters())
         assert {parameter.dtype for parameter in parameters.values()} == {torch.bfloat16}
 
-        def gradients(part: Rows) -> dict[str, torch.Tensor]:
+        def gradients(part: SequenceBatch) -> dict[str, torch.Tensor]:
             worker.train(part, 0.0, batch.num_response_tokens, 1.0)
             return {name: parameter.main_grad.clone() for name, parameter in parameters.items()}
 

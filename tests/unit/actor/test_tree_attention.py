@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rl.actor import tree_attention
-from megatron_rl.actor.attention import SDPAttention
-from megatron_rl.actor.tree_attention import tree_packing
+from megatron_rl.actor.model.attention import SDPAttention
+from megatron_rl.actor.model.policy import tree_attention
+from megatron_rl.actor.model.tree_attention import tree_packing
 from megatron_rl.batching.prefix_tree import PrefixTree
 
 HEADS, KV_HEADS, DIM = 4, 2, 8

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_rl.actor.step import run_schedule
-from megatron_rl.batching.share import share_out
+from megatron_rl.actor.passes.schedule import run_schedule
+from megatron_rl.batching.partition import partition
 
 
 @pytest.mark.parametrize("backward", [True, False])
 def test_a_replica_without_rows_still_adds_its_gradients(backward: bool) -> None:
-    shares = share_out([5, 4], 4, token_budget=100)
+    shares = partition([5, 4], 4, token_budget=100)
     assert [len(share) for share in shares].count(0) == 2
     reduced: list[Any] = []
     model = nn.Module()

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 
 Lists = list[list[int]]
@@ -53,7 +53,7 @@ def test_join_undoes_any_deal_over_ranks(entries: Lists, data: st.DataObject) ->
 
 
 def test_rows_take_their_proxy_along() -> None:
-    rows = Rows(
+    rows = SequenceBatch(
         [np.arange(3), np.arange(4), np.arange(2)], np.array([1, 2, 1]), proxy=store([[1], [2, 3], [], [4], [5]])
     )
     assert rows.take([2, 0]).proxy is not None

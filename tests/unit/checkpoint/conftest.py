@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_rl.checkpoint import rng
-from megatron_rl.checkpoint.keep import Keep
 from megatron_rl.checkpoint.manifest import DriverState, Origin, RankPart, ShardFile
+from megatron_rl.checkpoint.retention import Retention
 from megatron_rl.checkpoint.save import Saver
 
 FILES = {"weights-rank-0-part-0.safetensors": b"weights", "exp_avg-rank-0-part-0.safetensors": b"moments"}
@@ -57,10 +57,10 @@ class Saving:
         self.origin = Origin({"layers": 2}, {"tensor": 1}, "float32", {"torch": "2"})
         self.said: list[str] = []
 
-    def saver(self, keep: Keep | None = None) -> Saver:
-        return Saver(self.folder, self.ranks, self.origin, keep or Keep(last=0), self.said.append)
+    def saver(self, keep: Retention | None = None) -> Saver:
+        return Saver(self.folder, self.ranks, self.origin, keep or Retention(last=0), self.said.append)
 
-    def save(self, step: int, keep: Keep | None = None, **metrics: Any) -> Path:
+    def save(self, step: int, keep: Retention | None = None, **metrics: Any) -> Path:
         with self.saver(keep) as saver:
             saver.save(state(step), metrics, background=False)
         return self.folder / f"step_{step:06d}"

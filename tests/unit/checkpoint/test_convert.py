@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rl.checkpoint import convert as room
 from megatron_rl.checkpoint.convert import bridge, convert
-from megatron_rl.checkpoint.hf_format import INDEX, SINGLE, open_weights
 from megatron_rl.checkpoint.hf_shards import parse_bytes
 from megatron_rl.checkpoint.manifest import FORMAT, DriverState, Manifest, Origin, write_manifest
 from megatron_rl.checkpoint.shards import write_shard
 from megatron_rl.cli import main
 from megatron_rl.errors import UserError
+from megatron_rl.models.hf_format import INDEX, SINGLE, open_weights
 from tests.hf_models import MODEL_TYPES, write_hf_model
 
 REPOSITORY = Path(__file__).parents[3]

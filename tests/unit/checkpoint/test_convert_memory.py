@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.checkpoint.families import entries, parameters
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families import entries, parameters
 from tests.hf_models import config_json
 
 MIB = 2**20

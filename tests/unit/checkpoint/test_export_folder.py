@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
-from megatron_rl.checkpoint.hf_format import INDEX, SINGLE, open_weights
 from megatron_rl.checkpoint.hf_shards import HfShard, write_hf_shards
+from megatron_rl.models.hf_format import INDEX, SINGLE, open_weights
 from tests.hf_models import hf_model
 
 
@@ -31,8 +31,8 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> 
     return [shard for i in range(count) for shard in write_hf_shards(folder, items[i::count], part=i)]
 
 
-def rows() -> Rows:
-    return Rows([np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8])], np.array([2, 1]))
+def rows() -> SequenceBatch:
+    return SequenceBatch([np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8])], np.array([2, 1]))
 
 
 def logits(of: PreTrainedModel) -> np.ndarray:

@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rl.actor.distributed import wrap_ddp
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.model import build_model
-from megatron_rl.actor.optimizer import Optimizer
-from megatron_rl.actor.optimizer_state import read_state
+from megatron_rl.actor.model.policy import build_model
+from megatron_rl.actor.optimizer.distributed import wrap_ddp
+from megatron_rl.actor.optimizer.optimizer import Optimizer
+from megatron_rl.actor.optimizer.state import read_state
 from megatron_rl.checkpoint import shards
 from megatron_rl.checkpoint.hf_shards import write_hf_shards
 from megatron_rl.checkpoint.manifest import (
@@ -33,9 +32,10 @@ from megatron_rl.checkpoint.manifest import (
     write_rng,
 )
 from megatron_rl.checkpoint.state import RankState, export_stage
-from megatron_rl.checkpoint.weight_map import export_hf_weights, publish_hf_weights
 from megatron_rl.config.actor import OptimizerSettings
 from megatron_rl.errors import UserError
+from megatron_rl.models.weight_map import export_hf_weights, publish_hf_weights
+from megatron_rl.parallel.layout import Layout
 from tests.hf_models import config_json
 from tests.meeting import only_rank
 

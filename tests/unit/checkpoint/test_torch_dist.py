@@ -14,9 +14,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_rl.actor.architecture import Architecture
-from megatron_rl.checkpoint.families import Entry, entries
-from megatron_rl.checkpoint.fusion import split
 from megatron_rl.checkpoint.torch_dist import (
     CONFIG,
     INDEX,
@@ -27,7 +24,10 @@ from megatron_rl.checkpoint.torch_dist import (
     write_torch_dist,
 )
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.stored import as_stored
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families import Entry, entries
+from megatron_rl.models.fused_experts import as_stored
+from megatron_rl.models.fusion import split
 from tests.hf_models import config_json, hf_model
 
 

@@ -9,11 +9,11 @@ import torch
 import yaml
 
 from megatron_rl.checkpoint.as_model import link_as_model
-from megatron_rl.checkpoint.hf_format import open_weights
 from megatron_rl.checkpoint.manifest import FORMAT, DriverState, Manifest, Origin, write_manifest
 from megatron_rl.checkpoint.shards import write_shard
 from megatron_rl.checkpoint.trained import find_checkpoint
 from megatron_rl.errors import UserError
+from megatron_rl.models.hf_format import open_weights
 
 TENSORS = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
 

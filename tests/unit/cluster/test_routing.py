@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.cluster.routing import Routing
-from megatron_rl.rollout.server import Address
+from megatron_rl.rollout.servers.server import Address
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ import pytest
 from megatron_rl.cluster import weight_sync
 from megatron_rl.cluster.weight_sync import ALONE, TOGETHER, CollectiveSync, FolderSync, WeightSync
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.engine import UpdateFailed
+from megatron_rl.rollout.engines.interface import UpdateFailed
 from megatron_rl.weight_sync.checksums import Checksums, WeightsDamaged
 from megatron_rl.weight_sync.transport import CollectiveUpdate, Pushed
 

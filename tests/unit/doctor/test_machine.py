@@ -25,7 +25,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return program
 
 
-def say(program: Path, *lines: str, status: int = 0) -> None:
+def notify(program: Path, *lines: str, status: int = 0) -> None:
     text = "\n".join(lines)
     program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {status}\n")
     program.chmod(0o755)
@@ -35,14 +35,14 @@ HEALTHY = "NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 0"
 
 
 def test_healthy_gpus_are_one_line(nvidia_smi: Path) -> None:
-    say(nvidia_smi, *(f"{number}, {HEALTHY}" for number in range(8)))
+    notify(nvidia_smi, *(f"{number}, {HEALTHY}" for number in range(8)))
     (finding,) = machine.check_gpus("cuda")
     assert finding.state == "ok"
     assert finding.found == "8 x NVIDIA H100 80GB HBM3 (80 GiB), driver 550.54.15"
 
 
 def test_memory_errors_other_users_and_mixed_gpus_are_named(nvidia_smi: Path) -> None:
-    say(
+    notify(
         nvidia_smi,
         f"0, {HEALTHY}",
         "1, NVIDIA A100-SXM4-80GB, 550.54.15, 81920, 70000, [N/A]",
@@ -58,7 +58,7 @@ def test_memory_errors_other_users_and_mixed_gpus_are_named(nvidia_smi: Path) ->
 
 
 def test_a_driver_that_does_not_answer(nvidia_smi: Path) -> None:
-    say(nvidia_smi, "NVIDIA-SMI has failed because it couldn't communicate with the driver", status=9)
+    notify(nvidia_smi, "NVIDIA-SMI has failed because it couldn't communicate with the driver", status=9)
     (finding,) = machine.check_gpus("cuda")
     assert finding.state == "failure" and "couldn't communicate" in finding.found
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.evaluation.probes import follows, probe_rows
 
 AFTER, TOKEN = 1, 2
@@ -19,7 +19,7 @@ token_rows = st.lists(
 @given(token_rows)
 def test_probes_find_every_place_and_no_other(pairs: list[tuple[list[int], list[int]]]) -> None:
     lengths = np.array([len(prompt) for prompt, _ in pairs], dtype=np.int64)
-    rows = Rows([np.array(prompt + response, dtype=np.int64) for prompt, response in pairs], lengths)
+    rows = SequenceBatch([np.array(prompt + response, dtype=np.int64) for prompt, response in pairs], lengths)
     places = [
         [(prompt + response)[i - 1] == AFTER for i in range(len(prompt), len(prompt + response))]
         for prompt, response in pairs

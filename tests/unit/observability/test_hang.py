@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from megatron_rl.cli import main
-from megatron_rl.observability import heartbeat
 from megatron_rl.observability.hang import Evidence, examine, explain
-from megatron_rl.observability.heartbeat import IDLE, Beat, Heartbeat, read_beats
+from megatron_rl.utils import heartbeat
+from megatron_rl.utils.heartbeat import IDLE, Beat, Heartbeat, read_beats
 
 GLOO_STACK = "Thread 0x7F (idle): main\n    all_reduce (torch/distributed/distributed_c10d.py:30)\n    train (w.py:3)\n"
 PLAIN_STACK = "Thread 0x7F (active): main\n    linear (torch/nn/functional.py:10)\n    train (w.py:3)\n"
@@ -57,7 +57,7 @@ def test_memory_is_that_of_the_process_that_held_most(tmp_path: Path) -> None:
 
 
 def test_a_process_without_a_heartbeat_says_nothing() -> None:
-    heartbeat.say("into the void")
+    heartbeat.notify("into the void")
 
 
 def test_status_is_a_line_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

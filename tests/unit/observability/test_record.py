@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.batching.rows import rows_of
+from megatron_rl.batching.sequences import rows_of
 from megatron_rl.observability.record import (
     CANDIDATE_POSITIONS,
     CANDIDATE_ROWS,

@@ -8,7 +8,7 @@ import torch
 
 from lpreg import Selection, SelectionRule
 from lpreg.selection import SelectionKind
-from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.observability.step_metrics import loss_metrics, policy_metrics, rollout_metrics, selection_metrics
 from megatron_rl.types import FinishReason, Generation, Prompt, RewardResult, Sample
 
@@ -35,9 +35,9 @@ def test_rollout_metrics() -> None:
     )
 
 
-def batch() -> Rows:
+def batch() -> SequenceBatch:
     """Responses of 2, 1 and 3 tokens."""
-    rows = Rows([np.arange(3), np.arange(3), np.arange(5)], np.array([1, 2, 2]))
+    rows = SequenceBatch([np.arange(3), np.arange(3), np.arange(5)], np.array([1, 2, 2]))
     return rows.with_values(rollout_log_probs=np.array([-1, -1, -2, -3, -3, -3], dtype=np.float32))
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_rl.actor.layout import Layout
-from megatron_rl.actor.policy_loss import LossChoice
+from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
-from megatron_rl.batching.rows import Rows
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.config.actor import ActorSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.parallel.layout import Layout
 from tests.meeting import meeting_point
 
 
@@ -43,7 +43,7 @@ def storage(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measure(settings: ActorSettings, batch: Rows, model_folder: Path, rank: int) -> dict[str, int]:
+def measure(settings: ActorSettings, batch: SequenceBatch, model_folder: Path, rank: int) -> dict[str, int]:
     layout = Layout(
         tensor=settings.tensor_parallel,
         pipeline=settings.pipeline_parallel,
@@ -76,10 +76,10 @@ def measure(settings: ActorSettings, batch: Rows, model_folder: Path, rank: int)
     return found
 
 
-def rows(count: int, prompt: int, response: int, vocabulary: int) -> Rows:
+def rows(count: int, prompt: int, response: int, vocabulary: int) -> SequenceBatch:
     """Random ones, all of one length."""
     random = np.random.default_rng(0)
-    return Rows(
+    return SequenceBatch(
         tokens=[random.integers(0, vocabulary, prompt + response) for _ in range(count)],
         prompt_lengths=np.full(count, prompt),
         values={

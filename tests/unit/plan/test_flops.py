@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_rl.actor.architecture import Architecture
+from megatron_rl.models.architecture import Architecture
 from megatron_rl.observability.step_metrics import rate_metrics
 from megatron_rl.plan.flops import body_flops, pass_flops
 from megatron_rl.plan.hardware import GPUS, known_gpu

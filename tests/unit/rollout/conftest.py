@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.rollout.transformers_engine import TransformersEngine
+from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 from tests.hf_models import write_hf_model
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.config.rollout import ContractSettings
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.contract import Contract
-from megatron_rl.rollout.transformers_engine import TransformersEngine
+from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 from megatron_rl.types import Generation, Prompt, SamplingParams
 
 TEMPERATURE = 0.7
@@ -39,7 +39,7 @@ class Policy:
         logits = self.model(torch.tensor([list(tokens)])).logits[0, start - 1 : -1]
         return torch.log_softmax(logits / temperature, -1)
 
-    def score(self, rows: Rows, temperature: float) -> Array:
+    def score(self, rows: SequenceBatch, temperature: float) -> Array:
         parts = []
         for row, start in zip(rows.tokens, rows.prompt_lengths, strict=True):
             log_p = self.log_p(row.tolist(), int(start), temperature)
@@ -110,8 +110,8 @@ def engines(engine: TransformersEngine, model_folder: Path) -> Engines:
 
 
 def contract(dtype: str = "float32", said: list[str] | None = None, **settings: Any) -> Contract:
-    say = said.append if said is not None else print
-    return Contract(ContractSettings(**settings), dtype, PROMPTS, SAMPLING, say)
+    notify = said.append if said is not None else print
+    return Contract(ContractSettings(**settings), dtype, PROMPTS, SAMPLING, notify)
 
 
 def test_an_engine_that_agrees(engines: Engines) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.checkpoint.hf_format import open_weights
-from megatron_rl.rollout.stored import as_stored
-from megatron_rl.rollout.transformers_engine import TransformersEngine
+from megatron_rl.models.fused_experts import as_stored
+from megatron_rl.models.hf_format import open_weights
+from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 from megatron_rl.types import SamplingParams
 from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker, WeightsDamaged
 from megatron_rl.weight_sync.folder import FolderTransport

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.rollout import ServerSettings
-from megatron_rl.rollout import requests
-from megatron_rl.rollout.engine import EngineLost, UpdateFailed
-from megatron_rl.rollout.http_engine import HttpEngine
-from megatron_rl.rollout.server import ServerLaunch, ServerRefused
+from megatron_rl.rollout.engines.interface import EngineLost, UpdateFailed
+from megatron_rl.rollout.servers import requests
+from megatron_rl.rollout.servers.http_engine import HttpEngine
+from megatron_rl.rollout.servers.server import ServerLaunch, ServerRefused
 from megatron_rl.types import SamplingParams
 from megatron_rl.weight_sync.transport import FolderUpdate
 from tests.unit.rollout.faulty_server import END_TOKEN, Script, faulty_server

@@ -15,12 +15,12 @@ import pytest
 
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.errors import UserError
-from megatron_rl.rollout import requests
-from megatron_rl.rollout import router as module
-from megatron_rl.rollout.life import Life
-from megatron_rl.rollout.requests import Requests
-from megatron_rl.rollout.router import Router, command
-from megatron_rl.rollout.server import Address, ServerUnavailable
+from megatron_rl.rollout.servers import requests
+from megatron_rl.rollout.servers import router as module
+from megatron_rl.rollout.servers.liveness import Liveness
+from megatron_rl.rollout.servers.requests import Requests
+from megatron_rl.rollout.servers.router import Router, command
+from megatron_rl.rollout.servers.server import Address, ServerUnavailable
 from megatron_rl.types import Generation, SamplingParams
 
 A, B = Address("http://a"), Address("http://b")
@@ -79,8 +79,8 @@ def routed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Behind], Router]:
         settings = ServerSettings(router="round_robin", urls=[A.url, B.url])
         router, servers = Router(settings), behind
         whatever: Any = servers
-        router._life, router._servers = Life(), whatever
-        router._requests = Requests(servers, settings, router._life, ServerUnavailable)
+        router._liveness, router._servers = Liveness(), whatever
+        router._requests = Requests(servers, settings, router._liveness, ServerUnavailable)
         return router
 
     return make

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_rl.rollout.transformers_engine import TransformersEngine, _sample
+from megatron_rl.rollout.engines.transformers.engine import TransformersEngine, _sample
 from megatron_rl.types import SamplingParams
 
 DRAWS = 20_000

@@ -12,8 +12,8 @@ import time
 import psutil
 import pytest
 
-from megatron_rl.rollout import guard
-from megatron_rl.rollout.server_process import ServerProcess
+from megatron_rl.rollout.servers import guard
+from megatron_rl.rollout.servers.server_process import ServerProcess
 
 TREE = "import subprocess, sys, time; subprocess.Popen(['sleep', '100']); print('up', flush=True); time.sleep(100)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {TREE}"

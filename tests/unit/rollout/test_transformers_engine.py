@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.rollout import transformers_engine
-from megatron_rl.rollout.transformers_engine import TransformersEngine
+from megatron_rl.rollout.engines.transformers import engine as transformers_engine
+from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 from megatron_rl.types import Generation, SamplingParams
 
 PROMPTS: list[tuple[int, ...]] = [(1, 2, 3), (4,), (5, 6, 7, 8, 9), (9, 8, 7), (3,)]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.rollout.server import Address, ServerUnavailable
-from megatron_rl.rollout.vllm import VllmServer
+from megatron_rl.rollout.engines.vllm.server import VllmServer
+from megatron_rl.rollout.servers.server import Address, ServerUnavailable
 from megatron_rl.weight_sync.transport import FolderUpdate
 
 UPDATE = FolderUpdate(4, (Path("part-0"), Path("part-1")))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_rl.config.algorithm import AlgorithmSettings
-from megatron_rl.rollout.refill import Rollouts
+from megatron_rl.rollout.collector import Rollouts
 from megatron_rl.training.advantages import advantages_of
 from megatron_rl.types import Generation, Prompt, Sample
 

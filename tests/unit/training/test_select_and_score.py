@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lpreg import make_loss
-from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
-from megatron_rl.session.run import Run
+from megatron_rl.run.run import Run
 from megatron_rl.training.policies import score_lagged_policy, score_old_policy
 from megatron_rl.training.selection import select, selection_overlap
 
@@ -52,7 +52,7 @@ class Step:
         )
         for name in ("off_policy", "ranks_by_actor"):
             setattr(run, name, getattr(Run, name).fget(run))
-        rows = Rows(
+        rows = SequenceBatch(
             tokens=[np.full(1 + length, row, dtype=np.int64) for row, length in enumerate(LENGTHS)],
             prompt_lengths=np.ones(len(LENGTHS), dtype=np.int64),
         )
@@ -63,7 +63,9 @@ class Step:
         self.rows = score_lagged_policy(run, self.number, rows)
         self.overlap = selection_overlap(run, self.rows, self.seen)
 
-    def score(self, batch: Rows, temperature: float, weights: str = "current") -> tuple[dict[str, Array], StoredProxy]:
+    def score(
+        self, batch: SequenceBatch, temperature: float, weights: str = "current"
+    ) -> tuple[dict[str, Array], StoredProxy]:
         """Where the proxy is wanted, an entry whose id is the token's place."""
         place = batch.values["place"]
         wanted = batch.values.get("proxy_wanted", np.zeros(len(place), dtype=bool))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lpreg import make_loss
 from megatron_rl.batching.mini_batches import mini_batches
-from megatron_rl.batching.rows import Array, Rows
+from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.cluster.actors import StepResult
 from megatron_rl.errors import UserError
 from megatron_rl.training.update import denominator, old_policy_kl, update
@@ -50,8 +50,8 @@ GROUPS, ADVANTAGES = np.array([0, 0, 1, 1]), np.array([1.0, -1.0, 0.0, 0.0])
 TOKENS = sum(LENGTHS)
 
 
-def batch() -> Rows:
-    rows = Rows([np.full(1 + n, row) for row, n in enumerate(LENGTHS)], np.ones(4, dtype=np.int64))
+def batch() -> SequenceBatch:
+    rows = SequenceBatch([np.full(1 + n, row) for row, n in enumerate(LENGTHS)], np.ones(4, dtype=np.int64))
     old = np.arange(TOKENS, dtype=np.float32)
     selected = np.arange(TOKENS) < 4
     return rows.with_values(advantages=rows.per_token(ADVANTAGES), old_log_probs=old, selected=selected)
@@ -64,7 +64,7 @@ class Actors:
         self.calls: list[tuple[list[int], float]] = []
         self.loss = loss
 
-    def train(self, rows: Rows, *, lr: float, denominator: float, temperature: float) -> StepResult:
+    def train(self, rows: SequenceBatch, *, lr: float, denominator: float, temperature: float) -> StepResult:
         self.calls.append(([int(row[0]) for row in rows.tokens], denominator))
         n = len(self.calls)
         values = {"log_probs": rows.values["old_log_probs"] + np.float32(0.5)}

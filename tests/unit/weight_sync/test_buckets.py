@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.memory import Reused, fresh
+from megatron_rl.utils.memory import Reused, fresh
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, flattened, unflatten
 
 tensors = st.lists(

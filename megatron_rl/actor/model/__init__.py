@@ -1,0 +1,1 @@
+"""The Megatron model and the LM head."""

@@ -1,0 +1,214 @@
+"""Builds this rank's part of a Hugging Face model as a Megatron GPTModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from megatron_rl.actor import platform
+from megatron_rl.actor.model.layers import stage_layers
+from megatron_rl.actor.model.rope import ScaledRope
+from megatron_rl.actor.model.tree_attention import TreePacking
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.layout import Layout, last_stage_layers, padded_vocabulary, validate_layout
+
+if TYPE_CHECKING:
+    from megatron_rl.config.actor import ExpertGemm, Fp8, RecomputeSettings
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel whose last stage can stop before its LM head, so that the loss projects only what it needs."""
+
+    def forward(self, *args: Any, project: bool = True, **settings: Any) -> Tensor:
+        """As GPTModel's: logits [b, s, V / TP]. With `project` off, hidden states [s, b, d] after the last norm, under
+        sequence parallelism this rank's part of s. Earlier stages: what the next one needs."""
+        self._project = project
+        output: Tensor = super().forward(*args, **settings)
+        return output
+
+    def _preprocess(self, **inputs: Any) -> tuple[Any, ...]:
+        """Positions that rows share do not follow one another: their rotary frequencies are picked one by one."""
+        hidden, frequencies, *rest = super()._preprocess(**inputs)
+        if isinstance(inputs["packed_seq_params"], TreePacking):
+            frequencies = frequencies[inputs["position_ids"][0]]
+        return hidden, frequencies, *rest
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Tensor:
+        output: Tensor = super()._postprocess(hidden_states, *args, **settings) if self._project else hidden_states
+        return output
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """[V / TP, d], on the last stage: the embedding's where the two are tied and on one stage."""
+        weight: nn.Parameter = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return weight
+
+
+def build_model(
+    hf_config: Mapping[str, Any],
+    *,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    pad_vocabulary: bool = True,
+    recompute: RecomputeSettings | None = None,
+    fp8: Fp8 = "none",
+    expert_gemm: ExpertGemm = "auto",
+    chunk: int = 0,
+) -> PolicyModel:
+    """This rank's pipeline stage, on `device`, its weights not initialised: load them with `checkpoint.weight_map`.
+    Under the interleaved schedule one `chunk` of it, counted from 0.
+
+    Logits of the last stage are [batch, length, padded vocabulary / tensor]. Micro-batches are [batch, length], padded
+    on the right, or packed [1, T] with PackedSeqParams(qkv_format="thd"); the attention mask is None always.
+
+    Raises UserError as `validate_layout` does.
+    """
+    validate_layout(hf_config, layout, pad_vocabulary)
+    model = Architecture.from_hf(hf_config)
+    config = transformer_config(model, layout, dtype, device, recompute, fp8, expert_gemm)
+    rope = None if model.rope_type == "default" else ScaledRope.of(hf_config, model.rope_type)
+    if rope:
+        rope.scale_attention(config)
+    gpt = PolicyModel(
+        config,
+        stage_layers(config, model.output_bias, device, chunk),
+        vocab_size=padded_vocabulary(model.vocabulary, layout.tensor),
+        max_sequence_length=model.max_positions,
+        pre_process=process_groups.is_first_stage() and chunk == 0,
+        post_process=process_groups.is_last_stage() and chunk == layout.virtual_pipeline - 1,
+        share_embeddings_and_output_weights=model.tied,
+        position_embedding_type="rope",
+        rotary_base=model.rope_theta,
+        vp_stage=chunk if layout.virtual_pipeline > 1 else None,
+    )
+    if rope:
+        rope.set_frequencies(gpt)
+    _mark_shards(gpt)
+    return gpt.to(device)
+
+
+def transformer_config(
+    model: Architecture,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: RecomputeSettings | None = None,
+    fp8: Fp8 = "none",
+    expert_gemm: ExpertGemm = "auto",
+) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        **_moe_settings(model, expert_gemm, platform.uses_transformer_engine(device, dtype)),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=layout.context,
+        **_interleaving(layout),
+        num_layers_in_last_pipeline_stage=(
+            last_stage_layers(model.layers, layout.pipeline) if model.layers % layout.pipeline else None
+        ),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Losses come normalised over the global batch: gradients are summed over ranks and micro-batches, not divided.
+        calculate_per_token_loss=True,
+        moe_token_dispatcher_type="alltoall",
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,
+        **_recompute_settings(recompute),
+        **_FP8[fp8],
+        # Fusions need CUDA, and some of them Apex.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _moe_settings(model: Architecture, expert_gemm: ExpertGemm, transformer_engine: bool) -> dict[str, Any]:
+    """Routing as the model was trained with, in fp32; nothing that balances the experts' load, and no token dropped."""
+    experts = model.experts
+    if experts is None:
+        return {}
+    return dict(
+        num_moe_experts=experts.count,
+        moe_ffn_hidden_size=experts.ffn,
+        moe_layer_freq=[int(sparse) for sparse in experts.layers],
+        moe_router_topk=experts.per_token,
+        moe_router_pre_softmax=not experts.normalised,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_grouped_gemm=transformer_engine and expert_gemm != "sequential",
+    )
+
+
+def _interleaving(layout: Layout) -> dict[str, Any]:
+    if layout.virtual_pipeline == 1:
+        # Packed micro-batches differ in length; between stages that needs this, and this needs alltoall.
+        return dict(variable_seq_lengths=layout.pipeline > 1)
+    # Gradients of the interleaved schedule with batched messages are wrong, and nothing says so.
+    return dict(
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline, overlap_p2p_comm=True, batch_p2p_comm=False
+    )
+
+
+_FP8: dict[Fp8, dict[str, Any]] = {
+    "none": {},
+    "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+}
+
+
+def _recompute_settings(recompute: RecomputeSettings | None) -> dict[str, Any]:
+    if recompute is None or recompute.granularity == "none":
+        return {}
+    if recompute.granularity == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return dict(recompute_granularity="selective", recompute_modules=list(recompute.modules))
+
+
+def _mark_shards(model: GPTModel) -> None:
+    """Mark which weights are shards, as the initialisation left out would have (newer megatron-core does it anyway):
+    without the mark a gradient norm counts them on the first tensor-parallel rank only."""
+    split_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        dim = next((dim for kind, dim in split_dim.items() if isinstance(module, kind)), None)
+        weight = getattr(module, "weight", None)
+        if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dim, 1)

@@ -1,0 +1,1 @@
+"""The optimizer, its state, its schedule, and snapshots of the weights."""

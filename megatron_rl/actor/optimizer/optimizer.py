@@ -1,0 +1,98 @@
+"""AdamW through Megatron: how it is built and stepped, and where its state waits between steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
+
+from megatron_rl.actor.passes.host import host_copy
+
+if TYPE_CHECKING:
+    from megatron_rl.config.actor import OptimizerSettings
+
+
+class Optimizer:
+    """AdamW over DDP-wrapped chunks of a model, with fp32 main weights under bf16.
+
+    Its state is spread over the data-parallel ranks where the chunks were wrapped so. With `offload` the moments, and
+    the main weights under bf16, are in host memory except during `step`; the arithmetic stays the same.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        settings: OptimizerSettings,
+        dtype: torch.dtype,
+        *,
+        offload: bool = False,
+    ) -> None:
+        self.device = next(chunks[0].parameters()).device
+        self.distributed: bool = chunks[0].ddp_config.use_distributed_optimizer
+        self._waits_on = torch.device("cpu") if offload else self.device
+        self._has_main_weights = dtype != torch.float32
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad or math.inf,  # 0 would leave the gradient norm uncomputed
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=self.distributed,
+        )
+        self.megatron = get_megatron_optimizer(config, list(chunks))
+        self.rest()
+
+    @property
+    def parts(self) -> list[Any]:
+        """Megatron keeps one optimizer for the dense weights and one for the experts."""
+        parts: list[Any] = getattr(self.megatron, "chained_optimizers", [self.megatron])
+        return [part for part in parts if part.optimizer is not None]
+
+    def step(self, lr: float) -> float:
+        """A step on the gradients in `main_grad` at this learning rate. Returns their global norm, before clipping."""
+        for group in self.megatron.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        self._move(self.device)
+        _, grad_norm, _ = self.megatron.step()
+        self.rest()
+        return float(grad_norm)
+
+    def zero_grad(self) -> None:
+        self.megatron.zero_grad()
+
+    def rest(self) -> None:
+        """The state to where it waits for the next step."""
+        self._move(self._waits_on)
+
+    def _move(self, device: torch.device) -> None:
+        """The state to where it is to be; where it is there already, nothing happens."""
+        for part in self.parts:
+            for state in part.optimizer.state.values():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.ndim:  # the step count stays where Adam wants it
+                        state[name] = _moved(value, device)
+        for weight in self._main_weights():
+            weight.data = _moved(weight.data, device)
+
+    def _main_weights(self) -> Iterator[Tensor]:
+        """Copies of the model's weights; in fp32 there are none, the optimizer steps the model's own."""
+        for part in self.parts if self._has_main_weights else ():
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.device.type == device.type:
+        return tensor
+    if device.type != "cpu":
+        return tensor.to(device, non_blocking=True)
+    return host_copy(tensor, tensor.device)

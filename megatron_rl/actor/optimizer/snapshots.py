@@ -1,0 +1,45 @@
+"""Other weights of a model, kept in host memory between uses: a lagged snapshot, a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from megatron_rl.actor.passes.host import host_copy
+from megatron_rl.actor.passes.results import Snapshot, Weights
+
+
+class Snapshots:
+    """Of one rank's part of the model, by parameter name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: dict[Snapshot, dict[str, Tensor]] = {}
+
+    def keep(self, name: Snapshot, weights: Mapping[str, Tensor]) -> None:
+        """A copy of them."""
+        device = next(self._model.parameters()).device
+        self._kept[name] = {parameter: host_copy(weight.detach(), device) for parameter, weight in weights.items()}
+
+    def get(self, name: Snapshot) -> Mapping[str, Tensor]:
+        """Empty where there is none."""
+        return self._kept.get(name, {})
+
+    @contextmanager
+    def in_use(self, which: Weights) -> Iterator[None]:
+        """Run the block with a snapshot's weights, by pointing the parameters at them."""
+        if which == "current":
+            yield
+            return
+        if which not in self._kept:
+            raise RuntimeError(f"there is no {which} snapshot yet: call snapshot({which!r}) first")
+        current = {name: parameter.data for name, parameter in self._model.named_parameters()}
+        try:
+            for name, parameter in self._model.named_parameters():
+                parameter.data = self._kept[which][name].to(parameter.device, non_blocking=True)
+            yield
+        finally:
+            for name, parameter in self._model.named_parameters():
+                parameter.data = current[name]

@@ -1,0 +1,1 @@
+"""Forward and backward passes over the sequences of a batch."""

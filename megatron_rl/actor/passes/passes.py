@@ -1,0 +1,187 @@
+"""What a rank runs over rows: forward and backward of a step, and forwards without gradients.
+
+Every method is collective. Only the reporting rank of each data-parallel replica returns tables; the others None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+import lpreg
+from megatron_rl.actor import platform
+from megatron_rl.actor.model.head import Head
+from megatron_rl.actor.passes.candidates import top_candidates
+from megatron_rl.actor.passes.micro_batch import MicroBatch, micro_batch
+from megatron_rl.actor.passes.results import Table, TrainResult, add_up
+from megatron_rl.actor.passes.schedule import run_schedule
+from megatron_rl.batching.balance import row_costs
+from megatron_rl.batching.packing import PackingSpec, packed_length
+from megatron_rl.batching.partition import partition, partition_trees
+from megatron_rl.batching.sequences import SequenceBatch
+from megatron_rl.batching.stored_proxy import StoredProxy
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.layout import Layout
+
+if TYPE_CHECKING:
+    from megatron_rl.config.actor import ActorSettings
+
+FP8_BLOCK = 128
+"""Tokens on a rank are a multiple of this under FP8, of any scaling."""
+
+TABLE = ("log_probs", "entropy", "log_z", "kept")
+
+
+class Passes:
+    """Over a stage of a model, the rows of a batch shared out as the layout says."""
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        head: Head,
+        architecture: Architecture,
+        settings: ActorSettings,
+        layout: Layout,
+        device: torch.device,
+    ) -> None:
+        self.chunks, self.head, self.architecture, self.layout, self.device = chunks, head, architecture, layout, device
+        self.micro_batch_tokens = settings.micro_batch_tokens
+        fp8_block = 1 if settings.fp8 == "none" else FP8_BLOCK
+        self.form = PackingSpec(
+            rows=platform.packing_form(settings, device),
+            length_multiple=layout.context * (layout.tensor if layout.sequence_parallel else 1) * fp8_block,
+            context_ranks=layout.context,
+            context_rank=process_groups.cp_rank(),
+        )
+
+    @property
+    def reports(self) -> bool:
+        """Whether this is its replica's reporting rank."""
+        return process_groups.is_last_stage() and process_groups.tp_rank() == 0 and process_groups.cp_rank() == 0
+
+    def gradients(
+        self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, denominator: float, temperature: float
+    ) -> TrainResult | None:
+        """Forward and backward: `main_grad` then has the sum over the whole batch, whose norm is yet unknown. No loss:
+        supervised."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
+        def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+            if loss is None:
+                stats = self.head.statistics(hidden, part, part.targets, temperature)
+                value, metrics = -stats.log_probs.sum() / denominator, {}
+            else:
+                output, stats = self.head.loss(hidden, part, loss, temperature=temperature, denominator=denominator)
+                value, metrics = output.loss, {k: (float(m.total), float(m.count)) for k, m in output.metrics.items()}
+            return value, (part.rows, float(value.detach()), metrics, _columns(stats))
+
+        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=True)
+        if not self.reports:
+            return None
+        return TrainResult(
+            table=_table([(rows, columns) for rows, _, _, columns in results]),
+            loss=sum(value for _, value, _, _ in results),
+            metrics=add_up(part for _, _, part, _ in results),
+            grad_norm=float("nan"),
+        )
+
+    def score(self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, temperature: float) -> Table | None:
+        """Log-prob, entropy, log Z and kept of every response token, without gradients.
+
+        Rows may carry `probe_targets`: then log-probs are of those tokens in place of the sampled ones. They may carry
+        `proxy_wanted`, bool: then every tensor rank returns its columns of the proxy of the tokens marked.
+        """
+
+        def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+            targets, wanted = part.values.get("probe_targets", part.targets), part.values.get("proxy_wanted")
+            settings = loss.token_stats_kwargs() if loss else {}
+            stats = self.head.statistics(hidden, part, targets, temperature, proxy_rows=wanted, **settings)
+            return stats.log_probs.sum(), ((part.rows, _columns(stats)), stats.proxy_store)
+
+        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
+        table = _table([part for part, _ in results])
+        stores = [store for _, store in results if store is not None]
+        if stores:
+            return replace(table, values=table.values if self.reports else {}, proxy=_stored_proxy(stores))
+        return table if self.reports else None
+
+    def logits(self, batch: SequenceBatch) -> Table | None:
+        """Whole logits [T, V] of the response tokens, gathered: for checks on a few rows."""
+
+        def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+            logits = self.head.logits(self.head.predicting(hidden, part))
+            whole = process_groups.gather_vocabulary(logits)[:, : self.architecture.vocabulary]
+            return logits.new_zeros(()), (part.rows, {"logits": whole.float().cpu().numpy()})
+
+        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
+        return _table(results) if self.reports else None
+
+    def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
+        """`candidate_ids` and `candidate_log_probs` [T, count] of the likeliest next tokens, the first first, where the
+        rows mark the position as `wanted`; -1 and NaN elsewhere."""
+
+        def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
+            wanted = part.values["wanted"]
+            logits = self.head.logits(self.head.predicting(hidden, part)[wanted])
+            ids, log_probs = top_candidates(
+                logits,
+                count,
+                temperature=temperature,
+                vocabulary=self.architecture.vocabulary,
+                group=process_groups.tp_group(),
+            )
+            table = {
+                "candidate_ids": ids.new_full((len(wanted), count), -1),
+                "candidate_log_probs": log_probs.new_full((len(wanted), count), torch.nan),
+            }
+            for name, values in (("candidate_ids", ids), ("candidate_log_probs", log_probs)):
+                table[name][wanted, : values.shape[1]] = values
+            return logits.new_zeros(()), (part.rows, {name: value.cpu().numpy() for name, value in table.items()})
+
+        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
+        return _table(results) if self.reports else None
+
+    def _share(self, batch: SequenceBatch) -> list[MicroBatch]:
+        """This replica's micro-batches."""
+        interleaved, even_length = self.layout.virtual_pipeline > 1, self.architecture.even_length
+        settings: dict[str, Any] = dict(
+            token_budget=self.micro_batch_tokens * self.layout.context,
+            count_multiple=self.layout.pipeline if interleaved else 1,
+            same_count=self.layout.expert > 1,  # ranks that share experts run every forward together
+        )
+        if self.form.rows == "prefix_tree":
+            shares = partition_trees(batch.tokens, self.layout.data, even_length=even_length, **settings)
+        else:
+            costs, packed = row_costs(batch.lengths, even_length), self.form.rows == "packed"
+            shares = partition(batch.lengths.tolist(), self.layout.data, packed=packed, costs=costs, **settings)
+        own = shares[process_groups.dp_rank()]
+        length = max((packed_length(batch, rows, self.form) for rows in own), default=0) if interleaved else 0
+        return [micro_batch(batch, rows, self.device, self.form, length) for rows in own]
+
+
+def _columns(stats: lpreg.TokenStats) -> dict[str, np.ndarray]:
+    return {name: getattr(stats, name).detach().cpu().numpy() for name in TABLE}
+
+
+def _stored_proxy(stores: list[lpreg.ProxyStore]) -> StoredProxy:
+    """Of consecutive micro-batches."""
+    counts, ids, log_q = (
+        torch.cat([getattr(store, name) for store in stores]).cpu() for name in ("counts", "ids", "log_q")
+    )
+    return StoredProxy(counts.numpy(), ids.int().numpy(), log_q.float().numpy())
+
+
+def _table(parts: list[tuple[tuple[int, ...], dict[str, np.ndarray]]]) -> Table:
+    names = parts[0][1] if parts else ()
+    return Table(
+        rows=np.array([row for rows, _ in parts for row in rows], dtype=np.int64),
+        values={name: np.concatenate([columns[name] for _, columns in parts]) for name in names},
+    )

@@ -1,0 +1,39 @@
+"""Rows into micro-batches of a token budget: packed one after another, or side by side and padded."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Lengths = npt.NDArray[np.int64]
+
+
+def first_fit(lengths: Lengths, token_budget: int) -> list[list[int]]:
+    """Indices in bins of at most `token_budget` tokens in sum: the longest first, each into the first bin with room. A
+    longer one goes alone."""
+    bins: list[list[int]] = []
+    room = np.zeros(len(lengths), dtype=np.int64)
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        with_room = np.flatnonzero(room[: len(bins)] >= lengths[index])
+        if len(with_room):
+            place = int(with_room[0])
+        else:
+            place = len(bins)
+            bins.append([])
+            room[place] = max(token_budget, lengths[index])
+        bins[place].append(index)
+        room[place] -= lengths[index]
+    return bins
+
+
+def length_buckets(lengths: Lengths, token_budget: int) -> list[list[int]]:
+    """Indices in buckets of at most `token_budget` padded tokens (rows times longest row), rows of similar length
+    together, the longest first. A row longer than the budget goes alone."""
+    buckets: list[list[int]] = []
+    capacity = 0
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        if not buckets or len(buckets[-1]) == capacity:
+            buckets.append([])
+            capacity = max(1, token_budget // int(lengths[index]))
+        buckets[-1].append(index)
+    return buckets

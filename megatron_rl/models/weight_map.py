@@ -1,0 +1,167 @@
+"""A Megatron stage's parameters, loaded from Hugging Face tensors and given out as such, under any layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor, nn
+
+from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families import EMBEDDING, HEAD, Entry, Shape, entries, rule_of
+from megatron_rl.models.fusion import join, split
+from megatron_rl.parallel import process_groups
+from megatron_rl.utils.memory import Memory, Reused, fresh
+
+Stage: TypeAlias = GPTModel | nn.ModuleList
+"""This rank's part of the model: of several chunks where the pipeline's schedule interleaves them."""
+
+Gather: TypeAlias = Callable[[Tensor, dist.ProcessGroup], list[Tensor]]
+"""(shard, group) -> the shards of the group's ranks in their order; nothing where they are not wanted."""
+
+
+def load_hf_weights(model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]) -> None:
+    """Fill this rank's parameters. `hf_tensors` may be lazy: only what this stage holds is read, one at a time.
+
+    Raises UserError listing every tensor that is missing, unexpected or mis-shaped.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, shard in _local_shards(model, hf_config, hf_tensors):
+            parameters[name].copy_(shard)
+
+
+def import_values(
+    model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """What `export_hf_weights(model, values)` gave, as this rank's shards with their Megatron names, in the order of
+    the model's parameters, one at a time; the layout may differ from the one exported. Errors as `load_hf_weights`."""
+    for name, shard in _local_shards(model, hf_config, hf_tensors):
+        yield name, shard.clone()
+
+
+def export_hf_weights(
+    model: Stage, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """This pipeline stage's tensors under their Hugging Face names, whole, one at a time. They may be views of what is
+    exported, to be used before it changes: memory that is new costs a large model more than the copy into it.
+
+    Collective over the ranks that share a layer, its experts included: every one of them must exhaust the iterator, and
+    gets every tensor. `values`: tensors to export in place of the parameters (a snapshot, optimizer moments), by
+    Megatron name and of the parameters' local shapes.
+    """
+    return _whole(model, hf_config, values, process_groups.gather_shards, fresh)
+
+
+def publish_hf_weights(
+    model: Stage, hf_config: Mapping[str, Any], *, reuse_memory: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """`export_hf_weights` for the rank that publishes; the others must exhaust the iterator too, which gives them
+    nothing. `reuse_memory`: a tensor is to be used before the next one is drawn, which may take its place."""
+    received, joined = (Reused(), Reused()) if reuse_memory else (fresh, fresh)
+    tensors = _whole(model, hf_config, None, partial(process_groups.collect_shards, memory=received), joined)
+    publishes = process_groups.publishes()
+    for pair in tensors:
+        if publishes:
+            yield pair
+
+
+@torch.no_grad()
+def _whole(
+    model: Stage, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None, gather: Gather, memory: Memory
+) -> Iterator[tuple[str, Tensor]]:
+    """Of the tensors whose shards this rank gets."""
+    architecture = Architecture.from_hf(hf_config)
+    for name, parameter in model.named_parameters():
+        entry = _entry(model, architecture, name)
+        if architecture.tied and entry.rule.hf == (HEAD,):
+            continue  # the last stage's copy of the embedding; the first stage exports it
+        local = parameter.detach() if values is None else values[name]
+        if local.shape != parameter.shape:
+            raise ValueError(f"value for {name} has shape {tuple(local.shape)}, not {tuple(parameter.shape)}")
+        for place, shards in _gathered(architecture, entry, local, gather):
+            if shards:
+                yield from zip(place.hf_names, join(entry.rule.kind, shards, architecture, memory), strict=True)
+
+
+def _gathered(
+    architecture: Architecture, entry: Entry, local: Tensor, gather: Gather
+) -> Iterator[tuple[Entry, list[Tensor]]]:
+    """A parameter's shards over tensor-parallel ranks; of an expert, those of its like on every expert rank too."""
+    if entry.expert is None:
+        yield entry, [local] if entry.rule.kind == "replicated" else gather(local, process_groups.tp_group())
+        return
+    ranks, tp = process_groups.expert_group().size(), process_groups.expert_tp_group().size()
+    shards = gather(local, process_groups.expert_shards_group())
+    here = _experts_per_rank(architecture)
+    for rank in range(ranks):
+        yield replace(entry, expert=rank * here + entry.expert % here), shards[rank * tp : (rank + 1) * tp]
+
+
+def _local_shards(
+    model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    architecture = Architecture.from_hf(hf_config)
+    check_names(architecture, hf_tensors)
+    problems: list[str] = []
+    for name, _ in model.named_parameters():
+        entry = _entry(model, architecture, name)
+        hf_names = (EMBEDDING,) if architecture.tied and entry.hf_names == (HEAD,) else entry.hf_names
+        tensors = {hf_name: hf_tensors[hf_name] for hf_name in hf_names}
+        problems += wrong_shapes(entry.hf_shapes(architecture), tensors)
+        if not problems:
+            group = process_groups.tp_group() if entry.expert is None else process_groups.expert_tp_group()
+            yield name, split(entry.rule.kind, list(tensors.values()), architecture, group.size(), group.rank())
+    if problems:
+        raise UserError("The weights do not fit the model's config.json:\n  " + "\n  ".join(problems))
+
+
+def _entry(model: Stage, architecture: Architecture, name: str) -> Entry:
+    """What one of this rank's parameters is in the whole model."""
+    chunk: GPTModel = model
+    if isinstance(model, nn.ModuleList):
+        number, _, name = name.partition(".")
+        chunk = model[int(number)]
+    numbers = [int(number) for number in _NUMBER.findall(name)]
+    rule = rule_of(architecture, _NUMBER.sub("*", name))
+    if not numbers:
+        return Entry(rule)
+    layer = chunk.decoder.layers[numbers[0]].layer_number - 1
+    if len(numbers) == 1:
+        return Entry(rule, layer)
+    return Entry(rule, layer, process_groups.expert_group().rank() * _experts_per_rank(architecture) + numbers[1])
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=\.weight)\d+$")
+"""Of a layer or an expert in a parameter's name."""
+
+
+def _experts_per_rank(architecture: Architecture) -> int:
+    assert architecture.experts is not None
+    return architecture.experts.count // process_groups.expert_group().size()
+
+
+def wrong_shapes(expected: Iterable[Shape], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong, a line a tensor."""
+    return [
+        f"{name}: shape {tuple(tensor.shape)}, expected {shape}"
+        for shape, (name, tensor) in zip(expected, tensors.items(), strict=True)
+        if tuple(tensor.shape) != shape
+    ]
+
+
+def check_names(architecture: Architecture, hf_tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError unless these are the tensors of the whole model. A tied model may have a stored LM head."""
+    needed = {name for entry in entries(architecture) for name in entry.hf_names}
+    allowed = needed | {HEAD} if architecture.tied else needed
+    problems = [f"missing: {name}" for name in sorted(needed - hf_tensors.keys())]
+    problems += [f"unexpected: {name}" for name in sorted(hf_tensors.keys() - allowed)]
+    if problems:
+        raise UserError(f"The weights are not those of a {architecture.family}:\n  " + "\n  ".join(problems))

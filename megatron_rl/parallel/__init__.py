@@ -1,0 +1,1 @@
+"""How a model is split over ranks: the layout, its process groups, and where the ranks run."""

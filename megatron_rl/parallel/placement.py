@@ -1,0 +1,99 @@
+"""Who goes where: the machine of every actor rank and every engine. No Ray, so that a plan can show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rl.config.cluster import ClusterSettings
+from megatron_rl.errors import UserError
+from megatron_rl.parallel.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Nodes are numbered from 0. Ranks keep their order, so those next to each other share a node where they can."""
+
+    actors: tuple[int, ...]
+    """The node of each actor rank."""
+    engines: tuple[int, ...]
+    """The node of each engine."""
+    engine_gpus: int
+    """GPUs of one engine; 0 on CPU, and where it only asks a server that runs elsewhere."""
+    on_gpu: bool
+    shared: tuple[tuple[int, ...], ...] = ()
+    """The actor ranks whose GPUs each engine uses in turns with them; empty where engines have GPUs of their own."""
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """Those that have something to do."""
+        return tuple(sorted({*self.actors, *self.engines}))
+
+    def processes(self, node: int) -> int:
+        return self.actors.count(node) + self.engines.count(node)
+
+    def gpus(self, node: int) -> int:
+        own = 0 if self.shared else self.engine_gpus
+        return self.actors.count(node) + self.engines.count(node) * own if self.on_gpu else 0
+
+
+def place(layout: Layout, engines: int, cluster: ClusterSettings, *, engine_gpus: int, on_gpu: bool) -> Placement:
+    """Tensor-parallel groups in their order, then engines, each whole on the first node with room for it: where the
+    actor left some, so near its weights, or on the actor's own GPUs (`cluster.colocate`).
+
+    On CPU, groups and engines are shared out evenly. Raises UserError when they do not fit.
+    """
+    groups = layout.world_size // layout.tensor
+    if not on_gpu:
+        spread = [group * cluster.nodes // groups for group in range(groups)]
+        return Placement(
+            actors=tuple(node for node in spread for _ in range(layout.tensor)),
+            engines=tuple(engine * cluster.nodes // engines for engine in range(engines)),
+            engine_gpus=0,
+            on_gpu=False,
+        )
+    free = [cluster.gpus_per_node] * cluster.nodes
+    taken = [_take(free, layout.tensor, "actor.tensor_parallel", cluster) for _ in range(groups)]
+    actors = tuple(node for node in taken for _ in range(layout.tensor))
+    if cluster.colocate and engine_gpus and engines:
+        shared = _share(actors, engines, engine_gpus)
+        return Placement(actors, tuple(actors[ranks[0]] for ranks in shared), engine_gpus, on_gpu=True, shared=shared)
+    return Placement(
+        actors=actors,
+        engines=tuple(_take(free, engine_gpus, "GPUs of an engine", cluster) for _ in range(engines)),
+        engine_gpus=engine_gpus,
+        on_gpu=True,
+    )
+
+
+def _share(actors: tuple[int, ...], engines: int, engine_gpus: int) -> tuple[tuple[int, ...], ...]:
+    """For each engine, neighbouring ranks of one node."""
+    blocks: list[tuple[int, ...]] = []
+    for node in sorted(set(actors)):
+        ranks = [rank for rank, place in enumerate(actors) if place == node]
+        whole = len(ranks) // engine_gpus * engine_gpus
+        blocks += [tuple(ranks[i : i + engine_gpus]) for i in range(0, whole, engine_gpus)]
+    if len(blocks) < engines:
+        raise UserError(
+            f"rollout.engines: {engines} engines of {engine_gpus} GPUs each share the actor's GPUs (cluster.colocate), "
+            f"but its nodes have room for {len(blocks)}; lower it or rollout.server.tensor_parallel, or raise "
+            "actor.data_parallel"
+        )
+    return tuple(blocks[:engines])
+
+
+def _take(free: list[int], gpus: int, what: str, cluster: ClusterSettings) -> int:
+    """The first node with so many free GPUs, which are then taken."""
+    for node, left in enumerate(free):
+        if left >= gpus:
+            free[node] -= gpus
+            return node
+    if gpus > cluster.gpus_per_node:
+        raise UserError(
+            f"{what} is {gpus}, but a node has cluster.gpus_per_node: {cluster.gpus_per_node}, "
+            "and neither a tensor-parallel group nor an engine is split over two"
+        )
+    raise UserError(
+        f"actor ranks and engines need more GPUs than cluster.nodes: {cluster.nodes} x "
+        f"cluster.gpus_per_node: {cluster.gpus_per_node} = {cluster.nodes * cluster.gpus_per_node}; "
+        "raise these, or lower actor.*_parallel or rollout.engines"
+    )

@@ -1,0 +1,158 @@
+"""Process groups of a layout, and where this rank stands in them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from megatron_rl.actor import platform
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.utils.memory import Memory, fresh
+
+TIMEOUT = timedelta(minutes=10)
+"""Longer than any collective here waits; short enough that a lost rank is noticed."""
+
+SEED = 1
+
+
+def init_process_groups(layout: Layout, *, rank: int, store: dist.Store, device: torch.device) -> None:
+    """Join the world and make the groups of `layout`. store: the same one for all ranks."""
+    dist.init_process_group(
+        platform.backend(device),
+        store=store,
+        rank=rank,
+        world_size=layout.world_size,
+        timeout=TIMEOUT,
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),
+    )
+    # Nothing here draws random numbers, but sequence parallelism and recompute ask for Megatron's generators.
+    model_parallel_cuda_manual_seed(SEED)
+
+
+def destroy() -> None:
+    """Leave every group; safe to call twice."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def tp_group() -> dist.ProcessGroup:
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def dp_group() -> dist.ProcessGroup:
+    return parallel_state.get_data_parallel_group()
+
+
+def replicas_of(parameter: Tensor) -> dist.ProcessGroup:
+    """The ranks that hold the same shard of a parameter, and sum its gradient."""
+    if not getattr(parameter, "allreduce", True):  # Megatron's mark of an expert's weight
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def pp_group() -> dist.ProcessGroup:
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def expert_group() -> dist.ProcessGroup:
+    """Ranks that share the experts out between them."""
+    return parallel_state.get_expert_model_parallel_group()
+
+
+def expert_tp_group() -> dist.ProcessGroup:
+    """Ranks that share each expert."""
+    return parallel_state.get_expert_tensor_parallel_group()
+
+
+def expert_shards_group() -> dist.ProcessGroup:
+    """Both: ranks that together hold every expert of a layer, those that share one beside each other."""
+    return parallel_state.get_expert_tensor_and_model_parallel_group()
+
+
+def tp_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def dp_rank() -> int:
+    return parallel_state.get_data_parallel_rank()
+
+
+def cp_group() -> dist.ProcessGroup:
+    return parallel_state.get_context_parallel_group()
+
+
+def cp_rank() -> int:
+    return parallel_state.get_context_parallel_rank()
+
+
+def publisher() -> int:
+    """The rank that hands this pipeline stage's tensors out, for all that have them: the stage's first."""
+    return pp_rank() * (dist.get_world_size() // pp_group().size())
+
+
+def publishes() -> bool:
+    return dist.get_rank() == publisher()
+
+
+def pp_rank() -> int:
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def is_first_stage() -> bool:
+    return parallel_state.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    return parallel_state.is_pipeline_last_stage()
+
+
+def gather_shards(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The tensor of every rank of a group, in their order, on each of them; all of one shape. No gradient. In a group
+    of one the tensor itself, not a copy."""
+    if group.size() == 1:
+        return [local]
+    shards = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(shards, local.contiguous(), group=group)
+    return shards
+
+
+def collect_shards(local: Tensor, group: dist.ProcessGroup, memory: Memory = fresh) -> list[Tensor]:
+    """As `gather_shards`, but for the rank that publishes only, in `memory`: the others get nothing, and where a group
+    does not have that rank, nothing travels."""
+    ranks = dist.get_process_group_ranks(group)
+    if publisher() not in ranks:
+        return []
+    if not publishes():
+        _all_done([dist.P2POp(dist.isend, local.contiguous(), publisher(), group)])
+        return []
+    others = [rank for rank in ranks if rank != publisher()]
+    if not others:
+        return [local]
+    shards = dict(zip(others, memory(local, (len(others), *local.shape)), strict=True))
+    _all_done([dist.P2POp(dist.irecv, shard, rank, group) for rank, shard in shards.items()])
+    return [shards.get(rank, local) for rank in ranks]
+
+
+def _all_done(transfers: list[dist.P2POp]) -> None:
+    """As a batch, since nccl would make a communicator of its own for a pair."""
+    for work in dist.batch_isend_irecv(transfers):
+        work.wait()
+
+
+def gather_vocabulary(logits: Tensor) -> Tensor:
+    """[..., padded vocabulary / tensor] -> [..., padded vocabulary]. No gradient."""
+    return torch.cat(gather_shards(logits.detach(), tp_group()), dim=-1)

@@ -1,0 +1,1 @@
+"""The engine interface, and one folder for each rollout engine."""

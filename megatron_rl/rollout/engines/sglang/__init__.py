@@ -1,0 +1,1 @@
+"""SGLang: its server, and the code that runs inside it."""

@@ -1,0 +1,76 @@
+"""The receiving side of mapped weights, inside an SGLang scheduler, which calls it as a loader of weights.
+
+    --custom-weight-loader megatron_rl.rollout.engines.sglang.receiver.load
+
+What goes with `/update_weights_from_tensor` is then no weights, but a tensor of JSON: an `order`. One of `join` has the
+groups to be in, one a pipeline stage of the actor, those of before being left; one of `take` says what comes next.
+
+SGLang ends when a loader raises, and says that all is well when it does not. So what goes wrong is written to a file.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_rl.weight_sync.buckets import TensorSpec
+from megatron_rl.weight_sync.mapped import MappedReceiver
+from megatron_rl.weight_sync.transport import GroupMember
+
+LOADER = f"{__name__}.load"
+
+_receivers: dict[str, MappedReceiver] = {}
+
+
+class Model(Protocol):
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> object: ...
+
+
+def join(members: Sequence[GroupMember], ranks: int, failures: Path) -> list[str]:
+    """The order for each of a server's ranks. failures: the file to write to."""
+    joining = [asdict(member) for member in members]
+    return [_order({"members": joining, "index": index, "failures": str(failures)}) for index in range(ranks)]
+
+
+def take(group: str, bucket: Sequence[TensorSpec], ranks: int, failures: Path) -> list[str]:
+    return [_order({"group": group, "bucket": [asdict(s) for s in bucket], "failures": str(failures)})] * ranks
+
+
+def _order(order: dict[str, Any]) -> str:
+    """In the form in which SGLang takes tensors: their pickle, of which it lets nothing but tensors in."""
+    message = torch.tensor(list(json.dumps(order).encode()), dtype=torch.uint8)
+    return base64.b64encode(pickle.dumps([("order", message)])).decode()
+
+
+def load(model: Model, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """What SGLang calls."""
+    ((_, message),) = named_tensors
+    order = json.loads(bytes(message.tolist()))
+    try:
+        if "members" in order:
+            _leave()
+            for member in (GroupMember(**fields) for fields in order["members"]):
+                _receivers[member.name] = MappedReceiver(member, order["index"], message.device)
+        elif order["group"] not in _receivers:
+            raise RuntimeError(f"it is not in the group {order['group']}")
+        else:
+            with _receivers[order["group"]].bucket([TensorSpec(**spec) for spec in order["bucket"]]) as tensors:
+                model.load_weights(tensors)
+    except Exception as error:
+        with Path(order["failures"]).open("a") as file:
+            file.write(f"{type(error).__name__}: {error}\n")
+        _leave()
+
+
+def _leave() -> None:
+    for receiver in _receivers.values():
+        receiver.close()
+    _receivers.clear()

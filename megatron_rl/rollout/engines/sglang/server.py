@@ -1,0 +1,238 @@
+"""SGLang: its command line and its HTTP interface, as of 0.5.23."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_rl.rollout.engines.sglang import receiver as sglang_receiver
+from megatron_rl.rollout.servers.server import (
+    UNSYNCED,
+    Address,
+    HttpClient,
+    ServerLaunch,
+    ServerRefused,
+    ServerUnavailable,
+    version_of,
+    versions,
+)
+from megatron_rl.types import FinishReason, Generation, SamplingParams
+from megatron_rl.utils.owned_folder import owned_folder
+from megatron_rl.weight_sync.buckets import TensorSpec
+from megatron_rl.weight_sync.checksums import Checksums, compare
+from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
+
+CONTROL_SECONDS = 60.0
+"""Longest time for a call that computes nothing."""
+RESERVED = 8
+"""It refuses prompts within 6 tokens of its context: what is gone on with may be as long. Never used as positions."""
+
+
+def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command line, and the environment beside ours. The key goes into a file, as a list of processes is public."""
+    key_file = folder / "sglang.yaml"
+    key_file.touch(mode=0o600)
+    key_file.write_text(f"api-key: {key}\nadmin-api-key: {key}\n")
+    arguments = {
+        "--model-path": str(launch.model_folder),
+        "--host": launch.host,
+        "--port": str(port),
+        "--config": str(key_file),
+        "--dtype": launch.dtype,
+        "--context-length": str(launch.max_tokens + RESERVED),
+        "--tensor-parallel-size": str(launch.tensor_parallel),
+        "--weight-version": str(UNSYNCED),
+        "--custom-weight-loader": sglang_receiver.LOADER,
+        "--log-level": "warning",
+    }
+    environment = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    if launch.device == "cpu":
+        arguments |= {"--device": "cpu", "--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
+        arguments |= {"--max-total-tokens": str(max(16384, 4 * launch.max_tokens))}  # else it takes all free memory
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+        all_cores = f"0-{(os.cpu_count() or 1) - 1}"  # else each rank wants a NUMA node of its own
+        environment |= {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([all_cores] * launch.tensor_parallel)}
+    line = [str(launch.python or sys.executable), "-m", "sglang.launch_server"]
+    line += [word for pair in arguments.items() for word in pair]
+    line += ["--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
+    line += ["--enable-memory-saver"] if launch.colocated else []
+    return [*line, *launch.arguments], environment | launch.environment
+
+
+class SglangServer:
+    """Implements `Server`."""
+
+    def __init__(self, address: Address) -> None:
+        self._http = HttpClient(address)
+        self._groups: list[str] = []
+        self._mapped = False
+        """Whether it is in groups of mapped memory, which are our own in SGLang's processes."""
+        self._ranks = 0
+        self._folder: Path | None = None
+        """Where those say what they fail with."""
+
+    async def alive(self) -> None:
+        await self._http.get("/health_generate", timeout_seconds=CONTROL_SECONDS)
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
+    ) -> list[Generation]:
+        body = {"input_ids": list(prompt), "sampling_params": _sampling(sampling), "return_logprob": True}
+        answer = await self._http.post("/generate", body, timeout_seconds=timeout_seconds)
+        answers = answer if isinstance(answer, list) else [answer]
+        return [_generation(answer, sampling.stop_token_ids) for answer in answers]
+
+    async def abort_all(self) -> None:
+        await self._http.post("/abort_request", {"abort_all": True}, timeout_seconds=CONTROL_SECONDS)
+
+    async def weight_version(self) -> int:
+        info = await self._http.get("/model_info", timeout_seconds=CONTROL_SECONDS)
+        return version_of(info["weight_version"])
+
+    async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
+        body = {"model_path": str(update.folder), "weight_version": str(update.version), "flush_cache": True}
+        await self._http.post("/update_weights_from_disk", body, timeout_seconds=timeout_seconds)
+
+    async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
+        mapped = [member for member in members if member.mapped]
+        if mapped or self._mapped:
+            await self._join_mapped(mapped, timeout_seconds)
+        members = [member for member in members if not member.mapped]
+        for name in self._groups:
+            await self._http.post(
+                "/destroy_weights_update_group", {"group_name": name}, timeout_seconds=timeout_seconds
+            )
+        self._groups = [member.name for member in members]
+        for member in members:
+            body = {
+                "master_address": member.host,
+                "master_port": member.port,
+                "rank_offset": member.rank,
+                "world_size": member.size,
+                "group_name": member.name,
+                "backend": member.backend,
+            }
+            await self._http.post("/init_weights_update_group", body, timeout_seconds=timeout_seconds)
+
+    async def _join_mapped(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
+        info = await self._http.get("/server_info", timeout_seconds=CONTROL_SECONDS)
+        self._ranks, self._mapped = int(info["tp_size"]), bool(members)
+        self._folder = self._folder or owned_folder("megatron-rl-sglang-", Path(tempfile.gettempdir()))
+        orders = sglang_receiver.join(members, self._ranks, self._failures)
+        await self._begin(timeout_seconds)
+        try:
+            await self._order(orders, {"flush_cache": False}, timeout_seconds)
+        finally:
+            await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
+
+    async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
+        await self._begin(timeout_seconds)
+        receive = self._receive_mapped if self._mapped else self._receive_broadcast
+        try:
+            calls = [(stage.group, bucket) for stage in update.stages for bucket in stage.buckets]
+            for number, (group, bucket) in enumerate(calls, start=1):
+                last = number == len(calls)
+                ending = {"flush_cache": last, "weight_version": str(update.version) if last else None}
+                await receive(group, bucket, ending, timeout_seconds)
+        finally:  # also after a failure: the next update begins with a session of its own
+            await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
+
+    async def _receive_broadcast(
+        self, group: str, bucket: Sequence[TensorSpec], ending: dict[str, Any], timeout_seconds: float
+    ) -> None:
+        body = {
+            "names": [spec.name for spec in bucket],
+            "dtypes": [spec.dtype for spec in bucket],
+            "shapes": [list(spec.shape) for spec in bucket],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "selector": "target",
+        }
+        await self._http.post("/update_weights_from_distributed", body | ending, timeout_seconds=timeout_seconds)
+
+    async def _receive_mapped(
+        self, group: str, bucket: Sequence[TensorSpec], ending: dict[str, Any], timeout_seconds: float
+    ) -> None:
+        orders = sglang_receiver.take(group, bucket, self._ranks, self._failures)
+        await self._order(orders, ending, timeout_seconds)
+
+    @property
+    def _failures(self) -> Path:
+        assert self._folder
+        return self._folder / "failures"
+
+    async def _order(self, orders: list[str], ending: dict[str, Any], timeout_seconds: float) -> None:
+        """To our own receiver in SGLang's processes (`weight_sync/sglang_receiver.py`). Raises what it fails with."""
+        self._failures.unlink(missing_ok=True)
+        body = {"serialized_named_tensors": orders, "load_format": sglang_receiver.LOADER, "selector": "target"}
+        await self._http.post("/update_weights_from_tensor", body | ending, timeout_seconds=timeout_seconds)
+        if self._failures.exists():
+            raise ServerRefused(self._failures.read_text().partition("\n")[0])
+
+    async def _begin(self, timeout_seconds: float) -> None:
+        body = {"selector": "target"}
+        try:
+            await self._http.post("/begin_weight_update", body, timeout_seconds=timeout_seconds)
+        except ServerRefused:  # an update before this one is open, as its end did not get through
+            await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
+            await self._http.post("/begin_weight_update", body, timeout_seconds=timeout_seconds)
+
+    async def release_memory(self, timeout_seconds: float) -> None:
+        """It ends when it is told so while its scheduler still has to do with a request that has been answered."""
+        wait = f"/flush_cache?timeout={timeout_seconds:g}"
+        await self._http.post(wait, timeout_seconds=timeout_seconds + CONTROL_SECONDS)
+        body = {"tags": ["kv_cache", "weights"]}
+        await self._http.post("/release_memory_occupation", body, timeout_seconds=timeout_seconds)
+
+    async def restore_memory(self, part: Literal["weights", "kv_cache"], timeout_seconds: float) -> None:
+        await self._http.post("/resume_memory_occupation", {"tags": [part]}, timeout_seconds=timeout_seconds)
+
+    async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
+        answer = await self._http.post("/weights_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds)
+        held = {
+            f"{rank['parallelism_info'][0]['tp_rank']}:{name}": value
+            for rank in answer["ranks"]
+            for name, value in rank["checksums"].items()
+        }
+        return compare(sent.fused, held, version)
+
+    async def close(self) -> None:
+        await self._http.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _sampling(sampling: SamplingParams) -> dict[str, Any]:
+    """Its seed is left out: it works only under deterministic inference, and there makes all n responses the same."""
+    return {
+        "n": sampling.n,
+        "temperature": sampling.temperature,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": sampling.max_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": not sampling.stop_token_ids,  # it would ignore those as well
+        "skip_special_tokens": False,
+        "no_stop_trim": True,
+    }
+
+
+def _generation(answer: dict[str, Any], stop_token_ids: Sequence[int]) -> Generation:
+    meta = answer["meta_info"]
+    tokens = list(answer.get("output_ids") or [])
+    log_probs = [entry[0] for entry in meta.get("output_token_logprobs") or []]
+    finish = meta["finish_reason"]
+    if finish.get("status_code"):
+        raise ServerUnavailable(f"/generate: {finish}")
+    reason: FinishReason = finish["type"]
+    if reason == "stop" and tokens[-1] not in stop_token_ids:
+        reason = "abort"  # it ends at the model's own end tokens too, which are not among ours: to be gone on with
+    version, changes = versions(meta.get("weight_versions") or [], len(tokens))
+    return Generation(tokens, log_probs[: len(tokens)], reason, version, changes)

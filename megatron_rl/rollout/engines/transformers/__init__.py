@@ -1,0 +1,1 @@
+"""The embedded engine: plain transformers in the engine's own process."""

@@ -1,0 +1,1 @@
+"""vLLM: its server, and the code that runs inside it."""

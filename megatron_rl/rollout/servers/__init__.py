@@ -1,0 +1,1 @@
+"""What all HTTP servers have in common: their process, requests, liveness and router."""

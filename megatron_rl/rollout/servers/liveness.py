@@ -1,0 +1,116 @@
+"""Whether a server is still there.
+
+It is given up (`EngineLost`) when its process ends, when it gives no sign of life, or when it fails to answer one
+request again and again. Whoever owns it then replaces it whole: nothing of it is used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from megatron_rl.rollout.engines.interface import EngineLost
+from megatron_rl.rollout.servers.server import ServerRefused, ServerUnavailable
+from megatron_rl.rollout.servers.server_process import ServerProcess
+from megatron_rl.utils import heartbeat
+
+T = TypeVar("T")
+
+
+class Liveness:
+    """Of one server, from its start. Made within the event loop that it is waited for in."""
+
+    def __init__(self) -> None:
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._watches: list[asyncio.Task[None]] = []
+
+    async def begin(self, alive: Callable[[], Awaitable[None]], timeout_seconds: float) -> None:
+        """Return with its first sign of life. Raises EngineLost when there is none in time."""
+        await self.while_there(self._first_sign(alive, timeout_seconds))
+
+    def end(self) -> None:
+        self.lose("it was closed")
+        for watch in self._watches:
+            watch.cancel()
+
+    def lose(self, why: str) -> EngineLost:
+        """Give the server up: whoever waits for it is told. Returns what to raise."""
+        if not self._lost.done():
+            log(f"given up: {why}")
+            self._lost.set_result(why)
+        return EngineLost(self._lost.result())
+
+    async def while_there(self, work: Awaitable[T]) -> T:
+        """The work's result; EngineLost as soon as the server is given up."""
+        task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task, self._lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        raise EngineLost(self._lost.result())
+
+    async def until_lost(self) -> None:
+        """Raises EngineLost when it is given up, and does nothing else."""
+        raise EngineLost(await asyncio.shield(self._lost))
+
+    # ------------------------------------------------------------------ signs of life
+
+    def lose_at_end_of(self, process: ServerProcess) -> None:
+        self._watch(self._lose_at_end_of(process))
+
+    def lose_when_silent(
+        self,
+        alive: Callable[[], Awaitable[None]],
+        hang_seconds: float,
+        progress_deadline: Callable[[], float],
+        doing: Callable[[], str],
+    ) -> None:
+        """patience: seconds that it may be silent now: hang_seconds, or more. doing: for this process's own
+        heartbeat."""
+        self._watch(self._lose_when_silent(alive, hang_seconds, progress_deadline, doing))
+
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
+        self._watches.append(asyncio.create_task(work))
+
+    async def _first_sign(self, alive: Callable[[], Awaitable[None]], timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                return await alive()
+            except ServerUnavailable as error:
+                if time.monotonic() > deadline:
+                    raise self.lose(f"it did not answer within {timeout_seconds:g} s") from error
+                await asyncio.sleep(0.5)
+
+    async def _lose_at_end_of(self, process: ServerProcess) -> None:
+        await process.ended()
+        self.lose("its server has ended")
+
+    async def _lose_when_silent(
+        self,
+        alive: Callable[[], Awaitable[None]],
+        hang_seconds: float,
+        progress_deadline: Callable[[], float],
+        doing: Callable[[], str],
+    ) -> None:
+        heard = time.monotonic()
+        while not self._lost.done():
+            heartbeat.notify(doing())
+            await asyncio.sleep(min(5.0, hang_seconds / 4))
+            try:
+                async with asyncio.timeout(hang_seconds):
+                    await alive()
+            except (ServerUnavailable, ServerRefused, TimeoutError) as error:
+                limit = progress_deadline()
+                if time.monotonic() - heard > limit:
+                    self.lose(f"it has given no sign of life for {limit:g} s: {error}")
+            else:
+                heard = time.monotonic()
+
+
+def log(line: str) -> None:
+    """To this process's output, which is its file in the run's folder."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)

@@ -1,0 +1,1 @@
+"""A run from its start to its end: folder, warm start, resume, interruption, what it leaves behind."""

@@ -1,0 +1,223 @@
+"""Opens a run: checks everything that can be checked in the order of what it costs, then starts the processes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from megatron_rl.actor.passes.policy_loss import LossChoice
+from megatron_rl.checkpoint.manifest import ModelFolder, Origin
+from megatron_rl.checkpoint.retention import Retention
+from megatron_rl.checkpoint.save import Saver
+from megatron_rl.cluster.actors import Actors
+from megatron_rl.cluster.engines import Engines
+from megatron_rl.cluster.runtime import Nodes, ray_runtime
+from megatron_rl.cluster.watch import Watch
+from megatron_rl.config import Config, check_inputs
+from megatron_rl.config.checks import contradictions
+from megatron_rl.data.cursor import Cursor
+from megatron_rl.data.prompts import PromptSet, load_prompts
+from megatron_rl.data.template import load_tokenizer
+from megatron_rl.data.tokens import single_token, stop_token_ids
+from megatron_rl.errors import UserError
+from megatron_rl.models.hf_format import open_weights
+from megatron_rl.observability.diagnosis import Diagnosis
+from megatron_rl.observability.metrics import MetricsLog, read_metrics
+from megatron_rl.observability.sinks import open_sinks
+from megatron_rl.observability.timing import Phases
+from megatron_rl.observability.view import View, make_view
+from megatron_rl.parallel.configured import check_layout, layout_of, placement_of
+from megatron_rl.reward.grader import check_reward, open_grader
+from megatron_rl.rollout.contract import Contract
+from megatron_rl.rollout.replay import NoEngines, Replay
+from megatron_rl.run import folder as run_folder
+from megatron_rl.run.launch import launch_of
+from megatron_rl.run.prepare import prepare
+from megatron_rl.run.reference import find_reference
+from megatron_rl.run.resume import check_resumption, origin_of, resume
+from megatron_rl.run.run import Inputs, Run
+from megatron_rl.run.warm_start import warm_start
+from megatron_rl.run.weights import open_weight_sync
+from megatron_rl.types import SamplingParams
+from megatron_rl.utils import heartbeat
+
+LONGEST_EXAMPLE = 2_000
+"""Characters of a prompt that are shown before training."""
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Everything a run reads, checked: nothing is started or written yet. Raises UserError."""
+    check_inputs(config)
+    check_layout(config)
+    check_reward(config.reward)
+    open_weights(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
+    probes = {
+        name: (
+            single_token(tokenizer, probe.after, f"evaluation.probes.{name}.after"),
+            single_token(tokenizer, probe.token, f"evaluation.probes.{name}.token"),
+        )
+        for name, probe in config.evaluation.probes.items()
+    }
+    return Inputs(
+        tokenizer=tokenizer,
+        train=load_prompts(config.data.train, tokenizer=tokenizer, settings=config.data),
+        suites={
+            name: load_prompts(suite.data, tokenizer=tokenizer, settings=config.data).prompts
+            for name, suite in config.evaluation.suites.items()
+        },
+        probes=probes,
+        stop_token_ids=stop_token_ids(tokenizer, config.model.path, config.rollout.stop_token_ids),
+    )
+
+
+def with_device(config: Config) -> Config:
+    """`actor.device: auto` decided, so that every process agrees."""
+    if config.actor.device != "auto":
+        return config
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    decided = config.model_copy(update={"actor": config.actor.model_copy(update={"device": device})})
+    if problems := contradictions(decided):  # some settings need a GPU
+        raise UserError("\n".join(problems))
+    return decided
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """A run ready for its next step. All processes end with the block, however it ends."""
+    config = with_device(config)
+    resumption = run_folder.checkpoint_to_resume(config)
+    state = resumption.manifest.state if resumption else None
+    replay = _replay(config)
+    choice = LossChoice.of(config.algorithm)
+    loss = choice.make()
+    placement = placement_of(config)
+    with ExitStack() as stack:
+        view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
+        prepare(config, view)
+        inputs = load_inputs(config)
+        if resumption:
+            check_resumption(config, resumption)
+        cursor = Cursor(len(inputs.train.prompts), config.seed, config.data.shuffle)
+        if state:
+            cursor.load_state(state.cursor)
+        changes = run_folder.create(config)
+        rewards = stack.enter_context(open_grader(config.reward, config.run.folder / "logs" / "reward.log"))
+        for line in (f"run folder: {config.run.folder}", _describe(inputs.train), _example(config, inputs.train)):
+            view.message(line)
+        for change in changes:
+            view.message(f"resumed with another setting: {change}")
+        last_step = None if config.resume == "never" else (state.step if state else -1)
+        sinks = open_sinks(
+            config.observability, config.run.name, config.run.folder, config.model_dump(mode="json"), last_step
+        )
+        metrics = MetricsLog(config.run.folder, keep_up_to_step=last_step, sinks=sinks)
+        stack.callback(metrics.close)
+        logs = config.run.folder / "logs"
+        stack.callback(shutil.rmtree, logs / heartbeat.FOLDER, ignore_errors=True)
+        shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # of a run that was killed
+        nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))
+        origin = resumption.manifest.origin if resumption else None
+        actors, engines, reference = _start(config, choice, inputs, view, stack, nodes, origin)
+        weights = open_weight_sync(config, actors, engines, view, stack) if isinstance(engines, Engines) else None
+        run = Run(
+            config=config,
+            folder=config.run.folder,
+            inputs=inputs,
+            cursor=cursor,
+            loss=loss,
+            rewards=rewards,
+            actors=actors,
+            engines=engines,
+            replay=replay,
+            weights=weights,
+            contract=_contract(config, inputs, view),
+            saver=stack.enter_context(_saver(config, actors, origin_of(config, reference), view)),
+            view=view,
+            metrics=metrics,
+            diagnosis=Diagnosis(config.run.folder, config.observability.diagnosis, read_metrics(config.run.folder)),
+            phase=Phases(view.phase),
+        )
+        if resumption:
+            resume(run, resumption)
+        run.sync_weights()
+        yield run
+
+
+def _start(
+    config: Config,
+    choice: LossChoice,
+    inputs: Inputs,
+    view: View,
+    stack: ExitStack,
+    nodes: Nodes,
+    resumed: Origin | None,
+) -> tuple[Actors, Engines | NoEngines, ModelFolder | None]:
+    """The actor with its loss and optimizer, the engines, the reference model.
+
+    resumed: who wrote the checkpoint that the run goes on from. It has its weights then: no warm start.
+    """
+    logs, layout = config.run.folder / "logs", layout_of(config.actor)
+    view.phase("starting")
+    actors = Actors(config.actor, layout, config.model.path, logs, nodes)
+    stack.callback(actors.close)
+    view.message(f"actor: {layout.world_size} ranks, {actors.description}")
+    warm_started = cache(partial(warm_start, config, actors, inputs.tokenizer, view))
+    model_folder = config.model.path if resumed else warm_started()
+    reference = find_reference(config, resumed.reference if resumed else None, warm_started)
+    if reference:
+        actors.load_hf(Path(reference.path))
+        actors.snapshot("reference")
+    actors.load_hf(model_folder)
+    actors.prepare(choice, config.actor.optimizer)
+    if config.rollout.replay:
+        return actors, NoEngines(), reference
+    engines = Engines(config.rollout, launch_of(config, model_folder), logs, nodes, view.message)
+    stack.callback(engines.close)
+    return actors, engines, reference
+
+
+def _contract(config: Config, inputs: Inputs, view: View) -> Contract:
+    rollout = config.rollout
+    sampling = SamplingParams(
+        n=rollout.samples_per_prompt,
+        max_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        stop_token_ids=inputs.stop_token_ids,
+        seed=config.seed,
+    )
+    return Contract(rollout.contract, config.actor.dtype, inputs.train.prompts, sampling, view.message)
+
+
+def _replay(config: Config) -> Replay | None:
+    """Raises UserError where there are fewer recorded steps than are asked for."""
+    if config.rollout.replay is None:
+        return None
+    replay = Replay(config.rollout.replay)
+    if config.train.steps > len(replay):
+        raise UserError(
+            f"train.steps: {config.train.steps}, but {replay.folder} holds the rollouts of {len(replay)} steps"
+        )
+    return replay
+
+
+def _saver(config: Config, actors: Actors, origin: Origin, view: View) -> Saver:
+    keep = Retention(config.train.keep_checkpoints, config.train.keep_best)
+    return Saver(config.run.folder / "checkpoints", actors, origin, keep, view.message)
+
+
+def _example(config: Config, prompts: PromptSet) -> str:
+    text = prompts.prompts[0].text
+    shown = text if len(text) <= LONGEST_EXAMPLE else f"{text[:LONGEST_EXAMPLE]} ..."
+    return f"first prompt, as the model sees it (data.template: {config.data.template}):\n{shown}"
+
+
+def _describe(prompts: PromptSet) -> str:
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in prompts.dropped.items())
+    truncated = f", {prompts.truncated} truncated" if prompts.truncated else ""
+    return f"data: {len(prompts.prompts)} prompts ({prompts.schema} schema){dropped}{truncated}"

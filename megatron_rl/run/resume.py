@@ -1,0 +1,80 @@
+"""Going on from a checkpoint: whether this run can, what is brought back, and what the user is told of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from megatron_rl import __version__
+from megatron_rl.actor.platform import megatron_version
+from megatron_rl.checkpoint import rng
+from megatron_rl.checkpoint.manifest import ModelFolder, Origin, read_rng
+from megatron_rl.checkpoint.rollout_buffer import read_buffer
+from megatron_rl.config import Config
+from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.hf_format import read_config
+from megatron_rl.observability.metrics import read_metrics
+from megatron_rl.parallel.configured import layout_of
+from megatron_rl.rollout.buffer import RolloutBuffer
+from megatron_rl.run.folder import Resumption
+from megatron_rl.run.run import Run
+
+
+def origin_of(config: Config, reference: ModelFolder | None = None) -> Origin:
+    """What this process writes into its checkpoints."""
+    return Origin(
+        model=asdict(Architecture.from_hf(read_config(config.model.path))),
+        layout=asdict(layout_of(config.actor)),
+        dtype=config.actor.dtype,
+        versions={"megatron-rl": __version__, "megatron-core": megatron_version(), "torch": torch.__version__},
+        reference=reference,
+    )
+
+
+def check_resumption(config: Config, resumption: Resumption) -> None:
+    """Raises UserError when the checkpoint is of another model."""
+    there, here = resumption.manifest.origin.model, origin_of(config).model
+    different = [f"{key} is {there[key]} there, {here[key]} here" for key in there if there[key] != here.get(key)]
+    if different:
+        raise UserError(
+            f"{resumption.checkpoint} is a checkpoint of another model than {config.model.path} "
+            f"({'; '.join(different)}): resume with the model.path the run was started with"
+        )
+
+
+def resume(run: Run, resumption: Resumption) -> None:
+    """Bring everything back but the cursor, which the run was opened with."""
+    checkpoint, manifest = resumption.checkpoint, resumption.manifest
+    run.actors.load(checkpoint)
+    rng.restore(read_rng(checkpoint).driver)
+    run.buffer = _buffer(checkpoint, run.config.rollout.samples_per_prompt)
+    run.resumed, run.step, run.weight_version = True, manifest.state.step, manifest.state.weight_version
+    if all(row["step"] != run.step for row in read_metrics(run.folder)):  # killed between checkpoint and metrics
+        run.metrics.write(run.step, manifest.metrics)
+    for line in _report(run, resumption):
+        run.view.message(line)
+
+
+def _buffer(checkpoint: Path, samples: int) -> RolloutBuffer:
+    """Groups of another size than this run's are begun anew."""
+    groups = read_buffer(checkpoint)
+    return RolloutBuffer.of(
+        group if len(group.responses) == samples else group.begun_anew(group.oldest_version) for group in groups
+    )
+
+
+def _report(run: Run, resumption: Resumption) -> list[str]:
+    there, here = resumption.manifest.origin, origin_of(run.config)
+    lines = [f"DAMAGED CHECKPOINT PASSED OVER: {problem}" for problem in resumption.damaged]
+    lines.append(f"resumed from {resumption.checkpoint} (step {run.step})")
+    if there.layout != here.layout:
+        lines.append(
+            f"written under {there.layout_in_words}, now {here.layout_in_words}: weights and optimizer state "
+            "are exact, the ranks' random states start anew, and sums in another order round differently from here on"
+        )
+    if there.dtype != here.dtype:
+        lines.append(f"written by a {there.dtype} run, now {here.dtype}: main weights and optimizer state are exact")
+    return lines

@@ -1,0 +1,122 @@
+"""Supervised training before RL, through the same actor; cached by the content of all that goes into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from megatron_rl.actor.optimizer.schedule import learning_rate
+from megatron_rl.batching.sequences import SequenceBatch
+from megatron_rl.checkpoint.export import export_hf
+from megatron_rl.config import Config
+from megatron_rl.config.actor import OptimizerSettings
+from megatron_rl.config.schema import WarmStartPhase, WarmStartSettings
+from megatron_rl.errors import UserError
+from megatron_rl.observability.view import View
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megatron_rl.cluster.actors import Actors
+
+VERSION = 1
+"""Raise it whenever the same inputs would be trained into other weights."""
+
+
+def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBase, view: View) -> Path:
+    """The folder of the warm-started model. Each phase is trained unless cached; the actor is left undefined."""
+    settings = config.warm_start
+    if settings is None:
+        return config.model.path
+    folder = config.model.path
+    view.phase("warm start")
+    for number, phase in enumerate(settings.phases, start=1):
+        source = folder
+        folder = settings.cache_folder / f"warm_start-{number}-{_key(config, settings, number)}"
+        if folder.is_dir():
+            view.message(f"warm start, phase {number}: from the cache, {folder}")
+            continue
+        start = time.monotonic()
+        actors.load_hf(source)
+        actors.prepare(None, OptimizerSettings(lr=phase.lr, betas=settings.betas, weight_decay=settings.weight_decay))
+        for step, loss in enumerate(_train(phase, settings, _read_traces(phase.data, tokenizer), actors), start=1):
+            if not math.isfinite(loss):
+                raise UserError(f"warm start: the loss is {loss} at step {step}: try a lower lr in warm_start.phases")
+            view.warm_start(step, phase.steps, loss, (time.monotonic() - start) / step * (phase.steps - step))
+        export_hf(folder, config.model.path, actors.export_hf)
+        view.message(
+            f"warm start, phase {number}: {phase.steps} steps in {time.monotonic() - start:.0f} s, kept in {folder}"
+        )
+    return folder
+
+
+def _train(phase: WarmStartPhase, settings: WarmStartSettings, rows: SequenceBatch, actors: Actors) -> Iterator[float]:
+    """Yields each step's loss. One step is under way while the next is cut and sent."""
+    waiting = None
+    for step in range(1, phase.steps + 1):
+        first = (step - 1) * settings.batch_size
+        batch = rows.take([i % len(rows) for i in range(first, first + settings.batch_size)])
+        lr = learning_rate(
+            step,
+            peak=phase.lr,
+            total_steps=phase.steps,
+            warmup_steps=settings.warmup_steps,
+            schedule="cosine",
+            min_ratio=settings.min_lr_ratio,
+        )
+        submitted = actors.submit_train(batch, lr=lr, denominator=batch.num_response_tokens), batch
+        if waiting:
+            yield actors.train_result(*waiting).loss
+        waiting = submitted
+    if waiting:
+        yield actors.train_result(*waiting).loss
+
+
+def _read_traces(path: Path, tokenizer: PreTrainedTokenizerBase) -> SequenceBatch:
+    """Columns `prompt` and `response`, both text as the tokenizer reads it."""
+    try:
+        table = pq.read_table(path, columns=["prompt", "response"])
+    except Exception as error:
+        raise UserError(f"{path}: a parquet file with the columns prompt and response is expected: {error}") from error
+    if not len(table):
+        raise UserError(f"{path}: there are no traces in it")
+    prompts, responses = (
+        _tokenized(table[name].to_pylist(), f"{path}: {name}", tokenizer) for name in ("prompt", "response")
+    )
+    return SequenceBatch(
+        tokens=[np.array(p + r, dtype=np.int64) for p, r in zip(prompts, responses, strict=True)],
+        prompt_lengths=np.array([len(p) for p in prompts], dtype=np.int64),
+    )
+
+
+def _tokenized(texts: list[Any], what: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise UserError(f"{what} of row {row} is {text!r}; text is expected")
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if [] in ids:
+        raise UserError(f"{what} of row {ids.index([])} is no token to the model's tokenizer")
+    return ids
+
+
+def _key(config: Config, settings: WarmStartSettings, phases: int) -> str:
+    """A hash of all that shapes the result of the first `phases` phases: the model's files, traces and settings. The
+    layout is no part of it."""
+    digest = hashlib.sha256()
+    used = settings.phases[:phases]
+    shape = settings.model_dump(mode="json", exclude={"cache_folder", "phases"})
+    shape["phases"] = [phase.model_dump(mode="json", exclude={"data"}) for phase in used]
+    digest.update(json.dumps([VERSION, config.actor.dtype, shape], sort_keys=True).encode())
+    for path in [*sorted(p for p in config.model.path.iterdir() if p.is_file()), *(phase.data for phase in used)]:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,41 @@
+"""The way that new weights take to the engines of a run."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from functools import partial
+
+from megatron_rl.cluster.actors import Actors
+from megatron_rl.cluster.engines import Engines
+from megatron_rl.cluster.weight_sync import CollectiveSync, FolderSync, WeightSync
+from megatron_rl.config import Config
+from megatron_rl.config.transport import transport_of
+from megatron_rl.observability.view import View
+from megatron_rl.weight_sync.shared_memory import shared_folder
+
+
+def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: View, stack: ExitStack) -> WeightSync:
+    """What it leaves on disk or in memory goes with the stack."""
+    settings, server = config.weight_sync, config.rollout.server
+    ranks = server.tensor_parallel
+    bucket_bytes = settings.bucket_megabytes * 2**20
+    transport = transport_of(config)
+    if transport in ("collective", "cuda_ipc"):
+        sync: WeightSync = CollectiveSync(
+            actors,
+            engines,
+            ranks,
+            view.message,
+            backend="gloo" if config.actor.device == "cpu" or transport == "cuda_ipc" else "nccl",
+            bucket_bytes=bucket_bytes,
+            update_seconds=server.update_seconds,
+            mapped=transport == "cuda_ipc",
+        )
+    else:
+        in_memory = transport == "shared_memory"
+        folder = shared_folder() if in_memory else (settings.folder or config.run.folder / "weights").resolve()
+        stack.callback(partial(shutil.rmtree, folder, ignore_errors=True))
+        sync = FolderSync(actors, engines, ranks, view.message, folder=folder, bucket_bytes=bucket_bytes)
+    stack.callback(sync.close)
+    return sync

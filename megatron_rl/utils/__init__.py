@@ -1,0 +1,1 @@
+"""Small helpers that every other room may use: files, memory, heartbeats, sockets."""

@@ -1,0 +1,117 @@
+"""Who goes where."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.config.cluster import ClusterSettings
+from megatron_rl.errors import UserError
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.parallel.placement import Placement, place
+
+
+def cluster(nodes: int, gpus: int = 8, *, colocate: bool = False) -> ClusterSettings:
+    return ClusterSettings(nodes=nodes, gpus_per_node=gpus, colocate=colocate)
+
+
+def test_ranks_fill_nodes_in_order_and_engines_the_rest() -> None:
+    placed = place(Layout(tensor=8, pipeline=2), engines=4, cluster=cluster(4), engine_gpus=4, on_gpu=True)
+    assert placed.actors == (0,) * 8 + (1,) * 8
+    assert placed.engines == (2, 2, 3, 3)
+    assert [placed.gpus(node) for node in placed.nodes] == [8, 8, 8, 8]
+
+
+def test_engines_go_to_the_nodes_of_the_actor_first() -> None:
+    assert place(Layout(tensor=4), engines=2, cluster=cluster(2), engine_gpus=2, on_gpu=True).engines == (0, 0)
+
+
+def test_a_group_leaves_a_gap_rather_than_being_split() -> None:
+    placed = place(Layout(tensor=3, data=3), engines=1, cluster=cluster(2), engine_gpus=1, on_gpu=True)
+    assert placed.actors == (0,) * 6 + (1,) * 3
+    assert placed.engines == (0,)
+
+
+def test_engines_on_the_actors_gpus_keep_to_their_node_and_need_no_others() -> None:
+    together = cluster(2, colocate=True)
+    placed = place(Layout(tensor=4, data=4), engines=8, cluster=together, engine_gpus=2, on_gpu=True)
+    assert placed.shared == tuple((rank, rank + 1) for rank in range(0, 16, 2))
+    assert placed.engines == (0,) * 4 + (1,) * 4
+    assert [placed.gpus(node) for node in placed.nodes] == [8, 8]
+    assert [placed.processes(node) for node in placed.nodes] == [12, 12]
+    with pytest.raises(UserError, match=r"rollout.engines: 9 .* room for 8"):
+        place(Layout(tensor=4, data=4), engines=9, cluster=together, engine_gpus=2, on_gpu=True)
+    on_cpu = place(Layout(tensor=2), engines=2, cluster=together, engine_gpus=0, on_gpu=False)
+    assert on_cpu.shared == ()
+
+
+@given(
+    tensor=st.sampled_from([1, 2, 3, 4, 8]),
+    groups=st.integers(1, 12),
+    engine_gpus=st.sampled_from([1, 2, 4, 8]),
+    engines=st.integers(1, 16),
+)
+def test_no_gpu_is_shared_by_two_engines(tensor: int, groups: int, engine_gpus: int, engines: int) -> None:
+    try:
+        placed = place(
+            Layout(tensor=tensor, data=groups), engines, cluster(6, colocate=True), engine_gpus=engine_gpus, on_gpu=True
+        )
+    except UserError:
+        return
+    used = [rank for ranks in placed.shared for rank in ranks]
+    assert len(placed.shared) == engines and len(set(used)) == len(used) == engines * engine_gpus
+    for engine, ranks in enumerate(placed.shared):
+        assert {placed.actors[rank] for rank in ranks} == {placed.engines[engine]}
+
+
+def test_an_engine_that_runs_elsewhere_takes_no_gpu() -> None:
+    placed = place(Layout(tensor=8), engines=2, cluster=cluster(1), engine_gpus=0, on_gpu=True)
+    assert (placed.actors, placed.engines, placed.gpus(0)) == ((0,) * 8, (0, 0), 8)
+
+
+def test_on_cpu_every_node_gets_its_share() -> None:
+    placed = place(Layout(tensor=2, data=2), engines=2, cluster=cluster(2), engine_gpus=0, on_gpu=False)
+    assert (placed.actors, placed.engines) == ((0, 0, 1, 1), (0, 1))
+    assert [placed.gpus(node) for node in placed.nodes] == [0, 0]
+    assert [placed.processes(node) for node in placed.nodes] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("layout", "engines", "engine_gpus", "words"),
+    [
+        (Layout(tensor=16), 1, 1, "actor.tensor_parallel is 16, but a node has cluster.gpus_per_node: 8"),
+        (Layout(tensor=8), 1, 16, "GPUs of an engine is 16"),
+        (Layout(tensor=8, data=2), 1, 1, "more GPUs than cluster.nodes: 2 x cluster.gpus_per_node: 8 = 16"),
+    ],
+)
+def test_what_does_not_fit_is_said(layout: Layout, engines: int, engine_gpus: int, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        place(layout, engines, cluster(2), engine_gpus=engine_gpus, on_gpu=engine_gpus > 0)
+    assert words in str(caught.value)
+
+
+@given(
+    tensor=st.sampled_from([1, 2, 4, 8]),
+    pipeline=st.integers(1, 4),
+    data=st.integers(1, 4),
+    engines=st.integers(1, 8),
+    engine_gpus=st.sampled_from([0, 1, 2, 4]),
+    nodes=st.integers(1, 8),
+)
+def test_no_group_is_split_and_no_node_overfull(
+    tensor: int, pipeline: int, data: int, engines: int, engine_gpus: int, nodes: int
+) -> None:
+    layout = Layout(tensor=tensor, pipeline=pipeline, data=data)
+    try:
+        placed: Placement = place(layout, engines, cluster(nodes), engine_gpus=engine_gpus, on_gpu=engine_gpus > 0)
+    except UserError:
+        left = [max(0, min(8, 8 * (node + 1) - layout.world_size)) for node in range(nodes)]
+        assert layout.world_size > 8 * nodes or sum(gpus // engine_gpus for gpus in left) < engines
+        return
+    assert len(placed.actors) == layout.world_size and len(placed.engines) == engines
+    for start in range(0, layout.world_size, tensor):
+        assert len(set(placed.actors[start : start + tensor])) == 1
+    assert list(placed.actors) == sorted(placed.actors)
+    assert all(placed.gpus(node) <= 8 for node in placed.nodes)
+    assert max(placed.nodes) < nodes

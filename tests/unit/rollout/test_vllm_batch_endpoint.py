@@ -1,0 +1,129 @@
+"""What the middleware answers, what it leaves to vLLM's own handler, and what becomes of requests that are given up.
+vLLM itself is stood in for; that the answers are the same is tested with the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+GOOD, BAD, ENDLESS = 5, 6, 7
+"""Last tokens of prompts: what the engine does with them."""
+KEY = [(b"authorization", b"Bearer secret")]
+
+
+@dataclass
+class _Span:
+    version: str
+    start: int
+    end: int
+
+
+class Engine:
+    """Answers with two tokens, the second impossible; fails; or is never done."""
+
+    def __init__(self) -> None:
+        self.cancelled = 0
+
+    async def generate(self, prompt: Any, sampling: Any, request_id: str) -> AsyncIterator[Any]:
+        try:
+            if prompt[-1] == ENDLESS:
+                await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if prompt[-1] == BAD:
+            raise RuntimeError("told to")
+        span = _Span("7", 0, 2)
+        log_probs = [{4: SimpleNamespace(logprob=-0.5)}, {9: SimpleNamespace(logprob=float("nan"))}]
+        fields = {"index": 0, "token_ids": (4, 9), "logprobs": log_probs, "finish_reason": "stop"}
+        yield SimpleNamespace(outputs=[SimpleNamespace(**fields, weight_versions=[span])])
+
+
+class Call:
+    """One list of requests through the middleware, in two parts; vLLM's own application is behind it."""
+
+    def __init__(self, brief_answers: Any, *ends: int, headers: Any = KEY, path: str = "/brief/generate") -> None:
+        self.passed_on, self.engine = False, Engine()
+        self.sent: list[Any] = []
+        body = json.dumps([{"token_ids": [1, end], "sampling_params": {"n": 1}} for end in ends]).encode()
+        self._messages = [
+            {"type": "http.request", "body": body[:10], "more_body": True},
+            {"type": "http.request", "body": body[10:]},
+        ]
+        state = SimpleNamespace(engine_client=self.engine, args=SimpleNamespace(api_key=None))
+        scope = {"type": "http", "path": path, "headers": headers, "app": SimpleNamespace(state=state)}
+        asyncio.run(brief_answers(self.app)(scope, self.receive, self.send))
+
+    @property
+    def choices(self) -> dict[int, Any]:
+        """Of each request, in the order in which they came."""
+        lines = [json.loads(message["body"]) for message in self.sent[1:] if message["body"]]
+        return {line["request"]: line["choices"] for line in lines}
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        assert len(self._messages) == 2, "nothing of the request has been read"
+        self.passed_on = True
+
+    async def receive(self) -> Any:
+        if self._messages:
+            return self._messages.pop(0)
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+
+@pytest.fixture
+def brief_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name in ("vllm", "vllm.inputs", "vllm.sampling_params"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vllm"].SamplingParams = lambda **fields: fields  # type: ignore[attr-defined]
+    sys.modules["vllm"].envs = SimpleNamespace(VLLM_API_KEY="secret")  # type: ignore[attr-defined]
+    sys.modules["vllm.inputs"].tokens_input = list  # type: ignore[attr-defined]
+    sys.modules["vllm.sampling_params"].RequestOutputKind = SimpleNamespace(FINAL_ONLY=2)  # type: ignore[attr-defined]
+    monkeypatch.delitem(sys.modules, "megatron_rl.rollout.engines.vllm.batch_endpoint", raising=False)
+    from megatron_rl.rollout.engines.vllm.batch_endpoint import BatchEndpoint
+
+    yield BatchEndpoint
+    del sys.modules["megatron_rl.rollout.engines.vllm.batch_endpoint"]
+
+
+def test_each_request_has_its_answer(brief_answers: Any) -> None:
+    call = Call(brief_answers, GOOD, GOOD)
+    assert not call.passed_on and call.sent[0]["status"] == 200 and not call.sent[-1].get("more_body")
+    choice = {
+        "index": 0,
+        "token_ids": [4, 9],
+        "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -9999.0}]},
+        "finish_reason": "stop",
+        "weight_versions": [{"version": "7", "start": 0, "end": 2}],
+    }
+    assert call.choices == {0: [choice], 1: [choice]}
+
+
+def test_one_that_fails_is_left_to_vllms_handler_alone(brief_answers: Any) -> None:
+    choices = Call(brief_answers, GOOD, BAD, GOOD).choices
+    assert choices.keys() == {0, 1, 2} and choices[0] and choices[1] is None and choices[2]
+
+
+def test_nobody_waits_for_the_slowest_and_what_is_given_up_leaves_the_engine(brief_answers: Any) -> None:
+    call = Call(brief_answers, ENDLESS, GOOD, ENDLESS)
+    assert call.choices.keys() == {1} and call.sent[-1]["more_body"], "the answer has no end"
+    assert call.engine.cancelled == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"path": "/inference/v1/generate"}, {"headers": []}, {"headers": [(b"authorization", b"Bearer Secret")]}],
+)
+def test_the_rest_is_vllms(brief_answers: Any, changes: dict[str, Any]) -> None:
+    call = Call(brief_answers, GOOD, **changes)
+    assert call.passed_on and not call.sent

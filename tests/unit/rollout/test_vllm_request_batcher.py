@@ -1,0 +1,233 @@
+"""Requests that go to vLLM as one: each has its own answer, whatever becomes of the others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from megatron_rl.config.rollout import ServerSettings
+from megatron_rl.rollout.engines.vllm.request_batcher import PATH
+from megatron_rl.rollout.engines.vllm.server import VllmServer
+from megatron_rl.rollout.servers import requests
+from megatron_rl.rollout.servers.http_engine import HttpEngine
+from megatron_rl.rollout.servers.server import Address, HttpClient, ServerLaunch, ServerRefused, ServerUnavailable
+from megatron_rl.types import Generation, SamplingParams
+
+SAMPLING = SamplingParams(n=2, max_tokens=4, temperature=1.0, stop_token_ids=(2,), seed=0)
+SLOW, BAD = 90, 91
+"""Prompts that begin so are answered when the server is told to; and by vLLM's own handler, with 400."""
+
+
+def choices(asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """The prompt's last token, and the end, by each of the responses."""
+    choice = {
+        "token_ids": [asked["token_ids"][-1], 2],
+        "logprobs": {"content": [{"logprob": -0.5}] * 2},
+        "finish_reason": "stop",
+        "weight_versions": [{"version": "default", "start": 0, "end": 2}],
+    }
+    return [choice | {"index": i} for i in range(asked["sampling_params"]["n"])]
+
+
+@dataclass
+class Vllm:
+    """As much of vLLM's HTTP interface as rollouts use, with our middleware or without."""
+
+    brief: bool = True
+    faults: list[str] = field(default_factory=list)
+    """One a list of requests: error, or drop, after half of its answers; none left: it is answered."""
+    lists: list[list[Any]] = field(default_factory=list)
+    singles: list[Any] = field(default_factory=list)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    given_up: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def weight_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": "default"})
+
+    async def together(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        self.lists.append(asked)
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "error":
+            return web.Response(status=500)
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        slow_last = sorted(enumerate(asked), key=lambda pair: pair[1]["token_ids"][0] == SLOW)
+        for count, (place, one) in enumerate(slow_last):
+            if fault == "drop" and count == len(asked) // 2:
+                assert request.transport
+                request.transport.abort()
+            if one["token_ids"][0] == SLOW:
+                try:
+                    await self.go_on.wait()
+                except asyncio.CancelledError:
+                    self.given_up.set()
+                    raise
+            found = None if one["token_ids"][0] == BAD else choices(one)
+            line = json.dumps({"request": place, "choices": found}).encode() + b"\n"
+            for part in (line[:7], line[7:]):
+                await answer.write(part)
+                await asyncio.sleep(0.001)
+        return answer
+
+    async def single(self, request: web.Request) -> web.Response:
+        one = await request.json()
+        self.singles.append(one)
+        if one["token_ids"][0] == BAD:
+            return web.Response(status=400, text="no such token")
+        return web.json_response({"choices": choices(one)})
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[str]:
+        """Its URL."""
+        app = web.Application()
+        app.router.add_get("/weight_info", self.weight_info)
+        app.router.add_post("/inference/v1/generate", self.single)
+        if self.brief:
+            app.router.add_post(PATH, self.together)
+        async with TestServer(app, handler_cancellation=True) as server:
+            yield str(server.make_url("")).rstrip("/")
+
+
+@asynccontextmanager
+async def server_of(vllm: Vllm) -> AsyncIterator[VllmServer]:
+    async with vllm.running() as url:
+        server = VllmServer(Address(url))
+        try:
+            yield server
+        finally:
+            await server.close()
+
+
+def ask(server: VllmServer, *prompts: Sequence[int]) -> list[asyncio.Task[list[Generation]]]:
+    return [asyncio.create_task(server.generate(prompt, SAMPLING, 10.0)) for prompt in prompts]
+
+
+def first_tokens(groups: Sequence[Sequence[Generation]]) -> list[list[int]]:
+    return [[generation.token_ids[0] for generation in group] for group in groups]
+
+
+Scenario = Callable[[Vllm, VllmServer], Awaitable[None]]
+
+
+def run(scenario: Scenario, **vllm: Any) -> Vllm:
+    async def main() -> Vllm:
+        fake = Vllm(**vllm)
+        async with asyncio.timeout(20), server_of(fake) as server:
+            await scenario(fake, server)
+        return fake
+
+    return asyncio.run(main())
+
+
+def test_what_is_asked_at_one_moment_goes_as_one_and_nobody_waits_for_the_slowest() -> None:
+    async def scenario(vllm: Vllm, server: VllmServer) -> None:
+        first, slow, last = ask(server, (1, 11), (SLOW, 12), (1, 13))
+        assert first_tokens([await first, await last]) == [[11, 11], [13, 13]] and not slow.done()
+        vllm.go_on.set()
+        assert first_tokens([await slow]) == [[12, 12]]
+        assert first_tokens(await asyncio.gather(*ask(server, (1, 14)))) == [[14, 14]]
+
+    assert [len(asked) for asked in run(scenario).lists] == [3, 1]
+
+
+def test_one_that_fails_hears_why_from_vllms_own_handler() -> None:
+    async def scenario(vllm: Vllm, server: VllmServer) -> None:
+        good, bad = ask(server, (1, 11), (BAD, 12))
+        assert first_tokens([await good]) == [[11, 11]]
+        with pytest.raises(ServerRefused, match="no such token"):
+            await bad
+
+    assert len(run(scenario).singles) == 1
+
+
+def test_a_server_without_the_middleware_is_asked_one_by_one() -> None:
+    async def scenario(vllm: Vllm, server: VllmServer) -> None:
+        for _ in range(2):
+            assert first_tokens(await asyncio.gather(*ask(server, (1, 11), (1, 12)))) == [[11, 11], [12, 12]]
+
+    assert len(run(scenario, brief=False).singles) == 4
+
+
+@pytest.mark.parametrize(("fault", "answered"), [("error", 0), ("drop", 2)])
+def test_a_failure_meets_those_without_an_answer(fault: str, answered: int) -> None:
+    async def scenario(vllm: Vllm, server: VllmServer) -> None:
+        found = await asyncio.gather(*ask(server, (1, 11), (1, 12), (1, 13), (1, 14)), return_exceptions=True)
+        assert [isinstance(one, list) for one in found] == [True] * answered + [False] * (4 - answered)
+        assert all(isinstance(one, ServerUnavailable) for one in found[answered:])
+        assert first_tokens([await ask(server, (1, 15))[0]]) == [[15, 15]], "the server is well again"
+
+    assert not run(scenario, faults=[fault]).singles
+
+
+def test_what_nobody_waits_for_is_given_up() -> None:
+    async def scenario(vllm: Vllm, server: VllmServer) -> None:
+        first, second, third = ask(server, (SLOW, 11), (SLOW, 12), (1, 13))
+        await third
+        first.cancel()
+        await asyncio.sleep(0.1)
+        assert not vllm.given_up.is_set(), "the second is waited for"
+        second.cancel()
+        await vllm.given_up.wait()
+        (early,) = ask(server, (SLOW, 14))
+        await asyncio.sleep(0)
+        early.cancel()
+
+    assert len(run(scenario).lists) == 1, "what was given up at once was never sent"
+
+
+def test_nothing_is_lost_or_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "FIRST_BACK_OFF_SECONDS", 0.01)
+    prompts = [(1, 10 + i) for i in range(40)]
+
+    async def scenario() -> Vllm:
+        vllm = Vllm(faults=["drop", "error", "drop", "drop"])
+        async with vllm.running() as url:
+            settings = ServerSettings(urls=[url], request_attempts=8)
+            engine = HttpEngine("vllm", settings, ServerLaunch(Path("unused"), "cpu", "float32", 1, 64), url)
+            await engine.start()
+            await engine.resume()
+            try:
+                groups = await engine.generate(prompts, replace(SAMPLING, n=3))
+                assert first_tokens(groups) == [[10 + i] * 3 for i in range(40)]
+            finally:
+                await engine.close()
+        return vllm
+
+    vllm = asyncio.run(scenario())
+    assert not vllm.faults and len(vllm.lists[0]) == 40
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_lines_are_whole_however_they_come(size: int) -> None:
+    rows = [{"request": i, "choices": ["x" * i]} for i in range(9)]
+    text = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+    async def lines(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        for start in range(0, len(text), size):
+            await answer.write(text[start : start + size])
+            await asyncio.sleep(0)
+        return answer
+
+    async def scenario() -> list[Any]:
+        app = web.Application()
+        app.router.add_post("/lines", lines)
+        async with TestServer(app) as server:
+            client = HttpClient(Address(str(server.make_url("")).rstrip("/")))
+            try:
+                return [line async for line in client.post_for_lines("/lines", [], timeout_seconds=10.0)]
+            finally:
+                await client.close()
+
+    assert asyncio.run(scenario()) == rows

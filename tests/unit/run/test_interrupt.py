@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from megatron_rl.run.interrupt import stop_on_interrupt
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def handlers() -> list[object]:
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_the_first_asks_and_the_second_ends(first: signal.Signals, second: signal.Signals) -> None:
+    before = handlers()
+    with pytest.raises(KeyboardInterrupt), stop_on_interrupt() as stop:
+        assert not stop.requested
+        signal.raise_signal(first)
+        assert stop.requested
+        signal.raise_signal(second)
+    assert handlers() == before
+
+
+def test_handlers_come_back_after_an_error_or_none() -> None:
+    before = handlers()
+    with stop_on_interrupt() as stop:
+        assert handlers() != before
+    assert not stop.requested
+    assert handlers() == before
+    with pytest.raises(ValueError, match="mine"), stop_on_interrupt():
+        raise ValueError("mine")
+    assert handlers() == before
