@@ -78,7 +78,7 @@ def rows() -> SequenceBatch:
     random = np.random.default_rng(0)
     lengths = random.integers(10, 80, ROWS)
     batch = SequenceBatch([random.integers(0, VOCABULARY, length + 8) for length in lengths], np.full(ROWS, 8))
-    tokens = batch.num_response_tokens
+    tokens = batch.num_sampled_tokens
     return batch.with_values(
         advantages=random.normal(size=tokens).astype(np.float32),
         rollout_log_probs=-random.random(tokens).astype(np.float32),
@@ -105,17 +105,17 @@ def count() -> dict[str, float]:
     batch, found = rows(), {}
     with tempfile.TemporaryDirectory() as folder:
         worker = worker_of(Path(folder))
-        worker.train(batch, 1e-6, batch.num_response_tokens, 1.0)  # builds what is built once
+        worker.train(batch, 1e-6, batch.num_sampled_tokens, 1.0)  # builds what is built once
         with FlopCounterMode(display=False) as flops:
-            worker.train(batch, 1e-6, batch.num_response_tokens, 1.0)
+            worker.train(batch, 1e-6, batch.num_sampled_tokens, 1.0)
         with Calls() as calls:
-            worker.train(batch, 1e-6, batch.num_response_tokens, 1.0)
+            worker.train(batch, 1e-6, batch.num_sampled_tokens, 1.0)
         with Calls() as export:
             tensors = publish_hf_weights(worker.model, worker.hf_config, reuse_memory=True)
             size = sum(tensor.nbytes for _, tensor in tensors)
         shape = Architecture.from_hf(worker.hf_config)
         worker.close()
-    needed = 3 * pass_flops(shape, batch.lengths.tolist(), batch.num_response_tokens)
+    needed = 3 * pass_flops(shape, batch.lengths.tolist(), batch.num_sampled_tokens)
     found["operations of a training step over those it needs"] = flops.get_total_flops() / needed
     found["calls into torch in a training step"] = calls.calls
     found["bytes allocated in a training step, a token"] = calls.bytes / batch.lengths.sum()

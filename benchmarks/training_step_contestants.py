@@ -106,7 +106,7 @@ def batch_of(samples: list[Sample]) -> tuple[SequenceBatch, int]:
     advantages = lpreg.group_advantages(rewards, groups, estimator="dr_grpo").numpy()
     rows = rows_of(samples)
     rows = rows.with_values(advantages=rows.per_token(advantages).astype(np.float32))
-    return rows.take(np.flatnonzero(advantages)), rows.num_response_tokens
+    return rows.take(np.flatnonzero(advantages)), rows.num_sampled_tokens
 
 
 def megatron_alone(pace: Pace, recording: Path, *, rows: str = "auto") -> None:

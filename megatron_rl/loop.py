@@ -1,36 +1,32 @@
-"""The whole algorithm, one line a room: rollout, reward, advantage, old policy, selection, updates, weight sync.
+"""The whole algorithm, one line per room: rollouts, advantages, old policy, selection, updates, weight sync.
 
-`train` is the run from start to end; `rl_step` is one step of it. `session/` opens a run and holds its rooms;
-`training/` has the details of what happens between reward and weight sync.
+`train` is the run from start to end; `rl_step` is one step of it. `run/` opens a run and holds its rooms; `training/`
+has the details of what happens between the reward and the weight sync.
 """
 
 from __future__ import annotations
 
 import time
 
-import numpy as np
 from rich.console import Console
 
-from megatron_rl.batching.sequences import Array, SequenceBatch, rows_of
 from megatron_rl.config import Config
-from megatron_rl.evaluation.run_suites import evaluate
 from megatron_rl.observability.step_metrics import policy_metrics, rollout_metrics
 from megatron_rl.observability.summary import print_summary
-from megatron_rl.rollout.collector import roll_out
+from megatron_rl.run.evaluate import evaluate
 from megatron_rl.run.finish import finish
 from megatron_rl.run.interrupt import stop_on_interrupt
 from megatron_rl.run.opening import open_run
 from megatron_rl.run.outage import checkpoint_on_outage
 from megatron_rl.run.run import Run
-from megatron_rl.training.advantages import advantages_of
-from megatron_rl.training.policies import Seen, score_lagged_policy, score_old_policy, score_reference
+from megatron_rl.training.batch import TrainingBatch, training_batch
+from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select, selection_overlap
 from megatron_rl.training.update import update
-from megatron_rl.types import Sample
 
 
 def train(config: Config) -> None:
-    """Train to the last step, or to a clean stop with a checkpoint: when interrupted, or left without engines."""
+    """Trains to the last step, or to a clean stop with a checkpoint if the run is interrupted or loses its engines."""
     with open_run(config) as run, stop_on_interrupt() as stop, checkpoint_on_outage(run):
         if not run.resumed:
             run.log(evaluate(run))
@@ -51,40 +47,35 @@ def train(config: Config) -> None:
 def rl_step(run: Run, step: int) -> dict[str, float]:
     """One step: rollouts, and one or more updates on them. Returns its metrics; actor and engines have new weights."""
     start = time.perf_counter()
-    rollouts = roll_out(run, step)
-    samples = rollouts.samples
-    advantages, metrics = advantages_of(run.config, rollouts)
-    batch = rows_of(samples)
-    batch = batch.with_values(advantages=batch.per_token(advantages).astype(np.float32))
-    seen: Seen = {}
+    rollouts = run.rollouts.collect(step, run.learner.weight_version)
+    batch, metrics = training_batch(run.config, rollouts, run.grading.shaped)
     learned: dict[str, float] = {}
     if not run.config.train.rollout_only:
-        batch, seen, learned = learn(run, step, batch, samples, advantages)
-    run.record(step, samples, advantages, batch, seen)
+        batch, learned = learn(run, step, batch)
+    run.recorder.record(step, rollouts, batch)
 
-    metrics |= rollouts.metrics | rollout_metrics(rollouts.drawn, rollouts.teaching(advantages))
-    metrics |= policy_metrics(batch, seen, rollouts.fresh) | learned
+    metrics |= rollouts.metrics | rollout_metrics(rollouts, batch.advantages)
+    metrics |= policy_metrics(batch.sequences, batch.scores, batch.fresh) | learned
     metrics |= run.phase.flush()
     metrics["perf/step_seconds"] = time.perf_counter() - start
-    metrics["perf/tokens_per_second"] = batch.num_response_tokens / metrics["perf/step_seconds"]
+    metrics["perf/tokens_per_second"] = batch.sequences.num_sampled_tokens / metrics["perf/step_seconds"]
     return metrics
 
 
-def learn(
-    run: Run, step: int, batch: SequenceBatch, samples: list[Sample], advantages: Array
-) -> tuple[SequenceBatch, Seen, dict[str, float]]:
-    """The updates on a batch. Returns it with all that was found out, what the actor saw of its tokens, and metrics."""
+def learn(run: Run, step: int, batch: TrainingBatch) -> tuple[TrainingBatch, dict[str, float]]:
+    """The updates on a batch. Returns the batch with everything that was found about its tokens, and metrics."""
+    learner, seed = run.learner, run.seed(step)
     run.release_engines()
     with run.profiled(step):
         with run.phase("score"):
-            batch, seen = score_old_policy(run, batch, advantages)
+            batch = score_old_policy(learner, batch)
         with run.phase("select"):
-            batch, selected = select(run, step, batch, seen)
+            batch, metrics = select(learner, batch, seed)
         with run.phase("score"):
-            batch = score_lagged_policy(run, step, batch)
-            batch = score_reference(run, batch, advantages)
+            batch = score_lagged_policy(learner, step, batch)
+            batch = score_reference(learner, batch)
         with run.phase("train"):
-            updated = update(run, step, batch, samples, advantages, seen)
+            batch, updated = update(learner, step, batch, lr=run.learning_rate(step), seed=seed)
     with run.phase("weight_sync"):
         updated |= run.sync_weights()
-    return batch, seen, selected | selection_overlap(run, batch, seen) | updated
+    return batch, metrics | selection_overlap(learner, batch) | updated

@@ -1,14 +1,18 @@
-"""What travels between the rooms: prompts, samples, rewards."""
+"""What travels between the rooms: prompts, responses, rewards."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 FinishReason = Literal["stop", "length", "abort"]
 Outcome = Literal["score", "timeout", "error"]
-"""What became of grading a sample: a score, or none because the verifier took too long or failed."""
+"""Result of grading a sample: "score", or the reason why there is none: the verifier took too long or failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How an engine samples. Never truncated by top-p or top-k: log-probs must be those of the policy."""
+    """How an engine samples. Top-p and top-k are never used: log-probs must be those of the policy itself."""
 
     n: int
     """Responses per prompt."""
@@ -37,73 +41,146 @@ class SamplingParams:
     seed: int
 
     def reseeded(self, stream: int) -> SamplingParams:
-        """The same sampling from another stream of random numbers."""
-        return replace(self, seed=(self.seed * 1_000_003 + stream) % 2**63)  # what a generator takes
+        """Returns the same parameters with another stream of random numbers."""
+        return replace(self, seed=(self.seed * 1_000_003 + stream) % 2**63)  # the range that a generator accepts
 
     def remaining(self, done: int) -> SamplingParams:
-        """For the rest of one response of which `done` tokens are there."""
+        """Returns the parameters for the rest of one response that already has `done` tokens."""
         return replace(self, n=1, max_tokens=self.max_tokens - done)
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """One response as an engine gives it: token ids in, token ids out."""
+Ids = npt.NDArray[np.int32]
+"""Token ids."""
 
-    token_ids: list[int]
-    """Response only, the stop token included."""
-    log_probs: list[float]
-    """Of each response token, at the sampling temperature."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Response:
+    """One response to a prompt, as arrays. The constructor also accepts lists.
+
+    A response usually holds sampled tokens only. A multi-turn response also holds tokens that were given to the policy,
+    such as the output of a tool; `sampled_mask` is False there.
+
+    Raises:
+        ValueError: the arrays differ in length.
+    """
+
+    token_ids: Ids
+    """int32 [n], without the prompt, including the stop token."""
+    log_probs: npt.NDArray[np.float32]
+    """float32 [n], log-prob of each sampled token at the sampling temperature; 0 for a token that was not sampled.
+    Empty if the source reports none."""
     finish_reason: FinishReason
     weight_version: int
-    """Of the weights that sampled the first token: the oldest."""
+    """Version of the weights that sampled the first token, which is the oldest version of the response."""
     version_changes: tuple[tuple[int, int], ...] = ()
-    """(position, version) of each token from which on newer weights sampled, in order."""
+    """(position, version) of each token at which newer weights took over, in order."""
+    sampled_mask: npt.NDArray[np.bool_] = None  # type: ignore[assignment]
+    """bool [n], True for tokens that the policy sampled. Default: all of them."""
+
+    def __post_init__(self) -> None:
+        token_ids = np.asarray(self.token_ids, dtype=np.int32)
+        mask = np.ones(len(token_ids), bool) if self.sampled_mask is None else np.asarray(self.sampled_mask, dtype=bool)
+        log_probs = np.asarray(self.log_probs, dtype=np.float32)
+        if len(mask) != len(token_ids) or len(log_probs) not in (0, len(token_ids)):
+            raise ValueError(f"{len(token_ids)} tokens, {len(log_probs)} log-probs and {len(mask)} mask values")
+        for name, value in (("token_ids", token_ids), ("log_probs", log_probs), ("sampled_mask", mask)):
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        """Number of tokens, whether sampled or not."""
+        return len(self.token_ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Response):
+            return NotImplemented
+        same = (self.finish_reason, self.weight_version, self.version_changes) == (
+            other.finish_reason,
+            other.weight_version,
+            other.version_changes,
+        )
+        arrays = (
+            (self.token_ids, other.token_ids),
+            (self.log_probs, other.log_probs),
+            (self.sampled_mask, other.sampled_mask),
+        )
+        return same and all(np.array_equal(mine, others) for mine, others in arrays)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
-    def weight_versions(self) -> list[int]:
-        """Of each response token."""
-        starts = [(0, self.weight_version), *self.version_changes]
-        ends = [start for start, _ in self.version_changes] + [len(self.token_ids)]
-        return [version for (start, version), end in zip(starts, ends, strict=True) for _ in range(start, end)]
+    def num_sampled_tokens(self) -> int:
+        return int(np.count_nonzero(self.sampled_mask))
 
-    def followed_by(self, rest: Generation) -> Generation:
-        """This unfinished response, gone on with: `rest` was sampled after it, by the same or newer weights."""
-        versions = self.weight_versions + rest.weight_versions
-        pairs = enumerate(pairwise(versions), start=1)
-        return Generation(
-            token_ids=self.token_ids + rest.token_ids,
-            log_probs=self.log_probs + rest.log_probs,
+    @property
+    def version_runs(self) -> list[tuple[int, int, int]]:
+        """(start, end, version) of each run of tokens with one weight version."""
+        starts = [(0, self.weight_version), *self.version_changes]
+        ends = [start for start, _ in self.version_changes] + [len(self)]
+        return [(start, end, version) for (start, version), end in zip(starts, ends, strict=True)]
+
+    @property
+    def weight_versions(self) -> npt.NDArray[np.int64]:
+        """[n], weight version of each token."""
+        versions = np.empty(len(self), dtype=np.int64)
+        for start, end, version in self.version_runs:
+            versions[start:end] = version
+        return versions
+
+    def followed_by(self, rest: Response) -> Response:
+        """Returns this unfinished response continued by `rest`, which the same or newer weights sampled."""
+        shifted = [(len(self) + start, len(self) + end, version) for start, end, version in rest.version_runs]
+        runs = [run for run in [*self.version_runs, *shifted] if run[0] < run[1]]
+        changes = [(after[0], after[2]) for before, after in pairwise(runs) if before[2] != after[2]]
+        return Response(
+            token_ids=np.concatenate([self.token_ids, rest.token_ids]),
+            log_probs=np.concatenate([self.log_probs, rest.log_probs]),
             finish_reason=rest.finish_reason,
-            weight_version=versions[0] if versions else rest.weight_version,
-            version_changes=tuple((place, version) for place, (before, version) in pairs if version != before),
+            weight_version=runs[0][2] if runs else rest.weight_version,
+            version_changes=tuple(changes),
+            sampled_mask=np.concatenate([self.sampled_mask, rest.sampled_mask]),
         )
+
+
+Generation = Response  # TODO remove after the engines are merged
 
 
 @dataclass(frozen=True, slots=True)
 class RewardResult:
+    """A verifier's verdict on one sample."""
+
     score: float
     answer: str | None = None
-    """What the verifier took as the answer."""
+    """The part of the response that the verifier took as the answer."""
     detail: str = ""
-    """Why the score is what it is: "correct", "no box", "KeyError: ..."."""
+    """Reason for the score: "correct", "no box", "KeyError: ..."."""
     outcome: Outcome = "score"
-    """Without a score, `score` is 0."""
+    """If it is not "score", `score` is 0."""
+    text: str = ""
+    """The response as text, without special tokens. The grader fills it in; a verifier need not."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt with one response, on its way through reward, advantage and batch."""
+    """A prompt with one response: the argument of a verifier."""
 
     prompt: Prompt
-    group: int
-    """Which prompt of the step it belongs to; advantages are relative within a group."""
-    generation: Generation
-    text: str
-    """The response decoded without special tokens."""
-    reward: RewardResult | None = None
+    response: Response
+    text: str = ""
+    """The response decoded without special tokens. The grader fills it in before the verifier sees the sample."""
+
+    @property
+    def generation(self) -> Response:
+        """Former name of `response`, for verifiers that still use it."""
+        return self.response
 
 
 class Reward(Protocol):
     """A verifier: a pure function of one sample."""
 
     def __call__(self, sample: Sample) -> RewardResult: ...
+
+
+class Decode(Protocol):
+    """Turns token ids into text, without special tokens."""
+
+    def __call__(self, token_ids: Sequence[int] | Ids) -> str: ...

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Lengths = npt.NDArray[np.int64]
+from megatron_rl.batching.arrays import Indices
 
 
-def first_fit(lengths: Lengths, token_budget: int) -> list[list[int]]:
+def first_fit(lengths: Indices, token_budget: int) -> list[list[int]]:
     """Indices in bins of at most `token_budget` tokens in sum: the longest first, each into the first bin with room. A
     longer one goes alone."""
     bins: list[list[int]] = []
@@ -26,7 +25,7 @@ def first_fit(lengths: Lengths, token_budget: int) -> list[list[int]]:
     return bins
 
 
-def length_buckets(lengths: Lengths, token_budget: int) -> list[list[int]]:
+def length_buckets(lengths: Indices, token_budget: int) -> list[list[int]]:
     """Indices in buckets of at most `token_budget` padded tokens (rows times longest row), rows of similar length
     together, the longest first. A row longer than the budget goes alone."""
     buckets: list[list[int]] = []

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Indices = npt.NDArray[np.int64]
+from megatron_rl.batching.arrays import Indices
 
 
 def chunk_multiple(ranks: int) -> int:

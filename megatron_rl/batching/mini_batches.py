@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_rl.batching.sequences import Array
+from megatron_rl.batching.arrays import Array
 
 
 def mini_batches(groups: Array, *, updates: int, epochs: int, seed: int) -> list[Array]:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_rl.batching.arrays import Indices
 from megatron_rl.batching.balance import balanced, row_costs
-from megatron_rl.batching.bins import Lengths, first_fit, length_buckets
+from megatron_rl.batching.bins import first_fit, length_buckets
 from megatron_rl.batching.prefix_tree import PrefixTree
+from megatron_rl.types import Ids
 
 Costs = npt.NDArray[np.float64]
 
@@ -54,7 +56,7 @@ def partition(
 
 
 def partition_trees(
-    rows: Sequence[Lengths], ranks: int, *, token_budget: int, even_length: float | None = None, **counts: Any
+    rows: Sequence[Ids], ranks: int, *, token_budget: int, even_length: float | None = None, **counts: Any
 ) -> list[MicroBatches]:
     """As `partition` packed, of rows that share positions where they begin alike: those stay together as far as budget
     and balance allow.
@@ -74,13 +76,13 @@ def partition_trees(
     return [[sorted(int(row) for i in part for row in tree.order[runs[i]]) for part in share] for share in shares]
 
 
-def _completed(tokens: Lengths, share: MicroBatches, count: int) -> MicroBatches:
+def _completed(tokens: Indices, share: MicroBatches, count: int) -> MicroBatches:
     """Largest first; and empty ones at the end, if there must be more of them."""
     ordered = sorted(map(sorted, share), key=lambda rows: (-int(tokens[rows].sum()), rows))
     return ordered + [[] for _ in range(count - len(share))]
 
 
-def _packed(tokens: Lengths, ranks: int, budget: int, costs: Costs) -> list[MicroBatches]:
+def _packed(tokens: Indices, ranks: int, budget: int, costs: Costs) -> list[MicroBatches]:
     """Rows to ranks by what they cost; then, on each, as few micro-batches as the budget allows, made level."""
     shares = []
     for rows in balanced(costs, ranks):
@@ -90,7 +92,7 @@ def _packed(tokens: Lengths, ranks: int, budget: int, costs: Costs) -> list[Micr
     return shares
 
 
-def _padded(tokens: Lengths, ranks: int, budget: int) -> list[MicroBatches]:
+def _padded(tokens: Indices, ranks: int, budget: int) -> list[MicroBatches]:
     """Rows of similar length together, then micro-batches to ranks by their padded size. They hold at most a rank's
     even part of the tokens, so that a batch that would fit into one is shared too."""
     buckets = length_buckets(tokens, max(1, min(budget, -(-int(tokens.sum()) // ranks))))

@@ -17,7 +17,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rl.batching.context import Indices
+from megatron_rl.batching.arrays import Indices
+from megatron_rl.types import Ids
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class PrefixTree:
     """[N], how many of them, from its start, the row before it has too; 0 for the first of a tree."""
 
     @classmethod
-    def of(cls, rows: Sequence[Indices]) -> PrefixTree:
+    def of(cls, rows: Sequence[Ids]) -> PrefixTree:
         order = sorted(range(len(rows)), key=lambda i: rows[i][:-1].tobytes())
         ordered = [rows[i][:-1] for i in order]
         shared = [_in_common(row, before) for row, before in zip(ordered[1:], ordered, strict=False)]
@@ -100,7 +101,7 @@ class PrefixTree:
         return runs
 
 
-def _in_common(a: Indices, b: Indices) -> int:
+def _in_common(a: Ids, b: Ids) -> int:
     """Length of the prefix that both have."""
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])

@@ -1,97 +1,179 @@
-"""Ragged rows: what the driver sends to the actors and what it gets back.
+"""Batches of sequences as flat arrays: what the driver sends to the actor and what it gets back.
 
-Legend: N rows, T response tokens over all rows. Per-token values are flat, row after row.
+Legend: N sequences, L tokens of all of them, T sampled tokens among these. Values per sampled token are flat [T],
+sequence after sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron_rl.batching.arrays import Array, Indices, Mask
 from megatron_rl.batching.stored_proxy import StoredProxy
-from megatron_rl.types import Sample
-
-Array = npt.NDArray[Any]
+from megatron_rl.types import Ids, Response
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """N sequences (prompt and response) with values on their T response tokens."""
+    """N sequences of prompt, response and possibly tool tokens, with a mask of the tokens that the policy sampled.
 
-    tokens: list[npt.NDArray[np.int64]]
-    """N arrays [length], prompt then response."""
-    prompt_lengths: npt.NDArray[np.int64]
-    """[N], each at least 1: the first response token needs a position that predicts it."""
+    Raises:
+        ValueError: the arrays do not fit together, or the first token of a sequence is sampled: no position predicts
+            that token.
+    """
+
+    token_ids: Ids
+    """int32 [L], sequence after sequence."""
+    lengths: Indices
+    """int64 [N], number of tokens of each sequence."""
+    sampled_mask: Mask
+    """bool [L], True for tokens that the policy sampled. Losses, means, selection and metrics count these only."""
     values: dict[str, Array] = field(default_factory=dict)
     """Name -> [T]."""
     proxy: StoredProxy | None = None
-    """Over the T tokens; another policy's, where the loss wants more of it than a value a token."""
+    """Sparse proxy distribution of another policy for the T tokens, if the loss needs it."""
+
+    def __post_init__(self) -> None:
+        total = int(self.lengths.sum())
+        if self.token_ids.shape != (total,) or self.sampled_mask.shape != (total,):
+            raise ValueError(
+                f"the sequences have {total} tokens, token_ids has shape {self.token_ids.shape} and sampled_mask "
+                f"{self.sampled_mask.shape}"
+            )
+        nonempty = self.starts[self.lengths > 0]
+        if self.sampled_mask[nonempty].any():
+            raise ValueError("the first token of a sequence cannot be a sampled one: no position predicts it")
+
+    @classmethod
+    def joined(cls, sequences: Sequence[Array], sampled_masks: Sequence[Array]) -> SequenceBatch:
+        """A batch of these sequences, each with its mask."""
+        lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+        return cls(_joined(sequences, np.int32), lengths, _joined(sampled_masks, np.bool_))
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int] | Array], prompt_lengths: Sequence[int] | Array) -> SequenceBatch:
+        """A batch of single-turn sequences: each is a prompt of the given length, then sampled tokens."""
+        ids = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
+        pairs = zip(ids, prompt_lengths, strict=True)
+        return cls.joined(ids, [np.arange(len(sequence)) >= prompt for sequence, prompt in pairs])
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.lengths)
 
     @cached_property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """[N], prompt and response."""
-        return np.array([len(row) for row in self.tokens], dtype=np.int64)
+    def starts(self) -> Indices:
+        """[N], index in `token_ids` of each sequence's first token."""
+        return np.cumsum(self.lengths) - self.lengths
 
     @cached_property
-    def response_lengths(self) -> npt.NDArray[np.int64]:
-        """[N]."""
-        return self.lengths - self.prompt_lengths
+    def sampled_lengths(self) -> Indices:
+        """[N], number of sampled tokens of each sequence."""
+        counts = np.concatenate([[0], np.cumsum(self.sampled_mask, dtype=np.int64)])
+        return np.asarray(counts[self.starts + self.lengths] - counts[self.starts])
 
     @property
-    def num_response_tokens(self) -> int:
+    def num_sampled_tokens(self) -> int:
         """T."""
-        return int(self.response_lengths.sum())
+        return int(self.sampled_lengths.sum())
 
     @property
-    def targets(self) -> npt.NDArray[np.int64]:
-        """[T], the response tokens."""
-        if not self.tokens:
-            return np.zeros(0, dtype=np.int64)
-        return np.concatenate([row[start:] for row, start in zip(self.tokens, self.prompt_lengths, strict=True)])
+    def targets(self) -> Ids:
+        """[T], the sampled tokens."""
+        return self.token_ids[self.sampled_mask]
 
-    def token_index(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where the response tokens of `rows` lie in the flat values, in the order of `rows`."""
-        ends = np.cumsum(self.response_lengths)
-        starts = ends - self.response_lengths
-        parts = [np.arange(starts[i], ends[i]) for i in rows]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    @property
+    def predictors(self) -> Indices:
+        """[T], position in its own sequence that predicts each sampled token."""
+        return _places(self.lengths)[self.sampled_mask] - 1
 
-    def per_token(self, per_row: Array) -> Array:
-        """[N] -> [T], each row's value on each of its response tokens."""
-        return np.repeat(per_row, self.response_lengths)
+    def sequence(self, index: int) -> Ids:
+        """A view of one sequence's tokens."""
+        start = int(self.starts[index])
+        return self.token_ids[start : start + int(self.lengths[index])]
 
-    def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> SequenceBatch:
-        """The given rows, in the given order, with their values."""
-        index = self.token_index(rows)
+    def mask_of(self, index: int) -> Mask:
+        """A view of one sequence's mask."""
+        start = int(self.starts[index])
+        return self.sampled_mask[start : start + int(self.lengths[index])]
+
+    @property
+    def sequences(self) -> list[Ids]:
+        """Views of the tokens of every sequence."""
+        return [self.sequence(i) for i in range(len(self))]
+
+    def token_index(self, rows: Sequence[int] | Indices) -> Indices:
+        """Indices into the values [T] of the sampled tokens of the given sequences, in the order of `rows`."""
+        return _ranges(np.cumsum(self.sampled_lengths) - self.sampled_lengths, self.sampled_lengths, rows)
+
+    def per_token(self, per_sequence: Array) -> Array:
+        """[N] -> [T]: repeats each sequence's value for each of its sampled tokens."""
+        return np.repeat(per_sequence, self.sampled_lengths)
+
+    def take(self, rows: Sequence[int] | Indices) -> SequenceBatch:
+        """Returns the given sequences, in the given order, with their values."""
+        rows = np.asarray(rows, dtype=np.int64)
+        index, tokens = self.token_index(rows), _ranges(self.starts, self.lengths, rows)
         return SequenceBatch(
-            tokens=[self.tokens[i] for i in rows],
-            prompt_lengths=self.prompt_lengths[list(rows)],
+            token_ids=self.token_ids[tokens],
+            lengths=self.lengths[rows],
+            sampled_mask=self.sampled_mask[tokens],
             values={name: value[index] for name, value in self.values.items()},
             proxy=None if self.proxy is None else self.proxy.take(index),
         )
 
     def with_values(self, **values: Array) -> SequenceBatch:
-        """The same rows with more values."""
+        """Returns the same sequences with more values. Raises ValueError if a value is not [T]."""
         for name, value in values.items():
-            if value.shape != (self.num_response_tokens,):
-                raise ValueError(f"{name} has shape {value.shape}, the rows have {self.num_response_tokens} tokens")
+            if value.shape != (self.num_sampled_tokens,):
+                raise ValueError(f"{name} has shape {value.shape}, the batch has {self.num_sampled_tokens} tokens")
         return replace(self, values={**self.values, **values})
 
+    def only(self, names: Collection[str]) -> SequenceBatch:
+        """Returns the same sequences with these of their values, so that no others travel."""
+        return replace(self, values={name: value for name, value in self.values.items() if name in names})
 
-def rows_of(samples: Sequence[Sample]) -> SequenceBatch:
-    """The samples as rows, with the engine's log-probs as `rollout_log_probs`."""
-    return SequenceBatch(
-        tokens=[np.array([*s.prompt.token_ids, *s.generation.token_ids], dtype=np.int64) for s in samples],
-        prompt_lengths=np.array([len(s.prompt.token_ids) for s in samples], dtype=np.int64),
-        values={
-            "rollout_log_probs": np.array([lp for s in samples for lp in s.generation.log_probs], dtype=np.float32),
-        },
-    )
+
+def sequences_of(pairs: Iterable[tuple[Sequence[int], Response]]) -> SequenceBatch:
+    """A batch of prompts' token ids with a response each; `rollout_log_probs` holds the engine's log-probs.
+
+    Raises:
+        ValueError: a response has no log-probs.
+    """
+    ids: list[Array] = []
+    masks: list[Array] = []
+    log_probs: list[Array] = []
+    lengths: list[int] = []
+    before: Sequence[int] | None = None
+    prompt, unsampled = np.zeros(0, np.int32), np.zeros(0, bool)
+    for prompt_ids, response in pairs:
+        if prompt_ids is not before:  # the responses of a group share their prompt
+            prompt, before = np.asarray(prompt_ids, dtype=np.int32), prompt_ids
+            unsampled = np.zeros(len(prompt), dtype=bool)
+        if len(response.log_probs) != len(response):
+            raise ValueError(f"a response of {len(response)} tokens has {len(response.log_probs)} log-probs")
+        ids += [prompt, response.token_ids]
+        masks += [unsampled, response.sampled_mask]
+        log_probs.append(response.log_probs[response.sampled_mask])
+        lengths.append(len(prompt) + len(response))
+    batch = SequenceBatch(_joined(ids, np.int32), np.array(lengths, dtype=np.int64), _joined(masks, np.bool_))
+    return batch.with_values(rollout_log_probs=_joined(log_probs, np.float32))
+
+
+def _joined(parts: Sequence[Array], dtype: Any) -> Array:
+    return np.concatenate([np.zeros(0, dtype=dtype), *parts])
+
+
+def _places(lengths: Indices) -> Indices:
+    """The position of every token in its own sequence, [L]."""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _ranges(starts: Indices, lengths: Indices, rows: Sequence[int] | Indices) -> Indices:
+    """The ranges `starts[i] : starts[i] + lengths[i]` for each of `rows`, joined."""
+    rows = np.asarray(rows, dtype=np.int64)
+    return np.repeat(starts[rows], lengths[rows]) + _places(lengths[rows])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Indices = npt.NDArray[np.int64]
+from megatron_rl.batching.arrays import Indices
 
 
 @dataclass(frozen=True)

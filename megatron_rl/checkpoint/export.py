@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_rl.batching.sequences import Array, SequenceBatch
+from megatron_rl.batching.arrays import Array
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.hf_shards import HfShard, finish_hf_folder
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import copy_all_but_weights
@@ -45,8 +46,9 @@ def largest_logit_difference(folder: Path, rows: SequenceBatch, actor_logits: Ar
     disable_progress_bar()  # transformers' own, of loading: it would write over the view
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     model.eval()
+    predictors = np.split(rows.predictors, np.cumsum(rows.sampled_lengths)[:-1])
     reloaded = [
-        model(torch.tensor(row[None, :-1])).logits[0, start - 1 :].float().numpy()
-        for row, start in zip(rows.tokens, rows.prompt_lengths.tolist(), strict=True)
+        model(torch.tensor(sequence[None, :-1], dtype=torch.int64)).logits[0, torch.tensor(places)].float().numpy()
+        for sequence, places in zip(rows.sequences, predictors, strict=True)
     ]
     return float(np.abs(np.concatenate(reloaded) - actor_logits).max())

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import HASHING_THREADS, file_sha256
-from megatron_rl.rollout.buffer import Group
 
 MANIFEST = "manifest.json"
 RNG = "rng.json"
@@ -35,8 +34,6 @@ class DriverState:
     step: int
     weight_version: int
     cursor: dict[str, Any]
-    buffer: Annotated[tuple[Group, ...], Field(exclude=True)] = ()
-    """What steps have left to later ones; in a file of its own, checkpoint/backlog.py."""
 
 
 @dataclass(frozen=True, slots=True)

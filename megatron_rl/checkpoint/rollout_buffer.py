@@ -1,51 +1,43 @@
-"""Groups that a step left to later ones, as a file of a checkpoint: prompts in flight, partial responses, surplus."""
+"""Groups that a step leaves to later ones, as a file of a checkpoint: prompts, partial responses, surplus groups."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.checkpoint.manifest import ShardFile
 from megatron_rl.rollout.buffer import Group
-from megatron_rl.types import Generation, RewardResult
+from megatron_rl.types import Decode, Prompt, Response, RewardResult
 
 BUFFER_FILE = "backlog.parquet"
 
-_RESPONSE = pa.struct(
-    [
-        ("token_ids", pa.list_(pa.int32())),
-        ("log_probs", pa.list_(pa.float64())),  # bit for bit: servers answer in decimals
-        ("finish_reason", pa.string()),
-        ("weight_version", pa.int64()),
-        ("version_changes", pa.list_(pa.list_(pa.int64()))),
-    ]
-)
 _REWARD = pa.struct(
     [("score", pa.float64()), ("answer", pa.string()), ("detail", pa.string()), ("outcome", pa.string())]
-)
-_SCHEMA = pa.schema(
-    [
-        ("number", pa.int64()),
-        ("row", pa.int64()),
-        ("since", pa.int64()),
-        ("responses", pa.list_(_RESPONSE)),
-        ("rewards", pa.list_(_REWARD)),
-    ]
 )
 
 
 def write_buffer(folder: Path, groups: Sequence[Group]) -> ShardFile:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(
-        pa.Table.from_pylist([asdict(group) for group in groups], schema=_SCHEMA), buffer, compression="zstd"
+    """Writes the groups' responses and rewards. Prompts are not written: the training data has them."""
+    responses = [response for group in groups for response in group.responses]
+    rewards = [[_reward_row(reward) for reward in group.rewards] for group in groups]
+    table = pa.table(
+        {
+            "number": pa.array([group.number for group in groups], pa.int64()),
+            "row": pa.array([group.row for group in groups], pa.int64()),
+            "since": pa.array([group.since for group in groups], pa.int64()),
+            "responses": _lists([len(group.responses) for group in groups], _response_rows(responses)),
+            "rewards": pa.array(rewards, pa.list_(_REWARD)),
+        }
     )
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
     data = buffer.getvalue().to_pybytes()
     with (folder / BUFFER_FILE).open("wb") as file:
         file.write(data)
@@ -54,16 +46,63 @@ def write_buffer(folder: Path, groups: Sequence[Group]) -> ShardFile:
     return ShardFile("backlog", len(data), hashlib.sha256(data).hexdigest())
 
 
-def read_buffer(folder: Path) -> list[Group]:
-    """Of a checkpoint that was found whole; it may have none."""
+def read_buffer(folder: Path, prompts: Sequence[Prompt], decode: Decode) -> list[Group]:
+    """Reads the groups of a checkpoint that was found intact; there may be none.
+
+    `prompts`: the training data. `decode` restores the text of graded responses.
+    """
     path = folder / BUFFER_FILE
-    return [_group(row) for row in pq.ParquetFile(path).read().to_pylist()] if path.exists() else []
+    if not path.exists():
+        return []
+    return [_group(row, prompts, decode) for row in pq.ParquetFile(path).read().to_pylist()]
 
 
-def _group(row: dict[str, Any]) -> Group:
-    responses = [
-        Generation(**response | {"version_changes": tuple((place, v) for place, v in response["version_changes"])})
-        for response in row.pop("responses")
-    ]
-    rewards = [RewardResult(**reward) for reward in row.pop("rewards")]
-    return Group(**row, responses=tuple(responses), rewards=tuple(rewards))
+def _reward_row(reward: RewardResult) -> dict[str, Any]:
+    return {name: getattr(reward, name) for name in ("score", "answer", "detail", "outcome")}
+
+
+def _response_rows(responses: Sequence[Response]) -> pa.StructArray:
+    lengths = [len(response) for response in responses]
+    changes = pa.list_(pa.list_(pa.int64()))
+    return pa.StructArray.from_arrays(
+        [
+            _lists(lengths, _flat([response.token_ids for response in responses], np.int32)),
+            _lists(lengths, _flat([response.log_probs for response in responses], np.float64)),
+            _lists(lengths, _flat([response.sampled_mask for response in responses], np.bool_)),
+            pa.array([response.finish_reason for response in responses], pa.string()),
+            pa.array([response.weight_version for response in responses], pa.int64()),
+            pa.array([[list(change) for change in response.version_changes] for response in responses], changes),
+        ],
+        names=["token_ids", "log_probs", "sampled_mask", "finish_reason", "weight_version", "version_changes"],
+    )
+
+
+def _flat(parts: Sequence[Any], dtype: Any) -> pa.Array:
+    return pa.array(np.concatenate([np.zeros(0, dtype=dtype), *parts]).astype(dtype))
+
+
+def _lists(lengths: Sequence[int], values: pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths], dtype=np.int32)), values)
+
+
+def _group(row: dict[str, Any], prompts: Sequence[Prompt], decode: Decode) -> Group:
+    responses = tuple(
+        Response(
+            token_ids=response["token_ids"],
+            log_probs=response["log_probs"],
+            finish_reason=response["finish_reason"],
+            weight_version=response["weight_version"],
+            version_changes=tuple((place, version) for place, version in response["version_changes"]),
+            sampled_mask=response.get("sampled_mask"),
+        )
+        for response in row["responses"]
+    )
+    graded = zip(row["rewards"], responses, strict=False)
+    return Group(
+        number=row["number"],
+        row=row["row"],
+        prompt=prompts[row["row"]],
+        since=row["since"],
+        responses=responses,
+        rewards=tuple(RewardResult(**reward, text=decode(response.token_ids)) for reward, response in graded),
+    )

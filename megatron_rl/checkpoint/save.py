@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,7 @@ from megatron_rl.checkpoint.manifest import (
 from megatron_rl.checkpoint.retention import Retention, link, prune
 from megatron_rl.checkpoint.rollout_buffer import BUFFER_FILE, write_buffer
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.buffer import Group
 
 
 class Ranks(Protocol):
@@ -80,8 +81,12 @@ class Saver:
         elif self._pending is not None and self._pending.done() and (second := self._pending.exception()):
             self._announce(f"error: {second}")  # `error` is the one that ends the run
 
-    def save(self, state: DriverState, metrics: dict[str, float], *, background: bool) -> None:
+    def save(
+        self, state: DriverState, metrics: dict[str, float], groups: Sequence[Group] = (), *, background: bool
+    ) -> None:
         """A checkpoint of the step that ended with `metrics`, after waiting for the last one.
+
+        `groups`: the rollout buffer, which steps leave to later ones.
 
         In the background only copying the state to CPU memory takes the caller's time; `poll` tells how it went.
         On a full disk: nothing half-written, older checkpoints untouched, a UserError.
@@ -95,7 +100,7 @@ class Saver:
             raise UserError(_full_disk(target, f"{_mib(needed)} needed, {_mib(free)} free"))
         self._look_for_best(metrics)
         manifest = Manifest(FORMAT, state, dict(metrics), self._origin, optimizer_steps=0, files={})
-        publish = partial(self._publish, target, manifest, rng.capture(), needed)
+        publish = partial(self._publish, target, manifest, rng.capture(), tuple(groups), needed)
         if background:
             self._ranks.hold_state()
             self._pending = self._thread.submit(publish, self._ranks.write_held)
@@ -128,6 +133,7 @@ class Saver:
         target: Path,
         manifest: Manifest,
         driver: RandomState,
+        groups: Sequence[Group],
         needed: int,
         write_ranks: Callable[[Path], list[RankPart]],
     ) -> float:
@@ -136,7 +142,7 @@ class Saver:
         fresh, replaced = _unique(target), _unique(target)
         try:
             fresh.mkdir()
-            _complete(fresh, manifest, driver, write_ranks(fresh))
+            _complete(fresh, manifest, driver, groups, write_ranks(fresh))
             _sync(fresh)
             if target.exists():  # the same step again, after a resume from an older one
                 target.rename(replaced)
@@ -158,12 +164,14 @@ class Saver:
         return time.perf_counter() - start
 
 
-def _complete(folder: Path, manifest: Manifest, driver: RandomState, parts: list[RankPart]) -> None:
+def _complete(
+    folder: Path, manifest: Manifest, driver: RandomState, groups: Sequence[Group], parts: list[RankPart]
+) -> None:
     """Add what belongs to no rank to what the ranks wrote."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
     files[RNG] = write_rng(folder, RandomStates(driver, [part.rng for part in parts]))
-    if manifest.state.buffer:
-        files[BUFFER_FILE] = write_buffer(folder, manifest.state.buffer)
+    if groups:
+        files[BUFFER_FILE] = write_buffer(folder, groups)
     write_manifest(folder, replace(manifest, optimizer_steps=parts[0].optimizer_steps, files=files))
 
 

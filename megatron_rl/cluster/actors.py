@@ -89,7 +89,7 @@ class Actors:
 
     def _count(self, batch: SequenceBatch, passes: int) -> None:
         """passes: forwards; a backward is worth two."""
-        self._flops += passes * pass_flops(self._model, batch.lengths.tolist(), batch.num_response_tokens)
+        self._flops += passes * pass_flops(self._model, batch.lengths.tolist(), batch.num_sampled_tokens)
 
     def prepare(self, loss: LossChoice | None, optimizer: OptimizerSettings) -> None:
         """A policy loss (None: supervised training) and a fresh optimizer for it."""
@@ -214,8 +214,8 @@ def merge_tables(batch: SequenceBatch, tables: list[Table]) -> tuple[dict[str, n
         index = batch.token_index(table.rows)
         for name, values in table.values.items():
             if name not in merged:
-                merged[name] = np.empty((batch.num_response_tokens, *values.shape[1:]), dtype=values.dtype)
+                merged[name] = np.empty((batch.num_sampled_tokens, *values.shape[1:]), dtype=values.dtype)
             merged[name][index] = values
         if table.proxy is not None:
             proxies.append((index, table.proxy))
-    return merged, StoredProxy.join(batch.num_response_tokens, proxies)
+    return merged, StoredProxy.join(batch.num_sampled_tokens, proxies)

@@ -80,6 +80,9 @@ class RolloutSettings(Section):
     """Responses in a group."""
     dynamic_sampling: bool = False
     """Leave out groups whose responses all have the same score, and draw other prompts until the step is full."""
+    group_filter: Text | None = None
+    """A function of your own, `package.module:function`, that decides whether a graded group is trained on; groups that
+    it leaves out are replaced as with dynamic sampling. Unset: dynamic_sampling decides."""
     max_draws: PositiveInt = 10
     """Most prompts drawn for a step with dynamic sampling, in multiples of those asked for at first; then the step goes
     on with the groups it has. None at all is an error."""

@@ -1,4 +1,4 @@
-"""`megatron-rl eval`: every suite of a protocol, batch by batch, each kept as soon as it is graded."""
+"""`megatron-rl eval`: evaluates the suites of a protocol batch by batch, and keeps each batch once it is graded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDENTITY, SUMMARY = "evaluation.json", "summary.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an evaluation is."""
+    """Progress of an evaluation."""
 
     suite: str
     done: int
@@ -36,7 +36,7 @@ class Progress:
 
 
 class _ServersOwn:
-    """Stands in for a tokenizer where the server has the only one: lengths are then not checked."""
+    """Stands in for a tokenizer if only the server has one. Lengths are then not checked."""
 
     chat_template = None
 
@@ -51,19 +51,22 @@ class _ServersOwn:
 
 
 class Evaluation:
-    """One protocol, one model, one folder. Killed at any time, the same evaluation goes on after its last batch."""
+    """One protocol, one model, one folder. If the evaluation is killed, the same command continues after the last batch."""
 
     def __init__(self, protocol: ProtocolSettings, source: Source, folder: Path, *, seed: int, batch: int) -> None:
-        """`batch`: problems sampled at once, and kept at once. Raises UserError where the folder holds another one."""
+        """`batch`: number of problems that are sampled and kept at once.
+
+        Raises UserError if the folder holds another evaluation.
+        """
         self.protocol, self.source, self.folder = protocol, source, folder
         self.seed, self.batch = seed, batch
         self.prompts = {name: self._load(suite) for name, suite in protocol.suites.items()}
         self._claim_folder()
 
     def run(self, report: Callable[[Progress], None]) -> dict[str, Measures]:
-        """Suite -> measures; writes `<suite>.parquet` and summary.json."""
+        """Returns suite -> measures; writes `<suite>.parquet` and summary.json."""
         measures: dict[str, Measures] = {}
-        with open_grader(self.protocol.reward, self.folder / "reward.log") as grader:
+        with open_grader(self.protocol.reward, self.folder / "reward.log", self.source.decode) as grader:
             for name in self.protocol.suites:
                 measures[name] = Measures(self._suite(name, grader, report))
         summary = summary_of(measures)
@@ -91,13 +94,12 @@ class Evaluation:
     def _graded(self, prompts: Sequence[Prompt], sampling: SamplingParams, grader: Grader) -> list[Problem]:
         samples = self.source.sample(prompts, sampling)
         results = grader.score(samples)
-        check_failures(samples, results, self.protocol.reward.max_failed_fraction)
-        for sample, result in zip(samples, results, strict=True):
-            sample.reward = result
-        return problems_of(samples)
+        graded = [(sample.prompt, result) for sample, result in zip(samples, results, strict=True)]
+        check_failures(graded, self.protocol.reward.max_failed_fraction)
+        return problems_of(samples, results)
 
     def _sampling(self, suite: SuiteSettings, first: int) -> SamplingParams:
-        """Depends on the seed and the place in the suite alone, so that a restart changes nothing."""
+        """The random numbers depend only on the seed and the place in the suite, so that a restart changes nothing."""
         protocol = self.protocol
         return SamplingParams(
             n=suite.samples_per_prompt or protocol.samples_per_prompt,
@@ -140,7 +142,7 @@ class Evaluation:
 
 
 def summary_of(measures: dict[str, Measures]) -> dict[str, Any]:
-    """Everything the table shows, and pass@k for every power of two."""
+    """Returns everything the table shows, and pass@k for every power of two."""
     suites = {}
     for name, suite in measures.items():
         powers = [2**i for i in range(suite.k.bit_length()) if 2**i < suite.k] + [suite.k]

@@ -1,23 +1,22 @@
-"""Where in the responses a probability is followed."""
+"""Positions at which an evaluation follows the probability of one token."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from megatron_rl.batching.sequences import Array, SequenceBatch
+from megatron_rl.batching.arrays import Array
+from megatron_rl.batching.sequences import SequenceBatch
 
 
-def follows(rows: SequenceBatch, token: int) -> Array:
-    """[T] bool: the token before this response token is `token`."""
-    previous = [row[start - 1 : -1] for row, start in zip(rows.tokens, rows.prompt_lengths, strict=True)]
-    return np.concatenate(previous) == token if previous else np.zeros(0, dtype=bool)
+def follows(batch: SequenceBatch, token: int) -> Array:
+    """Returns bool [T], True for sampled tokens that come right after `token`."""
+    return np.asarray(batch.token_ids[np.flatnonzero(batch.sampled_mask) - 1] == token)
 
 
-def probe_rows(rows: SequenceBatch, after: int, token: int) -> tuple[SequenceBatch, Array]:
-    """The rows in which a response token comes after `after`, scored for `token`, and where [T] of them that is."""
-    place = follows(rows, after)
-    ends = np.cumsum(rows.response_lengths)
-    starts = ends - rows.response_lengths
-    chosen = [i for i, (start, end) in enumerate(zip(starts, ends, strict=True)) if place[start:end].any()]
-    part = rows.take(chosen)
-    return part.with_values(probe_targets=np.full(part.num_response_tokens, token)), place[rows.token_index(chosen)]
+def probe_rows(batch: SequenceBatch, after: int, token: int) -> tuple[SequenceBatch, Array]:
+    """Returns the sequences in which some sampled token comes after `after`, to be scored for `token`, and bool [T]:
+    the sampled tokens of these sequences that do."""
+    place = follows(batch, after)
+    chosen = np.unique(batch.per_token(np.arange(len(batch)))[place])
+    part = batch.take(chosen)
+    return part.with_values(probe_targets=np.full(part.num_sampled_tokens, token)), place[batch.token_index(chosen)]

@@ -1,4 +1,4 @@
-"""What became of each problem: its responses, graded; as parquet."""
+"""The problems of an evaluation with their graded responses, as parquet."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
-from megatron_rl.types import Outcome, Sample
+from megatron_rl.types import Outcome, RewardResult, Sample
 from megatron_rl.utils.files import atomically
 
 RIGHT = 0.5
-"""A response with a higher score is right: what pass@k and maj@k count."""
+"""A response with a higher score counts as right in pass@k and maj@k."""
 
 RESPONSE = pa.struct(
     [
@@ -41,8 +41,8 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Response:
-    """One response, graded."""
+class GradedResponse:
+    """One graded response."""
 
     text: str
     answer: str | None
@@ -51,7 +51,7 @@ class Response:
     outcome: Outcome
     tokens: int
     truncated: bool
-    """It reached the longest length without an end."""
+    """Whether the response reached the maximum length without an end."""
 
     @property
     def right(self) -> bool:
@@ -65,7 +65,7 @@ class Problem:
     id: str
     prompt: str
     label: str
-    responses: list[Response]
+    responses: list[GradedResponse]
 
     @property
     def mean_score(self) -> float:
@@ -73,34 +73,32 @@ class Problem:
 
     @property
     def right(self) -> int:
-        """How many responses are."""
+        """Number of right responses."""
         return sum(response.right for response in self.responses)
 
 
-def problems_of(samples: Sequence[Sample]) -> list[Problem]:
-    """Samples by their groups, in order. Raises ValueError for one without a grade."""
-    found: dict[int, Problem] = {}
-    for sample in samples:
-        prompt, reward = sample.prompt, sample.reward
-        if reward is None:
-            raise ValueError(f"a sample of {prompt.id} was not graded")
-        problem = found.setdefault(sample.group, Problem(prompt.id, prompt.text, str(prompt.label), []))
+def problems_of(samples: Sequence[Sample], results: Sequence[RewardResult]) -> list[Problem]:
+    """Groups graded samples by their prompts, in order. Raises ValueError unless there is one result per sample."""
+    found: dict[str, Problem] = {}
+    for sample, reward in zip(samples, results, strict=True):
+        prompt = sample.prompt
+        problem = found.setdefault(prompt.id, Problem(prompt.id, prompt.text, str(prompt.label), []))
         problem.responses.append(
-            Response(
-                text=sample.text,
+            GradedResponse(
+                text=reward.text,
                 answer=reward.answer,
                 score=reward.score,
                 detail=reward.detail,
                 outcome=reward.outcome,
-                tokens=len(sample.generation.token_ids),
-                truncated=sample.generation.finish_reason == "length",
+                tokens=sample.response.num_sampled_tokens,
+                truncated=sample.response.finish_reason == "length",
             )
         )
     return list(found.values())
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
-    """A row a problem. The file appears whole or not at all; UserError where it cannot be written."""
+    """Writes one row per problem. The file appears whole or not at all. Raises UserError if it cannot be written."""
     rows: list[dict[str, Any]] = [
         asdict(problem) | {"mean_score": problem.mean_score, "right": problem.right} for problem in problems
     ]
@@ -109,12 +107,12 @@ def write_problems(path: Path, problems: Sequence[Problem]) -> None:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """What `write_problems` wrote; UserError for anything else."""
+    """Reads a file of `write_problems`. Raises UserError for anything else."""
     try:
         rows = pq.read_table(path, schema=SCHEMA).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and its problems are evaluated again") from error
     return [
-        Problem(row["id"], row["prompt"], row["label"], [Response(**response) for response in row["responses"]])
+        Problem(row["id"], row["prompt"], row["label"], [GradedResponse(**response) for response in row["responses"]])
         for row in rows
     ]

@@ -1,4 +1,4 @@
-"""What is evaluated: a model in this process, or one behind a server."""
+"""Sources of responses to evaluate: a model in this process, or one behind a server."""
 
 from __future__ import annotations
 
@@ -8,56 +8,59 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from megatron_rl.data.template import load_tokenizer
 from megatron_rl.data.tokens import stop_token_ids
 from megatron_rl.errors import UserError
-from megatron_rl.types import FinishReason, Generation, Prompt, Sample, SamplingParams
+from megatron_rl.reward.decode import decoder_of
+from megatron_rl.types import Decode, FinishReason, Prompt, Response, Sample, SamplingParams
 from megatron_rl.utils.web import RequestFailed, ask
 
 if TYPE_CHECKING:
     from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 
 EDGE = 2**20
-"""Bytes at either end of a weight file that identify it, with its size."""
+"""Number of bytes at either end of a weight file that, with the size, identify the file."""
 
 
 class Source(Protocol):
     """Samples responses."""
 
     identity: dict[str, Any]
-    """Tells this model from others: an evaluation goes on with the same one only."""
+    """Identifies the model: an evaluation continues only with the same one."""
     tokenizer: Any
-    """None where the source has one of its own."""
+    """None if only the source itself has a tokenizer."""
     stop: tuple[int, ...]
-    """Tokens that end a response; empty where the source knows them."""
+    """Tokens that end a response; empty if the source knows them itself."""
+    decode: Decode | None
+    """Turns responses into text; None if samples already have their text."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
-        """`sampling.n` samples a prompt, group after group. Raises UserError when the source is gone."""
+        """Returns `sampling.n` samples per prompt, in the prompts' order. Raises UserError if the source is gone."""
         ...
 
 
 class ModelFolder:
-    """A Hugging Face folder, loaded into this process: for small models, and for those without a server."""
+    """A Hugging Face folder, loaded into this process, for small models without a server."""
 
     def __init__(self, folder: Path, *, name: str, device: str = "auto", dtype: str = "auto") -> None:
-        """`name`: what the user calls it."""
+        """`name`: the name that the user knows the model by."""
         self.folder = folder
         self.tokenizer = load_tokenizer(folder)
         self.stop = stop_token_ids(self.tokenizer, folder, None)
+        self.decode: Decode | None = decoder_of(self.tokenizer)
         self.identity = {"model": name, "weights": _fingerprint(folder)}
         self._device, self._dtype = device, dtype
         self._engine: TransformersEngine | None = None
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
-        from megatron_rl.rollout.sample import collect
-
-        return collect(self, prompts, sampling, self.tokenizer)
-
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Generation]]:
-        return self._loaded().generate([prompt.token_ids for prompt in prompts], sampling)
+        groups = self._loaded().generate([prompt.token_ids for prompt in prompts], sampling)
+        pairs = zip(prompts, groups, strict=True)
+        return [Sample(prompt, response, text="") for prompt, group in pairs for response in group]
 
     def _loaded(self) -> TransformersEngine:
-        """Loaded when it is first needed: a finished evaluation needs it no more."""
+        """Loads the engine when it is first needed; a finished evaluation does not need it."""
         if self._engine is None:
             import torch
 
@@ -71,32 +74,33 @@ class ModelFolder:
 
 
 class CompletionServer:
-    """A server with OpenAI's /v1/completions, as vLLM, SGLang and others have it."""
+    """A server with OpenAI's /v1/completions, such as vLLM and SGLang."""
 
     def __init__(
         self, url: str, *, model: str | None, tokenizer: Path | None, concurrency: int, timeout: float
     ) -> None:
-        """Raises UserError where nobody answers, or serves several models and none is named."""
+        """Raises UserError if the server does not answer, or serves several models and none is named."""
         self._url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
         self._timeout = timeout
         self.tokenizer = load_tokenizer(tokenizer) if tokenizer else None
         self.stop: tuple[int, ...] = ()
+        self.decode: Decode | None = None  # the server answers with text
         self._model = model or self._only_model()
         self.identity = {"server": self._url, "model": self._model}
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="completions")
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
         requests = [
-            (prompt, group, sampling.reseeded(group * sampling.n + number))
-            for group, prompt in enumerate(prompts)
+            (prompt, sampling.reseeded(place * sampling.n + number))
+            for place, prompt in enumerate(prompts)
             for number in range(sampling.n)
         ]
         return list(self._threads.map(lambda request: self._one(*request), requests))
 
-    def _one(self, prompt: Prompt, group: int, sampling: SamplingParams) -> Sample:
+    def _one(self, prompt: Prompt, sampling: SamplingParams) -> Sample:
         body = {
             "model": self._model,
-            # Of a text, the server's tokenizer may make something else: it may put its own beginning in front.
+            # Ids are exact. From a text, the server's tokenizer may make other ids, such as a begin token in front.
             "prompt": list(prompt.token_ids) if self.tokenizer else prompt.text,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
@@ -107,9 +111,10 @@ class CompletionServer:
         try:
             choice, tokens = answer["choices"][0], int(answer["usage"]["completion_tokens"])
             reason: FinishReason = "length" if choice["finish_reason"] == "length" else "stop"
-            # The server says how many tokens there were, not which.
-            generation = Generation([-1] * tokens, [], reason, 0)
-            return Sample(prompt=prompt, group=group, generation=generation, text=str(choice["text"]))
+            # The server reports the number of tokens, not their ids.
+            return Sample(
+                prompt, Response(np.full(tokens, -1, np.int32), np.zeros(0, np.float32), reason, 0), str(choice["text"])
+            )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{self._url}/completions answers in no form known here: {str(answer)[:200]}") from error
 
@@ -128,14 +133,14 @@ class CompletionServer:
 
 
 def silence_loading() -> None:
-    """transformers' own progress bar would run into ours."""
+    """Turns off the progress bar of transformers, which would run into ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def _fingerprint(folder: Path) -> str:
-    """A hash of the configuration and of the ends of every weight file. UserError where there are none."""
+    """Returns a hash of the configuration and of both ends of every weight file. Raises UserError if there are none."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UserError(f"{folder}: there are no weights (*.safetensors) in this folder")

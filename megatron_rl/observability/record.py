@@ -1,8 +1,8 @@
-"""What of a step's rollouts is recorded: all of it, or of a large step some whole groups."""
+"""Records of a step's rollouts: all of them, or some whole groups of a large step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,69 +10,97 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_rl.batching.sequences import Array, SequenceBatch
-from megatron_rl.observability.rollouts import write_rollouts
-from megatron_rl.types import Sample
+from megatron_rl.batching.arrays import Array
+from megatron_rl.batching.sequences import SequenceBatch
+from megatron_rl.observability.rollouts import DumpedResponse, write_rollouts
+from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.utils.files import atomically
 
 MOST_TIME = 0.02
-"""Share of a run's time that dumps may take, unless every step is to have one."""
+"""Share of a run's time that dumps may take, unless the configuration asks for a dump of every step."""
 CANDIDATES = 64
 CANDIDATE_ROWS, CANDIDATE_TOKENS, CANDIDATE_POSITIONS = 8, 512, 512
-"""The sample whose next-token candidates are recorded: rows, tokens of each, positions of all."""
+"""Bounds on the positions whose next-token candidates are recorded: sequences, tokens of each, positions in all."""
 
 
 @dataclass
 class Cost:
-    """What recording has cost so far, in seconds, and whether there is time for more of it."""
+    """Seconds that recording has taken so far, and whether there is time for more."""
 
     run: float = 0.0
-    """All steps."""
+    """All steps together."""
     recording: float = 0.0
     last: float = 0.0
-    """Of the last dump; the next is taken to cost as much."""
+    """The last dump; the next one is assumed to cost as much."""
 
     def step(self, seconds: float, recording: float) -> None:
-        """After a step that took so long, with what recording took of it."""
+        """Adds a step's seconds, and the share of them that recording took."""
         self.run += seconds
         self.recording += recording
         self.last = recording or self.last
 
     @property
     def affordable(self) -> bool:
-        """The first always is: its cost is not known yet."""
+        """Whether there is time for another dump. The first dump is always affordable: its cost is not known yet."""
         return not self.last or self.recording + self.last <= MOST_TIME * self.run
 
 
 def record(
     folder: Path,
     step: int,
-    samples: Sequence[Sample],
+    rollouts: Rollouts,
+    sequences: SequenceBatch,
     advantages: Array,
-    batch: SequenceBatch,
-    seen: Mapping[str, Array],
+    scores: Mapping[str, Array],
     *,
     most_tokens: int,
 ) -> Path:
-    """Write a dump of at most so many response tokens (one group at least), and return its path.
+    """Writes a dump of at most `most_tokens` sampled tokens, but at least one group, and returns its path.
 
-    advantages: [N]. batch: the N samples as rows, with `selected` where a loss selects. seen: name -> [T], what the
-    actor said of each token.
+    Args:
+        sequences: the N responses to train on, with `selected` if the loss selects tokens.
+        advantages: [N].
+        scores: name -> [T], the actor's scores of each sampled token; see `training.batch.PolicyScores`.
     """
-    rows = recorded_rows([sample.group for sample in samples], batch.response_lengths, step, most_tokens)
-    index, part = batch.token_index(rows), batch.take(rows)
-    columns = {"actor_log_probs" if name == "log_probs" else name: values[index] for name, values in seen.items()}
-    if "kept" in columns:  # NaN where the actor did not look, which a bool cannot say
+    groups, responses = rollouts.group_numbers, rollouts.responses
+    rows = recorded_rows(groups, sequences.sampled_lengths, step, most_tokens)
+    index = sequences.token_index(rows)
+    columns = {"actor_log_probs" if name == "log_probs" else name: values[index] for name, values in scores.items()}
+    if "kept" in columns:  # NaN where the actor did not score, which a bool cannot say
         columns["kept"] = columns["kept"].astype(np.float32)
-    if "selected" in part.values:
-        columns["selected"] = part.values["selected"]
-    ends = np.cumsum(part.response_lengths)[:-1]
-    per_token = {name: np.split(values, ends) for name, values in columns.items()}
-    return write_rollouts(folder, step, [samples[i] for i in rows], advantages[rows].tolist(), per_token)
+    if "selected" in sequences.values:
+        columns["selected"] = sequences.values["selected"][index]
+    masks = [responses[row][1].sampled_mask for row in rows.tolist()]
+    dumped = [
+        DumpedResponse(int(groups[row]), prompt, response, reward, float(advantages[row]))
+        for row, (prompt, response, reward) in ((row, responses[row]) for row in rows.tolist())
+    ]
+    return write_rollouts(
+        folder, step, dumped, {name: _per_response(values, masks) for name, values in columns.items()}
+    )
 
 
-def recorded_rows(groups: Sequence[int], lengths: Array, step: int, most_tokens: int) -> Array:
-    """Rows of whole groups with at most so many tokens together, or of the smallest; every step draws groups anew."""
+def _per_response(values: Array, masks: list[Array]) -> list[Array]:
+    """Splits values [T] of sampled tokens into one array per response, over all of its tokens: NaN, or False, for the
+    tokens that were not sampled."""
+    found, start = [], 0
+    for mask in masks:
+        count = int(np.count_nonzero(mask))
+        part = values[start : start + count]
+        start += count
+        if count < len(mask):
+            whole = (
+                np.zeros(len(mask), dtype=bool) if values.dtype == bool else np.full(len(mask), np.nan, values.dtype)
+            )
+            whole[mask] = part
+            part = whole
+        found.append(part)
+    return found
+
+
+def recorded_rows(groups: Array, lengths: Array, step: int, most_tokens: int) -> Array:
+    """Indices of the responses of some whole groups with at most `most_tokens` tokens, or of the smallest group. Every
+    step draws its groups anew."""
     number = np.asarray(groups)
     if lengths.sum() <= most_tokens:
         return np.arange(len(number))
@@ -85,23 +113,27 @@ def recorded_rows(groups: Sequence[int], lengths: Array, step: int, most_tokens:
 
 
 def candidate_positions(batch: SequenceBatch, step: int) -> SequenceBatch:
-    """A few rows, their starts only, some of whose response tokens are marked as `wanted`; `row` is where they came
-    from, `position` the place in the response."""
+    """Returns the beginnings of a few sequences, with some of their sampled tokens marked as `wanted`. `row` is the
+    index of the sequence in the batch, `position` the place among the sampled tokens of the sequence."""
     random = np.random.default_rng(step)
     rows = np.sort(random.permutation(len(batch))[:CANDIDATE_ROWS])
-    lengths = np.minimum(batch.response_lengths[rows], CANDIDATE_TOKENS)
-    part = SequenceBatch(
-        tokens=[batch.tokens[i][: batch.prompt_lengths[i] + n] for i, n in zip(rows, lengths, strict=True)],
-        prompt_lengths=batch.prompt_lengths[rows],
-    )
-    wanted = np.zeros(part.num_response_tokens, dtype=bool)
+    ids, masks = [], []
+    for row in rows.tolist():
+        mask = batch.mask_of(row)
+        beyond = np.flatnonzero(mask)[CANDIDATE_TOKENS:]
+        end = int(beyond[0]) if len(beyond) else len(mask)
+        ids.append(batch.sequence(row)[:end])
+        masks.append(mask[:end])
+    part = SequenceBatch.joined(ids, masks)
+    wanted = np.zeros(part.num_sampled_tokens, dtype=bool)
     wanted[random.permutation(len(wanted))[:CANDIDATE_POSITIONS]] = True
-    position = np.concatenate([np.arange(n) for n in lengths]) if len(rows) else np.zeros(0, dtype=np.int64)
+    firsts = np.cumsum(part.sampled_lengths) - part.sampled_lengths
+    position = np.arange(len(wanted)) - part.per_token(firsts)
     return part.with_values(wanted=wanted, row=part.per_token(rows), position=position)
 
 
 def write_candidates(folder: Path, step: int, part: SequenceBatch, found: Mapping[str, Array]) -> Path:
-    """`folder/step_000010.parquet`: a row a marked position, with its likeliest next tokens, the likeliest first."""
+    """Writes `folder/step_000010.parquet`, one row per marked position, with its likeliest next tokens in order."""
     marked = part.values["wanted"]
     table = pa.table(
         {

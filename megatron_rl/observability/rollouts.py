@@ -1,16 +1,18 @@
-"""Dumps of rollouts: what was asked, answered and rewarded at a step, as parquet."""
+"""Dumps of rollouts as parquet: the prompts, responses and rewards of a step, with values per token."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_rl.types import Sample
+from megatron_rl.types import Prompt, Response, RewardResult
 from megatron_rl.utils.files import atomically
 
 SCHEMA = pa.schema(
@@ -22,6 +24,7 @@ SCHEMA = pa.schema(
         ("prompt_token_ids", pa.list_(pa.int32())),
         ("response", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
+        ("sampled_mask", pa.list_(pa.bool_())),
         ("log_probs", pa.list_(pa.float32())),
         ("reward", pa.float64()),
         ("answer", pa.string()),
@@ -35,27 +38,49 @@ SCHEMA = pa.schema(
 )
 
 
-def write_rollouts(
-    folder: Path,
-    step: int,
-    samples: Sequence[Sample],
-    advantages: Sequence[float],
-    per_token: Mapping[str, Sequence[Any]] | None = None,
-) -> Path:
-    """Write `folder/step_000010.parquet`, a row a sample, and return its path.
+@dataclass(frozen=True, slots=True)
+class DumpedResponse:
+    """One row of a dump."""
 
-    advantages: one a sample. per_token: column name -> one array a sample, over the response's tokens.
-    Errors: ValueError when lengths differ; UserError when the file cannot be written.
+    group: int
+    prompt: Prompt
+    response: Response
+    reward: RewardResult
+    advantage: float
+
+
+def write_rollouts(
+    folder: Path, step: int, rows: Sequence[DumpedResponse], per_token: Mapping[str, Sequence[Any]] | None = None
+) -> Path:
+    """Writes `folder/step_000010.parquet`, one row per response, and returns its path.
+
+    Args:
+        per_token: column name -> one array per response, over the response's tokens. `token_ids`, `sampled_mask`,
+            `log_probs` and these columns have one value per token of the response, sampled or not.
+
+    Raises:
+        ValueError: the lengths of a column differ from those of the responses.
+        UserError: the file cannot be written.
     """
-    if len(advantages) != len(samples):
-        raise ValueError(f"{len(advantages)} advantages for {len(samples)} samples")
+    responses = [row.response for row in rows]
+    tokens: dict[str, Sequence[Any]] = {
+        "token_ids": [response.token_ids for response in responses],
+        "sampled_mask": [response.sampled_mask for response in responses],
+        "log_probs": [response.log_probs for response in responses],
+        "weight_versions": [response.weight_versions for response in responses],
+    }
     table = pa.Table.from_pylist(
-        [_row(step, sample, advantage) for sample, advantage in zip(samples, advantages, strict=True)], schema=SCHEMA
+        [_row(step, row) for row in rows], schema=pa.schema(field for field in SCHEMA if field.name not in tokens)
     )
-    for name, arrays in (per_token or {}).items():
+    for name, arrays in {**tokens, **(per_token or {})}.items():
         if name in table.column_names:
             raise ValueError(f"per-token column {name!r}: there is a column of that name already")
-        table = table.append_column(name, _per_token_column(name, arrays, samples))
+        column = _per_token_column(name, arrays, responses)
+        if name in tokens:
+            field = SCHEMA.field(name)
+            table = table.add_column(SCHEMA.names.index(name), field, column.cast(field.type))
+        else:
+            table = table.append_column(name, column)
     path = folder / f"step_{step:06d}.parquet"
     with atomically(path) as partial:
         pq.write_table(table, partial, compression="zstd")
@@ -63,38 +88,34 @@ def write_rollouts(
 
 
 def dumps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of every dump in a run's `rollouts` folder, by step."""
+    """Returns (step, file) of every dump in a run's `rollouts` folder, by step."""
     found = [(path.stem.removeprefix("step_"), path) for path in folder.glob("step_*.parquet")]
     return sorted((int(step), path) for step, path in found if step.isdecimal())
 
 
-def _row(step: int, sample: Sample, advantage: float) -> dict[str, Any]:
-    generation, reward = sample.generation, sample.reward
+def _row(step: int, row: DumpedResponse) -> dict[str, Any]:
     return {
         "step": step,
-        "group": sample.group,
-        "prompt_id": sample.prompt.id,
-        "prompt": sample.prompt.text,
-        "prompt_token_ids": sample.prompt.token_ids,
-        "response": sample.text,
-        "token_ids": generation.token_ids,
-        "log_probs": generation.log_probs,
-        "reward": None if reward is None else reward.score,
-        "answer": None if reward is None else reward.answer,
-        "detail": None if reward is None else reward.detail,
-        "outcome": None if reward is None else reward.outcome,
-        "advantage": float(advantage),
-        "finish_reason": generation.finish_reason,
-        "weight_version": generation.weight_version,
-        "weight_versions": generation.weight_versions,
+        "group": row.group,
+        "prompt_id": row.prompt.id,
+        "prompt": row.prompt.text,
+        "prompt_token_ids": row.prompt.token_ids,
+        "response": row.reward.text,
+        "reward": row.reward.score,
+        "answer": row.reward.answer,
+        "detail": row.reward.detail,
+        "outcome": row.reward.outcome,
+        "advantage": float(row.advantage),
+        "finish_reason": row.response.finish_reason,
+        "weight_version": row.response.weight_version,
     }
 
 
-def _per_token_column(name: str, arrays: Sequence[Any], samples: Sequence[Sample]) -> pa.Array:
+def _per_token_column(name: str, arrays: Sequence[Any], responses: Sequence[Response]) -> pa.Array:
     values = [np.asarray(array) for array in arrays]
-    if [len(value) for value in values] != [len(sample.generation.token_ids) for sample in samples]:
-        raise ValueError(f"per-token column {name!r}: not one value a response token")
-    # Joined first, so that empty responses cannot change the column's type.
-    flat = np.concatenate(values) if values else np.empty(0, dtype=np.float32)
+    if [len(value) for value in values] != [len(response) for response in responses]:
+        raise ValueError(f"per-token column {name!r}: not one value per response token")
+    # The arrays are joined first, so that an empty response cannot change the column's type.
+    flat: npt.NDArray[Any] = np.concatenate(values) if values else np.empty(0, dtype=np.float32)
     offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))

@@ -1,15 +1,16 @@
-"""A training step's metrics, from its batch and what the actor said of it. Legend: N rows, T response tokens."""
+"""Metrics of a training step, from its rollouts and the actor's scores. Legend: N sequences, T sampled tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_rl.actor.passes.results import add_up
-from megatron_rl.batching.sequences import Array, SequenceBatch
-from megatron_rl.types import Sample
+from megatron_rl.batching.arrays import Array, Mask
+from megatron_rl.batching.sequences import SequenceBatch
+from megatron_rl.rollout.rollouts import Rollouts, graded_responses
 
 if TYPE_CHECKING:
     from lpreg import Selection, SelectionRule
@@ -17,51 +18,55 @@ if TYPE_CHECKING:
 
 
 TRAIN = ("ratio", "clip_fraction", "dual_clip_fraction", "reference_kl")
-"""A loss's metrics that are no business of one method."""
+"""Metrics of a loss that several methods share."""
 
 
-def rollout_metrics(samples: Sequence[Sample], teaching: Collection[int]) -> dict[str, float]:
-    """Reward and response length of all that the step sampled; teaching: the groups of it with an advantage."""
-    rewards = [sample.reward.score for sample in samples if sample.reward is not None]
-    lengths = [len(sample.generation.token_ids) for sample in samples]
-    groups = {sample.group for sample in samples}
+def rollout_metrics(rollouts: Rollouts, advantages: Array) -> dict[str, float]:
+    """Reward and response length of everything that the step sampled. `advantages`: [N], of the trained responses."""
+    sampled = list(graded_responses(rollouts.sampled))
+    scores = [reward.score for _, _, reward in sampled]
+    lengths = [response.num_sampled_tokens for _, response, _ in sampled]
     return {
-        "reward/mean": float(np.mean(rewards)),
-        "reward/std": float(np.std(rewards)),
-        "reward/zero_advantage_fraction": 1 - len(groups & set(teaching)) / len(groups),
+        "reward/mean": float(np.mean(scores)),
+        "reward/std": float(np.std(scores)),
+        "reward/zero_advantage_fraction": 1 - rollouts.signal_fraction(advantages),
         "response_length/mean": float(np.mean(lengths)),
         "response_length/max": float(np.max(lengths)),
-        "response_length/truncated_fraction": float(np.mean([s.generation.finish_reason == "length" for s in samples])),
+        "response_length/truncated_fraction": float(
+            np.mean([response.finish_reason == "length" for _, response, _ in sampled])
+        ),
     }
 
 
-def policy_metrics(batch: SequenceBatch, seen: Mapping[str, Array], fresh: Array) -> dict[str, float]:
-    """Entropy, the kept share and the rollout-actor gap over the tokens the actor saw (NaN where it did not).
+def policy_metrics(sequences: SequenceBatch, scores: Mapping[str, Array], fresh: Mask) -> dict[str, float]:
+    """Entropy, the share of tokens in the filter, and the gap between engine and actor, over the tokens that the actor
+    scored (the scores are NaN elsewhere).
 
-    fresh: [T] bool, the tokens that the weights in training sampled. Their gap should be none; of the others it is how
-    far the policy has moved as well.
+    `fresh` [T]: tokens that the weights in training sampled. Their gap should be 0; the gap of other tokens also shows
+    how far the policy has moved.
     """
-    if "entropy" not in seen:
+    if "entropy" not in scores:
         return {}
-    entropy = np.asarray(seen["entropy"], dtype=np.float64)
-    known = np.isfinite(entropy)
-    row_of = batch.per_token(np.arange(len(batch)))
-    sums = np.bincount(row_of[known], weights=entropy[known], minlength=len(batch))
-    counts = np.bincount(row_of[known], minlength=len(batch))
-    gaps = np.abs(np.asarray(seen["log_probs"], dtype=np.float64) - batch.values["rollout_log_probs"])
-    gap, fresh_gap = gaps[known], gaps[known & fresh]
+    known = np.isfinite(scores["entropy"])
+    entropy = scores["entropy"][known].astype(np.float64)
+    row_of = sequences.per_token(np.arange(len(sequences), dtype=np.int32))[known]
+    sums = np.bincount(row_of, weights=entropy, minlength=len(sequences))
+    counts = np.bincount(row_of, minlength=len(sequences))
+    engine = sequences.values["rollout_log_probs"][known]
+    gap = np.abs(scores["log_probs"][known].astype(np.float64) - engine)
+    fresh_gap = gap[fresh[known]]
     return {
-        "entropy/token_mean": float(entropy[known].mean()),
+        "entropy/token_mean": float(entropy.mean()),
         "entropy/sequence_mean": float((sums[counts > 0] / counts[counts > 0]).mean()),
-        "lpreg/kept_fraction": float(np.asarray(seen["kept"], dtype=np.float64)[known].mean()),
-        "lpreg/one_minus_z": float(-np.expm1(np.asarray(seen["log_z"], dtype=np.float64)[known]).mean()),
+        "lpreg/kept_fraction": float(scores["kept"][known].mean(dtype=np.float64)),
+        "lpreg/one_minus_z": float(-np.expm1(scores["log_z"][known].astype(np.float64)).mean()),
         "logprob/rollout_actor_abs_diff": float(gap.mean()),
         "logprob/rollout_actor_max_diff": float(gap.max()),
     } | ({"logprob/fresh_abs_diff": float(fresh_gap.mean())} if len(fresh_gap) else {})
 
 
 def rate_metrics(flops: float, seconds: float, ranks: int, peak: float | None) -> dict[str, float]:
-    """Model operations a second while the actor works; peak: of one rank's device, None where it is not known."""
+    """Model operations per second while the actor works. `peak`: rate of one rank's device; None if it is not known."""
     if not flops or not seconds:
         return {}
     rate = flops / seconds / ranks
@@ -70,7 +75,7 @@ def rate_metrics(flops: float, seconds: float, ranks: int, peak: float | None) -
 
 
 def selection_metrics(rule: SelectionRule, selection: Selection) -> dict[str, float]:
-    """Where the ranking of a batch was cut; a random rule has no such place."""
+    """The threshold of the selection; a random rule has none."""
     if rule.kind == "lowest_log_prob":
         return {
             "lpreg/delta": float(np.exp(selection.threshold)),
@@ -81,10 +86,10 @@ def selection_metrics(rule: SelectionRule, selection: Selection) -> dict[str, fl
     return {}
 
 
-def update_metrics(results: Sequence[StepResult], num_response_tokens: int) -> dict[str, float]:
-    """Of a step's updates; num_response_tokens: of all their mini-batches, dropped rows included.
+def update_metrics(results: Sequence[StepResult], num_sampled_tokens: int) -> dict[str, float]:
+    """Metrics of a step's updates. `num_sampled_tokens`: tokens of all mini-batches, dropped sequences included.
 
-    Loss and gradient norm are means over the updates; what is counted in tokens is a mean over the tokens of all.
+    Loss and gradient norm are means over the updates; what is counted per token is a mean over the tokens of all updates.
     """
     metrics = {
         "train/updates": float(len(results)),
@@ -92,15 +97,15 @@ def update_metrics(results: Sequence[StepResult], num_response_tokens: int) -> d
         "train/grad_norm": float(np.mean([result.grad_norm for result in results] or 0.0)),
         "train/grad_norm_max": float(np.max([result.grad_norm for result in results] or 0.0)),
     }
-    return metrics | loss_metrics(add_up(result.metrics for result in results), num_response_tokens)
+    return metrics | loss_metrics(add_up(result.metrics for result in results), num_sampled_tokens)
 
 
-def loss_metrics(parts: Mapping[str, tuple[float, float]], num_response_tokens: int) -> dict[str, float]:
-    """The loss's own (total, count) pairs as means. Shares of tokens are of all tokens, dropped rows included."""
+def loss_metrics(parts: Mapping[str, tuple[float, float]], num_sampled_tokens: int) -> dict[str, float]:
+    """The loss's own (total, count) pairs as means. Shares of tokens count all tokens, dropped sequences included."""
     metrics = {}
     for name, (total, count) in parts.items():
         if name == "selected_fraction":
-            count = num_response_tokens
+            count = num_sampled_tokens
         room = "train" if name in TRAIN or name.startswith("correction_") else "lpreg"
         metrics[f"{room}/{name}"] = total / count if count else 0.0
     return metrics

@@ -48,7 +48,7 @@ def _last_attempt(words: list[str]) -> str | None:
 
 
 def _unfinished(sample: Sample) -> str | None:
-    reason = sample.generation.finish_reason
+    reason = sample.response.finish_reason
     return None if reason == "stop" else "truncated" if reason == "length" else "aborted"
 
 

@@ -1,4 +1,4 @@
-"""What grades a batch: a pool of processes, or a server."""
+"""Graders: a pool of worker processes, or a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from megatron_rl.config.reward import RewardSettings
-from megatron_rl.types import RewardResult, Sample
+from megatron_rl.types import Decode, RewardResult, Sample
 
 from .pool import RewardPool
 from .remote import RemoteReward
@@ -16,10 +16,10 @@ from .resolve import load_reward
 
 
 class Grader(Protocol):
-    """Grades batches; a context manager."""
+    """Grades batches of samples. A grader is a context manager."""
 
     def score(self, samples: Sequence[Sample]) -> list[RewardResult]:
-        """One result a sample, in order, each with a declared outcome."""
+        """One result per sample, in order, each with a declared outcome and the response's text."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -30,13 +30,20 @@ class Grader(Protocol):
 
 
 def check_reward(settings: RewardSettings) -> None:
-    """Raises UserError for a reward that cannot be used here; starts nothing that stays."""
+    """Raises UserError for a reward that cannot be used here. Nothing stays running."""
     if settings.name == "remote":
         RemoteReward(settings)
     else:
         load_reward(settings)
 
 
-def open_grader(settings: RewardSettings, log_file: Path | None = None) -> Grader:
-    """The grader that the settings ask for. `log_file` takes what verifiers print. Raises UserError."""
-    return RemoteReward(settings) if settings.name == "remote" else RewardPool(settings, log_file)
+def open_grader(settings: RewardSettings, log_file: Path | None = None, decode: Decode | None = None) -> Grader:
+    """Returns the configured grader. Raises UserError for a reward that cannot be used.
+
+    Args:
+        log_file: receives the output of verifiers.
+        decode: turns responses into text; None: every sample already has its text.
+    """
+    if settings.name == "remote":
+        return RemoteReward(settings, decode)
+    return RewardPool(settings, log_file, decode)

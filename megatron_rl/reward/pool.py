@@ -1,4 +1,4 @@
-"""Verifiers in processes of their own, which can be killed."""
+"""Verifiers in worker processes, which can be killed. The workers also decode the responses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,43 +20,48 @@ from pebble import ProcessExpired, ProcessPool
 
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward.resolve import load_reward
-from megatron_rl.types import Reward, RewardResult, Sample
+from megatron_rl.types import Decode, Reward, RewardResult, Sample
 from megatron_rl.utils.process_log import redirect_output
 
 CHUNKS_PER_WORKER = 4
-"""More even out the load, fewer cost fewer round trips."""
+"""More chunks even out the load; fewer chunks cost fewer round trips."""
 CHUNK_SECONDS = 1.0
-"""A worker hands a chunk back unfinished after this long, so that slow samples cannot add up to a timeout."""
+"""A worker returns a chunk unfinished after this time, so that slow samples cannot add up to a timeout."""
 ATTEMPTS = 3
-"""How often a call of `score` may find its whole pool broken."""
+"""How often one call of `score` may find the whole pool broken."""
 
 OUT_OF_MEMORY, WORN_OUT = 86, 87
-"""Exit codes of a worker: the sample needed too much memory; the samples before this one leaked it."""
+"""Exit codes of a worker: the sample needed too much memory; earlier samples leaked too much memory."""
 
 
 class RewardPool:
-    """Scores samples with `settings.name` in `settings.workers` processes; a sample has `settings.timeout_seconds`.
+    """Scores samples with `settings.name` in `settings.workers` processes, with a limit of `settings.timeout_seconds`
+    per sample.
 
     A verifier that hangs, crashes, leaks or raises costs only its own sample: outcome "timeout" or "error", score 0;
-    its process is replaced. Workers ignore Ctrl-C, send what a verifier prints to `log_file` (stderr without one), and
-    import only what the verifier needs. Use it as a context manager: no worker outlives it, nor the process that made
-    it.
+    its process is replaced. Workers ignore Ctrl-C, redirect the verifier's output to `log_file` (default: stderr), and
+    import only what the verifier needs. The pool is a context manager: no worker outlives the pool or the process that
+    made the pool.
     """
 
-    def __init__(self, settings: RewardSettings, log_file: Path | None = None) -> None:
-        """Raises UserError at once for a reward that cannot be loaded."""
+    def __init__(self, settings: RewardSettings, log_file: Path | None = None, decode: Decode | None = None) -> None:
+        """`decode` turns responses into text in the workers; None: every sample already has its text.
+
+        Raises UserError at once for a reward that cannot be loaded.
+        """
         load_reward(settings)
         self._settings = settings
+        self._decode = decode
         self._log_file = log_file
         self._pool = self._start()
 
     def score(self, samples: Sequence[Sample]) -> list[RewardResult]:
-        """One result a sample, in order. RuntimeError if the workers cannot be kept alive."""
+        """One result per sample, in order. Raises RuntimeError if the workers cannot be kept alive."""
         for _ in range(ATTEMPTS):
             try:
                 return self._score(samples)
             except BrokenProcessPool:
-                # A worker died between two samples, of something from outside: no sample is to blame.
+                # A worker died between two samples, for an outside reason: no sample is to blame.
                 self.close()
                 self._pool = self._start()
         raise RuntimeError(f"the reward workers died {ATTEMPTS} times in a row; is the machine out of memory?")
@@ -70,17 +76,21 @@ class RewardPool:
             if not self._pool.active:
                 raise BrokenProcessPool
             for indices in waiting:
-                # A chunk ends by itself after CHUNK_SECONDS and the time of the sample it is at.
+                # A chunk ends by itself after CHUNK_SECONDS and the time of its current sample.
                 timeout = self._settings.timeout_seconds + (CHUNK_SECONDS if len(indices) > 1 else 0.0)
                 running[self._pool.schedule(_score_chunk, [[samples[i] for i in indices]], timeout=timeout)] = indices
             waiting = []
-            # Not for ever: a pool that breaks may leave futures behind.
+            # The wait is bounded, because a pool that breaks may leave futures behind.
             for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
                 waiting += _collect(future, running.pop(future), results)
-        return [results[i] for i in range(len(samples))]
+        return [self._with_text(results[i], samples[i]) for i in range(len(samples))]
+
+    def _with_text(self, result: RewardResult, sample: Sample) -> RewardResult:
+        """The worker of a failed sample may have died before it could return the text."""
+        return result if result.text else replace(result, text=text_of(sample, self._decode))
 
     def close(self) -> None:
-        """Ends the workers, busy or not. May be called again."""
+        """Ends the workers, whether busy or not. Calling it again is harmless."""
         self._pool.stop()
         self._pool.join()
 
@@ -96,11 +106,11 @@ class RewardPool:
         pool = ProcessPool(
             max_workers=self._settings.workers,
             initializer=_prepare_worker,
-            initargs=(self._settings, self._log_file),
-            # Not fork: the driver has threads, and its memory is not the workers' business.
+            initargs=(self._settings, self._log_file, self._decode),
+            # Spawn, because a fork would copy the driver's threads and memory.
             context=multiprocessing.get_context("spawn"),
         )
-        # The first task starts the processes, so they load while the caller does other things.
+        # The first task starts the processes, which then load while the caller goes on.
         pool.schedule(_score_chunk, args=([],))
         return pool
 
@@ -108,7 +118,7 @@ class RewardPool:
 def _collect(
     future: Future[list[RewardResult]], indices: list[int], results: dict[int, RewardResult]
 ) -> list[list[int]]:
-    """Puts a finished chunk's results in their places; returns the chunks that are still to be scored."""
+    """Stores the results of a finished chunk, and returns the chunks that are still to be scored."""
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
         raise error
@@ -119,7 +129,7 @@ def _collect(
     if isinstance(error, ProcessExpired) and error.exitcode == WORN_OUT:
         return [indices]
     if len(indices) > 1:
-        # One of them hung or crashed. Alone, it harms nobody else.
+        # One of the samples hung or crashed. From now on each of them is scored alone.
         return [[index] for index in indices]
     results[indices[0]] = _failure(error)
     return []
@@ -135,37 +145,38 @@ def _failure(error: BaseException) -> RewardResult:
     return RewardResult(0.0, detail=detail, outcome="error")
 
 
-# What follows runs in a worker.
+# The code below runs in a worker.
 
 _reward: Reward
+_decode: Decode | None
 _patience: float
 _memory: MemoryLimit
 
 
-def _prepare_worker(settings: RewardSettings, log_file: Path | None) -> None:
-    global _reward, _patience, _memory
+def _prepare_worker(settings: RewardSettings, log_file: Path | None, decode: Decode | None) -> None:
+    global _reward, _decode, _patience, _memory
     if log_file:
         redirect_output(log_file)
     else:
         os.dup2(2, 1)  # the parent's stdout belongs to its progress view
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The kernel's own action: a handler in Python would wait for a verifier stuck in C code.
+    # The default action, in the kernel: a handler in Python would wait for a verifier that is stuck in C code.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _reward = load_reward(settings)
+    _reward, _decode = load_reward(settings), decode
     _patience = 2 * settings.timeout_seconds + CHUNK_SECONDS
     _memory = MemoryLimit(settings.memory_mb)
 
 
 def _score_chunk(samples: list[Sample]) -> list[RewardResult]:
-    """The results of the first samples: all of them, unless CHUNK_SECONDS run out."""
+    """Returns the results of the first samples: all of them, unless CHUNK_SECONDS run out."""
     results: list[RewardResult] = []
     started = time.monotonic()
     if samples and _memory.worn_out():
         os._exit(WORN_OUT)
     for sample in samples:
-        # Should the parent die while a verifier hangs, nobody is left to kill this process but the kernel.
+        # If the parent dies while a verifier hangs, only the kernel is left to kill this process.
         signal.setitimer(signal.ITIMER_REAL, _patience)
         results.append(_score(sample))
         if time.monotonic() - started > CHUNK_SECONDS or _memory.worn_out():
@@ -174,9 +185,15 @@ def _score_chunk(samples: list[Sample]) -> list[RewardResult]:
     return results
 
 
+def text_of(sample: Sample, decode: Decode | None) -> str:
+    return sample.text if decode is None else decode(sample.response.token_ids)
+
+
 def _score(sample: Sample) -> RewardResult:
+    text = ""
     try:
-        result = _reward(sample)
+        text = text_of(sample, _decode)
+        result = _reward(replace(sample, text=text))
         if not isinstance(result, RewardResult):
             raise TypeError(f"the reward returned {type(result).__name__}, not RewardResult")
         if not math.isfinite(result.score):
@@ -184,12 +201,12 @@ def _score(sample: Sample) -> RewardResult:
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except (Exception, SystemExit) as error:
-        return _failure(error)
-    return result
+        return replace(_failure(error), text=text)
+    return replace(result, text=text)
 
 
 class MemoryLimit:
-    """This process may hold `megabytes` of writable memory of its own (RLIMIT_DATA)."""
+    """Limits the writable memory of this process to `megabytes` (RLIMIT_DATA)."""
 
     def __init__(self, megabytes: int) -> None:
         self._limit = megabytes * 2**20
@@ -197,7 +214,8 @@ class MemoryLimit:
         resource.setrlimit(resource.RLIMIT_DATA, (self._limit, self._limit))
 
     def worn_out(self) -> bool:
-        """Whether half of what was free after loading is gone: time to be replaced, before a sample is blamed."""
+        """Whether half of the memory that was free after loading is used up, so that the process should be replaced before
+        a sample is blamed."""
         return _writable_bytes() - self._loaded > (self._limit - self._loaded) / 2
 
 

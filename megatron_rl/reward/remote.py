@@ -1,4 +1,4 @@
-"""A reward model behind HTTP: batches out, results in, and a declared outcome whatever the server does."""
+"""A reward model behind HTTP: posts batches, reads results, and declares an outcome whatever the server does."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_rl.config.reward import RemoteSettings, RewardSettings
 from megatron_rl.errors import UserError
-from megatron_rl.types import RewardResult, Sample
+from megatron_rl.types import Decode, RewardResult, Sample
 from megatron_rl.utils.web import EXCERPT, RequestFailed, ask
 
 
 class RemoteReward:
     """Posts batches of samples to `settings.remote.url`.
 
-    A batch whose every attempt failed costs its own samples only: outcome "timeout" or "error", score 0. Further
-    attempts follow a time-out, a lost connection, or a status that passes; a request that the server refuses or answers
-    with nonsense fails at once.
+    A batch whose every attempt failed costs only its own samples: outcome "timeout" or "error", score 0. A time-out, a
+    lost connection or a temporary status is followed by another attempt; a request that the server refuses, or whose
+    answer cannot be read, fails at once.
     """
 
-    def __init__(self, settings: RewardSettings) -> None:
-        """Raises UserError where settings or the token are missing."""
+    def __init__(self, settings: RewardSettings, decode: Decode | None = None) -> None:
+        """`decode` turns responses into text; None: every sample already has its text.
+
+        Raises UserError if settings or the token are missing.
+        """
         if settings.remote is None:
             raise UserError("reward.name: remote needs reward.remote.url")
         if not settings.remote.url.startswith(("http://", "https://")):
             raise UserError(f"reward.remote.url: {settings.remote.url!r} must begin with http:// or https://")
         self._settings: RemoteSettings = settings.remote
+        self._decode = decode
         self._headers: dict[str, str] = {}
         if variable := settings.remote.token_variable:
             if not (token := os.environ.get(variable)):
@@ -38,10 +43,13 @@ class RemoteReward:
         self._threads = ThreadPoolExecutor(settings.remote.concurrency, thread_name_prefix="remote-reward")
 
     def score(self, samples: Sequence[Sample]) -> list[RewardResult]:
-        """One result a sample, in order."""
+        """One result per sample, in order."""
+        if self._decode is not None:
+            samples = [replace(sample, text=self._decode(sample.response.token_ids)) for sample in samples]
         size = self._settings.batch_size
         batches = [samples[first : first + size] for first in range(0, len(samples), size)]
-        return [result for results in self._threads.map(self._score_batch, batches) for result in results]
+        results = [result for part in self._threads.map(self._score_batch, batches) for result in part]
+        return [replace(result, text=sample.text) for result, sample in zip(results, samples, strict=True)]
 
     def __enter__(self) -> Self:
         return self
@@ -76,12 +84,12 @@ def _to_json(sample: Sample) -> dict[str, Any]:
         "prompt": sample.prompt.text,
         "response": sample.text,
         "label": sample.prompt.label,
-        "finish_reason": sample.generation.finish_reason,
+        "finish_reason": sample.response.finish_reason,
     }
 
 
 def _read_results(answer: Any, count: int) -> list[RewardResult]:
-    """`{"results": [{"score": 1.0, "answer": "34", "detail": "..."}, ...]}`; ValueError for anything else."""
+    """`{"results": [{"score": 1.0, "answer": "34", "detail": "..."}, ...]}`; raises ValueError for anything else."""
     results = answer.get("results") if isinstance(answer, dict) else None
     if not isinstance(results, list) or len(results) != count:
         raise ValueError(f'expected {{"results": [...]}} with {count} entries, got {str(answer)[:EXCERPT]}')

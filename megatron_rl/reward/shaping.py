@@ -1,4 +1,4 @@
-"""Shaping of rewards by form. Evaluation never sees it: it reads the verifier's score."""
+"""Shaping of rewards by the form of the response. Evaluation does not use it, but the verifier's score."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_rl.config.reward import FormatSettings
 
 
 def well_formed(text: str, tags: Sequence[str]) -> bool:
-    """Whether each tag appears exactly once, one after another. Plain search: no response can make it slow."""
+    """Whether each tag appears exactly once, in the given order. Plain search, which no response can make slow."""
     position = 0
     for tag in tags:
         found = text.find(tag)
@@ -19,7 +19,7 @@ def well_formed(text: str, tags: Sequence[str]) -> bool:
 
 
 def format_penalties(texts: Sequence[str], settings: FormatSettings | None) -> list[float]:
-    """What to add to each response's reward: 0, or -penalty where the tags are not as they must be."""
+    """Returns the amount to add to each response's reward: 0, or -penalty if the tags are not as required."""
     if settings is None:
         return [0.0] * len(texts)
     return [0.0 if well_formed(text, settings.tags) else -settings.penalty for text in texts]

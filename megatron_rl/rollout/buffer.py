@@ -1,84 +1,86 @@
-"""Groups between a prompt that was drawn and the step that trains on it: what a step leaves to the next one."""
+"""Groups between drawing a prompt and training on its responses: what one step leaves to the next."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from megatron_rl.types import Generation, RewardResult
+from megatron_rl.types import Prompt, Response, RewardResult
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A prompt with what there is of its responses."""
+    """A prompt with its responses and their rewards. A group owns its responses from sampling to record."""
 
     number: int
-    """Prompts that the run drew before this one."""
+    """Number of prompts that the run drew before this one."""
     row: int
-    """Of the training prompts."""
+    """Index of the prompt in the training data."""
+    prompt: Prompt
     since: int
-    """Weight version that was in training when it was begun."""
-    responses: tuple[Generation, ...] = ()
-    """None, or as many as a group has. An unfinished one has the finish reason abort."""
+    """Weight version in training when the group was started."""
+    responses: tuple[Response, ...] = ()
+    """Empty, or as many as a group has. A partial response has the finish reason "abort"."""
     rewards: tuple[RewardResult, ...] = ()
-    """One a response, once they are graded."""
+    """One per response, once they are graded."""
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return bool(self.responses) and all(response.finish_reason != "abort" for response in self.responses)
 
     @property
-    def informative(self) -> bool:
-        """Whether the verifier's scores differ."""
+    def has_signal(self) -> bool:
+        """Whether the verifier's scores differ, so that a group-relative advantage can tell the responses apart."""
         return len({reward.score for reward in self.rewards}) > 1
 
     @property
     def oldest_version(self) -> int:
-        """Of the weights that sampled its tokens, or will have."""
-        return min((r.weight_version for r in self.responses if r.token_ids), default=self.since)
+        """Oldest version of the weights that sampled the group's tokens; `since` if there are no tokens yet."""
+        return min((response.weight_version for response in self.responses if len(response)), default=self.since)
 
     @property
     def age(self) -> tuple[int, int]:
-        """The oldest sorts first."""
+        """Sort key: the oldest group sorts first."""
         return self.oldest_version, self.number
 
-    def answered(self, responses: Iterable[Generation]) -> Group:
-        """With what an engine gave; unfinished responses without any token are no responses yet."""
+    def answered(self, responses: Iterable[Response]) -> Group:
+        """Returns the group with an engine's answer. Aborted responses without any token do not count as started."""
         responses = tuple(responses)
-        begun = any(response.token_ids or response.finish_reason != "abort" for response in responses)
-        return replace(self, responses=responses if begun else ())
+        started = any(len(response) or response.finish_reason != "abort" for response in responses)
+        return replace(self, responses=responses if started else ())
 
-    def begun_anew(self, version: int) -> Group:
+    def restarted(self, version: int) -> Group:
+        """Returns the group without responses, to be sampled again by weights of this version."""
         return replace(self, since=version, responses=(), rewards=())
 
 
 @dataclass
 class RolloutBuffer:
-    """Every prompt that was drawn, and neither trained on nor left out, is in one of the three."""
+    """Holds every prompt that was drawn and neither trained on nor left out, in one of three places."""
 
     waiting: list[Group] = field(default_factory=list)
-    """Not whole; no engine is at work on them."""
-    under_way: dict[int, Group] = field(default_factory=dict)
-    """Not whole: as they were when engines were asked for the rest. By the number of the request."""
-    whole: list[Group] = field(default_factory=list)
-    """Graded, and worth training on."""
+    """Incomplete groups that no engine is working on."""
+    in_flight: dict[int, Group] = field(default_factory=dict)
+    """Request number -> group, as it was when the engines were asked for the rest."""
+    complete: list[Group] = field(default_factory=list)
+    """Graded groups that are worth training on."""
 
     @classmethod
     def of(cls, groups: Iterable[Group]) -> RolloutBuffer:
-        """As a checkpoint has it: nothing is under way."""
+        """Returns the buffer that a checkpoint describes: nothing is in flight."""
         buffer = cls()
         for group in groups:
             buffer.put(group)
         return buffer
 
     def put(self, group: Group) -> None:
-        (self.whole if group.whole else self.waiting).append(group)
+        (self.complete if group.complete else self.waiting).append(group)
 
     @property
     def groups(self) -> list[Group]:
-        """All, in the order in which their prompts were drawn; without what engines have done of those under way."""
-        return sorted([*self.waiting, *self.under_way.values(), *self.whole], key=lambda group: group.number)
+        """All groups in the order in which their prompts were drawn, without unfinished work of the engines."""
+        return sorted([*self.waiting, *self.in_flight.values(), *self.complete], key=lambda group: group.number)
 
     @property
-    def unfinished(self) -> list[Group]:
-        return [*self.waiting, *self.under_way.values()]
+    def incomplete(self) -> list[Group]:
+        return [*self.waiting, *self.in_flight.values()]

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from megatron_rl.batching.sequences import Array, SequenceBatch, rows_of
+from megatron_rl.batching.arrays import Array
+from megatron_rl.batching.sequences import SequenceBatch, sequences_of
 from megatron_rl.config.rollout import ContractSettings
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.contract_causes import Score, likely_cause, paths
-from megatron_rl.types import Generation, Prompt, Sample, SamplingParams
+from megatron_rl.types import Prompt, Response, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_rl.cluster.engine_process import EngineProcess
@@ -38,7 +39,7 @@ class Probed(Protocol):
 
     def probe(
         self, prompts: Sequence[Prompt], sampling: SamplingParams
-    ) -> dict[EngineProcess, list[list[Generation]]]: ...
+    ) -> dict[EngineProcess, list[list[Response]]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +109,10 @@ class Contract:
         )
         return {"logprob/contract_max_diff": float(gap.max()), "logprob/contract_abs_diff": float(gap.mean())}
 
-    def _rows(self, groups: Sequence[Sequence[Generation]]) -> SequenceBatch:
+    def _rows(self, groups: Sequence[Sequence[Response]]) -> SequenceBatch:
         """Of one engine's answer."""
-        return rows_of(
-            [
-                Sample(prompt=prompt, group=number, generation=generation, text="")
-                for number, (prompt, group) in enumerate(zip(self._prompts, groups, strict=True))
-                for generation in group
-            ]
-        )
+        pairs = zip(self._prompts, groups, strict=True)
+        return sequences_of((prompt.token_ids, response) for prompt, group in pairs for response in group)
 
     def _refusal(self, engine: int, rows: SequenceBatch, actors: Array, score: Score) -> str:
         gap = np.abs(rows.values["rollout_log_probs"] - actors)

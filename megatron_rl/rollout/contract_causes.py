@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from megatron_rl.batching.sequences import Array, SequenceBatch
+from megatron_rl.batching.arrays import Array
+from megatron_rl.batching.sequences import SequenceBatch
 
 Score = Callable[[SequenceBatch, float], Array]
 """(rows, temperature) -> [T], log-probs of the response tokens by the actor as it is now."""
@@ -75,13 +76,10 @@ def likely_cause(
 
 def paths(rows: SequenceBatch, log_probs: Array) -> dict[tuple[int, ...], float]:
     """Each response token with all that is before it -> its log-prob [T]."""
-    found, place = {}, 0
-    for tokens, start in zip(rows.tokens, rows.prompt_lengths, strict=True):
-        row = tuple(tokens.tolist())
-        for end in range(int(start) + 1, len(row) + 1):
-            found[row[:end]] = float(log_probs[place])
-            place += 1
-    return found
+    sequences = [tuple(sequence.tolist()) for sequence in rows.sequences]
+    owners = rows.per_token(np.arange(len(rows))).tolist()
+    places = zip(owners, (rows.predictors + 2).tolist(), log_probs.tolist(), strict=True)
+    return {sequences[owner][:end]: value for owner, end, value in places}
 
 
 def _are_those_of(

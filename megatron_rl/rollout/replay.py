@@ -1,24 +1,27 @@
-"""Training on rollouts that another run recorded: no engine, the same samples, to look into a loss."""
+"""Training on rollouts that another run recorded, without engines: the same responses, to study a loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
 from megatron_rl.observability.rollouts import dumps
-from megatron_rl.types import Generation, Prompt, RewardResult, Sample, SamplingParams
+from megatron_rl.rollout.buffer import Group
+from megatron_rl.rollout.rollouts import Rollouts
+from megatron_rl.types import Prompt, Response, RewardResult
 
 
 class Replay:
-    """One recorded step a step, in order."""
+    """Replays one recorded step per step, in order."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: of dumps, or of the run that has them. Raises UserError when there are none."""
+        """`folder` holds dumps, or is the folder of a run with dumps. Raises UserError if there are none."""
         self.folder = folder
         self._dumps = dumps(folder) or dumps(folder / "rollouts")
         if not self._dumps:
@@ -27,11 +30,11 @@ class Replay:
             )
 
     def __len__(self) -> int:
-        """Recorded steps."""
+        """Number of recorded steps."""
         return len(self._dumps)
 
-    def samples(self, step: int) -> list[Sample]:
-        """Of this run's step 1, 2, ...; groups as they were recorded, with the scores they had."""
+    def collect(self, step: int, weight_version: int) -> Rollouts:
+        """Returns the recorded rollouts of this run's step 1, 2, ..., with the groups and scores that they had."""
         recorded, path = self._dumps[step - 1]
         try:
             rows = pq.ParquetFile(path).read().to_pylist()
@@ -39,29 +42,35 @@ class Replay:
             raise UserError(f"{path}: not a readable rollout dump ({error})") from error
         if rows and "prompt_token_ids" not in rows[0]:
             raise UserError(f"{path} (step {recorded}) has no column prompt_token_ids: record the rollouts anew")
-        return [_sample(row) for row in rows]
+        parts = groupby(sorted(rows, key=_group_of), key=_group_of)
+        groups = [_group(number, list(part)) for number, part in parts]
+        return Rollouts(groups, np.ones(len(groups), dtype=bool), weight_version=None)
+
+    @property
+    def pending(self) -> list[Group]:
+        """A replayed step leaves nothing to later ones."""
+        return []
 
 
-def _sample(row: dict[str, Any]) -> Sample:
-    return Sample(
-        prompt=Prompt(id=row["prompt_id"], token_ids=tuple(row["prompt_token_ids"]), text=row["prompt"], label=None),
-        group=row["group"],
-        generation=Generation(
-            token_ids=row["token_ids"],
-            log_probs=row["log_probs"],
-            finish_reason=row["finish_reason"],
-            weight_version=row["weight_version"],
+def _group_of(row: dict[str, Any]) -> int:
+    return int(row["group"])
+
+
+def _group(number: int, rows: list[dict[str, Any]]) -> Group:
+    first = rows[0]
+    return Group(
+        number=number,
+        row=number,
+        prompt=Prompt(first["prompt_id"], tuple(first["prompt_token_ids"]), first["prompt"], label=None),
+        since=first["weight_version"],
+        responses=tuple(_response(row) for row in rows),
+        rewards=tuple(
+            RewardResult(row["reward"], row["answer"], row["detail"], row.get("outcome") or "score", row["response"])
+            for row in rows
         ),
-        text=row["response"],
-        reward=RewardResult(row["reward"], row["answer"], row["detail"]),
     )
 
 
-class NoEngines:
-    """In the place of a run's engines while it replays."""
-
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Never:
-        raise UserError("a run that replays rollouts has no engine to sample with")
-
-    def close(self) -> None:
-        """Nothing was opened."""
+def _response(row: dict[str, Any]) -> Response:
+    fields = ("token_ids", "log_probs", "finish_reason", "weight_version", "sampled_mask")
+    return Response(**{name: row[name] for name in fields if name in row})  # old dumps have no mask

@@ -1,4 +1,4 @@
-"""Opens a run: checks everything that can be checked in the order of what it costs, then starts the processes."""
+"""Opens a run: checks everything that can be checked, the cheapest first, then starts the processes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from megatron_rl.cluster.runtime import Nodes, ray_runtime
 from megatron_rl.cluster.watch import Watch
 from megatron_rl.config import Config, check_inputs
 from megatron_rl.config.checks import contradictions
+from megatron_rl.config.passes import passes_of
 from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.data.template import load_tokenizer
@@ -32,26 +33,32 @@ from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View, make_view
 from megatron_rl.parallel.configured import check_layout, layout_of, placement_of
+from megatron_rl.reward.decode import decoder_of
 from megatron_rl.reward.grader import check_reward, open_grader
+from megatron_rl.reward.grading import Grading
+from megatron_rl.rollout.collector import RolloutCollector
 from megatron_rl.rollout.contract import Contract
-from megatron_rl.rollout.replay import NoEngines, Replay
+from megatron_rl.rollout.group_filter import group_filter_of
+from megatron_rl.rollout.replay import Replay
 from megatron_rl.run import folder as run_folder
 from megatron_rl.run.launch import launch_of
 from megatron_rl.run.prepare import prepare
+from megatron_rl.run.recorder import Recorder
 from megatron_rl.run.reference import find_reference
 from megatron_rl.run.resume import check_resumption, origin_of, resume
 from megatron_rl.run.run import Inputs, Run
+from megatron_rl.run.sampling import rollout_sampling, step_sampling
 from megatron_rl.run.warm_start import warm_start
 from megatron_rl.run.weights import open_weight_sync
-from megatron_rl.types import SamplingParams
+from megatron_rl.training.learner import Learner
 from megatron_rl.utils import heartbeat
 
 LONGEST_EXAMPLE = 2_000
-"""Characters of a prompt that are shown before training."""
+"""Number of characters of a prompt that are shown before training."""
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Everything a run reads, checked: nothing is started or written yet. Raises UserError."""
+    """Loads and checks everything that a run reads. Nothing is started or written yet. Raises UserError."""
     check_inputs(config)
     check_layout(config)
     check_reward(config.reward)
@@ -77,7 +84,7 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def with_device(config: Config) -> Config:
-    """`actor.device: auto` decided, so that every process agrees."""
+    """Returns the configuration with `actor.device: auto` decided, so that every process agrees."""
     if config.actor.device != "auto":
         return config
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,7 +96,7 @@ def with_device(config: Config) -> Config:
 
 @contextmanager
 def open_run(config: Config) -> Iterator[Run]:
-    """A run ready for its next step. All processes end with the block, however it ends."""
+    """Yields a run that is ready for its next step. All processes end with the block, however it ends."""
     config = with_device(config)
     resumption = run_folder.checkpoint_to_resume(config)
     state = resumption.manifest.state if resumption else None
@@ -107,7 +114,9 @@ def open_run(config: Config) -> Iterator[Run]:
         if state:
             cursor.load_state(state.cursor)
         changes = run_folder.create(config)
-        rewards = stack.enter_context(open_grader(config.reward, config.run.folder / "logs" / "reward.log"))
+        decode = decoder_of(inputs.tokenizer)
+        grader = stack.enter_context(open_grader(config.reward, config.run.folder / "logs" / "reward.log", decode))
+        grading = Grading(grader, config.reward)
         for line in (f"run folder: {config.run.folder}", _describe(inputs.train), _example(config, inputs.train)):
             view.message(line)
         for change in changes:
@@ -120,28 +129,29 @@ def open_run(config: Config) -> Iterator[Run]:
         stack.callback(metrics.close)
         logs = config.run.folder / "logs"
         stack.callback(shutil.rmtree, logs / heartbeat.FOLDER, ignore_errors=True)
-        shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # left by a killed run
         nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))
         origin = resumption.manifest.origin if resumption else None
         actors, engines, reference = _start(config, choice, inputs, view, stack, nodes, origin)
-        weights = open_weight_sync(config, actors, engines, view, stack) if isinstance(engines, Engines) else None
+        weights = open_weight_sync(config, actors, engines, view, stack) if engines else None
+        phase = Phases(view.phase)
         run = Run(
             config=config,
             folder=config.run.folder,
             inputs=inputs,
             cursor=cursor,
-            loss=loss,
-            rewards=rewards,
-            actors=actors,
+            rollouts=replay or _collector(config, engines, inputs, cursor, grading, phase),
+            grading=grading,
+            learner=Learner(config, actors, loss, passes_of(config)),
             engines=engines,
-            replay=replay,
             weights=weights,
             contract=_contract(config, inputs, view),
             saver=stack.enter_context(_saver(config, actors, origin_of(config, reference), view)),
+            recorder=Recorder(config, config.run.folder, actors, phase),
             view=view,
             metrics=metrics,
             diagnosis=Diagnosis(config.run.folder, config.observability.diagnosis, read_metrics(config.run.folder)),
-            phase=Phases(view.phase),
+            phase=phase,
         )
         if resumption:
             resume(run, resumption)
@@ -157,10 +167,10 @@ def _start(
     stack: ExitStack,
     nodes: Nodes,
     resumed: Origin | None,
-) -> tuple[Actors, Engines | NoEngines, ModelFolder | None]:
-    """The actor with its loss and optimizer, the engines, the reference model.
+) -> tuple[Actors, Engines | None, ModelFolder | None]:
+    """Starts the actor with its loss and optimizer, and the engines; returns both, and the reference model.
 
-    resumed: who wrote the checkpoint that the run goes on from. It has its weights then: no warm start.
+    `resumed`: origin of the checkpoint that the run resumes from. The checkpoint has the weights: no warm start.
     """
     logs, layout = config.run.folder / "logs", layout_of(config.actor)
     view.phase("starting")
@@ -176,26 +186,35 @@ def _start(
     actors.load_hf(model_folder)
     actors.prepare(choice, config.actor.optimizer)
     if config.rollout.replay:
-        return actors, NoEngines(), reference
+        return actors, None, reference
     engines = Engines(config.rollout, launch_of(config, model_folder), logs, nodes, view.message)
     stack.callback(engines.close)
     return actors, engines, reference
 
 
-def _contract(config: Config, inputs: Inputs, view: View) -> Contract:
-    rollout = config.rollout
-    sampling = SamplingParams(
-        n=rollout.samples_per_prompt,
-        max_tokens=rollout.max_response_tokens,
-        temperature=rollout.temperature,
-        stop_token_ids=inputs.stop_token_ids,
-        seed=config.seed,
+def _collector(
+    config: Config, engines: Engines | None, inputs: Inputs, cursor: Cursor, grading: Grading, phase: Phases
+) -> RolloutCollector:
+    assert engines, "only a replay has no engines"
+    return RolloutCollector(
+        config,
+        engines,
+        inputs.train.prompts,
+        cursor,
+        grading,
+        partial(step_sampling, config, inputs.stop_token_ids),
+        phase,
+        group_filter_of(config.rollout),
     )
-    return Contract(rollout.contract, config.actor.dtype, inputs.train.prompts, sampling, view.message)
+
+
+def _contract(config: Config, inputs: Inputs, view: View) -> Contract:
+    sampling = rollout_sampling(config, inputs.stop_token_ids)
+    return Contract(config.rollout.contract, config.actor.dtype, inputs.train.prompts, sampling, view.message)
 
 
 def _replay(config: Config) -> Replay | None:
-    """Raises UserError where there are fewer recorded steps than are asked for."""
+    """Raises UserError if there are fewer recorded steps than the configuration asks for."""
     if config.rollout.replay is None:
         return None
     replay = Replay(config.rollout.replay)

@@ -1,4 +1,4 @@
-"""When no engine can be brought back, a run stops with a checkpoint, so that only time is lost."""
+"""If no engine can be brought back, a run stops with a checkpoint, so that only time is lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def checkpoint_on_outage(run: Run) -> Iterator[None]:
-    """Turns EnginesLost into a UserError that says where the run can go on from."""
+    """Turns EnginesLost into a UserError that says how to continue the run."""
     try:
         yield
     except EnginesLost as error:
@@ -24,12 +24,12 @@ def checkpoint_on_outage(run: Run) -> Iterator[None]:
 
 
 def _saved(run: Run) -> str:
-    """A checkpoint is of whole steps: the one under way is made again."""
+    """Makes sure that the last finished step has a checkpoint, and says how to continue. The step in progress is repeated."""
     if run.step == 0 or not run.keeps_weights:
-        return "There is no step yet to go on from"
-    if run.last_step:  # else it has been resumed, from a checkpoint that is there
+        return "There is no finished step yet to continue from"
+    if run.last_step:  # without one, the run has just been resumed, from a checkpoint that exists
         run.saver.wait()
-        state, metrics = run.last_step
+        state, metrics, pending = run.last_step
         if state.step not in map(step_of, checkpoints(run.folder / "checkpoints")):
-            run.saver.save(state, metrics, background=False)
-    return f"To go on after step {run.step}: the same command with run.folder={run.folder} resume=auto"
+            run.saver.save(state, metrics, pending, background=False)
+    return f"To continue after step {run.step}: the same command with run.folder={run.folder} resume=auto"

@@ -18,7 +18,9 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import read_config
 from megatron_rl.observability.metrics import read_metrics
 from megatron_rl.parallel.configured import layout_of
+from megatron_rl.reward.decode import decoder_of
 from megatron_rl.rollout.buffer import RolloutBuffer
+from megatron_rl.rollout.collector import RolloutCollector
 from megatron_rl.run.folder import Resumption
 from megatron_rl.run.run import Run
 
@@ -50,19 +52,21 @@ def resume(run: Run, resumption: Resumption) -> None:
     checkpoint, manifest = resumption.checkpoint, resumption.manifest
     run.actors.load(checkpoint)
     rng.restore(read_rng(checkpoint).driver)
-    run.buffer = _buffer(checkpoint, run.config.rollout.samples_per_prompt)
-    run.resumed, run.step, run.weight_version = True, manifest.state.step, manifest.state.weight_version
+    if isinstance(run.rollouts, RolloutCollector):
+        run.rollouts.buffer = _buffer(run, checkpoint)
+    run.resumed, run.step, run.learner.weight_version = True, manifest.state.step, manifest.state.weight_version
     if all(row["step"] != run.step for row in read_metrics(run.folder)):  # killed between checkpoint and metrics
         run.metrics.write(run.step, manifest.metrics)
     for line in _report(run, resumption):
         run.view.message(line)
 
 
-def _buffer(checkpoint: Path, samples: int) -> RolloutBuffer:
-    """Groups of another size than this run's are begun anew."""
-    groups = read_buffer(checkpoint)
+def _buffer(run: Run, checkpoint: Path) -> RolloutBuffer:
+    """Reads the checkpoint's rollout buffer. Groups of another size than this run's are restarted."""
+    samples = run.config.rollout.samples_per_prompt
+    groups = read_buffer(checkpoint, run.inputs.train.prompts, decoder_of(run.inputs.tokenizer))
     return RolloutBuffer.of(
-        group if len(group.responses) == samples else group.begun_anew(group.oldest_version) for group in groups
+        group if len(group.responses) == samples else group.restarted(group.oldest_version) for group in groups
     )
 
 

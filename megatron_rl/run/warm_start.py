@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from megatron_rl.actor.optimizer.schedule import learning_rate
@@ -72,7 +71,7 @@ def _train(phase: WarmStartPhase, settings: WarmStartSettings, rows: SequenceBat
             schedule="cosine",
             min_ratio=settings.min_lr_ratio,
         )
-        submitted = actors.submit_train(batch, lr=lr, denominator=batch.num_response_tokens), batch
+        submitted = actors.submit_train(batch, lr=lr, denominator=batch.num_sampled_tokens), batch
         if waiting:
             yield actors.train_result(*waiting).loss
         waiting = submitted
@@ -91,9 +90,9 @@ def _read_traces(path: Path, tokenizer: PreTrainedTokenizerBase) -> SequenceBatc
     prompts, responses = (
         _tokenized(table[name].to_pylist(), f"{path}: {name}", tokenizer) for name in ("prompt", "response")
     )
-    return SequenceBatch(
-        tokens=[np.array(p + r, dtype=np.int64) for p, r in zip(prompts, responses, strict=True)],
-        prompt_lengths=np.array([len(p) for p in prompts], dtype=np.int64),
+    return SequenceBatch.of(
+        [prompt + response for prompt, response in zip(prompts, responses, strict=True)],
+        [len(prompt) for prompt in prompts],
     )
 
 

@@ -1,4 +1,4 @@
-"""From a step's rewards to advantages."""
+"""Advantages of a step's responses, from their rewards. Legend: N responses."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import numpy as np
 import torch
 
 import lpreg
-from megatron_rl.batching.sequences import Array
+from megatron_rl.batching.arrays import Array, Indices
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
-    from megatron_rl.rollout.collector import Rollouts
+    from megatron_rl.config.algorithm import AlgorithmSettings
 
 
-def advantages_of(config: Config, rollouts: Rollouts) -> tuple[Array, dict[str, float]]:
-    """[N] fp64, of the samples to train on, and metrics. Rewards that ran on for too long are lowered first."""
-    algorithm, samples = config.algorithm, rollouts.samples
-    rewards, metrics = torch.from_numpy(rollouts.sample_rewards), {}
-    if algorithm.overlong.buffer_tokens:
-        lengths = torch.tensor([len(sample.generation.token_ids) for sample in samples])
-        penalty = algorithm.overlong.penalty * lpreg.overlong_penalty(
-            lengths, max_length=config.rollout.max_response_tokens, buffer=algorithm.overlong.buffer_tokens
-        )
-        rewards, metrics = rewards + penalty, {"reward/overlong_penalty": float(penalty.mean())}
-    groups = torch.tensor([sample.group for sample in samples])
-    return np.asarray(lpreg.group_advantages(rewards, groups, estimator=algorithm.advantage)), metrics
+def overlong_penalty(config: Config, lengths: Indices) -> Array:
+    """Returns what to add to the rewards [N] of responses with this many sampled tokens [N] (DAPO)."""
+    settings = config.algorithm.overlong
+    penalty = lpreg.overlong_penalty(
+        torch.from_numpy(lengths), max_length=config.rollout.max_response_tokens, buffer=settings.buffer_tokens
+    )
+    return np.asarray(settings.penalty * penalty)
+
+
+def advantages_of(algorithm: AlgorithmSettings, rewards: Array, groups: Indices) -> Array:
+    """Returns float64 [N], from rewards float64 [N] and the group [N] of each response."""
+    values = lpreg.group_advantages(torch.from_numpy(rewards), torch.from_numpy(groups), estimator=algorithm.advantage)
+    return np.asarray(values, dtype=np.float64)

@@ -1,53 +1,52 @@
-"""Which tokens the method acts on, ranked over all response tokens of the step whatever the layout of the actor.
+"""Selection of the tokens that the method acts on, ranked over all sampled tokens of the step, whatever the layout.
 
-One selection serves all updates of a step: the ranking is of the policy that sampled, and a token stays selected (or
-not) however its probability moves between updates.
+One selection serves all updates of a step: the ranking is that of the policy that sampled, and a token stays selected
+or not, however its probability changes between updates.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 import lpreg
-from megatron_rl.batching.sequences import Array, SequenceBatch
+from megatron_rl.batching.arrays import Array
 from megatron_rl.observability.step_metrics import selection_metrics
-from megatron_rl.training.policies import Seen
-
-if TYPE_CHECKING:
-    from megatron_rl.run.run import Run
+from megatron_rl.training.batch import TrainingBatch
+from megatron_rl.training.learner import Learner
 
 
-def select(run: Run, step: int, batch: SequenceBatch, seen: Seen) -> tuple[SequenceBatch, dict[str, float]]:
-    """The batch with its selected tokens marked, and where the ranking was cut."""
-    rule = run.loss.selection
+def select(learner: Learner, batch: TrainingBatch, seed: int) -> tuple[TrainingBatch, dict[str, float]]:
+    """Returns the batch with its selected tokens marked, and metrics of the threshold. `seed`: for random rules."""
+    rule, sequences = learner.loss.selection, batch.sequences
     if rule is None:
         return batch, {}
-    log_probs = seen["log_probs"] if run.ranks_by_actor else batch.values["rollout_log_probs"]
+    log_probs = (
+        batch.scores["log_probs"] if learner.passes.ranked_by == "actor" else sequences.values["rollout_log_probs"]
+    )
     selection = lpreg.apply_rule(
         rule,
-        torch.ones(batch.num_response_tokens, dtype=torch.bool),
+        torch.ones(sequences.num_sampled_tokens, dtype=torch.bool),
         log_probs=_tensor(log_probs),
-        entropy=_tensor(seen["entropy"]) if rule.needs_entropy else None,
-        advantages=_tensor(batch.values["advantages"]),
-        seed=run.sampling(step).seed,
+        entropy=_tensor(batch.scores["entropy"]) if rule.needs_entropy else None,
+        advantages=_tensor(sequences.values["advantages"]),
+        seed=seed,
     )
     mask = selection.mask.numpy()
-    if batch.proxy is not None:  # it was stored before anyone could know which tokens would be selected
-        batch = replace(batch, proxy=batch.proxy.where(mask))
-    return batch.with_values(selected=mask), selection_metrics(rule, selection)
+    if sequences.proxy is not None:  # it was stored before the selection was known
+        sequences = replace(sequences, proxy=sequences.proxy.where(mask))
+    return replace(batch, sequences=sequences.with_values(selected=mask)), selection_metrics(rule, selection)
 
 
-def selection_overlap(run: Run, batch: SequenceBatch, seen: Seen) -> dict[str, float]:
-    """Share of the lowest log-probs that the engine's and the actor's ranking agree on, where both are known."""
-    rule = run.loss.selection
-    if rule is None or rule.kind != "lowest_log_prob" or not np.isfinite(seen.get("log_probs", np.nan)).all():
+def selection_overlap(learner: Learner, batch: TrainingBatch) -> dict[str, float]:
+    """Returns the share of the selected tokens on which the rankings of engine and actor agree, if both are known."""
+    rule, scored = learner.loss.selection, batch.scores.get("log_probs")
+    if rule is None or rule.kind != "lowest_log_prob" or scored is None or not np.isfinite(scored).all():
         return {}
-    eligible = torch.ones(batch.num_response_tokens, dtype=torch.bool)
-    sources = (batch.values["rollout_log_probs"], seen["log_probs"])
+    eligible = torch.ones(batch.sequences.num_sampled_tokens, dtype=torch.bool)
+    sources = (batch.sequences.values["rollout_log_probs"], scored)
     rollout, actor = (lpreg.select_lowest(_tensor(values), eligible, rule.fraction) for values in sources)
     return {"lpreg/selection_overlap": int((rollout.mask & actor.mask).sum()) / max(rollout.count, actor.count)}
 

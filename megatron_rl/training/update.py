@@ -2,71 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import lpreg
+from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.mini_batches import mini_batches
-from megatron_rl.batching.sequences import Array, SequenceBatch
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.errors import UserError
 from megatron_rl.observability.step_metrics import update_metrics
-from megatron_rl.training.policies import Seen, acting_rows, fill
-from megatron_rl.types import Sample
+from megatron_rl.training.batch import TrainingBatch
+from megatron_rl.training.learner import Learner
 
 if TYPE_CHECKING:
     from megatron_rl.cluster.actors import StepResult
-    from megatron_rl.run.run import Run
+
+LOSS_VALUES = (
+    "advantages",
+    "old_log_probs",
+    "old_log_z",
+    "old_kept",
+    "selected",
+    "proxy_log_probs",
+    "reference_log_probs",
+    "rollout_log_probs",
+)
+"""The values per token that a loss can read."""
 
 
 def update(
-    run: Run, step: int, batch: SequenceBatch, samples: Sequence[Sample], advantages: Array, seen: Seen
-) -> dict[str, float]:
-    """All updates of a step, one a mini-batch. Returns their metrics; on-policy, fills in what the actor `seen` lacks.
+    learner: Learner, step: int, batch: TrainingBatch, *, lr: float, seed: int
+) -> tuple[TrainingBatch, dict[str, float]]:
+    """Runs all updates of a step, one per mini-batch. Returns the batch, on-policy with the scores that the updates'
+    own forwards found, and metrics.
 
-    A mini-batch's loss is a mean over all of its tokens (or responses), those of dropped rows included; one without
-    any acting row is no update. samples, advantages: [N].
+    The loss of a mini-batch is a mean over all of its tokens (or responses), those of dropped sequences included. A
+    mini-batch without any trained sequence is no update. `seed`: for the order of the groups in later epochs.
     """
-    settings, lr, acting = run.config.train, run.learning_rate(step), acting_rows(run, advantages)
+    settings, trained = learner.config.train, learner.trained(batch)
+    sequences = batch.sequences.only(LOSS_VALUES)
     results: list[StepResult] = []
     tokens = 0
     moved: list[Array] = []
-    groups = np.array([sample.group for sample in samples])
     for rows in mini_batches(
-        groups, updates=settings.updates_per_rollout, epochs=settings.epochs_per_rollout, seed=run.sampling(step).seed
+        batch.groups, updates=settings.updates_per_rollout, epochs=settings.epochs_per_rollout, seed=seed
     ):
-        tokens += int(batch.response_lengths[rows].sum())
-        live = rows[acting[rows]]
-        if not len(live):
+        tokens += int(sequences.sampled_lengths[rows].sum())
+        kept = rows[trained[rows]]
+        if not len(kept):
             continue
-        result = run.actors.train(
-            batch.take(live), lr=lr, denominator=denominator(run.loss, batch.take(rows)), temperature=run.temperature
+        result = learner.actors.train(
+            sequences.take(kept),
+            lr=lr,
+            denominator=denominator(learner.loss, sequences, rows),
+            temperature=learner.temperature,
         )
         _check_finite(step, result)
-        run.weight_version += 1
+        learner.weight_version += 1
         results.append(result)
-        if run.off_policy:
-            moved.append(result.values["log_probs"] - seen["log_probs"][batch.token_index(live)])
+        if learner.passes.off_policy:
+            moved.append(result.values["log_probs"] - batch.scores["log_probs"][sequences.token_index(kept)])
         else:
-            fill(seen, result.values, batch, live)
-    metrics = {"train/lr": lr, "train/row_fraction": float(acting.mean())} | update_metrics(results, tokens)
+            batch = batch.with_scores(result.values, kept)
+    metrics = {"train/lr": lr, "train/row_fraction": float(trained.mean())} | update_metrics(results, tokens)
     if moved:
         metrics["train/kl_old_policy"] = old_policy_kl(np.concatenate(moved))
-    return metrics
+    return batch, metrics
 
 
 def old_policy_kl(log_ratio: Array) -> float:
-    """KL(old || new), nats a token, from log(new / old) of tokens that the old policy sampled; never negative."""
+    """Returns KL(old || new) in nats per token, never negative, from log(new / old) of tokens that the old policy
+    sampled."""
     log_ratio = log_ratio.astype(np.float64)
     return float((np.expm1(log_ratio) - log_ratio).mean())
 
 
-def denominator(loss: lpreg.PolicyLoss, mini_batch: SequenceBatch) -> int:
-    """What the loss is a mean over, dropped rows included."""
+def denominator(loss: lpreg.PolicyLoss, sequences: SequenceBatch, rows: Array) -> int:
+    """Returns the count that the loss of a mini-batch is a mean over, dropped sequences included."""
     if loss.denominator_counts == "selected_tokens":
-        return max(1, int(mini_batch.values["selected"].sum()))
-    return len(mini_batch) if loss.denominator_counts == "sequences" else mini_batch.num_response_tokens
+        return max(1, int(sequences.values["selected"][sequences.token_index(rows)].sum()))
+    return len(rows) if loss.denominator_counts == "sequences" else int(sequences.sampled_lengths[rows].sum())
 
 
 def _check_finite(step: int, result: StepResult) -> None:

@@ -68,7 +68,7 @@ def run_rank(rank: int, folder: Path) -> None:
 def steps(worker: MegatronWorker, batch: SequenceBatch, count: int) -> dict[str, Any]:
     losses, norms = [], []
     for _ in range(count):
-        parts = gathered(worker.train(batch, LEARNING_RATE, batch.num_response_tokens, TEMPERATURE))
+        parts = gathered(worker.train(batch, LEARNING_RATE, batch.num_sampled_tokens, TEMPERATURE))
         losses.append(sum(part.loss for part in parts))
         norms.append(parts[0].grad_norm)
     on_gpu = worker.device.type == "cuda"

@@ -55,7 +55,7 @@ def batch() -> SequenceBatch:
             prompts.append(prompt)
     tokens[-1] = tokens[-2].copy()
     rows = SequenceBatch(tokens, np.array(prompts, dtype=np.int64))
-    count = rows.num_response_tokens
+    count = rows.num_sampled_tokens
     return rows.with_values(
         advantages=rows.per_token(random.normal(size=len(rows))).astype(np.float32),
         selected=random.random(count) < 0.4,

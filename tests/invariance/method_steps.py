@@ -22,7 +22,8 @@ from megatron_rl.actor.optimizer.state import read_state
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import Weights, add_up
 from megatron_rl.actor.worker import MegatronWorker
-from megatron_rl.batching.sequences import Array, SequenceBatch
+from megatron_rl.batching.arrays import Array
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.cluster.actors import StepResult, merge_tables
 from megatron_rl.config import Config
@@ -233,7 +234,7 @@ def step(name: str, updates: int, actors: AllRanks, folder: Path, shuffled: bool
     if updates > 1:
         worker.load_hf(folder / "new")
     metrics |= update(run, 2, rows, samples, advantages, seen)
-    selected = np.zeros(rows.num_response_tokens, dtype=bool)
+    selected = np.zeros(rows.num_sampled_tokens, dtype=bool)
     selected[place] = rows.values.get("selected", False)
     return {
         "selected": selected,

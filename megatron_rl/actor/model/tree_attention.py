@@ -15,7 +15,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_rl.batching.context import Indices
+from megatron_rl.batching.arrays import Indices
 from megatron_rl.batching.prefix_tree import PrefixTree
 
 TOGETHER = 48

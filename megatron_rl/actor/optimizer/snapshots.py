@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from megatron_rl.actor.passes.host import host_copy
+from megatron_rl.actor.optimizer.host import host_copy
 from megatron_rl.actor.passes.results import Snapshot, Weights
 
 

@@ -1,4 +1,4 @@
-"""Rows as the tensors of one forward pass. Legend: b rows, s positions, T response tokens."""
+"""Sequences as the tensors of one forward pass. Legend: b rows, s positions, T sampled tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lpreg import ProxyStore
 from megatron_rl.actor.model.tree_attention import tree_packing
-from megatron_rl.batching.context import Indices, held_by
+from megatron_rl.batching.arrays import Indices
+from megatron_rl.batching.context import held_by
 from megatron_rl.batching.packing import PackingSpec, pack
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
@@ -20,51 +21,51 @@ from megatron_rl.batching.stored_proxy import StoredProxy
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The last token of a row is only a target, so a row takes its length less one. Of no rows at all there is a
-    position of padding, so that a rank can take part in a forward that the others need."""
+    """A micro-batch without sequences has one position of padding, so that its rank can take part in a forward pass that
+    the other ranks need."""
 
     tokens: Tensor
-    """[b, s]; in a single row: [1, s]. Under context parallelism this rank's part of s."""
+    """[b, s]; b is 1 unless padded. Under context parallelism s covers this rank's part only."""
     positions: Tensor
     """[b, s]"""
     packing: PackedSeqParams | None
-    """Who sees whom: where packed rows begin and end, or a TreePacking; None for padded rows."""
+    """Attention pattern: the boundaries of packed sequences, or a TreePacking. None for padded rows."""
     predictors: Tensor
-    """[T], where in the flattened [s * b] the hidden state is that predicts each response token. Under context
-    parallelism only of those tokens that this rank predicts: `places`."""
+    """[T], index into the flattened [s * b] of the hidden state that predicts each sampled token. Under context
+    parallelism it covers only the tokens in `places`."""
     places: Tensor | None
-    """Which of the T tokens this rank predicts, ascending; None: all."""
+    """Which of the T tokens this rank predicts, in ascending order. None means all of them."""
     targets: Tensor
-    """[T]"""
+    """[T], the sampled tokens."""
     sequence_ids: Tensor
-    """[T], the row of each response token, counted over the whole batch."""
+    """[T], index in the whole batch of the sequence that each sampled token belongs to."""
     values: dict[str, Tensor]
     """Name -> [T]."""
     rows: tuple[int, ...]
-    """Which rows of the batch these are."""
+    """Indices in the batch of these sequences."""
     proxy: ProxyStore | None = None
-    """Another policy's, over the T tokens, if the rows bring one."""
+    """Sparse proxy distribution of another policy for the T tokens, if the batch has one."""
 
 
 def micro_batch(
-    batch: SequenceBatch, rows: Sequence[int], device: torch.device, form: PackingSpec, length: int = 0
+    batch: SequenceBatch, rows: Sequence[int], device: torch.device, spec: PackingSpec, length: int = 0
 ) -> MicroBatch:
-    """The given rows of the batch, on the device; s is at least `length`."""
+    """Packs the given sequences of the batch on the device; s is at least `length`."""
     part = batch.take(rows)
-    laid = pack(part, form, length)
-    tokens, positions, predictors = laid.tokens, laid.positions, laid.predictors
+    packed = pack(part, spec, length)
+    tokens, positions, predictors = packed.tokens, packed.positions, packed.predictors
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=device)
 
     places = packing = None
-    if laid.tree is not None:
-        packing = tree_packing(laid.tree, device, tokens.shape[1] - laid.tree.size)
-    elif laid.bounds is not None:
-        packing = _packing(tensor(laid.bounds.astype(np.int32)), form.context_ranks > 1)
-    if form.context_ranks > 1:
-        assert laid.bounds is not None, "only packed rows can be shared"
-        held = held_by(form.context_rank, form.context_ranks, np.diff(laid.bounds).tolist())
+    if packed.tree is not None:
+        packing = tree_packing(packed.tree, device, tokens.shape[1] - packed.tree.size)
+    elif packed.bounds is not None:
+        packing = _packing(tensor(packed.bounds.astype(np.int32)), spec.context_ranks > 1)
+    if spec.context_ranks > 1:
+        assert packed.bounds is not None, "only packed sequences can be shared"
+        held = held_by(spec.context_rank, spec.context_ranks, np.diff(packed.bounds).tolist())
         tokens, positions, predictors, mine = _held_part(tokens, positions, predictors, held)
         places = tensor(mine)
     return MicroBatch(
@@ -73,7 +74,7 @@ def micro_batch(
         packing=packing,
         predictors=tensor(predictors),
         places=places,
-        targets=tensor(part.targets),
+        targets=tensor(part.targets.astype(np.int64)),
         sequence_ids=tensor(part.per_token(np.asarray(rows, dtype=np.int64))),
         values={name: tensor(value) for name, value in part.values.items()},
         rows=tuple(rows),
@@ -84,7 +85,7 @@ def micro_batch(
 def _held_part(
     tokens: Indices, positions: Indices, predictors: Indices, held: Indices
 ) -> tuple[Indices, Indices, Indices, Indices]:
-    """Of packed rows, what is at the positions `held`; and which response tokens that predicts."""
+    """Returns the tokens and positions that this rank holds, and which sampled tokens they predict."""
     place = np.full(tokens.shape[1], -1)
     place[held] = np.arange(len(held))
     local = place[predictors]
@@ -92,7 +93,7 @@ def _held_part(
 
 
 def _packing(bounds: Tensor, shared: bool) -> PackedSeqParams:
-    """`shared`: rows are cut for context parallelism, whose padding is then part of them."""
+    """`shared`: context-parallel ranks share each sequence, so the padding between sequences belongs to them."""
     longest = int(bounds.diff().max())
     return PackedSeqParams(
         qkv_format="thd",

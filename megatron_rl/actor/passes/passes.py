@@ -1,6 +1,7 @@
-"""What a rank runs over rows: forward and backward of a step, and forwards without gradients.
+"""The passes of one rank over a batch of sequences: forward and backward of a step, and forwards without gradients.
 
-Every method is collective. Only the reporting rank of each data-parallel replica returns tables; the others None.
+Every method is collective. Only the reporting rank of each data-parallel replica returns a table; the others return
+None. Legend: T sampled tokens of the batch, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings
 
 FP8_BLOCK = 128
-"""Tokens on a rank are a multiple of this under FP8, of any scaling."""
+"""Under FP8, with any scaling recipe, the number of tokens on a rank is a multiple of this."""
 
 TABLE = ("log_probs", "entropy", "log_z", "kept")
 
 
 class Passes:
-    """Over a stage of a model, the rows of a batch shared out as the layout says."""
+    """Runs this rank's pipeline stage over its share of a batch."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Passes:
         self.chunks, self.head, self.architecture, self.layout, self.device = chunks, head, architecture, layout, device
         self.micro_batch_tokens = settings.micro_batch_tokens
         fp8_block = 1 if settings.fp8 == "none" else FP8_BLOCK
-        self.form = PackingSpec(
+        self.spec = PackingSpec(
             rows=platform.packing_form(settings, device),
             length_multiple=layout.context * (layout.tensor if layout.sequence_parallel else 1) * fp8_block,
             context_ranks=layout.context,
@@ -63,14 +64,14 @@ class Passes:
 
     @property
     def reports(self) -> bool:
-        """Whether this is its replica's reporting rank."""
+        """Whether this rank is the reporting rank of its data-parallel replica."""
         return process_groups.is_last_stage() and process_groups.tp_rank() == 0 and process_groups.cp_rank() == 0
 
     def gradients(
         self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, denominator: float, temperature: float
     ) -> TrainResult | None:
-        """Forward and backward: `main_grad` then has the sum over the whole batch, whose norm is yet unknown. No loss:
-        supervised."""
+        """Runs forward and backward. Afterwards `main_grad` holds the sum over the whole batch; the gradient norm is not
+        known yet. Without a loss, training is supervised."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
@@ -94,10 +95,11 @@ class Passes:
         )
 
     def score(self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, temperature: float) -> Table | None:
-        """Log-prob, entropy, log Z and kept of every response token, without gradients.
+        """Returns log-prob, entropy, log Z and filter membership of every sampled token, without gradients.
 
-        Rows may carry `probe_targets`: then log-probs are of those tokens in place of the sampled ones. They may carry
-        `proxy_wanted`, bool: then every tensor rank returns its columns of the proxy of the tokens marked.
+        The batch may carry `probe_targets` [T]: then log-probs are those of the given tokens in place of the sampled
+        ones. The batch may carry `proxy_wanted` [T] bool: then every tensor-parallel rank returns its columns of the
+        proxy distribution of the marked tokens.
         """
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
@@ -114,7 +116,7 @@ class Passes:
         return table if self.reports else None
 
     def logits(self, batch: SequenceBatch) -> Table | None:
-        """Whole logits [T, V] of the response tokens, gathered: for checks on a few rows."""
+        """Returns gathered logits [T, V] of the sampled tokens, for checks on a few sequences."""
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
             logits = self.head.logits(self.head.predicting(hidden, part))
@@ -125,8 +127,8 @@ class Passes:
         return _table(results) if self.reports else None
 
     def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
-        """`candidate_ids` and `candidate_log_probs` [T, count] of the likeliest next tokens, the first first, where the
-        rows mark the position as `wanted`; -1 and NaN elsewhere."""
+        """Returns `candidate_ids` and `candidate_log_probs` [T, count] of the likeliest next tokens, the likeliest first,
+        for each sampled token that the batch marks as `wanted`; -1 and NaN elsewhere."""
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
             wanted = part.values["wanted"]
@@ -150,21 +152,21 @@ class Passes:
         return _table(results) if self.reports else None
 
     def _share(self, batch: SequenceBatch) -> list[MicroBatch]:
-        """This replica's micro-batches."""
+        """Returns the micro-batches of this data-parallel replica."""
         interleaved, even_length = self.layout.virtual_pipeline > 1, self.architecture.even_length
         settings: dict[str, Any] = dict(
             token_budget=self.micro_batch_tokens * self.layout.context,
             count_multiple=self.layout.pipeline if interleaved else 1,
             same_count=self.layout.expert > 1,  # ranks that share experts run every forward together
         )
-        if self.form.rows == "prefix_tree":
-            shares = partition_trees(batch.tokens, self.layout.data, even_length=even_length, **settings)
+        if self.spec.rows == "prefix_tree":
+            shares = partition_trees(batch.sequences, self.layout.data, even_length=even_length, **settings)
         else:
-            costs, packed = row_costs(batch.lengths, even_length), self.form.rows == "packed"
+            costs, packed = row_costs(batch.lengths, even_length), self.spec.rows == "packed"
             shares = partition(batch.lengths.tolist(), self.layout.data, packed=packed, costs=costs, **settings)
         own = shares[process_groups.dp_rank()]
-        length = max((packed_length(batch, rows, self.form) for rows in own), default=0) if interleaved else 0
-        return [micro_batch(batch, rows, self.device, self.form, length) for rows in own]
+        length = max((packed_length(batch, rows, self.spec) for rows in own), default=0) if interleaved else 0
+        return [micro_batch(batch, rows, self.device, self.spec, length) for rows in own]
 
 
 def _columns(stats: lpreg.TokenStats) -> dict[str, np.ndarray]:
@@ -172,7 +174,7 @@ def _columns(stats: lpreg.TokenStats) -> dict[str, np.ndarray]:
 
 
 def _stored_proxy(stores: list[lpreg.ProxyStore]) -> StoredProxy:
-    """Of consecutive micro-batches."""
+    """Joins the stores of consecutive micro-batches."""
     counts, ids, log_q = (
         torch.cat([getattr(store, name) for store in stores]).cpu() for name in ("counts", "ids", "log_q")
     )

@@ -38,7 +38,7 @@ def log_probs(worker: MegatronWorker, weights: str = "current", batch: SequenceB
 def test_a_snapshot_stays_while_training_goes_on(worker: MegatronWorker) -> None:
     before = log_probs(worker)
     worker.snapshot("lagged")
-    worker.train(BATCH, 0.1, BATCH.num_response_tokens, 1.0)
+    worker.train(BATCH, 0.1, BATCH.num_sampled_tokens, 1.0)
     after = log_probs(worker)
     assert np.abs(after - before).max() > 0.1
     np.testing.assert_array_equal(log_probs(worker, "lagged"), before)
@@ -51,7 +51,7 @@ def test_one_that_was_not_taken_is_asked_for(worker: MegatronWorker) -> None:
 
 
 def test_candidates_are_the_likeliest_tokens(worker: MegatronWorker) -> None:
-    wanted = np.arange(BATCH.num_response_tokens) % 2 == 0
+    wanted = np.arange(BATCH.num_sampled_tokens) % 2 == 0
     table, logits = worker.candidates(BATCH.with_values(wanted=wanted), 1.0, 3), worker.logits(BATCH)
     assert table is not None and logits is not None
     ids, likeliest = table.values["candidate_ids"], np.argsort(-logits.values["logits"], axis=1)[:, :3]

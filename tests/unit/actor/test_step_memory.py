@@ -53,7 +53,7 @@ def growth(tmp_path: Path, grows: str, **settings: Any) -> dict[str, float]:
             for length in (SHORT, LONG):
                 lengths = {"prompt": SHORT, "response": SHORT} | {grows: length}
                 batch = rows(1, vocabulary=SMALL, **lengths)
-                tokens = batch.num_response_tokens
+                tokens = batch.num_sampled_tokens
                 worker.train(batch, 0.0, tokens, 1.0)  # what is made once is made
                 peaks["train"][vocabulary, length] = peak(lambda: worker.train(batch, 0.0, tokens, 1.0))  # noqa: B023
                 peaks["score"][vocabulary, length] = peak(lambda: worker.score(batch, 1.0))  # noqa: B023
@@ -88,7 +88,7 @@ def test_bf16_gradients_add_up_in_fp32(tmp_path: Path) -> None:
         assert {parameter.dtype for parameter in parameters.values()} == {torch.bfloat16}
 
         def gradients(part: SequenceBatch) -> dict[str, torch.Tensor]:
-            worker.train(part, 0.0, batch.num_response_tokens, 1.0)
+            worker.train(part, 0.0, batch.num_sampled_tokens, 1.0)
             return {name: parameter.main_grad.clone() for name, parameter in parameters.items()}
 
         together = gradients(batch)

@@ -33,8 +33,8 @@ def batches(draw: st.DrawFn) -> tuple[SequenceBatch, list[int]]:
     most = draw(st.sampled_from([2, 50]))
     rows = SequenceBatch([random.integers(1, most + 1, p + r) for p, r in shape], np.array([p for p, _ in shape]))
     rows = rows.with_values(
-        advantages=random.normal(size=rows.num_response_tokens).astype(np.float32),
-        selected=random.random(rows.num_response_tokens) < 0.5,
+        advantages=random.normal(size=rows.num_sampled_tokens).astype(np.float32),
+        selected=random.random(rows.num_sampled_tokens) < 0.5,
     )
     chosen = draw(st.permutations(range(len(shape))))
     return rows, chosen[: draw(st.integers(0, len(chosen)))]
@@ -151,7 +151,7 @@ def test_context_ranks_together_predict_every_token_once(
         held = held_by(rank, ranks, bounds)
         assert batch.tokens.shape == (1, len(held))
         assert (len(held) * ranks) % (ranks * multiple) == 0
-        assert len(batch.targets) == sum(rows.response_lengths[i] for i in chosen)  # all of them, on every rank
+        assert len(batch.targets) == sum(rows.sampled_lengths[i] for i in chosen)  # all of them, on every rank
         tokens, positions = flat(batch.tokens)[batch.predictors], flat(batch.positions)[batch.predictors]
         for place, token, position in zip(batch.places.tolist(), tokens.tolist(), positions.tolist(), strict=True):
             assert place not in whole

@@ -37,8 +37,8 @@ def rows_and_some(draw: st.DrawFn) -> tuple[SequenceBatch, list[int]]:
 def test_lengths_and_targets(shape: Shape) -> None:
     rows = ragged(shape)
     assert rows.lengths.tolist() == [p + r for p, r in shape]
-    assert rows.response_lengths.tolist() == [r for _, r in shape]
-    assert rows.num_response_tokens == sum(r for _, r in shape) == len(rows.targets)
+    assert rows.sampled_lengths.tolist() == [r for _, r in shape]
+    assert rows.num_sampled_tokens == sum(r for _, r in shape) == len(rows.targets)
     assert rows.targets.tolist() == [token for row, (p, _) in zip(rows.tokens, shape, strict=True) for token in row[p:]]
 
 
@@ -56,14 +56,14 @@ def test_taken_rows_bring_their_own_values(case: tuple[SequenceBatch, list[int]]
 def test_a_value_a_row_becomes_a_value_a_token(case: tuple[SequenceBatch, list[int]]) -> None:
     rows, some = case
     row_of = rows.per_token(np.arange(len(rows)))
-    assert row_of.shape == (rows.num_response_tokens,)
-    assert row_of[rows.token_index(some)].tolist() == [i for i in some for _ in range(rows.response_lengths[i])]
+    assert row_of.shape == (rows.num_sampled_tokens,)
+    assert row_of[rows.token_index(some)].tolist() == [i for i in some for _ in range(rows.sampled_lengths[i])]
 
 
 @given(shapes)
 def test_taking_keeps_the_rows_as_they_were(shape: Shape) -> None:
     rows = ragged(shape)
-    more = rows.with_values(other=np.zeros(rows.num_response_tokens))
+    more = rows.with_values(other=np.zeros(rows.num_sampled_tokens))
     assert set(more.values) == {"value", "other"} and set(rows.values) == {"value"}
     assert more.take(range(len(rows))).values["value"].tolist() == rows.values["value"].tolist()
 
@@ -92,7 +92,7 @@ def test_rows_of_samples() -> None:
 
 def test_no_samples_are_no_rows() -> None:
     rows = rows_of([])
-    assert (len(rows), rows.num_response_tokens, len(rows.targets)) == (0, 0, 0)
+    assert (len(rows), rows.num_sampled_tokens, len(rows.targets)) == (0, 0, 0)
 
 
 @given(shapes.filter(bool), st.integers(1, 30), st.integers(1, 4))

@@ -30,4 +30,4 @@ def test_probes_find_every_place_and_no_other(pairs: list[tuple[list[int], list[
     chosen = [i for i, row in enumerate(places) if any(row)]
     assert [row.tolist() for row in part.tokens] == [rows.tokens[i].tolist() for i in chosen]
     assert where.tolist() == [place for i in chosen for place in places[i]]
-    assert part.values["probe_targets"].tolist() == [TOKEN] * part.num_response_tokens
+    assert part.values["probe_targets"].tolist() == [TOKEN] * part.num_sampled_tokens

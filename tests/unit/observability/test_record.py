@@ -50,7 +50,7 @@ def test_whole_groups_within_the_limit(lengths: list[list[int]], most: int, step
 def test_values_stay_with_their_tokens(tmp_path: Path) -> None:
     samples = [sample(group, length) for group, length in ((0, 30), (0, 20), (1, 4), (1, 0), (2, 5), (2, 6))]
     batch = rows_of(samples)
-    total = batch.num_response_tokens
+    total = batch.num_sampled_tokens
     batch = batch.with_values(selected=np.arange(total) % 3 == 0)
     seen = {"log_probs": -np.arange(total, dtype=np.float32), "kept": np.arange(total) % 2}
     path = record(tmp_path, 1, samples, np.arange(6.0), batch, seen, most_tokens=20)
@@ -70,7 +70,7 @@ def test_candidates_are_written_at_the_marked_positions(tmp_path: Path) -> None:
     part = candidate_positions(rows_of(samples), step=4)
     marked = part.values["wanted"]
     assert len(part) == CANDIDATE_ROWS and marked.sum() == CANDIDATE_POSITIONS
-    assert part.response_lengths.max() <= CANDIDATE_TOKENS
+    assert part.sampled_lengths.max() <= CANDIDATE_TOKENS
     ids = np.arange(len(marked))[:, None] + np.arange(3)
     found = {"candidate_ids": ids, "candidate_log_probs": -ids.astype(np.float32)}
     rows = pq.read_table(write_candidates(tmp_path, 4, part, found)).to_pylist()

@@ -56,7 +56,7 @@ def measure(settings: ActorSettings, batch: SequenceBatch, model_folder: Path, r
         torch.nn.init.normal_(parameter, 0, 0.02)
     worker.set_loss(LossChoice.of(AlgorithmSettings(name="grpo")))
     worker.build_optimizer(settings.optimizer)
-    tokens = batch.num_response_tokens
+    tokens = batch.num_sampled_tokens
     worker.train(batch, 1e-6, tokens, 1.0)  # from here on the moments are there
     parts = worker.optimizer.parts
     moments = [value for part in parts for state in part.optimizer.state.values() for value in state.values()]

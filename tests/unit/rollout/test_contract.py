@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.batching.sequences import Array, SequenceBatch
+from megatron_rl.batching.arrays import Array
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.config.rollout import ContractSettings
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.contract import Contract

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lpreg import make_loss
-from megatron_rl.batching.sequences import Array, SequenceBatch
+from megatron_rl.batching.arrays import Array
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.run.run import Run
 from megatron_rl.training.policies import score_lagged_policy, score_old_policy

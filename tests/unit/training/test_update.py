@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lpreg import make_loss
+from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.mini_batches import mini_batches
-from megatron_rl.batching.sequences import Array, SequenceBatch
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.cluster.actors import StepResult
 from megatron_rl.errors import UserError
 from megatron_rl.training.update import denominator, old_policy_kl, update

@@ -1,0 +1,39 @@
+"""Rewards of a step's responses: the verifier's scores, their failures, and the reward's shaping by form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rl.config.reward import RewardSettings
+from megatron_rl.reward.grader import Grader
+from megatron_rl.reward.outcomes import check_failures, outcome_rates
+from megatron_rl.reward.shaping import format_penalties
+from megatron_rl.types import Prompt, Response, RewardResult, Sample
+
+
+class Grading:
+    """Grades responses with a run's verifier."""
+
+    def __init__(self, grader: Grader, settings: RewardSettings) -> None:
+        self.grader, self.settings = grader, settings
+
+    def grade(self, pairs: Sequence[tuple[Prompt, Response]]) -> list[RewardResult]:
+        """One result per response, in order, with the response's text."""
+        return self.grader.score([Sample(prompt, response, text="") for prompt, response in pairs])
+
+    def check(self, graded: Sequence[tuple[Prompt, RewardResult]]) -> dict[str, float]:
+        """Returns metrics of how grading went. Raises UserError if too many responses could not be graded."""
+        check_failures(graded, self.settings.max_failed_fraction)
+        results = [result for _, result in graded]
+        rates = outcome_rates(results)
+        if self.settings.format:
+            penalties = self._penalties(results)
+            rates["reward/format_fraction"] = penalties.count(0.0) / max(len(results), 1)
+        return rates
+
+    def shaped(self, results: Sequence[RewardResult]) -> list[float]:
+        """Rewards: the scores, lowered for responses of the wrong form."""
+        return [result.score + penalty for result, penalty in zip(results, self._penalties(results), strict=True)]
+
+    def _penalties(self, results: Sequence[RewardResult]) -> list[float]:
+        return format_penalties([result.text for result in results], self.settings.format)

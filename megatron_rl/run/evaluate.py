@@ -1,0 +1,57 @@
+"""Evaluation during training: every suite with the run's engines, verifier and actor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_rl.batching.sequences import SequenceBatch, sequences_of
+from megatron_rl.evaluation.measures import Measures, macro
+from megatron_rl.evaluation.probes import probe_rows
+from megatron_rl.evaluation.problems import problems_of, write_problems
+from megatron_rl.run.sampling import evaluation_sampling
+from megatron_rl.types import Sample
+
+if TYPE_CHECKING:
+    from megatron_rl.run.run import Run
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Returns metrics `eval/<suite>/...`; writes `evaluations/step_*/<suite>.parquet` into the run's folder.
+
+    Every evaluation draws with the same random numbers, so that curves are smooth.
+    """
+    metrics: dict[str, float] = {}
+    suites = []
+    with run.phase("evaluate"):
+        for name, prompts in run.inputs.suites.items():
+            assert run.engines, "a run that replays rollouts has no suites"
+            settings = run.config.evaluation.suites[name]
+            sampling = evaluation_sampling(run.config, run.inputs.stop_token_ids, settings)
+            groups = zip(prompts, run.engines.generate(prompts, sampling), strict=True)
+            pairs = [(prompt, response) for prompt, responses in groups for response in responses]
+            results = run.grading.grade(pairs)
+            run.grading.check([(prompt, result) for (prompt, _), result in zip(pairs, results, strict=True)])
+            problems = problems_of([Sample(prompt, response) for prompt, response in pairs], results)
+            write_problems(run.folder / "evaluations" / f"step_{run.step:06d}" / f"{name}.parquet", problems)
+            suites.append(Measures(problems))
+            batch = sequences_of((prompt.token_ids, response) for prompt, response in pairs)
+            found = suites[-1].metrics() | _scored_by_actor(run, batch)
+            metrics |= {f"eval/{name}/{metric}": value for metric, value in found.items()}
+    if len(suites) > 1:
+        metrics["eval/macro_mean/avg"] = macro(suites).value
+    run.view.eval(run.step, metrics)
+    return metrics
+
+
+def _scored_by_actor(run: Run, batch: SequenceBatch) -> dict[str, float]:
+    """Returns the mean entropy of the sampled tokens, and the probes."""
+    temperature = run.learner.temperature
+    found = {"entropy": float(run.actors.score(batch, temperature=temperature)["entropy"].mean())}
+    for name, (after, token) in run.inputs.probes.items():
+        part, place = probe_rows(batch, after, token)
+        if place.any():
+            scored = run.actors.score(part, temperature=temperature)["log_probs"]
+            found[name] = float(np.exp(scored[place]).mean())
+    return found

@@ -1,0 +1,80 @@
+"""The batch of a step: the one carrier from the rollouts to the record. Legend: N sequences, T sampled tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_rl.batching.arrays import Array, Indices, Mask
+from megatron_rl.batching.sequences import SequenceBatch, sequences_of
+from megatron_rl.rollout.rollouts import Rollouts
+from megatron_rl.training.advantages import advantages_of, overlong_penalty
+from megatron_rl.types import RewardResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from megatron_rl.config import Config
+
+PolicyScores = dict[str, Array]
+"""Name -> float32 [T]: log_probs, entropy, log_z and kept of each sampled token under the policy before the first
+update; NaN where the actor did not score the token."""
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Everything that a step knows about the sequences that it trains on."""
+
+    sequences: SequenceBatch
+    """The sequences with their values per token, `advantages` and `rollout_log_probs` among them."""
+    groups: Indices
+    """[N], number of the group that each sequence belongs to."""
+    advantages: Array
+    """float64 [N]."""
+    fresh: Mask
+    """[T], True for tokens that were sampled by the very weights that the step trains."""
+    scores: PolicyScores = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def with_values(self, **values: Array) -> TrainingBatch:
+        """Returns the batch with more values per token."""
+        return replace(self, sequences=self.sequences.with_values(**values))
+
+    def with_scores(self, part: PolicyScores, rows: Indices) -> TrainingBatch:
+        """Returns the batch with the scores of some of its sequences filled in."""
+        index, scores = self.sequences.token_index(rows), dict(self.scores)
+        for name, values in part.items():
+            known = scores.get(name)
+            whole = np.full(len(self.fresh), np.nan, dtype=np.float32) if known is None else known.copy()
+            whole[index] = values
+            scores[name] = whole
+        return replace(self, scores=scores)
+
+
+def training_batch(
+    config: Config, rollouts: Rollouts, shaped: Callable[[Sequence[RewardResult]], list[float]]
+) -> tuple[TrainingBatch, dict[str, float]]:
+    """Returns the batch of the rollouts to train on, with advantages, and metrics. `shaped`: results -> rewards."""
+    responses = rollouts.responses
+    rewards = np.array(shaped([reward for _, _, reward in responses]), dtype=np.float64)
+    sequences = sequences_of((prompt.token_ids, response) for prompt, response, _ in responses)
+    groups = rollouts.group_numbers
+    metrics = {}
+    if config.algorithm.overlong.buffer_tokens:
+        penalty = overlong_penalty(config, sequences.sampled_lengths)
+        rewards, metrics = rewards + penalty, {"reward/overlong_penalty": float(penalty.mean())}
+    advantages = advantages_of(config.algorithm, rewards, groups)
+    fresh = [
+        (response.weight_versions == rollouts.weight_version)[response.sampled_mask] for _, response, _ in responses
+    ]
+    batch = TrainingBatch(
+        sequences.with_values(advantages=sequences.per_token(advantages).astype(np.float32)),
+        groups,
+        advantages,
+        np.concatenate([np.zeros(0, dtype=bool), *fresh]),
+    )
+    return batch, metrics
