@@ -21,7 +21,6 @@ from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet
 from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.metrics import MetricsLog
-from megatron_rl.observability.step_metrics import rate_metrics
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View
 from megatron_rl.reward.grading import Grading
@@ -31,6 +30,7 @@ from megatron_rl.rollout.rollouts import RolloutSource
 from megatron_rl.run.recorder import Recorder
 from megatron_rl.run.sampling import step_sampling
 from megatron_rl.training.learner import Learner
+from megatron_rl.training.metrics import rate_metrics
 from megatron_rl.types import Prompt
 from megatron_rl.utils.heartbeat import FOLDER as HEARTBEATS
 from megatron_rl.utils.heartbeat import memory_metrics, read_beats

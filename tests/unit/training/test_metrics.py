@@ -9,7 +9,7 @@ import torch
 from lpreg import Selection, SelectionRule
 from lpreg.selection import SelectionKind
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.observability.step_metrics import loss_metrics, policy_metrics, rollout_metrics, selection_metrics
+from megatron_rl.training.metrics import loss_metrics, policy_metrics, rollout_metrics, selection_metrics
 from megatron_rl.types import FinishReason, Generation, Prompt, RewardResult, Sample
 
 NAN = float("nan")

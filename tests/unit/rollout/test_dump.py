@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.observability.rollouts import write_rollouts
+from megatron_rl.rollout.dump import write_rollouts
 from megatron_rl.types import Generation, Prompt, RewardResult, Sample
 
 
