@@ -34,7 +34,7 @@ def where(found: Found) -> str:
 
 
 def batching(found: Found) -> str:
-    head = ("spread", "rows of an update", "DP", "imbalance, median", "worst", "padding", "in order", "side by side")
+    head = ("spread", "sequences per update", "DP", "imbalance, median", "worst", "padding", "in order", "side by side")
     rows = (
         [
             *(f"{case[name]}" for name in ("spread", "rows", "replicas")),

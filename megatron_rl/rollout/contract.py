@@ -120,8 +120,8 @@ class Contract:
         self._before = found
         gap = np.concatenate(gaps)
         self._notify(
-            f"log-probs of {len(gaps)} engine{'s' * (len(gaps) > 1)} and of the actor agree: over {len(gap)} tokens the "
-            f"largest difference is {gap.max():.1e}, the mean {gap.mean():.1e}"
+            f"log-probs of {len(gaps)} engine{'s' * (len(gaps) > 1)} and of the actor agree: the largest difference "
+            f"over {len(gap)} tokens is {gap.max():.1e}, the mean {gap.mean():.1e}"
         )
         return {"logprob/contract_max_diff": float(gap.max()), "logprob/contract_abs_diff": float(gap.mean())}
 
@@ -136,7 +136,7 @@ class Contract:
             batch, actors, score, temperature=self._sampling.temperature, hold=self.bounds.hold, before=self._before
         )
         return (
-            f"engine {engine} and the actor disagree: log-probs of the {len(gap)} tokens that it sampled differ by "
+            f"engine {engine} and the actor disagree: log-probs of its {len(gap)} sampled tokens differ by "
             f"{gap.max():.2g} at most and by {gap.mean():.2g} on average; {self.bounds.largest:g} and "
             f"{self.bounds.mean:g} are allowed (rollout.contract). Training on them would go astray.\n"
             f"Likely cause: {cause}"
