@@ -6,8 +6,8 @@
 The counts come from a Qwen3 of four small layers in one process: operations and calls into torch of a training step,
 bytes of a batch that is sent to the actor, bytes allocated to publish weights, modules that the command line loads to
 show its help, imbalance of 512 sequences on 64 replicas, and, on a simulated clock with made-up rates
-(`scaling_simulator.py`), the time of a step if rollouts are not synchronous. (torch counts no operations of attention on
-a CPU, so the count is smaller than the number needed.) `tests/invariance/test_methods_layouts.py` counts the passes
+(`scaling_simulator.py`), the time of a step if rollouts are not synchronous. (torch counts no operations of attention
+on a CPU, so the count is smaller than the number needed.) `tests/invariance/test_methods_layouts.py` counts the passes
 through the model for every method.
 """
 
