@@ -1,8 +1,8 @@
 """Simulates a run: the product decides which requests the engines get and when, engines and actor only take time.
 
-`simulate` calls the product's own rollout code (`megatron_rl/rollout/collector.py`) step by step, so that over-sampling,
-partial rollouts, the bound on staleness and asynchronous rollouts are not implemented again here. `Fleet` replaces the
-engines: the length of every response is known from the start, and `Rates` give the time per token.
+`simulate` calls the product's own rollout code (`megatron_rl/rollout/collector.py`) step by step, so that
+over-sampling, partial rollouts, the bound on staleness and asynchronous rollouts are not implemented again here.
+`Fleet` replaces the engines: the length of every response is known from the start, and `Rates` give the time per token.
 """
 
 from __future__ import annotations
@@ -129,8 +129,11 @@ class Fleet:
     def submit(
         self, prompts: Sequence[Lengths], sampling: Any, begun: Sequence[Sequence[Response]], enough: int | None = None
     ) -> list[int]:
-        """Dispatches requests like the product: to embedded engines in turn, each of which stops at its share of groups;
-        else to the server with the fewest requests. Servers prefill new requests alone, an embedded engine its batch."""
+        """Dispatches requests like the product: to embedded engines in turn, each of which stops at its share of
+        groups, or to the server with the fewest requests.
+
+        A server prefills new requests only; an embedded engine prefills its batch.
+        """
         first, self.submitted, count = self.submitted, self.submitted + len(prompts), len(self.engines)
         for i, engine in enumerate(self.engines):
             self._settle(i)
