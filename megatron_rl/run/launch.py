@@ -1,4 +1,4 @@
-"""What the engines of a run are started with."""
+"""The settings that the engines of a run are started with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_rl.rollout.servers.server import ServerLaunch
 
 
 def launch_of(config: Config, model_folder: Path) -> ServerLaunch:
-    """Of every engine, whichever it is."""
+    """Returns the launch settings of every engine, whichever kind it is."""
     actor, server = config.actor, config.rollout.server
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     return ServerLaunch(
