@@ -1,4 +1,4 @@
-"""Groups that a step left to later ones, as a file of a checkpoint: prompts in flight, partial responses, surplus."""
+"""The rollout buffer as a file of a checkpoint: prompts in flight, partial responses, and unused complete groups."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUFFER_FILE = "backlog.parquet"
 _RESPONSE = pa.struct(
     [
         ("token_ids", pa.list_(pa.int32())),
-        ("log_probs", pa.list_(pa.float64())),  # bit for bit: servers answer in decimals
+        ("log_probs", pa.list_(pa.float64())),  # float64 keeps the decimals of a server's answer bit for bit
         ("finish_reason", pa.string()),
         ("weight_version", pa.int64()),
         ("version_changes", pa.list_(pa.list_(pa.int64()))),
@@ -55,7 +55,7 @@ def write_buffer(folder: Path, groups: Sequence[Group]) -> ShardFile:
 
 
 def read_buffer(folder: Path) -> list[Group]:
-    """Of a checkpoint that was found whole; it may have none."""
+    """Returns the groups of a verified checkpoint; empty if it has no such file."""
     path = folder / BUFFER_FILE
     return [_group(row) for row in pq.ParquetFile(path).read().to_pylist()] if path.exists() else []
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
-from megatron_rl.checkpoint.hf_shards import HfShard, write_hf_shards
 from megatron_rl.models.hf_format import INDEX, SINGLE, open_weights
+from megatron_rl.models.hf_shards import HfShard, write_hf_shards
 from tests.hf_models import hf_model
 
 

@@ -11,7 +11,7 @@ from megatron_rl.cluster import probe
 from megatron_rl.cluster.probe import Collectives
 from megatron_rl.config import Config, load_config
 from megatron_rl.doctor import cluster
-from megatron_rl.doctor.finding import Finding
+from megatron_rl.doctor.findings import Finding
 from tests.unit.doctor.test_doctor_command import CONFIG
 
 

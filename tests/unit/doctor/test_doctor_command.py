@@ -14,8 +14,7 @@ from megatron_rl.cluster.probe import collectives
 from megatron_rl.cluster.runtime import ray_runtime
 from megatron_rl.config import load_config
 from megatron_rl.doctor.engines import check_engines
-from megatron_rl.doctor.finding import Finding
-from megatron_rl.doctor.show import show
+from megatron_rl.doctor.findings import Finding, show
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.placement import place
 from tests.hf_models import write_hf_model

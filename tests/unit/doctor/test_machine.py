@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.doctor import machine, versions
-from megatron_rl.doctor.finding import Finding
+from megatron_rl.doctor.findings import Finding
 
 
 def states(findings: object) -> dict[str, str]:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import load_config
-from megatron_rl.plan.hardware import GPUS, Assumptions
+from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.setup import Setup
+from megatron_rl.utils.hardware import GPUS
 
 MODELS = Path(__file__).parents[2] / "fixtures/models"
 RUN = """\

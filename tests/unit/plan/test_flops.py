@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.flops import body_flops, pass_flops
 from megatron_rl.observability.step_metrics import rate_metrics
-from megatron_rl.plan.flops import body_flops, pass_flops
-from megatron_rl.plan.hardware import GPUS, known_gpu
+from megatron_rl.utils.hardware import GPUS, known_gpu
 from tests.hf_models import config_json, hf_model
 
 

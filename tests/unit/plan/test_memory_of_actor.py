@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import load_config
-from megatron_rl.plan.hardware import GPUS, Assumptions
+from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.memory import kept_state, stage_memory
 from megatron_rl.plan.parameters import rank_parameters
 from megatron_rl.plan.setup import Setup
+from megatron_rl.utils.hardware import GPUS
 from tests.hf_models import config_json
 
 SCRIPT = Path(__file__).with_name("measure.py")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from megatron_rl.cli import main
 from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
+from megatron_rl.models.flops import body_flops, head_flops
+from megatron_rl.plan.assumptions import lengths
 from megatron_rl.plan.engines import engine_memory, rollout_seconds
-from megatron_rl.plan.flops import body_flops, head_flops
-from megatron_rl.plan.lengths import lengths
 from megatron_rl.plan.memory import host_bytes
 from megatron_rl.plan.parameters import model_parameters, rank_parameters
 from megatron_rl.plan.search import Choice, layouts, nearest

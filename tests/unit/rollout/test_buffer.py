@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.rollout.test_collector import run_of
 
 from megatron_rl.checkpoint.rollout_buffer import read_buffer, write_buffer
 from megatron_rl.rollout.buffer import Group, RolloutBuffer
 from megatron_rl.rollout.collector import Rollouts, roll_out
 from megatron_rl.types import Generation, RewardResult
 from tests.unit.rollout.fake_engines import FakeEngines
+from tests.unit.rollout.test_collector import run_of
 
 STEPS = 8
 MODES: dict[str, dict[str, Any]] = {

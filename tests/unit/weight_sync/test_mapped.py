@@ -22,8 +22,8 @@ from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync import cuda_runtime, device_memory
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
+from megatron_rl.weight_sync.folder import PREFIX
 from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport
-from megatron_rl.weight_sync.shared_memory import PREFIX
 from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
 from tests.unit.weight_sync import cuda_stand_in
 
