@@ -38,7 +38,7 @@ class Barrier:
         failures[self.rank] = int(failed)
         self._do(lambda group: dist.all_reduce(failures, group=group))
         if others := [rank for rank in failures.nonzero().flatten().tolist() if rank != self.rank]:
-            raise RuntimeError(f"the update failed in {', '.join(map(_member_name, others))}")
+            raise RuntimeError(f"failure in {', '.join(map(_member_name, others))}")
 
     @contextmanager
     def then_wait(self) -> Iterator[None]:

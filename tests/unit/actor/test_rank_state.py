@@ -1,4 +1,4 @@
-"""A stage's training state, written and read back on one rank; other layouts are compared in tests/invariance."""
+"""A stage's training state, written and read back on one rank. tests/invariance compares layouts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONFIG = config_json("qwen3", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
+def single_rank() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with only_rank():
@@ -53,7 +53,7 @@ def alone() -> Iterator[None]:
 
 
 class Stage:
-    """A model with its optimizer, and steps with random gradients."""
+    """A model with its optimizer, trained with random gradients."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self.model = build_model(CONFIG, layout=Layout(), dtype=dtype, device=CPU)
@@ -87,7 +87,7 @@ def save(folder: Path, stage: Stage, snapshot: dict[str, torch.Tensor] | None = 
 
 
 def complete(folder: Path, part: RankPart, layout: Layout | None = None) -> Manifest:
-    """Add what the driver would."""
+    """Add the files that the driver writes."""
     origin = Origin({}, asdict(layout or Layout()), "float32", {})
     files = part.files | {RNG: write_rng(folder, RandomStates({}, [part.rng]))}
     manifest = Manifest(FORMAT, DriverState(1, 1, {}), {}, origin, part.optimizer_steps, files)
@@ -101,7 +101,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_loaded_stage_goes_on_as_the_saved_one(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_loaded_stage_continues_like_the_saved_one(tmp_path: Path, dtype: torch.dtype) -> None:
     saved, loaded = Stage(0, dtype), Stage(1, dtype)
     for _ in range(3):
         saved.step()
@@ -121,7 +121,7 @@ def test_a_loaded_stage_goes_on_as_the_saved_one(tmp_path: Path, dtype: torch.dt
     assert_same(saved.everything(), loaded.everything())
 
 
-def test_what_is_held_is_the_state_of_that_moment(tmp_path: Path) -> None:
+def test_a_held_state_is_that_of_the_moment(tmp_path: Path) -> None:
     stage, loaded = Stage(0, torch.float32), Stage(1, torch.float32)
     stage.step()
     before, held = stage.everything(), stage.rank_state().held()
@@ -131,7 +131,7 @@ def test_what_is_held_is_the_state_of_that_moment(tmp_path: Path) -> None:
     assert_same(loaded.everything(), before)
 
 
-def test_a_stage_that_has_not_stepped_is_saved_too(tmp_path: Path) -> None:
+def test_a_stage_without_optimizer_steps_is_saved_too(tmp_path: Path) -> None:
     saved, loaded = Stage(0, torch.float32), Stage(1, torch.float32)
     manifest = save(tmp_path, saved)
     assert not any(entry.kind == "lagged" for entry in manifest.files.values())
@@ -139,7 +139,7 @@ def test_a_stage_that_has_not_stepped_is_saved_too(tmp_path: Path) -> None:
     assert_same(saved.everything(), loaded.everything())
 
 
-def test_random_states_of_another_layout_stay_out(tmp_path: Path) -> None:
+def test_random_states_of_another_layout_are_not_restored(tmp_path: Path) -> None:
     complete(tmp_path, Stage(0, torch.float32).rank_state().write(tmp_path), Layout(tensor=2))
     stage = Stage(1, torch.float32)
     torch.manual_seed(5)
@@ -149,14 +149,14 @@ def test_random_states_of_another_layout_stay_out(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_files_are_cut_and_no_rank_holds_more_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_bounded_and_a_rank_holds_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "FILE_BYTES", 4096)
     written: list[Path] = []
     real = shards.write_shard
 
     def record(path: Path, kind: str, tensors: dict[str, torch.Tensor]) -> ShardFile:
         assert sum(tensor.nbytes for tensor in tensors.values()) <= 4096 or len(tensors) == 1
-        assert all(path.is_file() for path in written)  # written before the next was gathered
+        assert all(path.is_file() for path in written)  # each file is written before the next is gathered
         written.append(path)
         return real(path, kind, tensors)
 
@@ -169,8 +169,8 @@ def test_files_are_cut_and_no_rank_holds_more_than_one(tmp_path: Path, monkeypat
     assert_same(saved.everything(), loaded.everything())
 
 
-def test_after_a_full_disk_a_rank_still_takes_part_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gathers are collective."""
+def test_after_a_full_disk_a_rank_takes_part_in_all_gathers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks need it, because the gathers are collective."""
     drawn: list[str] = []
 
     def export(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -190,7 +190,7 @@ def test_after_a_full_disk_a_rank_still_takes_part_to_the_end(tmp_path: Path, mo
     assert len(drawn) == 3 * len(list(export_hf_weights(stage.model, CONFIG)))
 
 
-def test_a_stage_is_exported_in_bounded_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_is_exported_in_files_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(0, torch.bfloat16)
     monkeypatch.setattr("megatron_rl.actor.rank_state.write_hf_shards", partial(write_hf_shards, max_bytes=9000))
     written = export_stage(tmp_path, stage.model, CONFIG, 3, publishes=True)
@@ -211,7 +211,9 @@ def test_only_the_publishing_rank_exports(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_after_a_full_disk_a_rank_draws_the_rest_of_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_full_disk_a_rank_takes_part_in_the_rest_of_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[str] = []
 
     def export(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -230,7 +232,7 @@ def test_after_a_full_disk_a_rank_draws_the_rest_of_an_export(tmp_path: Path, mo
     assert len(drawn) == len(list(export_hf_weights(stage.model, CONFIG)))
 
 
-def test_a_file_damaged_after_the_check_is_named(tmp_path: Path) -> None:
+def test_a_file_damaged_after_verification_is_named_in_the_error(tmp_path: Path) -> None:
     stage = Stage(0, torch.float32)
     save(tmp_path, stage)
     path = tmp_path / "exp_avg-rank-0-part-0.safetensors"

@@ -1,4 +1,4 @@
-"""A run's checkpoint, found and linked as a model folder."""
+"""A run's checkpoint found and linked as a model folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TENSORS = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """With one checkpoint, its weights in two files."""
+    """A run's folder with one checkpoint, whose weights are in two files."""
     checkpoint = tmp_path / "run/checkpoints/step_000003"
     checkpoint.mkdir(parents=True)
     files = {f"{name}.safetensors": {name: tensor} for name, tensor in TENSORS.items()}
@@ -33,16 +33,16 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints", "checkpoints/step_000003"])
-def test_a_checkpoint_is_found_from_above(run: Path, place: str) -> None:
+def test_a_checkpoint_is_found_from_its_parent_folders(run: Path, place: str) -> None:
     found = find_checkpoint(run / place)
     assert found is not None and found.resolve() == run / "checkpoints/step_000003"
 
 
-def test_a_model_folder_is_no_checkpoint(run: Path) -> None:
+def test_a_model_folder_is_not_a_checkpoint(run: Path) -> None:
     assert find_checkpoint(run.parent / "model") is None
 
 
-def test_linked_it_reads_as_the_model(run: Path, tmp_path: Path) -> None:
+def test_a_linked_checkpoint_reads_as_the_model(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "linked"
     folder.mkdir()
     link_as_model(run / "checkpoints/step_000003", folder)
@@ -51,11 +51,11 @@ def test_linked_it_reads_as_the_model(run: Path, tmp_path: Path) -> None:
     assert (folder / "config.json").read_text() == "{}"
 
 
-def test_a_model_that_is_gone_is_asked_for(run: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_model_asks_for_its_folder(run: Path, tmp_path: Path) -> None:
     checkpoint, config = run / "checkpoints/step_000003", run / "config.yaml"
     (tmp_path / "model/config.json").unlink()
     for change, message in (
-        (lambda: None, "was trained from .*model, which is not there"),
+        (lambda: None, "was trained from .*model, which does not exist on this machine"),
         (lambda: config.write_text("model: 3"), "does not say which model was trained"),
         (config.unlink, "is no longer in its run's folder"),
     ):

@@ -1,4 +1,4 @@
-"""`megatron-rl convert`: from and to every format, what it refuses, and what it leaves behind."""
+"""`megatron-rl convert`: conversion between all formats, the inputs that it refuses, and the files that it leaves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def quiet() -> tuple[Console, io.StringIO]:
 
 
 def model(folder: Path, model_type: str = "qwen3", **changes: Any) -> Path:
-    """A model folder with files of the kinds that published ones have."""
+    """A model folder with the kinds of files that published models have."""
     write_hf_model(folder, model_type, noise=0.1, vocab_size=53, **changes)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "additional_chat_templates").mkdir()
@@ -59,7 +59,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_there_and_back_is_the_same_model(tmp_path: Path, model_type: str, tied: bool) -> None:
+def test_a_round_trip_gives_the_same_model(tmp_path: Path, model_type: str, tied: bool) -> None:
     source = model(tmp_path / "source", model_type, tie_word_embeddings=tied)
     console, text = quiet()
     convert(source, tmp_path / "megatron", console=console)
@@ -69,7 +69,7 @@ def test_there_and_back_is_the_same_model(tmp_path: Path, model_type: str, tied:
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((source / "config.json").read_text())
     said = text.getvalue()
-    assert said.count("every checksum is that of the source") == 2
+    assert said.count("all checksums match the source") == 2
     assert said.count("logits: 64 random tokens, largest difference") == 2
     assert {path.name for path in tmp_path.iterdir()} == {"source", "megatron", "back"}
 
@@ -88,7 +88,7 @@ def test_shards_are_bounded_and_indexed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_another_dtype_is_recorded(tmp_path: Path, key: str) -> None:
+def test_another_dtype_is_recorded_in_the_config(tmp_path: Path, key: str) -> None:
     source = model(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     del config["dtype"]
@@ -115,25 +115,27 @@ def test_a_model_too_large_for_memory_is_compared_by_weights_only(
     monkeypatch.setattr(proof.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     console, text = quiet()
     convert(model(tmp_path / "source"), tmp_path / "out", console=console)
-    assert "logits: not compared, the model takes 0.0 GiB in fp32, 0.0 GiB are free" in text.getvalue()
-    assert "every checksum" in text.getvalue()
+    assert "logits: not compared, the model needs 0.0 GiB in fp32 and 0.0 GiB are free" in text.getvalue()
+    assert "all checksums" in text.getvalue()
 
 
-def test_a_conversion_that_changes_a_tensor_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the way to the disk: what comes back has another checksum."""
+def test_a_changed_tensor_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor is changed on its way to the disk, so it is read back with another checksum."""
     write = target.write_hf_shards
 
     def damaging(folder: Path, named: Any, size: int) -> Any:
         return write(folder, ((name, tensor + (name == "model.norm.weight")) for name, tensor in named), size)
 
     monkeypatch.setattr(target, "write_hf_shards", damaging)
-    with pytest.raises(UserError, match=r"1 of 25 tensors are not what was written, the first is model\.norm\.weight"):
+    with pytest.raises(
+        UserError, match=r"1 of 25 tensors differ from what was written, the first is model\.norm\.weight"
+    ):
         convert(model(tmp_path / "source"), tmp_path / "out", to="hf", console=quiet()[0])
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
-def test_a_weight_map_that_is_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is wrong both ways, so checksums agree; the logits do not."""
+def test_a_wrong_weight_map_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The map is wrong in both directions, so the checksums agree but the logits differ."""
     split, join = target.split, torch_dist_read.join
 
     def swapped_split(kind: str, parts: list[torch.Tensor], *rest: Any) -> torch.Tensor:
@@ -144,7 +146,9 @@ def test_a_weight_map_that_is_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(target, "split", swapped_split)
     monkeypatch.setattr(torch_dist_read, "join", swapped_join)
-    with pytest.raises(UserError, match="the converted model is another one: on random tokens its logits differ by"):
+    with pytest.raises(
+        UserError, match="the converted model is not the same model: on random tokens its logits differ by"
+    ):
         convert(model(tmp_path / "source"), tmp_path / "out", console=quiet()[0])
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
@@ -156,31 +160,30 @@ def refused(tmp_path: Path, words: str, *arguments: Any, **settings: Any) -> Non
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+def test_an_existing_target_is_not_overwritten(tmp_path: Path) -> None:
     source = model(tmp_path / "source")
     (tmp_path / "out").mkdir()
     refused(tmp_path, r"out exists already\. Remove it", source, tmp_path / "out")
 
 
-def test_a_source_that_is_none(tmp_path: Path) -> None:
+def test_a_missing_or_unknown_source_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "nowhere does not exist", tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path, "empty is none of what can be converted", tmp_path / "empty", tmp_path / "out")
+    refused(tmp_path, "empty cannot be converted", tmp_path / "empty", tmp_path / "out")
 
 
-def test_missing_and_truncated_shards(tmp_path: Path) -> None:
+def test_missing_and_truncated_shards_are_refused(tmp_path: Path) -> None:
     source = model(tmp_path / "source")
     convert(source, tmp_path / "sharded", to="hf", max_shard_bytes=20_000, logits=False, console=quiet()[0])
     files = json.loads((tmp_path / "sharded" / INDEX).read_text())["weight_map"]
     shard = tmp_path / "sharded" / files["lm_head.weight"]
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1])
+    shard.write_bytes(shard.read_bytes()[:-1])
     refused(tmp_path, rf"{shard} is not a readable safetensors file", tmp_path / "sharded", tmp_path / "out")
     shard.unlink()
     refused(tmp_path, rf"names files that are not there: {shard.name}", tmp_path / "sharded", tmp_path / "out")
 
 
-def test_weights_that_are_not_the_model_of_the_config(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
     source = model(tmp_path / "source")
     stored = tensors(source)
     save_file(stored | {"model.norm.weight": torch.zeros(33)}, source / SINGLE)
@@ -192,37 +195,37 @@ def test_weights_that_are_not_the_model_of_the_config(tmp_path: Path) -> None:
     refused(tmp_path, r"missing: lm_head\.weight", source, tmp_path / "out")
 
 
-def test_too_small_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = model(tmp_path / "source")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * 2**20))
-    refused(tmp_path, r"not enough disk for .*: 0\.06 GiB needed, 0\.01 GiB free", source, tmp_path / "out")
+    refused(tmp_path, r"not enough disk space in .*: 0\.06 GiB needed, 0\.01 GiB free", source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("to", ["hf", "torch_dist"])
-def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any) -> None:
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any) -> None:
     source = model(tmp_path / "source")
 
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(target, "tensor_checksum", full)  # as each tensor is written
+    monkeypatch.setattr(target, "tensor_checksum", full)  # called for each tensor that is written
     refused(
         tmp_path, r"cannot write .*out: No space left on device\. Nothing half-written", source, tmp_path / "out", to=to
     )
 
 
-def test_a_megatron_checkpoint_from_elsewhere_needs_its_model_named(tmp_path: Path) -> None:
+def test_a_foreign_megatron_checkpoint_needs_its_model_named(tmp_path: Path) -> None:
     source = model(tmp_path / "source")
     convert(source, tmp_path / "megatron", logits=False, console=quiet()[0])
     shutil.rmtree(tmp_path / "megatron/hf")
-    refused(tmp_path, r"does not say what model it is.*--model FOLDER", tmp_path / "megatron", tmp_path / "out")
+    refused(tmp_path, r"does not say which model it is.*--model FOLDER", tmp_path / "megatron", tmp_path / "out")
     convert(tmp_path / "megatron/release", tmp_path / "out", model=source, console=quiet()[0])
     assert_same(tensors(tmp_path / "out"), tensors(source))
 
 
 @pytest.fixture
 def trained(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The folder of a run on a bf16 model, with two checkpoints; the fp32 weights of the newer one."""
+    """A run's folder of a bf16 model with two checkpoints, and the fp32 weights of the newer one."""
     source = model(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
@@ -259,18 +262,22 @@ def test_a_run_is_published_in_the_dtype_of_its_model(
     assert text.getvalue().count("logits: 64 random tokens") == 4
 
 
-def test_a_damaged_checkpoint_of_a_run_is_named(tmp_path: Path, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_a_damaged_checkpoint_is_named_in_the_error(
+    tmp_path: Path, trained: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
     run, _ = trained
     newest = run / "checkpoints/step_000010"
-    (newest / "exp_avg-0.safetensors").unlink()  # a moment of Adam's is not needed
+    (newest / "exp_avg-0.safetensors").unlink()  # Adam's moments are not needed
     (newest / "weights-1.safetensors").write_bytes(b"1" * (newest / "weights-1.safetensors").stat().st_size)
     refused(tmp_path, r"weights-1\.safetensors is damaged \(wrong SHA-256\)", run, tmp_path / "out")
 
 
-def test_a_run_whose_model_is_gone_asks_for_it(tmp_path: Path, trained: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_the_error_for_a_run_without_its_model_asks_for_it(
+    tmp_path: Path, trained: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
     run, weights = trained
     (tmp_path / "source").rename(tmp_path / "moved")
-    refused(tmp_path, r"was trained from .*source, which is not there.*--model FOLDER", run, tmp_path / "out")
+    refused(tmp_path, r"was trained from .*source, which does not exist.*--model FOLDER", run, tmp_path / "out")
     (run / "config.yaml").unlink()
     refused(tmp_path, r"is no longer in its run's folder\. Name the run's model with --model", run, tmp_path / "out")
     convert(run, tmp_path / "out", model=tmp_path / "moved", logits=False, console=quiet()[0])
@@ -278,17 +285,17 @@ def test_a_run_whose_model_is_gone_asks_for_it(tmp_path: Path, trained: tuple[Pa
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("2 GiB", 2**31), ("1.5mb", 1_500_000), ("77", 77)])
-def test_sizes(text: str, size: int) -> None:
+def test_sizes_are_parsed(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "five", "5TB", "-1GB"])
-def test_sizes_that_are_none(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a size"):
         parse_bytes(text)
 
 
-def test_the_command_line_and_the_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_and_the_tools_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = model(tmp_path / "source")
     quick = ["--max-shard-size", "20KB", "--no-logits"]
     for tool, arguments in {
@@ -298,7 +305,7 @@ def test_the_command_line_and_the_tools(tmp_path: Path, capsys: pytest.CaptureFi
         command = [sys.executable, REPOSITORY / "tools" / tool, *arguments]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert "every checksum is that of the source" in done.stdout
+        assert "all checksums match the source" in done.stdout
     assert_same(tensors(tmp_path / "back"), tensors(source))
     assert main(["convert", str(source), str(tmp_path / "back")]) == 2
     assert "back exists already" in capsys.readouterr().err
@@ -310,7 +317,7 @@ def gemma(folder: Path) -> Path:
     return folder
 
 
-def test_other_families_name_the_package_that_converts_them(tmp_path: Path) -> None:
+def test_the_error_for_other_families_names_the_needed_package(tmp_path: Path) -> None:
     refused(
         tmp_path,
         r"GemmaForCausalLM is not one of the families.*megatron-bridge, which is not installed: run `pip install",
@@ -320,7 +327,7 @@ def test_other_families_name_the_package_that_converts_them(tmp_path: Path) -> N
 
 
 class Bridge:
-    """Stands in for megatron-bridge's AutoBridge: writes down how it was called."""
+    """Stands in for the AutoBridge of megatron-bridge and records its calls."""
 
     @classmethod
     def import_ckpt(cls, hf_model_id: str, megatron_path: str) -> None:
@@ -338,7 +345,7 @@ class Bridge:
         (Path(hf_path) / "exported").write_text(f"{megatron_path} {self.path}")  # type: ignore[attr-defined]
 
 
-def test_other_families_go_through_it_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_families_go_through_megatron_bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "_auto_bridge", lambda family: Bridge)
     source, (console, text) = gemma(tmp_path / "gemma"), quiet()
     convert(source, tmp_path / "megatron", console=console)

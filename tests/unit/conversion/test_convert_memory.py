@@ -1,4 +1,4 @@
-"""Converting takes the memory of a few tensors and a file, not of the model."""
+"""Conversion needs memory for a few tensors and one file, not for the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ print(peak() - before)
 
 
 def write_model(folder: Path) -> int:
-    """A bf16 model of random weights, a file a layer. Returns its bytes."""
+    """Write a bf16 model of random weights with one file per layer. Returns the bytes of the weights."""
     folder.mkdir()
     config = config_json(
         hidden_size=1024,
@@ -61,8 +61,8 @@ def write_model(folder: Path) -> int:
     return 2 * parameters(architecture)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux keeps it")
-def test_a_model_many_times_larger_than_the_memory_it_takes(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory is read from Linux's /proc")
+def test_a_model_is_converted_in_a_fraction_of_its_size(tmp_path: Path) -> None:
     size = write_model(tmp_path / "hf")
     assert size > 320 * MIB
     repository = str(Path(__file__).parents[3])

@@ -1,4 +1,4 @@
-"""Distributed checkpoints that are not as they should be; what Megatron makes of good ones is in tests/invariance."""
+"""Invalid distributed checkpoints. tests/invariance has Megatron itself read and write valid ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def checkpoint(tmp_path: Path) -> tuple[Path, Architecture]:
     return write(tmp_path / "checkpoint", architecture, dict(model.named_parameters())), architecture
 
 
-def test_what_is_written_is_read(tmp_path: Path, tensors: tuple[Architecture, dict[str, Tensor]]) -> None:
+def test_a_written_checkpoint_is_read_back(tmp_path: Path, tensors: tuple[Architecture, dict[str, Tensor]]) -> None:
     architecture, weights = tensors
     read = TorchDistWeights(write(tmp_path / "checkpoint", architecture, weights), architecture)
     names = set()
@@ -96,7 +96,7 @@ def test_another_format_is_refused(checkpoint: tuple[Path, Architecture]) -> Non
         TorchDistWeights(folder, architecture)
 
 
-def test_a_truncated_file_is_named(checkpoint: tuple[Path, Architecture]) -> None:
+def test_a_truncated_file_is_named_in_the_error(checkpoint: tuple[Path, Architecture]) -> None:
     folder, architecture = checkpoint
     (file,) = (folder / RELEASE).glob("*.distcp")
     file.write_bytes(file.read_bytes()[:2000])
@@ -106,12 +106,12 @@ def test_a_truncated_file_is_named(checkpoint: tuple[Path, Architecture]) -> Non
             weights.read(entry)
 
 
-class Evil:
+class RunsCode:
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("harmed"),))
+        return (Path.touch, (Path("code_was_run"),))
 
 
-def test_an_index_that_would_run_code_does_not(
+def test_an_index_with_code_is_refused_without_running_it(
     checkpoint: tuple[Path, Architecture], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder, architecture = checkpoint
@@ -119,11 +119,11 @@ def test_an_index_that_would_run_code_does_not(
     index = folder / RELEASE / INDEX
     harmless = pickle.loads(index.read_bytes())
     assert isinstance(harmless, Metadata)
-    for poison in (Evil(), print, torch.load, subprocess.Popen, dcp.FileSystemWriter):
+    for poison in (RunsCode(), print, torch.load, subprocess.Popen, dcp.FileSystemWriter):
         index.write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, planner_data=poison)))
         with pytest.raises(UserError, match="is not the index of a distributed checkpoint"):
             TorchDistWeights(folder, architecture)
-    assert not Path("harmed").exists()
+    assert not Path("code_was_run").exists()
     index.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="is not the index"):
         TorchDistWeights(folder, architecture)

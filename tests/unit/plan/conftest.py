@@ -23,7 +23,7 @@ actor:
   {{dtype: bfloat16, tensor_parallel: 4, sequence_parallel: true, data_parallel: 4, recompute: {{granularity: full}}}}
 cluster: {{nodes: 4}}
 """
-"""Qwen3-14B-Base on 32 GPUs, half of them engines."""
+"""Qwen3-14B-Base on 32 GPUs, half of them for engines."""
 
 Make = Callable[..., Plan]
 
@@ -38,7 +38,7 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def make(run_file: Path) -> Make:
-    """A plan under overrides."""
+    """Makes a plan of the run with overrides."""
 
     def make_plan(*overrides: str, **assumed: float) -> Plan:
         config = load_config(run_file, list(overrides))

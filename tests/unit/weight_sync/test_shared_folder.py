@@ -6,14 +6,14 @@ import subprocess
 from megatron_rl.weight_sync.folder import PREFIX, shared_folder
 
 
-def test_shared_folders_are_fresh_and_go_away() -> None:
+def test_shared_folders_are_new() -> None:
     first, second = shared_folder(), shared_folder()
     assert first != second and first.is_dir()
     for folder in (first, second):
         folder.rmdir()
 
 
-def test_what_a_killed_run_left_is_removed_and_a_living_one_is_not_touched() -> None:
+def test_folders_of_killed_runs_are_removed_and_those_of_living_runs_kept() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     living = shared_folder()
