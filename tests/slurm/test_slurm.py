@@ -1,4 +1,4 @@
-"""The scripts of `megatron-rl slurm` on a real Slurm: runs train, stop before the time limit and survive a lost node."""
+"""Scripts of `megatron-rl slurm` on a real Slurm: runs train, stop before the time limit and survive a lost node."""
 
 from __future__ import annotations
 
