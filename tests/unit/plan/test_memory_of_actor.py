@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from megatron_rl.plan.setup import Setup
 from megatron_rl.utils.hardware import GPUS
 from tests.hf_models import config_json
 
+pytestmark = pytest.mark.timeout(3600)  # a busy machine may be slow; `wait` notices a process that hangs
+STALLED_SECONDS = 600
 SCRIPT = Path(__file__).with_name("measure.py")
 PROMPT, RESPONSE, VOCABULARY = 32, 224, 1024
 SHAPE = dict(
@@ -95,22 +98,32 @@ def run(cases: dict[str, Case], ranks: int, folder: Path) -> Measured:
     }
     (folder / "cases.json").write_text(json.dumps(plain))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    log = folder / "errors.log"
+    with log.open("w") as errors:
+        processes = [
+            subprocess.Popen([sys.executable, str(SCRIPT), str(rank), str(folder)], env=environment, stderr=errors)
+            for rank in range(ranks)
+        ]
     try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
+        wait(processes, folder)
     finally:
         for process in processes:
             process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)[-4000:]
+            process.wait()
+    assert all(process.returncode == 0 for process in processes), log.read_text()[-4000:]
     return {name: [json.loads((folder / f"{name}-{r}.json").read_text()) for r in range(ranks)] for name in cases}
+
+
+def wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Wait until a process fails or all end. Raises TimeoutError if no case is measured for a long time."""
+    count, since = 0, time.monotonic()
+    while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
+        measured = len(list(folder.glob("*-[0-9].json")))
+        if measured > count:
+            count, since = measured, time.monotonic()
+        if time.monotonic() - since > STALLED_SECONDS:
+            raise TimeoutError(f"no case was measured for {STALLED_SECONDS} s: {count} are done")
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
