@@ -74,7 +74,9 @@ def f():
 @pytest.mark.parametrize("room", sorted({name for names in FLOORS for name in names}))
 def test_no_import_points_upwards(room: str) -> None:
     mine = [module for module in FILES if floor(module) == FLOOR_OF[room] and f"{module}.".startswith(f"{room}.")]
-    upwards = [f"{module} imports {other}" for module in mine for other in GRAPH[module] if floor(other) > floor(module)]
+    upwards = [
+        f"{module} imports {other}" for module in mine for other in GRAPH[module] if floor(other) > floor(module)
+    ]
     assert upwards == []
 
 
