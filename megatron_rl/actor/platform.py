@@ -134,11 +134,6 @@ def prepare(device: str) -> torch.device:
     return _device
 
 
-def backend(device: torch.device) -> str:
-    """The name of torch.distributed's backend for this device."""
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
 def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether layers come from Transformer Engine, which runs on CUDA only. In fp32 they do not: it has no
     attention for packed rows then."""

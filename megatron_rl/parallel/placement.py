@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_rl.config import Config
 from megatron_rl.config.cluster import ClusterSettings
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.layout import Layout
+from megatron_rl.parallel.layout import Layout, layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,14 @@ class Placement:
     def gpus(self, node: int) -> int:
         own = 0 if self.shared else self.engine_gpus
         return self.actors.count(node) + self.engines.count(node) * own if self.on_gpu else 0
+
+
+def placement_of(config: Config) -> Placement:
+    """Returns the placement of a configured run. Raises UserError if the cluster is too small."""
+    on_gpu, server = config.actor.device != "cpu", config.rollout.server
+    engine_gpus = server.tensor_parallel if on_gpu and not server.urls else 0
+    engines = 0 if config.rollout.replay else config.rollout.engines
+    return place(layout_of(config.actor), engines, config.cluster, engine_gpus=engine_gpus, on_gpu=on_gpu)
 
 
 def place(layout: Layout, engines: int, cluster: ClusterSettings, *, engine_gpus: int, on_gpu: bool) -> Placement:

@@ -10,7 +10,6 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megatron_rl.actor import platform
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.utils.memory import Memory, fresh
 
@@ -20,10 +19,15 @@ TIMEOUT = timedelta(minutes=10)
 SEED = 1
 
 
+def backend(device: torch.device) -> str:
+    """Returns the name of the torch.distributed backend for a device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 def init_process_groups(layout: Layout, *, rank: int, store: dist.Store, device: torch.device) -> None:
     """Join the world and make the groups of `layout`. store: the same one for all ranks."""
     dist.init_process_group(
-        platform.backend(device),
+        backend(device),
         store=store,
         rank=rank,
         world_size=layout.world_size,

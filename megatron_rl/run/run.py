@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lpreg
-from megatron_rl.actor.optimizer.schedule import learning_rate
+from megatron_rl.actor.optimizer.learning_rate import learning_rate
 from megatron_rl.batching.sequences import Array, SequenceBatch
 from megatron_rl.checkpoint.manifest import DriverState
 from megatron_rl.checkpoint.save import Saver

@@ -22,7 +22,7 @@ from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
-from megatron_rl.parallel.configured import layout_of
+from megatron_rl.parallel.layout import layout_of
 from tests.meeting import meeting_point
 from tests.unit.plan.measure import rows
 

@@ -14,7 +14,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.actor import platform
 from megatron_rl.actor.model.attention import SDPAttention
-from megatron_rl.actor.model.norm import RMSNorm
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm for Megatron's local layers. Unlike the stock one, this class allows sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Under sequence parallelism each rank sees only its part of the tokens; Megatron sums the gradients of the
+        # weights that carry this mark.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def stage_layers(

@@ -22,8 +22,9 @@ from megatron_rl.actor.model.layers import stage_layers
 from megatron_rl.actor.model.rope import ScaledRope
 from megatron_rl.actor.model.tree_attention import TreePacking
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.layout_check import validate_layout
 from megatron_rl.parallel import process_groups
-from megatron_rl.parallel.layout import Layout, last_stage_layers, padded_vocabulary, validate_layout
+from megatron_rl.parallel.layout import Layout, last_stage_layers, padded_vocabulary
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ExpertGemm, Fp8, RecomputeSettings

@@ -12,7 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.actor.model.attention import SDPAttention
-from megatron_rl.actor.model.norm import RMSNorm
+from megatron_rl.actor.model.layers import RMSNorm
 from megatron_rl.actor.model.policy import build_model
 from megatron_rl.actor.optimizer.distributed import wrap_ddp
 from megatron_rl.parallel.layout import Layout

@@ -105,11 +105,6 @@ def test_rows_share_positions_but_not_with_transformer_engine(monkeypatch: pytes
                 platform.require(device, asked)
 
 
-def test_backend() -> None:
-    assert platform.backend(torch.device("cpu")) == "gloo"
-    assert platform.backend(torch.device("cuda", 1)) == "nccl"
-
-
 def test_retarget_reaches_names_constants_and_inner_functions() -> None:
     def outer(tensor: torch.Tensor) -> tuple[str, str, bool, str]:
         def inner() -> str:

@@ -57,7 +57,7 @@ class CollectiveCheck:
     def library(self) -> str:
         """What carries the sums, with its version."""
         if self.device.type != "cuda":
-            return platform.backend(self.device)
+            return process_groups.backend(self.device)
         return f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))} for CUDA {torch.version.cuda}"
 
     def _sum(self, name: str, group: dist.ProcessGroup) -> float:
