@@ -23,21 +23,21 @@ def check_layout(config: Config) -> None:
 
 
 def validate_layout(hf_config: Mapping[str, Any], layout: Layout, pad_vocabulary: bool) -> None:
-    """Raises UserError, naming the number and the nearest that work, when the model cannot be spread this way."""
+    """Raises UserError if the model cannot be split this way. The message gives the nearest values that work."""
     model = Architecture.from_hf(hf_config)
     _check_degrees(layout)
     _check_tensor(model, layout.tensor)
     _check_experts(model, layout)
     if layout.pipeline > model.layers:
         raise UserError(
-            f"actor.pipeline_parallel is {layout.pipeline}, but the model has only {model.layers} layers to share out."
+            f"actor.pipeline_parallel is {layout.pipeline}, but the model has only {model.layers} layers."
         )
     _check_chunks(model, layout)
     if not pad_vocabulary and model.vocabulary % layout.tensor:
         fitting = set(_divisors(model.vocabulary)) & set(_divisors(_head_unit(model)))
         raise UserError(
             f"actor.tensor_parallel is {layout.tensor}, which does not divide the vocabulary of {model.vocabulary} "
-            f"tokens. Set actor.pad_vocabulary to true, or change it. {_nearest(layout.tensor, fitting)}"
+            f"tokens. Set actor.pad_vocabulary to true, or change tensor_parallel. {_nearest(layout.tensor, fitting)}"
         )
 
 
@@ -48,12 +48,12 @@ def _check_degrees(layout: Layout) -> None:
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
         raise UserError(
             f"actor.virtual_pipeline is {layout.virtual_pipeline}, but it interleaves chunks of layers between "
-            "pipeline ranks, and actor.pipeline_parallel is 1. Raise it, or set virtual_pipeline to 1."
+            "pipeline ranks, and actor.pipeline_parallel is 1. Raise pipeline_parallel, or set virtual_pipeline to 1."
         )
     if layout.sequence_parallel and layout.tensor == 1:
         raise UserError(
-            "actor.sequence_parallel shares sequences between tensor-parallel ranks, and actor.tensor_parallel is 1. "
-            "Raise it, or set sequence_parallel to false."
+            "actor.sequence_parallel splits sequences over tensor-parallel ranks, and actor.tensor_parallel is 1. "
+            "Raise tensor_parallel, or set sequence_parallel to false."
         )
 
 
@@ -81,14 +81,15 @@ def _check_experts(model: Architecture, layout: Layout) -> None:
     if model.experts is None:
         if layout.expert > 1:
             raise UserError(
-                f"actor.expert_parallel is {layout.expert}, but the model is dense: it has no experts to share out. "
-                "Set it to 1."
+                f"actor.expert_parallel is {layout.expert}, but the model is dense and has no experts. "
+                "Set expert_parallel to 1."
             )
         return
     if layout.tensor > 1 and not layout.sequence_parallel:
         raise UserError(
             f"actor.tensor_parallel is {layout.tensor} and actor.sequence_parallel is false, but a model with experts "
-            "needs both or neither. Set actor.sequence_parallel to true, or actor.tensor_parallel to 1."
+            "needs sequence parallelism if it uses tensor parallelism. Set actor.sequence_parallel to true, or "
+            "actor.tensor_parallel to 1."
         )
     count, ranks = model.experts.count, layout.tensor * layout.data * layout.context
     for what, number in ((f"experts ({count})", count), (f"ranks of a pipeline stage ({ranks})", ranks)):
@@ -106,7 +107,7 @@ def _check_experts(model: Architecture, layout: Layout) -> None:
 
 
 def _head_unit(model: Architecture) -> int:
-    """What tensor parallelism must divide, but for the vocabulary."""
+    """Returns the number that tensor_parallel must divide, apart from the vocabulary."""
     return math.gcd(model.heads, model.kv_heads, model.ffn)
 
 

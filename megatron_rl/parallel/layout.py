@@ -1,4 +1,7 @@
-"""How a model is spread over ranks, and whether a model can be. Standard library only, so a dry run can ask."""
+"""How a model is split over ranks, and the sizes that follow from that. Standard library only.
+
+`models/layout_check.py` checks that a given model fits a layout.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Degrees of parallelism. Ranks are numbered tensor first, then data, then pipeline."""
+    """Degrees of parallelism. Ranks are numbered tensor-parallel first, then data-parallel, then pipeline-parallel."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -19,18 +22,18 @@ class Layout:
     context: int = 1
     expert: int = 1
     virtual_pipeline: int = 1
-    """Chunks of layers on each pipeline rank; with more than one the schedule interleaves them."""
+    """Chunks of layers on each pipeline rank. With more than one, the schedule interleaves the chunks."""
     sequence_parallel: bool = False
-    """The tensor-parallel ranks share the sequence too, where they do not share the layer."""
+    """Whether tensor-parallel ranks also split the sequence in the parts of a layer whose weights they do not split."""
 
     @property
     def world_size(self) -> int:
-        """Expert parallelism lives inside the tensor- and data-parallel ranks and adds none."""
+        """Number of ranks. Expert parallelism reuses the tensor- and data-parallel ranks, so it adds none."""
         return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def expert_tensor(self) -> int:
-        """Ranks that share each expert: those that share other layers, or one where experts are shared out whole."""
+        """Ranks that split each expert: the tensor-parallel ranks, or 1 under expert parallelism."""
         return self.tensor if self.expert == 1 else 1
 
 
@@ -48,13 +51,20 @@ def layout_of(actor: ActorSettings) -> Layout:
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
-    """The smallest multiple of `tensor` that holds `vocabulary` tokens."""
+    """Returns the padded vocabulary size: the smallest multiple of `tensor` that is at least `vocabulary`.
+
+    `build_model` builds the embedding and the LM head of this size. `models/fusion.py` adds the padding, which is rows
+    of zeros, when it loads weights, and removes it when it exports them. The loss and `top_candidates` ignore the
+    logits of padding.
+    """
     return -(-vocabulary // tensor) * tensor
 
 
 def last_stage_layers(layers: int, pipeline: int) -> int:
-    """Layers of the last pipeline stage when the others get equal shares: fewer than theirs where possible, since the
-    last stage has the LM head as well."""
+    """Returns the number of layers on the last pipeline stage; the other stages share the rest equally.
+
+    The last stage also holds the LM head, so it gets fewer layers than the others if possible.
+    """
     share = -(-layers // pipeline)
     left = layers - share * (pipeline - 1)
     return left if left > 0 else layers - (layers // pipeline) * (pipeline - 1)

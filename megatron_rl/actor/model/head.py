@@ -18,7 +18,7 @@ from megatron_rl.actor.model.policy import PolicyModel
 from megatron_rl.actor.passes.micro_batch import MicroBatch
 from megatron_rl.actor.passes.policy_loss import loss_fields
 from megatron_rl.parallel import process_groups
-from megatron_rl.parallel.context_statistics import whole_over_context
+from megatron_rl.parallel.context_statistics import gather_over_context_ranks
 
 
 class Head:
@@ -64,7 +64,7 @@ class Head:
         else:
             logits = self.logits(rows)
             stats = lpreg.token_stats(logits, targets, inplace_backward=logits.requires_grad, **settings)
-        return stats if batch.places is None else whole_over_context(stats, batch.places, len(batch.targets))
+        return stats if batch.places is None else gather_over_context_ranks(stats, batch.places, len(batch.targets))
 
     def predicting(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """[s, b, d] -> [T, d], the states that predict the response tokens, whole on every tensor-parallel rank."""
