@@ -99,7 +99,7 @@ def test_rows_share_positions_but_not_with_transformer_engine(monkeypatch: pytes
             assert platform.packing_form(asked, device) == "prefix_tree"
             platform.require(device, auto)
             if engine:
-                with pytest.raises(UserError, match=r"actor\.rows: prefix_tree is not for Transformer Engine"):
+                with pytest.raises(UserError, match=r"actor\.rows: prefix_tree does not work with Transformer Engine"):
                     platform.require(device, asked)
             else:
                 platform.require(device, asked)
@@ -135,7 +135,7 @@ def nothing_to_do() -> str:
 def test_changed_experts_fail_loudly(monkeypatch: pytest.MonkeyPatch, place: str, name: str) -> None:
     monkeypatch.setattr(f"megatron.core.transformer.moe.{place}.{name}", lambda: None)
     with pytest.raises(RuntimeError, match="megatron-core changed"):
-        platform._mend_experts()
+        platform._adapt_experts()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from megatron_rl.batching.prefix_tree import PrefixTree
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 CPU = torch.device("cpu")
-TOGETHER = st.sampled_from([1, 3, 8, tree_attention.TOGETHER])
+RUN_KEYS = st.sampled_from([1, 3, 8, tree_attention.MASKED_RUN_KEYS])
 """Small ones have rows alone, and rows longer than that, which have no mask."""
 
 rows_lists = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_size=1, max_size=8)
@@ -45,12 +45,12 @@ def alone(tree: PrefixTree, query: torch.Tensor, key: torch.Tensor, value: torch
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows_lists, TOGETHER, st.integers(0, 5))
-def test_a_row_sees_itself_and_no_other(rows: list[list[int]], together: int, padding: int) -> None:
+@given(rows_lists, RUN_KEYS, st.integers(0, 5))
+def test_a_row_sees_itself_and_no_other(rows: list[list[int]], run_keys: int, padding: int) -> None:
     tree = PrefixTree.of([np.array(row, dtype=np.int64) for row in rows])
     padding = max(padding, int(tree.size == 0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_attention, "TOGETHER", together)
+        patch.setattr(tree_attention, "MASKED_RUN_KEYS", run_keys)
         packing = tree_packing(tree, CPU, padding)
     given = [x.requires_grad_() for x in inputs(tree.size + padding)]
     out = attention()(*given, None, packing)
@@ -72,7 +72,7 @@ def test_long_rows_have_no_mask() -> None:
     tree = PrefixTree.of(rows)
     assert tree.size < sum(map(len, rows)) - 4 * 99
     blocks = tree_packing(tree, CPU).blocks
-    assert all(block.mask is None for block in blocks if block.keys.shape[1] > tree_attention.TOGETHER)
+    assert all(block.mask is None for block in blocks if block.keys.shape[1] > tree_attention.MASKED_RUN_KEYS)
     assert sum(block.mask is None for block in blocks) >= 2
 
 
