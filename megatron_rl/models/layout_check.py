@@ -29,9 +29,7 @@ def validate_layout(hf_config: Mapping[str, Any], layout: Layout, pad_vocabulary
     _check_tensor(model, layout.tensor)
     _check_experts(model, layout)
     if layout.pipeline > model.layers:
-        raise UserError(
-            f"actor.pipeline_parallel is {layout.pipeline}, but the model has only {model.layers} layers."
-        )
+        raise UserError(f"actor.pipeline_parallel is {layout.pipeline}, but the model has only {model.layers} layers.")
     _check_chunks(model, layout)
     if not pad_vocabulary and model.vocabulary % layout.tensor:
         fitting = set(_divisors(model.vocabulary)) & set(_divisors(_head_unit(model)))
