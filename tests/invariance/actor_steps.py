@@ -27,7 +27,7 @@ from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.models.weight_map import export_hf_weights
 from megatron_rl.parallel.layout import Layout
-from tests.meeting import meeting_point
+from tests.meeting import gathered, meeting_point
 
 VOCABULARY = 51  # odd: tensor parallelism pads it
 TEMPERATURE, DENOMINATOR, LEARNING_RATE = 0.9, 90.0, 1e-2
@@ -94,13 +94,6 @@ def steps(rank: int, layout: Layout, variant: dict[str, Any], meeting: Path, fol
     dist.barrier()
     worker.close()
     return found if rank == 0 else None
-
-
-def gathered(part: Any) -> list[Any]:
-    """From all ranks, on each of them; those that have nothing left out."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return [part for part in parts if part is not None]
 
 
 def run_rank(rank: int, layout: Layout, variants: dict[str, dict[str, Any]], folder: Path) -> None:

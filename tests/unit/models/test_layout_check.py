@@ -37,7 +37,7 @@ EXPERTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=8, pipeline=12, data=5), Layout(tensor=2, pipeline=3)])
-def test_fitting_layouts_pass(layout: Layout) -> None:
+def test_layouts_that_fit_the_model_are_accepted(layout: Layout) -> None:
     validate_layout(qwen3(), layout, pad_vocabulary=True)
 
 
@@ -72,11 +72,13 @@ def test_fitting_layouts_pass(layout: Layout) -> None:
         (EXPERTS | {"num_experts_per_tok": 1}, Layout(), ["num_experts_per_tok: 1"]),
     ],
 )
-def test_refusals_name_the_number_and_the_way_out(changes: dict[str, Any], layout: Layout, words: list[str]) -> None:
-    with pytest.raises(UserError) as refusal:
+def test_refusals_name_the_wrong_value_and_the_remedy(
+    changes: dict[str, Any], layout: Layout, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as error:
         validate_layout(qwen3(**changes), layout, pad_vocabulary=True)
     for word in words:
-        assert word in str(refusal.value)
+        assert word in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -88,29 +90,29 @@ def test_refusals_name_the_number_and_the_way_out(changes: dict[str, Any], layou
         Layout(tensor=2, expert=2, sequence_parallel=True),
     ],
 )
-def test_fitting_layouts_of_a_model_with_experts_pass(layout: Layout) -> None:
+def test_layouts_that_fit_a_model_with_experts_are_accepted(layout: Layout) -> None:
     validate_layout(qwen3(**EXPERTS), layout, pad_vocabulary=True)
 
 
-def test_vocabulary_must_divide_unless_padded() -> None:
+def test_tensor_parallel_must_divide_the_vocabulary_unless_it_is_padded() -> None:
     validate_layout(qwen3(), Layout(tensor=2), pad_vocabulary=True)
     with pytest.raises(UserError, match=r"1001\s+tokens.*pad_vocabulary.*that work: 1\."):
         validate_layout(qwen3(), Layout(tensor=2), pad_vocabulary=False)
     validate_layout(qwen3(vocab_size=1002), Layout(tensor=2), pad_vocabulary=False)
 
 
-def test_a_missing_key_is_named() -> None:
+def test_a_missing_config_key_is_named() -> None:
     config = qwen3()
     del config["intermediate_size"]
     with pytest.raises(UserError, match="lacks 'intermediate_size'"):
         validate_layout(config, Layout(), pad_vocabulary=True)
 
 
-def test_model_type_serves_where_architectures_is_absent() -> None:
+def test_model_type_is_used_if_architectures_is_absent() -> None:
     validate_layout(qwen3(architectures=None, model_type="qwen3"), Layout(), pad_vocabulary=True)
 
 
-def test_a_dry_run_needs_no_torch() -> None:
+def test_the_layout_check_does_not_import_torch() -> None:
     imports = "import sys, megatron_rl.models.layout_check"
     code = f"{imports}; print({{'torch', 'megatron'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,14 +7,14 @@ from megatron_rl.parallel.layout import last_stage_layers, padded_vocabulary
 
 
 @given(st.integers(1, 200_000), st.integers(1, 64))
-def test_padding_is_the_least_that_divides(vocabulary: int, tensor: int) -> None:
+def test_the_padded_vocabulary_is_the_smallest_multiple(vocabulary: int, tensor: int) -> None:
     padded = padded_vocabulary(vocabulary, tensor)
     assert padded % tensor == 0
     assert 0 <= padded - vocabulary < tensor
 
 
 @given(layers=st.integers(1, 80), pipeline=st.integers(1, 16))
-def test_every_stage_has_layers_and_the_others_share_equally(layers: int, pipeline: int) -> None:
+def test_every_stage_has_layers_and_all_but_the_last_have_equally_many(layers: int, pipeline: int) -> None:
     if pipeline > layers:
         return
     last = last_stage_layers(layers, pipeline)
@@ -26,5 +26,5 @@ def test_every_stage_has_layers_and_the_others_share_equally(layers: int, pipeli
         assert last == layers // pipeline
 
 
-def test_three_layers_on_two_stages_leave_the_head_the_smaller_part() -> None:
+def test_the_stage_with_the_head_gets_one_of_three_layers() -> None:
     assert last_stage_layers(3, 2) == 1
