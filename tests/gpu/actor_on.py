@@ -1,7 +1,8 @@
-"""The ranks of `test_actor_on_cuda.py`, on whichever device: they take the same RL steps and say what came of them.
+"""The ranks of `test_actor_on_cuda.py`, on any device: they take the same RL steps and write the results.
 
-Run as: actor_on.py FOLDER, with FOLDER/case.json: {"actor": settings, "model": folder, "rows": of `measure.rows`,
-"steps": number}. `"load": false` leaves the weights random. Rank 0 writes FOLDER/found.json and FOLDER/logits.pt.
+Run as: actor_on.py FOLDER, with FOLDER/case.json: {"actor": settings, "model": folder, "rows": arguments of
+`measure.rows`, "steps": number}. `"load": false` leaves the weights random. Rank 0 writes FOLDER/found.json and
+FOLDER/logits.pt.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def run_rank(rank: int, folder: Path) -> None:
     worker.set_loss(LossChoice.of(AlgorithmSettings(name="grpo")))
     worker.build_optimizer(OptimizerSettings(lr=LEARNING_RATE, eps=1e-3))
     batch = rows(**case["rows"])
-    for row, tokens in enumerate(batch.tokens):  # groups of four, so that local layers have positions to share
+    for row, tokens in enumerate(
+        batch.tokens
+    ):  # groups of four share a prompt, so that local layers have positions to share
         prompt = batch.prompt_lengths[row]
         tokens[:prompt] = batch.tokens[row - row % 4][:prompt]
     found |= steps(worker, batch, case["steps"])

@@ -47,9 +47,7 @@ def test_preparing_for_cpu_changes_every_listed_function(retargeted: list[str]) 
     assert {"RotaryEmbedding.get_emb", "P2PCommunicator._communicate", "get_grad_norm_fp32"} <= set(retargeted)
 
 
-def test_preparing_for_cuda_changes_nothing_and_uses_the_local_gpu(
-    monkeypatch: pytest.MonkeyPatch, retargeted: list[str]
-) -> None:
+def test_preparing_for_cuda_only_selects_the_local_gpu(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
