@@ -38,7 +38,7 @@ class Layout:
 
 
 def layout_of(actor: ActorSettings) -> Layout:
-    """Returns the layout that the `actor` section of the configuration asks for."""
+    """Returns the layout that the `actor` section of the configuration specifies."""
     return Layout(
         tensor=actor.tensor_parallel,
         pipeline=actor.pipeline_parallel,

@@ -48,9 +48,9 @@ def batch() -> SequenceBatch:
     tokens, prompts = [], []
     for prompt, responses in shape:
         longest = random.integers(0, VOCABULARY, prompt + max(responses))
-        for response, alike in zip(responses, (4, 2, 10), strict=True):
+        for response, common in zip(responses, (4, 2, 10), strict=True):
             row = longest[: prompt + response].copy()
-            row[prompt + alike :] = random.integers(0, VOCABULARY, len(row[prompt + alike :]))
+            row[prompt + common :] = random.integers(0, VOCABULARY, len(row[prompt + common :]))
             tokens.append(row)
             prompts.append(prompt)
     tokens[-1] = tokens[-2].copy()
