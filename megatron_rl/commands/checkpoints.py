@@ -66,7 +66,7 @@ def _contents(path: Path, hashes: bool) -> list[str]:
 
 
 def _evaluation(manifest: Manifest) -> str:
-    from megatron_rl.observability.format import number
+    from megatron_rl.utils.format import number
 
     values = {
         name.removeprefix("eval/"): value

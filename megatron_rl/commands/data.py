@@ -57,7 +57,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _length_filter(tokenizer_folder: Path | None, most: int | None) -> Callable[[str], bool]:
-    from megatron_rl.data.template import load_tokenizer
+    from megatron_rl.data.tokenizer import load_tokenizer
     from megatron_rl.errors import UserError
 
     if (tokenizer_folder is None) != (most is None):

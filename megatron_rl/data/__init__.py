@@ -2,6 +2,6 @@
 
 from .cursor import Cursor
 from .prompts import PromptSet, load_prompts
-from .template import load_tokenizer
+from .tokenizer import load_tokenizer
 
 __all__ = ["Cursor", "PromptSet", "load_prompts", "load_tokenizer"]

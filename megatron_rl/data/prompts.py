@@ -12,7 +12,8 @@ from megatron_rl.types import Prompt
 
 from .rows import read_rows
 from .schemas import Row, Schema, SchemaName, recognise
-from .template import Tokenizer, check_template, load_tokenizer, render
+from .template import check_template, render
+from .tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)

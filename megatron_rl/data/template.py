@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol
-
 from megatron_rl.config.evaluation import Template
-from megatron_rl.config.validate import TOKENIZER_FILES
 from megatron_rl.errors import UserError
 
 from .schemas import Message
+from .tokenizer import Tokenizer
 
 BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 """As Qwen's maths models and most evaluations of this kind ask."""
@@ -21,32 +18,6 @@ R1_ZERO = (
     "\\boxed{{}}. Assistant:"
 )
 """DeepSeek-R1 (arXiv 2501.12948), table 1, with a sentence about the box, which is what the verifier reads."""
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that prompts need."""
-
-    chat_template: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-
-    def decode(self, token_ids: list[int]) -> str: ...
-
-    def apply_chat_template(
-        self, conversation: list[Message], *, add_generation_prompt: bool, tokenize: bool
-    ) -> Any: ...
-
-
-def load_tokenizer(model_folder: Path) -> Any:
-    """The tokenizer of a Hugging Face model folder, from local files only. Raises UserError if it has none."""
-    if not any((model_folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{model_folder}: no tokenizer here; expected one of {', '.join(TOKENIZER_FILES)}")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{model_folder}: the tokenizer cannot be loaded: {error}") from error
 
 
 def check_template(tokenizer: Tokenizer, template: Template) -> None:

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_rl.data.template import load_tokenizer
-from megatron_rl.data.tokens import stop_token_ids
+from megatron_rl.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_rl.errors import UserError
 from megatron_rl.types import FinishReason, Generation, Prompt, Sample, SamplingParams
 from megatron_rl.utils.web import RequestFailed, ask

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.observability.format import number
 from megatron_rl.observability.metrics import Row, series
 from megatron_rl.utils.files import atomically, write_error
+from megatron_rl.utils.format import number
 
 if TYPE_CHECKING:
     from megatron_rl.config.observability import DiagnosisSettings

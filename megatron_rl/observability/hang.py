@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from megatron_rl.observability.format import duration
 from megatron_rl.utils import heartbeat
+from megatron_rl.utils.format import duration
 from megatron_rl.utils.heartbeat import IDLE, Beat
 
 STACK_SECONDS = 20

@@ -14,8 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rl.observability.format import ASCII_BLOCKS, BLOCKS, duration, number, sparkline
 from megatron_rl.observability.view import Metrics, TimeLeft, View
+from megatron_rl.utils.format import ASCII_BLOCKS, BLOCKS, duration, number, sparkline
 
 REFRESH_PER_SECOND = 2
 """Enough to see that it lives; a faster one would cost the run time on a small machine."""

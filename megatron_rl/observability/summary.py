@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rl.observability.format import number
 from megatron_rl.observability.metrics import Row, metric_names, read_metrics, series
+from megatron_rl.utils.format import number
 
 PLACES = (
     ("report", "report.html"),

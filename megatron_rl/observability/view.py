@@ -7,11 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Literal, Self, TextIO
+from typing import Self, TextIO
 
-from megatron_rl.observability.format import duration, number
+from megatron_rl.utils.format import duration, number
 
-Kind = Literal["auto", "live", "plain", "off"]
 Metrics = Mapping[str, float | None]
 
 PLAIN_EVERY_STEPS = 10
@@ -125,20 +124,6 @@ class PlainView(View):
             self._last_time = now
             return True
         return False
-
-
-def make_view(kind: Kind, total_steps: int, title: str) -> View:
-    """The view for a run. `auto`: live if standard output is a terminal that can move its cursor, plain elsewhere."""
-    from rich.console import Console
-
-    from megatron_rl.observability.live_view import LiveView
-
-    console = Console()
-    if kind == "off":
-        return View()
-    if kind == "live" or (kind == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal):
-        return LiveView(total_steps, title, console)
-    return PlainView(total_steps, title)
 
 
 def _compact(seconds: float | None) -> str:

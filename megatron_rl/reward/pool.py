@@ -20,7 +20,7 @@ from pebble import ProcessExpired, ProcessPool
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward.resolve import load_reward
 from megatron_rl.types import Reward, RewardResult, Sample
-from megatron_rl.utils.process_log import redirect_output
+from megatron_rl.utils.files import redirect_output
 
 CHUNKS_PER_WORKER = 4
 """More even out the load, fewer cost fewer round trips."""

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_rl.observability.format import duration
 from megatron_rl.utils.files import write_error
+from megatron_rl.utils.format import duration
 
 FOLDER = "heartbeats"
 """Within a run's `logs`."""

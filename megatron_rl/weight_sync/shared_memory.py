@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from megatron_rl.utils.owned_folder import owned_folder
+from megatron_rl.utils.files import owned_folder
 
 PREFIX = "megatron-rl-weights-"
 

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from megatron_rl.data.schemas import Row, kind
+from megatron_rl.utils.boxed import last_boxed
 
 from .sets import Columns
 
@@ -43,8 +44,6 @@ def answer_of(row: Row, columns: Columns) -> str:
         value = value.get(field)
     text = _as_text(value, columns.answer)
     if columns.boxed:
-        from megatron_rl.reward.maths.boxed import last_boxed
-
         boxed = last_boxed(text)
         if boxed is None:
             raise ValueError(rf"column {columns.answer}: there is no \boxed{{}} in {text[-60:]!r}")

@@ -13,10 +13,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from megatron_rl.config.observability import WORD_CLASSES
-from megatron_rl.observability.format import duration, number
 from megatron_rl.observability.metrics import series
 from megatron_rl.observability.summary import Change, before_and_after, signed
 from megatron_rl.utils.files import atomically
+from megatron_rl.utils.format import duration, number
 
 from . import token_figures
 from .compare import charts_of

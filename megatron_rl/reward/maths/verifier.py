@@ -6,8 +6,8 @@ from fractions import Fraction
 from functools import lru_cache
 
 from megatron_rl.types import RewardResult, Sample
+from megatron_rl.utils.boxed import last_boxed
 
-from .boxed import last_boxed
 from .numbers import Number, read_number, same_number
 from .text import bare, has_stray_digits, normalise, words
 from .units import PERCENT, Unit, in_radians, split_unit

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from megatron_rl.observability.format import duration, number, sparkline
 from megatron_rl.observability.live_view import LiveView
-from megatron_rl.observability.view import PlainView, View, make_view
+from megatron_rl.observability.make_view import make_view
+from megatron_rl.observability.view import PlainView, View
+from megatron_rl.utils.format import duration, number, sparkline
 
 METRICS = {
     "reward/mean": 0.412,

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.reward.maths import last_boxed, verify_maths
+from megatron_rl.reward.maths import verify_maths
 from megatron_rl.types import Sample
+from megatron_rl.utils.boxed import last_boxed
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "maths_verl.parquet"
 

@@ -1,12 +1,41 @@
-"""Tokens that a configuration names, found in the tokenizer."""
+"""The tokenizer of a model folder, and the tokens that a configuration names."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from megatron_rl.config.validate import TOKENIZER_FILES
 from megatron_rl.errors import UserError
+
+from .schemas import Message
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that prompts need."""
+
+    chat_template: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+    def apply_chat_template(
+        self, conversation: list[Message], *, add_generation_prompt: bool, tokenize: bool
+    ) -> Any: ...
+
+
+def load_tokenizer(model_folder: Path) -> Any:
+    """The tokenizer of a Hugging Face model folder, from local files only. Raises UserError if it has none."""
+    if not any((model_folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{model_folder}: no tokenizer here; expected one of {', '.join(TOKENIZER_FILES)}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{model_folder}: the tokenizer cannot be loaded: {error}") from error
 
 
 def single_token(tokenizer: Any, text: str, key: str) -> int:

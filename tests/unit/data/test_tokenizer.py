@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.data.tokens import single_token, stop_token_ids
+from megatron_rl.data.tokenizer import single_token, stop_token_ids
 from megatron_rl.errors import UserError
 
 
