@@ -22,7 +22,5 @@ def _status(options: argparse.Namespace) -> None:
 
     beats = heartbeat.read_beats(options.folder / "logs" / heartbeat.FOLDER)
     if not beats:
-        raise UserError(
-            f"{options.folder}: no heartbeats here; give the folder of a run, such as runs/<name>"
-        )
+        raise UserError(f"{options.folder}: no heartbeats here; give the folder of a run, such as runs/<name>")
     print(heartbeat.table(beats, time.time()))

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, and the tokens that a configuration names."""
+"""The tokenizer of a model folder, and tokens that are looked up in it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(model_folder: Path) -> Any:
-    """The tokenizer of a Hugging Face model folder, from local files only. Raises UserError if it has none."""
+    """Loads the tokenizer of a Hugging Face model folder from local files. Raises UserError if it has none."""
     if not any((model_folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{model_folder}: no tokenizer here; expected one of {', '.join(TOKENIZER_FILES)}")
     from transformers import AutoTokenizer
@@ -39,19 +39,26 @@ def load_tokenizer(model_folder: Path) -> Any:
 
 
 def single_token(tokenizer: Any, text: str, key: str) -> int:
-    """The one token that `text` is; UserError where it is none or many."""
+    """Returns the id of the token that `text` consists of. Raises UserError if it is not exactly one known token.
+
+    `key` is the configuration key that the error names.
+    """
     try:
         ids = tokenizer.encode(text, add_special_tokens=False)
-    except Exception as error:  # tokenizers raises nothing narrower where a word is not in its vocabulary
+    except Exception as error:  # tokenizers raises a bare Exception for a word outside the vocabulary
         raise UserError(f"{key}: {text!r} is not in the model's vocabulary: {error}") from error
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        what = f"{len(ids)} tokens: {ids}" if len(ids) != 1 else "unknown to it"
+        what = f"{len(ids)} tokens: {ids}" if len(ids) != 1 else "unknown"
         raise UserError(f"{key}: {text!r} must be one token of the model's vocabulary; it is {what}")
     return int(ids[0])
 
 
 def stop_token_ids(tokenizer: Any, model_folder: Path, chosen: list[int] | None) -> tuple[int, ...]:
-    """What ends a response: as chosen, else the end tokens of generation_config.json, else the tokenizer's."""
+    """Returns the ids of the tokens that end a response.
+
+    They are the `chosen` ones if given, otherwise the end tokens of generation_config.json, otherwise that of the
+    tokenizer. Raises UserError if none of these names an end token.
+    """
     if chosen is not None:
         return tuple(chosen)
     generation = model_folder / "generation_config.json"

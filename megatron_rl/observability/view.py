@@ -1,4 +1,4 @@
-"""What a run says while it goes on: one live view on a terminal, plain lines elsewhere."""
+"""The interface of a run's progress view, and its plain form of one line at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PLAIN_METRICS = (
 
 
 class View:
-    """What the loop tells; shown nowhere (`off`). The other views say the same things to someone."""
+    """The interface of all views. This base class is the view `off`, which shows nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -35,26 +35,26 @@ class View:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Leaves the terminal as it was found, after an error too."""
+        """Restores the state of the terminal, also after an error."""
 
     def phase(self, name: str) -> None:
-        """What is going on from now on: "warm start", "rollout", "train", "evaluate", ..."""
+        """Announces the phase that starts now: "warm start", "rollout", "train", "evaluate", ..."""
 
     def warm_start(self, step: int, total: int, loss: float, seconds_left: float | None) -> None:
-        """After a step of supervised warm start."""
+        """Shows a finished step of the supervised warm start."""
 
     def step(self, step: int, metrics: Metrics) -> None:
-        """After an RL step, steps rising, with that step's metrics under their full names."""
+        """Shows a finished RL step with its metrics under their full names. Steps are ascending."""
 
     def eval(self, step: int, metrics: Metrics) -> None:
-        """After an evaluation, with its `eval/<suite>/...` metrics."""
+        """Shows a finished evaluation with its `eval/<suite>/...` metrics."""
 
     def message(self, text: str) -> None:
-        """One thing worth knowing, as a line that stays."""
+        """Prints a permanent line."""
 
 
 class TimeLeft:
-    """Seconds to the last step at the pace of the last 50 steps, whatever happened between them included."""
+    """Estimates the seconds to the last step from the last 50 steps, including the time between them."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
         self._total = total_steps
@@ -73,7 +73,7 @@ class TimeLeft:
 
 
 class PlainView(View):
-    """One readable line of `name=value` pairs every 10 steps or 10 seconds, and one for each evaluated suite."""
+    """Prints a line of `name=value` pairs every 10 steps or 10 seconds, and a line per evaluated suite."""
 
     def __init__(
         self, total_steps: int, title: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
@@ -91,7 +91,7 @@ class PlainView(View):
         return self
 
     def phase(self, name: str) -> None:
-        # Phases come back every step: each is worth a line only once.
+        # Phases repeat in every step, so each is printed only once.
         if name not in self._phases:
             self._phases.add(name)
             self.message(f"phase={name.replace(' ', '_')}")
@@ -127,5 +127,5 @@ class PlainView(View):
 
 
 def _compact(seconds: float | None) -> str:
-    """A duration without blanks, so that a line splits at them."""
+    """Formats a duration without spaces, so that a line can be split at its spaces."""
     return duration(seconds).replace(" ", "")

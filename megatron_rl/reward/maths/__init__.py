@@ -1,4 +1,4 @@
-r"""Maths answers: what the last \boxed{} holds, compared with the label as mathematics."""
+r"""The maths reward: compares the content of the last \boxed{} with the label as mathematics."""
 
 from .verifier import verify_maths
 
