@@ -144,7 +144,7 @@ class Actors:
         return merge_tables(batch, [t for t in self._all("logits", self._sent(batch)) if t is not None])[0]["logits"]
 
     def candidates(self, batch: SequenceBatch, *, temperature: float, count: int) -> dict[str, np.ndarray]:
-        """Returns `candidate_ids` and `candidate_log_probs` [T, count] of the likeliest next tokens at each sampled token
+        """Returns `candidate_ids` and `candidate_log_probs` [T, count]: the likeliest next tokens at each sampled token
         that the batch marks as `wanted`."""
         tables = self._all("candidates", self._sent(batch), temperature, count)
         return merge_tables(batch, [table for table in tables if table is not None])[0]
@@ -161,8 +161,8 @@ class Actors:
         self._all("snapshot", name)
 
     def submit_weights(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
-        """Starts `connect_weights`, `push_weights` or `disconnect_weights` on all ranks without waiting, as engines take
-        part meanwhile."""
+        """Starts `connect_weights`, `push_weights` or `disconnect_weights` on all ranks without waiting, because engines
+        take part meanwhile."""
         return self._submit(method, *arguments)
 
     def publishers(self) -> list[tuple[str, int]]:

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rl.observability.format import duration
 from megatron_rl.plan.memory import host_bytes
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.search import Choice
 from megatron_rl.plan.times import checkpoint_bytes, step_flops
+from megatron_rl.utils.format import duration
 from megatron_rl.utils.hardware import GIB
 
 
