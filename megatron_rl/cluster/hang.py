@@ -71,7 +71,7 @@ def explain(beats: Sequence[Beat], evidence: Mapping[str, Evidence], quiet_secon
     `evidence` is keyed by process name. Processes without evidence are assumed not to be in a collective operation.
     """
     return (
-        f"no process has made progress for {duration(quiet_seconds)} (cluster.hang_seconds).\n"
+        f"no process has made progress for {duration(quiet_seconds)} (observability.hang_seconds).\n"
         f"{heartbeat.table(beats, time.time())}\n{_waiting_processes(beats, evidence)}"
     )
 

@@ -132,7 +132,7 @@ def open_run(config: Config) -> Iterator[Run]:
         logs = config.run.folder / "logs"
         stack.callback(shutil.rmtree, logs / heartbeat.FOLDER, ignore_errors=True)
         shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # left by a killed run
-        nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.cluster.hang_seconds)))
+        nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))
         origin = resumption.manifest.origin if resumption else None
         actors, engines, reference = _start(config, choice, inputs, view, stack, nodes, origin)
         weights = open_weight_sync(config, actors, engines, view, stack) if engines else None

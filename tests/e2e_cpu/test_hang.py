@@ -21,7 +21,7 @@ def test_a_hang_is_explained_and_ends(command_line: CommandLine) -> None:
         *SHORT_WARM_START,
         "evaluation.suites={}",
         "evaluation.probes={}",
-        "cluster.hang_seconds=30",
+        "observability.hang_seconds=30",
     )
     folder = command_line.folder / "runs/hang"
     assert process.stdout is not None
