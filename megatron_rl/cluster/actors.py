@@ -13,14 +13,14 @@ from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import Snapshot, Sums, Table, TrainResult, Weights, add_up
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
-from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.cluster.runtime import Nodes, host_process, results
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.flops import pass_flops
 from megatron_rl.models.hf_format import read_config
+from megatron_rl.models.hf_shards import HfShard
 from megatron_rl.parallel.layout import Layout
-from megatron_rl.plan.flops import pass_flops
-from megatron_rl.plan.hardware import known_gpu
+from megatron_rl.utils.hardware import known_gpu
 from megatron_rl.weight_sync.buckets import TensorSpec
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ class Actors:
         self._all("snapshot", name)
 
     def submit_weights(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
-        """Starts `connect_weights`, `push_weights` or `disconnect_weights` on all ranks. Does not wait, as engines take
-        part meanwhile."""
+        """Starts `connect_weights`, `push_weights` or `disconnect_weights` on all ranks without waiting, because engines
+        take part meanwhile."""
         return self._submit(method, *arguments)
 
     def publishers(self) -> list[tuple[str, int]]:

@@ -45,7 +45,7 @@ def collectives(nodes: Nodes, device: str, layout: Layout, logs: Path) -> Collec
     """A sum over every process group. Raises UserError on time-out, and what the ranks raise."""
     ranks = [
         host_process(
-            "megatron_rl.parallel.collectives:CollectiveCheck",
+            "megatron_rl.actor.collective_check:CollectiveCheck",
             (device, layout, rank),
             log_file=logs / f"rank-{rank}.log",
             nodes=nodes,

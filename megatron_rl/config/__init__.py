@@ -1,4 +1,4 @@
-"""Configuration: the schema, loading with overrides, and what can be checked before anything starts."""
+"""Configuration: the schema, loading with overrides, and the checks that run before anything starts."""
 
 from .load import expand, load_config
 from .schema import Config

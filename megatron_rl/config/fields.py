@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 class Section(BaseModel):
-    """A group of keys. Strict, so that a typo or a wrong type never becomes a silent default."""
+    """A group of keys. Validation is strict, so that a typo or a wrong type never falls back to a default silently."""
 
     model_config = ConfigDict(
         strict=True,
@@ -26,7 +26,7 @@ def _to_path(value: Any) -> Any:
 
 
 def worded(pattern: str, words: str) -> AfterValidator:
-    """Text of which all must match the pattern; `words` say in an error what was expected."""
+    """Validates that the complete text matches the pattern. `words` describe the expected form in the error."""
 
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -37,7 +37,7 @@ def worded(pattern: str, words: str) -> AfterValidator:
 
 
 FilePath = Annotated[Path, BeforeValidator(_to_path)]
-"""Text in YAML; relative to the folder the command runs in."""
+"""A path, written as text in YAML and relative to the folder in which the command runs."""
 
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -48,8 +48,8 @@ ShareOrZero = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 Betas = Annotated[tuple[Decay, Decay], Strict(False)]
-"""YAML has lists only. The two decay rates of Adam."""
+"""The two decay rates of Adam. Validation is not strict because YAML has lists and no tuples."""
 
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-"""Becomes part of a metric's name."""
+"""A name that becomes part of a metric's name."""

@@ -1,4 +1,4 @@
-"""From a name in the configuration to a verifier."""
+"""Lookup of the verifier that the configuration names."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ BUILT_IN = {
     "code": "megatron_rl.reward.code:CodeReward",
 }
 TAKES_SETTINGS = ("code",)
-"""Those are classes, made from the settings."""
+"""Names of verifiers that are classes and are constructed from the settings."""
 
 
 def load_reward(settings: RewardSettings) -> Reward:
-    """The verifier `settings.name`: a built-in one, or `package.module:function` from sys.path or the working folder.
+    """Returns the verifier `settings.name`: a built-in one, or `package.module:function`.
 
-    Raises UserError for an unknown name, a module that does not import and anything that cannot be called.
+    Modules are found on sys.path or in the working folder. Raises UserError for an unknown name, a module that cannot
+    be imported, or an object that cannot be called.
     """
     loaded = _find(settings.name)
     return loaded(settings) if settings.name in TAKES_SETTINGS else loaded
@@ -49,12 +50,13 @@ def _find(name: str) -> Any:
 
 
 def _import(module_name: str, name: str) -> object:
-    # A console script, unlike `python -m`, leaves the working folder out. Last, so that it shadows nothing installed.
+    # A console script, unlike `python -m`, does not search the working folder. It is appended at the end, so that it
+    # shadows no installed package.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         return importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises while it loads
+    except Exception as error:  # a user's module may raise anything while it loads
         raise UserError(
             f"reward.name={name!r}: module {module_name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error

@@ -12,7 +12,7 @@ from megatron_rl.cluster.weight_sync import CollectiveSync, FolderSync, WeightSy
 from megatron_rl.config import Config
 from megatron_rl.config.transport import transport_of
 from megatron_rl.observability.view import View
-from megatron_rl.weight_sync.shared_memory import shared_folder
+from megatron_rl.weight_sync.folder import shared_folder
 
 
 def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: View, stack: ExitStack) -> WeightSync:

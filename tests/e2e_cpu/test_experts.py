@@ -18,7 +18,7 @@ REWARD = """
 from megatron_rl.types import RewardResult, Sample
 
 def some(sample: Sample) -> RewardResult:
-    return RewardResult(float(sum(sample.generation.token_ids) % 3))
+    return RewardResult(float(sample.response.token_ids.sum() % 3))
 """
 """An untrained model never gives a right answer, and without different rewards there is no gradient."""
 COMPARED = ("train/loss", "train/grad_norm", "entropy/token_mean", "lpreg/delta", "response_length/mean")

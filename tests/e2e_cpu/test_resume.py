@@ -89,7 +89,7 @@ def test_a_run_that_was_interrupted_and_then_killed_ends_like_an_uninterrupted_o
 
 
 def test_the_time_of_checkpoints_is_logged(straight: Finished) -> None:
-    """The time that a step waits for its checkpoint is in the row of that step; the time in the background is in a later
+    """The time that a step waits for its checkpoint is in the row of that step, the time in the background in a later
     row. The last step waits for its checkpoint."""
     rows = {row["step"]: row for row in straight.metrics}
     assert [step for step in rows if "perf/checkpoint_seconds" in rows[step]] == [2, 4, 6]

@@ -29,7 +29,7 @@ from megatron_rl.rollout.servers.server import (
 )
 from megatron_rl.rollout.servers.server_process import ServerProcess, free_port
 from megatron_rl.types import Generation, SamplingParams
-from megatron_rl.utils.owned_folder import owned_folder
+from megatron_rl.utils.files import owned_folder
 from megatron_rl.weight_sync.checksums import Checksums
 from megatron_rl.weight_sync.transport import FolderUpdate, GroupMember, WeightUpdate
 

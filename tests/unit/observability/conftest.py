@@ -1,4 +1,4 @@
-"""A run as training would leave it: 200 steps, an evaluation every 50, values that wander as real ones do."""
+"""The folder of a run as training writes it: 200 steps with noisy values, and an evaluation every 50 steps."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ WORDS = ["<eos>", "ok", "no", "wait", "hmm", "+", "1", "2", "3"]
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One word a token."""
+    """Writes a tokenizer with one token per word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -92,7 +92,10 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_dump(folder: Path, step: int, groups: int = 4, seed: int = 0) -> None:
-    """A step's rollouts, four answers a prompt; `wait` is rare, and only group 0 has both right and wrong answers."""
+    """Writes the rollouts of a step with four responses per prompt.
+
+    `wait` is a rare word, and only group 0 has both correct and wrong answers.
+    """
     rng = np.random.default_rng(seed + step)
     samples, per_token = [], {"actor_log_probs": [], "entropy": [], "kept": [], "selected": []}
     for index in range(4 * groups):
@@ -131,7 +134,7 @@ def rows() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run_folder(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A finished run's folder with config.yaml and metrics.jsonl."""
+    """The folder of a finished run with config.yaml and metrics.jsonl."""
     folder = tmp_path / "countdown-lp_reg"
     folder.mkdir()
     (folder / "config.yaml").write_text(CONFIG)
@@ -141,7 +144,7 @@ def run_folder(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def recorded_run(run_folder: Path) -> Path:
-    """The same run with its tokenizer and rollout dumps of three steps."""
+    """The same run with a tokenizer and the rollout dumps of three steps."""
     write_tokenizer(run_folder)
     config = run_folder / "config.yaml"
     config.write_text(config.read_text() + "observability: {word_classes: {retry: [wait], filler: [hmm, so]}}\n")

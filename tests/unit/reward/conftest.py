@@ -1,4 +1,4 @@
-"""Samples to score, and verifiers that misbehave."""
+"""Samples for the tests of the rewards."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The remote reward, against servers that behave and servers that do not."""
+"""Tests of the remote reward against well-behaved and faulty servers."""
 
 import json
 import threading
@@ -15,11 +15,11 @@ from megatron_rl.types import RewardResult, Sample
 
 MakeSample = Callable[..., Sample]
 Answer = Callable[[dict[str, Any], int], tuple[int, bytes] | None]
-"""From a request and how many came before it to status and body; None: no answer at all."""
+"""Maps a request and the number of earlier requests to status and body. None means that no answer is sent."""
 
 
 class Server:
-    """Answers as told, and remembers what it was asked."""
+    """A server that answers by `answer` and records its requests."""
 
     def __init__(self) -> None:
         self.answer: Answer = well_behaved
@@ -71,7 +71,7 @@ def settings(url: str, **more: Any) -> RewardSettings:
     return RewardSettings(name="remote", remote=RemoteSettings(**remote))
 
 
-def test_batches_go_out_and_results_come_back_in_order(server: Server, make_sample: MakeSample) -> None:
+def test_samples_are_batched_and_results_keep_their_order(server: Server, make_sample: MakeSample) -> None:
     samples = [make_sample(str(i), str(i) if i % 3 else "other") for i in range(10)]
     with open_grader(settings(server.url)) as grader:
         results = grader.score(samples)
@@ -81,7 +81,7 @@ def test_batches_go_out_and_results_come_back_in_order(server: Server, make_samp
     assert set(server.requests[0]["samples"][0]) == {"id", "prompt", "response", "label", "finish_reason"}
 
 
-def test_what_passes_is_tried_again(server: Server, make_sample: MakeSample) -> None:
+def test_temporary_failures_are_retried(server: Server, make_sample: MakeSample) -> None:
     server.answer = lambda request, before: (503, b"busy") if before < 2 else well_behaved(request, before)
     with open_grader(settings(server.url)) as grader:
         assert grader.score([make_sample("1", "1")]) == [RewardResult(1.0, "1")]
@@ -93,14 +93,14 @@ def test_what_passes_is_tried_again(server: Server, make_sample: MakeSample) -> 
     [
         ((503, b"busy"), 4, "error", "status 503: busy"),
         ((400, b"bad"), 1, "error", "status 400: bad"),
-        ((200, b"<html>"), 1, "error", "the answer is no JSON: "),
+        ((200, b"<html>"), 1, "error", "the answer is not JSON: "),
         ((200, b'{"results": []}'), 1, "error", "with 1 entries"),
         ((200, b'{"results": [{"score": "high"}]}'), 1, "error", "no finite score"),
         ((200, b'{"results": [{"score": NaN}]}'), 1, "error", "no finite score"),
         (None, 2, "timeout", "took too long"),
     ],
 )
-def test_failures_are_declared(
+def test_failures_have_an_outcome_and_a_detail(
     server: Server,
     make_sample: MakeSample,
     answer: tuple[int, bytes] | None,
@@ -117,7 +117,7 @@ def test_failures_are_declared(
     assert len(server.requests) == attempts
 
 
-def test_one_bad_batch_costs_itself_only(server: Server, make_sample: MakeSample) -> None:
+def test_a_failed_batch_affects_its_own_samples_only(server: Server, make_sample: MakeSample) -> None:
     def answer(request: dict[str, Any], before: int) -> tuple[int, bytes]:
         return (400, b"no") if request["samples"][0]["label"] == "4" else well_behaved(request, before)
 
@@ -127,7 +127,7 @@ def test_one_bad_batch_costs_itself_only(server: Server, make_sample: MakeSample
     assert [result.outcome for result in results] == ["score"] * 4 + ["error"] * 4 + ["score"] * 4
 
 
-def test_nobody_listens(server: Server, make_sample: MakeSample) -> None:
+def test_a_refused_connection_is_an_error_outcome(server: Server, make_sample: MakeSample) -> None:
     server.http.server_close()
     with open_grader(settings(server.url, retries=1)) as grader:
         result = grader.score([make_sample("1", "1")])[0]
@@ -146,6 +146,6 @@ def test_the_token_comes_from_the_environment(
         open_grader(settings(server.url, token_variable="MY_TOKEN"))
 
 
-def test_a_url_is_http() -> None:
+def test_a_url_that_is_not_http_is_refused() -> None:
     with pytest.raises(UserError, match="must begin with http"):
         open_grader(settings("file:///etc/passwd"))
