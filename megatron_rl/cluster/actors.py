@@ -161,8 +161,8 @@ class Actors:
         self._all("snapshot", name)
 
     def submit_weights(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
-        """Starts `connect_weights`, `push_weights` or `disconnect_weights` on all ranks without waiting, because engines
-        take part meanwhile."""
+        """Starts `connect_weights`, `push_weights` or `disconnect_weights` on all ranks. Does not wait, as engines take
+        part meanwhile."""
         return self._submit(method, *arguments)
 
     def publishers(self) -> list[tuple[str, int]]:
