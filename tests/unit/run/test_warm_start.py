@@ -154,10 +154,10 @@ def test_traces_are_rows() -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([], r"x\.parquet: there are no traces"),
+        ([], r"x\.parquet contains no traces"),
         ([("1", "2"), ("", "2")], r"x\.parquet: prompt of row 1 is ''; text is expected"),
         ([("1", "2"), ("1", None)], r"x\.parquet: response of row 1 is None; text is expected"),
-        ([("one", "2")], r"x\.parquet: prompt of row 0 is no token"),
+        ([("one", "2")], r"x\.parquet: prompt of row 0 gives no tokens"),
     ],
 )
 def test_traces_that_cannot_be_trained_on_are_refused(rows: list[tuple[str | None, str | None]], words: str) -> None:
