@@ -69,7 +69,7 @@ def training_step(found: Found) -> str:
             f"- {target['of']} / {target['over']}, processor time: {target['value']:.2f} ({target['target']}: {met})\n"
         )
     run = found["positions"]
-    return text + f"- positions of a step: ours {run['ours']:.0f}, packed {run['packed']:.0f}, TRL {run['TRL']:.0f}\n"
+    return text + f"- positions per step: ours {run['ours']:.0f}, packed {run['packed']:.0f}, TRL {run['TRL']:.0f}\n"
 
 
 def weight_sync(found: Found) -> str:
@@ -98,7 +98,7 @@ def scaling(found: Found) -> str:
 
     picture(found["models"], SCALING)
     modes = ("synchronous", "over-sampled", "partial", "asynchronous")
-    text = f"![seconds of a step against nodes, simulated]({SCALING.name})\n\n"
+    text = f"![seconds per step against the number of nodes, simulated]({SCALING.name})\n\n"
     for model, by_nodes in found["models"].items():
         rows = ([nodes, *(f"{times[name]:.0f}" for name in (*modes, "rest"))] for nodes, times in by_nodes.items())
         text += table((f"{model}, nodes", *modes, "without rollouts"), rows) + "\n"

@@ -43,7 +43,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """In the place of a `Generation`: as many tokens, none of them real."""
+    """Stands in for a response of the product, with the same number of tokens but meaningless ids."""
 
     length: int
     done: int
@@ -176,7 +176,7 @@ class Fleet:
             self._plan(i)
 
     def train(self, seconds: float) -> None:
-        """Keeps the actor's ranks busy, each for so many seconds on a core of its own; engines with requests go on."""
+        """Keeps the ranks of the actor busy, each for so many seconds on its own core, while engines continue to sample."""
         self.left[-1] = seconds
         while np.isfinite(self.left[-1]):
             self._advance()

@@ -176,7 +176,7 @@ def main() -> None:
     for title, rows in tables.items():
         show(title, rows, console)
     console.print(f"gradient norms agree to {apart:.1e}", highlight=False)
-    said = f"positions of a step: ours {run['ours']:.0f}, packed {run['packed']:.0f}, TRL {run['TRL']:.0f}"
+    said = f"positions per step: ours {run['ours']:.0f}, packed {run['packed']:.0f}, TRL {run['TRL']:.0f}"
     console.print(said, highlight=False)
     if not apart < AGREEMENT:
         raise SystemExit(f"the contestants do not take the same steps: their gradient norms differ by {apart:.1e}")
