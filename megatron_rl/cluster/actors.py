@@ -161,7 +161,7 @@ class Actors:
         self._all("snapshot", name)
 
     def submit_weights(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
-        """Starts `connect_weights`, `push_weights` or `disconnect_weights` on all ranks without waiting, because engines
+        """Starts `connect_weights`, `push_weights` or `disconnect_weights` on all ranks without waiting: the engines
         take part meanwhile."""
         return self._submit(method, *arguments)
 
