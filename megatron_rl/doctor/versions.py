@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.doctor.finding import Finding, judged
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
 
 PACKAGE = "megatron-rl"
 OPTIONAL = {
@@ -21,8 +22,6 @@ OPTIONAL = {
     "apex": "fused kernels of Apex are not used",
 }
 
-SERVERS = {"sglang": SpecifierSet(">=0.5.23,<0.6"), "vllm": SpecifierSet(">=0.32,<0.33")}
-"""Releases whose HTTP interface and command line are known here."""
 _ASK = """
 import importlib.metadata as m
 there = {d.metadata["Name"]: d.version for d in m.distributions()}
@@ -32,9 +31,10 @@ print(next((there[name] for name in (NAME, NAME + "-cpu") if name in there), "")
 
 def check_server(rollout: RolloutSettings) -> Finding | None:
     """The engine's package, in the environment that it is started from; None where engines bring none."""
-    name = rollout.engine
-    if name == "transformers" or rollout.server.urls:
+    kind = engine_kind(rollout.engine)
+    if not isinstance(kind, ServerKind) or rollout.server.urls:
         return None
+    name = kind.package
     interpreter = str(rollout.server.python or sys.executable)
     where = f"rollout.server.python: {interpreter}"
     command = [interpreter, "-c", _ASK.replace("NAME", repr(name))]
@@ -48,8 +48,9 @@ def check_server(rollout: RolloutSettings) -> Finding | None:
     if not version:
         remedy = f"install it there, or set rollout.server.python to the environment that has {name}"
         return Finding(name, "failure", f"not installed ({where})", remedy)
-    known = SERVERS[name].contains(version, prereleases=True)
-    remedy = f"{SERVERS[name]} is what this project speaks to; others may do"
+    releases = SpecifierSet(kind.releases)
+    known = releases.contains(version, prereleases=True)
+    remedy = f"{releases} is known to work; other releases may work too"
     return judged(name, known, f"{version} ({where})", remedy, otherwise="warning")
 
 

@@ -13,6 +13,7 @@ from megatron_rl.plan.memory import RankMemory, actor_memory, host_bytes
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
 from megatron_rl.plan.times import checkpoint_bytes, step_flops, step_seconds
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,11 @@ class Plan:
         used = sum(setup.placement.gpus(node) for node in setup.placement.nodes)
         if setup.placement.on_gpu and used < self.gpus:
             yield f"{self.gpus - used} of {self.gpus} GPUs have nothing to do"
-        if setup.placement.shared and self.engine is not None and setup.config.rollout.engine == "vllm":
+        kind = engine_kind(setup.config.rollout.engine)
+        option = kind.memory_option if isinstance(kind, ServerKind) else None
+        if setup.placement.shared and self.engine is not None and option:
             share = (self.engine.weights + self.engine.cache + WORK_SPACE) / setup.gpu.memory
-            yield f"vLLM takes a share of all memory: rollout.server.arguments=[--gpu-memory-utilization, {share:.2f}]"
+            yield f"{kind.name} takes a share of all memory: rollout.server.arguments=[{option}, {share:.2f}]"
         asleep = used - sum(map(len, setup.placement.shared))
         if setup.placement.shared and asleep:
             yield f"{asleep} of {used} GPUs have no engine: they wait through every rollout"
