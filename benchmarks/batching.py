@@ -46,7 +46,7 @@ IMBALANCE, PADDING = 0.05, 0.03
 
 def draw(rows: int, spread: float, seed: int) -> np.ndarray:
     """[rows], prompt and response."""
-    from megatron_rl.plan.lengths import lengths
+    from megatron_rl.plan.assumptions import lengths
 
     random = np.random.default_rng(seed)
     middle = np.median(lengths(MEAN, spread, LIMIT).values)

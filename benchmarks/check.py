@@ -42,9 +42,9 @@ from megatron_rl.config import load_config
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.flops import pass_flops
 from megatron_rl.models.weight_map import publish_hf_weights
 from megatron_rl.parallel.layout import Layout
-from megatron_rl.plan.flops import pass_flops
 
 KEPT = Path(__file__).parent / "results/check.json"
 ROOM = 1.05

@@ -38,13 +38,13 @@ from benchmarks.machine import arguments, keep
 from benchmarks.scaling_check import MODES, check, recorded_lengths
 from benchmarks.scaling_simulator import Fleet, Lengths, LengthsOf, Rates, simulate
 from megatron_rl.config import load_config
+from megatron_rl.models.flops import body_flops
+from megatron_rl.plan.assumptions import Assumptions, lengths
 from megatron_rl.plan.engines import decoding_seconds, engine_memory
-from megatron_rl.plan.flops import body_flops
-from megatron_rl.plan.hardware import GPUS, Assumptions
-from megatron_rl.plan.lengths import lengths
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.setup import Setup
 from megatron_rl.plan.times import step_seconds
+from megatron_rl.utils.hardware import GPUS
 
 
 @dataclass(frozen=True)

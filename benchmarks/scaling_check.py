@@ -28,8 +28,8 @@ from rich.progress import Progress
 
 from benchmarks.scaling_simulator import Fleet, Lengths, LengthsOf, Rates, simulate
 from megatron_rl.config import Config, load_config
-from megatron_rl.observability.rollouts import dumps
 from megatron_rl.plan.times import extra_forwards
+from megatron_rl.rollout.dump import dumps
 from megatron_rl.types import RewardResult, Sample
 
 KEPT_BACK = ["rollout.over_sampling=1.25", "algorithm.correction.weights=truncated"]

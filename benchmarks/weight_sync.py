@@ -45,7 +45,7 @@ from megatron_rl.parallel.layout import Layout
 from megatron_rl.utils.rendezvous import open_port, store_at
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
-from megatron_rl.weight_sync.shared_memory import shared_folder
+from megatron_rl.weight_sync.folder import shared_folder
 from megatron_rl.weight_sync.transport import FolderUpdate, GroupMember
 
 SHAPE: dict[str, Any] = {

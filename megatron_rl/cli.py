@@ -144,7 +144,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
     from megatron_rl.config import load_config
     from megatron_rl.doctor.examine import examine
-    from megatron_rl.doctor.show import show
+    from megatron_rl.doctor.findings import show
 
     config = load_config(options.config, options.overrides) if options.config else None
     return 0 if show(examine(config, quick=options.quick), Console()) else 1

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import Snapshot, Table, TrainResult, Weights
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
+from megatron_rl.models.hf_shards import HfShard
 from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.transport import GroupMember, Pushed
 

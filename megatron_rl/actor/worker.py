@@ -26,12 +26,12 @@ from megatron_rl.actor.passes.passes import Passes
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import Snapshot, Table, TrainResult, Weights
 from megatron_rl.actor.profiling import Profiler
+from megatron_rl.actor.rank_state import HeldState, RankState, export_stage
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
-from megatron_rl.checkpoint.state import HeldState, RankState, export_stage
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import open_weights, read_config
+from megatron_rl.models.hf_shards import HfShard
 from megatron_rl.models.weight_map import load_hf_weights, publish_hf_weights
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.layout import Layout

@@ -39,8 +39,8 @@ def _convert(options: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
-    from megatron_rl.checkpoint.convert import convert
-    from megatron_rl.checkpoint.hf_shards import parse_bytes
+    from megatron_rl.conversion.convert import convert
+    from megatron_rl.models.hf_shards import parse_bytes
 
     convert(
         options.source,

@@ -85,8 +85,7 @@ def _run(options: argparse.Namespace, protocol: ProtocolSettings, source: Source
 
 
 def _source(options: argparse.Namespace, stack: ExitStack) -> Source:
-    from megatron_rl.checkpoint.as_model import link_as_model
-    from megatron_rl.checkpoint.trained import find_checkpoint
+    from megatron_rl.checkpoint.as_model import find_checkpoint, link_as_model
     from megatron_rl.evaluation.sources import CompletionServer, ModelFolder
 
     if options.model.startswith(("http://", "https://")):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
-from megatron_rl.plan.hardware import Assumptions
+from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.search import layouts, nearest
 from megatron_rl.plan.setup import setup_of

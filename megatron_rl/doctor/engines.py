@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
-from megatron_rl.doctor.finding import Finding
+from megatron_rl.doctor.findings import Finding
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:

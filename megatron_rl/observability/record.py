@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.observability.rollouts import DumpedResponse, write_rollouts
+from megatron_rl.rollout.dump import DumpedResponse, write_rollouts
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.utils.files import atomically
 

@@ -1,4 +1,4 @@
-"""What the engines of a run are started with."""
+"""The settings that the engines of a run are started with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_rl.rollout.engines.kind import engine_kind
 
 
 def launch_of(config: Config, model_folder: Path) -> EngineLaunch:
-    """What each engine of the run is started with. Raises UserError if `rollout.engine` cannot be imported."""
+    """Returns what each engine of the run is started with. Raises UserError if `rollout.engine` cannot be imported."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     return EngineLaunch(
         kind=engine_kind(config.rollout.engine),

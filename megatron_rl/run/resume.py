@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: whether this run can, what is brought back, and what the user is told of it."""
+"""Resumes a run from a checkpoint: checks that it can, restores the state, and reports what has changed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_rl.run.run import Run
 
 
 def origin_of(config: Config, reference: ModelFolder | None = None) -> Origin:
-    """What this process writes into its checkpoints."""
+    """Returns the description of this run (model, layout, versions) that is written into its checkpoints."""
     return Origin(
         model=asdict(Architecture.from_hf(read_config(config.model.path))),
         layout=asdict(layout_of(config.actor)),
@@ -37,7 +37,7 @@ def origin_of(config: Config, reference: ModelFolder | None = None) -> Origin:
 
 
 def check_resumption(config: Config, resumption: Resumption) -> None:
-    """Raises UserError when the checkpoint is of another model."""
+    """Raises UserError if the checkpoint belongs to another model."""
     there, here = resumption.manifest.origin.model, origin_of(config).model
     different = [f"{key} is {there[key]} there, {here[key]} here" for key in there if there[key] != here.get(key)]
     if different:
@@ -48,14 +48,14 @@ def check_resumption(config: Config, resumption: Resumption) -> None:
 
 
 def resume(run: Run, resumption: Resumption) -> None:
-    """Bring everything back but the cursor, which the run was opened with."""
+    """Restores all state but the cursor, which the run was opened with."""
     checkpoint, manifest = resumption.checkpoint, resumption.manifest
     run.actors.load(checkpoint)
     rng.restore(read_rng(checkpoint).driver)
     if isinstance(run.rollouts, RolloutCollector):
         run.rollouts.buffer = _buffer(run, checkpoint)
     run.resumed, run.step, run.learner.weight_version = True, manifest.state.step, manifest.state.weight_version
-    if all(row["step"] != run.step for row in read_metrics(run.folder)):  # killed between checkpoint and metrics
+    if all(row["step"] != run.step for row in read_metrics(run.folder)):  # the run was killed before it wrote metrics
         run.metrics.write(run.step, manifest.metrics)
     for line in _report(run, resumption):
         run.view.message(line)

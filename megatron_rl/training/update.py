@@ -11,9 +11,9 @@ from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.mini_batches import mini_batches
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.errors import UserError
-from megatron_rl.observability.step_metrics import update_metrics
 from megatron_rl.training.batch import TrainingBatch
 from megatron_rl.training.learner import Learner
+from megatron_rl.training.metrics import update_metrics
 
 if TYPE_CHECKING:
     from megatron_rl.cluster.actors import StepResult

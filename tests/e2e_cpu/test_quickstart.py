@@ -140,7 +140,7 @@ def test_its_checkpoint_converts_to_the_same_export(learned: Finished, command_l
     process = command_line.start("convert", str(learned.folder), "converted")
     converted = command_line.finish(process, "learned")
     assert converted.status == 0, converted.output
-    assert "every checksum is that of the source" in converted.output
+    assert "all checksums match the source" in converted.output
     exported = load_file(learned.folder / "hf/model.safetensors")
     again = load_file(command_line.folder / "converted/model.safetensors")
     assert again.keys() == exported.keys()

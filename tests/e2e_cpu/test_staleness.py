@@ -13,7 +13,7 @@ import pytest
 
 from megatron_rl.checkpoint.manifest import read_manifest
 from megatron_rl.checkpoint.rollout_buffer import BUFFER_FILE, read_buffer
-from megatron_rl.observability.rollouts import dumps
+from megatron_rl.rollout.dump import dumps
 from tests.e2e_cpu.conftest import CommandLine, Finished
 from tests.e2e_cpu.test_resume import SHORT, assert_same_end, interrupt
 

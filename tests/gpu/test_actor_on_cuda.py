@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import load_config
-from megatron_rl.plan.hardware import GPUS, Assumptions
+from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.memory import stage_memory
 from megatron_rl.plan.setup import Setup
+from megatron_rl.utils.hardware import GPUS
 from tests.hf_models import config_json, write_hf_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]

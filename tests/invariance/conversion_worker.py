@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_rl.actor import platform
 from megatron_rl.actor.model.policy import build_model
-from megatron_rl.checkpoint.convert.proof import fill_by_megatron
-from megatron_rl.checkpoint.torch_dist import TorchDistWeights, write_torch_dist
+from megatron_rl.conversion.proof import fill_by_megatron
+from megatron_rl.conversion.torch_dist import TorchDistWeights, write_torch_dist
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.families import Entry, entries
 from megatron_rl.models.fused_experts import as_stored

@@ -20,6 +20,7 @@ from megatron_rl.actor import platform
 from megatron_rl.actor.model.policy import build_model
 from megatron_rl.actor.optimizer.distributed import wrap_ddp
 from megatron_rl.actor.optimizer.optimizer import Optimizer
+from megatron_rl.actor.rank_state import RankState
 from megatron_rl.checkpoint.manifest import (
     FORMAT,
     RNG,
@@ -33,7 +34,6 @@ from megatron_rl.checkpoint.manifest import (
     write_rng,
 )
 from megatron_rl.checkpoint.shards import ShardTensors
-from megatron_rl.checkpoint.state import RankState
 from megatron_rl.config.actor import OptimizerSettings
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.layout import Layout

@@ -30,7 +30,7 @@ LIGHT = [
     "types.py",
 ]
 # Who alone may import a library, anywhere in a file.
-OWNERS = {"megatron": ["actor", "checkpoint", "models", "parallel"], "ray": ["cluster", "loop.py"]}
+OWNERS = {"megatron": ["actor", "conversion", "models", "parallel"], "ray": ["cluster", "loop.py"]}
 
 
 def name(path: Path) -> str:

@@ -13,7 +13,7 @@ import yaml
 from megatron_rl.errors import UserError
 from megatron_rl.observability.diagnosis import Finding, read_findings
 from megatron_rl.observability.metrics import Row, read_metrics
-from megatron_rl.observability.rollouts import dumps
+from megatron_rl.rollout.dump import dumps
 
 NOT_THE_EXPERIMENT = ("run", "seed", "resume", "observability", "prepare")
 """Sections in which runs may differ and still be the same experiment."""

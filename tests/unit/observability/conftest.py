@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rl.observability.rollouts import write_rollouts
+from megatron_rl.rollout.dump import write_rollouts
 from megatron_rl.types import Generation, Prompt, RewardResult, Sample
 
 CONFIG = """\

@@ -12,9 +12,9 @@ import pytest
 
 from megatron_rl.actor.optimizer.schedule import learning_rate
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
+from megatron_rl.models.hf_shards import HfShard
 from megatron_rl.run.warm_start import _key, _read_traces, warm_start
 
 TEXT = """\
