@@ -87,7 +87,7 @@ def _takes_config(command: argparse.ArgumentParser, *, optional: bool = False) -
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_rl.config import check_inputs, expand, load_config
-    from megatron_rl.parallel.configured import check_layout
+    from megatron_rl.models.layout_check import check_layout
 
     config = load_config(options.config, [*_mode(options), *options.overrides])
     if options.dry_run:

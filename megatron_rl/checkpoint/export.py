@@ -13,7 +13,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.checkpoint.hf_shards import HfShard, finish_hf_folder
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import copy_all_but_weights
 from megatron_rl.models.hf_shards import HfShard, finish_hf_folder

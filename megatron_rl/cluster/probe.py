@@ -45,7 +45,7 @@ class Collectives:
 
 
 class RankCheck(Protocol):
-    """One rank of a layout: `parallel.collectives.CollectiveCheck`, which loads Megatron."""
+    """One rank of a layout: `actor.collective_check.CollectiveCheck`, which loads Megatron."""
 
     def open_port(self, host: str) -> int: ...
 
@@ -55,7 +55,7 @@ class RankCheck(Protocol):
 
 
 def _check(device: str, layout: Layout, rank: int) -> RankCheck:
-    from megatron_rl.parallel.collectives import CollectiveCheck
+    from megatron_rl.actor.collective_check import CollectiveCheck
 
     return CollectiveCheck(device, layout, rank)
 

@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.configured import check_layout, placement_of
-from megatron_rl.parallel.placement import Placement
+from megatron_rl.models.layout_check import check_layout
+from megatron_rl.parallel.placement import Placement, placement_of
 
 LOG_FOLDER = "runs/slurm"
 """Folder of the logs of Ray on each node, with a folder per start of a job."""

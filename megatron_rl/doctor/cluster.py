@@ -32,7 +32,8 @@ Report = tuple[str, bool, list[Finding]]
 def check_cluster(config: Config) -> Iterator[Finding]:
     """Reserve the nodes as the run will, and check them. After a failure, checks that depend on it are left out."""
     from megatron_rl.cluster.runtime import ray_runtime
-    from megatron_rl.parallel.configured import check_layout, placement_of
+    from megatron_rl.models.layout_check import check_layout
+    from megatron_rl.parallel.placement import placement_of
     from megatron_rl.run.opening import with_device
 
     config = with_device(config)
@@ -101,7 +102,7 @@ def _check_nodes(config: Config, nodes: Nodes, folder: Path) -> Iterator[Finding
 
 def _check_groups(config: Config, nodes: Nodes, folder: Path) -> Iterator[Finding]:
     from megatron_rl.cluster.probe import collectives
-    from megatron_rl.parallel.configured import layout_of
+    from megatron_rl.parallel.layout import layout_of
 
     try:
         answers = collectives(nodes, config.actor.device, layout_of(config.actor), folder)

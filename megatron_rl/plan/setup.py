@@ -10,9 +10,9 @@ from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import read_config
-from megatron_rl.parallel.configured import layout_of, placement_of
-from megatron_rl.parallel.layout import Layout, padded_vocabulary, validate_layout
-from megatron_rl.parallel.placement import Placement
+from megatron_rl.models.layout_check import validate_layout
+from megatron_rl.parallel.layout import Layout, layout_of, padded_vocabulary
+from megatron_rl.parallel.placement import Placement, placement_of
 from megatron_rl.plan.assumptions import Assumptions, Lengths, lengths
 from megatron_rl.utils.hardware import GPUS, Gpu
 

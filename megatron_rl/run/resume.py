@@ -17,7 +17,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import read_config
 from megatron_rl.observability.metrics import read_metrics
-from megatron_rl.parallel.configured import layout_of
+from megatron_rl.parallel.layout import layout_of
 from megatron_rl.reward.decode import decoder_of
 from megatron_rl.rollout.buffer import RolloutBuffer
 from megatron_rl.rollout.collector import RolloutCollector

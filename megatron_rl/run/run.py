@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.actor.optimizer.schedule import learning_rate
+from megatron_rl.actor.optimizer.learning_rate import learning_rate
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.manifest import DriverState

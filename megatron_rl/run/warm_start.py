@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from megatron_rl.actor.optimizer.schedule import learning_rate
+from megatron_rl.actor.optimizer.learning_rate import learning_rate
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.export import export_hf
 from megatron_rl.config import Config

@@ -34,7 +34,7 @@ from megatron_rl.run.run import Run
 from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select
 from megatron_rl.training.update import update
-from tests.meeting import meeting_point
+from tests.meeting import gathered, meeting_point
 
 RANKS = 4
 VOCABULARY = 51  # odd: tensor parallelism pads it
@@ -174,13 +174,6 @@ class AllRanks:
         state, _ = read_state(self.worker.optimizer, self.worker.model)
         parts = gathered(dict(export_hf_weights(self.worker.model, self.worker.hf_config, state["exp_avg"])))
         return {name: tensor for part in parts for name, tensor in part.items()}
-
-
-def gathered(part: Any) -> list[Any]:
-    """From all ranks, on each of them; those that have nothing left out."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return [part for part in parts if part is not None]
 
 
 class StillRun(Run):

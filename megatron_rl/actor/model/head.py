@@ -1,7 +1,8 @@
-"""How hidden states become the loss: the LM head on response positions alone, and what the loss reads off its logits.
+"""Computes the loss from hidden states: applies the LM head to response positions only and evaluates the loss there.
 
-Fused, logits are never whole: `lpreg` projects a chunk of tokens at a time, in fp32, and adds the weight's gradient to
-Megatron's fp32 `main_grad`. Materialised, they are, in the model's dtype, for the response tokens of a micro-batch.
+The fused head never holds all logits: `lpreg` projects one chunk of tokens at a time, in fp32, and adds the weight's
+gradient to Megatron's fp32 `main_grad`. The materialised head holds the logits of all response tokens of a micro-batch,
+in the model's dtype.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from megatron_rl.actor.model.policy import PolicyModel
 from megatron_rl.actor.passes.micro_batch import MicroBatch
 from megatron_rl.actor.passes.policy_loss import loss_fields
 from megatron_rl.parallel import process_groups
-from megatron_rl.parallel.context_statistics import whole_over_context
+from megatron_rl.parallel.context_statistics import gather_over_context_ranks
 
 
 class Head:
-    """The LM head of the last pipeline stage. Hidden states come as `PolicyModel` gives them with `project` off."""
+    """The LM head of the last pipeline stage. Takes hidden states that `PolicyModel` returns with `project=False`."""
 
     def __init__(self, model: PolicyModel, vocabulary: int, *, fused: bool) -> None:
         self.model, self.vocabulary, self.fused = model, vocabulary, fused
@@ -30,7 +31,10 @@ class Head:
     def loss(
         self, hidden: Tensor, batch: MicroBatch, loss: PolicyLoss, *, temperature: float, denominator: float
     ) -> tuple[LossOutput, TokenStats]:
-        """A policy loss of the micro-batch, and the statistics without or with gradient."""
+        """Returns the policy loss of a micro-batch and the token statistics.
+
+        The statistics carry gradients only if the loss is computed from them, that is, outside `lpreg.fused_loss`.
+        """
         fields = loss_fields(batch, denominator)
         if self.fused and loss.token_separable and batch.places is None:
             return lpreg.fused_loss(
@@ -46,13 +50,13 @@ class Head:
         stats = self.statistics(
             hidden, batch, batch.targets, temperature, proxy=batch.proxy, **loss.token_stats_kwargs()
         )
-        from_the_model = {name: getattr(stats, name) for name in ("log_probs", "entropy", "log_z", "kept", "proxy_kl")}
-        return loss(LossInputs(**from_the_model, **fields)), stats
+        from_model = {name: getattr(stats, name) for name in ("log_probs", "entropy", "log_z", "kept", "proxy_kl")}
+        return loss(LossInputs(**from_model, **fields)), stats
 
     def statistics(
         self, hidden: Tensor, batch: MicroBatch, targets: Tensor, temperature: float, **settings: Any
     ) -> TokenStats:
-        """Of all T response tokens; targets: [T], `settings` as of `lpreg.token_stats`."""
+        """Returns the token statistics of all T response tokens. targets: [T]; `settings` go to `lpreg.token_stats`."""
         rows, settings = self.predicting(hidden, batch), settings | self._common(temperature)
         if batch.places is not None:
             targets = targets[batch.places]
@@ -64,17 +68,17 @@ class Head:
         else:
             logits = self.logits(rows)
             stats = lpreg.token_stats(logits, targets, inplace_backward=logits.requires_grad, **settings)
-        return stats if batch.places is None else whole_over_context(stats, batch.places, len(batch.targets))
+        return stats if batch.places is None else gather_over_context_ranks(stats, batch.places, len(batch.targets))
 
     def predicting(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """[s, b, d] -> [T, d], the states that predict the response tokens, whole on every tensor-parallel rank."""
+        """Selects from [s, b, d] the hidden states [T, d] that predict response tokens, in full on every TP rank."""
         if self.model.config.sequence_parallel:
-            # Every rank's gradient is that of all columns, so each takes its part of it and there is nothing to sum.
+            # Each rank's gradient already covers all columns, so each rank takes its slice and nothing is summed.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.flatten(0, 1).index_select(0, batch.predictors)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """[T, d] -> [T, V / TP]."""
+        """Projects hidden states [T, d] to logits [T, padded vocabulary / TP]."""
         return linear(copy_to_tensor_model_parallel_region(rows), self.model.head_weight)
 
     @property

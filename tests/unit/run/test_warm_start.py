@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_rl.actor.optimizer.schedule import learning_rate
+from megatron_rl.actor.optimizer.learning_rate import learning_rate
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rl.observability.step_metrics import rate_metrics
+from megatron_rl.training.metrics import rate_metrics
 from megatron_rl.utils.hardware import GPUS, known_gpu
 
 

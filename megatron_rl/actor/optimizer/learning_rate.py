@@ -1,4 +1,4 @@
-"""Learning rate against step."""
+"""The learning rate of each step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ def learning_rate(
     schedule: Literal["constant", "linear", "cosine"] = "constant",
     min_ratio: float = 0.0,
 ) -> float:
-    """The rate of a step, counted from 1: linear warm-up, then the schedule, ending at `min_ratio` of the peak."""
+    """Returns the learning rate of a step, counted from 1.
+
+    After linear warm-up the schedule applies. `linear` and `cosine` end at `min_ratio` of the peak; `constant` stays at
+    the peak.
+    """
     if step <= warmup_steps:
         return peak * step / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)

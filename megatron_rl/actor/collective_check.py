@@ -1,4 +1,4 @@
-"""One rank that joins every process group of a layout and sums over each: a check of the network, without a model."""
+"""Checks the network without a model: each rank joins every process group of a layout and sums over it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from megatron_rl.parallel.layout import Layout
 from megatron_rl.utils import rendezvous
 
 MESSAGE = 2**20
-"""Elements of the sum that is timed: 4 MiB."""
+"""Number of elements in the timed sum: 4 MiB."""
 
 
 class CollectiveCheck:
-    """Call `run` on all ranks at once, with the address of rank 0 and its `open_port`."""
+    """One rank of the check. Call `run` on all ranks at once, with the address of rank 0 and its `open_port`."""
 
     def __init__(self, device: str, layout: Layout, rank: int) -> None:
         self.device, self.layout, self.rank = platform.prepare(device), layout, rank
 
     def open_port(self, host: str) -> int:
-        """For the process group to meet at, at an address of this machine."""
+        """Opens a port at an address of this machine, where the ranks find each other. Returns the port."""
         return rendezvous.open_port(host)
 
     def run(self, host: str, port: int) -> dict[str, tuple[tuple[int, ...], float]]:
-        """Name of each group that has others in it -> its ranks, and the seconds of a sum over them.
+        """Returns, for each group with more than one rank, its name, its ranks and the seconds that a sum took.
 
-        Raises RuntimeError where a sum is wrong; torch's errors where ranks do not find each other.
+        Raises RuntimeError if a sum is wrong, and torch's errors if the ranks do not find each other.
         """
         process_groups.init_process_groups(
             self.layout,
@@ -55,13 +55,13 @@ class CollectiveCheck:
             process_groups.destroy()
 
     def library(self) -> str:
-        """What carries the sums, with its version."""
+        """Returns the communication library with its version."""
         if self.device.type != "cuda":
-            return platform.backend(self.device)
+            return process_groups.backend(self.device)
         return f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))} for CUDA {torch.version.cuda}"
 
     def _sum(self, name: str, group: dist.ProcessGroup) -> float:
-        """Once to connect, once against the clock."""
+        """Sums twice: once to connect, once to measure the time. Returns the seconds of the second sum."""
         for _ in range(2):
             values = torch.ones(MESSAGE, device=self.device)
             start = time.perf_counter()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.actor.optimizer.schedule import learning_rate
+from megatron_rl.actor.optimizer.learning_rate import learning_rate
 
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine")
@@ -33,15 +33,15 @@ def test_warm_up_is_linear_and_ends_at_the_peak(schedule: Schedule) -> None:
         ("cosine", [0.2 + 0.9 * (1 + math.cos(math.pi / 8)), 1.1, 0.2]),
     ],
 )
-def test_just_after_warm_up_half_way_and_at_the_end(schedule: Schedule, expected: list[float]) -> None:
+def test_rates_after_warm_up_at_half_way_and_at_the_end(schedule: Schedule, expected: list[float]) -> None:
     assert rates(schedule, [5, 8, 12]) == pytest.approx(expected)
 
 
-def test_without_anything_else_it_is_the_peak() -> None:
+def test_the_default_schedule_is_constant_at_the_peak() -> None:
     assert [learning_rate(step, peak=3e-4, total_steps=5) for step in range(1, 6)] == [3e-4] * 5
 
 
-def test_one_step_is_the_last_step() -> None:
+def test_a_single_step_uses_the_final_rate() -> None:
     assert learning_rate(1, peak=1.0, total_steps=1, schedule="cosine", min_ratio=0.5) == pytest.approx(0.5)
 
 
@@ -52,7 +52,7 @@ def test_one_step_is_the_last_step() -> None:
     st.integers(0, 60),
     st.integers(1, 60).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total))),
 )
-def test_bounds_and_course(
+def test_rates_rise_during_warm_up_and_never_rise_after_it(
     schedule: Schedule, peak: float, min_ratio: float, warmup: int, steps: tuple[int, int]
 ) -> None:
     total, step = steps
