@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind, supporting
+
 from .rollout import ServerSettings
 from .schema import Config
 
@@ -159,10 +162,7 @@ def _rollout(config: Config) -> Iterator[str]:
             "algorithm.correction.weights: none would treat tokens of older weights (rollout.max_staleness: "
             f"{rollout.max_staleness}) as if the current policy had sampled them; set it to truncated or masked"
         )
-    if rollout.engine == "transformers" and rollout.server != ServerSettings():
-        yield "rollout.server: used by rollout.engine: sglang or vllm only, not by transformers"
-    if rollout.engine == "vllm" and rollout.server.router:
-        yield "rollout.server.router: sglang-router is for rollout.engine: sglang, not for vllm"
+    yield from _engine(config)
     if rollout.server.urls and len(rollout.server.urls) != rollout.engines:
         yield (
             f"rollout.server.urls: {len(rollout.server.urls)} servers are given for rollout.engines: "
@@ -174,12 +174,29 @@ def _rollout(config: Config) -> Iterator[str]:
         yield "cluster.colocate: external servers (rollout.server.urls) share no GPUs with the actor"
 
 
-def _weight_sync(config: Config) -> Iterator[str]:
+def _engine(config: Config) -> Iterator[str]:
     rollout, transport = config.rollout, config.weight_sync.transport
+    try:
+        kind = engine_kind(rollout.engine)
+    except UserError as error:
+        yield str(error)
+        return
+    if kind.embedded and rollout.server != ServerSettings():
+        yield f"rollout.server: read by servers only, such as rollout.engine: sglang or vllm, not by {kind.name}"
+    elif rollout.server.router and not (isinstance(kind, ServerKind) and kind.router):
+        yield f"rollout.server.router: sglang-router is for rollout.engine: sglang, not for {kind.name}"
+    if transport != "auto" and transport not in kind.transports:
+        others = " or ".join(supporting(transport))
+        yield (
+            f"weight_sync.transport: {transport} is for rollout.engine: {others}; {kind.name} supports "
+            f"{', '.join(kind.transports)}"
+        )
+
+
+def _weight_sync(config: Config) -> Iterator[str]:
+    transport = config.weight_sync.transport
     if transport == "cuda_ipc":
         yield from _cuda_ipc(config)
-    if transport == "collective" and rollout.engine == "transformers":
-        yield "weight_sync.transport: collective is for rollout.engine: sglang or vllm; transformers reads a folder"
     if transport == "collective" and config.cluster.colocate and config.actor.device != "cpu":
         yield (
             "weight_sync.transport: collective is not for cluster.colocate: nccl allows one process per GPU; set "
@@ -195,8 +212,6 @@ def _cuda_ipc(config: Config) -> Iterator[str]:
     if config.actor.device == "cpu":
         yield "weight_sync.transport: cuda_ipc is memory of GPUs, but actor.device is cpu; set shared_memory"
         return
-    if config.rollout.engine == "transformers":
-        yield "weight_sync.transport: cuda_ipc is for rollout.engine: sglang or vllm; transformers reads a folder"
     if config.cluster.nodes > 1:
         yield "weight_sync.transport: cuda_ipc reaches one node only, but cluster.nodes is larger; set disk"
     elif not config.cluster.colocate:
