@@ -1,4 +1,4 @@
-"""Writes the kept results into docs/benchmarks.md, between its markers.
+"""Writes the kept results into docs/benchmarks.md, between the markers of that page.
 
 python benchmarks/page.py
 """
@@ -34,7 +34,7 @@ def where(found: Found) -> str:
 
 
 def batching(found: Found) -> str:
-    head = ("spread", "rows of an update", "DP", "imbalance, median", "worst", "padding", "in order", "side by side")
+    head = ("spread", "sequences per update", "DP", "imbalance, median", "worst", "padding", "in order", "side by side")
     rows = (
         [
             *(f"{case[name]}" for name in ("spread", "rows", "replicas")),
@@ -103,7 +103,7 @@ def scaling(found: Found) -> str:
         rows = ([nodes, *(f"{times[name]:.0f}" for name in (*modes, "rest"))] for nodes, times in by_nodes.items())
         text += table((f"{model}, nodes", *modes, "without rollouts"), rows) + "\n"
     if not found["check"]:
-        return text + "(No check against real runs is kept yet: it belongs on a quiet machine.)\n"
+        return text + "(No check against real runs is kept yet: it needs a quiet machine.)\n"
     rows = (
         [
             f"{row['processes']}",
@@ -128,7 +128,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
 def rendered(name: str) -> str:
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        return "(No results are kept yet: they belong on a quiet machine.)\n"
+        return "(No results are kept yet: the benchmark needs a quiet machine.)\n"
     found = json.loads(path.read_text())
     return TABLES[name](found) + where(found)
 

@@ -1,4 +1,4 @@
-"""The picture of `scaling.py`'s result on docs/benchmarks.md. The same figures give the same file, byte for byte."""
+"""Draws the result of `scaling.py` for docs/benchmarks.md. The same figures give the same file, byte for byte."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STYLE = {"svg.hashsalt": "scaling", "svg.fonttype": "none", "font.size": 9, "sav
 
 
 def picture(models: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """models: model, nodes, mode -> seconds of a step; `rest`: without rollouts."""
+    """Writes the picture as SVG. `models`: model -> nodes -> mode -> seconds per step; `rest`: without rollouts."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(models), figsize=(8.6, 3.6), sharey=True, layout="constrained")
         every = sorted({int(nodes) for times in models.values() for nodes in times})
