@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from lpreg._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus")
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lpreg.proxy_store import ProxyStore
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -75,10 +71,10 @@ def check_row_flags(
     *,
     log_z_rows: Tensor | None,
     proxy_rows: Tensor | None,
-    proxy: ProxyStore | None,
+    stored: Tensor | None,
 ) -> None:
-    """The optional arguments that mark rows."""
-    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
+    """Checks the optional arguments that mark rows; stored: `ProxyStore.stored` of the proxy, if one is given."""
+    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": stored}
     for name, tensor in flags.items():
         if tensor is not None:
             check_row_tensor(name, tensor, torch.bool, tokens, source, what)
@@ -92,12 +88,6 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
             f"targets[{row}] is {int(targets[row])}, outside the vocabulary of {vocab_size}; "
             "leave out tokens that carry no loss before the call"
         )
-
-
-def on_this_rank(bad: Tensor) -> str:
-    """Where the bad values are, for a message that every rank raises. bad: bool, any shape."""
-    here = bad.flatten().nonzero().squeeze(1)[:5].tolist()
-    return f"the first on this rank at {here}" if here else "none of them on this rank"
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
