@@ -1,8 +1,9 @@
-"""Refusals: arguments that do not fit together, named, before anything is computed."""
+"""Checks of arguments before anything is computed. Each raises ValueError and names the argument."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def check_head(hidden: Tensor, weight: Tensor, chunk_tokens: int | None, weight_
 
 
 def check_row_tensor(name: str, tensor: Tensor, dtype: torch.dtype, tokens: int, source: Tensor, what: str) -> None:
-    """`what`: the name of `source`, which has `tokens` rows."""
+    """Checks a tensor with one value per row of `source`, which has `tokens` rows and the name `what`."""
     if tensor.shape != (tokens,) or tensor.dtype != dtype or tensor.device != source.device:
         raise ValueError(
             f"{name} must be {dtype} of shape [{tokens}] on {source.device} to fit the {what}, "
@@ -64,17 +65,8 @@ def check_row_tensor(name: str, tensor: Tensor, dtype: torch.dtype, tokens: int,
         )
 
 
-def check_row_flags(
-    tokens: int,
-    source: Tensor,
-    what: str,
-    *,
-    log_z_rows: Tensor | None,
-    proxy_rows: Tensor | None,
-    stored: Tensor | None,
-) -> None:
-    """Checks the optional arguments that mark rows; stored: `ProxyStore.stored` of the proxy, if one is given."""
-    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": stored}
+def check_row_flags(tokens: int, source: Tensor, what: str, flags: Mapping[str, Tensor | None]) -> None:
+    """Checks the optional arguments that mark rows, by their names."""
     for name, tensor in flags.items():
         if tensor is not None:
             check_row_tensor(name, tensor, torch.bool, tokens, source, what)

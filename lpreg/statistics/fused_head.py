@@ -78,14 +78,8 @@ def fused_token_stats(
     check_head(hidden, weight, chunk_tokens, weight_grad)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
-    check_row_flags(
-        tokens,
-        hidden,
-        "hidden states",
-        log_z_rows=log_z_rows,
-        proxy_rows=proxy_rows,
-        stored=proxy.stored if proxy else None,
-    )
+    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
+    check_row_flags(tokens, hidden, "hidden states", flags)
     settings, columns_of_targets = resolve(
         weight.shape[0], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
     )

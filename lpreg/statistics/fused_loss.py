@@ -75,9 +75,8 @@ def fused_loss(
     check_head(hidden, weight, chunk_tokens, weight_grad)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
-    check_row_flags(
-        tokens, hidden, "hidden states", log_z_rows=log_z_rows, proxy_rows=None, stored=proxy.stored if proxy else None
-    )
+    flags = {"log_z_rows": log_z_rows, "proxy.stored": proxy.stored if proxy else None}
+    check_row_flags(tokens, hidden, "hidden states", flags)
     _check_inputs(inputs, tokens)
     own = loss.token_stats_kwargs()
     filters = (own.get("min_p", 0.02), own.get("fixed_tau"))

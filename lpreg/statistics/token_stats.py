@@ -105,14 +105,8 @@ def token_stats(
     """
     check_logits(logits, inplace_backward)
     check_row_tensor("targets", targets, torch.int64, logits.shape[0], logits, "logits")
-    check_row_flags(
-        logits.shape[0],
-        logits,
-        "logits",
-        log_z_rows=log_z_rows,
-        proxy_rows=proxy_rows,
-        stored=proxy.stored if proxy else None,
-    )
+    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
+    check_row_flags(logits.shape[0], logits, "logits", flags)
     settings, columns_of_targets = resolve(
         logits.shape[1], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
     )

@@ -9,6 +9,8 @@ import torch
 
 import lpreg
 from megatron_rl.batching.sequences import Array
+from megatron_rl.errors import UserError
+from megatron_rl.utils.import_path import import_object, is_import_path
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -26,4 +28,10 @@ def advantages_of(config: Config, rollouts: Rollouts) -> tuple[Array, dict[str, 
         )
         rewards, metrics = rewards + penalty, {"reward/overlong_penalty": float(penalty.mean())}
     groups = torch.tensor([sample.group for sample in samples])
-    return np.asarray(lpreg.group_advantages(rewards, groups, estimator=algorithm.advantage)), metrics
+    if not is_import_path(algorithm.advantage):
+        return np.asarray(lpreg.group_advantages(rewards, groups, estimator=algorithm.advantage)), metrics
+    own = import_object(algorithm.advantage, "algorithm.advantage")
+    try:
+        return np.asarray(lpreg.group_advantages(rewards, groups, estimator=own)), metrics
+    except ValueError as error:
+        raise UserError(f"algorithm.advantage={algorithm.advantage!r}: {error}") from error
