@@ -111,7 +111,7 @@ class _AlgorithmKeys(Section):
     def _without_other_methods(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves out the sections of methods that are neither configured nor given."""
         left_out = {*METHODS, "settings"}
-        return {name: value for name, value in handler(self).items() if value is not None or name not in left_out}
+        return {name: value for name, value in handler(self).items() if value or name not in left_out}
 
 
 if TYPE_CHECKING:
