@@ -9,10 +9,13 @@ Legend: T tokens; whole responses, never a part of one, wherever sequence_ids is
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from lpreg._torch import torch
 from lpreg.aggregation import mean_of_sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def truncated_weights(actor_log_probs: Tensor, rollout_log_probs: Tensor, *, high: float = 2.0) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import trl
 
 from lpreg import PolicyLoss
-from lpreg.losses.wrapped import WrappedLoss
+from lpreg.losses.base import WrappedLoss
 
 WRITTEN_FOR = "1.16."
 """TRL's release series: the methods that are overridden are not part of its public interface."""

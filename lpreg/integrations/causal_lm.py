@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lpreg.fused_head import fused_token_stats
-from lpreg.losses.base import StatsSettings
-from lpreg.proxy_store import ProxyStore
-from lpreg.token_stats import TokenStats, token_stats
+from lpreg.needs import StatsSettings
+from lpreg.statistics.fused_head import fused_token_stats
+from lpreg.statistics.proxy_store import ProxyStore
+from lpreg.statistics.token_stats import TokenStats, token_stats
 
 ANSWER = ("log_probs", "entropy", "log_z", "kept", "proxy_kl", "proxy_store")
 

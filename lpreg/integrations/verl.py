@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lpreg import LossInputs, PolicyLoss
-from lpreg.losses.wrapped import WrappedLoss
+from lpreg.losses.base import WrappedLoss
 
 VerlLoss = Callable[..., tuple[Tensor, dict[str, float]]]
 

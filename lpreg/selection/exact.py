@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from lpreg._checks import on_this_rank
+from lpreg._torch import torch
+from lpreg.selection.ranking import on_this_rank
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
 LARGEST = 2.0**20
 """In size; far beyond any log-prob or advantage. With HIGH_BITS it leaves room for 2**27 tokens in an int64 sum."""
@@ -27,7 +30,7 @@ def exact_mean(values: Tensor, eligible: Tensor, name: str, group: dist.ProcessG
     low = ((scaled - high) * 2.0**LOW_BITS).round()
     sums = torch.stack([high.long().sum(), low.long().sum(), eligible.sum(), bad.sum()])
     if group is not None:
-        dist.all_reduce(sums, group=group)
+        torch.distributed.all_reduce(sums, group=group)
     high_sum, low_sum, count, bad_count = sums.tolist()
     if bad_count:
         raise ValueError(

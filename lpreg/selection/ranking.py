@@ -7,12 +7,13 @@ sums make the result the same on every rank and whatever way the tokens are laid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from lpreg._torch import torch
 
-from lpreg._checks import on_this_rank
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
 DIGIT_BITS = 16
 DIGITS = 1 << DIGIT_BITS
@@ -71,7 +72,7 @@ def select_lowest(
         histogram = torch.bincount(digits, minlength=DIGITS + 1)
         histogram[DIGITS] = nan.sum()  # rides along, so that every rank learns of it and none is left waiting
         if group is not None:
-            dist.all_reduce(histogram, group=group)
+            torch.distributed.all_reduce(histogram, group=group)
         if first:
             if count := int(histogram[DIGITS]):
                 raise ValueError(f"values: {count} eligible tokens are NaN, {on_this_rank(nan)}; a NaN has no rank")
@@ -95,6 +96,12 @@ def select_highest(
     """As `select_lowest`, from the top."""
     lowest = select_lowest(-values, eligible, fraction, group=group)
     return Selection(-lowest.threshold, lowest.mask, lowest.count, lowest.population)
+
+
+def on_this_rank(bad: Tensor) -> str:
+    """Returns where the bad values of this rank are, for a message that every rank raises; bad: bool, any shape."""
+    here = bad.flatten().nonzero().squeeze(1)[:5].tolist()
+    return f"the first on this rank at {here}" if here else "none of them on this rank"
 
 
 def _ordered_bits(values: Tensor) -> Tensor:

@@ -1,37 +1,20 @@
-"""What a method asks to have selected, and the one function that selects it from a global batch.
+"""The function that selects tokens of a global batch by a method's rule.
 
 Legend: T tokens of this rank; together the ranks of `group` hold the global batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
+from lpreg._torch import torch
+from lpreg.needs import SelectionRule
 from lpreg.selection.exact import exact_mean, uniform
 from lpreg.selection.ranking import Selection, select_highest, select_lowest
 
-SelectionKind = Literal["lowest_log_prob", "highest_entropy", "highest_covariance", "random_in_covariance", "random"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelectionRule:
-    """Which tokens to mark. The covariance of a token is (A - mean A)(log p - mean log p), means over the batch."""
-
-    kind: SelectionKind
-    fraction: float
-    """Share of all eligible tokens of the global batch, at least one; in (0, 1]."""
-    covariance_range: tuple[float, float] | None = None
-    """Only for "random_in_covariance": tokens strictly between the two may be drawn."""
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether `apply_rule` wants entropies, which a rollout engine seldom reports."""
-        return self.kind == "highest_entropy"
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
 
 def apply_rule(
@@ -117,5 +100,5 @@ def _draw(
 def _count(mask: Tensor, group: dist.ProcessGroup | None) -> int:
     count = mask.sum()
     if group is not None:
-        dist.all_reduce(count, group=group)
+        torch.distributed.all_reduce(count, group=group)
     return int(count)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from lpreg.advantages import ESTIMATORS
+from lpreg.losses.registry import METHODS
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind, supporting
+
+from .methods import method_problems, method_settings
 from .rollout import ServerSettings
 from .schema import Config
 
 REWARDS = ("countdown", "math", "code", "remote")
 """Built-in verifiers. Any other name must be an import path."""
-_FULL_KL_PRESETS = ("paper",)
-_MICRO_BATCH_PRESETS = ("reference",)
 
 
 def contradictions(config: Config) -> list[str]:
@@ -28,8 +32,9 @@ def contradictions(config: Config) -> list[str]:
 
 
 def _algorithm(config: Config) -> Iterator[str]:
-    algorithm, lp_reg = config.algorithm, config.algorithm.lp_reg
-    if config.rollout.samples_per_prompt < 2 and algorithm.advantage != "reinforce_plus_plus":
+    algorithm = config.algorithm
+    within_group = algorithm.advantage in ESTIMATORS and algorithm.advantage != "reinforce_plus_plus"
+    if config.rollout.samples_per_prompt < 2 and within_group:
         yield (
             "rollout.samples_per_prompt: 1 is given, but advantages are relative to the other responses of a group "
             f"(algorithm.advantage: {algorithm.advantage}); give at least 2"
@@ -49,31 +54,22 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"algorithm.correction.sequence_low: {correction.sequence_low} must be below "
             f"algorithm.correction.sequence_high: {correction.sequence_high}"
         )
-    if algorithm.name in ("grpo", "clip_higher"):
-        section = getattr(algorithm, algorithm.name)
-        if (section.aggregation == "constant_length") != (section.constant_length is not None):
-            yield (
-                f"algorithm.{algorithm.name}: aggregation: constant_length and constant_length: TOKENS go together; "
-                "give both or neither"
-            )
-    if algorithm.name != "lp_reg":
+    yield from _method(config)
+
+
+def _method(config: Config) -> Iterator[str]:
+    """Settings of the method beside the rest. A user's own method is not imported here."""
+    algorithm = config.algorithm
+    if algorithm.name not in METHODS or method_problems(algorithm):
         return
-    full = lp_reg.kl_estimator == "full" or (lp_reg.kl_estimator is None and algorithm.preset in _FULL_KL_PRESETS)
-    old = config.train.updates_per_rollout > 1 or config.rollout.max_staleness > 0
-    other = {"current": False, "old": old, "lagged": True}
-    if full and lp_reg.min_p == 0 and other[algorithm.proxy_source]:
+    updates_off_policy = config.train.updates_per_rollout > 1 or config.rollout.max_staleness > 0
+    other_policy = {"current": False, "old": updates_off_policy, "lagged": True}
+    settings, section = method_settings(algorithm), f"algorithm.{algorithm.name}"
+    stored = settings.needs.needs_proxy_kl and other_policy[algorithm.proxy_source]
+    if stored and getattr(settings, "min_p", None) == 0:
         yield (
-            f"algorithm.lp_reg.min_p: 0 with the full KL and algorithm.proxy_source: {algorithm.proxy_source} would "
-            "store the whole vocabulary for every selected token; set algorithm.lp_reg.kl_estimator to k3"
-        )
-    if lp_reg.min_p is not None and lp_reg.fixed_tau is not None:
-        yield "algorithm.lp_reg.min_p and algorithm.lp_reg.fixed_tau are two forms of the same filter; give only one"
-    scope = lp_reg.selection_scope or ("micro_batch_negatives" if algorithm.preset in _MICRO_BATCH_PRESETS else "batch")
-    negatives_only = lp_reg.select_by in (None, "log_prob") and lp_reg.advantage_sign in (None, "negative")
-    if scope == "micro_batch_negatives" and not negatives_only:
-        yield (
-            "algorithm.lp_reg.select_by and algorithm.lp_reg.advantage_sign must keep their defaults with "
-            "selection_scope: micro_batch_negatives; set algorithm.lp_reg.selection_scope to batch"
+            f"{section}.min_p: 0 with the full KL and algorithm.proxy_source: {algorithm.proxy_source} would "
+            f"store the whole vocabulary for every selected token; set {section}.kl_estimator to k3"
         )
 
 
@@ -159,10 +155,7 @@ def _rollout(config: Config) -> Iterator[str]:
             "algorithm.correction.weights: none would treat tokens of older weights (rollout.max_staleness: "
             f"{rollout.max_staleness}) as if the current policy had sampled them; set it to truncated or masked"
         )
-    if rollout.engine == "transformers" and rollout.server != ServerSettings():
-        yield "rollout.server: used by rollout.engine: sglang or vllm only, not by transformers"
-    if rollout.engine == "vllm" and rollout.server.router:
-        yield "rollout.server.router: sglang-router is for rollout.engine: sglang, not for vllm"
+    yield from _engine(config)
     if rollout.server.urls and len(rollout.server.urls) != rollout.engines:
         yield (
             f"rollout.server.urls: {len(rollout.server.urls)} servers are given for rollout.engines: "
@@ -174,12 +167,29 @@ def _rollout(config: Config) -> Iterator[str]:
         yield "cluster.colocate: external servers (rollout.server.urls) share no GPUs with the actor"
 
 
-def _weight_sync(config: Config) -> Iterator[str]:
+def _engine(config: Config) -> Iterator[str]:
     rollout, transport = config.rollout, config.weight_sync.transport
+    try:
+        kind = engine_kind(rollout.engine)
+    except UserError as error:
+        yield str(error)
+        return
+    if kind.embedded and rollout.server != ServerSettings():
+        yield f"rollout.server: read by servers only, such as rollout.engine: sglang or vllm, not by {kind.name}"
+    elif rollout.server.router and not (isinstance(kind, ServerKind) and kind.router):
+        yield f"rollout.server.router: sglang-router is for rollout.engine: sglang, not for {kind.name}"
+    if transport != "auto" and transport not in kind.transports:
+        others = " or ".join(supporting(transport))
+        yield (
+            f"weight_sync.transport: {transport} is for rollout.engine: {others}; {kind.name} supports "
+            f"{', '.join(kind.transports)}"
+        )
+
+
+def _weight_sync(config: Config) -> Iterator[str]:
+    transport = config.weight_sync.transport
     if transport == "cuda_ipc":
         yield from _cuda_ipc(config)
-    if transport == "collective" and rollout.engine == "transformers":
-        yield "weight_sync.transport: collective is for rollout.engine: sglang or vllm; transformers reads a folder"
     if transport == "collective" and config.cluster.colocate and config.actor.device != "cpu":
         yield (
             "weight_sync.transport: collective is not for cluster.colocate: nccl allows one process per GPU; set "
@@ -195,8 +205,6 @@ def _cuda_ipc(config: Config) -> Iterator[str]:
     if config.actor.device == "cpu":
         yield "weight_sync.transport: cuda_ipc is memory of GPUs, but actor.device is cpu; set shared_memory"
         return
-    if config.rollout.engine == "transformers":
-        yield "weight_sync.transport: cuda_ipc is for rollout.engine: sglang or vllm; transformers reads a folder"
     if config.cluster.nodes > 1:
         yield "weight_sync.transport: cuda_ipc reaches one node only, but cluster.nodes is larger; set disk"
     elif not config.cluster.colocate:

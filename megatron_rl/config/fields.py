@@ -1,12 +1,18 @@
-"""The base of every section, and the field types that more than one section uses."""
+"""The base of every section, and the types of keys that more than one section uses."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, Strict
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
+
+from megatron_rl.utils.import_path import is_import_path
 
 
 class Section(BaseModel):
@@ -34,6 +40,28 @@ def worded(pattern: str, words: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+@dataclass(frozen=True)
+class NameOrPath:
+    """Text that is one of `names`, or an import path of the form that `form` shows."""
+
+    names: tuple[str, ...]
+    form: str
+
+    @property
+    def words(self) -> str:
+        """What the key takes, for messages."""
+        return f"one of {', '.join(self.names)}, or {self.form}"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str) -> str:
+        if value not in self.names and not is_import_path(value):
+            near = get_close_matches(value, self.names, n=1)
+            raise ValueError(self.words + (f"; did you mean {near[0]}?" if near else ""))
+        return value
 
 
 FilePath = Annotated[Path, BeforeValidator(_to_path)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from .actor import ActorSettings
 from .algorithm import AlgorithmSettings
@@ -134,8 +134,21 @@ class TrainSettings(Section):
     """Run the dropped responses through a forward pass, so that entropy and the other metrics cover the whole batch."""
 
 
+class Sources(dict[str, str]):
+    """The source of each value that is not a default, by its dotted key. It equals any other, so that configurations
+    are compared by their values alone."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sources)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 class Config(Section):
     """The configuration of one run."""
+
+    _sources: Sources = PrivateAttr(default_factory=Sources)
 
     run: RunSettings
     seed: Count = 0
@@ -156,6 +169,11 @@ class Config(Section):
     train: TrainSettings
     evaluation: EvaluationSettings = EvaluationSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
+
+    @property
+    def sources(self) -> Sources:
+        """Where values were set, as far as `load_config` knows; see `effective`."""
+        return self._sources
 
     @property
     def keeps_rollouts(self) -> bool:

@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.doctor.findings import Finding, judged
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
 
 PACKAGE = "megatron-rl"
 OPTIONAL = {
@@ -21,8 +22,6 @@ OPTIONAL = {
     "apex": "the actor does not use Apex's fused kernels",
 }
 
-SERVERS = {"sglang": SpecifierSet(">=0.5.23,<0.6"), "vllm": SpecifierSet(">=0.32,<0.33")}
-"""Releases whose HTTP interface and command line this project supports."""
 _ASK = """
 import importlib.metadata as m
 there = {d.metadata["Name"]: d.version for d in m.distributions()}
@@ -35,9 +34,10 @@ def check_server(rollout: RolloutSettings) -> Finding | None:
 
     Returns None if the engine runs in this package's process or elsewhere.
     """
-    name = rollout.engine
-    if name == "transformers" or rollout.server.urls:
+    kind = engine_kind(rollout.engine)
+    if not isinstance(kind, ServerKind) or rollout.server.urls:
         return None
+    name = kind.package
     interpreter = str(rollout.server.python or sys.executable)
     where = f"rollout.server.python: {interpreter}"
     command = [interpreter, "-c", _ASK.replace("NAME", repr(name))]
@@ -51,8 +51,9 @@ def check_server(rollout: RolloutSettings) -> Finding | None:
     if not version:
         remedy = f"install {name} there, or set rollout.server.python to the interpreter of an environment that has it"
         return Finding(name, "failure", f"not installed ({where})", remedy)
-    known = SERVERS[name].contains(version, prereleases=True)
-    remedy = f"this project supports {SERVERS[name]}; other versions may work"
+    releases = SpecifierSet(kind.releases)
+    known = releases.contains(version, prereleases=True)
+    remedy = f"this project supports {releases}; other versions may work"
     return judged(name, known, f"{version} ({where})", remedy, otherwise="warning")
 
 

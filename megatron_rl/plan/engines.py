@@ -9,12 +9,11 @@ from megatron_rl.models.flops import body_flops, head_flops
 from megatron_rl.plan.memory import RankMemory, actor_memory
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
+from megatron_rl.rollout.engines.kind import engine_kind
 from megatron_rl.utils.hardware import GIB
 
-SHARE = {"sglang": 0.85, "vllm": 0.90, "transformers": 0.90}
-"""Approximate share of a GPU's memory that an engine takes by default for weights and KV cache."""
 WORK_SPACE = 2 * GIB
-"""Bytes of that share for activations and CUDA graphs."""
+"""Bytes for activations and CUDA graphs, out of the engine's share of a GPU's memory."""
 POINTS = 64
 """Number of positions at which the time of decoding is evaluated."""
 
@@ -41,7 +40,7 @@ def engine_memory(setup: Setup) -> EngineMemory:
     weights = setup.element * model_parameters(model) / ranks
     key_heads = max(1.0, model.kv_heads / ranks)
     token = 2 * model.layers * key_heads * model.head_dim * setup.element
-    share = SHARE[setup.config.rollout.engine] * setup.gpu.memory
+    share = engine_kind(setup.config.rollout.engine).memory_share * setup.gpu.memory
     if setup.placement.shared:
         share -= max(rank.total("rollout") for rank in actor_memory(setup)) + setup.assumed.released
     return EngineMemory(weights, share - weights - WORK_SPACE, token)

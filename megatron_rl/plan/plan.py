@@ -12,6 +12,7 @@ from megatron_rl.plan.memory import RankMemory, actor_memory, host_bytes
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
 from megatron_rl.plan.times import checkpoint_bytes, step_flops, step_seconds
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
 from megatron_rl.utils.hardware import GIB
 
 
@@ -86,11 +87,13 @@ class Plan:
         used = sum(setup.placement.gpus(node) for node in setup.placement.nodes)
         if setup.placement.on_gpu and used < self.gpus:
             yield f"{self.gpus - used} of {self.gpus} GPUs are not used"
-        if setup.placement.shared and self.engine is not None and setup.config.rollout.engine == "vllm":
+        kind = engine_kind(setup.config.rollout.engine)
+        option = kind.memory_option if isinstance(kind, ServerKind) else None
+        if setup.placement.shared and self.engine is not None and option:
             share = (self.engine.weights + self.engine.cache + WORK_SPACE) / setup.gpu.memory
             yield (
-                "vLLM must be told its share of a GPU's memory: "
-                f"rollout.server.arguments=[--gpu-memory-utilization, {share:.2f}]"
+                f"{kind.name} must be told its share of a GPU's memory: "
+                f"rollout.server.arguments=[{option}, {share:.2f}]"
             )
         without_engine = used - sum(map(len, setup.placement.shared))
         if setup.placement.shared and without_engine:

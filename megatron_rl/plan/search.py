@@ -11,6 +11,7 @@ from megatron_rl.config.actor import RecomputeSettings
 from megatron_rl.errors import UserError
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.setup import Setup
+from megatron_rl.rollout.engines.kind import engine_kind
 
 POWERS = (1, 2, 4, 8, 16)
 
@@ -100,7 +101,7 @@ def _choices(setup: Setup) -> Iterator[Choice]:
     """
     cluster, rollout = setup.config.cluster, setup.config.rollout
     gpus, elsewhere = cluster.nodes * cluster.gpus_per_node, bool(rollout.server.urls)
-    embedded = rollout.engine == "transformers"
+    embedded = engine_kind(rollout.engine).embedded
     for tensor, pipeline, data in product(POWERS, POWERS, range(1, gpus + 1)):
         left = gpus - tensor * pipeline * data * setup.config.actor.context_parallel
         if cluster.colocate and setup.placement.on_gpu:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
+
+from megatron_rl.utils.back_off import back_off_seconds
 
 WORTH_RETRYING = (408, 429, 500, 502, 503, 504)
 LONGEST_WAIT = 30.0
@@ -45,7 +46,7 @@ def ask(
     request = Request(url, data=data, headers={"Content-Type": "application/json", **(headers or {})})
     for attempt in range(retries + 1):
         if attempt:
-            time.sleep(min(backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5), LONGEST_WAIT))
+            time.sleep(back_off_seconds(attempt, first=backoff, longest=LONGEST_WAIT))
         try:
             return json.loads(_read(request, timeout))
         except HTTPError as error:

@@ -40,21 +40,22 @@ from pathlib import Path
 import ray
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.placement import place
+from types import SimpleNamespace
 from megatron_rl.cluster.runtime import host_process, ray_runtime
 from megatron_rl.config.cluster import ClusterSettings
 
 cluster = ClusterSettings(nodes=2, gpus_per_node=2, colocate=True)
 placement = place(Layout(tensor=2, data=2), 2, cluster, engine_gpus=2, on_gpu=True)
 def start(name, node, **given):
-    return host_process("types:SimpleNamespace", (), log_file=Path(name), nodes=nodes, node=node, **given)
+    return host_process(SimpleNamespace, log_file=Path(name), nodes=nodes, node=node, **given)
 with ray_runtime(placement) as nodes:
     ranks = [start(f"rank-{rank}.log", node, gpus=1) for rank, node in enumerate(placement.actors)]
-    nodes.rank_devices = ray.get([rank.devices.remote() for rank in ranks])
+    nodes.rank_devices = ray.get([rank.devices() for rank in ranks])
     engines = [
         start(f"engine-{i}.log", node, gpus=2, devices=nodes.engine_devices(i))
         for i, node in enumerate(placement.engines)
     ]
-    print(json.dumps([nodes.rank_devices, ray.get([engine.devices.remote() for engine in engines])]))
+    print(json.dumps([nodes.rank_devices, ray.get([engine.devices() for engine in engines])]))
 """
 
 
@@ -129,7 +130,7 @@ def test_doctor_reports_a_wrong_token(ray_address: str, tmp_path: Path) -> None:
     token.write_text(secrets.token_hex(32))
     status, output = _doctor(tmp_path, os.environ | {"RAY_AUTH_TOKEN_PATH": str(token)})
     assert status == 1, output
-    assert f"RAY_ADDRESS: {ray_address} does not let us in" in output and "RAY_AUTH_TOKEN_PATH" in output
+    assert f"RAY_ADDRESS: {ray_address} refuses the connection" in output and "RAY_AUTH_TOKEN_PATH" in output
 
 
 def test_without_ray_address_a_run_starts_its_own_ray(ray_address: str, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_dry_run_prints_the_configuration_and_writes_nothing(empty_folder: Pat
 def test_options_and_overrides_may_come_in_any_order(arguments: list[str], capsys: Output) -> None:
     assert train(*arguments) == 0
     out = capsys.readouterr().out
-    assert "\n  steps: 7\n" in out and "\nseed: 5\n" in out
+    assert "\n  steps: 7  # override\n" in out and "\nseed: 5  # override\n" in out
 
 
 def test_an_unknown_key_is_an_error_with_a_suggestion(empty_folder: Path, capsys: Output) -> None:

@@ -102,7 +102,7 @@ def test_lpreg_imports_torch_only() -> None:
     adapters = {name(path): {"trl"} for path in files if path.stem.removeprefix("_").startswith("trl")}
     assert all(file.startswith("lpreg/integrations/") for file in adapters)
     # Imported only where Triton is there.
-    adapters["lpreg/kernels/row_kernels.py"] = {"triton"}
+    adapters["lpreg/statistics/kernels/row_kernels.py"] = {"triton"}
     strays = {
         name(path): found
         for path in files

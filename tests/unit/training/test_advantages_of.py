@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 
+from lpreg.advantages import ESTIMATORS
 from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.errors import UserError
 from megatron_rl.rollout.collector import Rollouts
 from megatron_rl.training.advantages import advantages_of
 from megatron_rl.types import Generation, Prompt, Sample
@@ -38,7 +42,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("estimator", get_args(AlgorithmSettings.model_fields["advantage"].annotation))
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_of_the_configuration(estimator: str) -> None:
     found, metrics = advantages_of(config(advantage=estimator), rollouts())
     np.testing.assert_allclose(found, BY_HAND[estimator], rtol=1e-5)
@@ -53,3 +57,15 @@ def test_responses_that_ran_on_lose_reward_before_there_are_advantages() -> None
     want = np.concatenate([part - part.mean() for part in (rewards[:3], rewards[3:])])
     np.testing.assert_allclose(found, want, atol=1e-12)
     assert metrics == {"reward/overlong_penalty": pytest.approx(-0.5 * 2.25 / 6)}
+
+
+def test_an_estimator_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("own_advantages.py").write_text("def centred(r, g): return r - 0.5\n\ndef wrong(r, g): return r[:1]\n")
+    found, _ = advantages_of(config(advantage="own_advantages:centred"), rollouts())
+    assert found.tolist() == [reward - 0.5 for reward in REWARDS]
+    with pytest.raises(UserError, match="algorithm.advantage='own_advantages:wrong': the estimator must return"):
+        advantages_of(config(advantage="own_advantages:wrong"), rollouts())
+    with pytest.raises(UserError, match="algorithm.advantage='own_advantages:absent'.* has no 'absent'"):
+        advantages_of(config(advantage="own_advantages:absent"), rollouts())

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg._checks import check_head, check_row_flags, check_row_tensor
-from lpreg._head import Head, HeadGradient, gather_sequence, sum_over_ranks
-from lpreg._rows import filter_masses, summarise
-from lpreg._statistics import (
+from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
+from lpreg.statistics.head import Head, HeadGradient, gather_sequence, sum_over_ranks
+from lpreg.statistics.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
+from lpreg.statistics.row_gradients import row_gradients
+from lpreg.statistics.row_statistics import (
     EntropyMode,
     RowStatistics,
     Settings,
@@ -26,11 +27,10 @@ from lpreg._statistics import (
     finish,
     ranks_of,
     resolve,
-    row_gradients,
     statistics,
 )
-from lpreg.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
-from lpreg.token_stats import TokenStats
+from lpreg.statistics.rows import filter_masses, summarise
+from lpreg.statistics.token_stats import TokenStats
 
 
 def fused_token_stats(
@@ -47,7 +47,6 @@ def fused_token_stats(
     tp_group: dist.ProcessGroup | None = None,
     log_z_rows: Tensor | None = None,
     entropy: EntropyMode = "metric",
-    inplace_backward: bool = False,
     proxy: ProxyStore | None = None,
     proxy_rows: Tensor | None = None,
     weight_grad: Tensor | None = None,
@@ -71,8 +70,7 @@ def fused_token_stats(
         chunk_tokens: tokens projected at a time. None: 512 on a CPU, 2048 elsewhere.
         weight_grad: [V/TP, d] fp32 (fp64 for fp64 input), to which the backward adds the gradient of weight instead of
             handing it to autograd: the `main_grad` of Megatron, say. Full precision, and no second sum of that size.
-        inplace_backward: changes nothing here, where logits never outlive their chunk.
-        The others: as in `token_stats`.
+        The others: as in `token_stats`, which also has inplace_backward: here logits never outlive their chunk.
 
     Raises:
         ValueError: arguments that do not fit together, a target outside the vocabulary, logits that are not finite.
@@ -80,7 +78,8 @@ def fused_token_stats(
     check_head(hidden, weight, chunk_tokens, weight_grad)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
-    check_row_flags(tokens, hidden, "hidden states", log_z_rows=log_z_rows, proxy_rows=proxy_rows, proxy=proxy)
+    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
+    check_row_flags(tokens, hidden, "hidden states", flags)
     settings, columns_of_targets = resolve(
         weight.shape[0], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
     )

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpreg._checks import check_settings, check_targets
-from lpreg._rows import RowGradients, Shard, filter_masses, summarise
-from lpreg.proxy_store import ProxyStore, ShardProxy
+from lpreg.statistics.checks import check_settings, check_targets
+from lpreg.statistics.proxy_store import ProxyStore, ShardProxy
+from lpreg.statistics.rows import filter_masses, summarise
+from lpreg.statistics.shard import Shard
 
 EntropyMode = Literal["metric", "grad", "none"]
 
@@ -179,34 +180,6 @@ def _gather(local: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     parts = [torch.empty_like(local) for _ in range(ranks_of(tp_group))]
     dist.all_gather(parts, local, group=tp_group)
     return torch.stack(parts)
-
-
-def row_gradients(
-    grad_log_probs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_log_z: Tensor | None,
-    log_z: Tensor,
-    log_z_rows: Tensor | None,
-    temperature: float,
-    grad_proxy_kl: Tensor | None = None,
-    proxy: ShardProxy | None = None,
-) -> RowGradients:
-    """What the gradients of the statistics mean for the raw logits; all [T]."""
-    target = torch.zeros_like(log_z) if grad_log_probs is None else grad_log_probs / temperature
-    kept = dropped = -target
-    filtered = None
-    if grad_log_z is not None:
-        real = log_z > -torch.inf if log_z_rows is None else log_z_rows & (log_z > -torch.inf)
-        shift = torch.where(real, grad_log_z / temperature, 0.0)
-        # d log Z / dx is q - p: p * (1/Z - 1) inside the filter, -p outside. expm1 keeps its digits near Z = 1.
-        kept = torch.where(real, shift * torch.expm1(-log_z), 0.0) - target
-        dropped = -target - shift
-        filtered = shift != 0
-    entropy = None if grad_entropy is None else grad_entropy / temperature
-    if grad_proxy_kl is None or proxy is None:
-        return RowGradients(target, kept, dropped, entropy, filtered)
-    of_proxy = torch.where(proxy.stored, grad_proxy_kl / temperature, 0.0)
-    return RowGradients(target, kept + of_proxy, dropped + of_proxy, entropy, filtered, of_proxy, proxy)
 
 
 def check_finite(log_sum: Tensor, first: int = 0) -> None:

@@ -15,21 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg._checks import check_head, check_row_flags, check_row_tensor
-from lpreg._head import Head, HeadGradient, compact, gather_sequence, sum_over_ranks
-from lpreg._rows import RowGradients, Shard
-from lpreg._statistics import (
-    EntropyMode,
-    RowStatistics,
-    check_finite,
-    ranks_of,
-    resolve,
-    row_gradients,
-    statistics,
-)
 from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
-from lpreg.proxy_store import ProxyStore, ShardProxy
-from lpreg.token_stats import TokenStats
+from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
+from lpreg.statistics.head import Head, HeadGradient, compact, gather_sequence, sum_over_ranks
+from lpreg.statistics.proxy_store import ProxyStore, ShardProxy
+from lpreg.statistics.row_gradients import RowGradients, row_gradients
+from lpreg.statistics.row_statistics import EntropyMode, RowStatistics, check_finite, ranks_of, resolve, statistics
+from lpreg.statistics.shard import Shard
+from lpreg.statistics.token_stats import TokenStats
 
 FROM_THE_MODEL = ("log_probs", "entropy", "log_z", "kept", "proxy_kl")
 
@@ -82,7 +75,8 @@ def fused_loss(
     check_head(hidden, weight, chunk_tokens, weight_grad)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
-    check_row_flags(tokens, hidden, "hidden states", log_z_rows=log_z_rows, proxy_rows=None, proxy=proxy)
+    flags = {"log_z_rows": log_z_rows, "proxy.stored": proxy.stored if proxy else None}
+    check_row_flags(tokens, hidden, "hidden states", flags)
     _check_inputs(inputs, tokens)
     own = loss.token_stats_kwargs()
     filters = (own.get("min_p", 0.02), own.get("fixed_tau"))

@@ -2,8 +2,8 @@
 
 The forward reads every row once, all-gathers four floats a token and combines them in rank order, so every rank holds
 the same bits; rows that need log Z are read a second time and gathered once more. The backward is local and, if
-asked, writes the gradient over the logits. Row arithmetic lives in `lpreg._rows` and
-`lpreg._statistics`.
+asked, writes the gradient over the logits. The row arithmetic is in `lpreg.statistics.rows`
+and `lpreg.statistics.row_statistics`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg._checks import check_logits, check_row_flags, check_row_tensor
-from lpreg._rows import Shard, write_gradient
-from lpreg._statistics import EntropyMode, Settings, check_finite, resolve, row_gradients, statistics
-from lpreg.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
+from lpreg.statistics.checks import check_logits, check_row_flags, check_row_tensor
+from lpreg.statistics.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
+from lpreg.statistics.row_gradients import row_gradients
+from lpreg.statistics.row_statistics import EntropyMode, Settings, check_finite, resolve, statistics
+from lpreg.statistics.rows import write_gradient
+from lpreg.statistics.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ def token_stats(
     """
     check_logits(logits, inplace_backward)
     check_row_tensor("targets", targets, torch.int64, logits.shape[0], logits, "logits")
-    check_row_flags(logits.shape[0], logits, "logits", log_z_rows=log_z_rows, proxy_rows=proxy_rows, proxy=proxy)
+    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
+    check_row_flags(logits.shape[0], logits, "logits", flags)
     settings, columns_of_targets = resolve(
         logits.shape[1], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
     )

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpreg._rows import RowGradients, Rows, Shard, row_chunks, write_gradient
-from lpreg._statistics import Settings, ranks_of
+from lpreg.statistics.row_gradients import RowGradients
+from lpreg.statistics.row_statistics import Settings, ranks_of
+from lpreg.statistics.rows import write_gradient
+from lpreg.statistics.shard import Rows, Shard, row_chunks
 
 # Tokens of one chunk. Enough for the matrix products to run at full rate; the logits' buffer stays small.
 CPU_CHUNK_TOKENS = 512

@@ -1,4 +1,4 @@
-"""Triton row kernels behind `lpreg._rows`: the same functions, one read of the logits each."""
+"""Triton row kernels behind `lpreg.statistics.rows`: the same functions, one read of the logits each."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def _triton() -> bool:
 
 def load() -> ModuleType:
     """The kernels. Imported when they are first used: Triton is not there on every machine."""
-    from lpreg.kernels import row_kernels
+    from lpreg.statistics.kernels import row_kernels
 
     return row_kernels

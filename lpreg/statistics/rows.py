@@ -1,92 +1,20 @@
-"""The row work behind `token_stats` and its fused forms: passes over one rank's logits, a chunk of rows at a time.
+"""The passes over one rank's rows of logits behind `token_stats` and its fused forms.
 
-Legend: T tokens, C this rank's true vocabulary columns (its padding excluded), R a subset of the rows. Every pass reads
-x = logits / temperature in fp32 (fp64 for fp64 logits) into a work buffer that is small enough to stay in cache, so the
-logits are never copied whole.
+Legend: T tokens, C this rank's true vocabulary columns (its padding excluded), R a subset of the rows;
+x = logits / temperature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from lpreg import kernels
-
-if TYPE_CHECKING:
-    from lpreg.proxy_store import ShardProxy
-
-# Elements of one work buffer: on a CPU it should fit a core's cache, on a GPU outweigh the kernel launches.
-CPU_WORK_ELEMENTS = 2**18
-GPU_WORK_ELEMENTS = 2**25
+from lpreg.statistics import kernels
+from lpreg.statistics.row_gradients import RowGradients
+from lpreg.statistics.shard import Shard
 
 # exp() of it is 0 in fp64 too, and unlike -inf it may be multiplied by that 0 (entropy terms of impossible tokens).
 LOG_FLOOR = -1e4
-
-Rows = slice | Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """What one rank reads: its slice of the vocabulary and how to scale it."""
-
-    logits: Tensor
-    """[T, V/TP], raw."""
-    targets: Tensor
-    """[T] int64, column of the sampled token in this shard; outside [0, columns) where another rank owns it."""
-    columns: int
-    """C: leading columns that are true vocabulary; the rest is padding and is never read."""
-    temperature: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of all arithmetic and of the statistics."""
-        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
-
-    @property
-    def owned(self) -> Tensor:
-        """[T] bool: the sampled token is one of this rank's columns."""
-        return (self.targets >= 0) & (self.targets < self.columns)
-
-    @property
-    def target_columns(self) -> Tensor:
-        """[T]: like `targets`, but always a column that exists (meaningless where not owned)."""
-        return self.targets.clamp(0, self.columns - 1)
-
-    def chunk_rows(self) -> int:
-        budget = CPU_WORK_ELEMENTS if self.logits.device.type == "cpu" else GPU_WORK_ELEMENTS
-        return max(1, min(self.logits.shape[0], budget // max(1, self.logits.shape[1])))
-
-    def chunks(self, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
-        return row_chunks(self.logits.shape[0], self.chunk_rows(), rows)
-
-    def buffer(self) -> Tensor:
-        return torch.empty(self.chunk_rows(), self.logits.shape[1], dtype=self.dtype, device=self.logits.device)
-
-    def read(self, rows: Rows, buffer: Tensor) -> Tensor:
-        """x of `rows` as a view of `buffer`: [R, C]."""
-        if isinstance(rows, slice):
-            source = self.logits[rows]
-            x = buffer[: source.shape[0], : self.columns].copy_(source[:, : self.columns])
-        else:
-            x = buffer[: rows.shape[0]]
-            if x.dtype == self.logits.dtype:
-                torch.index_select(self.logits, 0, rows, out=x)
-            else:
-                x.copy_(self.logits.index_select(0, rows))
-            x = x[:, : self.columns]
-        return x if self.temperature == 1.0 else x.div_(self.temperature)
-
-
-def row_chunks(tokens: int, size: int, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
-    """(place in the list of rows, rows to read); None means all rows, read without an index."""
-    count = tokens if rows is None else rows.shape[0]
-    for start in range(0, count, size):
-        place = slice(start, min(start + size, count))
-        yield place, place if rows is None else rows[place]
 
 
 def summarise(shard: Shard, with_entropy: bool) -> Tensor:
@@ -137,44 +65,6 @@ def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum:
         masses[0, place] = inside.mul_(p).sum(-1)
         masses[1, place] = p.sub_(inside).sum(-1)
     return masses
-
-
-@dataclass(frozen=True, slots=True)
-class RowGradients:
-    """The factors of d loss / d x = p * (coefficient - entropy * (log p + H)) + target * onehot - proxy * q, all
-    [T]."""
-
-    target: Tensor
-    kept: Tensor
-    """Coefficient of the columns inside the filter."""
-    dropped: Tensor
-    """Coefficient of the columns outside it."""
-    entropy: Tensor | None
-    filtered: Tensor | None
-    """bool, the rows where `kept` and `dropped` differ; None for no such row."""
-    proxy: Tensor | None = None
-    """Less this times q of the stored proxy; `kept` and `dropped` have its share of p already. None: no row has one."""
-    stored: ShardProxy | None = None
-    """That proxy; given with `proxy`."""
-
-    @property
-    def active(self) -> Tensor:
-        """[T] bool: the row has a gradient."""
-        active = (self.target != 0) | (self.dropped != 0)
-        if self.entropy is not None:
-            active |= self.entropy != 0
-        return active if self.filtered is None else active | self.filtered
-
-    def of(self, rows: Rows) -> RowGradients:
-        return RowGradients(
-            self.target[rows],
-            self.kept[rows],
-            self.dropped[rows],
-            None if self.entropy is None else self.entropy[rows],
-            None if self.filtered is None else self.filtered[rows],
-            None if self.proxy is None else self.proxy[rows],
-            None if self.stored is None else self.stored.take(rows),
-        )
 
 
 def write_gradient(

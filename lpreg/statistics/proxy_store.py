@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lpreg._rows import Rows, Shard
+from lpreg.statistics.shard import Rows, Shard
 
 
 @dataclass(frozen=True, slots=True)

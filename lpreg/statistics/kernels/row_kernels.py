@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpreg._rows import RowGradients, Shard
+from lpreg.statistics.row_gradients import RowGradients
+from lpreg.statistics.shard import Shard
 
 BLOCK = 8192
 WARPS = 8
