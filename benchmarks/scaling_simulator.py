@@ -176,7 +176,7 @@ class Fleet:
             self._plan(i)
 
     def train(self, seconds: float) -> None:
-        """Keeps the ranks of the actor busy, each for so many seconds on its own core, while engines continue to sample."""
+        """Keeps the ranks of the actor busy, each for so many seconds on its own core, while engines keep sampling."""
         self.left[-1] = seconds
         while np.isfinite(self.left[-1]):
             self._advance()

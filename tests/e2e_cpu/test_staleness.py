@@ -57,7 +57,7 @@ def test_partial_rollouts_resume_from_a_checkpoint_bit_for_bit(quickstart: Calla
     assert_within_bound(straight)
     assert max(row.get("rollout/staleness_max", 0) for row in straight.metrics) == 1
     left = read_buffer(straight.folder / "checkpoints/step_000002")
-    assert any(group.whole for group in left) and any(not group.whole for group in left)
+    assert any(group.complete for group in left) and any(not group.complete for group in left)
 
     again = straight.folder.with_name("partial_again")
     shutil.copytree(straight.folder, again, symlinks=True)
