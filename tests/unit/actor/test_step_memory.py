@@ -81,7 +81,7 @@ def test_bf16_gradients_add_up_in_fp32(tmp_path: Path) -> None:
     """Of many micro-batches, as if each had been alone and all had been added in fp64."""
     model = write_hf_model(tmp_path / "model", noise=0.1)
     random = np.random.default_rng(0)
-    batch = SequenceBatch([random.integers(0, 50, 8) for _ in range(24)], np.full(24, 3))
+    batch = SequenceBatch.of([random.integers(0, 50, 8) for _ in range(24)], np.full(24, 3))
     batch = batch.with_values(advantages=batch.per_token(random.random(24) + 0.5).astype(np.float32))
     with actor(model, dtype="bfloat16", micro_batch_tokens=8) as worker:
         parameters = dict(worker.model.named_parameters())
