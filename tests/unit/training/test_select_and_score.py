@@ -43,8 +43,8 @@ def passes(loss: PolicyLoss, *, updates: int, source: str, score_dropped: bool, 
 
 @dataclass
 class Step:
-    """A step of three responses up to its first update, and what was asked of the actor. The actor's log-probs are those
-    of the engine in reverse order."""
+    """A step of three responses up to its first update, and what was asked of the actor. The log-probs of the actor are
+    those of the engine in reverse order."""
 
     name: str = "lp_reg"
     seed: int = 1
