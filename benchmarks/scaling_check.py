@@ -53,7 +53,7 @@ SAME = [
 
 def even_length(sample: Sample) -> RewardResult:
     """A reward that every group has some of."""
-    return RewardResult(float(len(sample.generation.token_ids) % 2 == 0))
+    return RewardResult(float(len(sample.response) % 2 == 0))
 
 
 def overrides(processes: int, mode: str, groups: int = GROUPS) -> list[str]:

@@ -18,7 +18,7 @@ REWARD = """
 from megatron_rl.types import RewardResult, Sample
 
 def some(sample: Sample) -> RewardResult:
-    return RewardResult(float(sum(sample.generation.token_ids) % 3))
+    return RewardResult(float(sum(sample.response.token_ids) % 3))
 """
 """An untrained model is never right, and without differences there is nothing to learn."""
 COMPARED = ("train/loss", "train/grad_norm", "entropy/token_mean", "lpreg/delta", "response_length/mean")
