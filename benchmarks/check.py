@@ -77,7 +77,7 @@ class Calls(TorchDispatchMode):
 def rows() -> SequenceBatch:
     random = np.random.default_rng(0)
     lengths = random.integers(10, 80, ROWS)
-    batch = SequenceBatch([random.integers(0, VOCABULARY, length + 8) for length in lengths], np.full(ROWS, 8))
+    batch = SequenceBatch.of([random.integers(0, VOCABULARY, length + 8) for length in lengths], np.full(ROWS, 8))
     tokens = batch.num_sampled_tokens
     return batch.with_values(
         advantages=random.normal(size=tokens).astype(np.float32),

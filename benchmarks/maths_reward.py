@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.machine import machine
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward import RewardPool
-from megatron_rl.types import Generation, Prompt, Sample
+from megatron_rl.types import Prompt, Response, Sample
 
 ROOT = Path(__file__).parents[1]
 PROMPTS, RESPONSES, REPEATS = 512, 8, 3
@@ -36,9 +36,9 @@ FILLER = "Let us think step by step: consider the equation $x^2 + 1 = {y}$ and w
 
 
 def sample(prompt: int, label: str, answer: str) -> Sample:
-    generation = Generation([1], [0.0], "stop", 0)
+    response = Response([1], [0.0], "stop", 0)
     text = f"{FILLER}The answer is \\boxed{{{answer}}}."
-    return Sample(Prompt(f"bench:{prompt}", (1,), "", label), prompt, generation, text)
+    return Sample(Prompt(f"bench:{prompt}", (1,), "", label), response, text)
 
 
 def as_in_training(seed: int) -> list[Sample]:

@@ -54,8 +54,8 @@ SAME = [
 
 
 def even_length(sample: Sample) -> RewardResult:
-    """Returns 1 if the response has an even number of tokens, so that scores differ within most groups."""
-    return RewardResult(float(len(sample.generation.token_ids) % 2 == 0))
+    """A reward that every group has some of."""
+    return RewardResult(float(len(sample.response) % 2 == 0))
 
 
 def overrides(processes: int, mode: str, groups: int = GROUPS) -> list[str]:

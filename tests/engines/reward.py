@@ -7,4 +7,4 @@ from megatron_rl.types import RewardResult, Sample
 
 def odd(sample: Sample) -> RewardResult:
     """Half of all responses are right, whatever they are."""
-    return RewardResult(float(sum(sample.generation.token_ids) % 2))
+    return RewardResult(float(sum(sample.response.token_ids) % 2))

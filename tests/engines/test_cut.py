@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.rollout.servers.http_engine import HttpEngine
-from megatron_rl.types import Generation, SamplingParams
+from megatron_rl.types import Response, SamplingParams
 from tests.engines.conftest import Run
 from tests.engines.test_generate import largest_gap
 
@@ -17,7 +17,7 @@ PROMPTS = [(1, 20 + i, 31, 7) for i in range(24)]
 SAMPLING = SamplingParams(n=4, max_tokens=56, temperature=1.0, stop_token_ids=(94,), seed=1)
 
 
-async def cut_after(engine: HttpEngine, seconds: float) -> list[list[Generation]]:
+async def cut_after(engine: HttpEngine, seconds: float) -> list[list[Response]]:
     asking = asyncio.create_task(engine.generate(PROMPTS, SAMPLING))
     await asyncio.sleep(seconds)
     await engine.cut()
@@ -31,19 +31,19 @@ def seconds(work: Callable[[], object]) -> float:
     return time.monotonic() - start
 
 
-def unfinished(groups: Sequence[Sequence[Generation]]) -> list[Generation]:
-    return [generation for group in groups for generation in group if generation.finish_reason == "abort"]
+def unfinished(groups: Sequence[Sequence[Response]]) -> list[Response]:
+    return [response for group in groups for response in group if response.finish_reason == "abort"]
 
 
 def test_what_is_cut_goes_on(engine: HttpEngine, run: Run[Any], model: Path) -> None:
     uncut = min(seconds(lambda: run(engine.generate(PROMPTS, SAMPLING))) for _ in range(3))  # the first is slow
     for share in (0.5, 0.3, 0.7, 0.2, 0.9, 0.1) * 4:  # however fast or busy the machine is
-        groups: list[list[Generation]] = run(cut_after(engine, share * uncut))
-        if any(generation.token_ids for generation in unfinished(groups)):
+        groups: list[list[Response]] = run(cut_after(engine, share * uncut))
+        if any(len(response) for response in unfinished(groups)):
             break
     begun = unfinished(groups)
-    assert any(generation.token_ids for generation in begun), "nothing was cut in the middle"
-    whole: list[list[Generation]] = run(engine.generate(PROMPTS, SAMPLING, groups))
+    assert any(len(response) for response in begun), "nothing was cut in the middle"
+    whole: list[list[Response]] = run(engine.generate(PROMPTS, SAMPLING, groups))
     assert not unfinished(whole)
     for before, after in zip(groups, whole, strict=True):
         assert len(after) == SAMPLING.n
@@ -52,5 +52,5 @@ def test_what_is_cut_goes_on(engine: HttpEngine, run: Run[Any], model: Path) -> 
             assert last.token_ids[:length] == first.token_ids and last.log_probs[:length] == first.log_probs
             assert len(last.token_ids) == SAMPLING.max_tokens or last.finish_reason == "stop"
     place = next(i for i, group in enumerate(groups) if any(g.token_ids for g in unfinished([group])))
-    for generation in whole[place]:
-        assert largest_gap(model, PROMPTS[place], generation, 1.0) < 1e-4
+    for response in whole[place]:
+        assert largest_gap(model, PROMPTS[place], response, 1.0) < 1e-4

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_rl.rollout.engines.interface import UpdateFailed
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.rollout.servers.server import ServerUnavailable
-from megatron_rl.types import Generation
+from megatron_rl.types import Response
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker, WeightsDamaged
@@ -110,11 +110,11 @@ class Sender:
 
 
 def assert_serves(engine: HttpEngine, run: Run[Any], model: Path, version: int) -> None:
-    groups: list[list[Generation]] = run(engine.generate(PROMPTS, SAMPLING))
+    groups: list[list[Response]] = run(engine.generate(PROMPTS, SAMPLING))
     for prompt, group in zip(PROMPTS, groups, strict=True):
-        for generation in group:
-            assert largest_gap(model, prompt, generation, 1.0) < 1e-4
-            assert set(generation.weight_versions) == {version}
+        for response in group:
+            assert largest_gap(model, prompt, response, 1.0) < 1e-4
+            assert set(response.weight_versions) == {version}
 
 
 def test_a_folder(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path) -> None:
@@ -229,14 +229,14 @@ def test_an_update_that_breaks_off_serves_nothing_until_it_is_made_again(
 @pytest.fixture
 def update_under_way(
     engine: HttpEngine, run: Run[Any], model: Path, other: Path, tmp_path: Path
-) -> tuple[dict[int, Path], list[list[Generation]]]:
+) -> tuple[dict[int, Path], list[list[Response]]]:
     """Version -> weights; and groups of responses of which some were begun with one and ended with the other.
 
     How long until there are tokens but not yet all of them depends on the machine.
     """
     sampling = replace(SAMPLING, n=32, max_tokens=50, stop_token_ids=(94,))
 
-    async def scenario(update: FolderUpdate, seconds: float) -> list[list[Generation]]:
+    async def scenario(update: FolderUpdate, seconds: float) -> list[list[Response]]:
         asking = asyncio.create_task(engine.generate([PROMPTS[0]] * 8, sampling))
         await asyncio.sleep(seconds)
         await engine.pause()
@@ -249,24 +249,24 @@ def update_under_way(
         ((before, source),) = held.items()
         policies = {before: source, version: model if source == other else other}
         groups = run(scenario(in_folder(tmp_path, policies[version], version)[0], seconds))
-        if any(generation.version_changes for group in groups for generation in group):
+        if any(response.version_changes for group in groups for response in group):
             return policies, groups
         held = {version: policies[version]}
     raise AssertionError("no update ever came between two tokens: the test sees nothing")
 
 
 def test_requests_under_way_go_on_with_the_new_weights(
-    update_under_way: tuple[dict[int, Path], list[list[Generation]]],
+    update_under_way: tuple[dict[int, Path], list[list[Response]]],
 ) -> None:
     policies, groups = update_under_way
     assert [len(group) for group in groups] == [32] * 8
-    generations = [generation for group in groups for generation in group]
-    for generation in generations:
-        assert set(generation.weight_versions) <= policies.keys()
-        assert len(generation.token_ids) == 50 or generation.token_ids[-1] == 94
-    for generation in [generation for generation in generations if generation.version_changes][:4]:
-        ((place, version),) = generation.version_changes
-        first = replace(generation, token_ids=generation.token_ids[:place], log_probs=generation.log_probs[:place])
+    responses = [response for group in groups for response in group]
+    for response in responses:
+        assert set(response.weight_versions) <= policies.keys()
+        assert len(response.token_ids) == 50 or response.token_ids[-1] == 94
+    for response in [response for response in responses if response.version_changes][:4]:
+        ((place, version),) = response.version_changes
+        first = Response(response.token_ids[:place], response.log_probs[:place], "abort", response.weight_version)
         assert largest_gap(policies[first.weight_version], PROMPTS[0], first, 1.0) < 1e-4
-        rest = Generation(generation.token_ids[place:], generation.log_probs[place:], "length", version)
+        rest = Response(response.token_ids[place:], response.log_probs[place:], "length", version)
         assert largest_gap(policies[version], (*PROMPTS[0], *first.token_ids), rest, 1.0) < 1e-4

@@ -31,16 +31,16 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> 
     return [shard for i in range(count) for shard in write_hf_shards(folder, items[i::count], part=i)]
 
 
-def batch() -> SequenceBatch:
-    return SequenceBatch([np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8])], np.array([2, 1]))
+def rows() -> SequenceBatch:
+    return SequenceBatch.of([[1, 2, 3, 4, 5], [6, 7, 8]], [2, 1])
 
 
 def logits(of: PreTrainedModel) -> np.ndarray:
-    """Logits [T, V], computed one response token at a time."""
+    """[T, V], one sampled token at a time."""
     parts = []
     with torch.inference_mode():
-        for tokens, start in zip(batch().tokens, batch().prompt_lengths, strict=True):
-            parts += [of(torch.tensor(tokens[None, :end])).logits[0, -1].numpy() for end in range(start, len(tokens))]
+        for row, start in zip(rows().sequences, (2, 1), strict=True):
+            parts += [of(torch.tensor(row[None, :end])).logits[0, -1].numpy() for end in range(start, len(row))]
     return np.stack(parts)
 
 

@@ -11,15 +11,15 @@ import pytest
 from megatron_rl.config.reward import RemoteSettings, RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward import open_grader
-from megatron_rl.types import RewardResult, Sample
+from megatron_rl.types import Prompt, Response, RewardResult, Sample
 
 MakeSample = Callable[..., Sample]
 Answer = Callable[[dict[str, Any], int], tuple[int, bytes] | None]
-"""Maps a request and the number of earlier requests to status and body. None means that no answer is sent."""
+"""(request, number of requests before it) -> status and body; None: no answer at all."""
 
 
 class Server:
-    """A server that answers by `answer` and records its requests."""
+    """Answers as `answer` does, and keeps the requests."""
 
     def __init__(self) -> None:
         self.answer: Answer = well_behaved
@@ -76,15 +76,15 @@ def test_samples_are_batched_and_results_keep_their_order(server: Server, make_s
     with open_grader(settings(server.url)) as grader:
         results = grader.score(samples)
         assert grader.score([]) == []
-    assert results == [RewardResult(float(i % 3 > 0), str(i)) for i in range(10)]
+    assert results == [RewardResult(float(i % 3 > 0), str(i), text=str(i)) for i in range(10)]
     assert sorted(len(request["samples"]) for request in server.requests) == [2, 4, 4]
     assert set(server.requests[0]["samples"][0]) == {"id", "prompt", "response", "label", "finish_reason"}
 
 
-def test_temporary_failures_are_retried(server: Server, make_sample: MakeSample) -> None:
+def test_temporary_failures_are_tried_again(server: Server, make_sample: MakeSample) -> None:
     server.answer = lambda request, before: (503, b"busy") if before < 2 else well_behaved(request, before)
     with open_grader(settings(server.url)) as grader:
-        assert grader.score([make_sample("1", "1")]) == [RewardResult(1.0, "1")]
+        assert grader.score([make_sample("1", "1")]) == [RewardResult(1.0, "1", text="1")]
     assert len(server.requests) == 3
 
 
@@ -112,12 +112,12 @@ def test_failures_have_an_outcome_and_a_detail(
     more = {"timeout_seconds": 0.3, "retries": 1} if answer is None else {}
     with open_grader(settings(server.url, **more)) as grader:
         result = grader.score([make_sample("1", "1")])[0]
-    assert (result.score, result.outcome) == (0.0, outcome)
+    assert (result.score, result.outcome, result.text) == (0.0, outcome, "1")
     assert detail in result.detail
     assert len(server.requests) == attempts
 
 
-def test_a_failed_batch_affects_its_own_samples_only(server: Server, make_sample: MakeSample) -> None:
+def test_a_bad_batch_costs_only_its_own_samples(server: Server, make_sample: MakeSample) -> None:
     def answer(request: dict[str, Any], before: int) -> tuple[int, bytes]:
         return (400, b"no") if request["samples"][0]["label"] == "4" else well_behaved(request, before)
 
@@ -127,7 +127,7 @@ def test_a_failed_batch_affects_its_own_samples_only(server: Server, make_sample
     assert [result.outcome for result in results] == ["score"] * 4 + ["error"] * 4 + ["score"] * 4
 
 
-def test_a_refused_connection_is_an_error_outcome(server: Server, make_sample: MakeSample) -> None:
+def test_a_server_that_is_gone_is_an_error(server: Server, make_sample: MakeSample) -> None:
     server.http.server_close()
     with open_grader(settings(server.url, retries=1)) as grader:
         result = grader.score([make_sample("1", "1")])[0]
@@ -149,3 +149,12 @@ def test_the_token_comes_from_the_environment(
 def test_a_url_that_is_not_http_is_refused() -> None:
     with pytest.raises(UserError, match="must begin with http"):
         open_grader(settings("file:///etc/passwd"))
+
+
+def test_responses_are_decoded_before_they_are_sent(server: Server) -> None:
+    """The server and the results get the text of the tokens."""
+    samples = [Sample(Prompt(f"p:{i}", (1,), "", "4+5"), Response([4, 5 + i], [], "stop", 0)) for i in range(2)]
+    with open_grader(settings(server.url), decode=lambda ids: "+".join(map(str, ids))) as grader:
+        results = grader.score(samples)
+    assert [sample["response"] for request in server.requests for sample in request["samples"]] == ["4+5", "4+6"]
+    assert [(result.score, result.text) for result in results] == [(1.0, "4+5"), (0.0, "4+6")]
