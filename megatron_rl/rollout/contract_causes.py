@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
+from megatron_rl.rollout.engines.kind import server_kinds
 
 Score = Callable[[SequenceBatch, float], Array]
 """(rows, temperature) -> [T], log-probs of the response tokens by the actor as it is now."""
@@ -45,11 +46,11 @@ def likely_cause(
             "into this server, or does it ignore them? Its log may say more; try weight_sync.transport=disk."
         )
     if temperature != 1 and hold(np.abs(said - score(rows, 1.0))):
+        remedies = ", or ".join(kind.processed_log_probs for kind in server_kinds())
         return (
             f"raw instead of processed log-probs: they are those at temperature 1, not at {temperature:g} "
-            "(rollout.temperature). vLLM: --logprobs-mode processed_logprobs; SGLang: without "
-            "SGLANG_RETURN_ORIGINAL_LOGPROB. Look at rollout.server.arguments and rollout.server.environment, or at "
-            "how the server that was attached to was started."
+            f"(rollout.temperature). Remedy: {remedies}. Look at rollout.server.arguments and "
+            "rollout.server.environment, or at how the server that was attached to was started."
         )
     if fitted := _fitted_temperature(rows, said, actors, score, temperature):
         return (
