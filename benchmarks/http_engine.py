@@ -35,11 +35,11 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.machine import arguments, keep
-from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.data.countdown import write_task
 from megatron_rl.data.rows import read_rows
+from megatron_rl.rollout.engines.interface import EngineLaunch
+from megatron_rl.rollout.engines.vllm.kind import KIND
 from megatron_rl.rollout.servers.http_engine import HttpEngine
-from megatron_rl.rollout.servers.server import ServerLaunch
 from megatron_rl.types import SamplingParams
 
 PROMPTS, RESPONSES, TOKENS, CONTEXT = 16, 8, 46, 64
@@ -116,7 +116,7 @@ class Server:
     def __init__(self, model: Path, loop: asyncio.AbstractEventLoop) -> None:
         before = set(psutil.Process().children(recursive=True))
         self._loop = loop
-        self._engine = HttpEngine("vllm", ServerSettings(), ServerLaunch(model, "cpu", "float32", 1, CONTEXT))
+        self._engine = HttpEngine(EngineLaunch(KIND, model, "cpu", "float32", CONTEXT))
         loop.run_until_complete(self._engine.start())
         loop.run_until_complete(self._engine.resume())
         self.processes = Processes(before)

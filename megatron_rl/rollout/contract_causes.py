@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
+from megatron_rl.rollout.engines.kind import server_kinds
 
 Score = Callable[[SequenceBatch, float], Array]
 """(batch, temperature) -> [T], log-probs of the sampled tokens under the actor's present weights."""
@@ -54,11 +55,11 @@ def likely_cause(
             "weights into this server, or does the server ignore new ones? See its log; try weight_sync.transport=disk."
         )
     if temperature != 1 and hold(np.abs(engines - score(rows, 1.0))):
+        remedies = ", or ".join(kind.processed_log_probs for kind in server_kinds())
         return (
             f"raw instead of processed log-probs: they are those at temperature 1, not at {temperature:g} "
-            "(rollout.temperature). vLLM: --logprobs-mode processed_logprobs; SGLang: without "
-            "SGLANG_RETURN_ORIGINAL_LOGPROB. Check rollout.server.arguments and rollout.server.environment, or how the "
-            "attached server was started."
+            f"(rollout.temperature). Remedy: {remedies}. Check rollout.server.arguments and "
+            "rollout.server.environment, or how the attached server was started."
         )
     if fitted := _fitted_temperature(rows, engines, actors, score, temperature):
         return (

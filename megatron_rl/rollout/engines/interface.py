@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +75,9 @@ class Responder(Protocol):
 
     def start(self) -> Address | None:
         """Returns once it can serve: a server's address, else None. Raises EngineLost."""
-        ...
+        return None
 
+    @abstractmethod
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -97,28 +99,30 @@ class Responder(Protocol):
 
     def pause(self) -> None:
         """Stops sampling until `resume`."""
-        ...
+        return None
 
     def close(self) -> None:
         """Ends everything that was started; returns once it has ended."""
-        ...
+        return None
 
 
 class RolloutEngine(Responder, Protocol):
     """Token ids in, token ids out. Log-probabilities are the untruncated policy's at the sampling temperature.
 
-    An engine that is not embedded has the same methods as coroutines. An embedded engine inherits from this class what
-    it does not need.
+    An embedded engine is a subclass, and defines the abstract methods; the others do nothing by default. Any other
+    engine has the same methods as coroutines.
     """
 
     def resume(self) -> None:
         """Samples again, with the newest weights. Raises UpdateFailed."""
-        ...
+        return None
 
+    @abstractmethod
     def update_weights(self, update: WeightUpdate) -> None:
         """Takes new weights while paused; the next token is sampled from them. Raises UpdateFailed."""
         ...
 
+    @abstractmethod
     def verify_weights(self, version: int, sent: Checksums) -> int:
         """Compares the engine's weights with those sent; returns the number of tensors. Raises WeightsDamaged."""
         ...
@@ -127,10 +131,12 @@ class RolloutEngine(Responder, Protocol):
         """Joins these groups for broadcast updates, and leaves all others; for transports without a folder."""
         return None
 
+    @abstractmethod
     def release_memory(self) -> None:
         """Pauses and frees the GPU memory; `update_weights` and `resume` allocate it again."""
         ...
 
+    @abstractmethod
     def health(self) -> int:
         """The weight version being served. Raises an exception if the engine cannot serve."""
         ...

@@ -77,6 +77,11 @@ def engine_kind(name: str) -> EngineKind:
     return kind
 
 
+def server_kinds() -> list[ServerKind]:
+    """The built-in engines that are servers."""
+    return [kind for kind in map(engine_kind, BUILT_IN) if isinstance(kind, ServerKind)]
+
+
 def supporting(transport: str) -> list[str]:
     """Names of the built-in engines that support a weight transport."""
     return [name for name in BUILT_IN if transport in engine_kind(name).transports]

@@ -42,12 +42,6 @@ class TransformersEngine(RolloutEngine):
         self.version = 0
         self.paused = False
 
-    def start(self) -> None:
-        """Does nothing: the model is loaded."""
-
-    def close(self) -> None:
-        """Does nothing: nothing outlives this process."""
-
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

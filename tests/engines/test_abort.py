@@ -1,4 +1,5 @@
-"""Partial rollouts with real servers: what is cut goes on from where it was, and log-probs stay the policy's."""
+"""Partial rollouts with real servers: aborted responses continue from where they were, and log-probs stay the
+policy's."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ PROMPTS = [(1, 20 + i, 31, 7) for i in range(24)]
 SAMPLING = SamplingParams(n=4, max_tokens=56, temperature=1.0, stop_token_ids=(94,), seed=1)
 
 
-async def cut_after(engine: HttpEngine, seconds: float) -> list[list[Response]]:
+async def abort_after(engine: HttpEngine, seconds: float) -> list[list[Response]]:
     asking = asyncio.create_task(engine.generate(PROMPTS, SAMPLING))
     await asyncio.sleep(seconds)
-    await engine.cut()
+    await engine.abort()
     async with asyncio.timeout(30):
         return await asking
 
@@ -35,22 +36,22 @@ def unfinished(groups: Sequence[Sequence[Response]]) -> list[Response]:
     return [response for group in groups for response in group if response.finish_reason == "abort"]
 
 
-def test_what_is_cut_goes_on(engine: HttpEngine, run: Run[Any], model: Path) -> None:
-    uncut = min(seconds(lambda: run(engine.generate(PROMPTS, SAMPLING))) for _ in range(3))  # the first is slow
+def test_aborted_responses_are_continued(engine: HttpEngine, run: Run[Any], model: Path) -> None:
+    full_time = min(seconds(lambda: run(engine.generate(PROMPTS, SAMPLING))) for _ in range(3))  # the first is slow
     for share in (0.5, 0.3, 0.7, 0.2, 0.9, 0.1) * 4:  # however fast or busy the machine is
-        groups: list[list[Response]] = run(cut_after(engine, share * uncut))
-        if any(len(response) for response in unfinished(groups)):
+        groups: list[list[Response]] = run(abort_after(engine, share * full_time))
+        if any(map(len, unfinished(groups))):
             break
-    begun = unfinished(groups)
-    assert any(len(response) for response in begun), "nothing was cut in the middle"
-    whole: list[list[Response]] = run(engine.generate(PROMPTS, SAMPLING, groups))
-    assert not unfinished(whole)
-    for before, after in zip(groups, whole, strict=True):
+    assert any(map(len, unfinished(groups))), "no response was aborted in the middle"
+    complete: list[list[Response]] = run(engine.generate(PROMPTS, SAMPLING, groups))
+    assert not unfinished(complete)
+    for before, after in zip(groups, complete, strict=True):
         assert len(after) == SAMPLING.n
         for first, last in zip(before, after, strict=True):
-            length = len(first.token_ids)
-            assert last.token_ids[:length] == first.token_ids and last.log_probs[:length] == first.log_probs
-            assert len(last.token_ids) == SAMPLING.max_tokens or last.finish_reason == "stop"
-    place = next(i for i, group in enumerate(groups) if any(g.token_ids for g in unfinished([group])))
-    for response in whole[place]:
+            length = len(first)
+            assert last.token_ids[:length].tolist() == first.token_ids.tolist()
+            assert last.log_probs[:length].tolist() == first.log_probs.tolist()
+            assert len(last) == SAMPLING.max_tokens or last.finish_reason == "stop"
+    place = next(i for i, group in enumerate(groups) if any(map(len, unfinished([group]))))
+    for response in complete[place]:
         assert largest_gap(model, PROMPTS[place], response, 1.0) < 1e-4
