@@ -65,7 +65,7 @@ def test_an_estimator_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("own_advantages.py").write_text("def centred(r, g): return r - 0.5\n\ndef wrong(r, g): return r[:1]\n")
     found, _ = advantages_of(config(advantage="own_advantages:centred"), rollouts())
     assert found.tolist() == [reward - 0.5 for reward in REWARDS]
-    with pytest.raises(UserError, match="algorithm.advantage='own_advantages:wrong': the estimator must return"):
+    with pytest.raises(UserError, match=r"algorithm\.advantage='own_advantages:wrong': the estimator must return"):
         advantages_of(config(advantage="own_advantages:wrong"), rollouts())
-    with pytest.raises(UserError, match="algorithm.advantage='own_advantages:absent'.* has no 'absent'"):
+    with pytest.raises(UserError, match=r"algorithm\.advantage='own_advantages:absent'.* has no 'absent'"):
         advantages_of(config(advantage="own_advantages:absent"), rollouts())
