@@ -1,7 +1,7 @@
 """LM head and policy loss in one: the gradients of hidden and weight are taken while a chunk's logits are still there.
 
-The gradients-in-forward form: three matrix products, where `fused_token_stats` needs four, for losses that are a sum
-over tokens, so that a chunk's gradient needs nothing of the other chunks.
+This form takes gradients in the forward: three matrix products, where `fused_token_stats` needs four. It is for losses
+that are a sum over tokens, so that a chunk's gradient does not depend on other chunks.
 """
 
 from __future__ import annotations
@@ -44,28 +44,27 @@ def fused_loss(
     proxy: ProxyStore | None = None,
     weight_grad: Tensor | None = None,
 ) -> tuple[LossOutput, TokenStats]:
-    """The loss over `fused_token_stats(hidden, weight, targets)`, with the gradients of hidden and weight ready.
+    """Returns the loss over `fused_token_stats(hidden, weight, targets)`, with gradients of hidden and weight ready.
 
-    Work: three products of 2 T d V/TP FLOPs, of which rows without gradient are spared two. Memory: one fp32 chunk of
-    logits, chunk_tokens * V/TP * 4 bytes (6 for bf16 input), and from the forward to the backward d hidden [T, d]
-    and an fp32 d weight [V/TP, d]. Communication: two small all-gathers a chunk and one sum of d hidden, all in the
-    forward; none in the backward. Without gradients wanted, one product and no memory beside the chunk.
+    Work: three products of 2 T d V/TP FLOPs, of which rows without gradient skip two. Memory: one fp32 chunk of logits,
+    chunk_tokens * V/TP * 4 bytes (6 for bf16 input), and from the forward to the backward d hidden [T, d] and an fp32
+    d weight [V/TP, d]. Communication: two small all-gathers per chunk and one sum of d hidden, all in the forward; none
+    in the backward. If no gradient is needed: one product, and no memory beside the chunk.
 
     Args:
-        hidden, weight, targets, chunk_tokens, sequence_parallel, temperature, vocab_size, tp_group, log_z_rows,
-        proxy: as in `fused_token_stats`. The filter is what the loss asks for.
-        loss: a method that is `token_separable`.
-        inputs: the fields of LossInputs by name, but those that come from the model (log_probs, entropy, log_z, kept);
+        hidden, weight, targets, chunk_tokens, sequence_parallel, temperature, vocab_size, tp_group, log_z_rows, proxy:
+        as in `fused_token_stats`. The filter is the one that the loss needs. loss: a method that is `token_separable`.
+        inputs: the fields of LossInputs by name, except those that come from the model (log_probs, entropy, log_z,
+        kept);
             tensors [T], all tokens, on every rank.
-        entropy: "metric" hands the entropy to the loss without gradient, "none" not at all; where the loss itself asks
-            for its gradient it gets it.
-
+        entropy: "metric" gives the loss the entropy without gradient, "none" gives no entropy; a loss that needs the
+            gradient of the entropy always gets it.
         weight_grad: [V/TP, d] fp32 (fp64 for fp64 input), to which the gradient of weight is added instead of being
-            handed to autograd: the `main_grad` of Megatron, say. It happens in this forward, whose loss must then be
+            returned to autograd, such as Megatron's `main_grad`. This happens in the forward, so the loss must then be
             differentiated with a gradient of 1; there is no second sum of that size.
 
     Returns:
-        The loss's output (its `loss` may be differentiated once), and the statistics without gradient.
+        The output of the loss (its `loss` may be differentiated once), and the statistics without gradient.
 
     Raises:
         ValueError: as `fused_token_stats`; a loss that is no sum over tokens; an input that is unknown or does not fit.
@@ -166,7 +165,7 @@ def _leaves(stats: RowStatistics, entropy: EntropyMode, proxy: ShardProxy | None
 
 
 def _differentiate(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """By the leaf's name; None where the loss does not depend on it."""
+    """Returns the gradients by the names of the leaves; None if the loss does not depend on a leaf."""
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), allow_unused=True), strict=True))
 
@@ -182,7 +181,7 @@ def _add_gradient(total: HeadGradient, place: slice, shard: Shard, grads: RowGra
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+    """A loss whose gradients are already known."""
 
     @staticmethod
     def forward(
@@ -204,7 +203,7 @@ class _WithGradients(torch.autograd.Function):
         if ctx.weight_is_done:
             torch._assert_async(grad == 1, "the weight's gradient was added already, for a gradient of 1 of the loss")
         d_hidden, d_weight = ctx.saved_tensors
-        # In place: the memory matters, and a second backward is then an error, not a wrong number.
+        # In place to save memory; a second backward is then an error and not a wrong number.
         d_hidden = None if d_hidden is None else d_hidden.mul_(grad)
         d_weight = None if d_weight is None else d_weight.mul_(grad).to(ctx.weight_dtype)
         return d_hidden, d_weight, None, None, None, None

@@ -16,7 +16,7 @@ from lpreg.statistics.shard import Rows
 
 @dataclass(frozen=True, slots=True)
 class RowGradients:
-    """The factors of d loss / d x = p * (coefficient - entropy * (log p + H)) + target * onehot - proxy * q, all
+    """The factors of d loss / d x = p * (coefficient - entropy * (log p + H)) + target * onehot - proxy * q; all
     [T]."""
 
     target: Tensor
@@ -26,21 +26,23 @@ class RowGradients:
     """Coefficient of the columns outside it."""
     entropy: Tensor | None
     filtered: Tensor | None
-    """bool, the rows where `kept` and `dropped` differ; None for no such row."""
+    """bool, the rows where `kept` and `dropped` differ; None if there is no such row."""
     proxy: Tensor | None = None
-    """Less this times q of the stored proxy; `kept` and `dropped` have its share of p already. None: no row has one."""
+    """Factor of q of the stored proxy, which is subtracted; `kept` and `dropped` include its share of p. None: no row
+    has a stored proxy."""
     stored: ShardProxy | None = None
-    """That proxy; given with `proxy`."""
+    """The stored proxy; given together with `proxy`."""
 
     @property
     def active(self) -> Tensor:
-        """[T] bool: the row has a gradient."""
+        """[T] bool, whether the row has a gradient."""
         active = (self.target != 0) | (self.dropped != 0)
         if self.entropy is not None:
             active |= self.entropy != 0
         return active if self.filtered is None else active | self.filtered
 
     def of(self, rows: Rows) -> RowGradients:
+        """Returns the factors of the given rows."""
         return RowGradients(
             self.target[rows],
             self.kept[rows],
@@ -62,7 +64,7 @@ def row_gradients(
     grad_proxy_kl: Tensor | None = None,
     proxy: ShardProxy | None = None,
 ) -> RowGradients:
-    """What the gradients of the statistics mean for the raw logits; all [T]."""
+    """Returns the factors for the raw logits from the gradients of the statistics; all [T]."""
     target = torch.zeros_like(log_z) if grad_log_probs is None else grad_log_probs / temperature
     kept = dropped = -target
     filtered = None

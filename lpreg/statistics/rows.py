@@ -13,14 +13,14 @@ from lpreg.statistics import kernels
 from lpreg.statistics.row_gradients import RowGradients
 from lpreg.statistics.shard import Shard
 
-# exp() of it is 0 in fp64 too, and unlike -inf it may be multiplied by that 0 (entropy terms of impossible tokens).
+# exp(LOG_FLOOR) is 0 in fp64 too, and unlike -inf LOG_FLOOR may be multiplied by 0 (entropy of impossible tokens).
 LOG_FLOOR = -1e4
 
 
 def summarise(shard: Shard, with_entropy: bool) -> Tensor:
-    """One read of every row: [4, T] of max x, sum e, sum e * (x - max), x of the target; e = exp(x - max).
+    """Reads every row once and returns [4, T]: max x, sum e, sum e * (x - max), x of the target; e = exp(x - max).
 
-    A shard without columns, or whose row is all -inf, gives (-inf, 0, 0, -inf), which adds nothing when ranks combine.
+    A shard without columns, or a row that is all -inf, gives (-inf, 0, 0, -inf), which adds nothing when ranks combine.
     """
     tokens = shard.logits.shape[0]
     pack = torch.zeros(4, tokens, dtype=shard.dtype, device=shard.logits.device)
@@ -46,7 +46,8 @@ def summarise(shard: Shard, with_entropy: bool) -> Tensor:
 
 
 def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum: Tensor) -> Tensor:
-    """Second read, of `rows` only: [2, R] of this shard's probability inside and outside the filter x >= threshold.
+    """Reads `rows` a second time and returns [2, R]: this shard's probability inside and outside the filter
+    x >= threshold.
 
     threshold, log_sum: [T], over the whole vocabulary.
     """
@@ -59,7 +60,7 @@ def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum:
     buffer, inside_buffer = shard.buffer(), shard.buffer()
     for place, chunk in shard.chunks(rows):
         x = shard.read(chunk, buffer)
-        # 1 inside the filter, 0 outside, as floats: much faster on a CPU than work with a bool mask, and as exact.
+        # 1 inside the filter and 0 outside, as floats: much faster on a CPU than a bool mask, and as exact.
         inside = torch.ge(x, threshold[chunk, None], out=inside_buffer[: x.shape[0], : shard.columns])
         p = x.sub_(log_sum[chunk, None]).exp_()
         masses[0, place] = inside.mul_(p).sum(-1)
@@ -70,12 +71,13 @@ def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum:
 def write_gradient(
     out: Tensor, shard: Shard, grads: RowGradients, threshold: Tensor, log_sum: Tensor, entropy: Tensor | None
 ) -> None:
-    """Fills `out` [T, V/TP] with d loss / d x; it may be the logits themselves. Rows without gradient are not read."""
+    """Fills `out` [T, V/TP], which may be the logits themselves, with d loss / d x. Rows without gradient are not
+    read."""
     out[:, shard.columns :] = 0.0
     if shard.columns == 0 or out.shape[0] == 0:
         return
     if kernels.usable(shard.logits) and kernels.usable(out):
-        # The kernels know no stored proxy: the few rows that have one are written below.
+        # The kernels do not handle a stored proxy: the few rows that have one are written below.
         left = torch.zeros_like(grads.active) if grads.proxy is None else grads.proxy != 0
         kernels.load().write_gradient(out, shard, grads, threshold, log_sum, entropy, leave=left)
         if grads.proxy is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements of one work buffer: on a CPU it should fit a core's cache, on a GPU outweigh the kernel launches.
+# Elements of one work buffer: on a CPU it should fit into a core's cache, on a GPU outweigh the kernel launches.
 CPU_WORK_ELEMENTS = 2**18
 GPU_WORK_ELEMENTS = 2**25
 
@@ -22,43 +22,46 @@ Rows = slice | Tensor
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one rank reads: its slice of the vocabulary and how to scale it."""
+    """One rank's slice of the vocabulary and how to scale it."""
 
     logits: Tensor
-    """[T, V/TP], raw."""
+    """[T, V/TP], raw logits."""
     targets: Tensor
-    """[T] int64, column of the sampled token in this shard; outside [0, columns) where another rank owns it."""
+    """[T] int64, column of the sampled token in this shard; outside [0, columns) if another rank owns the token."""
     columns: int
-    """C: leading columns that are true vocabulary; the rest is padding and is never read."""
+    """C: the leading columns, which are true vocabulary; the rest is padding and is never read."""
     temperature: float
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all arithmetic and of the statistics."""
+        """The dtype of all arithmetic and of the statistics."""
         return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
 
     @property
     def owned(self) -> Tensor:
-        """[T] bool: the sampled token is one of this rank's columns."""
+        """[T] bool, whether the sampled token is one of this rank's columns."""
         return (self.targets >= 0) & (self.targets < self.columns)
 
     @property
     def target_columns(self) -> Tensor:
-        """[T]: like `targets`, but always a column that exists (meaningless where not owned)."""
+        """[T], like `targets`, but always a column that exists; meaningless if the token is not owned."""
         return self.targets.clamp(0, self.columns - 1)
 
     def chunk_rows(self) -> int:
+        """Number of rows that one work buffer holds."""
         budget = CPU_WORK_ELEMENTS if self.logits.device.type == "cpu" else GPU_WORK_ELEMENTS
         return max(1, min(self.logits.shape[0], budget // max(1, self.logits.shape[1])))
 
     def chunks(self, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
+        """Yields `rows`, or (None) all rows, in chunks that fit a work buffer, see `row_chunks`."""
         return row_chunks(self.logits.shape[0], self.chunk_rows(), rows)
 
     def buffer(self) -> Tensor:
+        """Returns a new work buffer."""
         return torch.empty(self.chunk_rows(), self.logits.shape[1], dtype=self.dtype, device=self.logits.device)
 
     def read(self, rows: Rows, buffer: Tensor) -> Tensor:
-        """x of `rows` as a view of `buffer`: [R, C]."""
+        """Returns x of `rows` as a view of `buffer`, [R, C]."""
         if isinstance(rows, slice):
             source = self.logits[rows]
             x = buffer[: source.shape[0], : self.columns].copy_(source[:, : self.columns])
@@ -73,7 +76,7 @@ class Shard:
 
 
 def row_chunks(tokens: int, size: int, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
-    """(place in the list of rows, rows to read); None means all rows, read without an index."""
+    """Yields (place in the list of rows, rows to read); None means all rows, read without an index."""
     count = tokens if rows is None else rows.shape[0]
     for start in range(0, count, size):
         place = slice(start, min(start + size, count))

@@ -147,3 +147,15 @@ def test_a_name_that_is_neither_known_nor_an_import_path(load, override, words):
 
 def test_an_advantage_by_import_path_needs_no_group(load):
     assert load("algorithm.advantage=mine:advantages", "rollout.samples_per_prompt=1", text=MINIMAL).algorithm
+
+
+def test_the_loss_of_the_page_trains(load, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs/methods.md").read_text()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("my_losses.py").write_text(page.split("```python\n")[1].split("```")[0])
+    command = page.split("megatron-rl train my_run.yaml ")[1].splitlines()[0].split()
+    loss = LossChoice.of(load(*command).algorithm).make()
+    log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    old = torch.tensor([-3.0, -2.0])
+    loss(LossInputs(log_probs=log_probs, old_log_probs=old, advantages=torch.ones(2), denominator=2)).loss.backward()
+    assert log_probs.grad.tolist() == [-1.5, -0.5]
