@@ -29,7 +29,7 @@ from rich.progress import Progress
 
 from benchmarks.scaling_simulator import Fleet, Lengths, LengthsOf, Rates, simulate
 from megatron_rl.config import Config, load_config
-from megatron_rl.plan.times import extra_forwards
+from megatron_rl.config.passes import passes_of
 from megatron_rl.rollout.dump import dumps
 from megatron_rl.types import RewardResult, Sample
 
@@ -136,14 +136,7 @@ class Measured:
     def rest(self, config: Config, tokens: int) -> float:
         """Returns seconds of each replica in a step without its rollouts."""
         mine = tokens / config.actor.data_parallel
-        return forwards(config) * self.score.at(mine) + self.train.at(mine) + self.other
-
-
-def forwards(config: Config) -> int:
-    """Returns the number of forward passes without gradients over a step's sequences, as `plan` counts them."""
-    from types import SimpleNamespace
-
-    return extra_forwards(SimpleNamespace(config=config))  # type: ignore[arg-type]
+        return passes_of(config).forwards * self.score.at(mine) + self.train.at(mine) + self.other
 
 
 def measure(progress: Callable[[], None]) -> tuple[Measured, dict[str, Any]]:
@@ -152,7 +145,7 @@ def measure(progress: Callable[[], None]) -> tuple[Measured, dict[str, Any]]:
         name = f"1-synchronous-{groups}"
         settings = overrides(1, "synchronous", groups)
         steps, lengths = train(name, settings, record=True), lengths_by_step(FOLDER / name)
-        calls = forwards(load_config(QUICKSTART, settings))
+        calls = passes_of(load_config(QUICKSTART, settings)).forwards
         for step in steps:
             length = np.concatenate(lengths[int(step["step"])])
             parts = {part: step[f"perf/{part}_seconds"] for part in ("rollout", "score", "train", "record", "step")}

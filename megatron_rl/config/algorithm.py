@@ -11,7 +11,7 @@ from lpreg.advantages import ESTIMATORS
 from lpreg.losses.registry import METHODS
 
 from .fields import Count, FilePath, NameOrPath, NonNegative, Positive, PositiveInt, Section, Text
-from .methods import SECTIONS, MethodSection, effective_values
+from .method_sections import SECTIONS, MethodSection, effective_values
 
 MethodName = Annotated[str, NameOrPath(tuple(METHODS), "package.module:Class")]
 AdvantageName = Annotated[str, NameOrPath(ESTIMATORS, "package.module:function")]

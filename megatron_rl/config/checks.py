@@ -11,6 +11,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind, supporting
 
 from .methods import method_problems, method_settings
+from .passes import passes_of
 from .rollout import ServerSettings
 from .schema import Config
 
@@ -62,11 +63,9 @@ def _method(config: Config) -> Iterator[str]:
     algorithm = config.algorithm
     if algorithm.name not in METHODS or method_problems(algorithm):
         return
-    updates_off_policy = config.train.updates_per_rollout > 1 or config.rollout.max_staleness > 0
-    other_policy = {"current": False, "old": updates_off_policy, "lagged": True}
+    passes = passes_of(config)
     settings, section = method_settings(algorithm), f"algorithm.{algorithm.name}"
-    stored = settings.needs.needs_proxy_kl and other_policy[algorithm.proxy_source]
-    if stored and getattr(settings, "min_p", None) == 0:
+    if (passes.stores_old_proxy or passes.stores_lagged_proxy) and getattr(settings, "min_p", None) == 0:
         yield (
             f"{section}.min_p: 0 with the full KL and algorithm.proxy_source: {algorithm.proxy_source} would "
             f"store the whole vocabulary for every selected token; set {section}.kl_estimator to k3"

@@ -14,7 +14,8 @@ from lpreg.losses.registry import METHODS
 from megatron_rl.errors import UserError
 
 from .algorithm import AlgorithmSettings
-from .methods import effective_values, given_settings, method_class, section_key
+from .method_sections import effective_values
+from .methods import given_settings, method_class, section_key
 from .schema import Config
 from .yaml_text import dump_yaml, leaves, parse_yaml
 

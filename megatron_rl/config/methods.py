@@ -1,69 +1,25 @@
-"""The settings of the configured method, from what lpreg states about it (`lpreg/losses/<name>.py`).
+"""The settings of the configured method, and what the method needs.
 
-Each method of lpreg has a section `algorithm.<name>`, whose keys are its settings. A user's own method is named by its
-import path and takes its settings from `algorithm.settings`. Settings that are not given have the value of
-`algorithm.preset`, otherwise the method's default. None is written as "none", since null clears a key.
+Settings that are not given have the value of `algorithm.preset`, otherwise the method's default. A user's own method is
+named by its import path and takes its settings from `algorithm.settings`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
+from collections.abc import Iterator
+from typing import Any
 
 from lpreg import MethodNeeds, MethodSettings, PolicyLoss
 from lpreg.losses.corrected import CorrectionSettings
 from lpreg.losses.reference_kl import ReferenceKLSettings
 from lpreg.losses.registry import METHODS, unknown
-from lpreg.losses.settings import Range, Setting, settings_of
+from lpreg.losses.settings import settings_of
 from megatron_rl.errors import UserError
 from megatron_rl.utils.import_path import import_object, is_import_path
 
-from .fields import Section
-
-if TYPE_CHECKING:
-    from .algorithm import AlgorithmSettings
-
-BESIDE = ("proxy_source",)
-"""Settings of a method that are keys of `algorithm` itself."""
-
-
-class MethodSection(Section):
-    """The settings of one method. Those of a method that is not the configured one may be unset."""
-
-    @model_serializer(mode="wrap")
-    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if value is not None}
-
-
-def _annotation(setting: Setting) -> Any:
-    """The type of the setting's key; unset is None."""
-    kind = setting.kind
-    if setting.range:
-        kind = Annotated[kind, Field(**dict(_bounds(setting.range)))]
-    return kind | Literal["none"] | None if setting.optional else kind | None
-
-
-def _bounds(limits: Range) -> Iterator[tuple[str, Any]]:
-    for name, bound in (("gt" if limits.open_low else "ge", limits.low), ("le", limits.high)):
-        if math.isfinite(bound):
-            yield name, int(bound) if bound == int(bound) else bound  # messages show whole numbers without a point
-
-
-def _section(method: type[PolicyLoss]) -> type[MethodSection]:
-    fields: dict[str, Any] = {
-        setting.name: (_annotation(setting), Field(default=None, description=setting.doc))
-        for setting in settings_of(method.Settings)
-        if setting.name not in BESIDE
-    }
-    return create_model(method.Settings.__name__, __base__=MethodSection, __module__=__name__, **fields)
-
-
-SECTIONS = {name: _section(method) for name, method in METHODS.items()}
-globals().update({section.__name__: section for section in SECTIONS.values()})  # pickle finds a class by its name
+from .algorithm import AlgorithmSettings
+from .method_sections import BESIDE, MethodSection, effective_values, plain_values
 
 
 def method_class(name: str) -> type[PolicyLoss]:
@@ -85,32 +41,6 @@ def method_class(name: str) -> type[PolicyLoss]:
             "lpreg.MethodSettings, the settings of the method"
         )
     return method
-
-
-def effective_values(method: type[PolicyLoss], preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of the method as YAML has it: the given value, otherwise the preset's, otherwise the default.
-
-    Settings that another given one replaces are left out unless they are given.
-    """
-    given = {name: value for name, value in given.items() if value is not None}
-    from_preset = method.presets.get(preset, {}) if preset is not None else {}
-    values: dict[str, Any] = {}
-    for setting in settings_of(method.Settings):
-        if setting.name in BESIDE:
-            continue
-        value = given.get(setting.name, from_preset.get(setting.name, setting.default))
-        if value is not dataclasses.MISSING:
-            values[setting.name] = "none" if value is None else value
-    replaced = method.Settings.replaced(_plain(method, given))
-    return {name: value for name, value in values.items() if name in given or name not in replaced} | {
-        name: value for name, value in given.items() if name not in values
-    }
-
-
-def _plain(method: type[PolicyLoss], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as the method takes them: "none" is None if None is a value of the setting."""
-    optional = {setting.name for setting in settings_of(method.Settings) if setting.optional}
-    return {name: None if value == "none" and name in optional else value for name, value in values.items()}
 
 
 def section_key(algorithm: AlgorithmSettings) -> str:
@@ -164,7 +94,7 @@ def _made(algorithm: AlgorithmSettings) -> MethodSettings:
     values = effective_values(method, algorithm.preset, given_settings(algorithm))
     known = {setting.name for setting in settings_of(method.Settings)}
     beside = {name: getattr(algorithm, name) for name in BESIDE if name in known}
-    settings: MethodSettings = method.Settings(**_plain(method, values), **beside)
+    settings: MethodSettings = method.Settings(**plain_values(method, values), **beside)
     return settings
 
 
@@ -183,7 +113,7 @@ def _problems(algorithm: AlgorithmSettings) -> Iterator[tuple[tuple[str, ...], s
             "algorithm.settings: read only with algorithm.name: package.module:Class; the settings of "
             f"{algorithm.name} are in {dotted}",
         )
-    for name, other in method.Settings.replaced(_plain(method, given)).items():
+    for name, other in method.Settings.replaced(plain_values(method, given)).items():
         if name in given:
             yield (*place, name), f"{dotted}.{name} is replaced by {dotted}.{other}; give only one of them"
     known = [setting.name for setting in settings_of(method.Settings) if setting.name not in BESIDE]

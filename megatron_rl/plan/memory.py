@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_rl.config.passes import passes_of
 from megatron_rl.config.transport import transport_of
 from megatron_rl.plan.activations import FP32, layer_bytes
 from megatron_rl.plan.parameters import rank_parameters, stage_layers
@@ -103,9 +104,9 @@ def host_bytes(setup: Setup, stage: int) -> float:
     """Bytes of host memory for one rank: offloaded optimizer state, other policies, a checkpoint being written."""
     weights = setup.element * rank_parameters(setup.model, setup.layout, stage).total
     state = sum(optimizer_state(setup, stage).values())
-    algorithm, settings = setup.config.algorithm, setup.config.actor
+    passes, settings = passes_of(setup.config), setup.config.actor
     total = state if settings.offload_optimizer else 0.0
-    total += weights * (algorithm.proxy_source == "lagged") + weights * (algorithm.reference_kl.coefficient > 0)
+    total += weights * (passes.lagged_proxy + passes.reference)
     return total + (weights + state if setup.config.train.async_save else 0.0)
 
 
@@ -126,9 +127,8 @@ def _half(setup: Setup, weights: float) -> float:
 
 def _other_policy(setup: Setup) -> bool:
     """Returns whether another policy's weights temporarily replace the actor's."""
-    algorithm = setup.config.algorithm
-    lagged = algorithm.name == "lp_reg" and algorithm.proxy_source == "lagged"
-    return lagged or algorithm.reference_kl.coefficient > 0
+    passes = passes_of(setup.config)
+    return passes.lagged_proxy or passes.reference
 
 
 # ---------------------------------------------------------------------- passes

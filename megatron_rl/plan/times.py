@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rl.config.methods import method_needs
+from megatron_rl.config.passes import passes_of
 from megatron_rl.config.transport import transport_of
 from megatron_rl.models.flops import body_flops, head_flops
 from megatron_rl.plan.engines import rollout_seconds
@@ -22,20 +22,9 @@ def step_flops(setup: Setup) -> Parts:
     recomputed = shares[setup.config.actor.recompute.granularity]
     epochs = setup.config.train.epochs_per_rollout
     flops = {"forward and backward": epochs * (3 * (body + head) + recomputed * body)}
-    if passes := extra_forwards(setup):
-        flops["log-probs"] = passes * (body + head)
+    if forwards := passes_of(setup.config).forwards:
+        flops["log-probs"] = forwards * (body + head)
     return flops
-
-
-def extra_forwards(setup: Setup) -> int:
-    """Number of forwards without gradients over a step's sequences: of the old, lagged and reference policies."""
-    config, algorithm = setup.config, setup.config.algorithm
-    off_policy = config.train.updates_per_rollout > 1 or config.rollout.max_staleness > 0
-    needs = method_needs(algorithm)
-    by_entropy = needs.selection is not None and needs.selection.needs_entropy
-    old = off_policy or by_entropy or algorithm.correction.active or algorithm.selection_log_probs == "actor"
-    lagged = needs.proxy_source == "lagged"
-    return old + lagged + algorithm.reference_kl.active
 
 
 def step_seconds(setup: Setup) -> Parts:
@@ -47,7 +36,9 @@ def step_seconds(setup: Setup) -> Parts:
     parts = {"rollout": rollout_seconds(setup)}
     if "log-probs" in flops:
         compute = flops["log-probs"] / world / rate
-        parts["log-probs"] = bubble * (compute + visible * extra_forwards(setup) * _tensor_seconds(setup, sums=2))
+        parts["log-probs"] = bubble * (
+            compute + visible * passes_of(setup.config).forwards * _tensor_seconds(setup, sums=2)
+        )
     passes = setup.config.train.epochs_per_rollout
     sums = 6 if setup.config.actor.recompute.granularity == "full" else 4
     compute = flops["forward and backward"] / world / rate
@@ -62,7 +53,7 @@ def step_seconds(setup: Setup) -> Parts:
 
 def checkpoint_bytes(setup: Setup) -> float:
     """Bytes of one checkpoint: weights and moments in fp32, and the lagged snapshot."""
-    lagged = setup.config.algorithm.proxy_source == "lagged"
+    lagged = passes_of(setup.config).lagged_proxy
     return 4 * (3 + lagged) * model_parameters(setup.model)
 
 

@@ -8,7 +8,8 @@ import pytest
 from lpreg.losses.registry import METHODS
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.config.algorithm import AlgorithmSettings
-from megatron_rl.config.methods import SECTIONS, method_needs
+from megatron_rl.config.method_sections import SECTIONS
+from megatron_rl.config.methods import method_needs
 from megatron_rl.errors import UserError
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.cli import main
 from megatron_rl.config import load_config
+from megatron_rl.config.passes import passes_of
 from megatron_rl.errors import UserError
 from megatron_rl.models.flops import body_flops, head_flops
 from megatron_rl.plan.assumptions import lengths
@@ -20,7 +21,7 @@ from megatron_rl.plan.engines import engine_memory, rollout_seconds
 from megatron_rl.plan.memory import host_bytes
 from megatron_rl.plan.parameters import model_parameters, rank_parameters
 from megatron_rl.plan.search import Choice, layouts, nearest
-from megatron_rl.plan.times import extra_forwards, step_flops
+from megatron_rl.plan.times import step_flops
 from tests.unit.plan.conftest import MODELS, Make
 
 Output = pytest.CaptureFixture[str]
@@ -200,13 +201,14 @@ def test_training_takes_six_operations_per_parameter_and_token(make: Make) -> No
         (["algorithm.selection_log_probs=actor"], 1),
         (["algorithm.proxy_source=lagged"], 1),
         (["algorithm.reference_kl.coefficient=0.001"], 1),
-        (["algorithm.name=grpo", "algorithm.correction.weights=truncated"], 1),
+        (["algorithm.name=grpo", "algorithm.correction.weights=truncated"], 0),
+        (["algorithm.name=grpo", "algorithm.selection_log_probs=actor"], 0),
         (["train.updates_per_rollout=8", "algorithm.reference_kl.coefficient=0.001"], 2),
     ],
 )
 def test_number_of_forwards_without_gradients(make: Make, overrides: list[str], passes: int) -> None:
     setup = make(*overrides).setup
-    assert extra_forwards(setup) == passes
+    assert passes_of(setup.config).forwards == passes
     assert ("log-probs" in step_flops(setup)) == (passes > 0)
 
 

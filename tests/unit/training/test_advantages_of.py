@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from lpreg.advantages import ESTIMATORS
 from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.errors import UserError
 from megatron_rl.rollout.buffer import Group
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.training.batch import TrainingBatch, training_batch
