@@ -10,6 +10,7 @@ from lpreg.losses.registry import METHODS
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind, supporting
 
+from .algorithm import CorrectionSettings
 from .methods import method_problems, method_settings
 from .passes import passes_of
 from .rollout import ServerSettings
@@ -47,7 +48,13 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"algorithm.overlong.buffer_tokens: {algorithm.overlong.buffer_tokens} is more than "
             f"rollout.max_response_tokens: {config.rollout.max_response_tokens}"
         )
-    correction = algorithm.correction
+    correction = list(_correction(algorithm.correction))
+    yield from correction
+    if not correction:  # the method's passes cannot be stated for a correction that is wrong
+        yield from _method(config)
+
+
+def _correction(correction: CorrectionSettings) -> Iterator[str]:
     if correction.weights == "masked" and correction.low >= correction.high:
         yield f"algorithm.correction.low: {correction.low} must be below algorithm.correction.high: {correction.high}"
     if correction.reject_sequences and correction.sequence_low >= correction.sequence_high:
@@ -55,7 +62,6 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"algorithm.correction.sequence_low: {correction.sequence_low} must be below "
             f"algorithm.correction.sequence_high: {correction.sequence_high}"
         )
-    yield from _method(config)
 
 
 def _method(config: Config) -> Iterator[str]:
