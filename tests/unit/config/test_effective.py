@@ -107,7 +107,7 @@ def test_fixed_tau_replaces_min_p(config):
 
 
 def test_a_config_of_an_earlier_version_compares_equal(config):
-    """It had a section for every method, with null for each setting that was not given."""
+    """Earlier versions wrote a section for every method, with null for each setting that was not given."""
     tree = config.model_dump(mode="json")
     unset = dict.fromkeys(tree["algorithm"]["lp_reg"])
     tree["algorithm"]["lp_reg"] = unset | {"rho": 0.2, "k3_clamp": "none"}
