@@ -1,4 +1,4 @@
-"""What no single key can tell: settings that contradict each other, and what is not available yet."""
+"""Checks across keys: settings that contradict each other, and combinations that are not supported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REWARDS = ("countdown", "math", "code", "remote")
 
 
 def contradictions(config: Config) -> list[str]:
-    """One sentence a problem, naming the keys; empty when the settings go together."""
+    """Returns one sentence per problem, which names the keys; empty if the settings are consistent."""
     return [
         *_algorithm(config),
         *_updates(config),
@@ -56,7 +56,7 @@ def _algorithm(config: Config) -> Iterator[str]:
 
 
 def _method(config: Config) -> Iterator[str]:
-    """Settings of the method beside the rest. A user's own method is not imported here."""
+    """Checks the settings of the method against other sections. A user's own method is not imported here."""
     algorithm = config.algorithm
     if algorithm.name not in METHODS or method_problems(algorithm):
         return
