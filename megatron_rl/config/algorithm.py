@@ -105,7 +105,8 @@ class _AlgorithmKeys(Section):
         preset = tree.get("preset")
         if name not in METHODS or not isinstance(section, dict) or not isinstance(preset, str | None):
             return tree
-        return {**tree, name: effective_values(METHODS[name], preset, section)}
+        others = {key: value for key, value in tree.items() if key not in METHODS or value != {}}
+        return {**others, name: effective_values(METHODS[name], preset, section)}
 
     @model_serializer(mode="wrap")
     def _without_other_methods(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

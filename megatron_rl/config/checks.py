@@ -65,7 +65,7 @@ def _correction(correction: CorrectionSettings) -> Iterator[str]:
 
 
 def _method(config: Config) -> Iterator[str]:
-    """Settings of the method beside the rest. A user's own method is not imported here."""
+    """Checks the settings of the method against other sections. A user's own method is not imported here."""
     algorithm = config.algorithm
     if algorithm.name not in METHODS or method_problems(algorithm):
         return

@@ -148,7 +148,7 @@ def test_every_rank_holds_the_same_bits(by_rank: list[Results], name: str, form:
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_split_changes_no_number(by_rank: list[Results], name: str, form: str, ranks: int) -> None:
+def test_the_split_does_not_change_the_results(by_rank: list[Results], name: str, form: str, ranks: int) -> None:
     case = CASES[name]
     want = run(case, form, None, 0, 1)
     parts = [by_rank[rank][ranks, form, name] for rank in range(ranks)]
@@ -169,7 +169,7 @@ def test_the_split_changes_no_number(by_rank: list[Results], name: str, form: st
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_collectives_are_as_few_as_promised(by_rank: list[Results], name: str, ranks: int) -> None:
+def test_the_number_of_collectives_is_as_documented(by_rank: list[Results], name: str, ranks: int) -> None:
     sequence_parallel = CASES[name].sequence_parallel
     gather = 1 if sequence_parallel else 0
     sum_of_hidden = {"reduce_scatter" if sequence_parallel else "all_reduce": 1}

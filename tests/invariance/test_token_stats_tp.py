@@ -130,7 +130,7 @@ def test_every_rank_holds_the_same_bits(by_rank: list[Results], name: str, ranks
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_split_changes_no_number(by_rank: list[Results], name: str, ranks: int) -> None:
+def test_the_split_does_not_change_the_results(by_rank: list[Results], name: str, ranks: int) -> None:
     case = CASES[name]
     want = run(case, None, 0, 1)
     got = by_rank[0][ranks, name]
@@ -148,7 +148,9 @@ def test_the_split_changes_no_number(by_rank: list[Results], name: str, ranks: i
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_two_small_gathers_forward_and_nothing_else(by_rank: list[Results], name: str, ranks: int) -> None:
+def test_the_only_collectives_are_two_small_gathers_in_the_forward(
+    by_rank: list[Results], name: str, ranks: int
+) -> None:
     """Four numbers a token, and two for each one whose log Z is wanted; whatever the vocabulary."""
     _, _, rows, _ = inputs(CASES[name])
     wanted = TOKENS if rows is None else int(rows.sum())

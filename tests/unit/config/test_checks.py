@@ -91,7 +91,7 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["train={steps: 10, keep_best: {metric: eval/a/avg@8}}", *EVALUATION], ["train.save_every (0)"]),
     ],
 )  # fmt: skip
-def test_refused(load, overrides, keys):
+def test_contradictions_are_refused(load, overrides, keys):
     with pytest.raises(UserError) as caught:
         load(*overrides)
     message = str(caught.value)
@@ -119,7 +119,7 @@ def test_refused(load, overrides, keys):
         ["algorithm.preset=reference", "algorithm.lp_reg={select_by: entropy, selection_scope: batch}"],
     ],
 )
-def test_allowed(load, overrides):
+def test_consistent_settings_are_accepted(load, overrides):
     load(*overrides)
 
 

@@ -98,6 +98,11 @@ def test_settings_of_other_methods_are_listed_only_if_given(config):
     assert tree["grpo"]["clip_high"] == 0.2
 
 
+def test_an_empty_section_of_another_method_is_the_same_as_none(config):
+    empty = load_config(Path("mine.yaml"), ["algorithm.grpo={}"])
+    assert empty.algorithm == load_config(Path("mine.yaml"), []).algorithm
+
+
 def test_fixed_tau_replaces_min_p(config):
     tau = load_config(Path("mine.yaml"), ["algorithm.lp_reg.fixed_tau=0.1"])
     tree = yaml.safe_load(expand(tau))["algorithm"]["lp_reg"]
@@ -107,7 +112,7 @@ def test_fixed_tau_replaces_min_p(config):
 
 
 def test_a_config_of_an_earlier_version_compares_equal(config):
-    """It had a section for every method, with null for each setting that was not given."""
+    """Earlier versions wrote a section for every method, with null for each setting that was not given."""
     tree = config.model_dump(mode="json")
     unset = dict.fromkeys(tree["algorithm"]["lp_reg"])
     tree["algorithm"]["lp_reg"] = unset | {"rho": 0.2, "k3_clamp": "none"}

@@ -79,7 +79,7 @@ def test_a_loss_by_import_path(load, module):
     assert float(output.loss) == 12.0
 
 
-def test_its_effective_settings_are_shown(load, module):
+def test_effective_settings_of_an_own_loss_are_shown(load, module):
     config = load(f"algorithm.name={module}:Scaled", "algorithm.settings={bound: 3}", "algorithm.preset=strong")
     found = {item.key: (item.value, item.source) for item in effective(config)}
     assert found["algorithm.settings.scale"] == (8.0, "preset strong")
@@ -88,8 +88,8 @@ def test_its_effective_settings_are_shown(load, module):
     assert yaml.safe_load(expand(unknown))["algorithm"]["settings"] == {"bound": 3}
 
 
-def test_another_process_makes_it(load, module):
-    """As a rank does: it gets the choice alone, and has the working folder."""
+def test_another_process_makes_the_loss_from_the_choice(load, module):
+    """A rank gets only the choice, and runs in the working folder."""
     import pickle
 
     config = load(f"algorithm.name={module}:Scaled")
@@ -145,11 +145,11 @@ def test_a_name_that_is_neither_known_nor_an_import_path(load, override, words):
     assert str(caught.value).startswith(f"override {override}: ") and words in str(caught.value)
 
 
-def test_an_advantage_by_import_path_needs_no_group(load):
+def test_an_advantage_by_import_path_may_have_groups_of_one(load):
     assert load("algorithm.advantage=mine:advantages", "rollout.samples_per_prompt=1", text=MINIMAL).algorithm
 
 
-def test_the_loss_of_the_page_trains(load, tmp_path, monkeypatch):
+def test_the_example_of_the_page_has_the_gradient_it_states(load, tmp_path, monkeypatch):
     page = (Path(__file__).parents[3] / "docs/methods.md").read_text()
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("my_losses.py").write_text(page.split("```python\n")[1].split("```")[0])

@@ -1,4 +1,4 @@
-"""The definitions restated the plain way: whole tensors, softmax, autograd. What lpreg must agree with."""
+"""Plain restatements of the definitions, with dense tensors, softmax and autograd, that lpreg must agree with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Dense:
     max_logit: Tensor
     p: Tensor
     q: Tensor
-    """Detached: the frozen proxy."""
+    """Detached; the frozen proxy."""
     log_p: Tensor
 
 

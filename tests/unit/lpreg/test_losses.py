@@ -1,4 +1,4 @@
-"""GRPO and Lp-Reg against their formulae, token by token, and the identities that tie the estimators together."""
+"""GRPO and Lp-Reg against their formulae, token by token, and identities between the estimators."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def batch(seed: int = 0) -> dict[str, Any]:
 
 
 def lp_reg_inputs(data: dict[str, Any], rho: float = 0.4, **change: Any) -> LossInputs:
-    """On-policy inputs at the policy's own filter (min_p = 0.1, so that the filter has something to do)."""
+    """On-policy inputs with the policy's own filter; min_p = 0.1, so that the filter has an effect."""
     stats = token_stats(data["logits"], data["targets"], min_p=0.1)
     everything = torch.ones(TOKENS, dtype=torch.bool)
     fields = {
@@ -49,7 +49,7 @@ def gradient(loss: Tensor, data: dict[str, Any]) -> Tensor:
 
 
 def policy_gradient(weights: Tensor, data: dict[str, Any]) -> Tensor:
-    """Of -sum(weights * log p(target)) / TOKENS."""
+    """Gradient of -sum(weights * log p(target)) / TOKENS."""
     p = data["logits"].detach().softmax(-1)
     onehot = torch.nn.functional.one_hot(data["targets"], VOCAB)
     return -weights[:, None] * (onehot - p) / TOKENS
@@ -87,7 +87,7 @@ def test_grpo_without_old_log_probs_is_the_plain_policy_gradient() -> None:
     assert out.metrics["ratio"].value == 1 and out.metrics["clip_fraction"].value == 0
 
 
-def test_masked_tokens_carry_nothing_and_are_not_counted() -> None:
+def test_masked_tokens_have_no_loss_and_are_not_counted() -> None:
     data = batch()
     mask = torch.arange(TOKENS) % 3 > 0
     for loss in (make_loss("grpo"), lp_reg(), lp_reg(selection_scope="micro_batch_negatives")):
@@ -173,7 +173,7 @@ def test_the_old_proxy_of_a_single_update_is_the_current_one() -> None:
     assert torch.equal(gradient(current.loss, data), gradient(old.loss, data))
 
 
-def test_require_below_proxy_leaves_tokens_above_it_alone() -> None:
+def test_require_below_proxy_skips_tokens_above_the_proxy() -> None:
     data = batch()
     lagged = token_stats(data["old_logits"], data["targets"], min_p=0.1).proxy_log_probs
     inputs = lp_reg_inputs(data, proxy_log_probs=lagged)
@@ -237,7 +237,7 @@ def test_clip_low_holds_for_negative_advantages() -> None:
     assert log_probs.grad.tolist() == pytest.approx([-(torch.e**-1), 0.0])
 
 
-def test_micro_batch_negatives_ranks_only_what_has_negative_advantage_here() -> None:
+def test_micro_batch_negatives_ranks_only_negative_tokens_of_the_micro_batch() -> None:
     data = batch()
     inputs = lp_reg_inputs(data, selection=None)
     out = make_loss("lp_reg", rho=0.25, selection_scope="micro_batch_negatives")(inputs)
@@ -250,7 +250,7 @@ def test_micro_batch_negatives_ranks_only_what_has_negative_advantage_here() -> 
     )
 
 
-def test_one_negative_token_is_enough_to_select() -> None:
+def test_a_single_negative_token_is_selected() -> None:
     inputs = LossInputs(
         log_probs=torch.tensor([-3.0, -2.0]),
         advantages=torch.tensor([-1.0, 1.0]),
@@ -271,7 +271,7 @@ def test_filtered_tokens_leave_the_gradient_finite() -> None:
         assert out.metrics["selected_fraction"].value == 0 and out.metrics["candidate_kept_fraction"].value == 0
 
 
-def test_a_fixed_threshold_that_keeps_nothing_is_harmless() -> None:
+def test_a_fixed_tau_that_keeps_no_token_adds_no_term() -> None:
     data = batch()
     stats = token_stats(data["logits"], data["targets"], fixed_tau=0.99)
     assert (stats.log_z == -torch.inf).any()

@@ -59,7 +59,7 @@ def test_overrides_win_over_the_preset() -> None:
     assert loss.proxy_source == "lagged"
 
 
-def test_what_a_driver_may_ask() -> None:
+def test_needs_of_the_methods() -> None:
     paper = make_loss.preset("lp_reg", "paper")
     assert paper.proxy_source == "current"
     assert paper.token_stats_kwargs() == {"min_p": 0.02}
