@@ -1,7 +1,4 @@
-"""The contestants of `training_step.py`: each takes training steps on the same recorded samples when told to.
-
-Legend: B rows, s positions, C response positions, T response tokens.
-"""
+"""The contestants of `training_step.py`: each takes training steps on the same recorded samples, one per request."""
 
 from __future__ import annotations
 
@@ -30,18 +27,18 @@ from megatron_rl.types import Sample
 
 QUICKSTART = Path("examples/quickstart/countdown.yaml")
 SAME = ["algorithm.name=grpo", "algorithm.advantage=dr_grpo", "actor.tensor_parallel=1", "rollout.engines=1"]
-"""What TRL can do too: GRPO's clipped loss over all tokens, rewards less their group's mean; one process trains."""
+"""Settings that TRL supports too: GRPO's clipped loss over all tokens, rewards less their group's mean, one trainer."""
 QUIET = ["evaluation.suites={}", "evaluation.probes={}"]
 
 
 class Pace:
-    """Starts a step when a line comes in, and answers with what the step took."""
+    """Starts a step for each line on standard input, and answers with the time that the step took."""
 
     def __init__(self, answers: TextIO) -> None:
         self.answers = answers
 
     def begin(self) -> None:
-        """Raises EOFError when no more steps are wanted."""
+        """Waits for the next request. Raises EOFError if no more steps are wanted."""
         if not sys.stdin.readline():
             raise EOFError
         self.cpu, self.clock = processor_seconds(), time.perf_counter()
@@ -52,7 +49,7 @@ class Pace:
 
 
 def processor_seconds() -> float:
-    """Of this process and all below it."""
+    """Returns the processor time of this process and all its descendants."""
     me = psutil.Process()
     return sum(sum(process.cpu_times()[:2]) for process in [me, *me.children(recursive=True)])
 
@@ -62,7 +59,7 @@ def quickstart(*overrides: str) -> Config:
 
 
 class Recorded(Replay):
-    """A replay read beforehand, so that reading is no part of a step."""
+    """A replay that is read beforehand, so that reading is not part of a step."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -73,7 +70,7 @@ class Recorded(Replay):
 
 
 def ours(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
-    """The product's own step, driver, Ray and all; `rollouts`: sampled and graded in the step, else as recorded."""
+    """The product's own step, with driver and Ray. `rollouts`: the step samples and grades; else it uses recordings."""
     from megatron_rl.loop import rl_step
     from megatron_rl.run.opening import open_run
 
@@ -100,7 +97,7 @@ def ours(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
 
 
 def batch_of(samples: list[Sample]) -> tuple[SequenceBatch, int]:
-    """The rows that act on the gradient, with their advantages, and the tokens that the loss is a mean over."""
+    """Returns the sequences with an advantage, and the number of tokens that the loss is a mean over."""
     rewards = torch.tensor([sample.reward.score for sample in samples], dtype=torch.float64)  # type: ignore[union-attr]
     groups = torch.tensor([sample.group for sample in samples])
     advantages = lpreg.group_advantages(rewards, groups, estimator="dr_grpo").numpy()
@@ -110,7 +107,7 @@ def batch_of(samples: list[Sample]) -> tuple[SequenceBatch, int]:
 
 
 def megatron_alone(pace: Pace, recording: Path, *, rows: str = "auto") -> None:
-    """The actor's rank in this process: what is left of ours without driver and Ray. `rows`: how they lie together."""
+    """One rank of the product's actor in this process, without driver and Ray. `rows`: the packing form."""
     from megatron_rl.actor.passes.policy_loss import LossChoice
     from megatron_rl.actor.worker import MegatronWorker
     from megatron_rl.parallel.layout import Layout
@@ -132,8 +129,8 @@ def megatron_alone(pace: Pace, recording: Path, *, rows: str = "auto") -> None:
 
 
 def plain(pace: Pace, recording: Path) -> None:
-    """The same algorithm in plain torch and transformers, with lpreg's head and loss; rows of similar length side by
-    side."""
+    """The same algorithm in plain torch and transformers, with lpreg's head and loss. Sequences of similar length are
+    padded side by side."""
     from transformers import AutoModelForCausalLM
 
     config, steps = quickstart(), Recorded(recording)
@@ -152,7 +149,7 @@ def plain(pace: Pace, recording: Path) -> None:
             for i, (row, start) in enumerate(zip(batch.tokens, batch.prompt_lengths, strict=True)):
                 ids[i, : len(row)] = torch.from_numpy(row)
                 predicts[i, start - 1 : len(row) - 1] = True
-            with record_function("forward"):  # padding is on the right, where causal attention sees none of it
+            with record_function("forward"):  # padding is on the right, so causal attention ignores it
                 hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[predicts[:, :-1]]
             with record_function("loss"):
                 stats = lpreg.fused_token_stats(hidden, model.lm_head.weight, torch.from_numpy(batch.targets))
@@ -179,7 +176,7 @@ def _walk(pace: Pace, steps: Recorded, step: Callable[[list[Sample]], dict[str, 
 
 
 def trl(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
-    """TRL's own trainer and loss; `rollouts`: its own generation and the task's verifier, else as recorded."""
+    """TRL's own trainer and loss. `rollouts`: with TRL's generation and the task's verifier; else with recordings."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -232,7 +229,7 @@ def trl(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
 def _graded(
     rollouts: bool, seen: dict[str, Any], end: int, completions: Any, completion_ids: Any, label: Any, **_: Any
 ) -> list[float]:
-    """What the task's verifier says, or what was recorded."""
+    """Returns the scores of the task's verifier, or the recorded ones."""
     from megatron_rl.reward.countdown import verify_countdown
     from megatron_rl.types import Generation, Prompt
 

@@ -13,7 +13,7 @@ from lpreg import make_loss
 from lpreg.integrations.trl import GRPOTrainer
 from megatron_rl.data.countdown import write_task
 from megatron_rl.reward.countdown import verify_countdown
-from megatron_rl.types import Generation, Prompt, Sample
+from megatron_rl.types import Prompt, Response, Sample
 
 TASK = Path("runs/countdown-task")
 HERE = {"output_dir": "runs/countdown-trl", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
@@ -25,7 +25,7 @@ def reward(completions, completion_ids, label, **_):
     """1 for a response that ends by itself in a right attempt, else 0."""
     ends = ["stop" if ids[-1] == tokenizer.eos_token_id else "length" for ids in completion_ids]
     rows = zip(label, completion_ids, ends, completions, strict=True)
-    samples = [Sample(Prompt("", (), "", x), 0, Generation(ids, [], end, 0), text) for x, ids, end, text in rows]
+    samples = [Sample(Prompt("", (), "", x), Response(ids, [], end, 0), text) for x, ids, end, text in rows]
     return [verify_countdown(sample).score for sample in samples]
 
 

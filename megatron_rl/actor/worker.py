@@ -17,11 +17,11 @@ from torch.profiler import record_function
 
 import lpreg
 from megatron_rl.actor import platform
-from megatron_rl.actor.model.head import Head
 from megatron_rl.actor.model.policy import build_model
 from megatron_rl.actor.optimizer.distributed import wrap_chunks
 from megatron_rl.actor.optimizer.optimizer import Optimizer
 from megatron_rl.actor.optimizer.snapshots import Snapshots
+from megatron_rl.actor.passes.head import Head
 from megatron_rl.actor.passes.passes import Passes
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import Snapshot, Table, TrainResult, Weights

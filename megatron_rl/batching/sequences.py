@@ -165,7 +165,7 @@ def sequences_of(pairs: Iterable[tuple[Sequence[int], Response]]) -> SequenceBat
 
 
 def _joined(parts: Sequence[Array], dtype: Any) -> Array:
-    return np.concatenate([np.zeros(0, dtype=dtype), *parts])
+    return np.concatenate([np.zeros(0, dtype=dtype), *(np.asarray(part, dtype=dtype) for part in parts)])
 
 
 def _places(lengths: Indices) -> Indices:

@@ -21,7 +21,7 @@ from megatron_rl.cluster.watch import ProgressDeadline, Watch, finished
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.placement import Placement
 from megatron_rl.utils import heartbeat
-from megatron_rl.utils.process_log import redirect_output
+from megatron_rl.utils.files import redirect_output
 
 T = TypeVar("T")
 R = TypeVar("R")

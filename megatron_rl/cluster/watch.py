@@ -12,8 +12,8 @@ import ray
 from ray import ObjectRef
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from megatron_rl.cluster.hang import Evidence, examine, explain
 from megatron_rl.errors import UserError
-from megatron_rl.observability.hang import Evidence, examine, explain
 from megatron_rl.utils import heartbeat
 from megatron_rl.utils.heartbeat import Beat
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_rl.data.template import load_tokenizer
-from megatron_rl.data.tokens import stop_token_ids
+from megatron_rl.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_rl.errors import UserError
 from megatron_rl.reward.decode import decoder_of
 from megatron_rl.types import Decode, FinishReason, Prompt, Response, Sample, SamplingParams

@@ -68,7 +68,7 @@ class Plan:
             if rank.peak > gpu.memory:
                 yield (
                     f"actor, pipeline stage {rank.stage}: a rank needs {rank.peak / GIB:.1f} GiB in the phase "
-                    f"{rank.worst!r}, but a {gpu.name} has {gpu.memory / GIB:.1f} GiB"
+                    f"{rank.worst!r}, but {gpu.name} has {gpu.memory / GIB:.1f} GiB"
                 )
         if self.engine is not None and self.engine.tokens < self.setup.longest_sequence:
             yield (

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rl.observability.format import duration
 from megatron_rl.plan.memory import host_bytes
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.search import Choice
 from megatron_rl.plan.times import checkpoint_bytes, step_flops
+from megatron_rl.utils.format import duration
 from megatron_rl.utils.hardware import GIB
 
 
@@ -39,9 +39,7 @@ def show_plan(plan: Plan, alternatives: Sequence[tuple[Choice, Plan]], console: 
 
 
 def show_layouts(found: Sequence[tuple[Choice, Plan]], count: int, console: Console) -> None:
-    table = Table(
-        "TP", "PP", "DP", "recompute", "offload", "engines", "GiB per rank", "s per step", "GPU hours", box=SIMPLE_HEAD
-    )
+    table = Table("TP", "PP", "DP", "recompute", "offload", "engines", "GiB", "s/step", "GPU hours", box=SIMPLE_HEAD)
     for choice, plan in found[:count]:
         table.add_row(
             *(str(value) for value in (choice.tensor, choice.pipeline, choice.data, choice.recompute)),
@@ -92,7 +90,7 @@ def _span(ranks: Sequence[int]) -> str:
 
 def _actor(plan: Plan) -> Table:
     """Returns the table of memory by phase; each phase shows the stage that needs the most."""
-    title = f"memory of an actor rank in GiB (a {plan.setup.gpu.name} has {plan.setup.gpu.memory / GIB:.1f})"
+    title = f"memory of an actor rank in GiB ({plan.setup.gpu.name} has {plan.setup.gpu.memory / GIB:.1f})"
     table = Table("phase", "total", "parts", box=SIMPLE_HEAD, title=title, title_justify="left")
     for phase in plan.actor[0].phases:
         rank = max(plan.actor, key=lambda rank: rank.total(phase))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_rl.config.methods import method_needs
 from megatron_rl.config.transport import transport_of
 from megatron_rl.models.flops import body_flops, head_flops
 from megatron_rl.plan.engines import rollout_seconds
@@ -30,13 +31,11 @@ def extra_forwards(setup: Setup) -> int:
     """Number of forwards without gradients over a step's sequences: of the old, lagged and reference policies."""
     config, algorithm = setup.config, setup.config.algorithm
     off_policy = config.train.updates_per_rollout > 1 or config.rollout.max_staleness > 0
-    by_entropy = algorithm.name == "high_entropy" or (
-        algorithm.name == "lp_reg" and algorithm.lp_reg.select_by == "entropy"
-    )
-    corrected = algorithm.correction.weights != "none" or algorithm.correction.reject_sequences
-    old = off_policy or by_entropy or corrected or algorithm.selection_log_probs == "actor"
-    lagged = algorithm.name == "lp_reg" and algorithm.proxy_source == "lagged"
-    return old + lagged + (algorithm.reference_kl.coefficient > 0)
+    needs = method_needs(algorithm)
+    by_entropy = needs.selection is not None and needs.selection.needs_entropy
+    old = off_policy or by_entropy or algorithm.correction.active or algorithm.selection_log_probs == "actor"
+    lagged = needs.proxy_source == "lagged"
+    return old + lagged + algorithm.reference_kl.active
 
 
 def step_seconds(setup: Setup) -> Parts:

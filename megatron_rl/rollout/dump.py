@@ -59,9 +59,12 @@ def write_rollouts(
             `log_probs` and these columns have one value per token of the response, sampled or not.
 
     Raises:
-        ValueError: the lengths of a column differ from those of the responses.
+        ValueError: the lengths of a column differ from those of the responses, or its name is taken.
         UserError: the file cannot be written.
     """
+    per_token = per_token or {}
+    if taken := sorted(per_token.keys() & set(SCHEMA.names)):
+        raise ValueError(f"per-token column {taken[0]!r}: there is a column of that name already")
     responses = [row.response for row in rows]
     tokens: dict[str, Sequence[Any]] = {
         "token_ids": [response.token_ids for response in responses],
@@ -72,9 +75,7 @@ def write_rollouts(
     table = pa.Table.from_pylist(
         [_row(step, row) for row in rows], schema=pa.schema(field for field in SCHEMA if field.name not in tokens)
     )
-    for name, arrays in {**tokens, **(per_token or {})}.items():
-        if name in table.column_names:
-            raise ValueError(f"per-token column {name!r}: there is a column of that name already")
+    for name, arrays in {**tokens, **per_token}.items():
         column = _per_token_column(name, arrays, responses)
         if name in tokens:
             field = SCHEMA.field(name)

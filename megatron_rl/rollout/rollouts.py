@@ -78,5 +78,6 @@ def tokens_per_version(groups: Sequence[Group]) -> dict[int, int]:
     for group in groups:
         for response in group.responses:
             for start, end, version in response.version_runs:
-                counts[version] = counts.get(version, 0) + end - start
+                count = int(np.count_nonzero(response.sampled_mask[start:end]))
+                counts[version] = counts.get(version, 0) + count
     return {version: count for version, count in counts.items() if count}

@@ -13,6 +13,7 @@ from rich.progress import track
 
 from megatron_rl.checkpoint.manifest import MANIFEST, Manifest, checkpoints, read_checkpoint
 from megatron_rl.config import Config, expand
+from megatron_rl.config.effective import read_expanded
 from megatron_rl.errors import UserError
 
 CONFIG = "config.yaml"
@@ -80,14 +81,14 @@ def create(config: Config) -> list[str]:
     folder = config.run.folder
     path = folder / CONFIG
     try:
-        before = yaml.safe_load(path.read_text()) if path.is_file() else None
+        before = read_expanded(path.read_text()) if path.is_file() else None
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(expand(config))
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is damaged ({error}): a run cannot be resumed in this folder") from error
-    return _changes(before, yaml.safe_load(expand(config))) if isinstance(before, dict) else []
+    return _changes(before, read_expanded(expand(config))) if isinstance(before, dict) else []
 
 
 def _changes(before: Any, after: Any, key: str = "") -> list[str]:

@@ -77,7 +77,7 @@ def _report(run: Run, resumption: Resumption) -> list[str]:
     if there.layout != here.layout:
         lines.append(
             f"written under {there.layout_in_words}, now {here.layout_in_words}: weights and optimizer state "
-            "are exact, the ranks' random states start anew, and sums in another order round differently from here on"
+            "are exact, the ranks' random states are new, and sums in another order round differently from here on"
         )
     if there.dtype != here.dtype:
         lines.append(f"written by a {there.dtype} run, now {here.dtype}: main weights and optimizer state are exact")

@@ -123,7 +123,7 @@ class Run:
             return {}
         before, every, version = self.weights.version, self.config.weight_sync.verify_every, self.learner.weight_version
         if before == version and not self.weights.released:
-            return {}  # a step without an update
+            return {}  # the step had no update
         verify = before is None or (every > 0 and version % every == 0)
         metrics = self.weights.sync(version, verify=verify)
         return metrics | self.contract.check(self.weights.engines, self._log_probs)

@@ -49,9 +49,9 @@ class TrainingBatch:
         index, scores = self.sequences.token_index(rows), dict(self.scores)
         for name, values in part.items():
             known = scores.get(name)
-            whole = np.full(len(self.fresh), np.nan, dtype=np.float32) if known is None else known.copy()
-            whole[index] = values
-            scores[name] = whole
+            filled = np.full(len(self.fresh), np.nan, dtype=np.float32) if known is None else known.copy()
+            filled[index] = values
+            scores[name] = filled
         return replace(self, scores=scores)
 
 

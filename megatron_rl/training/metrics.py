@@ -89,7 +89,8 @@ def selection_metrics(rule: SelectionRule, selection: Selection) -> dict[str, fl
 def update_metrics(results: Sequence[StepResult], num_sampled_tokens: int) -> dict[str, float]:
     """Metrics of a step's updates. `num_sampled_tokens`: tokens of all mini-batches, dropped sequences included.
 
-    Loss and gradient norm are means over the updates; what is counted per token is a mean over the tokens of all updates.
+    Loss and gradient norm are means over the updates; a metric that counts tokens is a mean over the tokens of all
+    updates.
     """
     metrics = {
         "train/updates": float(len(results)),

@@ -89,5 +89,5 @@ def _check_finite(step: int, result: StepResult) -> None:
     if not np.isfinite([result.loss, result.grad_norm]).all():
         raise UserError(
             f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}. The weights are spoilt and were "
-            f"not saved: go on from the last checkpoint with resume=auto and a lower actor.optimizer.lr"
+            f"not saved: continue from the last checkpoint with resume=auto and a lower actor.optimizer.lr"
         )

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron_rl.utils.owned_folder import owned_folder
+from megatron_rl.utils.files import owned_folder
 from megatron_rl.utils.safetensors_files import SafetensorsWriter
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.transport import NamedTensors, Pushed

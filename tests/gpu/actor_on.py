@@ -45,11 +45,9 @@ def run_rank(rank: int, folder: Path) -> None:
     worker.set_loss(LossChoice.of(AlgorithmSettings(name="grpo")))
     worker.build_optimizer(OptimizerSettings(lr=LEARNING_RATE, eps=1e-3))
     batch = rows(**case["rows"])
-    for row, tokens in enumerate(
-        batch.tokens
-    ):  # groups of four share a prompt, so that local layers have positions to share
-        prompt = batch.prompt_lengths[row]
-        tokens[:prompt] = batch.tokens[row - row % 4][:prompt]
+    prompt = case["rows"]["prompt"]
+    for row, tokens in enumerate(batch.sequences):  # groups of four, so that local layers have positions to share
+        tokens[:prompt] = batch.sequence(row - row % 4)[:prompt]
     found |= steps(worker, batch, case["steps"])
     if case.get("logits", True):
         logits = gathered(worker.logits(batch))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lpreg import _head
+from lpreg.statistics import head as _head
 
 
 @pytest.mark.gpu

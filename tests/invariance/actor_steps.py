@@ -42,19 +42,22 @@ OPTIMIZER = OptimizerSettings(lr=LEARNING_RATE, eps=1.0, clip_grad=0.5, weight_d
 
 
 def batch() -> SequenceBatch:
-    """Groups of a prompt and three responses with common prefixes; one is a prefix of another, two are equal."""
+    """Groups of a prompt and three responses, which begin alike; one ends within another, two are the same. The longest
+    response of the first group has a tool's tokens in it, and the first response of the second group ends in some: the
+    model reads these, and no loss counts them."""
     random = np.random.default_rng(5)
     shape = [(3, (9, 2, 12)), (1, (6, 7, 5)), (6, (1, 10, 10))]
-    tokens, prompts = [], []
+    tokens, masks = [], []
     for prompt, responses in shape:
         longest = random.integers(0, VOCABULARY, prompt + max(responses))
         for response, common in zip(responses, (4, 2, 10), strict=True):
             row = longest[: prompt + response].copy()
             row[prompt + common :] = random.integers(0, VOCABULARY, len(row[prompt + common :]))
             tokens.append(row)
-            prompts.append(prompt)
+            masks.append(np.arange(prompt + response) >= prompt)
     tokens[-1] = tokens[-2].copy()
-    rows = SequenceBatch(tokens, np.array(prompts, dtype=np.int64))
+    masks[2][6:10] = masks[3][-2:] = False
+    rows = SequenceBatch.joined(tokens, masks)
     count = rows.num_sampled_tokens
     return rows.with_values(
         advantages=rows.per_token(random.normal(size=len(rows))).astype(np.float32),

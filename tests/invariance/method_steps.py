@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,11 @@ from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.cluster.actors import StepResult, merge_tables
 from megatron_rl.config import Config
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
+from megatron_rl.config.passes import passes_of
 from megatron_rl.models.weight_map import export_hf_weights
 from megatron_rl.parallel.layout import Layout
-from megatron_rl.run.run import Run
+from megatron_rl.training.batch import TrainingBatch
+from megatron_rl.training.learner import Learner
 from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select
 from megatron_rl.training.update import update
@@ -101,7 +102,7 @@ VARIANTS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "tp2-pp2": (Layout(tensor=2, pipeline=2), {"micro_batch_tokens": 40}),
 }
 """The first is what the others are held to: padded rows, whole logits."""
-GROUPS, SAMPLES = 6, 3
+GROUPS, SAMPLES, SEED = 6, 3, 7
 SAMPLED = "sampled.pt"
 POLICIES = ("lagged", "reference", "old", "new")
 """Folders of four models of one shape."""
@@ -114,19 +115,19 @@ def prompts() -> list[tuple[Array, int]]:
     return [(prompt, int(random.integers(1, 13))) for prompt in of_groups for _ in range(SAMPLES)]
 
 
-def batch(folder: Path) -> tuple[SequenceBatch, Array, Array]:
-    """Rows as the engine sampled them; advantages [N], of which two groups have none; groups [N]."""
+def batch(folder: Path, order: Array) -> TrainingBatch:
+    """Sequences as the engine sampled them, in the given order. Two groups have no advantage."""
     sampled = torch.load(folder / SAMPLED)
-    rows = SequenceBatch(
-        [tokens.numpy() for tokens in sampled["tokens"]],
-        np.array([len(prompt) for prompt, _ in prompts()], dtype=np.int64),
+    sequences = SequenceBatch.of(
+        [tokens.numpy() for tokens in sampled["tokens"]], [len(prompt) for prompt, _ in prompts()]
     )
     groups = np.repeat(np.arange(GROUPS), SAMPLES)
     advantages = np.random.default_rng(4).normal(size=len(groups)).round(2)
     advantages[np.isin(groups, (1, 4))] = 0.0
-    on_tokens = rows.per_token(advantages).astype(np.float32)
-    rollout = sampled["log_probs"].numpy()
-    return rows.with_values(advantages=on_tokens, rollout_log_probs=rollout), advantages, groups
+    per_token = sequences.per_token(advantages).astype(np.float32)
+    sequences = sequences.with_values(advantages=per_token, rollout_log_probs=sampled["log_probs"].numpy())
+    fresh = np.ones(sequences.num_sampled_tokens, dtype=bool)
+    return TrainingBatch(sequences.take(order), groups[order], advantages[order], fresh)
 
 
 class AllRanks:
@@ -176,14 +177,7 @@ class AllRanks:
         return {name: tensor for part in parts for name, tensor in part.items()}
 
 
-class StillRun(Run):
-    """A run whose weights stay where they are: a step with learning rate 0."""
-
-    def learning_rate(self, step: int) -> float:
-        return 0.0
-
-
-def run_of(algorithm: dict[str, Any], updates: int, actors: AllRanks) -> Run:
+def learner_of(algorithm: dict[str, Any], updates: int, actors: Any) -> Learner:
     config = Config.model_validate(
         {
             "run": {"name": "x", "folder": "x"},
@@ -196,42 +190,31 @@ def run_of(algorithm: dict[str, Any], updates: int, actors: AllRanks) -> Run:
             "train": {"steps": 1, "updates_per_rollout": updates},
         }
     )
-    absent: Any = None
-    return StillRun(
-        **{name: absent for name, field in Run.__dataclass_fields__.items() if name not in ("config", "loss", "actors")}
-        | {
-            "config": config,
-            "loss": LossChoice.of(config.algorithm).make(),
-            "actors": actors,
-            "inputs": SimpleNamespace(stop_token_ids=(0,)),
-            "weight_version": 0,
-        }
-    )
+    return Learner(config, actors, LossChoice.of(config.algorithm).make(), passes_of(config))
 
 
 def step(name: str, updates: int, actors: AllRanks, folder: Path, shuffled: bool) -> dict[str, Any]:
     """One step: the old policy is scored and, with several updates, a new one updated on mini-batches."""
     worker, algorithm = actors.worker, METHODS[name]
-    rows, advantages, groups = batch(folder)
-    order = np.random.default_rng(9).permutation(len(rows)) if shuffled else np.arange(len(rows))
-    place = rows.token_index(order)
-    rows, advantages, groups = rows.take(order), advantages[order], groups[order]
-    samples: Any = [SimpleNamespace(group=int(group)) for group in groups]
-    run = run_of(algorithm, updates, actors)
+    order = np.arange(GROUPS * SAMPLES)
+    in_order = batch(folder, order)
+    if shuffled:
+        order = np.random.default_rng(9).permutation(len(order))
+    learner, before = learner_of(algorithm, updates, actors), batch(folder, order)
     actors.passes = []
     worker.load_hf(folder / "old")
-    worker.set_loss(LossChoice.of(run.config.algorithm))
-    rows, seen = score_old_policy(run, rows, advantages)
-    rows, metrics = select(run, 2, rows, seen)
-    rows = score_reference(run, score_lagged_policy(run, 2, rows), advantages)
+    worker.set_loss(LossChoice.of(learner.config.algorithm))
+    after = score_old_policy(learner, before)
+    after, metrics = select(learner, after, SEED)
+    after = score_reference(learner, score_lagged_policy(learner, 2, after))
     if updates > 1:
         worker.load_hf(folder / "new")
-    metrics |= update(run, 2, rows, samples, advantages, seen)
-    selected = np.zeros(rows.num_sampled_tokens, dtype=bool)
-    selected[place] = rows.values.get("selected", False)
+    after, updated = update(learner, 2, after, lr=0.0, seed=SEED)
+    selected = np.zeros(after.sequences.num_sampled_tokens, dtype=bool)
+    selected[in_order.sequences.token_index(order)] = after.sequences.values.get("selected", False)
     return {
         "selected": selected,
-        "metrics": metrics,
+        "metrics": metrics | updated,
         "gradient": actors.gradient(),
         "passes": actors.passes,
     }

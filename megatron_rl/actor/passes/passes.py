@@ -17,8 +17,8 @@ from torch import Tensor
 
 import lpreg
 from megatron_rl.actor import platform
-from megatron_rl.actor.model.head import Head
 from megatron_rl.actor.passes.candidates import top_candidates
+from megatron_rl.actor.passes.head import Head
 from megatron_rl.actor.passes.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.passes.results import Table, TrainResult, add_up
 from megatron_rl.actor.passes.schedule import run_schedule

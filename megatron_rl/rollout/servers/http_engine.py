@@ -19,8 +19,8 @@ from megatron_rl.rollout.servers.requests import ServerRequests
 from megatron_rl.rollout.servers.server import KEY_VARIABLE, UNSYNCED, Server, ServerRefused, ServerUnavailable
 from megatron_rl.rollout.servers.server_process import ServerProcess, free_port
 from megatron_rl.types import Response, SamplingParams
+from megatron_rl.utils.files import owned_folder
 from megatron_rl.utils.import_path import import_object
-from megatron_rl.utils.owned_folder import owned_folder
 from megatron_rl.weight_sync.checksums import Checksums
 from megatron_rl.weight_sync.transport import FolderUpdate, GroupMember, WeightUpdate
 

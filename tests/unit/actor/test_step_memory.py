@@ -83,7 +83,7 @@ def test_bf16_gradients_are_summed_in_fp32(tmp_path: Path) -> None:
     """The gradient of many micro-batches equals the fp64 sum of the gradients of each micro-batch alone."""
     model = write_hf_model(tmp_path / "model", noise=0.1)
     random = np.random.default_rng(0)
-    batch = SequenceBatch([random.integers(0, 50, 8) for _ in range(24)], np.full(24, 3))
+    batch = SequenceBatch.of([random.integers(0, 50, 8) for _ in range(24)], np.full(24, 3))
     batch = batch.with_values(advantages=batch.per_token(random.random(24) + 0.5).astype(np.float32))
     with actor(model, dtype="bfloat16", micro_batch_tokens=8) as worker:
         parameters = dict(worker.model.named_parameters())

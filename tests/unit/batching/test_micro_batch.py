@@ -1,3 +1,5 @@
+"""A micro-batch holds the same tokens, positions and targets in every packing form, whatever the mask."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_rl.actor.passes.micro_batch import MicroBatch, micro_batch
 from megatron_rl.batching.context import chunk_multiple, held_by
-from megatron_rl.batching.packing import PackingForm, PackingSpec, packed_length
+from megatron_rl.batching.packing import PackingForm, PackingSpec, pack, packed_length
 from megatron_rl.batching.sequences import SequenceBatch
+from tests.unit.batching.sequence_batches import masks
 
 CPU = torch.device("cpu")
 
@@ -25,19 +28,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+Case = tuple[SequenceBatch, list[int]]
+
+
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[SequenceBatch, list[int]]:
-    """Rows of random tokens, many or few different ones, and some of their indices, perhaps none."""
-    shape = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=6))
+def batches(draw: st.DrawFn) -> Case:
+    """Sequences of random tokens, many or few different ones, and the indices of some of them, perhaps none."""
+    shape = draw(st.lists(masks, min_size=1, max_size=6))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     most = draw(st.sampled_from([2, 50]))
-    rows = SequenceBatch([random.integers(1, most + 1, p + r) for p, r in shape], np.array([p for p, _ in shape]))
-    rows = rows.with_values(
-        advantages=random.normal(size=rows.num_sampled_tokens).astype(np.float32),
-        selected=random.random(rows.num_sampled_tokens) < 0.5,
+    batch = SequenceBatch.joined([random.integers(1, most + 1, len(mask)) for mask in shape], shape)
+    batch = batch.with_values(
+        advantages=random.normal(size=batch.num_sampled_tokens).astype(np.float32),
+        selected=random.random(batch.num_sampled_tokens) < 0.5,
     )
     chosen = draw(st.permutations(range(len(shape))))
-    return rows, chosen[: draw(st.integers(0, len(chosen)))]
+    return batch, chosen[: draw(st.integers(0, len(chosen)))]
 
 
 FORMS: tuple[PackingForm, ...] = ("prefix_tree", "packed", "padded")
@@ -51,16 +57,18 @@ def flat(values: torch.Tensor) -> torch.Tensor:
     return values.T.flatten()
 
 
-def expected(rows: SequenceBatch, chosen: list[int]) -> list[tuple[int, int, int, int]]:
-    """(token before, its position, target, row) of every response token."""
+def expected(whole: SequenceBatch, chosen: list[int]) -> list[tuple[int, int, int, int]]:
+    """(token before, its position, target, sequence) of every sampled token."""
     return [
-        (int(rows.tokens[i][at - 1]), at - 1, int(rows.tokens[i][at]), i) for i in chosen for at in responses(rows, i)
+        (int(whole.sequence(i)[at - 1]), at - 1, int(whole.sequence(i)[at]), i)
+        for i in chosen
+        for at in sampled(whole, i)
     ]
 
 
-def responses(rows: SequenceBatch, i: int) -> range:
-    """Where the response tokens of a row are in it."""
-    return range(int(rows.prompt_lengths[i]), len(rows.tokens[i]))
+def sampled(whole: SequenceBatch, i: int) -> list[int]:
+    """Positions of the sampled tokens of a sequence."""
+    return np.flatnonzero(whole.mask_of(i)).tolist()
 
 
 def found(batch: MicroBatch) -> list[tuple[int, ...]]:
@@ -69,42 +77,38 @@ def found(batch: MicroBatch) -> list[tuple[int, ...]]:
 
 
 @given(batches(), forms)
-def test_predictors_are_where_the_targets_are_predicted(
-    case: tuple[SequenceBatch, list[int]], form: PackingSpec
-) -> None:
-    rows, chosen = case
-    batch = micro_batch(rows, chosen, CPU, form)
+def test_predictors_hold_the_token_before_each_sampled_token_and_its_position(case: Case, form: PackingSpec) -> None:
+    whole, chosen = case
+    batch = micro_batch(whole, chosen, CPU, form)
     assert batch.rows == tuple(chosen) and batch.places is None
-    assert found(batch) == expected(rows, chosen)
+    assert found(batch) == expected(whole, chosen)
     assert batch.tokens.shape == batch.positions.shape
     assert batch.tokens.shape[1] % form.length_multiple == 0
 
 
 @given(batches(), st.integers(1, 8))
-def test_padded_rows_are_padded_on_the_right(case: tuple[SequenceBatch, list[int]], multiple: int) -> None:
-    rows, chosen = case
-    batch = micro_batch(rows, chosen, CPU, PackingSpec(rows="padded", length_multiple=multiple))
+def test_padded_sequences_are_padded_on_the_right(case: Case, multiple: int) -> None:
+    whole, chosen = case
+    batch = micro_batch(whole, chosen, CPU, PackingSpec(rows="padded", length_multiple=multiple))
     assert batch.packing is None
     for place, i in enumerate(chosen):
-        inputs = rows.tokens[i][:-1]
+        inputs = whole.sequence(i)[:-1]
         assert batch.tokens[place, : len(inputs)].tolist() == inputs.tolist()
         assert not batch.tokens[place, len(inputs) :].any()
         assert batch.positions[place].tolist() == list(range(batch.tokens.shape[1]))
 
 
 @given(batches(), st.integers(1, 8))
-def test_packed_rows_follow_each_other_and_all_padding_comes_last(
-    case: tuple[SequenceBatch, list[int]], multiple: int
-) -> None:
-    rows, chosen = case
+def test_packed_sequences_follow_each_other_and_all_padding_comes_last(case: Case, multiple: int) -> None:
+    whole, chosen = case
     form = PackingSpec(length_multiple=multiple)
-    batch = micro_batch(rows, chosen, CPU, form)
+    batch = micro_batch(whole, chosen, CPU, form)
     assert batch.packing is not None
     bounds = batch.packing.cu_seqlens_q.tolist()
-    inputs = [rows.tokens[i][:-1].tolist() for i in chosen]
+    inputs = [whole.sequence(i)[:-1].tolist() for i in chosen]
     padding = batch.tokens.shape[1] - sum(map(len, inputs))
-    assert padding < multiple or not chosen
-    assert batch.tokens.shape[1] == packed_length(rows, chosen, form)
+    assert padding < multiple or not any(inputs)  # at least one position
+    assert batch.tokens.shape[1] == packed_length(whole, chosen, form)
     parts = [batch.tokens[0, start:stop].tolist() for start, stop in pairwise(bounds)]
     assert parts == [*inputs, *([[0] * padding] if padding else [])]
     positions = [batch.positions[0, start:stop].tolist() for start, stop in pairwise(bounds)]
@@ -113,37 +117,33 @@ def test_packed_rows_follow_each_other_and_all_padding_comes_last(
 
 
 @given(batches(), multiples)
-def test_what_rows_share_is_there_once(case: tuple[SequenceBatch, list[int]], multiple: int) -> None:
-    rows, chosen = case
+def test_a_shared_prefix_appears_once(case: Case, multiple: int) -> None:
+    whole, chosen = case
     form = PackingSpec(rows="prefix_tree", length_multiple=multiple)
-    batch = micro_batch(rows, chosen, CPU, form)
-    prefixes = {tuple(rows.tokens[i][: end + 1]) for i in chosen for end in range(len(rows.tokens[i]) - 1)}
+    batch = micro_batch(whole, chosen, CPU, form)
+    prefixes = {tuple(whole.sequence(i)[: end + 1]) for i in chosen for end in range(len(whole.sequence(i)) - 1)}
     assert batch.tokens.shape == (1, max(1, -(-len(prefixes) // multiple)) * multiple)
-    assert batch.tokens.shape[1] == packed_length(rows, chosen, form)
-    before_responses = {tuple(rows.tokens[i][:at]) for i in chosen for at in responses(rows, i)}
-    assert len(set(batch.predictors.tolist())) == len(before_responses)
+    assert batch.tokens.shape[1] == packed_length(whole, chosen, form)
+    contexts = {tuple(whole.sequence(i)[:at]) for i in chosen for at in sampled(whole, i)}
+    assert len(set(batch.predictors.tolist())) == len(contexts)
 
 
 @given(batches(), single_row_forms, st.integers(0, 90))
-def test_a_given_length_is_filled_with_padding(
-    case: tuple[SequenceBatch, list[int]], form: PackingSpec, extra: int
-) -> None:
-    rows, chosen = case
-    length = packed_length(rows, chosen, form) + extra * form.length_multiple
-    batch = micro_batch(rows, chosen, CPU, form, length)
+def test_a_given_length_is_filled_with_padding(case: Case, form: PackingSpec, extra: int) -> None:
+    whole, chosen = case
+    length = packed_length(whole, chosen, form) + extra * form.length_multiple
+    batch = micro_batch(whole, chosen, CPU, form, length)
     assert batch.tokens.shape == (1, length)
-    assert found(batch) == expected(rows, chosen)
+    assert found(batch) == expected(whole, chosen)
 
 
 @given(batches(), st.integers(2, 4), st.integers(1, 3))
-def test_context_ranks_together_predict_every_token_once(
-    case: tuple[SequenceBatch, list[int]], ranks: int, multiple: int
-) -> None:
-    rows, chosen = case
-    whole = {}
+def test_context_ranks_together_predict_every_token_once(case: Case, ranks: int, multiple: int) -> None:
+    whole, chosen = case
+    found_by_place = {}
     for rank in range(ranks):
         form = PackingSpec(length_multiple=ranks * multiple, context_ranks=ranks, context_rank=rank)
-        batch = micro_batch(rows, chosen, CPU, form)
+        batch = micro_batch(whole, chosen, CPU, form)
         assert batch.packing is not None and batch.places is not None
         bounds = batch.packing.cu_seqlens_q.diff().tolist()
         assert all(length % chunk_multiple(ranks) == 0 for length in bounds)
@@ -151,18 +151,49 @@ def test_context_ranks_together_predict_every_token_once(
         held = held_by(rank, ranks, bounds)
         assert batch.tokens.shape == (1, len(held))
         assert (len(held) * ranks) % (ranks * multiple) == 0
-        assert len(batch.targets) == sum(rows.sampled_lengths[i] for i in chosen)  # all of them, on every rank
+        assert len(batch.targets) == sum(whole.sampled_lengths[i] for i in chosen)  # all of them, on every rank
         tokens, positions = flat(batch.tokens)[batch.predictors], flat(batch.positions)[batch.predictors]
         for place, token, position in zip(batch.places.tolist(), tokens.tolist(), positions.tolist(), strict=True):
-            assert place not in whole
-            whole[place] = (token, position, int(batch.targets[place]), int(batch.sequence_ids[place]))
-    assert [whole[place] for place in sorted(whole)] == expected(rows, chosen)
+            assert place not in found_by_place
+            found_by_place[place] = (token, position, int(batch.targets[place]), int(batch.sequence_ids[place]))
+    assert [found_by_place[place] for place in sorted(found_by_place)] == expected(whole, chosen)
 
 
 @given(batches(), forms)
-def test_values_keep_their_dtype_and_their_token(case: tuple[SequenceBatch, list[int]], form: PackingSpec) -> None:
-    rows, chosen = case
-    batch = micro_batch(rows, chosen, CPU, form)
+def test_values_keep_their_dtype_and_their_token(case: Case, form: PackingSpec) -> None:
+    whole, chosen = case
+    batch = micro_batch(whole, chosen, CPU, form)
     assert batch.values["advantages"].dtype == torch.float32 and batch.values["selected"].dtype == torch.bool
     for name, value in batch.values.items():
-        np.testing.assert_array_equal(value.numpy(), rows.values[name][rows.token_index(chosen)])
+        np.testing.assert_array_equal(value.numpy(), whole.values[name][whole.token_index(chosen)])
+
+
+def tool_batch() -> SequenceBatch:
+    """Three sequences of one prompt, two of which also share their first turn and the tool's answer."""
+    turns = [False] * 3 + [True] * 4 + [False] * 5 + [True] * 3
+    first = np.arange(1, len(turns) + 1)
+    other_end, other_turn = first.copy(), first.copy()
+    other_end[-2:] += 50
+    other_turn[4:] += 100
+    return SequenceBatch.joined([first, other_end, other_turn, first[:1]], [turns, turns, turns, turns[:1]])
+
+
+def test_tokens_of_a_tool_are_inputs_and_no_targets_in_every_form() -> None:
+    whole = tool_batch()
+    chosen = [2, 0, 3, 1]
+    wanted = expected(whole, chosen)
+    assert len(wanted) == 3 * 7
+    for rows in FORMS:
+        batch = micro_batch(whole, chosen, CPU, PackingSpec(rows=rows))
+        assert found(batch) == wanted, rows
+        packed = pack(whole.take(chosen), PackingSpec(rows=rows))
+        inputs = {token for i in chosen for token in whole.sequence(i)[:-1].tolist()}
+        assert inputs <= set(packed.tokens.flatten().tolist()), "the model also reads the tool's tokens"
+
+
+def test_forms_without_sampled_tokens_have_no_predictors() -> None:
+    whole = SequenceBatch.joined([np.arange(1, 4), np.arange(1, 3)], [[False] * 3, [False] * 2])
+    for rows in FORMS:
+        batch = micro_batch(whole, [0, 1], CPU, PackingSpec(rows=rows))
+        assert len(batch.predictors) == len(batch.targets) == len(batch.sequence_ids) == 0
+        assert batch.tokens.numel() > 0

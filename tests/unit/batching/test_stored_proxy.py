@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,10 +54,9 @@ def test_join_undoes_any_deal_over_ranks(entries: Lists, data: st.DataObject) ->
     assert lists(StoredProxy.join(len(entries), parts)) == entries
 
 
-def test_rows_take_their_proxy_along() -> None:
-    rows = SequenceBatch(
-        [np.arange(3), np.arange(4), np.arange(2)], np.array([1, 2, 1]), proxy=store([[1], [2, 3], [], [4], [5]])
-    )
-    assert rows.take([2, 0]).proxy is not None
-    taken = rows.with_values(x=np.zeros(5)).take([2, 0])
+def test_taken_sequences_keep_their_proxy() -> None:
+    proxy = store([[1], [2, 3], [], [4], [5]])
+    batch = replace(SequenceBatch.of([range(3), range(4), range(2)], [1, 2, 1]), proxy=proxy)
+    assert batch.take([2, 0]).proxy is not None
+    taken = batch.with_values(x=np.zeros(5)).take([2, 0])
     assert taken.proxy is not None and lists(taken.proxy) == [[5], [1], [2, 3]]

@@ -31,16 +31,16 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> 
     return [shard for i in range(count) for shard in write_hf_shards(folder, items[i::count], part=i)]
 
 
-def batch() -> SequenceBatch:
-    return SequenceBatch([np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8])], np.array([2, 1]))
+def rows() -> SequenceBatch:
+    return SequenceBatch.of([[1, 2, 3, 4, 5], [6, 7, 8]], [2, 1])
 
 
 def logits(of: PreTrainedModel) -> np.ndarray:
-    """Logits [T, V], computed one response token at a time."""
+    """[T, V], one sampled token at a time."""
     parts = []
     with torch.inference_mode():
-        for tokens, start in zip(batch().tokens, batch().prompt_lengths, strict=True):
-            parts += [of(torch.tensor(tokens[None, :end])).logits[0, -1].numpy() for end in range(start, len(tokens))]
+        for row, start in zip(rows().sequences, (2, 1), strict=True):
+            parts += [of(torch.tensor(row[None, :end])).logits[0, -1].numpy() for end in range(start, len(row))]
     return np.stack(parts)
 
 
@@ -57,16 +57,16 @@ def test_an_export_loads_as_the_same_model(tmp_path: Path, source: Path, stages:
         total = json.loads((tmp_path / "hf" / INDEX).read_text())["metadata"]["total_size"]
         assert total == sum(t.nbytes for t in tensors.values())
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == "{}"
-    assert largest_logit_difference(tmp_path / "hf", batch(), logits(trained), "float32") < 1e-5
+    assert largest_logit_difference(tmp_path / "hf", rows(), logits(trained), "float32") < 1e-5
 
 
 def test_another_model_or_a_nan_is_noticed(tmp_path: Path, source: Path) -> None:
     trained = hf_model(seed=1)
     export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, hf_model(seed=2).state_dict(), 1))
-    assert largest_logit_difference(tmp_path / "hf", batch(), logits(trained), "float32") > 1e-2
+    assert largest_logit_difference(tmp_path / "hf", rows(), logits(trained), "float32") > 1e-2
     spoilt = logits(trained)
     spoilt[0, 0] = np.nan
-    assert np.isnan(largest_logit_difference(tmp_path / "hf", batch(), spoilt, "float32"))
+    assert np.isnan(largest_logit_difference(tmp_path / "hf", rows(), spoilt, "float32"))
 
 
 def test_a_failed_export_leaves_the_old_one(tmp_path: Path, source: Path) -> None:

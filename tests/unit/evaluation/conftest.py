@@ -10,24 +10,25 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.evaluation import ProtocolSettings
-from megatron_rl.evaluation.problems import Problem, Response
-from megatron_rl.types import Generation, Prompt, Sample, SamplingParams
+from megatron_rl.evaluation.problems import GradedResponse, Problem
+from megatron_rl.types import Prompt, Response, Sample, SamplingParams
 
 
-def response(score: float, answer: str | None = None, *, tokens: int = 3, truncated: bool = False) -> Response:
-    return Response(f"text of {answer}", answer, score, "", "score", tokens, truncated)
+def response(score: float, answer: str | None = None, *, tokens: int = 3, truncated: bool = False) -> GradedResponse:
+    return GradedResponse(f"text of {answer}", answer, score, "", "score", tokens, truncated)
 
 
-def problem(*responses: Response, name: str = "suite:0") -> Problem:
+def problem(*responses: GradedResponse, name: str = "suite:0") -> Problem:
     return Problem(name, "prompt", "label", list(responses))
 
 
 class ScriptedSource:
-    """Answers every maths problem `a + b` rightly for even a, wrongly for odd; remembers what it was asked."""
+    """Answers every maths problem `a + b` rightly for even a, wrongly for odd, and keeps the requests."""
 
     identity: dict[str, Any] = {"model": "scripted"}  # noqa: RUF012
     tokenizer = None
     stop = ()
+    decode = None
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -37,12 +38,12 @@ class ScriptedSource:
         self.asked.append([prompt.text for prompt in prompts])
         self.samplings.append(sampling)
         samples = []
-        for group, prompt in enumerate(prompts):
+        for prompt in prompts:
             first, second = map(int, prompt.text.split("\n")[0].split(" + "))
             for number in range(sampling.n):
                 answer = first + second + first % 2 * (1 + number)
-                generation = Generation([-1] * (number + 1), [], "stop" if number < 3 else "length", 0)
-                samples.append(Sample(prompt, group, generation, f"\\boxed{{{answer}}}"))
+                response = Response([-1] * (number + 1), [], "stop" if number < 3 else "length", 0)
+                samples.append(Sample(prompt, response, f"\\boxed{{{answer}}}"))
         return samples
 
 

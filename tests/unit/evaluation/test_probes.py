@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,24 +9,23 @@ from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.evaluation.probes import follows, probe_rows
 
 AFTER, TOKEN = 1, 2
-token_rows = st.lists(
-    st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=4), st.lists(st.integers(0, 2), min_size=1, max_size=5)),
-    max_size=6,
-)
+sequences = st.lists(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=9), max_size=6)
+"""(token, whether it is sampled) of each token; the first one of a sequence never is."""
 
 
-@given(token_rows)
-def test_probes_find_every_place_and_no_other(pairs: list[tuple[list[int], list[int]]]) -> None:
-    lengths = np.array([len(prompt) for prompt, _ in pairs], dtype=np.int64)
-    rows = SequenceBatch([np.array(prompt + response, dtype=np.int64) for prompt, response in pairs], lengths)
+@given(sequences)
+def test_probes_find_every_sampled_token_after_the_given_one(drawn: list[list[tuple[int, bool]]]) -> None:
+    ids = [[token for token, _ in sequence] for sequence in drawn]
+    masks = [[place > 0 and sampled for place, (_, sampled) in enumerate(sequence)] for sequence in drawn]
+    batch = SequenceBatch.joined(ids, masks)
     places = [
-        [(prompt + response)[i - 1] == AFTER for i in range(len(prompt), len(prompt + response))]
-        for prompt, response in pairs
+        [sequence[i - 1] == AFTER for i in range(1, len(sequence)) if mask[i]]
+        for sequence, mask in zip(ids, masks, strict=True)
     ]
-    assert follows(rows, AFTER).tolist() == [place for row in places for place in row]
+    assert follows(batch, AFTER).tolist() == [place for sequence in places for place in sequence]
 
-    part, where = probe_rows(rows, AFTER, TOKEN)
-    chosen = [i for i, row in enumerate(places) if any(row)]
-    assert [row.tolist() for row in part.tokens] == [rows.tokens[i].tolist() for i in chosen]
+    part, where = probe_rows(batch, AFTER, TOKEN)
+    chosen = [i for i, found in enumerate(places) if any(found)]
+    assert [sequence.tolist() for sequence in part.sequences] == [ids[i] for i in chosen]
     assert where.tolist() == [place for i in chosen for place in places[i]]
     assert part.values["probe_targets"].tolist() == [TOKEN] * part.num_sampled_tokens

@@ -71,12 +71,13 @@ SAMPLING = SamplingParams(n=2, max_tokens=9, temperature=0.5, stop_token_ids=(),
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1"])
-def test_every_response_is_a_request_of_its_own(server: Server, suffix: str) -> None:
+def test_every_response_has_its_own_request(server: Server, suffix: str) -> None:
     samples = connect(server.url + suffix).sample(PROMPTS, SAMPLING)
-    assert [(s.group, s.text, len(s.generation.token_ids)) for s in samples] == [(0, "ABC", 3)] * 2 + [
-        (1, "DEFG", 4)
-    ] * 2
-    assert [s.generation.finish_reason for s in samples] == ["stop"] * 2 + ["length"] * 2
+    assert [(s.prompt, s.text, s.response.num_sampled_tokens) for s in samples] == [
+        *[(PROMPTS[0], "ABC", 3)] * 2,
+        *[(PROMPTS[1], "DEFG", 4)] * 2,
+    ]
+    assert [s.response.finish_reason for s in samples] == ["stop"] * 2 + ["length"] * 2
     assert {request["path"] for request in server.requests} == {"/v1/completions"}
     assert len({request["seed"] for request in server.requests}) == 4
     assert {(r["model"], r["max_tokens"], r["temperature"], r["top_p"]) for r in server.requests} == {
@@ -98,13 +99,13 @@ def test_several_models_must_be_told_apart(server: Server) -> None:
         ((200, {"choices": []}), "gives an answer of unknown form"),
     ],
 )
-def test_a_server_that_fails(server: Server, answer: tuple[int, Any], words: str) -> None:
+def test_a_server_that_fails_stops_the_evaluation(server: Server, answer: tuple[int, Any], words: str) -> None:
     server.answer = lambda body: answer
     with pytest.raises(UserError, match=words):
         connect(server.url).sample(PROMPTS, SAMPLING)
 
 
-def test_folders_are_told_apart_by_their_weights(tmp_path: Path) -> None:
+def test_model_folders_differ_by_their_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no weights"):
         _fingerprint(tmp_path)

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpreg import kernels, token_stats
+from lpreg import token_stats
+from lpreg.statistics import kernels
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -88,3 +88,28 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
     arguments = {"rewards": torch.tensor([1.0, 0.0]), "group_ids": torch.tensor([0, 0])} | change
     with pytest.raises(ValueError, match=message):
         group_advantages(**arguments)
+
+
+def test_an_estimator_of_ones_own() -> None:
+    rewards, groups = torch.tensor([1, 0, 1]), torch.tensor([0, 0, 1])
+    seen = []
+
+    def estimator(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+        seen.append((rewards.dtype, group_ids))
+        return rewards * 3
+
+    assert group_advantages(rewards, groups, estimator=estimator).tolist() == [3.0, 0.0, 3.0]
+    assert seen[0][0] == torch.float64 and seen[0][1] is groups
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.zeros(2), r"must return a tensor of shape \[3\], one advantage per reward, not \[2\]"),
+        ([0.0, 0.0, 0.0], "not list"),
+        (torch.tensor([0.0, float("nan"), 0.0]), r"advantages\[1\] is nan; advantages must be finite"),
+    ],
+)
+def test_a_wrong_estimator_of_ones_own_is_refused(returned: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        group_advantages(torch.ones(3), torch.zeros(3, dtype=torch.int64), estimator=lambda *_: returned)

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lpreg import kernels
+from lpreg.statistics import kernels
 
 NVIDIA = Path(triton.__file__).parent / "backends/nvidia/bin"
 MASSES = {"chosen": "*i64", "thresholds": "*fp32", "log_sums": "*fp32", "out": "*fp32", "count": "i32"}

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpreg import LossInputs, ProxyStore, _rows, fused_loss, fused_token_stats, make_loss, token_stats
+from lpreg import LossInputs, ProxyStore, fused_loss, fused_token_stats, make_loss, token_stats
+from lpreg.statistics import shard
 
 TOKENS, VOCAB, WIDTH = 30, 23, 7
 
@@ -67,7 +68,7 @@ def test_value_and_gradient_match_the_definition(dense: Callable, case: dict[str
     )
     garbage = torch.full((case["tokens"], case["padding"]), torch.nan, dtype=torch.float64)
 
-    with mock.patch.object(_rows, "CPU_WORK_ELEMENTS", case["work"]):
+    with mock.patch.object(shard, "CPU_WORK_ELEMENTS", case["work"]):
         old = token_stats(data["old_logits"], targets, proxy_rows=rows, **shared)
         assert old.proxy_store is not None and old.proxy_kl is None
         leaf = torch.cat([logits, garbage], 1).requires_grad_()

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpreg import _rows, token_stats
+from lpreg import token_stats
+from lpreg.statistics import shard
 
 
 def random_case(tokens: int, vocab: int, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ def test_values_and_gradients_match_the_definition(dense: Callable, case: dict) 
     shared = {"temperature": case["temperature"], "vocab_size": case["vocab"], **case["filters"]}
 
     padded = torch.cat([logits, garbage], 1).requires_grad_()
-    with mock.patch.object(_rows, "CPU_WORK_ELEMENTS", case["work"]):
+    with mock.patch.object(shard, "CPU_WORK_ELEMENTS", case["work"]):
         got = token_stats(
             padded * 1,
             targets,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpreg import _rows, token_stats
+from lpreg import token_stats
+from lpreg.statistics import shard
 
 TOKENS, VOCAB = 64, 100
 
@@ -39,7 +40,7 @@ def case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_are_never_copied_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rows, "CPU_WORK_ELEMENTS", 4 * VOCAB)
+    monkeypatch.setattr(shard, "CPU_WORK_ELEMENTS", 4 * VOCAB)
     _, logits, targets = case(dtype)
     weights = torch.ones(TOKENS)
     weights[::3] = 0

@@ -1,4 +1,4 @@
-"""A run as training would leave it: 200 steps, an evaluation every 50, values that wander as real ones do."""
+"""The folder of a run: 200 steps, an evaluation every 50, values that vary as in a real run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rl.rollout.dump import write_rollouts
-from megatron_rl.types import Generation, Prompt, RewardResult, Sample
+from megatron_rl.rollout.dump import DumpedResponse, write_rollouts
+from megatron_rl.types import Prompt, Response, RewardResult
 
 CONFIG = """\
 run: {name: countdown-lp_reg, folder: null}
@@ -81,7 +81,7 @@ WORDS = ["<eos>", "ok", "no", "wait", "hmm", "+", "1", "2", "3"]
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One word a token."""
+    """A tokenizer with one word per token."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -92,21 +92,23 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_dump(folder: Path, step: int, groups: int = 4, seed: int = 0) -> None:
-    """A step's rollouts, four answers a prompt; `wait` is rare, and only group 0 has both right and wrong answers."""
+    """A step's rollouts, four responses per prompt. `wait` is rare, and only group 0 has an advantage."""
     rng = np.random.default_rng(seed + step)
-    samples, per_token = [], {"actor_log_probs": [], "entropy": [], "kept": [], "selected": []}
+    dumped, per_token = [], {"actor_log_probs": [], "entropy": [], "kept": [], "selected": []}
     for index in range(4 * groups):
         length = int(rng.integers(3, 12))
         ids = rng.choice(len(WORDS), size=length, p=[0.1, 0.15, 0.15, 0.02, 0.03, 0.25, 0.1, 0.1, 0.1]).tolist()
         log_probs = np.log(rng.uniform(0.001, 1, size=length))
         prompt = Prompt(id=f"train:{index // 4}", token_ids=(1,), text=f"problem <b>{index // 4}</b>", label=None)
-        samples.append(
-            Sample(
-                prompt=prompt,
+        detail = "correct" if index % 2 else "wrong"
+        text = " ".join(WORDS[i] for i in ids)
+        dumped.append(
+            DumpedResponse(
                 group=index // 4,
-                generation=Generation(ids, log_probs.tolist(), "stop", step),
-                text=" ".join(WORDS[i] for i in ids),
-                reward=RewardResult(float(index % 2), answer="<i>12</i>", detail="correct" if index % 2 else "wrong"),
+                prompt=prompt,
+                response=Response(ids, log_probs, "stop", step),
+                reward=RewardResult(float(index % 2), answer="<i>12</i>", detail=detail, text=text),
+                advantage=(1.0 if index % 2 else -1.0) if index < 4 else 0.0,
             )
         )
         for name, values in {
@@ -116,8 +118,7 @@ def write_dump(folder: Path, step: int, groups: int = 4, seed: int = 0) -> None:
             "selected": log_probs < np.log(0.05),
         }.items():
             per_token[name].append(values)
-    advantages = [(1.0 if i % 2 else -1.0) if i < 4 else 0.0 for i in range(4 * groups)]
-    write_rollouts(folder / "rollouts", step, samples, advantages, per_token)
+    write_rollouts(folder / "rollouts", step, dumped, per_token)
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -131,7 +132,7 @@ def rows() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run_folder(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A finished run's folder with config.yaml and metrics.jsonl."""
+    """The folder of a finished run with config.yaml and metrics.jsonl."""
     folder = tmp_path / "countdown-lp_reg"
     folder.mkdir()
     (folder / "config.yaml").write_text(CONFIG)
@@ -141,7 +142,7 @@ def run_folder(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def recorded_run(run_folder: Path) -> Path:
-    """The same run with its tokenizer and rollout dumps of three steps."""
+    """The same run with a tokenizer and the rollout dumps of three steps."""
     write_tokenizer(run_folder)
     config = run_folder / "config.yaml"
     config.write_text(config.read_text() + "observability: {word_classes: {retry: [wait], filler: [hmm, so]}}\n")

@@ -1,4 +1,4 @@
-"""Which rollouts are recorded."""
+"""Which rollouts are recorded, and that values stay with their tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.batching.sequences import rows_of
+from megatron_rl.batching.sequences import SequenceBatch, sequences_of
 from megatron_rl.observability.record import (
     CANDIDATE_POSITIONS,
     CANDIDATE_ROWS,
@@ -21,13 +21,22 @@ from megatron_rl.observability.record import (
     recorded_rows,
     write_candidates,
 )
-from megatron_rl.types import Generation, Prompt, RewardResult, Sample
+from megatron_rl.rollout.buffer import Group
+from megatron_rl.rollout.rollouts import Rollouts
+from megatron_rl.types import Prompt, Response, RewardResult
 
 
-def sample(group: int, length: int) -> Sample:
-    prompt = Prompt(id=f"p:{group}", token_ids=(1, 2), text="?", label=None)
-    generation = Generation(list(range(length)), [-0.1 * (i + 1) for i in range(length)], "stop", 3)
-    return Sample(prompt, group, generation, "!", RewardResult(float(length)))
+def group(number: int, *masks: list[bool]) -> Group:
+    """A group with a response for each mask."""
+    responses = tuple(
+        Response(range(len(mask)), -0.1 * np.arange(1, len(mask) + 1), "stop", 3, sampled_mask=mask) for mask in masks
+    )
+    rewards = tuple(RewardResult(float(len(response)), text="!") for response in responses)
+    return Group(number, number, Prompt(f"p:{number}", (1, 2), "?", None), 3, responses, rewards)
+
+
+def batch_of(rollouts: Rollouts) -> SequenceBatch:
+    return sequences_of((prompt.token_ids, response) for prompt, response, _ in rollouts.responses)
 
 
 @given(
@@ -35,12 +44,12 @@ def sample(group: int, length: int) -> Sample:
     most=st.integers(1, 400),
     step=st.integers(1, 5),
 )
-def test_whole_groups_within_the_limit(lengths: list[list[int]], most: int, step: int) -> None:
+def test_complete_groups_within_the_limit_are_recorded(lengths: list[list[int]], most: int, step: int) -> None:
     groups = [group for group, own in enumerate(lengths) for _ in own]
     sizes = np.array([length for own in lengths for length in own])
-    rows = recorded_rows(groups, sizes, step, most)
+    rows = recorded_rows(np.array(groups), sizes, step, most)
     chosen = {groups[i] for i in rows}
-    assert rows.tolist() == [i for i, group in enumerate(groups) if group in chosen], "whole, and in their order"
+    assert rows.tolist() == [i for i, group in enumerate(groups) if group in chosen], "complete, and in their order"
     assert len(chosen) >= 1
     assert sizes[rows].sum() <= most or len(chosen) == 1
     if sizes.sum() <= most:
@@ -48,26 +57,44 @@ def test_whole_groups_within_the_limit(lengths: list[list[int]], most: int, step
 
 
 def test_values_stay_with_their_tokens(tmp_path: Path) -> None:
-    samples = [sample(group, length) for group, length in ((0, 30), (0, 20), (1, 4), (1, 0), (2, 5), (2, 6))]
-    batch = rows_of(samples)
+    """A token that was not sampled has NaN, or False, where the actor has no value."""
+    sampled, tool = [True] * 4, [True, False, False, True, True, False]
+    groups = [
+        group(0, [True] * 30, [True] * 20),
+        group(1, sampled),
+        group(2, sampled, []),
+        group(3, tool, [False] * 2, sampled),
+    ]
+    rollouts = Rollouts(groups, np.array([True, False, True, True]), weight_version=3)
+    batch = batch_of(rollouts)
     total = batch.num_sampled_tokens
     batch = batch.with_values(selected=np.arange(total) % 3 == 0)
-    seen = {"log_probs": -np.arange(total, dtype=np.float32), "kept": np.arange(total) % 2}
-    path = record(tmp_path, 1, samples, np.arange(6.0), batch, seen, most_tokens=20)
+    scores = {"log_probs": -np.arange(total, dtype=np.float32), "kept": np.arange(total) % 2}
+    path = record(tmp_path, 1, rollouts, batch, np.arange(7.0), scores, most_tokens=20)
     rows = pq.read_table(path).to_pylist()
-    assert sum(len(row["token_ids"]) for row in rows) <= 20
-    starts = np.cumsum([0, 30, 20, 4, 0, 5])
+    assert [row["group"] for row in rows] == [2, 2, 3, 3, 3]
+    assert sum(sum(row["sampled_mask"]) for row in rows) <= 20
+    starts = np.cumsum([0, *batch.sampled_lengths])
     for row in rows:
         number = int(row["advantage"])
-        place = np.arange(starts[number], starts[number] + len(samples[number].generation.token_ids))
-        assert row["prompt_id"] == samples[number].prompt.id
-        assert row["actor_log_probs"] == (-place).tolist()
-        assert row["kept"] == (place % 2).tolist() and row["selected"] == (place % 3 == 0).tolist()
+        prompt, response, reward = rollouts.responses[number]
+        mask, place = response.sampled_mask, np.arange(starts[number], starts[number + 1])
+        assert (row["prompt_id"], row["response"], row["reward"]) == (prompt.id, "!", reward.score)
+        assert row["token_ids"] == response.token_ids.tolist() and row["sampled_mask"] == mask.tolist()
+        assert row["log_probs"] == response.log_probs.tolist()
+        for name, values in (("actor_log_probs", -place), ("kept", place % 2), ("selected", place % 3 == 0)):
+            column = np.array(row[name])
+            assert len(column) == len(mask)
+            assert column[mask].tolist() == values.tolist()
+            rest = column[~mask]
+            assert not rest.any() if name == "selected" else np.isnan(rest.astype(np.float64)).all()
 
 
 def test_candidates_are_written_at_the_marked_positions(tmp_path: Path) -> None:
-    samples = [sample(i, 600 if i % 2 else 30) for i in range(20)]
-    part = candidate_positions(rows_of(samples), step=4)
+    masks = [([True] * 3 + [False] * 40) * (200 if i % 2 else 10) for i in range(20)]
+    rollouts = Rollouts([group(i, mask) for i, mask in enumerate(masks)], np.ones(20, dtype=bool), weight_version=3)
+    batch = batch_of(rollouts)
+    part = candidate_positions(batch, step=4)
     marked = part.values["wanted"]
     assert len(part) == CANDIDATE_ROWS and marked.sum() == CANDIDATE_POSITIONS
     assert part.sampled_lengths.max() <= CANDIDATE_TOKENS
@@ -76,7 +103,7 @@ def test_candidates_are_written_at_the_marked_positions(tmp_path: Path) -> None:
     rows = pq.read_table(write_candidates(tmp_path, 4, part, found)).to_pylist()
     assert len(rows) == CANDIDATE_POSITIONS
     for row, place in zip(rows, np.flatnonzero(marked), strict=True):
-        assert row["token_id"] == samples[row["row"]].generation.token_ids[row["position"]]
+        assert row["token_id"] == batch.take([row["row"]]).targets[row["position"]]
         assert row["candidate_ids"] == [place, place + 1, place + 2] and row["step"] == 4
 
 
@@ -85,7 +112,7 @@ def test_candidates_are_written_at_the_marked_positions(tmp_path: Path) -> None:
     every=st.integers(2, 10),
 )
 def test_dumps_stay_below_their_share_of_the_time(steps: list[tuple[float, float]], every: int) -> None:
-    """But for the first, whose cost nobody knows, and what a dump costs more than the one before it."""
+    """Exceptions are the first dump, whose cost is not known, and what a dump costs more than the one before it."""
     cost, unforeseen, first = Cost(), 0.0, True
     for number, (rest, dump) in enumerate(steps, start=1):
         due = number == 1 or number % every == 0

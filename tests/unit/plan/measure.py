@@ -77,15 +77,14 @@ def measure(settings: ActorSettings, batch: SequenceBatch, model_folder: Path, r
 
 
 def rows(count: int, prompt: int, response: int, vocabulary: int) -> SequenceBatch:
-    """Returns a batch of random sequences of one length."""
+    """Random sequences, all of one length."""
     random = np.random.default_rng(0)
-    return SequenceBatch(
-        tokens=[random.integers(0, vocabulary, prompt + response) for _ in range(count)],
-        prompt_lengths=np.full(count, prompt),
-        values={
-            "rollout_log_probs": np.zeros(count * response, dtype=np.float32),
-            "advantages": random.normal(size=count * response).astype(np.float32),
-        },
+    batch = SequenceBatch.of(
+        [random.integers(0, vocabulary, prompt + response) for _ in range(count)], np.full(count, prompt)
+    )
+    return batch.with_values(
+        rollout_log_probs=np.zeros(count * response, dtype=np.float32),
+        advantages=random.normal(size=count * response).astype(np.float32),
     )
 
 

@@ -95,7 +95,7 @@ def test_recipe_has_the_published_settings(recipe: Path) -> None:
     assert config.algorithm.reference_kl.coefficient == 0 and config.algorithm.overlong.buffer_tokens == 0
     assert recipe.stem.startswith(config.algorithm.name)
     if config.algorithm.name == "lp_reg":
-        assert config.algorithm.lp_reg.rho == (None if "14b" in str(recipe) else 0.005)
+        assert config.algorithm.lp_reg.rho == (0.01 if "14b" in str(recipe) else 0.005)
         assert config.algorithm.preset in recipe.stem
 
 

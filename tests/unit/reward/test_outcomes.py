@@ -1,6 +1,6 @@
 """Rates of outcomes, the limit that stops a run, and shaping by format."""
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,9 +10,8 @@ from megatron_rl.config.reward import FormatSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward import check_failures, outcome_rates
 from megatron_rl.reward.shaping import format_penalties, well_formed
-from megatron_rl.types import RewardResult, Sample
+from megatron_rl.types import Prompt, RewardResult
 
-MakeSample = Callable[..., Sample]
 GOOD = RewardResult(1.0)
 LATE = RewardResult(0.0, detail="took too long", outcome="timeout")
 BROKEN = RewardResult(0.0, detail="KeyError: 'label'", outcome="error")
@@ -26,16 +25,17 @@ def test_rates() -> None:
     assert outcome_rates([]) == {"reward/timeout_fraction": 0.0, "reward/error_fraction": 0.0}
 
 
-def test_too_many_failures_stop_with_examples(make_sample: MakeSample) -> None:
-    samples = [make_sample(f"response {i}", f"label {i}") for i in range(5)]
-    results = [GOOD, GOOD, LATE, BROKEN, BROKEN]
-    check_failures(samples, results, 0.6)
-    check_failures([], [], 0.0)
+def test_too_many_failures_stop_with_examples() -> None:
+    prompts = [Prompt("test:0", (1,), "", f"label {i}") for i in range(5)]
+    results = [replace(r, text=f"response {i}") for i, r in enumerate([GOOD, GOOD, LATE, BROKEN, BROKEN])]
+    graded = list(zip(prompts, results, strict=True))
+    check_failures(graded, 0.6)
+    check_failures([], 0.0)
     with pytest.raises(UserError) as caught:
-        check_failures(samples, results, 0.5)
+        check_failures(graded, 0.5)
     message = str(caught.value)
     assert "3 of 5 samples could not be graded" in message and "reward.max_failed_fraction is 0.5" in message
-    assert message.count("KeyError: 'label'") == 1, "one example a kind"
+    assert message.count("KeyError: 'label'") == 1, "one example of each kind"
     assert "'label 2'" in message and "'response 2'" in message
 
 
@@ -58,7 +58,7 @@ def test_tags_once_and_in_order(text: str, good: bool) -> None:
 
 
 @given(st.lists(st.text("ab", max_size=3), min_size=3, max_size=3))
-def test_what_is_between_the_tags_does_not_matter(parts: list[str]) -> None:
+def test_text_between_the_tags_does_not_matter(parts: list[str]) -> None:
     assert well_formed(f"{parts[0]}<t>{parts[1]}</t>{parts[2]}", ["<t>", "</t>"])
 
 

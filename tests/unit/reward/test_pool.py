@@ -1,4 +1,4 @@
-"""The pool: a bad sample costs itself and nothing else, and no process stays behind."""
+"""The pool: a bad sample costs only itself, and no process stays behind."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ from megatron_rl.types import RewardResult
 
 LEAKED = []
 
-HEAVY = ("torch", "ray", "megatron", "transformers", "numpy", "math_verify", "pyarrow")
+HEAVY = ("torch", "ray", "megatron", "transformers", "math_verify", "pyarrow")
 
 def score(sample):
     match sample.text:
@@ -63,8 +63,14 @@ MakeSample = Callable[..., Sample]
 
 
 def make_pool(name: str, *, workers: int, timeout_seconds: float, **more: Any) -> RewardPool:
-    log_file = more.pop("log_file", None)
-    return RewardPool(RewardSettings(name=name, workers=workers, timeout_seconds=timeout_seconds, **more), log_file)
+    log_file, decode = more.pop("log_file", None), more.pop("decode", None)
+    settings = RewardSettings(name=name, workers=workers, timeout_seconds=timeout_seconds, **more)
+    return RewardPool(settings, log_file, decode)
+
+
+def passed(text: str, answer: str | None = None) -> RewardResult:
+    """The result of a sample with this text; `answer`: by default the text."""
+    return RewardResult(1.0, text if answer is None else answer, text=text)
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +89,14 @@ def pool(verifiers: Path) -> Iterator[RewardPool]:
 
 
 def workers() -> list[psutil.Process]:
-    """Python's own resource tracker stays as long as the process that uses it."""
+    """The workers of all pools. Python's own resource tracker stays as long as the process that uses it."""
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 def test_results_keep_the_order(pool: RewardPool, make_sample: MakeSample) -> None:
     for count in (0, 1, 2, 9, 128):
         texts = [str(i) for i in range(count)]
-        assert pool.score([make_sample(text) for text in texts]) == [RewardResult(1.0, text) for text in texts]
+        assert pool.score([make_sample(text) for text in texts]) == [passed(text) for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -107,17 +113,17 @@ def test_results_keep_the_order(pool: RewardPool, make_sample: MakeSample) -> No
         ("number", "error", "TypeError: the reward returned float, not RewardResult"),
     ],
 )
-def test_only_the_offender_pays(
+def test_a_misbehaving_sample_costs_only_itself(
     pool: RewardPool, make_sample: MakeSample, text: str, outcome: Outcome, detail: str
 ) -> None:
     samples = [make_sample("good") for _ in range(20)]
     samples[7] = make_sample(text)
     results = pool.score(samples)
-    assert results.pop(7) == RewardResult(0.0, None, detail, outcome)
-    assert results == [RewardResult(1.0, "good")] * 19
+    assert results.pop(7) == RewardResult(0.0, None, detail, outcome, text)
+    assert results == [passed("good")] * 19
 
 
-def test_several_offenders_at_once(pool: RewardPool, make_sample: MakeSample) -> None:
+def test_several_samples_misbehave_at_once(pool: RewardPool, make_sample: MakeSample) -> None:
     results = pool.score([make_sample(text) for text in ["sleep", "exit", "good"] * 2])
     assert [result.score for result in results] == [0, 0, 1] * 2
     rates = outcome_rates(results)
@@ -133,25 +139,25 @@ def test_slow_samples_do_not_add_up_to_a_timeout(
     with make_pool("misbehaving:score", workers=1, timeout_seconds=2) as pool:
         pool.score([make_sample("good")])
         ours = [worker for worker in workers() if worker not in before]
-        assert pool.score([make_sample("slow")] * 12) == [RewardResult(1.0, "slow")] * 12
+        assert pool.score([make_sample("slow")] * 12) == [passed("slow")] * 12
         assert [worker for worker in workers() if worker not in before] == ours
 
 
 def test_workers_import_only_what_they_need(pool: RewardPool, make_sample: MakeSample) -> None:
-    assert pool.score([make_sample("imports")]) == [RewardResult(1.0, "")]
+    assert pool.score([make_sample("imports")]) == [passed("imports", "")]
 
 
 def test_workers_ignore_ctrl_c(pool: RewardPool, make_sample: MakeSample) -> None:
-    assert pool.score([make_sample("interrupt")]) == [RewardResult(1.0, "interrupt")]
+    assert pool.score([make_sample("interrupt")]) == [passed("interrupt")]
 
 
-def test_a_leak_is_the_workers_end_and_no_samples_fault(verifiers: Path, make_sample: MakeSample) -> None:
+def test_a_leaking_worker_is_replaced_without_cost_to_a_sample(verifiers: Path, make_sample: MakeSample) -> None:
     """Forty times 64 MB under a limit of 512 MB: workers are replaced in time."""
     before = workers()
     with make_pool("misbehaving:score", workers=1, timeout_seconds=10, memory_mb=512) as pool:
         pool.score([make_sample("good")])
         ours = [worker for worker in workers() if worker not in before]
-        assert pool.score([make_sample("leak")] * 40) == [RewardResult(1.0, "leak")] * 40
+        assert pool.score([make_sample("leak")] * 40) == [passed("leak")] * 40
         assert psutil.wait_procs(ours, timeout=10)[1] == []
 
 
@@ -170,7 +176,7 @@ def test_prints_stay_off_stdout(pool: RewardPool, make_sample: MakeSample, capfd
 def test_killed_idle_workers_are_replaced(pool: RewardPool, make_sample: MakeSample) -> None:
     for worker in workers():
         worker.kill()
-    assert pool.score([make_sample("good")] * 9) == [RewardResult(1.0, "good")] * 9
+    assert pool.score([make_sample("good")] * 9) == [passed("good")] * 9
 
 
 @pytest.mark.parametrize(
@@ -201,7 +207,7 @@ def test_a_wrong_name_fails_at_once() -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """What a shell runs in its background ignores Ctrl-C, and so would these tests."""
+    """A process in the background of a shell ignores Ctrl-C, and so would these tests."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -220,15 +226,15 @@ def test_ctrl_c_ends_busy_workers(verifiers: Path, make_sample: MakeSample) -> N
 
 
 def test_workers_end_with_their_parent(verifiers: Path) -> None:
-    """Idle or stuck, and although the parent had no chance to stop them."""
+    """They are idle or stuck, and the parent had no chance to stop them."""
     script = textwrap.dedent("""
         import os, threading, time
         from megatron_rl.config.reward import RewardSettings
         from megatron_rl.reward import RewardPool
-        from megatron_rl.types import Generation, Prompt, Sample
+        from megatron_rl.types import Prompt, Response, Sample
 
         def sample(text):
-            return Sample(Prompt("x:0", (1,), "", None), 0, Generation([2], [0.0], "stop", 0), text)
+            return Sample(Prompt("x:0", (1,), "", None), Response([2], [0.0], "stop", 0), text)
 
         if __name__ == "__main__":
             pool = RewardPool(RewardSettings(name="misbehaving:score", workers=2, timeout_seconds=0.5))

@@ -1,4 +1,4 @@
-"""The remote reward, against servers that behave and servers that do not."""
+"""Tests of the remote reward against well-behaved and faulty servers."""
 
 import json
 import threading
@@ -11,15 +11,15 @@ import pytest
 from megatron_rl.config.reward import RemoteSettings, RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward import open_grader
-from megatron_rl.types import RewardResult, Sample
+from megatron_rl.types import Prompt, Response, RewardResult, Sample
 
 MakeSample = Callable[..., Sample]
 Answer = Callable[[dict[str, Any], int], tuple[int, bytes] | None]
-"""From a request and how many came before it to status and body; None: no answer at all."""
+"""(request, number of requests before it) -> status and body; None: no answer at all."""
 
 
 class Server:
-    """Answers as told, and remembers what it was asked."""
+    """Answers as `answer` does, and keeps the requests."""
 
     def __init__(self) -> None:
         self.answer: Answer = well_behaved
@@ -71,20 +71,20 @@ def settings(url: str, **more: Any) -> RewardSettings:
     return RewardSettings(name="remote", remote=RemoteSettings(**remote))
 
 
-def test_batches_go_out_and_results_come_back_in_order(server: Server, make_sample: MakeSample) -> None:
+def test_samples_are_batched_and_results_keep_their_order(server: Server, make_sample: MakeSample) -> None:
     samples = [make_sample(str(i), str(i) if i % 3 else "other") for i in range(10)]
     with open_grader(settings(server.url)) as grader:
         results = grader.score(samples)
         assert grader.score([]) == []
-    assert results == [RewardResult(float(i % 3 > 0), str(i)) for i in range(10)]
+    assert results == [RewardResult(float(i % 3 > 0), str(i), text=str(i)) for i in range(10)]
     assert sorted(len(request["samples"]) for request in server.requests) == [2, 4, 4]
     assert set(server.requests[0]["samples"][0]) == {"id", "prompt", "response", "label", "finish_reason"}
 
 
-def test_what_passes_is_tried_again(server: Server, make_sample: MakeSample) -> None:
+def test_temporary_failures_are_tried_again(server: Server, make_sample: MakeSample) -> None:
     server.answer = lambda request, before: (503, b"busy") if before < 2 else well_behaved(request, before)
     with open_grader(settings(server.url)) as grader:
-        assert grader.score([make_sample("1", "1")]) == [RewardResult(1.0, "1")]
+        assert grader.score([make_sample("1", "1")]) == [RewardResult(1.0, "1", text="1")]
     assert len(server.requests) == 3
 
 
@@ -93,14 +93,14 @@ def test_what_passes_is_tried_again(server: Server, make_sample: MakeSample) -> 
     [
         ((503, b"busy"), 4, "error", "status 503: busy"),
         ((400, b"bad"), 1, "error", "status 400: bad"),
-        ((200, b"<html>"), 1, "error", "the answer is no JSON: "),
+        ((200, b"<html>"), 1, "error", "the answer is not JSON: "),
         ((200, b'{"results": []}'), 1, "error", "with 1 entries"),
         ((200, b'{"results": [{"score": "high"}]}'), 1, "error", "no finite score"),
         ((200, b'{"results": [{"score": NaN}]}'), 1, "error", "no finite score"),
         (None, 2, "timeout", "took too long"),
     ],
 )
-def test_failures_are_declared(
+def test_failures_have_an_outcome_and_a_detail(
     server: Server,
     make_sample: MakeSample,
     answer: tuple[int, bytes] | None,
@@ -112,12 +112,12 @@ def test_failures_are_declared(
     more = {"timeout_seconds": 0.3, "retries": 1} if answer is None else {}
     with open_grader(settings(server.url, **more)) as grader:
         result = grader.score([make_sample("1", "1")])[0]
-    assert (result.score, result.outcome) == (0.0, outcome)
+    assert (result.score, result.outcome, result.text) == (0.0, outcome, "1")
     assert detail in result.detail
     assert len(server.requests) == attempts
 
 
-def test_one_bad_batch_costs_itself_only(server: Server, make_sample: MakeSample) -> None:
+def test_a_bad_batch_costs_only_its_own_samples(server: Server, make_sample: MakeSample) -> None:
     def answer(request: dict[str, Any], before: int) -> tuple[int, bytes]:
         return (400, b"no") if request["samples"][0]["label"] == "4" else well_behaved(request, before)
 
@@ -127,7 +127,7 @@ def test_one_bad_batch_costs_itself_only(server: Server, make_sample: MakeSample
     assert [result.outcome for result in results] == ["score"] * 4 + ["error"] * 4 + ["score"] * 4
 
 
-def test_nobody_listens(server: Server, make_sample: MakeSample) -> None:
+def test_a_server_that_is_gone_is_an_error(server: Server, make_sample: MakeSample) -> None:
     server.http.server_close()
     with open_grader(settings(server.url, retries=1)) as grader:
         result = grader.score([make_sample("1", "1")])[0]
@@ -146,6 +146,15 @@ def test_the_token_comes_from_the_environment(
         open_grader(settings(server.url, token_variable="MY_TOKEN"))
 
 
-def test_a_url_is_http() -> None:
+def test_a_url_that_is_not_http_is_refused() -> None:
     with pytest.raises(UserError, match="must begin with http"):
         open_grader(settings("file:///etc/passwd"))
+
+
+def test_responses_are_decoded_before_they_are_sent(server: Server) -> None:
+    """The server and the results get the text of the tokens."""
+    samples = [Sample(Prompt(f"p:{i}", (1,), "", "4+5"), Response([4, 5 + i], [], "stop", 0)) for i in range(2)]
+    with open_grader(settings(server.url), decode=lambda ids: "+".join(map(str, ids))) as grader:
+        results = grader.score(samples)
+    assert [sample["response"] for request in server.requests for sample in request["samples"]] == ["4+5", "4+6"]
+    assert [(result.score, result.text) for result in results] == [(1.0, "4+5"), (0.0, "4+6")]

@@ -1,14 +1,11 @@
-"""Engines without a model: responses have random lengths, and their tokens tell prompt, response and position."""
+"""Engines without a model: a response has a random length, and its tokens tell where they belong."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
-from megatron_rl.rollout.engines.interface import response_of
 from megatron_rl.types import Prompt, Response, SamplingParams
 
 
@@ -21,9 +18,9 @@ class Request:
 
 
 class FakeEngines:
-    """The interface of `cluster.engines.Engines`. Response k to prompt p is p, k, 0, 1, 2, ...; a prompt's number is
-    its only token. Each `tick` adds a token to some responses of every request; now and then a request loses its
-    tokens.
+    """The interface of `cluster.engines.Engines`. Response k of prompt p is p, k, 2, 3, 4, ...; a prompt's number is
+    its only token. Each `tick` adds a token to some responses of every request; sometimes a request loses all of its
+    tokens. Tokens 4, 8, ... are a tool's: the policy did not sample them.
     """
 
     def __init__(self, seed: int, *, embedded: bool, longest: int = 6) -> None:
@@ -44,21 +41,21 @@ class FakeEngines:
         numbers = list(range(self.submitted, self.submitted + len(prompts)))
         self.submitted += len(prompts)
         self.min_groups = min_groups
-        for number, prompt, there in zip(numbers, prompts, partial or [()] * len(prompts), strict=True):
+        for number, prompt, before in zip(numbers, prompts, partial or [()] * len(prompts), strict=True):
             row = prompt.token_ids[0]
-            nothing = [response_of([row, k], [0.0, 0.0], "abort", self.version) for k in range(sampling.n)]
-            # Lengths differ from one request to the next: another sampling would end elsewhere.
+            nothing = [Response([row, k], [0.0, 0.0], "abort", self.version) for k in range(sampling.n)]
+            # Lengths differ from one request to the next, because another sampling would end elsewhere.
             lengths = [self.random.randint(3, self.longest) for _ in range(sampling.n)]
-            start = list(there) if there else nothing
-            lengths = [max(length, len(g)) for length, g in zip(lengths, start, strict=True)]
-            self.requests[number] = Request(row, list(there), start, lengths)
+            start = list(before) if before else nothing
+            lengths = [max(length, len(response)) for length, response in zip(lengths, start, strict=True)]
+            self.requests[number] = Request(row, list(before), start, lengths)
         return numbers
 
     def tick(self) -> None:
         for number, request in list(self.requests.items()):
             if self.random.random() < 0.05:  # its engine is lost
                 nothing = [
-                    response_of([request.prompt, k], [0.0, 0.0], "abort", self.version)
+                    Response([request.prompt, k], [0.0, 0.0], "abort", self.version)
                     for k in range(len(request.responses))
                 ]
                 request.responses = list(request.partial) or nothing
@@ -73,13 +70,15 @@ class FakeEngines:
     def _longer(self, response: Response, length: int) -> Response:
         done = len(response)
         last = done + 1 >= length
-        return response.followed_by(response_of([done], [-0.1], "stop" if last else "abort", self.version))
+        return response.followed_by(
+            Response([done], [-0.1], "stop" if last else "abort", self.version, sampled_mask=[done % 4 != 0])
+        )
 
     def wait(self, numbers: Iterable[int]) -> set[int]:
         numbers = set(numbers)
-        while not (there := numbers & self.answers.keys()) or (self.embedded and there != numbers):
+        while not (ready := numbers & self.answers.keys()) or (self.embedded and ready != numbers):
             self.tick()
-        return there
+        return ready
 
     def take(self, number: int) -> list[Response]:
         return self.answers.pop(number)
@@ -87,7 +86,3 @@ class FakeEngines:
     def abort(self, numbers: Iterable[int]) -> None:
         for number in [number for number in numbers if number in self.requests]:
             self.answers[number] = self.requests.pop(number).responses
-
-
-def tokenizer() -> Any:
-    return SimpleNamespace(decode=lambda ids, **_: "")

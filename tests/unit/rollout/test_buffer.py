@@ -1,4 +1,4 @@
-"""Whatever engines do, wherever a run is killed: no prompt is lost or used twice, no token is older than allowed."""
+"""Whatever engines do and whenever a run is killed, no prompt is lost or used twice, and no token is too old."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.checkpoint.rollout_buffer import read_buffer, write_buffer
+from megatron_rl.checkpoint.rollout_buffer import BUFFER_FILE, read_buffer, write_buffer
 from megatron_rl.rollout.buffer import Group, RolloutBuffer
-from megatron_rl.rollout.collector import Rollouts, roll_out
-from megatron_rl.types import Generation, RewardResult
+from megatron_rl.rollout.collector import RolloutCollector
+from megatron_rl.rollout.rollouts import Rollouts
+from megatron_rl.types import Prompt, Response, RewardResult
 from tests.unit.rollout.fake_engines import FakeEngines
-from tests.unit.rollout.test_collector import run_of
+from tests.unit.rollout.test_collector import collector_of
 
 STEPS = 8
 MODES: dict[str, dict[str, Any]] = {
@@ -28,27 +32,38 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(rollouts: Rollouts, run: Any) -> list[int]:
-    """The prompts of a step's groups, after looking at every token of theirs."""
-    assert [sample.group for sample in rollouts.samples] == [g for g in rollouts.groups for _ in range(2)]
-    assert len(rollouts.rewards) == len(rollouts.drawn)
-    for k, sample in enumerate(rollouts.samples):
-        generation = sample.generation
-        row, length = sample.prompt.token_ids[0], len(generation.token_ids)
-        assert generation.token_ids == [row, k % 2, *range(2, length)] and generation.finish_reason == "stop"
-        assert len(generation.log_probs) == len(generation.weight_versions) == length
-        assert generation.weight_versions == sorted(generation.weight_versions)
-        assert run.weight_version - generation.weight_versions[0] <= run.config.versions_late
-    return [sample.prompt.token_ids[0] for sample in rollouts.samples[::2]]
+def trained(rollouts: Rollouts, collector: RolloutCollector) -> list[int]:
+    """The prompts of a step's groups, after a look at each of their tokens."""
+    numbers = np.repeat(np.flatnonzero(rollouts.trained), 2)
+    assert rollouts.group_numbers.tolist() == numbers.tolist()
+    assert all(len(group.rewards) == len(group.responses) == 2 for group in rollouts.sampled)
+    for k, (prompt, response, reward) in enumerate(rollouts.responses):
+        row, length = prompt.token_ids[0], len(response)
+        assert response.token_ids.tolist() == [row, k % 2, *range(2, length)] and response.finish_reason == "stop"
+        assert response.sampled_mask.tolist() == [True, True, *(token % 4 != 0 for token in range(2, length))]
+        versions = response.weight_versions
+        assert len(response.log_probs) == len(versions) == length
+        assert (np.diff(versions) >= 0).all()
+        assert rollouts.weight_version is not None
+        assert rollouts.weight_version - versions[0] <= collector.config.versions_late
+        assert reward.text == f"{row} {k % 2}"
+    return [prompt.token_ids[0] for prompt, _, _ in rollouts.responses[::2]]
 
 
-def killed_and_resumed(run: Any, folder: Path, engines: FakeEngines, **mode: Any) -> Any:
-    """What a checkpoint has of it goes on in another process."""
-    write_buffer(folder, run.buffer.groups)
-    resumed = run_of(lambda prompt: prompt % 3 > 0, engines, **mode)
-    resumed.buffer = RolloutBuffer.of(read_buffer(folder))
-    resumed.cursor.load_state(run.cursor.state())
-    resumed.weight_version = run.weight_version
+def decode(token_ids: Any) -> str:
+    """Restores the text that `Grader` gives."""
+    return f"{token_ids[0]} {token_ids[1]}"
+
+
+def killed_and_resumed(
+    collector: RolloutCollector, folder: Path, engines: FakeEngines, **mode: Any
+) -> RolloutCollector:
+    """Another process continues from the checkpoint of a collector."""
+    write_buffer(folder, collector.pending)
+    resumed = collector_of(lambda prompt: prompt % 3 > 0, engines, **mode)
+    resumed.buffer = RolloutBuffer.of(read_buffer(folder, resumed.prompts, decode))
+    assert resumed.pending == collector.pending
+    resumed.cursor.load_state(collector.cursor.state())
     return resumed
 
 
@@ -61,91 +76,141 @@ def test_no_prompt_is_lost_or_used_twice(
 ) -> None:
     options: dict[str, Any] = {**MODES[mode], "dynamic_sampling": dynamic, "max_draws": 50}
     engines = FakeEngines(seed, embedded=embedded)
-    run = run_of(lambda prompt: prompt % 3 > 0, engines, **options)
+    collector = collector_of(lambda prompt: prompt % 3 > 0, engines, **options)
     used: Counter[int] = Counter()
-    dull: Counter[int] = Counter()
+    left_out: Counter[int] = Counter()
     for step in range(1, STEPS + 1):
-        rollouts = roll_out(run, step)
-        now = trained(rollouts, run)
-        assert len(now) == run.config.rollout.prompts_per_step
+        rollouts = collector.collect(step, step - 1)
+        now = trained(rollouts, collector)
+        assert len(now) == collector.settings.prompts_per_step
         used.update(now)
-        dull.update({s.prompt.token_ids[0] for s in rollouts.drawn} - set(now))
-        run.weight_version += 1  # training; engines that are not asynchronous have nothing to do
-        for _ in range(engines.random.randint(0, 9)):
+        left_out.update({group.prompt.token_ids[0] for group in rollouts.sampled} - set(now))
+        for _ in range(engines.random.randint(0, 9)):  # training; engines that are not asynchronous have nothing to do
             engines.tick()
-        engines.version = run.weight_version
+        engines.version = step
         if step == killed_after:
             engines = FakeEngines(seed + 1, embedded=embedded)
-            engines.version = run.weight_version
-            run = killed_and_resumed(run, tmp_path_factory.mktemp("run"), engines, **options)
+            engines.version = step
+            collector = killed_and_resumed(collector, tmp_path_factory.mktemp("run"), engines, **options)
     assert max(used.values()) == 1, "trained on twice"
-    left = [group.number for group in run.buffer.groups]
-    assert len(left) == len(set(left)) and not set(left) & used.keys()
-    there = used.keys() | dull.keys() | set(left)
-    if run.config.keeps_rollouts:
-        assert max(dull.values(), default=1) == 1 and there == set(range(run.cursor.taken))
+    pending = [group.number for group in collector.pending]
+    assert len(pending) == len(set(pending)) and not set(pending) & used.keys()
+    known = used.keys() | left_out.keys() | set(pending)
+    if collector.config.keeps_rollouts:
+        assert max(left_out.values(), default=1) == 1 and known == set(range(collector.cursor.taken))
         if dynamic:
-            assert not any(prompt % 3 for prompt in dull), "an informative group was left out"
+            assert not any(prompt % 3 for prompt in left_out), "a group with signal was left out"
     else:
-        assert not left and there <= set(range(run.cursor.taken))
+        assert not pending and known <= set(range(collector.cursor.taken))
     if mode == "synchronous":
-        assert there == set(range(run.cursor.taken))
+        assert known == set(range(collector.cursor.taken))
 
 
 @pytest.mark.parametrize("mode", [name for name in MODES if "max_staleness" in MODES[name]])
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**16))
-def test_what_is_under_way_is_waited_for_before_it_is_too_old(mode: str, seed: int) -> None:
+def test_groups_in_flight_are_waited_for_before_they_are_too_old(mode: str, seed: int) -> None:
     """Without dynamic sampling, no token is ever sampled in vain."""
     engines = FakeEngines(seed, embedded=False, longest=30)
-    run = run_of(set(range(100)), engines, dynamic_sampling=False, **MODES[mode])
+    collector = collector_of(range(100), engines, dynamic_sampling=False, **MODES[mode])
     for step in range(1, STEPS + 1):
-        rollouts = roll_out(run, step)
+        rollouts = collector.collect(step, step - 1)
         assert rollouts.metrics["rollout/groups_begun_anew"] == 0
         assert len(rollouts.groups) == 4
-        run.weight_version += 1
-        engines.version = run.weight_version
+        engines.version = step
 
 
-def test_over_sampling_goes_on_with_the_first_groups_and_drops_the_rest() -> None:
+def test_over_sampling_continues_with_the_first_groups_and_drops_the_rest() -> None:
     engines = FakeEngines(1, embedded=False, longest=40)
-    run = run_of(set(range(100)), engines, dynamic_sampling=False, over_sampling=2.0)
-    rollouts = roll_out(run, 1)
-    assert len(rollouts.groups) == 4 and run.cursor.taken == 8
-    assert not run.buffer.groups and not engines.requests
+    collector = collector_of(range(100), engines, dynamic_sampling=False, over_sampling=2.0)
+    rollouts = collector.collect(1, 0)
+    assert len(rollouts.groups) == 4 and collector.cursor.taken == 8
+    assert not collector.pending and not engines.requests
     unfinished, surplus = (rollouts.metrics[f"rollout/groups_{name}"] for name in ("unfinished", "surplus"))
     assert unfinished > 0 and unfinished + surplus == 4
 
 
 def test_surplus_groups_are_trained_on_at_the_next_step() -> None:
     engines = FakeEngines(0, embedded=True, longest=3)  # many end together
-    run = run_of(set(range(100)), engines, dynamic_sampling=False, over_sampling=2.0, max_staleness=1)
-    first = set(trained(roll_out(run, 1), run))
-    surplus = {group.row for group in run.buffer.whole}
+    collector = collector_of(range(100), engines, dynamic_sampling=False, over_sampling=2.0, max_staleness=1)
+    first = set(trained(collector.collect(1, 0), collector))
+    surplus = {group.row for group in collector.buffer.complete}
     assert surplus and not surplus & first
-    run.weight_version = engines.version = 1
-    assert surplus <= set(trained(roll_out(run, 2), run))
+    engines.version = 1
+    assert surplus <= set(trained(collector.collect(2, 1), collector))
 
 
-def test_a_run_that_ends_leaves_nothing_under_way() -> None:
+def test_a_run_that_ends_leaves_nothing_in_flight() -> None:
     engines = FakeEngines(3, embedded=False)
-    run = run_of(set(range(100)), engines, dynamic_sampling=False, max_staleness=1, asynchronous=True)
-    run.config.train.steps = 2
-    roll_out(run, 1)
+    collector = collector_of(range(100), engines, dynamic_sampling=False, max_staleness=1, asynchronous=True)
+    collector.config.train.steps = 2
+    collector.collect(1, 0)
     assert len(engines.requests) == 4
-    roll_out(run, 2)
-    assert not engines.requests and not run.buffer.groups
+    collector.collect(2, 1)
+    assert not engines.requests and not collector.pending
 
 
-def test_a_backlog_comes_back_bit_for_bit(tmp_path: Path) -> None:
+PROMPTS = [Prompt(f"p:{row}", (row,), "", None) for row in range(3)]
+
+
+def test_a_buffer_file_restores_the_groups_bit_for_bit(tmp_path: Path) -> None:
+    """Prompts come from the training data, and texts of graded responses from the tokenizer."""
+    partial = Response([1, 2, 3], [-0.1, -1 / 3, -2e-7], "abort", 5, ((1, 6), (2, 7)))
+    masked = Response([1, 2, 3], [-0.1, 0.0, -0.5], "abort", 5, ((1, 6),), [True, False, True])
     groups = [
-        Group(3, 1, 7),
-        Group(4, 2, 5, (Generation([1, 2, 3], [-0.1, -1 / 3, -2e-7], "abort", 5, ((1, 6), (2, 7))),) * 2),
-        Group(9, 0, 7, (Generation([4], [-0.5], "stop", 7),), (RewardResult(1.0, "42", "correct"),)),
+        Group(3, 1, PROMPTS[1], 7),
+        Group(4, 2, PROMPTS[2], 5, (partial, masked)),
+        Group(9, 0, PROMPTS[0], 7, (Response([4, 5], [-0.5, -0.25], "stop", 7),), (GRADED,)),
     ]
     write_buffer(tmp_path, groups)
-    assert read_buffer(tmp_path) == groups
+    assert read_buffer(tmp_path, PROMPTS, decode) == groups
 
 
-def test_a_checkpoint_without_a_backlog_has_none(tmp_path: Path) -> None:
-    assert read_buffer(tmp_path) == []
+GRADED = RewardResult(1.0, "42", "correct", text="4 5")
+
+
+def test_a_buffer_file_without_mask_is_read_as_sampled_throughout(tmp_path: Path) -> None:
+    """The format of former versions: the struct of a response has no mask, and log-probs are float64."""
+    response = pa.struct(
+        [
+            ("token_ids", pa.list_(pa.int32())),
+            ("log_probs", pa.list_(pa.float64())),
+            ("finish_reason", pa.string()),
+            ("weight_version", pa.int64()),
+            ("version_changes", pa.list_(pa.list_(pa.int64()))),
+        ]
+    )
+    reward = pa.struct(
+        [("score", pa.float64()), ("answer", pa.string()), ("detail", pa.string()), ("outcome", pa.string())]
+    )
+    schema = pa.schema(
+        [
+            *((name, pa.int64()) for name in ("number", "row", "since")),
+            ("responses", pa.list_(response)),
+            ("rewards", pa.list_(reward)),
+        ]
+    )
+    partial = {
+        "token_ids": [1, 2, 3],
+        "log_probs": [-0.1, -1 / 3, -2e-7],
+        "finish_reason": "abort",
+        "weight_version": 5,
+        "version_changes": [[1, 6], [2, 7]],
+    }
+    ended = partial | {"token_ids": [4, 5], "log_probs": [-0.5, -0.25], "finish_reason": "stop", "version_changes": []}
+    graded = {"score": 1.0, "answer": "42", "detail": "correct", "outcome": "score"}
+    rows = [
+        {"number": 3, "row": 1, "since": 7, "responses": [], "rewards": []},
+        {"number": 4, "row": 2, "since": 5, "responses": [partial], "rewards": []},
+        {"number": 9, "row": 0, "since": 7, "responses": [ended], "rewards": [graded]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / BUFFER_FILE)
+    assert read_buffer(tmp_path, PROMPTS, decode) == [
+        Group(3, 1, PROMPTS[1], 7),
+        Group(4, 2, PROMPTS[2], 5, (Response([1, 2, 3], [-0.1, -1 / 3, -2e-7], "abort", 5, ((1, 6), (2, 7))),)),
+        Group(9, 0, PROMPTS[0], 7, (Response([4, 5], [-0.5, -0.25], "stop", 5),), (GRADED,)),
+    ]
+
+
+def test_a_checkpoint_without_a_buffer_file_has_no_groups(tmp_path: Path) -> None:
+    assert read_buffer(tmp_path, PROMPTS, decode) == []

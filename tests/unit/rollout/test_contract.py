@@ -19,13 +19,13 @@ from megatron_rl.config.rollout import ContractSettings
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.contract import Contract
 from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
-from megatron_rl.types import Generation, Prompt, SamplingParams
+from megatron_rl.types import Prompt, Response, SamplingParams
 
 TEMPERATURE = 0.7
 PROMPTS = [Prompt(id=f"p:{i}", token_ids=(1, 3 + i, 20 + i), text="", label=None) for i in range(8)]
 SAMPLING = SamplingParams(n=16, max_tokens=12, temperature=TEMPERATURE, stop_token_ids=(2,), seed=3)
 
-Fault = Callable[["Policy", Sequence[int], Generation], Generation]
+Fault = Callable[["Policy", Sequence[int], Response], Response]
 
 
 class Policy:
@@ -36,15 +36,16 @@ class Policy:
 
     @torch.inference_mode()
     def log_p(self, tokens: Sequence[int], start: int, temperature: float) -> torch.Tensor:
-        """[response tokens, V]."""
+        """[tokens from `start`, V]."""
         logits = self.model(torch.tensor([list(tokens)])).logits[0, start - 1 : -1]
         return torch.log_softmax(logits / temperature, -1)
 
     def score(self, rows: SequenceBatch, temperature: float) -> Array:
         parts = []
-        for row, start in zip(rows.tokens, rows.prompt_lengths, strict=True):
-            log_p = self.log_p(row.tolist(), int(start), temperature)
-            parts.append(log_p.gather(1, torch.tensor(row[start:])[:, None])[:, 0].numpy())
+        for i, row in enumerate(rows.sequences):
+            sampled = np.flatnonzero(rows.mask_of(i))
+            log_p = self.log_p(row.tolist(), 1, temperature)[sampled - 1]
+            parts.append(log_p.gather(1, torch.tensor(row[sampled], dtype=torch.int64)[:, None])[:, 0].numpy())
         return np.concatenate(parts)
 
 
@@ -59,17 +60,17 @@ class Engines:
     def __init__(self, engine: TransformersEngine, policy: Policy, count: int = 1) -> None:
         self.engine, self.policy = engine, policy
         self.running: list[Any] = [Process(i) for i in range(count)]
-        self.fault: Fault = lambda _policy, _prompt, generation: generation
+        self.fault: Fault = lambda _policy, _prompt, response: response
         self.temperature = TEMPERATURE
         self.probes = 0
 
-    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> dict[Any, list[list[Generation]]]:
+    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> dict[Any, list[list[Response]]]:
         self.probes += 1
         ids = [prompt.token_ids for prompt in prompts]
         answers = dict.fromkeys(self.running, self.engine.generate(ids, sampling))
         faulty = self.engine.generate(ids, replace(sampling, temperature=self.temperature))
         answers[self.running[-1]] = [
-            [self.fault(self.policy, prompt, generation) for generation in group]
+            [self.fault(self.policy, prompt, response) for response in group]
             for prompt, group in zip(ids, faulty, strict=True)
         ]
         return answers
@@ -78,10 +79,10 @@ class Engines:
 def reporting(log_probs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], temperature: float) -> Fault:
     """Other log-probs of the same tokens: log p [T, V], tokens [T, 1] -> [T, 1]."""
 
-    def fault(policy: Policy, prompt: Sequence[int], generation: Generation) -> Generation:
-        log_p = policy.log_p([*prompt, *generation.token_ids], len(prompt), temperature)
-        chosen = log_probs(log_p, torch.tensor(generation.token_ids)[:, None])
-        return replace(generation, log_probs=chosen[:, 0].tolist())
+    def fault(policy: Policy, prompt: Sequence[int], response: Response) -> Response:
+        log_p = policy.log_p([*prompt, *response.token_ids], len(prompt), temperature)
+        chosen = log_probs(log_p, torch.tensor(response.token_ids, dtype=torch.int64)[:, None])
+        return replace(response, log_probs=chosen[:, 0].numpy())
 
     return fault
 

@@ -145,19 +145,19 @@ def test_the_key_does_not_depend_on_where_the_files_lie() -> None:
     assert key("model.path=moved/model", "warm_start.phases.0.data=moved/a.parquet") == before
 
 
-def test_traces_are_rows() -> None:
-    rows = _read_traces(Path("a.parquet"), TOKENIZER)
-    assert [row.tolist() for row in rows.tokens] == [[1, 2, 3], [4, 5, 6], [7, 8]]
-    assert rows.prompt_lengths.tolist() == [2, 1, 1]
+def test_traces_are_sequences_whose_response_is_trained_on() -> None:
+    batch = _read_traces(Path("a.parquet"), TOKENIZER)
+    assert [ids.tolist() for ids in batch.sequences] == [[1, 2, 3], [4, 5, 6], [7, 8]]
+    assert [batch.mask_of(i).tolist() for i in range(3)] == [[False, False, True], [False, True, True], [False, True]]
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([], r"x\.parquet: there are no traces"),
+        ([], r"x\.parquet contains no traces"),
         ([("1", "2"), ("", "2")], r"x\.parquet: prompt of row 1 is ''; text is expected"),
         ([("1", "2"), ("1", None)], r"x\.parquet: response of row 1 is None; text is expected"),
-        ([("one", "2")], r"x\.parquet: prompt of row 0 is no token"),
+        ([("one", "2")], r"x\.parquet: prompt of row 0 gives no tokens"),
     ],
 )
 def test_traces_that_cannot_be_trained_on_are_refused(rows: list[tuple[str | None, str | None]], words: str) -> None:
@@ -192,11 +192,11 @@ class FakeActors:
         self.calls.append(f"optimizer {optimizer.lr} {optimizer.betas} {optimizer.weight_decay}")
 
     def submit_train(self, batch: SequenceBatch, *, lr: float, denominator: float) -> int:
-        self.steps.append(([row.tolist() for row in batch.tokens], lr, denominator))
+        self.steps.append(([ids.tolist() for ids in batch.sequences], lr, denominator))
         return len(self.steps) - 1
 
     def train_result(self, submitted: int, batch: SequenceBatch) -> Step:
-        assert self.steps[submitted][0] == [row.tolist() for row in batch.tokens]
+        assert self.steps[submitted][0] == [ids.tolist() for ids in batch.sequences]
         return Step(self.loss)
 
     def export_hf(self, folder: Path) -> list[HfShard]:

@@ -9,20 +9,30 @@ import torch
 from lpreg import Selection, SelectionRule
 from lpreg.selection import SelectionKind
 from megatron_rl.batching.sequences import SequenceBatch
+from megatron_rl.rollout.buffer import Group
+from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.training.metrics import loss_metrics, policy_metrics, rollout_metrics, selection_metrics
-from megatron_rl.types import FinishReason, Generation, Prompt, RewardResult, Sample
+from megatron_rl.types import FinishReason, Prompt, Response, RewardResult
 
 NAN = float("nan")
 
 
-def sample(group: int, score: float, length: int, reason: FinishReason = "stop") -> Sample:
-    prompt = Prompt(id=str(group), token_ids=(1,), text="", label=None)
-    return Sample(prompt, group, Generation([2] * length, [0.0] * length, reason, 0), "", RewardResult(score))
+def group(number: int, *samples: tuple[float, int, FinishReason]) -> Group:
+    """`samples`: (score, sampled tokens, finish reason) of each. Each response has three tokens of a tool besides."""
+    masks = [[True] * length + [False] * 3 for _, length, _ in samples]
+    responses = tuple(
+        Response([2] * len(mask), [0.0] * len(mask), reason, 0, sampled_mask=mask)
+        for mask, (_, _, reason) in zip(masks, samples, strict=True)
+    )
+    prompt = Prompt(id=str(number), token_ids=(1,), text="", label=None)
+    return Group(number, number, prompt, 0, responses, tuple(RewardResult(score) for score, _, _ in samples))
 
 
 def test_rollout_metrics() -> None:
-    samples = [sample(0, 1, 2), sample(0, 0, 4), sample(1, 1, 6, "length"), sample(1, 1, 8)]
-    found = rollout_metrics(samples, {0, 7})
+    """Groups that are not trained on count as well."""
+    groups = [group(0, (1, 2, "stop"), (0, 4, "stop")), group(1, (1, 6, "length"), (1, 8, "stop"))]
+    rollouts = Rollouts(groups, np.array([True, False]), weight_version=0, drops_groups=True)
+    found = rollout_metrics(rollouts, np.array([1.0, -1.0]))
     assert found == pytest.approx(
         {
             "reward/mean": 0.75,
@@ -37,7 +47,7 @@ def test_rollout_metrics() -> None:
 
 def batch() -> SequenceBatch:
     """Responses of 2, 1 and 3 tokens."""
-    rows = SequenceBatch([np.arange(3), np.arange(3), np.arange(5)], np.array([1, 2, 2]))
+    rows = SequenceBatch.of([range(3), range(3), range(5)], [1, 2, 2])
     return rows.with_values(rollout_log_probs=np.array([-1, -1, -2, -3, -3, -3], dtype=np.float32))
 
 
@@ -65,7 +75,7 @@ def test_policy_metrics() -> None:
     )
 
 
-def test_tokens_that_the_actor_did_not_see_do_not_count() -> None:
+def test_tokens_that_the_actor_did_not_score_do_not_count() -> None:
     found = policy_metrics(
         batch(),
         {
@@ -79,7 +89,7 @@ def test_tokens_that_the_actor_did_not_see_do_not_count() -> None:
     assert found == pytest.approx(
         {
             "entropy/token_mean": 2.5,
-            "entropy/sequence_mean": 3.0,  # of 4 and 2; the first row was not seen
+            "entropy/sequence_mean": 3.0,  # of 4 and 2; the first sequence was not scored
             "lpreg/kept_fraction": 0.5,
             "lpreg/one_minus_z": 0.125,
             "logprob/rollout_actor_abs_diff": 0.25,
@@ -89,13 +99,13 @@ def test_tokens_that_the_actor_did_not_see_do_not_count() -> None:
     )
 
 
-def test_an_actor_that_saw_nothing_says_nothing() -> None:
+def test_without_scores_there_are_no_policy_metrics() -> None:
     assert policy_metrics(batch(), {}, np.zeros(6, dtype=bool)) == {}
 
 
-def test_of_older_tokens_alone_there_is_no_fresh_gap() -> None:
-    seen = dict.fromkeys(("entropy", "log_probs", "kept", "log_z"), np.zeros(6))
-    found = policy_metrics(batch(), seen, np.zeros(6, dtype=bool))
+def test_older_tokens_alone_have_no_fresh_gap() -> None:
+    scores = dict.fromkeys(("entropy", "log_probs", "kept", "log_z"), np.zeros(6))
+    found = policy_metrics(batch(), scores, np.zeros(6, dtype=bool))
     assert "logprob/rollout_actor_abs_diff" in found and "logprob/fresh_abs_diff" not in found
 
 
@@ -111,7 +121,7 @@ def test_loss_metrics() -> None:
     assert loss_metrics(parts, 10) == {
         "train/ratio": 1.0,
         "train/clip_fraction": 0.5,
-        "lpreg/selected_fraction": 0.2,  # of the whole batch's tokens, dropped rows included
+        "lpreg/selected_fraction": 0.2,  # of the whole batch's tokens, dropped sequences included
         "lpreg/candidate_kept_fraction": 0.5,
         "lpreg/kl": 0.25,
         "lpreg/clamped_fraction": 0.0,

@@ -1,4 +1,4 @@
-"""Mini-batches, what their losses are means over, and what is said of them."""
+"""The mini-batches of a step, what their losses are means over, and the metrics of the updates."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from megatron_rl.batching.mini_batches import mini_batches
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.cluster.actors import StepResult
 from megatron_rl.errors import UserError
+from megatron_rl.training.batch import TrainingBatch
+from megatron_rl.training.learner import Learner
 from megatron_rl.training.update import denominator, old_policy_kl, update
 
 
@@ -25,7 +27,9 @@ from megatron_rl.training.update import denominator, old_policy_kl, update
     epochs=st.integers(1, 3),
     seed=st.integers(0, 2**62),
 )
-def test_a_pass_holds_every_row_once_in_whole_groups(groups: list[int], per_pass: int, epochs: int, seed: int) -> None:
+def test_an_epoch_holds_every_sequence_once_in_complete_groups(
+    groups: list[int], per_pass: int, epochs: int, seed: int
+) -> None:
     of_row = np.array(groups)
     batches = mini_batches(of_row, updates=per_pass * epochs, epochs=epochs, seed=seed)
     assert len(batches) == per_pass * epochs
@@ -39,7 +43,7 @@ def test_a_pass_holds_every_row_once_in_whole_groups(groups: list[int], per_pass
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
 
 
-def test_the_first_pass_goes_in_the_order_of_the_draw_and_the_next_in_another() -> None:
+def test_the_first_epoch_keeps_the_order_of_the_draw_and_the_next_has_another() -> None:
     groups = np.repeat(np.arange(40), 2)
     first, second = (mini_batches(groups, updates=80, epochs=2, seed=5)[at : at + 40] for at in (0, 40))
     assert [int(groups[rows[0]]) for rows in first] == list(range(40))
@@ -52,21 +56,25 @@ TOKENS = sum(LENGTHS)
 
 
 def batch() -> SequenceBatch:
-    rows = SequenceBatch([np.full(1 + n, row) for row, n in enumerate(LENGTHS)], np.ones(4, dtype=np.int64))
+    sequences = SequenceBatch.of([np.full(1 + n, row) for row, n in enumerate(LENGTHS)], np.ones(4, dtype=np.int64))
     old = np.arange(TOKENS, dtype=np.float32)
     selected = np.arange(TOKENS) < 4
-    return rows.with_values(advantages=rows.per_token(ADVANTAGES), old_log_probs=old, selected=selected)
+    per_token = sequences.per_token(ADVANTAGES)
+    return sequences.with_values(
+        advantages=per_token, old_log_probs=old, selected=selected, not_for_the_loss=np.zeros(TOKENS)
+    )
 
 
 class Actors:
-    """Says that log-probs have grown by 0.5 since they were old."""
+    """Answers that the log-probs have grown by 0.5 since the old policy."""
 
     def __init__(self, loss: float = 2.0) -> None:
         self.calls: list[tuple[list[int], float]] = []
         self.loss = loss
 
     def train(self, rows: SequenceBatch, *, lr: float, denominator: float, temperature: float) -> StepResult:
-        self.calls.append(([int(row[0]) for row in rows.tokens], denominator))
+        assert set(rows.values) == {"advantages", "old_log_probs", "selected"}, "other values need not travel"
+        self.calls.append(([int(ids[0]) for ids in rows.sequences], denominator))
         n = len(self.calls)
         values = {"log_probs": rows.values["old_log_probs"] + np.float32(0.5)}
         return StepResult(
@@ -74,51 +82,47 @@ class Actors:
         )
 
 
-def stepped(actors: Actors, name: str = "grpo", updates: int = 1, epochs: int = 1, **settings: Any) -> tuple:
-    """(metrics, seen, run) of a step's updates."""
+def stepped(
+    actors: Actors, name: str = "grpo", updates: int = 1, epochs: int = 1, **settings: Any
+) -> tuple[dict[str, float], TrainingBatch, Learner]:
+    """The updates of a step: metrics, the batch after them, the learner."""
     train = SimpleNamespace(updates_per_rollout=updates, epochs_per_rollout=epochs, drop_zero_advantage=True)
-    run: Any = SimpleNamespace(
-        config=SimpleNamespace(train=train),
-        loss=make_loss(name, **settings),
-        actors=actors,
-        temperature=1.0,
-        weight_version=7,
-        off_policy=updates > 1,
-        sampling=lambda step: SimpleNamespace(seed=step),
-        learning_rate=lambda step: 0.1,
-    )
-    rows = batch()
-    seen: dict[str, Array] = {"log_probs": rows.values["old_log_probs"]} if updates > 1 else {}
-    samples: Any = [SimpleNamespace(group=group) for group in GROUPS]
-    return update(run, 3, rows, samples, ADVANTAGES, seen), seen, run
+    config: Any = SimpleNamespace(train=train, rollout=SimpleNamespace(temperature=1.0))
+    passes: Any = SimpleNamespace(off_policy=updates > 1)
+    learner = Learner(config, actors, make_loss(name, **settings), passes, weight_version=7)  # type: ignore[arg-type]
+    sequences = batch()
+    scores: dict[str, Array] = {"log_probs": sequences.values["old_log_probs"]} if updates > 1 else {}
+    before = TrainingBatch(sequences, GROUPS, ADVANTAGES, np.ones(TOKENS, dtype=bool), scores)
+    after, metrics = update(learner, 3, before, lr=0.1, seed=3)
+    return metrics, after, learner
 
 
-def test_one_update_runs_the_rows_with_an_advantage_and_averages_over_all() -> None:
+def test_one_update_trains_the_sequences_with_an_advantage_and_averages_over_all() -> None:
     actors = Actors()
-    metrics, seen, run = stepped(actors)
+    metrics, after, learner = stepped(actors)
     assert actors.calls == [([0, 1], TOKENS)]
-    assert run.weight_version == 8
+    assert learner.weight_version == 8
     assert metrics["train/row_fraction"] == 0.5 and metrics["train/updates"] == 1 and metrics["train/lr"] == 0.1
     assert metrics["lpreg/selected_fraction"] == 1 / TOKENS
     assert "train/kl_old_policy" not in metrics
-    assert np.isnan(seen["log_probs"]).tolist() == [False] * 5 + [True] * 5
+    assert np.isnan(after.scores["log_probs"]).tolist() == [False] * 5 + [True] * 5
 
 
-def test_a_mini_batch_averages_over_itself_and_none_is_run_without_an_acting_row() -> None:
+def test_a_mini_batch_averages_over_itself_and_needs_a_sequence_to_train() -> None:
     actors = Actors()
-    metrics, _, run = stepped(actors, updates=2)
+    metrics, _, learner = stepped(actors, updates=2)
     assert actors.calls == [([0, 1], 5)]
-    assert run.weight_version == 8
+    assert learner.weight_version == 8
     assert metrics["train/updates"] == 1
-    # All rows act with an entropy bonus.
+    # An entropy bonus trains every sequence.
     actors = Actors()
     stepped(actors, "entropy_bonus", updates=2)
     assert actors.calls == [([0, 1], 5), ([2, 3], 5)]
 
 
-def test_metrics_are_of_all_updates() -> None:
-    metrics, _, run = stepped(Actors(), "entropy_bonus", updates=4, epochs=2)
-    assert run.weight_version == 7 + 4
+def test_metrics_cover_all_updates() -> None:
+    metrics, _, learner = stepped(Actors(), "entropy_bonus", updates=4, epochs=2)
+    assert learner.weight_version == 7 + 4
     assert metrics["train/loss"] == 5.0 and metrics["train/grad_norm"] == 10.0 and metrics["train/grad_norm_max"] == 16
     assert metrics["train/ratio"] == 1.5
     assert metrics["lpreg/selected_fraction"] == 4 / (2 * TOKENS)
@@ -137,10 +141,10 @@ def test_metrics_are_of_all_updates() -> None:
 )
 def test_denominators(name: str, settings: dict[str, Any], counts: list[int]) -> None:
     loss = make_loss(name, **settings)
-    assert [denominator(loss, batch().take(rows)) for rows in ([0, 1], [2, 3])] == counts
+    assert [denominator(loss, batch(), np.array(rows)) for rows in ([0, 1], [2, 3])] == counts
 
 
-def test_spoilt_weights_end_the_run() -> None:
+def test_weights_that_are_no_numbers_end_the_run() -> None:
     with pytest.raises(UserError, match=r"step 3: loss nan.*resume=auto"):
         stepped(Actors(loss=np.nan), updates=2)
 

@@ -21,7 +21,7 @@ from megatron_rl.rollout.servers.server import (
     versions,
 )
 from megatron_rl.types import FinishReason, Response, SamplingParams
-from megatron_rl.utils.owned_folder import owned_folder
+from megatron_rl.utils.files import owned_folder
 from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember

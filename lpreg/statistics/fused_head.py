@@ -1,8 +1,8 @@
-"""`token_stats` with the LM head inside: hidden states in, statistics out, the logits never whole.
+"""`token_stats` with the LM head inside: it takes hidden states, and the logits never exist as a whole.
 
-The recompute form. The forward projects a chunk of tokens, reads the statistics off its logits and forgets them; the
-backward projects again the rows that have a gradient. Four matrix products where a head with kept logits needs three,
-for any loss. `lpreg.fused_loss` needs three, for losses that are a sum over tokens.
+This is the recompute form. The forward projects a chunk of tokens, takes the statistics from its logits and drops them;
+the backward projects the rows that have a gradient again. It needs four matrix products, where a head that keeps its
+logits needs three, and works for any loss. `lpreg.fused_loss` needs three, for losses that are a sum over tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg._checks import check_head, check_row_flags, check_row_tensor
-from lpreg._head import Head, HeadGradient, gather_sequence, sum_over_ranks
-from lpreg._rows import filter_masses, summarise
-from lpreg._statistics import (
+from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
+from lpreg.statistics.head import Head, HeadGradient, gather_sequence, sum_over_ranks
+from lpreg.statistics.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
+from lpreg.statistics.row_gradients import row_gradients
+from lpreg.statistics.row_statistics import (
     EntropyMode,
     RowStatistics,
     Settings,
@@ -26,11 +27,10 @@ from lpreg._statistics import (
     finish,
     ranks_of,
     resolve,
-    row_gradients,
     statistics,
 )
-from lpreg.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
-from lpreg.token_stats import TokenStats
+from lpreg.statistics.rows import filter_masses, summarise
+from lpreg.statistics.token_stats import TokenStats
 
 
 def fused_token_stats(
@@ -47,32 +47,31 @@ def fused_token_stats(
     tp_group: dist.ProcessGroup | None = None,
     log_z_rows: Tensor | None = None,
     entropy: EntropyMode = "metric",
-    inplace_backward: bool = False,
     proxy: ProxyStore | None = None,
     proxy_rows: Tensor | None = None,
     weight_grad: Tensor | None = None,
 ) -> TokenStats:
-    """`token_stats(hidden @ weight.T, targets, ...)` and the gradients of hidden and weight, in chunks of tokens.
+    """Returns `token_stats(hidden @ weight.T, targets, ...)`, with gradients of hidden and weight, in chunks of tokens.
 
-    Work: 2 T d V/TP FLOPs a matrix product; one forward and three backward, of which rows without gradient are spared.
-    With the vocabulary split, rows that need log Z are projected once more, so name them in log_z_rows (None: a fifth
-    product), and so are rows with a stored proxy; split or not, rows whose proxy is to be stored are. Memory beside the
-    gradients: one fp32 chunk of logits, chunk_tokens * V/TP * 4 bytes (6 for bf16 input) and, while the backward runs,
-    an fp32 sum of d weight. Communication: two small all-gathers forward, and backward one sum of d hidden. Statistics
-    are the same bits on every rank. Projecting twice may move a logit by its last bit, so a token exactly on the
-    filter's edge may count as kept and yet not be in its Z.
+    Work: 2 T d V/TP FLOPs per matrix product; one product forward and three backward, where rows without gradient are
+    skipped. With a split vocabulary, rows that need log Z (name them in log_z_rows; None: a fifth product) and rows
+    with a stored proxy are projected once more; rows whose proxy is to be stored are always projected once more. Memory
+    beside the gradients: one fp32 chunk of logits, chunk_tokens * V/TP * 4 bytes (6 for bf16 input), and during the
+    backward an fp32 sum of d weight. Communication: two small all-gathers in the forward, one sum of d hidden in the
+    backward. Statistics are the same bits on every rank. Projecting twice may change the last bit of a logit, so a
+    token exactly on the filter's edge may count as kept and yet not be in its Z.
 
     Args:
         hidden: [T, d], the same on every rank of tp_group; bf16, fp16, fp32 or fp64. With sequence_parallel this rank's
-            [T/TP, d], equal parts in rank order: they are all-gathered in the forward, the whole is kept for the
-            backward, and the gradient is reduce-scattered. Everything else is about all T tokens on every rank.
+            [T/TP, d], equal parts in rank order: they are all-gathered in the forward and kept for the backward, and
+            the gradient is reduce-scattered. All other arguments are about all T tokens on every rank.
         weight: [V/TP, d], this rank's rows of the LM head, dtype of hidden; rows beyond vocab_size are never read.
-        targets: [T] int64, sampled tokens as ids in the whole vocabulary.
-        chunk_tokens: tokens projected at a time. None: 512 on a CPU, 2048 elsewhere.
-        weight_grad: [V/TP, d] fp32 (fp64 for fp64 input), to which the backward adds the gradient of weight instead of
-            handing it to autograd: the `main_grad` of Megatron, say. Full precision, and no second sum of that size.
-        inplace_backward: changes nothing here, where logits never outlive their chunk.
-        The others: as in `token_stats`.
+        targets: [T] int64, sampled tokens as ids in the whole vocabulary. chunk_tokens: tokens that are projected at a
+        time. None: 512 on a CPU, 2048 elsewhere. weight_grad: [V/TP, d] fp32 (fp64 for fp64 input), to which the
+        backward adds the gradient of weight instead of
+            returning it to autograd, such as Megatron's `main_grad`: in full precision, without a second sum of that
+            size.
+        The others: as in `token_stats`, which also has inplace_backward: here logits never outlive their chunk.
 
     Raises:
         ValueError: arguments that do not fit together, a target outside the vocabulary, logits that are not finite.
@@ -80,7 +79,8 @@ def fused_token_stats(
     check_head(hidden, weight, chunk_tokens, weight_grad)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
-    check_row_flags(tokens, hidden, "hidden states", log_z_rows=log_z_rows, proxy_rows=proxy_rows, proxy=proxy)
+    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
+    check_row_flags(tokens, hidden, "hidden states", flags)
     settings, columns_of_targets = resolve(
         weight.shape[0], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
     )
@@ -179,7 +179,7 @@ class _FusedTokenStats(torch.autograd.Function):
 
 
 def _in_one_pass(head: Head, log_z_rows: Tensor | None, proxy: ShardProxy | None) -> RowStatistics:
-    """Nobody to ask for totals, so a chunk's log Z is read while its logits are there."""
+    """Returns the statistics of one rank alone, which takes a chunk's log Z while its logits are there."""
     parts = [
         statistics(
             head.project(rows),
@@ -193,8 +193,8 @@ def _in_one_pass(head: Head, log_z_rows: Tensor | None, proxy: ShardProxy | None
 
 
 def _over_ranks(head: Head, log_z_rows: Tensor | None, proxy: ShardProxy | None) -> RowStatistics:
-    """Two collectives whatever the number of chunks, for the price of projecting twice the rows that need log Z, and
-    the rows with a stored proxy."""
+    """Returns the statistics over ranks by two collectives, whatever the number of chunks. Rows that need log Z and
+    rows with a stored proxy are projected twice for that."""
     with_entropy = head.settings.with_entropy
     packs = [summarise(head.project(rows), with_entropy) for _, rows in head.chunks()]
     totals = combine(torch.cat(packs, 1), head.settings)

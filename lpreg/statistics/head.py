@@ -1,7 +1,8 @@
-"""The LM head a chunk of tokens at a time: logits out of hidden states, gradients of both back, no [T, V] anywhere.
+"""The LM head, one chunk of tokens at a time: logits from hidden states and gradients of hidden states and weight,
+without a [T, V] tensor.
 
-Logits are fp32 (fp64 for fp64 input) whatever the dtype of hidden and weight: a bf16 logit is off by enough to move
-log-probs by some hundredths of a nat and tokens over the filter's edge, and in chunks fp32 costs little.
+Logits are fp32 (fp64 for fp64 input) whatever the dtype of hidden and weight: the rounding of a bf16 logit moves
+log-probs by some hundredths of a nat and tokens across the filter's edge, and in chunks fp32 costs little.
 """
 
 from __future__ import annotations
@@ -13,26 +14,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpreg._rows import RowGradients, Rows, Shard, row_chunks, write_gradient
-from lpreg._statistics import Settings, ranks_of
+from lpreg.statistics.row_gradients import RowGradients
+from lpreg.statistics.row_statistics import Settings, ranks_of
+from lpreg.statistics.rows import write_gradient
+from lpreg.statistics.shard import Rows, Shard, row_chunks
 
-# Tokens of one chunk. Enough for the matrix products to run at full rate; the logits' buffer stays small.
+# Tokens of one chunk: enough for matrix products at full rate, few enough for a small logits buffer.
 CPU_CHUNK_TOKENS = 512
 GPU_CHUNK_TOKENS = 2048
 
-# On CUDA, mm gives fp32 from narrower factors since torch 2.8, addmm takes an fp32 sum beside them since 2.10; before,
-# products of so many rows of the weight are added one by one.
+# On CUDA, mm gives fp32 from narrower factors since torch 2.8, and addmm adds them to an fp32 sum since 2.10. Before
+# that, products of SUM_ROWS rows of the weight are added one by one.
 ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 SUM_ROWS = 8192
 
 
 class Head:
-    """hidden [T, d] and this rank's weight [V/TP, d]; C of its rows are true vocabulary, the rest is never read."""
+    """hidden [T, d] and this rank's weight [V/TP, d], of which C rows are true vocabulary and the rest is never
+    read."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, settings: Settings, chunk_tokens: int | None
     ) -> None:
-        """targets: [T], columns of this rank."""
+        """targets: [T], as columns of this rank."""
         self.hidden, self.targets, self.settings = hidden, targets, settings
         self.weight = weight[: settings.columns]
         default = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else GPU_CHUNK_TOKENS
@@ -41,13 +45,14 @@ class Head:
         self._buffer = torch.empty(self.chunk_tokens, settings.columns, dtype=dtype, device=hidden.device)
 
     def chunks(self, rows: Tensor | None = None) -> Iterator[tuple[slice, Rows]]:
-        """Of `rows` or (None) all; one empty chunk where there is no row, so that there is something to join."""
+        """Yields chunks of `rows` or (None) all rows; one empty chunk if there is no row, so that there is one to
+        join."""
         if (self.hidden if rows is None else rows).shape[0] == 0:
             yield slice(0, 0), slice(0, 0)
         yield from row_chunks(self.hidden.shape[0], self.chunk_tokens, rows)
 
     def project(self, rows: Rows) -> Shard:
-        """Logits [R, C] of up to chunk_tokens rows. They live until the next call."""
+        """Returns the logits [R, C] of up to chunk_tokens rows, which are valid until the next call."""
         hidden = self.hidden[rows]
         logits = self._buffer[: hidden.shape[0]]
         if hidden.dtype == logits.dtype:
@@ -60,14 +65,14 @@ class Head:
 
 
 class HeadGradient:
-    """Sums the gradients of a head's inputs over its chunks."""
+    """Sums of the gradients of a head's inputs over its chunks."""
 
     def __init__(self, head: Head, hidden: bool, weight_rows: int, weight_grad: Tensor | None = None) -> None:
-        """hidden: is its gradient wanted; weight_rows: V/TP, or 0 where no gradient of the weight is wanted;
-        weight_grad: what that of the weight is added to (None: zeros)."""
+        """hidden: whether its gradient is needed; weight_rows: V/TP, or 0 if no gradient of the weight is needed;
+        weight_grad: the tensor that the gradient of the weight is added to (None: zeros)."""
         self._head = head
         self.hidden = torch.zeros_like(head.hidden) if hidden else None
-        """[T, d], of this rank's columns only; 0 for tokens never added."""
+        """[T, d], the part of this rank's columns; 0 for tokens that were never added."""
         self.weight: Tensor | None = None
         """[V/TP, d], fp32 (fp64 for fp64 input)."""
         buffer = head._buffer
@@ -82,7 +87,8 @@ class HeadGradient:
     def add(
         self, rows: Rows, shard: Shard, grads: RowGradients, threshold: Tensor, log_sum: Tensor, entropy: Tensor
     ) -> None:
-        """Of the rows that `shard` holds the logits of, which are overwritten; the other arguments are [R]."""
+        """Adds the gradients of the rows whose logits `shard` holds; the logits are overwritten. The other arguments
+        are [R]."""
         head = self._head
         d_logits = self._buffer[: shard.logits.shape[0]]
         write_gradient(d_logits, shard, grads, threshold, log_sum, entropy)
@@ -96,7 +102,7 @@ class HeadGradient:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [C, d] += left [C, R] @ right [R, d], summed in total's dtype whatever that of the factors."""
+    """Adds left [C, R] @ right [R, d] to total [C, d], summed in total's dtype whatever the dtype of the factors."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif not total.is_cuda:
@@ -109,14 +115,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def compact(shard: Shard, rows: Tensor) -> Shard:
-    """Only the given rows (ascending), moved to the front of the logits' own memory."""
+    """Returns a shard of the given rows (ascending), moved to the front of the logits' own memory."""
     for place, part in shard.chunks(rows):
-        shard.logits[place] = shard.logits[part]  # a row moves up or stays, so none is overwritten before it is read
+        shard.logits[place] = shard.logits[part]  # rows move up or stay, so no row is overwritten before it is read
     return replace(shard, logits=shard.logits[: rows.shape[0]], targets=shard.targets[rows])
 
 
 def gather_sequence(part: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """[T/TP, d] of every rank -> [T, d]."""
+    """Returns the parts of all ranks as one, [T/TP, d] -> [T, d]."""
     ranks = ranks_of(tp_group)
     if ranks == 1 or part.numel() == 0:
         return part
@@ -126,7 +132,8 @@ def gather_sequence(part: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
 
 
 def sum_over_ranks(d_hidden: Tensor, sequence_parallel: bool, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Every rank's columns' share of d hidden, [T, d] -> the sum: [T/TP, d] under sequence parallelism, else [T, d]."""
+    """Returns the sum of d hidden [T, d] over ranks: this rank's part [T/TP, d] under sequence parallelism, otherwise
+    [T, d]."""
     ranks = ranks_of(tp_group)
     if ranks == 1 or d_hidden.numel() == 0:
         return d_hidden

@@ -1,4 +1,4 @@
-"""Why a run does not go on: who waits for whom, from the processes' heartbeats and stacks."""
+"""Explanation of a run that hangs: which process waits for which, by their heartbeats and stacks."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from dataclasses import dataclass
 
 import psutil
 
-from megatron_rl.observability.format import duration
 from megatron_rl.utils import heartbeat
+from megatron_rl.utils.format import duration
 from megatron_rl.utils.heartbeat import IDLE, Beat
 
 STACK_SECONDS = 20
-"""How long one process's stack may take to read."""
+"""Longest time to read the stack of one process."""
 _COLLECTIVE = re.compile(
     r"^\s+(all_reduce|all_gather\w*|all_to_all\w*|reduce_scatter\w*|_?reduce|broadcast\w*|barrier|gather|scatter|i?recv|"
     r"i?send|batch_isend_irecv|wait)\b.*(distributed|torch|megatron)",
     re.MULTILINE,
 )
-"""A frame of py-spy's that stands in a collective operation."""
+"""Matches a stack frame of py-spy's output that is in a collective operation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What could be seen of one process from its own node."""
+    """The state of one process, observed on its own node."""
 
     state: str
-    """As the system says: running, sleeping, stopped, ... or gone."""
+    """State by the operating system: running, sleeping, stopped, ..., or gone."""
     stack: str
-    """py-spy's dump of all threads, or why there is none."""
+    """py-spy's dump of all threads, or the reason why there is none."""
 
     @property
     def in_collective(self) -> bool:
+        """Whether a thread of the process is in a collective operation."""
         return _COLLECTIVE.search(self.stack) is not None
 
 
 def examine(pid: int) -> Evidence:
-    """Called on the process's node."""
+    """Examines a process of this node."""
     try:
         state = psutil.Process(pid).status()
     except psutil.NoSuchProcess:
-        return Evidence("gone", "the process is gone: its log, and the system's (out of memory?), may say why")
-    # Beside this Python first: an environment need not be activated.
+        return Evidence("gone", "the process is gone: its log or the system log (out of memory?) may show why")
+    # The folder of this Python comes first, because its environment need not be activated.
     py_spy = shutil.which("py-spy", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}")
     if py_spy is None:
         return Evidence(state, "py-spy is not installed on this node: pip install py-spy")
@@ -60,24 +61,27 @@ def examine(pid: int) -> Evidence:
         )
         stack = found.stdout or f"py-spy: {found.stderr.strip()}"
     except subprocess.TimeoutExpired:
-        stack = f"py-spy had no answer after {STACK_SECONDS} s"
+        stack = f"py-spy did not finish within {STACK_SECONDS} s"
     return Evidence(state, stack)
 
 
-def explain(beats: Sequence[Beat], seen: Mapping[str, Evidence], quiet_seconds: float) -> str:
-    """seen: process -> evidence."""
+def explain(beats: Sequence[Beat], evidence: Mapping[str, Evidence], quiet_seconds: float) -> str:
+    """Describes what every process is doing and which process blocks the others.
+
+    `evidence` is keyed by process name. Processes without evidence are assumed not to be in a collective operation.
+    """
     return (
         f"no process has made progress for {duration(quiet_seconds)} (observability.hang_seconds).\n"
-        f"{heartbeat.table(beats, time.time())}\n{_who_waits_for_whom(beats, seen)}"
+        f"{heartbeat.table(beats, time.time())}\n{_waiting_processes(beats, evidence)}"
     )
 
 
-def _who_waits_for_whom(beats: Sequence[Beat], seen: Mapping[str, Evidence]) -> str:
+def _waiting_processes(beats: Sequence[Beat], evidence: Mapping[str, Evidence]) -> str:
     busy = [beat.process for beat in beats if beat.call != IDLE]
     if not busy:
-        return "All of them are idle: it is the driver itself that does not go on."
-    odd = {name: seen[name].state for name in seen if seen[name].state in ("gone", "stopped", "zombie", "dead")}
-    waiting = [name for name in busy if name in seen and name not in odd and seen[name].in_collective]
+        return "All processes are idle: the driver itself makes no progress."
+    odd = {name: seen.state for name, seen in evidence.items() if seen.state in ("gone", "stopped", "zombie", "dead")}
+    waiting = [name for name in busy if name in evidence and name not in odd and evidence[name].in_collective]
     others = [name for name in busy if name not in waiting]
     if odd:
         culprits = ", ".join(f"{name} ({state})" for name, state in odd.items())
@@ -86,10 +90,10 @@ def _who_waits_for_whom(beats: Sequence[Beat], seen: Mapping[str, Evidence]) -> 
         return f"{_list(waiting)} {_verb(waiting)} in a collective operation for {_list(others)}, which is not in one."
     if waiting:
         return (
-            f"{_list(waiting)} are all in a collective operation: look at the network between them, and whether they "
-            "are in the same one (stacks)."
+            f"{_list(waiting)} are all in a collective operation: check the network between them, and check in the "
+            "stacks whether they are in the same operation."
         )
-    return f"The driver waits for {_list(others)}; the stacks say where it is."
+    return f"The driver waits for {_list(others)}; the stacks show what they are doing."
 
 
 def _verb(names: Sequence[str]) -> str:

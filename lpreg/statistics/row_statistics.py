@@ -1,7 +1,7 @@
-"""From the passes over rows to statistics and back, the same for whole logits and for chunks of them.
+"""Statistics of rows from the passes over them, the same for whole logits and for chunks of them.
 
-Ranks exchange per-row numbers only, all-gathered and combined in rank order, so that every rank holds the same bits; an
-all-reduce does not promise that.
+Ranks exchange only numbers per row, which are all-gathered and combined in rank order, so that every rank holds the
+same bits; an all-reduce does not guarantee that.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpreg._checks import check_settings, check_targets
-from lpreg._rows import RowGradients, Shard, filter_masses, summarise
-from lpreg.proxy_store import ProxyStore, ShardProxy
+from lpreg.statistics.checks import check_settings, check_targets
+from lpreg.statistics.proxy_store import ProxyStore, ShardProxy
+from lpreg.statistics.rows import filter_masses, summarise
+from lpreg.statistics.shard import Shard
 
 EntropyMode = Literal["metric", "grad", "none"]
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the caller asked for, and this rank's place."""
+    """What the caller asked for, and which columns this rank holds."""
 
     first: int
-    """Id of this rank's column 0."""
+    """Token id of this rank's column 0."""
     columns: int
     """True vocabulary columns of this rank."""
     temperature: float
@@ -55,7 +56,7 @@ def resolve(
     tp_group: dist.ProcessGroup | None,
     entropy: EntropyMode,
 ) -> tuple[Settings, Tensor]:
-    """Checked settings for `local` columns on this rank, and `targets` [T] as columns of this rank's slice."""
+    """Returns checked settings for `local` columns on this rank, and `targets` [T] as columns of this rank's slice."""
     check_settings(temperature, min_p, fixed_tau, entropy)
     ranks, rank = ranks_of(tp_group), 0 if tp_group is None else dist.get_rank(tp_group)
     vocab_size = local * ranks if vocab_size is None else vocab_size
@@ -80,7 +81,7 @@ def ranks_of(tp_group: dist.ProcessGroup | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What one read of the rows tells once the ranks are combined; all [T]."""
+    """The results of one read of the rows, combined over ranks; all [T]."""
 
     max_logit: Tensor
     log_total: Tensor
@@ -95,7 +96,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class RowStatistics:
-    """Everything the caller or the backward needs of each row; all [T]."""
+    """Everything that the caller or the backward needs of each row; all [T]."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -109,14 +110,15 @@ class RowStatistics:
 
     @classmethod
     def join(cls, parts: Sequence[RowStatistics]) -> RowStatistics:
-        """Of consecutive chunks of rows."""
+        """Returns the statistics of consecutive chunks of rows as one."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def statistics(
     shard: Shard, log_z_rows: Tensor | None, settings: Settings, proxy: ShardProxy | None = None
 ) -> RowStatistics:
-    """Of the rows of `shard`; two small collectives. A row that is not finite shows in log_sum: see `check_finite`."""
+    """Returns the statistics of the rows of `shard`, by two small collectives. log_sum shows rows that are not finite,
+    see `check_finite`."""
     totals = combine(summarise(shard, settings.with_entropy), settings)
     rows = None if log_z_rows is None else log_z_rows.nonzero().squeeze(1)
     masses = filter_masses(shard, rows, totals.threshold, totals.log_sum)
@@ -126,7 +128,7 @@ def statistics(
 
 
 def combine(pack: Tensor, settings: Settings) -> Totals:
-    """This rank's [4, T] of `summarise` -> totals over all ranks. One collective."""
+    """Returns totals over all ranks from this rank's result of `summarise` [4, T], by one collective."""
     high, total, weighted, target = _gather(pack, settings.tp_group).unbind(1)
     max_logit = high.amax(0)
     shift = torch.where(high == -torch.inf, 0.0, high - max_logit)
@@ -135,7 +137,7 @@ def combine(pack: Tensor, settings: Settings) -> Totals:
     weighted_all = ((weighted + shift * total) * scale).sum(0)
     log_total = total_all.log()
     log_sum = max_logit + log_total
-    # p_v >= min_p * max p and p_v >= tau, both as a cut on x: no softmax needed to know who is kept.
+    # p_v >= min_p * max p and p_v >= tau are both thresholds on x, so the filter needs no softmax.
     threshold = (log_sum if settings.fixed else max_logit) + settings.log_cut
     return Totals(max_logit, log_total, log_total - weighted_all / total_all, target.amax(0), log_sum, threshold)
 
@@ -148,15 +150,16 @@ def finish(
     stored: Tensor | None = None,
     divergence: Tensor | None = None,
 ) -> RowStatistics:
-    """Adds log Z from this rank's [2, R] of `filter_masses`, for the given rows or (None) all; and KL(q || p) from its
-    part of it [S] in the S `stored` rows ([T] bool), if given. One collective."""
+    """Returns the statistics with log Z from this rank's result of `filter_masses` [2, R], for the given rows or (None)
+    all rows; and with KL(q || p) from this rank's part of it [S] in the S `stored` rows ([T] bool), if given. One
+    collective."""
     local = masses.flatten() if divergence is None else torch.cat([masses.flatten(), divergence])
     whole = _gather(local, settings.tp_group).sum(0)
     inside, outside = whole[: masses.numel()].view_as(masses)
     proxy_kl = torch.zeros_like(totals.log_sum)
     if stored is not None:
         proxy_kl.masked_scatter_(stored, whole[masses.numel() :])
-    # On a peaked row the kept mass rounds to 1 and its log keeps no digits; the mass outside has them all.
+    # On a peaked row the mass inside rounds to 1 and its log keeps no digits; the mass outside keeps them all.
     log_z = torch.where(outside < 0.5, torch.log1p(-outside), inside.log())
     if rows is not None:
         log_z = torch.zeros_like(totals.log_sum).index_copy_(0, rows, log_z)
@@ -173,7 +176,7 @@ def finish(
 
 
 def _gather(local: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """[...] -> [ranks, ...]."""
+    """Returns the values of all ranks: [...] -> [ranks, ...]."""
     if tp_group is None or local.numel() == 0:
         return local[None]
     parts = [torch.empty_like(local) for _ in range(ranks_of(tp_group))]
@@ -181,36 +184,9 @@ def _gather(local: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     return torch.stack(parts)
 
 
-def row_gradients(
-    grad_log_probs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_log_z: Tensor | None,
-    log_z: Tensor,
-    log_z_rows: Tensor | None,
-    temperature: float,
-    grad_proxy_kl: Tensor | None = None,
-    proxy: ShardProxy | None = None,
-) -> RowGradients:
-    """What the gradients of the statistics mean for the raw logits; all [T]."""
-    target = torch.zeros_like(log_z) if grad_log_probs is None else grad_log_probs / temperature
-    kept = dropped = -target
-    filtered = None
-    if grad_log_z is not None:
-        real = log_z > -torch.inf if log_z_rows is None else log_z_rows & (log_z > -torch.inf)
-        shift = torch.where(real, grad_log_z / temperature, 0.0)
-        # d log Z / dx is q - p: p * (1/Z - 1) inside the filter, -p outside. expm1 keeps its digits near Z = 1.
-        kept = torch.where(real, shift * torch.expm1(-log_z), 0.0) - target
-        dropped = -target - shift
-        filtered = shift != 0
-    entropy = None if grad_entropy is None else grad_entropy / temperature
-    if grad_proxy_kl is None or proxy is None:
-        return RowGradients(target, kept, dropped, entropy, filtered)
-    of_proxy = torch.where(proxy.stored, grad_proxy_kl / temperature, 0.0)
-    return RowGradients(target, kept + of_proxy, dropped + of_proxy, entropy, filtered, of_proxy, proxy)
-
-
 def check_finite(log_sum: Tensor, first: int = 0) -> None:
-    """Of the rows from number `first` on. After the gather, so that every rank raises and none waits for the others."""
+    """Raises ValueError for rows that are not finite; `first` is the number of the first row. Called after the gather,
+    so that every rank raises and no rank waits for the others."""
     bad = ~torch.isfinite(log_sum)
     if bad.any():
         rows: Sequence[int] = (bad.nonzero().squeeze(1)[:5] + first).tolist()

@@ -1,4 +1,4 @@
-"""Numbers, durations and sparklines as short text, the same in the terminal, the summary and the report."""
+"""Numbers, durations and sparklines as short text, shared by the terminal, the summary and the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ASCII_BLOCKS = "_.-=+*%#"
 
 
 def number(value: float | None) -> str:
-    """Three or four significant digits: `0.412`, `23.1`, `12345`, `3.1e-05`; `-` where there is no value."""
+    """Formats a number with three or four digits: `0.412`, `23.1`, `12345`, `3.1e-05`; `-` for a missing value."""
     if value is None or not math.isfinite(value):
         return "-"
     size = abs(value)
@@ -25,7 +25,7 @@ def number(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`9 s`, `3 min 05 s`, `2 h 07 min`; `-` when unknown."""
+    """Formats a duration: `9 s`, `3 min 05 s`, `2 h 07 min`; `-` if it is unknown."""
     if seconds is None:
         return "-"
     whole = max(0, round(seconds))
@@ -37,7 +37,7 @@ def duration(seconds: float | None) -> str:
 
 
 def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
-    """The values as at most `width` blocks from lowest to highest; each block is the mean of an equal share of them."""
+    """Draws the values as at most `width` blocks; each block is the mean of an equal share of the values."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
@@ -45,7 +45,7 @@ def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
     edges = [round(i * len(finite) / columns) for i in range(columns + 1)]
     means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
-    # A metric that only rounding moves is flat.
+    # Differences that come from rounding alone are drawn as a flat line.
     flat = high - low <= 1e-6 * max(abs(high), abs(low))
     scale = 0.0 if flat else (len(blocks) - 1) / (high - low)
     return "".join(blocks[round((mean - low) * scale)] for mean in means)

@@ -1,9 +1,9 @@
-"""What a loss needs from each token's logits, exactly, with the vocabulary split over tensor-parallel ranks.
+"""Exact statistics of each token's logits for a loss, with the vocabulary split over tensor-parallel ranks.
 
-The forward reads every row once, all-gathers four floats a token and combines them in rank order, so every rank holds
-the same bits; rows that need log Z are read a second time and gathered once more. The backward is local and, if
-asked, writes the gradient over the logits. Row arithmetic lives in `lpreg._rows` and
-`lpreg._statistics`.
+The forward reads every row once, all-gathers four floats per token and combines them in rank order, so every rank holds
+the same bits; rows that need log Z are read a second time and gathered once more. The backward is local and writes the
+gradient over the logits if asked to. The row arithmetic is in `lpreg.statistics.rows` and
+`lpreg.statistics.row_statistics`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg._checks import check_logits, check_row_flags, check_row_tensor
-from lpreg._rows import Shard, write_gradient
-from lpreg._statistics import EntropyMode, Settings, check_finite, resolve, row_gradients, statistics
-from lpreg.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
+from lpreg.statistics.checks import check_logits, check_row_flags, check_row_tensor
+from lpreg.statistics.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
+from lpreg.statistics.row_gradients import row_gradients
+from lpreg.statistics.row_statistics import EntropyMode, Settings, check_finite, resolve, statistics
+from lpreg.statistics.rows import write_gradient
+from lpreg.statistics.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,28 +30,30 @@ class TokenStats:
     """Statistics of T tokens at the sampling temperature, fp32 (fp64 for fp64 logits); the same bits on each rank."""
 
     log_probs: Tensor
-    """[T], of the sampled token. Differentiable."""
+    """[T], log-prob of the sampled token. Differentiable."""
     entropy: Tensor | None
-    """[T], nats. Differentiable with entropy="grad"; None with entropy="none"."""
+    """[T], entropy in nats. Differentiable with entropy="grad"; None with entropy="none"."""
     log_z: Tensor
-    """[T], log of the probability mass that the filter keeps, <= 0. 0 where log_z_rows is False, -inf where a fixed_tau
-    keeps nothing; neither has a gradient. Elsewhere d(-log_z)/d logits = p - q (times 1 / temperature), which is also
-    the gradient of KL(q || p) with q held fixed."""
+    """[T], log of the probability mass that the filter keeps, <= 0. It is 0 where log_z_rows is False and -inf where a
+    fixed_tau keeps nothing; neither has a gradient. Elsewhere d(-log_z)/d logits = p - q (times 1 / temperature), which
+    is also the gradient of KL(q || p) with q held fixed."""
     kept: Tensor
-    """[T] bool, the sampled token passes the filter. Known for every row, whatever log_z_rows says."""
+    """[T] bool, whether the sampled token passes the filter. Known for every row, whatever log_z_rows is."""
     max_logit: Tensor
     """[T], largest logit after the temperature."""
     proxy_kl: Tensor | None = None
-    """[T], KL(q || p) of the stored `proxy` q over the whole vocabulary; 0, without gradient, where none is stored. Its
+    """[T], KL(q || p) of the stored `proxy` q over the whole vocabulary; 0 without gradient where none is stored. Its
     gradient over the logits is p - q (times 1 / temperature). None without a proxy."""
     proxy_store: ProxyStore | None = None
-    """This policy's own q in `proxy_rows`, for a later `proxy`: the entries of this rank's columns. None without."""
+    """This policy's own q in `proxy_rows`, for a later `proxy`: the entries of this rank's columns. None without
+    proxy_rows."""
 
     @classmethod
     def of(
         cls, values: Sequence[Tensor], settings: Settings, proxy: ProxyStore | None, store: ProxyStore | None
     ) -> TokenStats:
-        """values: log_probs, entropy, log_z, kept, max_logit, proxy_kl; what was not asked for is dropped."""
+        """Returns the statistics from log_probs, entropy, log_z, kept, max_logit and proxy_kl; those that were not
+        asked for are dropped."""
         log_probs, entropy, log_z, kept, max_logit, proxy_kl = values
         return cls(
             log_probs,
@@ -63,7 +67,7 @@ class TokenStats:
 
     @property
     def proxy_log_probs(self) -> Tensor:
-        """[T], log q of the sampled token: log_probs - log_z where kept, else -inf. Needs the row's log_z."""
+        """[T], log q of the sampled token: log_probs - log_z if kept, otherwise -inf. Needs the row's log_z."""
         return torch.where(self.kept, self.log_probs - self.log_z, -torch.inf)
 
 
@@ -82,7 +86,7 @@ def token_stats(
     proxy: ProxyStore | None = None,
     proxy_rows: Tensor | None = None,
 ) -> TokenStats:
-    """Log-prob, entropy and kept filter mass of each sampled token (Lp-Reg's proxy distribution, arXiv 2510.03222).
+    """Returns log-prob, entropy and filter mass of each sampled token (Lp-Reg's proxy distribution, arXiv 2510.03222).
 
     With x = logits / temperature and p = softmax(x), the filter keeps S = {v : p_v >= min_p * max p}, or
     {v : p_v >= fixed_tau} when fixed_tau is given; Z is the mass of S, and the proxy is q = p / Z on S, 0 elsewhere.
@@ -91,19 +95,20 @@ def token_stats(
         logits: [T, V/TP], raw, this rank's slice (ranks hold equal slices in rank order); bf16, fp16, fp32 or fp64.
         targets: [T] int64, sampled tokens as ids in the whole vocabulary.
         vocab_size: the true V; columns at or beyond it are padding. None: there is no padding.
-        tp_group: the ranks the vocabulary is split over. None: `logits` hold the whole vocabulary.
-        log_z_rows: [T] bool, the same on every rank, the rows whose log Z is needed. None: all.
+        tp_group: the ranks that the vocabulary is split over. None: `logits` hold the whole vocabulary.
+        log_z_rows: [T] bool, the same on every rank, the rows whose log Z is needed. None: all rows.
         entropy: "metric" (no gradient), "grad" or "none".
-        inplace_backward: write the gradient over the logits' memory. Only for logits nobody reads after the loss.
+        inplace_backward: write the gradient over the logits' memory. Only for logits that are not read after the loss.
         proxy: q of another policy for some of the T tokens, on the logits' device; gives proxy_kl.
-        proxy_rows: [T] bool, the same on every rank, the rows whose q is to be stored, which brings their log Z.
+        proxy_rows: [T] bool, the same on every rank, the rows whose q is to be stored; their log Z is computed too.
 
     Raises:
         ValueError: arguments that do not fit together, a target outside the vocabulary, a row that is not finite.
     """
     check_logits(logits, inplace_backward)
     check_row_tensor("targets", targets, torch.int64, logits.shape[0], logits, "logits")
-    check_row_flags(logits.shape[0], logits, "logits", log_z_rows=log_z_rows, proxy_rows=proxy_rows, proxy=proxy)
+    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
+    check_row_flags(logits.shape[0], logits, "logits", flags)
     settings, columns_of_targets = resolve(
         logits.shape[1], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
     )

@@ -1,8 +1,8 @@
-"""The proxy of another policy, kept sparse: token ids and log q inside the filter, for the few tokens that need it.
+"""The sparse proxy of another policy: token ids and log q inside the filter, for the few tokens that need it.
 
-Lp-Reg's full KL against the policy that generated the batch, or a lagged one, needs q over all of the filter S, while S
+Lp-Reg's full KL against the policy that generated the batch, or a lagged one, needs q over the whole filter S, which
 holds a handful of tokens out of the vocabulary. A forward without gradients of that policy fills a store
-(`proxy_rows` of `token_stats`), and the forward of the policy being trained reads it (`proxy`): it gives
+(`proxy_rows` of `token_stats`), and the forward of the policy in training reads it (`proxy`): it gives
 KL(q || p) = sum over S of q (log q - log p), whose gradient over the logits is p - q, bounded whatever p has become.
 
 Legend: T tokens, R of them stored, E entries of all stored tokens together.
@@ -16,20 +16,20 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lpreg._rows import Rows, Shard
+from lpreg.statistics.shard import Rows, Shard
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyStore:
-    """q over S of the stored ones of T tokens. Under tensor parallelism a rank needs the entries of its own columns
-    alone: it ignores others, and a store it filled holds no others."""
+    """q over S of those of the T tokens that are stored. Under tensor parallelism a rank needs only the entries of its
+    own columns: it ignores other entries, and a store that it filled holds no others."""
 
     stored: Tensor
-    """[T] bool, tokens whose q is known; the same on every rank."""
+    """[T] bool, tokens whose q is stored; the same on every rank."""
     counts: Tensor
-    """[T] int64, entries of each token."""
+    """[T] int64, number of entries of each token."""
     ids: Tensor
-    """[E] int64, ids in the whole vocabulary, each at most once for a token; token after token."""
+    """[E] int64, ids in the whole vocabulary, each at most once per token; token after token."""
     log_q: Tensor
     """[E] fp32 (fp64 for fp64 logits)."""
 
@@ -49,7 +49,7 @@ class ProxyStore:
             )
 
     def split(self, sizes: Sequence[int]) -> list[ProxyStore]:
-        """Of consecutive tokens, so many each."""
+        """Returns the stores of consecutive tokens, `sizes` tokens each."""
         counts = self.counts.split(sizes)
         entries = [int(part.sum()) for part in counts]
         parts = (self.stored.split(sizes), counts, self.ids.split(entries), self.log_q.split(entries))
@@ -57,11 +57,11 @@ class ProxyStore:
 
     @classmethod
     def join(cls, stores: Sequence[ProxyStore]) -> ProxyStore:
-        """Of consecutive tokens."""
+        """Returns one store of consecutive tokens."""
         return cls(*(torch.cat([getattr(store, field.name) for store in stores]) for field in fields(cls)))
 
     def shard(self, first: int, columns: int) -> ShardProxy:
-        """As the rank that holds the ids in [first, first + columns) sees it."""
+        """Returns the entries of the rank that holds the ids in [first, first + columns)."""
         token = torch.repeat_interleave(self.counts)
         own = (self.ids >= first) & (self.ids < first + columns)
         counts = torch.bincount(token[own], minlength=self.counts.shape[0])
@@ -75,16 +75,16 @@ class ShardProxy:
     stored: Tensor
     """[T] bool, over all ranks."""
     counts: Tensor
-    """[T]."""
+    """[T], number of entries of each token."""
     starts: Tensor
-    """[T], where in `columns` a token's entries begin."""
+    """[T], index in `columns` of each token's first entry."""
     columns: Tensor
-    """[E] int64."""
+    """[E] int64, columns of this rank."""
     log_q: Tensor
     """[E]."""
 
     def entries(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Of some tokens: (place of the token among them, column, log q) of each entry."""
+        """Returns (place of the token among `rows`, column, log q) of each entry of some tokens."""
         counts, starts = self.counts[rows], self.starts[rows]
         place = torch.repeat_interleave(counts)
         begins = counts.cumsum(0) - counts
@@ -92,13 +92,14 @@ class ShardProxy:
         return place, self.columns[entry], self.log_q[entry]
 
     def take(self, rows: Rows) -> ShardProxy:
-        """The given tokens in the given order."""
+        """Returns the entries of the given tokens, in the given order."""
         counts = self.counts[rows]
         _, columns, log_q = self.entries(rows)
         return ShardProxy(self.stored[rows], counts, counts.cumsum(0) - counts, columns, log_q)
 
     def divergence(self, shard: Shard, log_sum: Tensor) -> Tensor:
-        """[R], this shard's part of KL(q || p) of the stored tokens. log_sum: [T], over the whole vocabulary."""
+        """Returns this shard's part of KL(q || p) of the stored tokens, [R]. log_sum: [T], over the whole
+        vocabulary."""
         row, columns, log_q = self.entries(slice(None))
         log_p = shard.logits[row, columns].to(log_sum.dtype) / shard.temperature - log_sum[row]
         log_q = log_q.to(log_sum.dtype)
@@ -108,8 +109,8 @@ class ShardProxy:
 def filter_entries(
     shard: Shard, rows: Tensor | None, threshold: Tensor, log_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(counts [R], columns [E], log q [E]) of the columns inside the filter x >= threshold, in `rows` of the shard or
-    (None) all.
+    """Returns counts [R], columns [E] and log q [E] of the columns inside the filter x >= threshold, in `rows` of the
+    shard or (None) all rows.
 
     threshold, log_scale: [T], over the whole vocabulary; log q = x - log_scale, so log_scale = log sum + log Z.
     """
@@ -126,6 +127,7 @@ def filter_entries(
 
 
 def make_store(stored: Tensor, first: int, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> ProxyStore:
-    """From `filter_entries` of consecutive stored tokens; stored: [T] bool; first: the id of the shard's column 0."""
+    """Returns the store of consecutive stored tokens from the results of `filter_entries`; stored: [T] bool; first: the
+    id of the shard's column 0."""
     counts, columns, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
     return ProxyStore(stored, stored.long().masked_scatter_(stored, counts), columns + first, log_q)

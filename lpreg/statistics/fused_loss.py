@@ -1,7 +1,7 @@
 """LM head and policy loss in one: the gradients of hidden and weight are taken while a chunk's logits are still there.
 
-The gradients-in-forward form: three matrix products, where `fused_token_stats` needs four, for losses that are a sum
-over tokens, so that a chunk's gradient needs nothing of the other chunks.
+This form takes gradients in the forward: three matrix products, where `fused_token_stats` needs four. It is for losses
+that are a sum over tokens, so that a chunk's gradient does not depend on other chunks.
 """
 
 from __future__ import annotations
@@ -15,21 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg._checks import check_head, check_row_flags, check_row_tensor
-from lpreg._head import Head, HeadGradient, compact, gather_sequence, sum_over_ranks
-from lpreg._rows import RowGradients, Shard
-from lpreg._statistics import (
-    EntropyMode,
-    RowStatistics,
-    check_finite,
-    ranks_of,
-    resolve,
-    row_gradients,
-    statistics,
-)
 from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
-from lpreg.proxy_store import ProxyStore, ShardProxy
-from lpreg.token_stats import TokenStats
+from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
+from lpreg.statistics.head import Head, HeadGradient, compact, gather_sequence, sum_over_ranks
+from lpreg.statistics.proxy_store import ProxyStore, ShardProxy
+from lpreg.statistics.row_gradients import RowGradients, row_gradients
+from lpreg.statistics.row_statistics import EntropyMode, RowStatistics, check_finite, ranks_of, resolve, statistics
+from lpreg.statistics.shard import Shard
+from lpreg.statistics.token_stats import TokenStats
 
 FROM_THE_MODEL = ("log_probs", "entropy", "log_z", "kept", "proxy_kl")
 
@@ -51,28 +44,27 @@ def fused_loss(
     proxy: ProxyStore | None = None,
     weight_grad: Tensor | None = None,
 ) -> tuple[LossOutput, TokenStats]:
-    """The loss over `fused_token_stats(hidden, weight, targets)`, with the gradients of hidden and weight ready.
+    """Returns the loss over `fused_token_stats(hidden, weight, targets)`, with gradients of hidden and weight ready.
 
-    Work: three products of 2 T d V/TP FLOPs, of which rows without gradient are spared two. Memory: one fp32 chunk of
-    logits, chunk_tokens * V/TP * 4 bytes (6 for bf16 input), and from the forward to the backward d hidden [T, d]
-    and an fp32 d weight [V/TP, d]. Communication: two small all-gathers a chunk and one sum of d hidden, all in the
-    forward; none in the backward. Without gradients wanted, one product and no memory beside the chunk.
+    Work: three products of 2 T d V/TP FLOPs, of which rows without gradient skip two. Memory: one fp32 chunk of logits,
+    chunk_tokens * V/TP * 4 bytes (6 for bf16 input), and from the forward to the backward d hidden [T, d] and an fp32
+    d weight [V/TP, d]. Communication: two small all-gathers per chunk and one sum of d hidden, all in the forward; none
+    in the backward. If no gradient is needed: one product, and no memory beside the chunk.
 
     Args:
-        hidden, weight, targets, chunk_tokens, sequence_parallel, temperature, vocab_size, tp_group, log_z_rows,
-        proxy: as in `fused_token_stats`. The filter is what the loss asks for.
-        loss: a method that is `token_separable`.
-        inputs: the fields of LossInputs by name, but those that come from the model (log_probs, entropy, log_z, kept);
+        hidden, weight, targets, chunk_tokens, sequence_parallel, temperature, vocab_size, tp_group, log_z_rows, proxy:
+        as in `fused_token_stats`. The filter is the one that the loss needs. loss: a method that is `token_separable`.
+        inputs: the fields of LossInputs by name, except those that come from the model (log_probs, entropy, log_z,
+        kept);
             tensors [T], all tokens, on every rank.
-        entropy: "metric" hands the entropy to the loss without gradient, "none" not at all; where the loss itself asks
-            for its gradient it gets it.
-
+        entropy: "metric" gives the loss the entropy without gradient, "none" gives no entropy; a loss that needs the
+            gradient of the entropy always gets it.
         weight_grad: [V/TP, d] fp32 (fp64 for fp64 input), to which the gradient of weight is added instead of being
-            handed to autograd: the `main_grad` of Megatron, say. It happens in this forward, whose loss must then be
+            returned to autograd, such as Megatron's `main_grad`. This happens in the forward, so the loss must then be
             differentiated with a gradient of 1; there is no second sum of that size.
 
     Returns:
-        The loss's output (its `loss` may be differentiated once), and the statistics without gradient.
+        The output of the loss (its `loss` may be differentiated once), and the statistics without gradient.
 
     Raises:
         ValueError: as `fused_token_stats`; a loss that is no sum over tokens; an input that is unknown or does not fit.
@@ -82,7 +74,8 @@ def fused_loss(
     check_head(hidden, weight, chunk_tokens, weight_grad)
     tokens = hidden.shape[0] * (ranks_of(tp_group) if sequence_parallel else 1)
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
-    check_row_flags(tokens, hidden, "hidden states", log_z_rows=log_z_rows, proxy_rows=None, proxy=proxy)
+    flags = {"log_z_rows": log_z_rows, "proxy.stored": proxy.stored if proxy else None}
+    check_row_flags(tokens, hidden, "hidden states", flags)
     _check_inputs(inputs, tokens)
     own = loss.token_stats_kwargs()
     filters = (own.get("min_p", 0.02), own.get("fixed_tau"))
@@ -172,7 +165,7 @@ def _leaves(stats: RowStatistics, entropy: EntropyMode, proxy: ShardProxy | None
 
 
 def _differentiate(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """By the leaf's name; None where the loss does not depend on it."""
+    """Returns the gradients by the names of the leaves; None if the loss does not depend on a leaf."""
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), allow_unused=True), strict=True))
 
@@ -188,7 +181,7 @@ def _add_gradient(total: HeadGradient, place: slice, shard: Shard, grads: RowGra
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+    """A loss whose gradients are already known."""
 
     @staticmethod
     def forward(
@@ -210,7 +203,7 @@ class _WithGradients(torch.autograd.Function):
         if ctx.weight_is_done:
             torch._assert_async(grad == 1, "the weight's gradient was added already, for a gradient of 1 of the loss")
         d_hidden, d_weight = ctx.saved_tensors
-        # In place: the memory matters, and a second backward is then an error, not a wrong number.
+        # In place to save memory; a second backward is then an error and not a wrong number.
         d_hidden = None if d_hidden is None else d_hidden.mul_(grad)
         d_weight = None if d_weight is None else d_weight.mul_(grad).to(ctx.weight_dtype)
         return d_hidden, d_weight, None, None, None, None

@@ -1,15 +1,12 @@
-"""Refusals: arguments that do not fit together, named, before anything is computed."""
+"""Checks of arguments before anything is computed. Each raises ValueError and names the argument."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lpreg.proxy_store import ProxyStore
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -60,7 +57,7 @@ def check_head(hidden: Tensor, weight: Tensor, chunk_tokens: int | None, weight_
 
 
 def check_row_tensor(name: str, tensor: Tensor, dtype: torch.dtype, tokens: int, source: Tensor, what: str) -> None:
-    """`what`: the name of `source`, which has `tokens` rows."""
+    """Checks a tensor with one value per row of `source`, which has `tokens` rows and the name `what`."""
     if tensor.shape != (tokens,) or tensor.dtype != dtype or tensor.device != source.device:
         raise ValueError(
             f"{name} must be {dtype} of shape [{tokens}] on {source.device} to fit the {what}, "
@@ -68,17 +65,8 @@ def check_row_tensor(name: str, tensor: Tensor, dtype: torch.dtype, tokens: int,
         )
 
 
-def check_row_flags(
-    tokens: int,
-    source: Tensor,
-    what: str,
-    *,
-    log_z_rows: Tensor | None,
-    proxy_rows: Tensor | None,
-    proxy: ProxyStore | None,
-) -> None:
-    """The optional arguments that mark rows."""
-    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
+def check_row_flags(tokens: int, source: Tensor, what: str, flags: Mapping[str, Tensor | None]) -> None:
+    """Checks the optional arguments that mark rows, by their names."""
     for name, tensor in flags.items():
         if tensor is not None:
             check_row_tensor(name, tensor, torch.bool, tokens, source, what)
@@ -92,12 +80,6 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
             f"targets[{row}] is {int(targets[row])}, outside the vocabulary of {vocab_size}; "
             "leave out tokens that carry no loss before the call"
         )
-
-
-def on_this_rank(bad: Tensor) -> str:
-    """Where the bad values are, for a message that every rank raises. bad: bool, any shape."""
-    here = bad.flatten().nonzero().squeeze(1)[:5].tolist()
-    return f"the first on this rank at {here}" if here else "none of them on this rank"
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-r"""Finding a response's answer: what its last complete \boxed{} (or \fbox{}) holds."""
+r"""Extraction of an answer: the content of the last complete \boxed{} (or \fbox{}) of a text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ _TOKEN = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\[^\\]|\\\\(?!boxed|fbox)|
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the complete box that begins last holds, or None. Escaped braces (`\{`) do not count as nesting.
+    r"""Returns the content of the complete box that begins last, or None without one.
 
-    One pass, whatever the text: a million characters of braces take about a second.
+    Escaped braces (`\{`) do not count as nesting. The search takes one pass over any text: a million characters of
+    braces take about a second.
     """
-    waiting: list[int] = []  # where each open brace's content begins; negative: a brace that is no box
+    waiting: list[int] = []  # per open brace, where its content begins; negative for a brace that opens no box
     found, begins = None, -1
     for token in _TOKEN.finditer(text):
         if token["box"]:

@@ -1,4 +1,4 @@
-"""Heartbeats, and what is made of them when nothing moves."""
+"""Tests of heartbeats, and of the explanation of a run that hangs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from megatron_rl.cli import main
-from megatron_rl.observability.hang import Evidence, examine, explain
+from megatron_rl.cluster.hang import Evidence, examine, explain
 from megatron_rl.utils import heartbeat
 from megatron_rl.utils.heartbeat import IDLE, Beat, Heartbeat, read_beats
 
@@ -48,7 +48,7 @@ def test_the_last_beat_is_read_back(tmp_path: Path) -> None:
     assert found["actor-rank-0"].count == found["engine-0"].count == 3
 
 
-def test_memory_is_that_of_the_process_that_held_most(tmp_path: Path) -> None:
+def test_memory_metrics_are_the_highest_peak_per_kind_of_process(tmp_path: Path) -> None:
     Heartbeat(tmp_path, "actor-rank-0", "n")
     (own,) = read_beats(tmp_path)
     assert psutil.Process().memory_info().rss / 2**30 / 2 < own.memory_gib < 1000
@@ -56,18 +56,18 @@ def test_memory_is_that_of_the_process_that_held_most(tmp_path: Path) -> None:
     assert metrics["memory/actor_gib"] == own.memory_gib + 1 and metrics["memory/engine_gib"] == 1.5
 
 
-def test_a_process_without_a_heartbeat_says_nothing() -> None:
-    heartbeat.notify("into the void")
+def test_notify_without_a_heartbeat_does_nothing() -> None:
+    heartbeat.notify("an activity")
 
 
-def test_status_is_a_line_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_prints_one_line_per_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 2
     Heartbeat(tmp_path / "logs" / "heartbeats", "actor-rank-0", "n").write("train", "micro-batch 1 of 2")
     assert main(["status", str(tmp_path)]) == 0
     assert "actor-rank-0  train: micro-batch 1 of 2, for 0 s (pid " in capsys.readouterr().out
 
 
-def test_a_live_process_is_examined(sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_running_process_is_examined(sleeper: subprocess.Popen[bytes]) -> None:
     while psutil.Process(sleeper.pid).status() != psutil.STATUS_SLEEPING:
         time.sleep(0.01)
     found = examine(sleeper.pid)
@@ -75,7 +75,7 @@ def test_a_live_process_is_examined(sleeper: subprocess.Popen[bytes]) -> None:
     assert not found.in_collective
 
 
-def test_a_stopped_and_a_lost_process_are_told_apart(sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_stopped_process_is_distinguished_from_a_dead_one(sleeper: subprocess.Popen[bytes]) -> None:
     sleeper.send_signal(signal.SIGSTOP)
     while psutil.Process(sleeper.pid).status() != psutil.STATUS_STOPPED:
         time.sleep(0.01)
@@ -86,7 +86,7 @@ def test_a_stopped_and_a_lost_process_are_told_apart(sleeper: subprocess.Popen[b
 
 
 @pytest.mark.parametrize(
-    ("beats", "seen", "words"),
+    ("beats", "evidence", "words"),
     [
         (
             [beat("actor-rank-0"), beat("actor-rank-1"), beat("engine-0", IDLE, "")],
@@ -104,11 +104,13 @@ def test_a_stopped_and_a_lost_process_are_told_apart(sleeper: subprocess.Popen[b
             "are all in a collective operation",
         ),
         ([beat("engine-0", "generate")], {"engine-0": Evidence("gone", "")}, "waits for engine-0 (gone)."),
-        ([beat("a", IDLE, "")], {"a": Evidence("sleeping", PLAIN_STACK)}, "it is the driver itself"),
+        ([beat("a", IDLE, "")], {"a": Evidence("sleeping", PLAIN_STACK)}, "the driver itself makes no progress"),
     ],
 )
-def test_who_waits_for_whom(beats: list[Beat], seen: dict[str, Evidence], words: str) -> None:
-    text = explain(beats, seen, 61)
+def test_the_explanation_names_the_process_that_blocks_the_others(
+    beats: list[Beat], evidence: dict[str, Evidence], words: str
+) -> None:
+    text = explain(beats, evidence, 61)
     assert "no process has made progress for 1 min 01 s" in text
     assert all(f"{beat.process}" in text for beat in beats)
     assert words in text

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.data.tokens import single_token, stop_token_ids
+from megatron_rl.data.tokenizer import single_token, stop_token_ids
 from megatron_rl.errors import UserError
 
 
 class Tokenizer:
-    """Words of a fixed vocabulary; 0 is the unknown one."""
+    """A tokenizer over a fixed vocabulary of words, in which 0 is the unknown token."""
 
     unk_token_id = 0
     vocabulary: tuple[str, ...] = ("<unk>", "no", "wait")
@@ -23,14 +23,14 @@ class Tokenizer:
         return [self.vocabulary.index(word) if word in self.vocabulary else 0 for word in text.split()]
 
 
-def test_the_token_that_a_text_is() -> None:
+def test_a_text_of_one_token_gives_its_id() -> None:
     assert single_token(Tokenizer(), "wait", "here") == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("wait wait", r"2 tokens: \[2, 2\]"), ("", "0 tokens"), ("hold", "it is unknown to it")]
+    ("text", "words"), [("wait wait", r"2 tokens: \[2, 2\]"), ("", "0 tokens"), ("hold", "it is unknown")]
 )
-def test_a_text_that_is_not_one_token(text: str, words: str) -> None:
+def test_a_text_that_is_not_one_known_token_is_an_error(text: str, words: str) -> None:
     with pytest.raises(UserError, match=rf"evaluation\.probes\.p\.token: '{text}' must be one token .*{words}"):
         single_token(Tokenizer(), text, "evaluation.probes.p.token")
 
@@ -47,7 +47,7 @@ def test_a_text_that_is_not_one_token(text: str, words: str) -> None:
         (None, None, 0, (0,)),
     ],
 )
-def test_what_ends_a_response(
+def test_stop_tokens_come_from_settings_then_generation_config_then_tokenizer(
     tmp_path: Path,
     chosen: list[int] | None,
     generation: dict[str, object] | None,
@@ -59,13 +59,13 @@ def test_what_ends_a_response(
     assert stop_token_ids(Tokenizer(tokenizer), tmp_path, chosen) == expected
 
 
-def test_nothing_that_ends_a_response(tmp_path: Path) -> None:
+def test_a_model_without_an_end_token_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing ends a response.*rollout\.stop_token_ids"):
         stop_token_ids(Tokenizer(), tmp_path, None)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"x"'])
-def test_a_damaged_generation_config_is_named(tmp_path: Path, text: str) -> None:
+def test_a_damaged_generation_config_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(UserError, match=r"generation_config\.json is not a JSON object"):
         stop_token_ids(Tokenizer(1), tmp_path, None)

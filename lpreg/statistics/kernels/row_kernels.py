@@ -1,8 +1,8 @@
-"""Passes over rows of logits. Each kernel's program owns one row and walks it in blocks of columns.
+"""Passes over rows of logits. Each program of a kernel owns one row and reads it in blocks of columns.
 
-Instructions bound them, not memory, if written plainly (17 to 20 an element in bf16 on sm_90). Hence exponentials in
-base 2, which is what the hardware has, a main loop without a mask, and blocks of which every thread reads 16 bytes at
-once.
+Plainly written kernels are bound by instructions, not by memory (17 to 20 per element in bf16 on sm_90). Hence they use
+exponentials in base 2, which the hardware has, a main loop without a mask, and blocks of which every thread reads 16
+bytes at once.
 
 Legend: T rows, C true vocabulary columns of this rank (its padding excluded), x = logit / temperature in fp32.
 """
@@ -16,24 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpreg._rows import RowGradients, Shard
+from lpreg.statistics.row_gradients import RowGradients
+from lpreg.statistics.shard import Shard
 
 BLOCK = 8192
 WARPS = 8
-"""256 threads of 32 elements: four 16-byte loads each in bf16, and few enough reductions over threads a row."""
+"""256 threads of 32 elements: four 16-byte loads each in bf16, and few reductions over threads per row."""
 
 ZERO, WRITE, LEAVE = tl.constexpr(0), tl.constexpr(1), 2
-"""What becomes of a row of the gradient."""
+"""What a kernel does with a row of the gradient."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _FLOOR = tl.constexpr(-1e4)
-"""2 to the power of it is 0, and unlike -inf it may be multiplied by that 0 (entropy terms of impossible tokens)."""
+"""2 ** _FLOOR is 0, and unlike -inf _FLOOR may be multiplied by 0 (entropy terms of impossible tokens)."""
 
 
 @triton.jit
 def _scaled(logits, cooling, SCALE: tl.constexpr):
-    """cooling: 1 / temperature. The same arithmetic in every kernel: who passes the filter must not depend on it."""
+    """cooling: 1 / temperature. Every kernel uses the same arithmetic, so that the filter does not depend on the
+    kernel."""
     x = logits.to(tl.float32)
     if SCALE:
         x = x * cooling
@@ -79,7 +81,7 @@ def _summarise(
 
 @triton.jit
 def _masses(x, threshold, log_sum):
-    """Probability inside and outside the filter. Outside is summed by itself: 1 - inside would keep no digits."""
+    """Probability inside and outside the filter. Outside is summed separately: 1 - inside would keep no digits."""
     p = tl.exp2((x - log_sum) * _LOG2_E)
     inside = tl.where(x >= threshold, p, 0.0)
     return tl.sum(inside, 0), tl.sum(p - inside, 0)
@@ -139,7 +141,7 @@ def _write_gradient(
         entropy_factor, entropy = 0.0, 0.0
         if ENTROPY:
             entropy_factor, entropy = tl.load(entropy_factors + row), tl.load(entropies + row)
-        # The sampled token's column is written again at the end, so that no other has to ask whether it is that one.
+        # The column of the sampled token is written again at the end, so that no other column must be compared with it.
         target = tl.load(targets + row)
         sampled = _scaled(tl.load(logits + tl.maximum(target, 0)), cooling, SCALE)
         of_target = tl.load(onehots + row) + _gradient_of(
@@ -161,7 +163,7 @@ def _write_gradient(
 
 
 def summarise(shard: Shard) -> Tensor:
-    """[4, T] of max x, sum e, sum e * (x - max), x of the target; e = exp(x - max). One read."""
+    """Returns [4, T] in one read: max x, sum e, sum e * (x - max), x of the target; e = exp(x - max)."""
     tokens = shard.logits.shape[0]
     pack = torch.empty(4, tokens, dtype=torch.float32, device=shard.logits.device)
     _summarise[(tokens,)](
@@ -177,7 +179,8 @@ def summarise(shard: Shard) -> Tensor:
 
 
 def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum: Tensor) -> Tensor:
-    """[2, R]: this shard's probability inside and outside the filter, of `rows` or (None) all. One read of them."""
+    """Returns [2, R] in one read of `rows` or (None) all rows: this shard's probability inside and outside the
+    filter."""
     if rows is None:
         rows = torch.arange(shard.logits.shape[0], device=shard.logits.device)
     masses = torch.empty(2, rows.shape[0], dtype=torch.float32, device=shard.logits.device)
@@ -204,9 +207,10 @@ def write_gradient(
     entropy: Tensor | None,
     leave: Tensor,
 ) -> None:
-    """Fills the true columns of `out` [T, V/TP], which may be the logits, with d loss / d x; zeros where there is none.
+    """Fills the true columns of `out` [T, V/TP], which may be the logits, with d loss / d x; 0 for rows without
+    gradient.
 
-    leave: [T] bool, rows that are not touched. What a stored proxy takes off the gradient is not known here.
+    leave: [T] bool, rows that are not written. The term of a stored proxy is not included.
     """
     with_entropy = grads.entropy is not None and entropy is not None
     tasks = torch.where(leave, LEAVE, grads.active.to(torch.int8))
@@ -232,7 +236,7 @@ def write_gradient(
 
 
 def _own_targets(shard: Shard) -> Tensor:
-    """[T], -1 where another rank owns the sampled token."""
+    """[T], columns of the sampled tokens; -1 if another rank owns the token."""
     return torch.where(shard.owned, shard.targets, -1)
 
 

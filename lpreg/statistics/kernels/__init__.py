@@ -1,4 +1,4 @@
-"""Triton row kernels behind `lpreg._rows`: the same functions, one read of the logits each."""
+"""Triton row kernels behind `lpreg.statistics.rows`: the same functions, one read of the logits each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def usable(logits: Tensor) -> bool:
-    """Whether the kernels can work on them: on a GPU with Triton there, rows contiguous, no fp64.
+    """Whether the kernels can read these logits: on a GPU, with Triton installed, contiguous rows, not fp64.
 
     Triton's interpreter, which tests switch on by TRITON_INTERPRET=1, works on the CPU too.
     """
@@ -27,7 +27,7 @@ def _triton() -> bool:
 
 
 def load() -> ModuleType:
-    """The kernels. Imported when they are first used: Triton is not there on every machine."""
-    from lpreg.kernels import row_kernels
+    """Returns the module of the kernels, imported on first use, because Triton is not installed on every machine."""
+    from lpreg.statistics.kernels import row_kernels
 
     return row_kernels
