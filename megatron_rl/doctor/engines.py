@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def check_engines(config: Config, nodes: Nodes, logs: Path) -> Finding:
         return Finding(CHECK, "failure", str(error), "the model's folder is incomplete")
     # A failed engine is not replaced, as it would be in a run.
     server = rollout.server.model_copy(update={"outage_seconds": 0.1, "request_attempts": 1})
-    once = rollout.model_copy(update={"server": server})
+    once, launch = rollout.model_copy(update={"server": server}), replace(launch, server=server)
     prompts = [Prompt(f"doctor:{i}", (i + 1, i + 2, i + 3), "", None) for i in range(rollout.engines)]
     sampling = SamplingParams(n=1, max_tokens=4, temperature=1.0, stop_token_ids=(0,), seed=config.seed)
     engines: Engines | None = None
@@ -54,7 +55,7 @@ def check_engines(config: Config, nodes: Nodes, logs: Path) -> Finding:
     finally:
         if engines is not None:
             engines.close()
-    count = sum(len(generation.token_ids) for group in answers for generation in group)
+    count = sum(len(response) for group in answers for response in group)
     found = f"{rollout.engines} x {launch.kind.name} started in {seconds:.0f} s, sampled {count} tokens, ended"
     return Finding(CHECK, "ok", found)
 
