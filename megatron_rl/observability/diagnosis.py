@@ -198,7 +198,7 @@ RULES = (
     _Rule(
         "everything_kept",
         _everything_kept,
-        "The proxy filters nothing, so the term has no effect: raise algorithm.lp_reg.kappa",
+        "The proxy filters nothing, so the term has no effect: raise algorithm.lp_reg.min_p",
     ),
     _Rule(
         "truncation_growth",
