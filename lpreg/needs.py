@@ -57,8 +57,8 @@ class MethodNeeds:
     """Whether the loss is a sum over tokens in which no token depends on another one of the micro-batch, so that it may
     be computed a few tokens at a time (`fused_loss`)."""
     proxy_source: ProxySource | None = None
-    """Whose filter statistics the method reads: log_z and kept of the "current" policy, old_log_z and old_kept ("old"),
-    or proxy_log_probs ("lagged"). None: the method reads no proxy."""
+    """Whose filter statistics the method reads: log_z and in_filter of the "current" policy, old_log_z and
+    old_in_filter ("old"), or proxy_log_probs ("lagged"). None: the method reads no proxy."""
     needs_proxy_kl: bool = False
     """Whether LossInputs.proxy_kl must be given if the proxy is not that of the policy in training. The driver must
     then store the sparse proxy of the other policy (`token_stats(proxy_rows=...)`) for the tokens that may matter."""

@@ -3,9 +3,9 @@
 A batch is a dict of tensors. TRL gives, for B rows and C response positions padded on the right: completion_ids [B, C],
 completion_mask [B, C], tool_mask [B, C] (0 where a tool wrote the token), advantages [B] or [B, C], and with vLLM
 importance_sampling_ratio [B, 1] or [B, C]. lpreg's trainer adds to a generation the statistics of the policy that
-generated it (old_log_probs, old_entropy, old_log_z, old_kept), the selection and proxy_log_probs of another policy, all
-[B, C], and that policy's proxy as one store per row. TRL then shuffles the rows and splits them into micro-batches,
-which get the denominator update by update.
+generated it (old_log_probs, old_entropy, old_log_z, old_in_filter), the selection and proxy_log_probs of another
+policy, all [B, C], and that policy's proxy as one store per row. TRL then shuffles the rows and splits them into
+micro-batches, which get the denominator update by update.
 
 Legend: T tokens carry loss; flat tensors [T] hold them row after row.
 """
@@ -97,7 +97,7 @@ def loss_inputs(batch: Batch, mask: Tensor, stats: dict[str, Tensor], *, off_pol
     weighted = advantages(batch, mask)
     if "importance_sampling_ratio" in batch:
         weighted = weighted * batch["importance_sampling_ratio"].expand(mask.shape)[mask]
-    old = ("old_log_probs", "old_log_z", "old_kept") if off_policy else ()
+    old = ("old_log_probs", "old_log_z", "old_in_filter") if off_policy else ()
     rows = torch.arange(len(mask), device=mask.device)
     return LossInputs(
         **stats,

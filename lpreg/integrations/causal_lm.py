@@ -22,7 +22,7 @@ from lpreg.statistics.fused_head import fused_token_stats
 from lpreg.statistics.proxy_store import ProxyStore
 from lpreg.statistics.token_stats import TokenStats, token_stats
 
-ANSWER = ("log_probs", "entropy", "log_z", "kept", "proxy_kl", "proxy_store")
+ANSWER = ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl", "proxy_store")
 
 
 class Wanted(TypedDict):
@@ -45,7 +45,7 @@ class Wanted(TypedDict):
 
 def add_token_stats(model: Any, *, fused: bool) -> None:
     """Makes `model(input_ids, attention_mask, wanted_stats=Wanted)` return statistics instead of logits: a dict of
-    `TokenStats` fields, [T]: log_probs, entropy, log_z and kept, and proxy_kl and proxy_store if they were asked for.
+    `TokenStats` fields, [T]: log_probs, entropy, log_z and in_filter, and proxy_kl and proxy_store if requested.
     Without wanted_stats the forward does not change.
 
     fused: project the hidden states of the T tokens chunk by chunk, so that the logits never exist as a whole (see

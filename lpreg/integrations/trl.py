@@ -102,7 +102,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return self._scores["log_probs"], None, None
 
     def _score(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Batch:
-        """Returns log_probs, entropy, log_z and kept [B, C] where mask [B, C] holds, otherwise 0."""
+        """Returns log_probs, entropy, log_z and in_filter [B, C] where mask [B, C] holds, otherwise 0."""
         log_z = torch.full_like(mask, self.policy_loss.proxy_source == "old")
         parts = [
             {name: spread(values, here) for name, values in stats.items()}
@@ -117,7 +117,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         if self.policy_loss.needs_proxy_kl:
             asked["proxy_rows"] = asked["log_z_rows"]
         for here, stats in self._look(*_whole(batch), mask, **asked):
-            log_q = torch.where(stats["kept"], stats["log_probs"] - stats["log_z"], -torch.inf)
+            log_q = torch.where(stats["in_filter"], stats["log_probs"] - stats["log_z"], -torch.inf)
             parts.append(spread(log_q, here))
             if "proxy_store" in stats:
                 stores += stats["proxy_store"].split(here.sum(1).tolist())
@@ -170,7 +170,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         given = loss_inputs(inputs, mask, stats, off_policy=self._off_policy)
         output = self.policy_loss(given)
         means = {f"lpreg/{name}": mean for name, mean in output.metrics.items()}
-        means["lpreg/kept_fraction"] = Mean.of(stats["kept"], given.counted)
+        means["lpreg/kept_fraction"] = Mean.of(stats["in_filter"], given.counted)
         means["entropy"] = Mean.of(stats["entropy"], given.counted)
         self._means = {name: self._means[name] + mean if self._means else mean for name, mean in means.items()}
         if self.accelerator.sync_gradients:

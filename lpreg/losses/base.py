@@ -64,12 +64,12 @@ class LossInputs:
     """Entropies in nats, for methods that reward or rank by entropy."""
     log_z: Tensor | None = None
     """TokenStats.log_z of the policy in training; must be computed wherever `selection` holds."""
-    kept: Tensor | None = None
-    """TokenStats.kept of the policy in training."""
+    in_filter: Tensor | None = None
+    """TokenStats.in_filter of the policy in training."""
     old_log_z: Tensor | None = None
     """TokenStats.log_z of the policy that generated the batch."""
-    old_kept: Tensor | None = None
-    """TokenStats.kept of the policy that generated the batch."""
+    old_in_filter: Tensor | None = None
+    """TokenStats.in_filter of the policy that generated the batch."""
     proxy_log_probs: Tensor | None = None
     """TokenStats.proxy_log_probs of a lagged policy: log q of the sampled token, -inf if the token is filtered."""
     proxy_kl: Tensor | None = None
@@ -91,7 +91,7 @@ class LossInputs:
                 raise ValueError(
                     f"{field.name} has shape {list(value.shape)}, but log_probs has {list(self.log_probs.shape)}"
                 )
-        for name in ("mask", "kept", "old_kept", "selection"):
+        for name in ("mask", "in_filter", "old_in_filter", "selection"):
             value = getattr(self, name)
             if value is not None and value.dtype != torch.bool:
                 raise ValueError(f"{name} must be bool, got {value.dtype}")

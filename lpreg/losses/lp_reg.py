@@ -123,7 +123,7 @@ class _Proxy:
 
     log_q: Tensor
     """-inf if the token is filtered."""
-    kept: Tensor
+    in_filter: Tensor
     log_z: Tensor | None
     """None for a lagged proxy, of which only log q is known."""
 
@@ -147,7 +147,7 @@ class LpReg(PolicyLoss):
         counted, ratio = inputs.counted, inputs.ratio
         proxy = self._proxy(inputs)
         low = self._low(inputs)
-        regularised = low & proxy.kept & self.uses_proxy(inputs.advantages)
+        regularised = low & proxy.in_filter & self.uses_proxy(inputs.advantages)
         if self.settings.require_below_proxy:
             regularised &= inputs.log_probs.detach() < proxy.log_q
 
@@ -160,7 +160,7 @@ class LpReg(PolicyLoss):
             "ratio": Mean.of(ratio, counted),
             "clip_fraction": Mean.of((bounded != ratio) & (inputs.advantages != 0), counted),
             "selected_fraction": Mean.of(regularised, counted),
-            "candidate_kept_fraction": Mean.of(proxy.kept, low),
+            "candidate_kept_fraction": Mean.of(proxy.in_filter, low),
             "kl": Mean.of(kl, regularised),
             "advantage_shift": Mean.of(self.settings.beta * self._pull(gap), regularised),
             "clamped_fraction": Mean.of(clamped, regularised),
@@ -175,13 +175,13 @@ class LpReg(PolicyLoss):
             log_q = self.need(inputs.proxy_log_probs, "proxy_log_probs").detach()
             return _Proxy(log_q, log_q > -torch.inf, None)
         log_probs, prefix = inputs.log_probs, ""
-        log_z, kept = inputs.log_z, inputs.kept
+        log_z, in_filter = inputs.log_z, inputs.in_filter
         if inputs.old_log_probs is not None and not self._proxy_is_current(inputs):
             log_probs, prefix = inputs.old_log_probs, "old_"
-            log_z, kept = inputs.old_log_z, inputs.old_kept
+            log_z, in_filter = inputs.old_log_z, inputs.old_in_filter
         log_z = self.need(log_z, prefix + "log_z").detach()
-        kept = self.need(kept, prefix + "kept")
-        return _Proxy(torch.where(kept, log_probs.detach() - log_z, -torch.inf), kept, log_z)
+        in_filter = self.need(in_filter, prefix + "in_filter")
+        return _Proxy(torch.where(in_filter, log_probs.detach() - log_z, -torch.inf), in_filter, log_z)
 
     def _proxy_is_current(self, inputs: LossInputs) -> bool:
         source = self.settings.proxy_source

@@ -135,10 +135,10 @@ class _FusedTokenStats(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, targets, log_z_rows, stats.log_sum, stats.threshold, stats.entropy, stats.log_z
         )
-        constants = [stats.kept, stats.max_logit, stats.threshold, stats.log_sum]
+        constants = [stats.in_filter, stats.max_logit, stats.threshold, stats.log_sum]
         ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
         ctx.set_materialize_grads(False)
-        values = stats.log_probs, stats.entropy, stats.log_z, stats.kept, stats.max_logit, stats.proxy_kl
+        values = stats.log_probs, stats.entropy, stats.log_z, stats.in_filter, stats.max_logit, stats.proxy_kl
         return *values, stats.threshold, stats.log_sum
 
     @staticmethod
@@ -148,7 +148,7 @@ class _FusedTokenStats(torch.autograd.Function):
         grad_log_probs: Tensor | None,
         grad_entropy: Tensor | None,
         grad_log_z: Tensor | None,
-        _kept: None,
+        _in_filter: None,
         _max_logit: None,
         grad_proxy_kl: Tensor | None,
         *_: None,

@@ -24,7 +24,7 @@ from lpreg.statistics.row_statistics import EntropyMode, RowStatistics, check_fi
 from lpreg.statistics.shard import Shard
 from lpreg.statistics.token_stats import TokenStats
 
-FROM_THE_MODEL = ("log_probs", "entropy", "log_z", "kept", "proxy_kl")
+FROM_THE_MODEL = ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl")
 
 
 def fused_loss(
@@ -94,7 +94,7 @@ def fused_loss(
             d_hidden = sum_over_ranks(d_hidden, sequence_parallel, tp_group)
     d_weight = total.weight if weight_grad is None else None
     attached = _WithGradients.apply(hidden, weight, output.loss, d_hidden, d_weight, weight_grad is not None)
-    values = (stats.log_probs, stats.entropy, stats.log_z, stats.kept, stats.max_logit, stats.proxy_kl)
+    values = (stats.log_probs, stats.entropy, stats.log_z, stats.in_filter, stats.max_logit, stats.proxy_kl)
     return LossOutput(attached, output.metrics), TokenStats.of(values, settings, proxy, None)
 
 
@@ -119,7 +119,7 @@ def _forward(
         some = {name: field[rows] if _is_per_token(field) else field for name, field in inputs.items()}
         leaves = _leaves(stats, head.settings.entropy, proxy)
         with torch.enable_grad():
-            output = loss(LossInputs(**leaves, kept=stats.kept, **some))
+            output = loss(LossInputs(**leaves, in_filter=stats.in_filter, **some))
         value = output.loss.detach() if value is None else value + output.loss.detach()
         metrics = {name: metrics[name] + mean if metrics else mean for name, mean in output.metrics.items()}
         if (total.hidden is None and total.weight is None) or not output.loss.requires_grad:

@@ -101,7 +101,7 @@ class RowStatistics:
     log_probs: Tensor
     entropy: Tensor
     log_z: Tensor
-    kept: Tensor
+    in_filter: Tensor
     max_logit: Tensor
     log_sum: Tensor
     threshold: Tensor
@@ -167,7 +167,7 @@ def finish(
         log_probs=(totals.target - totals.max_logit) - totals.log_total,
         entropy=totals.entropy,
         log_z=log_z,
-        kept=totals.target >= totals.threshold,
+        in_filter=totals.target >= totals.threshold,
         max_logit=totals.max_logit,
         log_sum=totals.log_sum,
         threshold=totals.threshold,

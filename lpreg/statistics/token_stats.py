@@ -37,7 +37,7 @@ class TokenStats:
     """[T], log of the probability mass that the filter keeps, <= 0. It is 0 where log_z_rows is False and -inf where a
     fixed_tau keeps nothing; neither has a gradient. Elsewhere d(-log_z)/d logits = p - q (times 1 / temperature), which
     is also the gradient of KL(q || p) with q held fixed."""
-    kept: Tensor
+    in_filter: Tensor
     """[T] bool, whether the sampled token passes the filter. Known for every row, whatever log_z_rows is."""
     max_logit: Tensor
     """[T], largest logit after the temperature."""
@@ -52,14 +52,14 @@ class TokenStats:
     def of(
         cls, values: Sequence[Tensor], settings: Settings, proxy: ProxyStore | None, store: ProxyStore | None
     ) -> TokenStats:
-        """Returns the statistics from log_probs, entropy, log_z, kept, max_logit and proxy_kl; those that were not
+        """Returns the statistics from log_probs, entropy, log_z, in_filter, max_logit and proxy_kl; those that were not
         asked for are dropped."""
-        log_probs, entropy, log_z, kept, max_logit, proxy_kl = values
+        log_probs, entropy, log_z, in_filter, max_logit, proxy_kl = values
         return cls(
             log_probs,
             entropy if settings.with_entropy else None,
             log_z,
-            kept,
+            in_filter,
             max_logit,
             None if proxy is None else proxy_kl,
             store,
@@ -67,8 +67,8 @@ class TokenStats:
 
     @property
     def proxy_log_probs(self) -> Tensor:
-        """[T], log q of the sampled token: log_probs - log_z if kept, otherwise -inf. Needs the row's log_z."""
-        return torch.where(self.kept, self.log_probs - self.log_z, -torch.inf)
+        """[T], log q of the sampled token: log_probs - log_z if in_filter, otherwise -inf. Needs the row's log_z."""
+        return torch.where(self.in_filter, self.log_probs - self.log_z, -torch.inf)
 
 
 def token_stats(
@@ -144,10 +144,10 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(
             logits, columns_of_targets, log_z_rows, stats.log_sum, stats.threshold, stats.entropy, stats.log_z
         )
-        constants = [stats.kept, stats.max_logit, stats.threshold, stats.log_sum]
+        constants = [stats.in_filter, stats.max_logit, stats.threshold, stats.log_sum]
         ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
         ctx.set_materialize_grads(False)
-        values = stats.log_probs, stats.entropy, stats.log_z, stats.kept, stats.max_logit, stats.proxy_kl
+        values = stats.log_probs, stats.entropy, stats.log_z, stats.in_filter, stats.max_logit, stats.proxy_kl
         return *values, stats.threshold, stats.log_sum
 
     @staticmethod
@@ -157,7 +157,7 @@ class _TokenStats(torch.autograd.Function):
         grad_log_probs: Tensor | None,
         grad_entropy: Tensor | None,
         grad_log_z: Tensor | None,
-        _kept: None,
+        _in_filter: None,
         _max_logit: None,
         grad_proxy_kl: Tensor | None,
         *_: None,

@@ -45,7 +45,7 @@ class StepResult:
     """Result of an optimizer step over all data-parallel replicas."""
 
     values: dict[str, np.ndarray]
-    """Name -> [T]: log_probs, entropy, log_z and kept of the sampled tokens, before the update."""
+    """Name -> [T]: log_probs, entropy, log_z and in_filter of the sampled tokens, before the update."""
     loss: float
     metrics: Sums
     grad_norm: float
@@ -138,7 +138,7 @@ class Actors:
     def score(
         self, batch: SequenceBatch, *, temperature: float = 1.0, weights: Weights = "current"
     ) -> dict[str, np.ndarray]:
-        """Returns name -> [T]: log_probs, entropy, log_z and kept of every sampled token, without gradients."""
+        """Returns name -> [T]: log_probs, entropy, log_z and in_filter of every sampled token, without gradients."""
         return self.score_and_store(batch, temperature=temperature, weights=weights)[0]
 
     def score_and_store(

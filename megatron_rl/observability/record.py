@@ -66,8 +66,8 @@ def record(
     rows = recorded_rows(groups, sequences.sampled_lengths, step, most_tokens)
     index = sequences.token_index(rows)
     columns = {"actor_log_probs" if name == "log_probs" else name: values[index] for name, values in scores.items()}
-    if "kept" in columns:  # NaN where the actor did not score, which a bool cannot say
-        columns["kept"] = columns["kept"].astype(np.float32)
+    if "in_filter" in columns:  # NaN where the actor did not score, which a bool cannot say
+        columns["kept"] = columns.pop("in_filter").astype(np.float32)
     if "selected" in sequences.values:
         columns["selected"] = sequences.values["selected"][index]
     masks = [responses[row][1].sampled_mask for row in rows.tolist()]

@@ -34,7 +34,7 @@ def gather_over_context_ranks(stats: TokenStats, places: Tensor, tokens: int) ->
         log_probs=gather(stats.log_probs),
         entropy=None if stats.entropy is None else gather(stats.entropy),
         log_z=gather(stats.log_z),
-        kept=flags(stats.kept),
+        in_filter=flags(stats.in_filter),
         max_logit=gather(stats.max_logit),
         proxy_kl=None if stats.proxy_kl is None else gather(stats.proxy_kl),
         proxy_store=None if store is None else _spread_store(store, places, tokens),

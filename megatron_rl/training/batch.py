@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from megatron_rl.config import Config
 
 PolicyScores = dict[str, Array]
-"""Name -> float32 [T]: log_probs, entropy, log_z and kept of each sampled token under the policy before the first
-update; NaN where the actor did not score the token."""
+"""Name -> float32 [T]: log_probs, entropy, log_z and in_filter of each sampled token, under the policy before the
+first update; NaN where the actor did not score the token."""
 
 
 @dataclass(frozen=True)

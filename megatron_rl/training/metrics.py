@@ -58,7 +58,7 @@ def policy_metrics(sequences: SequenceBatch, scores: Mapping[str, Array], fresh:
     return {
         "entropy/token_mean": float(entropy.mean()),
         "entropy/sequence_mean": float((sums[counts > 0] / counts[counts > 0]).mean()),
-        "lpreg/kept_fraction": float(scores["kept"][known].mean(dtype=np.float64)),
+        "lpreg/kept_fraction": float(scores["in_filter"][known].mean(dtype=np.float64)),
         "lpreg/one_minus_z": float(-np.expm1(scores["log_z"][known].astype(np.float64)).mean()),
         "logprob/rollout_actor_abs_diff": float(gap.mean()),
         "logprob/rollout_actor_max_diff": float(gap.max()),

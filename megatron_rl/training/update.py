@@ -22,7 +22,7 @@ LOSS_VALUES = (
     "advantages",
     "old_log_probs",
     "old_log_z",
-    "old_kept",
+    "old_in_filter",
     "selected",
     "proxy_log_probs",
     "reference_log_probs",
@@ -49,11 +49,11 @@ def update(
         batch.groups, updates=settings.updates_per_rollout, epochs=settings.epochs_per_rollout, seed=seed
     ):
         tokens += int(sequences.sampled_lengths[rows].sum())
-        kept = rows[trained[rows]]
-        if not len(kept):
+        chosen = rows[trained[rows]]
+        if not len(chosen):
             continue
         result = learner.actors.train(
-            sequences.take(kept),
+            sequences.take(chosen),
             lr=lr,
             denominator=denominator(learner.loss, sequences, rows),
             temperature=learner.temperature,
@@ -62,9 +62,9 @@ def update(
         learner.weight_version += 1
         results.append(result)
         if learner.passes.off_policy:
-            moved.append(result.values["log_probs"] - batch.scores["log_probs"][sequences.token_index(kept)])
+            moved.append(result.values["log_probs"] - batch.scores["log_probs"][sequences.token_index(chosen)])
         else:
-            batch = batch.with_scores(result.values, kept)
+            batch = batch.with_scores(result.values, chosen)
     metrics = {"train/lr": lr, "train/row_fraction": float(trained.mean())} | update_metrics(results, tokens)
     if moved:
         metrics["train/kl_old_policy"] = old_policy_kl(np.concatenate(moved))

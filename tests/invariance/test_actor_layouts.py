@@ -141,7 +141,7 @@ def check_step(got: Found, expected: Found) -> None:
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     for kind in ("seen", "scored"):
-        assert torch.equal(got[kind].pop("kept"), expected[kind].pop("kept"))
+        assert torch.equal(got[kind].pop("in_filter"), expected[kind].pop("in_filter"))
         torch.testing.assert_close(got[kind], expected[kind], atol=2e-6, rtol=1e-5)
     assert got["gradient"].keys() == expected["gradient"].keys()
     for name, gradient in expected["gradient"].items():

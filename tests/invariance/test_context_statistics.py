@@ -43,7 +43,7 @@ def loss_and_gradient(name: str, places: torch.Tensor | None) -> Results:
     stats: TokenStats = token_stats(logits, given["targets"][mine], **loss.token_stats_kwargs())
     if places is not None:
         stats = gather_over_context_ranks(stats, places, TOKENS)
-    found = {field: getattr(stats, field) for field in ("log_probs", "entropy", "log_z", "kept", "proxy_kl")}
+    found = {field: getattr(stats, field) for field in ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl")}
     fields = {field: given[field] for field in ("advantages", "old_log_probs")} | {
         "selection": torch.arange(TOKENS) % 2 == 0,
         "sequence_ids": torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)),

@@ -21,7 +21,7 @@ from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
 SPLITS = (2, 4)
 TOKENS, WIDTH, CHUNK = 28, 6, 8
 FORMS = ("recompute", "in forward")
-STATISTICS = ("log_probs", "entropy", "log_z", "max_logit", "kept")
+STATISTICS = ("log_probs", "entropy", "log_z", "max_logit", "in_filter")
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
 
 
@@ -86,7 +86,7 @@ def run(case: Case, form: str, group: dist.ProcessGroup | None, rank: int, ranks
     counted = {name: patch.start() for name, patch in patches.items()}
     if form == "recompute":
         stats = fused_token_stats(hidden, shard, targets, **loss.token_stats_kwargs(), **shared)
-        output = loss(LossInputs(log_probs=stats.log_probs, log_z=stats.log_z, kept=stats.kept, **fields))
+        output = loss(LossInputs(log_probs=stats.log_probs, log_z=stats.log_z, in_filter=stats.in_filter, **fields))
     else:
         output, stats = fused_loss(hidden, shard, targets, loss, fields, **shared)
     forward = Counter({name: calls.call_count for name, calls in counted.items()})
@@ -159,7 +159,7 @@ def test_the_split_does_not_change_the_results(by_rank: list[Results], name: str
     else:
         for part in parts[1:]:
             torch.testing.assert_close(part["d_hidden"], got["d_hidden"])
-    assert torch.equal(got["kept"], want["kept"])
+    assert torch.equal(got["in_filter"], want["in_filter"])
     rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[case.dtype]
     for number in {*STATISTICS, "loss", "d_hidden", "d_weight"} & want.keys():
         scale = float(want[number].abs().max()) if number.startswith("d_") else 1.0

@@ -83,7 +83,7 @@ def run(case: Case, group: dist.ProcessGroup | None, rank: int, ranks: int) -> d
     loss.backward()
     mock.patch.stopall()
     assert leaf.grad is not None
-    saved = {name: getattr(stats, name) for name in (*FLOATS, "kept")}
+    saved = {name: getattr(stats, name) for name in (*FLOATS, "in_filter")}
     # all_gather(parts, local): what this rank sends.
     sent = [part.numel() for _, part in forward.pop("all_gather")]
     others = sum(len(calls) for calls in forward.values())
@@ -124,7 +124,7 @@ def test_every_rank_holds_the_same_bits(by_rank: list[Results], name: str, ranks
     first = by_rank[0][ranks, name]
     for rank in range(1, RANKS):
         for statistic, value in by_rank[rank][ranks, name].items():
-            if statistic in (*FLOATS, "kept"):
+            if statistic in (*FLOATS, "in_filter"):
                 assert torch.equal(value, first[statistic]), f"{statistic} on rank {rank}"
 
 
@@ -137,7 +137,7 @@ def test_the_split_does_not_change_the_results(by_rank: list[Results], name: str
     got["grad"] = torch.cat([by_rank[rank][ranks, name]["grad"] for rank in range(ranks)], 1)
     assert got.keys() == want.keys()
     assert want["sent"].numel() == 0
-    assert torch.equal(got["kept"], want["kept"])
+    assert torch.equal(got["in_filter"], want["in_filter"])
     for statistic in (*FLOATS, "grad"):
         if statistic in want:
             rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3}[want[statistic].dtype]

@@ -50,7 +50,7 @@ class Head:
         stats = self.statistics(
             hidden, batch, batch.targets, temperature, proxy=batch.proxy, **loss.token_stats_kwargs()
         )
-        from_model = {name: getattr(stats, name) for name in ("log_probs", "entropy", "log_z", "kept", "proxy_kl")}
+        from_model = {name: getattr(stats, name) for name in ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl")}
         return loss(LossInputs(**from_model, **fields)), stats
 
     def statistics(

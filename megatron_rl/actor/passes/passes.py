@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FP8_BLOCK = 128
 """Under FP8, with any scaling recipe, the number of tokens on a rank is a multiple of this."""
 
-TABLE = ("log_probs", "entropy", "log_z", "kept")
+TABLE = ("log_probs", "entropy", "log_z", "in_filter")
 
 
 class Passes:

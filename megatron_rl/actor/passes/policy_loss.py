@@ -20,7 +20,7 @@ def loss_fields(batch: MicroBatch, denominator: float) -> dict[str, Any]:
         "old_log_probs": values.get("old_log_probs"),  # None with one update per rollout: the old policy is this one
         "advantages": values["advantages"],
         "old_log_z": values.get("old_log_z"),
-        "old_kept": values.get("old_kept"),
+        "old_in_filter": values.get("old_in_filter"),
         "selection": values.get("selected"),
         "proxy_log_probs": values.get("proxy_log_probs"),
         "reference_log_probs": values.get("reference_log_probs"),

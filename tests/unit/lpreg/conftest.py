@@ -15,7 +15,7 @@ class Dense:
     log_probs: Tensor
     entropy: Tensor
     log_z: Tensor
-    kept: Tensor
+    in_filter: Tensor
     max_logit: Tensor
     p: Tensor
     q: Tensor
@@ -41,7 +41,7 @@ def dense_stats(
         log_probs=log_p.gather(1, targets[:, None])[:, 0],
         entropy=-(p * log_p.nan_to_num(neginf=0.0)).sum(-1),
         log_z=z.log(),
-        kept=inside.gather(1, targets[:, None])[:, 0],
+        in_filter=inside.gather(1, targets[:, None])[:, 0],
         max_logit=x.amax(-1),
         p=p.detach(),
         q=(p * inside / z[:, None]).detach(),

@@ -68,7 +68,7 @@ def test_equals_token_stats_and_dense_autograd(dense: Callable, case: dict[str, 
 
     materialised = token_stats(hidden @ true_weight.T, targets, **settings)
     want_hidden, want_weight = torch.autograd.grad(weighted(materialised, weights), [hidden, true_weight])
-    assert torch.equal(got.kept, materialised.kept)
+    assert torch.equal(got.in_filter, materialised.in_filter)
     for name in FLOATS:
         torch.testing.assert_close(getattr(got, name), getattr(materialised, name), rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(d_hidden, want_hidden, rtol=1e-10, atol=1e-10)
@@ -116,7 +116,7 @@ def test_lower_precision_weights_give_fp32_logits(dtype: torch.dtype, tolerance:
     for name in FLOATS:
         assert getattr(got, name).dtype == torch.float32
         torch.testing.assert_close(getattr(got, name).double(), getattr(exact, name), rtol=1e-4, atol=1e-4)
-    assert torch.equal(got.kept, exact.kept)
+    assert torch.equal(got.in_filter, exact.in_filter)
     (got.log_probs - got.log_z).sum().backward()
     (exact.log_probs - exact.log_z).sum().backward()
     for leaf, exact_leaf in ((hidden, exact_hidden), (weight, exact_weight)):
@@ -141,7 +141,7 @@ def test_only_inputs_that_require_gradients_get_them() -> None:
         (alone,) = torch.autograd.grad(fused_token_stats(*inputs, targets).log_probs.sum(), [inputs[place]])
         assert torch.equal(alone, both[place])
     stats = fused_token_stats(hidden, weight, targets)
-    assert not stats.entropy.requires_grad and not stats.max_logit.requires_grad and not stats.kept.requires_grad
+    assert not stats.entropy.requires_grad and not stats.max_logit.requires_grad and not stats.in_filter.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def given_fields(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
         "advantages": torch.where(torch.arange(TOKENS) % 4 == 0, 0.0, advantages),
         "old_log_probs": old.log_probs,
         "old_log_z": old.log_z,
-        "old_kept": old.kept,
+        "old_in_filter": old.in_filter,
         "mask": torch.rand(TOKENS, generator=generator) < 0.8,
         "selection": torch.rand(TOKENS, generator=generator) < 0.5,
         "denominator": torch.tensor(23),
@@ -55,7 +55,9 @@ def check_equal(loss: PolicyLoss, chunk: int | None, dtype: torch.dtype, toleran
     fields = given_fields(dtype)
     own = loss.token_stats_kwargs()
     stats = fused_token_stats(hidden, weight, targets, log_z_rows=fields["selection"], **own)
-    inputs = LossInputs(log_probs=stats.log_probs, log_z=stats.log_z, kept=stats.kept, entropy=stats.entropy, **fields)
+    inputs = LossInputs(
+        log_probs=stats.log_probs, log_z=stats.log_z, in_filter=stats.in_filter, entropy=stats.entropy, **fields
+    )
     want = loss(inputs)
     want_grads = torch.autograd.grad(3 * want.loss, [hidden, weight])
 
@@ -64,7 +66,7 @@ def check_equal(loss: PolicyLoss, chunk: int | None, dtype: torch.dtype, toleran
     )
     got_grads = torch.autograd.grad(3 * got.loss, [hidden, weight])
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=1e-6)
-    for name in ("log_probs", "entropy", "log_z", "kept", "max_logit"):
+    for name in ("log_probs", "entropy", "log_z", "in_filter", "max_logit"):
         torch.testing.assert_close(getattr(got_stats, name), getattr(stats, name).detach(), rtol=1e-5, atol=1e-5)
     assert got.metrics.keys() == want.metrics.keys()
     for name, mean in want.metrics.items():

@@ -28,7 +28,7 @@ def test_the_filter_is_a_threshold_on_the_logits() -> None:
     assert torch.equal(inside, logits >= logits.amax(-1, keepdim=True) + math.log(MIN_P))
     assert 0 < inside.double().mean() < 1
     for v in range(VOCAB):
-        assert torch.equal(token_stats(logits, torch.full((TOKENS,), v), min_p=MIN_P).kept, inside[:, v])
+        assert torch.equal(token_stats(logits, torch.full((TOKENS,), v), min_p=MIN_P).in_filter, inside[:, v])
 
 
 def test_the_kl_has_one_gradient_whether_or_not_the_proxy_is_held_fixed(dense: Callable) -> None:
@@ -51,7 +51,7 @@ def test_k3_on_policy_pushes_the_sampled_token_by_the_filtered_mass(dense: Calla
     inputs = LossInputs(
         log_probs=stats.log_probs,
         log_z=stats.log_z,
-        kept=stats.kept,
+        in_filter=stats.in_filter,
         advantages=torch.full((TOKENS,), -1e-300, dtype=torch.float64),
         selection=torch.ones(TOKENS, dtype=torch.bool),
         denominator=1,
@@ -59,8 +59,8 @@ def test_k3_on_policy_pushes_the_sampled_token_by_the_filtered_mass(dense: Calla
     gradient = torch.autograd.grad(make_loss("lp_reg", min_p=MIN_P)(inputs).loss, logits)[0]
     z = want.log_z.detach().exp()
     onehot = torch.nn.functional.one_hot(targets, VOCAB)
-    pushed = torch.where(want.kept, (1 - z) / z, 0.0)
-    assert 0 < want.kept.sum() < TOKENS and pushed.max() > 0.05
+    pushed = torch.where(want.in_filter, (1 - z) / z, 0.0)
+    assert 0 < want.in_filter.sum() < TOKENS and pushed.max() > 0.05
     torch.testing.assert_close(gradient, -pushed[:, None] * (onehot - want.p))
 
 

@@ -36,7 +36,7 @@ def run(loss: PolicyLoss, data: dict[str, Tensor]) -> tuple[Tensor, LossInputs]:
     inputs = LossInputs(
         log_probs=stats.log_probs,
         log_z=stats.log_z,
-        kept=stats.kept,
+        in_filter=stats.in_filter,
         proxy_log_probs=lagged.proxy_log_probs,
         advantages=data["advantages"],
         selection=selection,
@@ -73,7 +73,7 @@ def test_select_by(select_by: str, rule: SelectionRule | None) -> None:
     data, loss = batch(), lp_reg(select_by=select_by)
     assert loss.selection == rule
     added, inputs = run(loss, data)
-    chosen = inputs.kept & (data["advantages"] < 0)
+    chosen = inputs.in_filter & (data["advantages"] < 0)
     if inputs.selection is not None:
         assert int(inputs.selection.sum()) == 36
         chosen &= inputs.selection
@@ -85,7 +85,7 @@ def test_select_by(select_by: str, rule: SelectionRule | None) -> None:
 def test_both_signs_excludes_tokens_without_advantage() -> None:
     data = batch()
     added, inputs = run(lp_reg(select_by="all", advantage_sign="both"), data)
-    want = torch.where(inputs.kept & (data["advantages"] != 0), (-inputs.log_z.detach()).expm1(), 0.0)
+    want = torch.where(inputs.in_filter & (data["advantages"] != 0), (-inputs.log_z.detach()).expm1(), 0.0)
     torch.testing.assert_close(shift(added, data), want)
     signs = torch.tensor([-1.0, 0.0, 2.0])
     assert lp_reg(advantage_sign="both").uses_proxy(signs).tolist() == [True, False, True]
@@ -97,7 +97,7 @@ def test_the_reverse_kl_on_policy_is_an_advantage_shift_of_beta_log_one_over_z()
     data = batch()
     loss = lp_reg(kl_estimator="reverse", beta=0.7)
     added, inputs = run(loss, data)
-    chosen = inputs.selection & inputs.kept & (data["advantages"] < 0)
+    chosen = inputs.selection & inputs.in_filter & (data["advantages"] < 0)
     want = torch.where(chosen, -0.7 * inputs.log_z.detach(), 0.0)
     torch.testing.assert_close(shift(added, data), want)
     metrics = loss(inputs).metrics
@@ -128,7 +128,7 @@ def test_without_a_filter_only_the_proxy_of_another_policy_has_an_effect() -> No
     data = batch()
     for estimator in ("k3", "full", "reverse"):
         added, inputs = run(lp_reg(min_p=0, kl_estimator=estimator), data)
-        assert inputs.kept.all() and (inputs.log_z == 0).all()
+        assert inputs.in_filter.all() and (inputs.log_z == 0).all()
         assert (added == 0).all()
     added, inputs = run(lp_reg(min_p=0, proxy_source="lagged"), data)
     log_q = data["lagged"].log_softmax(-1).gather(1, data["targets"][:, None])[:, 0]

@@ -135,7 +135,7 @@ def test_an_unknown_preset_is_named() -> None:
     ("change", "message"),
     [
         ({"advantages": torch.zeros(2)}, r"advantages has shape \[2\], but log_probs has \[3\]"),
-        ({"kept": torch.zeros(3)}, "kept must be bool"),
+        ({"in_filter": torch.zeros(3)}, "in_filter must be bool"),
         ({"denominator": 0}, "denominator"),
     ],
 )
@@ -149,21 +149,21 @@ def test_bad_inputs_are_named(change: dict, message: str) -> None:
     ("settings", "given", "missing"),
     [
         ({}, (), "log_z"),
-        ({}, ("log_z",), "kept"),
-        ({}, ("log_z", "kept"), "selection"),
-        ({"proxy_source": "lagged"}, ("log_z", "kept", "selection"), "proxy_log_probs"),
-        ({"proxy_source": "old"}, ("log_z", "kept", "selection", "old_log_probs"), "old_log_z"),
+        ({}, ("log_z",), "in_filter"),
+        ({}, ("log_z", "in_filter"), "selection"),
+        ({"proxy_source": "lagged"}, ("log_z", "in_filter", "selection"), "proxy_log_probs"),
+        ({"proxy_source": "old"}, ("log_z", "in_filter", "selection", "old_log_probs"), "old_log_z"),
         (
             {"proxy_source": "old", "kl_estimator": "full"},
-            ("log_z", "kept", "selection", "old_log_probs", "old_log_z", "old_kept"),
+            ("log_z", "in_filter", "selection", "old_log_probs", "old_log_z", "old_in_filter"),
             "proxy_kl",
         ),
         ({"proxy_source": "lagged", "kl_estimator": "full"}, ("selection", "proxy_log_probs"), "proxy_kl"),
-        ({"proxy_source": "old"}, ("log_z", "kept", "selection", "old_log_probs", "old_log_z"), "old_kept"),
+        ({"proxy_source": "old"}, ("log_z", "in_filter", "selection", "old_log_probs", "old_log_z"), "old_in_filter"),
     ],
 )
 def test_a_missing_input_is_named(settings: dict, given: tuple[str, ...], missing: str) -> None:
-    flags = {"kept", "old_kept", "selection"}
+    flags = {"in_filter", "old_in_filter", "selection"}
     fields = {name: torch.zeros(3, dtype=torch.bool if name in flags else torch.float32) for name in given}
     inputs = LossInputs(log_probs=torch.zeros(3), advantages=torch.zeros(3), denominator=3, **fields)
     with pytest.raises(ValueError, match=rf"lp_reg needs LossInputs\.{missing}$"):

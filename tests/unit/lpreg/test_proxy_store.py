@@ -236,7 +236,7 @@ def test_lp_reg_with_the_full_kl(dense: Callable, source: str) -> None:
     filters = loss.token_stats_kwargs()
     selected = data["rows"]
     other = token_stats(data["old_logits"], data["targets"], proxy_rows=selected, **filters)
-    old = {"old_log_probs": other.log_probs, "old_log_z": other.log_z, "old_kept": other.kept}
+    old = {"old_log_probs": other.log_probs, "old_log_z": other.log_z, "old_in_filter": other.in_filter}
     lagged = {"old_log_probs": other.log_probs, "proxy_log_probs": other.proxy_log_probs}
     fields = {
         "advantages": data["weights"][0],
@@ -248,14 +248,14 @@ def test_lp_reg_with_the_full_kl(dense: Callable, source: str) -> None:
     logits = leaves[0] @ leaves[1].T
     stats = token_stats(logits, data["targets"], proxy=other.proxy_store, **filters)
     inputs = LossInputs(
-        log_probs=stats.log_probs, log_z=stats.log_z, kept=stats.kept, proxy_kl=stats.proxy_kl, **fields
+        log_probs=stats.log_probs, log_z=stats.log_z, in_filter=stats.in_filter, proxy_kl=stats.proxy_kl, **fields
     )
     got = loss(inputs)
 
     want = dense(logits, data["targets"], min_p=0.1)
     advantages, ratio = data["weights"][0], (want.log_probs - other.log_probs).exp()
     bounded = torch.where(advantages < 0, ratio.clamp(min=0.5), ratio).clamp(max=10.0)
-    acts = selected & (advantages < 0) & other.kept
+    acts = selected & (advantages < 0) & other.in_filter
     assert 0 < int(acts.sum()) < int(selected.sum())
     kl = dense_kl(dense, data["old_logits"], logits, data["targets"], min_p=0.1)
     value = (-bounded * advantages + 0.7 * torch.where(acts, kl, 0.0)).mean()

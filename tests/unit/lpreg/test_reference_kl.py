@@ -56,7 +56,7 @@ def batch(**change: Any) -> tuple[LossInputs, Tensor]:
         "mask": torch.arange(TOKENS) != 4,
         "entropy": stats.entropy,
         "log_z": stats.log_z,
-        "kept": stats.kept,
+        "in_filter": stats.in_filter,
         "reference_log_probs": old + 0.5 * noise[2],
         "sequence_ids": torch.arange(TOKENS) // 5,
         "selection": selection,

@@ -81,7 +81,7 @@ def test_values_and_gradients_match_the_definition(dense: Callable, case: dict) 
     torch.testing.assert_close(got.log_probs, want.log_probs)
     torch.testing.assert_close(got.log_z, torch.where(rows, want.log_z, 0).clamp_max(0))
     torch.testing.assert_close(got.max_logit, want.max_logit)
-    assert torch.equal(got.kept, want.kept)
+    assert torch.equal(got.in_filter, want.in_filter)
     if case["entropy"] == "none":
         assert got.entropy is None
     else:
@@ -119,15 +119,15 @@ def test_proxy_log_probs_are_those_of_the_renormalised_filter(dense: Callable) -
     logits, targets = random_case(60, 30)
     got = token_stats(logits, targets)
     want = dense(logits, targets)
-    assert 0 < got.kept.sum() < 60
+    assert 0 < got.in_filter.sum() < 60
     torch.testing.assert_close(got.proxy_log_probs, want.q.gather(1, targets[:, None])[:, 0].log())
 
 
 def test_the_filter_is_applied_after_the_temperature() -> None:
     # 4 below the maximum: outside min_p = 0.02 at T = 1 (log 0.02 = -3.9), inside at T = 2.
     logits, targets = torch.tensor([[0.0, -4.0]]), torch.tensor([1])
-    assert not token_stats(logits, targets).kept
-    assert token_stats(logits, targets, temperature=2.0).kept
+    assert not token_stats(logits, targets).in_filter
+    assert token_stats(logits, targets, temperature=2.0).in_filter
 
 
 def test_log_z_keeps_its_digits_in_fp32() -> None:
@@ -167,7 +167,7 @@ def test_lower_precision_logits_are_read_exactly(dtype: torch.dtype, tolerance: 
     for name in ("log_probs", "entropy", "log_z", "max_logit"):
         assert getattr(got, name).dtype == torch.float32
         torch.testing.assert_close(getattr(got, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
-    assert torch.equal(got.kept, exact.kept)
+    assert torch.equal(got.in_filter, exact.in_filter)
     (got.log_probs - got.log_z).sum().backward()
     (exact.log_probs - exact.log_z).sum().backward()
     assert low.grad.dtype == dtype
@@ -182,13 +182,13 @@ def test_log_z_is_zero_without_gradient_in_rows_that_do_not_need_it() -> None:
     assert (got.log_z[~rows] == 0).all() and (got.log_z[rows] < 0).all()
     got.log_z.sum().backward()
     assert (logits.grad[~rows] == 0).all() and (logits.grad[rows] != 0).any(-1).all()
-    assert torch.equal(got.kept, token_stats(logits, targets).kept)
+    assert torch.equal(got.in_filter, token_stats(logits, targets).in_filter)
 
 
 def test_a_fixed_tau_that_keeps_no_token() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [5.0, 0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     got = token_stats(logits, torch.tensor([1, 0]), fixed_tau=0.3)
-    assert got.kept.tolist() == [False, True]
+    assert got.in_filter.tolist() == [False, True]
     assert got.log_z[0] == -torch.inf and got.log_z[1] < 0
     assert got.proxy_log_probs[0] == -torch.inf
     (gradient,) = torch.autograd.grad((got.log_probs + got.log_z).sum(), logits, retain_graph=True)
@@ -204,7 +204,7 @@ def test_tokens_of_zero_probability_are_allowed() -> None:
     targets = torch.tensor([0, 1, 2, 3])
     leaf = logits.masked_fill(banned, -torch.inf).requires_grad_()
     got = token_stats(leaf, targets, entropy="grad")
-    assert got.log_probs[3] == -torch.inf and not got.kept[3]
+    assert got.log_probs[3] == -torch.inf and not got.in_filter[3]
     short = torch.cat([logits[:, :3], logits[:, 7:]], 1).requires_grad_()
     want = token_stats(short, torch.tensor([0, 1, 2, 0]), entropy="grad")
     torch.testing.assert_close(got.entropy, want.entropy)
@@ -219,7 +219,7 @@ def test_only_requested_statistics_are_differentiable() -> None:
     logits, targets = random_case(3, 5)
     got = token_stats(logits.requires_grad_(), targets)
     assert got.log_probs.requires_grad and got.log_z.requires_grad
-    assert not got.entropy.requires_grad and not got.max_logit.requires_grad and not got.kept.requires_grad
+    assert not got.entropy.requires_grad and not got.max_logit.requires_grad and not got.in_filter.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_statistics_equal_those_of_the_models_own_logits(head: str) -> None:
         "log_probs": log_p.gather(1, targets[:, None])[:, 0],
         "entropy": -(p * log_p).sum(-1),
         "log_z": torch.where(log_z_rows, (p * inside).sum(-1).log(), 0.0),
-        "kept": inside.gather(1, targets[:, None])[:, 0],
+        "in_filter": inside.gather(1, targets[:, None])[:, 0],
     }
     for name, value in want.items():
         torch.testing.assert_close(seen[name], value, rtol=1e-7, atol=1e-9)

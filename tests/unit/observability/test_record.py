@@ -69,7 +69,7 @@ def test_values_stay_with_their_tokens(tmp_path: Path) -> None:
     batch = batch_of(rollouts)
     total = batch.num_sampled_tokens
     batch = batch.with_values(selected=np.arange(total) % 3 == 0)
-    scores = {"log_probs": -np.arange(total, dtype=np.float32), "kept": np.arange(total) % 2}
+    scores = {"log_probs": -np.arange(total, dtype=np.float32), "in_filter": np.arange(total) % 2}
     path = record(tmp_path, 1, rollouts, batch, np.arange(7.0), scores, most_tokens=20)
     rows = pq.read_table(path).to_pylist()
     assert [row["group"] for row in rows] == [2, 2, 3, 3, 3]
@@ -82,7 +82,7 @@ def test_values_stay_with_their_tokens(tmp_path: Path) -> None:
         assert (row["prompt_id"], row["response"], row["reward"]) == (prompt.id, "!", reward.score)
         assert row["token_ids"] == response.token_ids.tolist() and row["sampled_mask"] == mask.tolist()
         assert row["log_probs"] == response.log_probs.tolist()
-        for name, values in (("actor_log_probs", -place), ("kept", place % 2), ("selected", place % 3 == 0)):
+        for name, values in (("actor_log_probs", -place), ("in_filter", place % 2), ("selected", place % 3 == 0)):
             column = np.array(row[name])
             assert len(column) == len(mask)
             assert column[mask].tolist() == values.tolist()

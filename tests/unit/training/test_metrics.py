@@ -57,7 +57,7 @@ def test_policy_metrics() -> None:
         {
             "entropy": np.array([1, 3, 2, 0, 1, 5]),
             "log_probs": np.array([-1, -1.5, -2, -3, -3, -2]),
-            "kept": np.array([True, True, False, True, True, False]),
+            "in_filter": np.array([True, True, False, True, True, False]),
             "log_z": np.log([1, 1, 0.5, 1, 0.75, 0.75]),
         },
         np.array([True, True, True, True, False, False]),
@@ -81,7 +81,7 @@ def test_tokens_that_the_actor_did_not_score_do_not_count() -> None:
         {
             "entropy": np.array([NAN, NAN, 4, 0, 1, 5], dtype=np.float32),
             "log_probs": np.array([NAN, NAN, -2, -3, -3, -2], dtype=np.float32),
-            "kept": np.array([NAN, NAN, 0, 1, 1, 0], dtype=np.float32),
+            "in_filter": np.array([NAN, NAN, 0, 1, 1, 0], dtype=np.float32),
             "log_z": np.array([NAN, NAN, np.log(0.5), 0, 0, 0], dtype=np.float32),
         },
         np.array([True, True, True, True, True, False]),
@@ -104,7 +104,7 @@ def test_without_scores_there_are_no_policy_metrics() -> None:
 
 
 def test_older_tokens_alone_have_no_fresh_gap() -> None:
-    scores = dict.fromkeys(("entropy", "log_probs", "kept", "log_z"), np.zeros(6))
+    scores = dict.fromkeys(("entropy", "log_probs", "in_filter", "log_z"), np.zeros(6))
     found = policy_metrics(batch(), scores, np.zeros(6, dtype=bool))
     assert "logprob/rollout_actor_abs_diff" in found and "logprob/fresh_abs_diff" not in found
 

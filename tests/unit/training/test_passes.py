@@ -49,7 +49,7 @@ class CountingActors:
         return StepResult(self._values(batch.num_sampled_tokens), 0.0, {}, 1.0)
 
     def _values(self, count: int) -> dict[str, np.ndarray]:
-        names = ("log_probs", "entropy", "log_z", "kept")
+        names = ("log_probs", "entropy", "log_z", "in_filter")
         return {name: np.linspace(-2, -1, count, dtype=np.float32) for name in names}
 
 
