@@ -52,7 +52,7 @@ class NameOrPath:
     @property
     def words(self) -> str:
         """What the key takes, for messages."""
-        return f"one of {', '.join(self.names)}, or {self.form}"
+        return f"one of {', '.join(self.names)}, or {self.form}" if self.names else self.form
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return no_info_after_validator_function(self._check, handler(source))

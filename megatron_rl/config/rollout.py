@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .fields import Count, FilePath, Positive, PositiveInt, Section, Text
+from .fields import Count, FilePath, NameOrPath, Positive, PositiveInt, Section, Text
 
 UPDATE_BYTES_PER_SECOND = 100 * 10**6
 """A rate below that of any network or disk that a run would tolerate."""
@@ -82,7 +82,7 @@ class RolloutSettings(Section):
     """Responses in a group."""
     dynamic_sampling: bool = False
     """Drop groups whose responses all have the same score, and draw other prompts until the step is full."""
-    group_filter: Text | None = None
+    group_filter: Annotated[str, NameOrPath((), "package.module:function")] | None = None
     """A function of your own, `package.module:function`, that decides whether a graded group is trained on; groups that
     it leaves out are replaced as with dynamic sampling. Unset: dynamic_sampling decides."""
     max_draws: PositiveInt = 10

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rl.errors import UserError
+from megatron_rl.utils.import_path import import_object, is_import_path
 
 from .methods import method_settings
 from .schema import Config
@@ -18,23 +19,36 @@ _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def check_inputs(config: Config, *, prepared: bool = True, weights: bool = True) -> None:
-    """Checks every file that the run will read, and a loss of the user's own. Raises UserError with every problem.
+    """Checks every file that the run will read, and the user's own functions. Raises UserError with every problem.
 
     prepared: whether `prepare` ran already; if not, files under its folder are not checked.
     weights: whether the model folder must hold weights (a dry run needs none).
     """
-    problems = [*_check_files(config, prepared), *_check_model(config, prepared, weights), *_check_method(config)]
+    problems = [*_check_files(config, prepared), *_check_model(config, prepared, weights), *_check_own(config)]
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _check_method(config: Config) -> Iterator[str]:
-    """A user's own loss is imported if torch is installed; a login node may lack it."""
-    if importlib.util.find_spec("torch") is not None:
-        try:
-            method_settings(config.algorithm)
-        except UserError as error:
-            yield str(error)
+def _check_own(config: Config) -> Iterator[str]:
+    """Imports a user's own loss, advantage, reward and group filter. A login node may lack torch: then it does not."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    try:
+        method_settings(config.algorithm)
+    except UserError as error:
+        yield str(error)
+    functions = {
+        "algorithm.advantage": config.algorithm.advantage,
+        "reward.name": config.reward.name,
+        "rollout.group_filter": config.rollout.group_filter or "",
+    }
+    for key, path in functions.items():
+        if is_import_path(path):
+            try:
+                if not callable(import_object(path, key)):
+                    yield f"{key}={path!r} names an object that is no function"
+            except UserError as error:
+                yield str(error)
 
 
 def _expected_later(config: Config, path: Path, prepared: bool) -> bool:

@@ -14,7 +14,7 @@ from megatron_rl.cli import main
 from megatron_rl.data.published import SETS, prepare
 from megatron_rl.errors import UserError
 from megatron_rl.reward.maths import verify_maths
-from megatron_rl.types import Generation, Prompt, Sample
+from megatron_rl.types import Prompt, Response, Sample
 
 FILES = Path(__file__).parents[2] / "fixtures" / "published"
 CASES = {
@@ -56,7 +56,7 @@ def test_the_maths_verifier_accepts_every_label(tmp_path: Path, name: str) -> No
     prepare(name, [FILES / file for file in files], tmp_path / "out.parquet", problems=problems)
     for row in rows_of(tmp_path / "out.parquet"):
         prompt = Prompt("x:0", (1,), row["prompt"], row["label"])
-        sample = Sample(prompt, 0, Generation([1], [0.0], "stop", 0), rf"\boxed{{{row['label']}}}")
+        sample = Sample(prompt, Response([1], [0.0], "stop", 0), rf"\boxed{{{row['label']}}}")
         assert verify_maths(sample).score == 1.0, row
 
 

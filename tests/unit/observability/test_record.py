@@ -82,7 +82,7 @@ def test_values_stay_with_their_tokens(tmp_path: Path) -> None:
         assert (row["prompt_id"], row["response"], row["reward"]) == (prompt.id, "!", reward.score)
         assert row["token_ids"] == response.token_ids.tolist() and row["sampled_mask"] == mask.tolist()
         assert row["log_probs"] == response.log_probs.tolist()
-        for name, values in (("actor_log_probs", -place), ("in_filter", place % 2), ("selected", place % 3 == 0)):
+        for name, values in (("actor_log_probs", -place), ("kept", place % 2), ("selected", place % 3 == 0)):
             column = np.array(row[name])
             assert len(column) == len(mask)
             assert column[mask].tolist() == values.tolist()
