@@ -25,7 +25,7 @@ from .curves import as_json
 from .responses import response_groups
 from .run_data import RunData, group_runs, read_run
 from .token_figures import Classes, Figure
-from .tokens import Vocabulary, flat, read_candidates, read_dump, read_tokens
+from .tokens import Vocabulary, read_candidates, read_ids, read_tokens
 
 FIGURE_STEPS = 5
 """Number of rollout dumps in the token figures, including the first and the last."""
@@ -105,7 +105,7 @@ def _token_figures(runs: Sequence[RunData], classes: Classes) -> tuple[list[Figu
     per_run, frequencies, likelihoods = [], [], []
     for run in recorded:
         vocabulary = _vocabulary(run)
-        ids = ((step, flat(read_dump(path, ["token_ids"]), "token_ids")) for step, path in run.dumps)
+        ids = ((step, read_ids(path)) for step, path in run.dumps)
         frequencies.append((run.name, token_figures.frequency(ids, vocabulary, classes)))
         candidates = ((step, *read_candidates(path)) for step, path in run.candidates)
         likelihoods.append((run.name, token_figures.candidate_probability(candidates, vocabulary, classes)))

@@ -13,7 +13,7 @@ from .tokens import Vocabulary, read_dump
 GROUPS_PER_STEP = 3
 SAMPLES_PER_GROUP = 8
 TOKENS_PER_SAMPLE = 1500
-FILTERED, SELECTED = 1, 2
+FILTERED, SELECTED, NOT_SAMPLED = 1, 2, 4
 """Bits of the mark of a token."""
 
 
@@ -46,7 +46,9 @@ def _group(step: int, rows: list[dict[str, Any]], vocabulary: Vocabulary) -> dic
 def _sample(row: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     ids = row["token_ids"][:TOKENS_PER_SAMPLE]
     blank = [None] * len(ids)
-    actor, kept, selected = (row.get(name) or blank for name in ("actor_log_probs", "kept", "selected"))
+    actor, kept, selected, sampled = (
+        row.get(name) or blank for name in ("actor_log_probs", "kept", "selected", "sampled_mask")
+    )
     log_probs = [
         engine if looked is None or not np.isfinite(looked) else looked
         for engine, looked in zip(row["log_probs"], actor, strict=False)
@@ -61,7 +63,10 @@ def _sample(row: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
         "texts": [vocabulary.text(token) for token in ids],
         "p": [float(f"{np.exp(value):.3g}") for value in log_probs[: len(ids)]],
         "entropy": [_known(value) for value in (row.get("entropy") or blank)[: len(ids)]],
-        "marks": [FILTERED * (k == 0) + SELECTED * (s == 1) for k, s in zip(kept, selected, strict=False)][: len(ids)],
+        "marks": [
+            NOT_SAMPLED if there is False else FILTERED * (k == 0) + SELECTED * (s == 1)
+            for k, s, there in zip(kept, selected, sampled, strict=False)
+        ][: len(ids)],
     }
 
 

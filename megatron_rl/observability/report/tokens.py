@@ -20,7 +20,7 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The tokens of one dump. Values that the run did not record are NaN, and such flags are False."""
+    """The sampled tokens of one dump. Values that the run did not record are NaN, and such flags are False."""
 
     step: int
     ids: Array
@@ -39,21 +39,39 @@ class TokenTable:
 
 
 def read_tokens(step: int, path: Path) -> TokenTable:
-    """Reads the tokens of a dump. Raises UserError if the file is not a dump."""
+    """Reads the sampled tokens of a dump. Raises UserError if the file is not a dump."""
     table = read_dump(path)
-    ids = flat(table, "token_ids").astype(np.int64)
-    engine = flat(table, "log_probs").astype(np.float64)
-    actor = flat(table, "actor_log_probs", len(ids)).astype(np.float64)
-    lengths = table.column("token_ids").combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+    sampled, lengths = _sampled(table), _lengths(table)
+
+    def column(name: str) -> Array:
+        return flat(table, name, len(sampled))[sampled]
+
+    engine, actor = column("log_probs").astype(np.float64), column("actor_log_probs").astype(np.float64)
     return TokenTable(
         step=step,
-        ids=ids,
+        ids=column("token_ids").astype(np.int64),
         log_probs=np.where(np.isfinite(actor), actor, engine),
-        entropy=flat(table, "entropy", len(ids)).astype(np.float64),
-        kept=_flags(flat(table, "kept", len(ids))),
-        selected=_flags(flat(table, "selected", len(ids))),
-        advantages=np.repeat(np.asarray(table.column("advantage"), dtype=np.float64), lengths),
+        entropy=column("entropy").astype(np.float64),
+        kept=_flags(column("kept")),
+        selected=_flags(column("selected")),
+        advantages=np.repeat(np.asarray(table.column("advantage"), dtype=np.float64), lengths)[sampled],
     )
+
+
+def read_ids(path: Path) -> Array:
+    """Reads the ids [T] of a dump's sampled tokens. Raises UserError if the file is not a dump."""
+    table = read_dump(path)
+    return flat(table, "token_ids")[_sampled(table)]
+
+
+def _lengths(table: pa.Table) -> Array:
+    return table.column("token_ids").combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+
+
+def _sampled(table: pa.Table) -> Array:
+    """The mask of sampled tokens, response after response. Dumps of earlier versions have none: all were sampled."""
+    mask = flat(table, "sampled_mask", int(_lengths(table).sum()))
+    return np.ones(len(mask), dtype=bool) if mask.dtype != bool else mask
 
 
 def read_candidates(path: Path) -> tuple[Array, Array]:

@@ -142,7 +142,7 @@ def test_the_room_loads_no_deep_learning_library(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from megatron_rl.observability import make_view, report, rollouts, summary
+from megatron_rl.observability import make_view, record, report, summary
 from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.config.observability import ObservabilitySettings
 from megatron_rl.observability.metrics import MetricsLog

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from megatron_rl.errors import UserError
 from megatron_rl.observability.report import token_figures
-from megatron_rl.observability.report.responses import FILTERED, SELECTED, response_groups
+from megatron_rl.observability.report.responses import FILTERED, NOT_SAMPLED, SELECTED, response_groups
 from megatron_rl.observability.report.run_data import read_run
-from megatron_rl.observability.report.tokens import Vocabulary, class_of_tokens, read_tokens
+from megatron_rl.observability.report.tokens import Vocabulary, class_of_tokens, read_ids, read_tokens
 
 CLASSES = {"retry": ["wait"], "filler": ["hmm", "so"]}
 
@@ -120,3 +121,22 @@ def test_a_broken_dump_is_an_error_with_its_name(recorded_run: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"step_000100\.parquet"):
         read_tokens(100, path)
+
+
+def test_tokens_that_were_not_sampled_do_not_count(recorded_run: Path) -> None:
+    """Figures read sampled tokens only; the viewer shows the others, and marks them."""
+    path = recorded_run / "rollouts" / "step_000001.parquet"
+    table = pq.read_table(path)
+    masks = [[place % 3 > 0 for place in range(len(ids))] for ids in table["token_ids"].to_pylist()]
+    place = table.column_names.index("sampled_mask")
+    pq.write_table(table.set_column(place, "sampled_mask", pa.array(masks, pa.list_(pa.bool_()))), path)
+    tokens, rows = read_tokens(1, path), dumped(recorded_run, 1)
+    flat = [(row, i) for row in rows for i in range(len(row["token_ids"])) if i % 3 > 0]
+    assert tokens.ids.tolist() == read_ids(path).tolist() == [row["token_ids"][i] for row, i in flat]
+    assert tokens.selected.tolist() == [row["selected"][i] for row, i in flat]
+    assert tokens.advantages.tolist() == [row["advantage"] for row, _ in flat]
+    for group in response_groups([(1, path)], Vocabulary([recorded_run])):
+        for sample in group["samples"]:
+            assert [mark == NOT_SAMPLED for mark in sample["marks"]] == [
+                i % 3 == 0 for i in range(len(sample["marks"]))
+            ]

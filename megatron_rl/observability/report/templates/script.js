@@ -116,6 +116,11 @@ function element(tag, className, text) {
 
 function tokenNode(sample, index) {
   const [filtered, selected] = [sample.marks[index] & 1, sample.marks[index] & 2];
+  if (sample.marks[index] & 4) {
+    const given = element("span", "token given", sample.texts[index]);
+    given.title = "given to the policy, not sampled";
+    return given;
+  }
   const p = sample.p[index], entropy = sample.entropy[index];
   const node = element("span", `token${selected ? " selected" : ""}${filtered ? " filtered" : ""}`, sample.texts[index]);
   node.style.setProperty("--rare", Math.min(1, -Math.log10(Math.max(p, 1e-4)) / 3).toFixed(3));
