@@ -268,6 +268,7 @@ def step(responses: int, mean: float, folder: Path) -> dict[str, Any]:
         "seconds": seconds,
         "arrays": arrays,
         "sent": actors.sent_bytes,
+        "answers": sum(path.stat().st_size for path in folder.glob("*.pickle")),
         "peak_above_arrays": max(phase["peak"] for phase in meter.phases.values()) - arrays,
         "phases": meter.phases,
     }

@@ -51,7 +51,7 @@ class _ServersOwn:
 
 
 class Evaluation:
-    """One protocol, one model, one folder. If the evaluation is killed, the same command continues after the last batch."""
+    """One protocol, one model, one folder. The same command continues a killed evaluation after its last batch."""
 
     def __init__(self, protocol: ProtocolSettings, source: Source, folder: Path, *, seed: int, batch: int) -> None:
         """`batch`: number of problems that are sampled and kept at once.

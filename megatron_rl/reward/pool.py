@@ -214,7 +214,7 @@ class MemoryLimit:
         resource.setrlimit(resource.RLIMIT_DATA, (self._limit, self._limit))
 
     def worn_out(self) -> bool:
-        """Whether half of the memory that was free after loading is used up, so that the process should be replaced before
+        """Whether half of the memory that was free after loading is used up: the process should then be replaced before
         a sample is blamed."""
         return _writable_bytes() - self._loaded > (self._limit - self._loaded) / 2
 

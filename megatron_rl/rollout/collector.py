@@ -150,7 +150,7 @@ class RolloutCollector:
     # ------------------------------------------------------------------ engines
 
     def _ask(self) -> None:
-        """Submits as many prompts as the step needs. Every draw has its own random numbers, from seed, step and draw."""
+        """Submits as many prompts as the step needs. Seed, step and draw determine the random numbers of each draw."""
         buffer, settings = self.buffer, self.settings
         min_groups = None
         if self._missing > 0:
@@ -195,7 +195,8 @@ class RolloutCollector:
 
     def _take_in(self, requests: Collection[int]) -> None:
         """Grades the complete groups among the answers, and sorts all of them into the buffer or out."""
-        answered = [self.buffer.in_flight.pop(number).answered(self.engines.take(number)) for number in requests]
+        with self.phase("rollout"):
+            answered = [self.buffer.in_flight.pop(number).answered(self.engines.take(number)) for number in requests]
         answered.sort(key=_number)
         complete = [group for group in answered if group.complete]
         with self.phase("reward"):

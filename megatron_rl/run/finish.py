@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CHECKED_PROMPTS = 4
 TOLERANCE = {"float32": (1e-5, 1e-6)}
 """Largest allowed difference of a logit between the actor and its export: absolute, or as a share of the largest logit,
-because rounding errors grow with it; the larger of the two holds. bf16 rounds every layer's output, so it has no limit."""
+because rounding errors grow with it; the larger of the two holds. bf16 has no limit: it rounds every layer's output."""
 
 
 def finish(run: Run) -> None:

@@ -23,7 +23,7 @@ class Recorder:
         self.cost = Cost()
 
     def record(self, step: int, rollouts: Rollouts, batch: TrainingBatch) -> None:
-        """Writes a dump if one is due. Unless every step is to have one, a dump that would cost too much is left out."""
+        """Writes a dump if one is due. A dump that costs too much is left out, unless every step is to have one."""
         settings = self.config.observability
         due = settings.rollouts_every and (step == 1 or step % settings.rollouts_every == 0)
         if not due or not (settings.rollouts_every == 1 or self.cost.affordable):

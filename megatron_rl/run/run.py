@@ -114,7 +114,7 @@ class Run:
 
     def sync_weights(self) -> dict[str, float]:
         """Gives the engines the actor's weights; returns metrics. The first time, and every so often, the checksum of
-        every tensor is compared on both sides. Raises UserError if the engines' log-probs then differ from the actor's."""
+        every tensor is compared on both sides. Raises UserError if the engines' log-probs differ from the actor's."""
         if self.weights is None:
             return {}
         before, every, version = self.weights.version, self.config.weight_sync.verify_every, self.learner.weight_version
