@@ -69,7 +69,8 @@ $(WINDOW)/.stamp: pyproject.toml setup.py constraints-cpu.txt Makefile
 
 # What leans on Megatron: building, steps, checkpoints and conversion, compared over layouts. The rest of the suite does
 # not see which Megatron it is.
-WINDOW_TESTS := tests/unit/actor tests/unit/checkpoint tests/unit/batching tests/unit/plan/test_memory_of_actor.py \
+WINDOW_TESTS := tests/unit/actor tests/unit/checkpoint tests/unit/conversion tests/unit/batching \
+  tests/unit/plan/test_memory_of_actor.py \
   $(addprefix tests/invariance/test_,megatron_matches_hf.py actor_layouts.py checkpoint_layouts.py conversion_layouts.py)
 
 test-megatron-window: window ## the actor's and checkpoints' tests against the newest megatron-core
@@ -124,7 +125,7 @@ lint: setup ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy lpreg megatron_rl
-	$(BIN)/shellcheck .ci/run examples/recipes/*/*.sbatch
+	$(BIN)/shellcheck .ci/run
 	$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the environment and the caches; runs/ stays

@@ -1,17 +1,17 @@
-"""How evenly a step's work is shared out, and how much of it is padding, on responses of real length distributions.
+"""How evenly a step's work is partitioned, and how much of it is padding, for realistic distributions of lengths.
 
     python benchmarks/batching.py [--out benchmarks/results/batching.json]
 
-Response lengths are log-normal, cut off at 8,192 (mean 2,700, spread: the logarithm's standard deviation), prompts
-log-normal around 200; twenty draws of each case, median and worst. The shares are those that the actor makes
-(`partition` with packed rows and its own cost of a row, attention included), for Qwen3-14B.
+Response lengths are log-normal, cut off at 8,192 (mean 2,700; spread: standard deviation of the logarithm). Prompt
+lengths are log-normal around 200. Each case has twenty draws; the table shows the median and the worst. The partition
+is the actor's (`partition` with packed sequences and the actor's cost of a sequence, attention included) for Qwen3-14B.
 
-imbalance: what the dearest replica's rows cost over the mean, less one: the share of its time that an average replica
-waits. It cannot be less than `bound`: no split is better than the mean, nor than the longest row alone.
-padding: of the positions that go through the model, at sequence parallelism 4, those that are nothing.
-in order, side by side: imbalance of rows in the order they came, an equal number to each replica; and padding where
-rows lie side by side, padded to the longest of the micro-batch.
-Machine-independent: nothing is timed.
+imbalance: cost of the most expensive replica over the mean, less one: the time that an average replica waits, relative
+to its own work. It is never less than `bound`, as no partition is better than the mean or the longest sequence alone.
+padding: share of padding among the positions that go through the model, at sequence parallelism 4.
+in order: imbalance with equal numbers of sequences per replica, in the order in which they come.
+side by side: padding of sequences side by side, each padded to the longest of its micro-batch.
+The results do not depend on the machine: nothing but the partition itself is timed.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ LIMIT, MEAN, PROMPT, DRAWS = 8192, 2700.0, 200.0, 20
 SPREADS = (0.6, 1.0)
 BUDGET, MULTIPLE = 16384, 4
 CASES = [(rows, ranks) for rows in (256, 512, 2048) for ranks in (8, 16, 32, 64)]
-"""Responses of an update; the recipes have 2,048 in one update, and 512 in each of four."""
+"""(responses per update, replicas); the recipes have 2,048 responses in one update, or 512 in each of four."""
 IMBALANCE, PADDING = 0.05, 0.03
 
 
 def draw(rows: int, spread: float, seed: int) -> np.ndarray:
-    """[rows], prompt and response."""
-    from megatron_rl.plan.lengths import lengths
+    """Returns [rows], lengths of prompts with their responses."""
+    from megatron_rl.plan.assumptions import lengths
 
     random = np.random.default_rng(seed)
     middle = np.median(lengths(MEAN, spread, LIMIT).values)
@@ -81,7 +81,8 @@ def packed_padding(tokens: np.ndarray, shares: list[MicroBatches]) -> float:
 
 
 def side_by_side(tokens: np.ndarray, parts: list[np.ndarray]) -> float:
-    """Micro-batches of as many rows as the budget holds of the longest possible, each padded to its longest."""
+    """Returns the share of padding in micro-batches of as many sequences as fit into the budget at the largest possible
+    length, each padded to its longest."""
     count, run = max(1, BUDGET // LIMIT), 0
     for part in parts:
         for first in range(0, len(part), count):
@@ -113,7 +114,7 @@ def show(found: list[dict[str, Any]], seconds: float) -> None:
         others = (f"{row[name]:.0%}" for name in ("padding", "imbalance_in_order", "padding_side_by_side"))
         imbalance = f"{row['imbalance']:.1%} ({row['imbalance_worst']:.1%})"
         table.add_row(*of, imbalance, *others, "met" if row["met"] else "missed")
-    Console().print(table, f"sharing out 2,048 rows over 64 replicas takes {seconds * 1e3:.0f} ms")
+    Console().print(table, f"partitioning 2,048 sequences over 64 replicas takes {seconds * 1e3:.0f} ms")
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
-"""What a step costs in counts that no machine changes, against the counts that are kept: a regression check.
+"""Regression check: compares the costs of a step, in counts that do not depend on the machine, with the kept counts.
 
-    python benchmarks/check.py            # fails where something costs more than is kept; under a minute
-    python benchmarks/check.py --keep     # after a change that is meant: look at the table, then commit it
+    python benchmarks/check.py            # fails if a count exceeds the kept one; under a minute
+    python benchmarks/check.py --keep     # after an intended change: check the table, then commit the file
 
-Counted on a Qwen3 of four small layers in one process: operations and calls into torch of a training step, bytes that a
-batch takes on its way to the actor, bytes allocated to hand weights out, bytes that a step at the paper's size holds
-and moves in the driver (`driver.py`), modules that the command line loads to show its help, how unevenly 512 rows go to
-64 replicas, and, on a simulated clock with made-up rates (`scaling_simulator.py`), how long a step takes where rollouts
-are not synchronous. (torch counts no operations in
-attention on a CPU, so fewer than are needed.) Passes through the model are asserted for every method by
-`tests/invariance/test_methods_layouts.py`.
+The counts come from a Qwen3 of four small layers in one process: operations and calls into torch of a training step,
+bytes of a batch that is sent to the actor, bytes that a step at the paper's size holds and moves in the driver
+(`driver.py`), bytes allocated to publish weights, modules that the command line loads to show its help, imbalance of
+512 sequences on 64 replicas, and, on a simulated clock with made-up rates (`scaling_simulator.py`), the time of a step
+if rollouts are not synchronous. (torch counts no operations of attention
+on a CPU, so the count is smaller than the number needed.) `tests/invariance/test_methods_layouts.py` counts the passes
+through the model for every method.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from megatron_rl.config import load_config
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.flops import pass_flops
 from megatron_rl.models.weight_map import publish_hf_weights
 from megatron_rl.parallel.layout import Layout
-from megatron_rl.plan.flops import pass_flops
 
 KEPT = Path(__file__).parent / "results/check.json"
 ROOM = 1.05
-"""Times what is kept: versions of torch differ a little."""
+"""A count may exceed the kept one by this factor, as versions of torch differ a little."""
 ROWS, VOCABULARY = 64, 1000
 PAPER_RESPONSES, PAPER_MEAN = 2048, 4000
 MODEL: dict[str, Any] = {
@@ -70,7 +70,7 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        known = [*args, *(kwargs or {}).values()]  # of which one may be `out`
+        known = [*args, *(kwargs or {}).values()]  # `out` may be one of them
         given = {arg.untyped_storage().data_ptr() for arg in known if isinstance(arg, torch.Tensor)}
         if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
             self.calls += 1
@@ -151,7 +151,7 @@ def counts_of_driver() -> dict[str, float]:
 
 
 def simulated(mode: str) -> float:
-    """Seconds of a step: 64 groups of uneven lengths on eight engines, and training that takes about as long."""
+    """Returns seconds per step: 64 groups of uneven lengths on eight engines, and training that takes about as long."""
     config = load_config(QUICKSTART, [*MODES[mode], "rollout.prompts_per_step=64", "train.steps=1000"])
     rates = Rates(lambda rows, before: 1e-2 + 1e-4 * rows, lambda prefixes: 1e-5 * float(prefixes.sum()), 200.0)
     steps = simulate(config, Fleet(8, rates), log_normal(8), lambda tokens: 5e-5 * tokens, 6)
@@ -170,7 +170,7 @@ def modules_of_help() -> int:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--keep", action="store_true", help="keep what is found now")
+    parser.add_argument("--keep", action="store_true", help="keep the present counts")
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept, found = json.loads(KEPT.read_text()) if KEPT.exists() else {}, count()
@@ -184,7 +184,7 @@ def main() -> None:
     if options.keep:
         KEPT.write_text(json.dumps(found, indent=1) + "\n")
     elif worse or kept.keys() != found.keys():
-        raise SystemExit(f"more than is kept in {KEPT.name}: {', '.join(worse) or 'counts differ in name'}")
+        raise SystemExit(f"more than the kept counts in {KEPT.name}: {', '.join(worse) or 'the names differ'}")
 
 
 if __name__ == "__main__":

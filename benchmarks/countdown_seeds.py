@@ -1,8 +1,9 @@
-"""GRPO beside Lp-Reg on the quickstart, several seeds each, from one warm start: the table of the README.
+"""GRPO and Lp-Reg on the quickstart, several seeds each, from the same warm start: the table of the README.
 
     python benchmarks/countdown_seeds.py [--seeds 3] [--out benchmarks/results/countdown_seeds.json]
 
-Runs that are there already (runs/seeds-<algorithm>-<seed>) are read, not repeated. About 90 s a run on two quiet cores.
+Runs that exist already (runs/seeds-<algorithm>-<seed>) are read, not repeated. A run takes about 90 s on two quiet
+cores.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from megatron_rl.observability.metrics import read_metrics
 CONFIG = "examples/quickstart/countdown.yaml"
 ALGORITHMS = ("grpo", "lp_reg")
 ROWS = "actor.rows=packed"
-"""As the kept runs: with other rounding a run takes another course."""
+"""The setting of the kept runs. With another packing, rounding differs, and so does the course of a run."""
 MEASURES = ("avg@8", "pass@8", "entropy", "p_wait_after_no")
 SUITES = ("held_out", "fresh")
 
 
 def run(algorithm: str, seed: int) -> list[dict[str, Any]]:
-    """The run's metrics, first and last evaluation."""
+    """Returns the metrics of the run's first and last evaluation, after training it if needed."""
     name = f"seeds-{algorithm}-{seed}"
     folder = Path("runs") / name
     if not (folder / "report.html").exists():

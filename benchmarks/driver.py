@@ -179,7 +179,7 @@ def stub_actors(meter: Meter) -> Any:
                 rows = np.arange(rank, len(batch), RANKS)
                 count = int(batch.sampled_lengths[rows].sum())
                 values = {name: np.full(count, -0.25, np.float32) for name in ("log_probs", "entropy", "log_z")}
-                return RankTable(rows, values | {"kept": np.ones(count, bool)})
+                return RankTable(rows, values | {"in_filter": np.ones(count, bool)})
 
     actors.results = list  # type: ignore[attr-defined]  # the answers are there: nothing waits for Ray
     return StubActors()
@@ -212,11 +212,11 @@ def step(responses: int, mean: float, folder: Path) -> dict[str, Any]:
     from megatron_rl.config.passes import passes_of
     from megatron_rl.data.cursor import Cursor
     from megatron_rl.observability.record import record
-    from megatron_rl.observability.step_metrics import policy_metrics, rollout_metrics
     from megatron_rl.reward.grading import Grading
     from megatron_rl.rollout.collector import RolloutCollector
     from megatron_rl.training.batch import training_batch
     from megatron_rl.training.learner import Learner
+    from megatron_rl.training.metrics import policy_metrics, rollout_metrics
     from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
     from megatron_rl.training.selection import select, selection_overlap
     from megatron_rl.training.update import update

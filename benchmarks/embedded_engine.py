@@ -1,12 +1,12 @@
-"""Tokens a second of the embedded engine and of Hugging Face's `generate`, on the quickstart's rollouts.
+"""Tokens per second of the embedded engine and of Hugging Face's `generate`, on the quickstart's rollouts.
 
     python benchmarks/embedded_engine.py MODEL [--out benchmarks/results/embedded_engine.json]
 
 MODEL: the quickstart's policy, `runs/<name>/hf` of a run, or `runs/cache/warm_start-2-*`, which RL starts from.
-16 prompts of its data, 8 responses each, at most 46 tokens, temperature 1, float32, one thread. The two take turns on
-the same prompts, pair after pair; what counts is the ratio within a pair (median, and the quartiles), in process time,
-which other programs disturb least. Tokens are those up to and with each response's end token. `generate` gives no
-log-probs; ours does.
+A call has 16 prompts of the task's data, 8 responses each, at most 46 tokens, temperature 1, float32, one thread. Both
+take turns on the same prompts, pair after pair. The result is the ratio within a pair (median and quartiles) in process
+time, which other programs disturb least. Tokens are counted up to and including each response's end token. The embedded
+engine also returns log-probs; `generate` does not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_rl.types import SamplingParams
 
 PROMPTS, RESPONSES, TOKENS = 16, 8, 46
 PAIRS, WARM_UP = 50, 5
-"""Pairs that are timed, after a few that are not."""
+"""Number of pairs that are timed, after a few that are not."""
 
 
 def ours(engine: TransformersEngine, prompts: list[list[int]], sampling: SamplingParams) -> int:

@@ -1,16 +1,16 @@
-"""What HTTP costs: the same engine asked in this process and as a server, on the quickstart's rollouts.
+"""The cost of HTTP: the same engine called in this process and as a server, on the quickstart's rollouts.
 
     .venv-engines/bin/python benchmarks/http_engine.py MODEL [--out benchmarks/results/http_engine.json]
 
-MODEL: as of benchmarks/embedded_engine.py. The engine is vLLM, in the environment of `make engines`: once as vLLM's own
-`LLM` in this process (its core as a process of its own, as always), once as a server behind our `HttpEngine`, both with
-the server's settings. 16 prompts a call, 8 responses each, at most 46 tokens, log-probs of all. They take turns, pair
-after pair, on the same prompts, which come round with other random numbers; what counts is the ratio of seconds a token
-within a pair: median, and the quartiles. A call takes a tenth of a second, and whatever else wakes up is seen in it: it
-takes this many pairs until the median comes out the same again. The worker of the one whose turn it is not is stopped
-(SIGSTOP): for a second after its last token it would poll for the next, and take a core from the other. Wall time, so
-give it a quiet machine. CPU seconds a token, of all processes, are kept beside it: other programs disturb them less,
-but they count polling.
+MODEL: the same as for benchmarks/embedded_engine.py. The engine is vLLM, in the environment of `make engines`: once as
+vLLM's own `LLM` in this process (with its core in a separate process, as always), once as a server behind `HttpEngine`,
+both with the server's settings. A call has 16 prompts, 8 responses each, at most 46 tokens, with all log-probs. Both
+take turns, pair after pair, on the same prompts, which are repeated with other random numbers. The result is the ratio
+of seconds per token within a pair (median and quartiles). A call takes a tenth of a second, so every other process that
+wakes up shows in it; the median is reproducible only with this many pairs. While one takes its turn, the worker of the
+other is stopped (SIGSTOP): it would poll for a second after its last token and take a core from the first. The time is
+wall time, so use a quiet machine. CPU seconds per token, of all processes, are kept too: other programs disturb them
+less, but they include polling.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.machine import arguments, keep
-from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.data.countdown import write_task
 from megatron_rl.data.rows import read_rows
+from megatron_rl.rollout.engines.interface import EngineLaunch
+from megatron_rl.rollout.engines.vllm.kind import KIND
 from megatron_rl.rollout.servers.http_engine import HttpEngine
-from megatron_rl.rollout.servers.server import ServerLaunch
 from megatron_rl.types import SamplingParams
 
 PROMPTS, RESPONSES, TOKENS, CONTEXT = 16, 8, 46, 64
 PAIRS, WARM_UP = 200, 5
-"""Pairs that are timed, after a few that are not."""
+"""Number of pairs that are timed, after a few that are not."""
 
 
 class Processes:
-    """Those that a contestant has started, and this one."""
+    """The processes that a contestant has started, and this one."""
 
     def __init__(self, before: set[psutil.Process]) -> None:
         self._started = set(psutil.Process().children(recursive=True)) - before
         self._workers = [process for process in self._started if process.name() == "VLLM::Worker"]
         if not self._workers:
-            raise SystemExit("no process VLLM::Worker was started: vLLM names them otherwise now")
+            raise SystemExit("no process VLLM::Worker was started: this vLLM has another name for them")
 
     def stop(self) -> None:
         for worker in self._workers:
@@ -70,7 +70,7 @@ class Processes:
 
 
 class InProcess:
-    """vLLM's own interface."""
+    """vLLM called through its own interface, in this process."""
 
     def __init__(self, model: Path) -> None:
         before = set(psutil.Process().children(recursive=True))
@@ -111,12 +111,12 @@ class InProcess:
 
 
 class Server:
-    """Ours."""
+    """vLLM as a server behind this project's HttpEngine."""
 
     def __init__(self, model: Path, loop: asyncio.AbstractEventLoop) -> None:
         before = set(psutil.Process().children(recursive=True))
         self._loop = loop
-        self._engine = HttpEngine("vllm", ServerSettings(), ServerLaunch(model, "cpu", "float32", 1, CONTEXT))
+        self._engine = HttpEngine(EngineLaunch(KIND, model, "cpu", "float32", CONTEXT))
         loop.run_until_complete(self._engine.start())
         loop.run_until_complete(self._engine.resume())
         self.processes = Processes(before)
@@ -131,7 +131,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a token."""
+    """Cost per token."""
 
     seconds: float
     cpu_seconds: float
@@ -149,7 +149,7 @@ def cost(engine: InProcess | Server, prompts: list[list[int]], sampling: Samplin
 
 
 def measure(model: Path, prompts: list[list[int]], end: int) -> list[tuple[Cost, Cost]]:
-    """(in this process, as a server) of each pair."""
+    """Returns (cost in this process, cost as a server) for each pair."""
     inside, server = InProcess(model), Server(model, asyncio.new_event_loop())
     costs, endless = [], itertools.cycle(prompts)
     inside.processes.stop()
@@ -185,8 +185,8 @@ def main() -> None:
     }
     for name, value in tokens_per_second.items():
         Console().print(f"{name}: {value:,.0f} tokens/s")
-    Console().print(f"seconds a token, server / in this process: {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
-    Console().print(f"CPU seconds a token: {cpu[1]:.3f} (quartiles {cpu[0]:.3f}, {cpu[2]:.3f})")
+    Console().print(f"seconds per token, server / in this process: {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
+    Console().print(f"CPU seconds per token: {cpu[1]:.3f} (quartiles {cpu[0]:.3f}, {cpu[2]:.3f})")
     keep(
         options.out,
         "http_engine",

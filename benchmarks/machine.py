@@ -1,4 +1,4 @@
-"""What a result was measured on, and where it is kept."""
+"""Description of the machine that a result was measured on, and writing of results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """For a results file: processor, memory, versions, commit."""
-    import torch  # late: a driver of benchmarks need not wait for it
+    """Returns processor, memory, versions and commit for a results file."""
+    import torch  # imported late, so that drivers of benchmarks start without it
 
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
 
 
 def keep(out: Path | None, benchmark: str, **found: Any) -> None:
-    """Write what was found, with what it was found on, as JSON; nowhere if not asked."""
+    """Writes the results and a description of the machine as JSON; does nothing if `out` is None."""
     if out is None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def keep(out: Path | None, benchmark: str, **found: Any) -> None:
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """With `--out`, which all benchmarks have."""
+    """Returns a parser with the option `--out`, which all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="where to write the results as JSON")
     return parser

@@ -1,11 +1,11 @@
-"""Maths answers graded a second, through the pool, as a run has them.
+"""Maths answers graded per second by the pool of reward workers, as in a run.
 
     python benchmarks/maths_reward.py [--workers 2] [--out benchmarks/results/maths_reward.json]
 
-Two batches. `as in training`: 512 prompts with 8 responses each, half of them right, wrong answers often the same ones;
-labels mixed as in competition sets (most are integers). `nothing repeats`: the grading corpus's pairs without its
-hostile ones, every pair a first encounter, so that no cache of answers or labels helps. Each is timed after the workers
-have started, three times with fresh workers; the best and the worst are kept.
+There are two batches. `as in training`: 512 prompts with 8 responses each, half of them right, with repeated wrong
+answers; labels are mixed as in competition sets (most are integers). `nothing repeats`: the pairs of the grading corpus
+without the hostile ones, each pair once, so that no cache of answers or labels helps. Each batch is timed after the
+workers have started, three times with fresh workers; the best and the worst are kept.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def nothing_repeats() -> list[Sample]:
 
 
 def processor_time() -> float:
-    """Of the workers so far: what a busy machine disturbs less than the clock."""
+    """Returns the processor time of the workers so far, which a busy machine disturbs less than wall time."""
     return sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children())
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     results = {name: rate(samples, options.workers) for name, samples in batches.items()}
     for name, result in results.items():
         print(name, result)
-    load = os.getloadavg()[0]  # of what else ran meanwhile, these workers included
+    load = os.getloadavg()[0]  # load of all programs meanwhile, these workers included
     kept = {"machine": machine(), "load_average": load, "workers": options.workers, "batches": results}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(kept, indent=1) + "\n")

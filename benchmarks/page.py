@@ -1,4 +1,4 @@
-"""Writes the kept results into docs/benchmarks.md, between its markers.
+"""Writes the kept results into docs/benchmarks.md, between the markers of that page.
 
 python benchmarks/page.py
 """
@@ -34,7 +34,7 @@ def where(found: Found) -> str:
 
 
 def batching(found: Found) -> str:
-    head = ("spread", "rows of an update", "DP", "imbalance, median", "worst", "padding", "in order", "side by side")
+    head = ("spread", "sequences per update", "DP", "imbalance, median", "worst", "padding", "in order", "side by side")
     rows = (
         [
             *(f"{case[name]}" for name in ("spread", "rows", "replicas")),
@@ -69,7 +69,7 @@ def training_step(found: Found) -> str:
             f"- {target['of']} / {target['over']}, processor time: {target['value']:.2f} ({target['target']}: {met})\n"
         )
     run = found["positions"]
-    return text + f"- positions of a step: ours {run['ours']:.0f}, packed {run['packed']:.0f}, TRL {run['TRL']:.0f}\n"
+    return text + f"- positions per step: ours {run['ours']:.0f}, packed {run['packed']:.0f}, TRL {run['TRL']:.0f}\n"
 
 
 def weight_sync(found: Found) -> str:
@@ -108,12 +108,12 @@ def scaling(found: Found) -> str:
 
     picture(found["models"], SCALING)
     modes = ("synchronous", "over-sampled", "partial", "asynchronous")
-    text = f"![seconds of a step against nodes, simulated]({SCALING.name})\n\n"
+    text = f"![seconds per step against the number of nodes, simulated]({SCALING.name})\n\n"
     for model, by_nodes in found["models"].items():
         rows = ([nodes, *(f"{times[name]:.0f}" for name in (*modes, "rest"))] for nodes, times in by_nodes.items())
         text += table((f"{model}, nodes", *modes, "without rollouts"), rows) + "\n"
     if not found["check"]:
-        return text + "(No check against real runs is kept yet: it belongs on a quiet machine.)\n"
+        return text + "(No check against real runs is kept yet: it needs a quiet machine.)\n"
     rows = (
         [
             f"{row['processes']}",
@@ -138,7 +138,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
 def rendered(name: str) -> str:
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        return "(No results are kept yet: they belong on a quiet machine.)\n"
+        return "(No results are kept yet: the benchmark needs a quiet machine.)\n"
     found = json.loads(path.read_text())
     return TABLES[name](found) + where(found)
 

@@ -1,21 +1,22 @@
-"""A step's time against nodes, 1 to 64, for synchronous, over-sampled, partial and asynchronous rollouts: a simulation.
+"""Simulates a step's time on 1 to 64 nodes for synchronous, over-sampled, partial and asynchronous rollouts.
 
     python benchmarks/scaling.py [--check] [--lengths runs/NAME] [--out benchmarks/results/scaling.json]
 
-The paper's recipes for Qwen3-14B and Qwen2.5-32B (2,048 responses a step, up to 8,192 tokens each), half of the H100
-engines', half the actor's, who has a replica more with every node or two; where that does not fit, its optimizer waits
-on the host. What decoding, reading prompts and the rest of a step take is `megatron-rl plan`'s model; what engines are
-asked and when is decided by the product's own code, on a simulated clock (`scaling_simulator.py`). Lengths are
-log-normal, or those that a run of yours has recorded (`--lengths`, after observability.rollouts_every=1).
+The recipes are the paper's for Qwen3-14B and Qwen2.5-32B: 2,048 responses per step, up to 8,192 tokens each. Half of
+the H100s belong to the engines, half to the actor, which has one replica per node or per two nodes; if that does not
+fit, the optimizer state is kept on the host. The times of decoding, prefill and the rest of a step come from the model
+of `megatron-rl plan`. The product's own code decides which requests the engines get and when, on a simulated clock
+(`scaling_simulator.py`). Lengths are log-normal, or those that a run of yours has recorded (`--lengths`, after
+observability.rollouts_every=1).
 
 synchronous     the step waits for its longest response
-over-sampled    a quarter more prompts under way; when enough groups are whole, the others are thrown away
-partial         the same, but the others go on at the next step, for one step at most
-asynchronous    the same, for two steps at most, and engines go on while the actor trains
+over-sampled    a quarter more prompts in flight; once enough groups are complete, the others are dropped
+partial         the same, but the others continue at the next step, for one step at most
+asynchronous    the same, for two steps at most, and engines continue while the actor trains
 
 Nothing here has run on a cluster. `--check` predicts small real runs of one to four engines and replicas on this
-machine, from what was measured with one, and compares (`scaling_check.py`; some minutes, on a quiet machine). The page
-and the picture of docs/benchmarks.md are made from the result by `benchmarks/page.py`.
+machine from measurements with one, and compares (`scaling_check.py`; some minutes, on a quiet machine).
+`benchmarks/page.py` writes the result into docs/benchmarks.md, with a picture.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from benchmarks.machine import arguments, keep
 from benchmarks.scaling_check import MODES, check, recorded_lengths
 from benchmarks.scaling_simulator import Fleet, Lengths, LengthsOf, Rates, simulate
 from megatron_rl.config import load_config
+from megatron_rl.models.flops import body_flops
+from megatron_rl.plan.assumptions import Assumptions, lengths
 from megatron_rl.plan.engines import decoding_seconds, engine_memory
-from megatron_rl.plan.flops import body_flops
-from megatron_rl.plan.hardware import GPUS, Assumptions
-from megatron_rl.plan.lengths import lengths
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.setup import Setup
 from megatron_rl.plan.times import step_seconds
+from megatron_rl.utils.hardware import GPUS
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Recipe:
     file: Path
     model: Path
     nodes_a_replica: int
-    """With as many engines' GPUs."""
+    """Number of nodes per replica of the actor, GPUs of the engines included."""
 
 
 RECIPES = {
@@ -65,7 +66,7 @@ RECIPES = {
 }
 NODES = (1, 2, 4, 8, 16, 32, 64)
 SPREAD, STEPS, SETTLING = 0.6, 8, 3
-"""Of the logarithm of lengths; steps simulated; and the first of them, which are not counted."""
+"""Standard deviation of the logarithm of lengths; number of simulated steps, and of first ones that are not counted."""
 
 
 def log_normal(samples: int) -> LengthsOf:
@@ -79,7 +80,7 @@ def log_normal(samples: int) -> LengthsOf:
 
 
 def assumptions(recorded: LengthsOf | None) -> Assumptions:
-    """With the mean and the spread of recorded lengths."""
+    """Returns the plan's assumptions, with mean and spread of the recorded lengths if there are any."""
     if recorded is None:
         return Assumptions(PROMPT, MEAN, SPREAD)
     some = np.concatenate([recorded(row) for row in range(1000)])
@@ -102,7 +103,7 @@ def rates(setup: Setup) -> Rates:
     flops_rate = engine.tensor_parallel * setup.gpu.flops * assumed.prefill
 
     def decode(together: int, context: float) -> float:
-        turns = max(1.0, together * context / memory.tokens)  # where the cache holds fewer, they take turns
+        turns = max(1.0, together * context / memory.tokens)  # responses take turns if the cache holds fewer
         return turns * decoding_seconds(setup, memory, together / turns, context)
 
     def read(prefixes: np.ndarray) -> float:
@@ -112,7 +113,10 @@ def rates(setup: Setup) -> Rates:
 
 
 def cluster_times(model: str, nodes: int, run: Path | None) -> dict[str, float]:
-    """Seconds of a step by mode, and `rest`: a synchronous one without its rollouts. run: whose lengths to take."""
+    """Returns seconds per step by mode, and `rest`: those of a synchronous step without its rollouts.
+
+    `run`: folder of the run whose recorded lengths are used; None: log-normal lengths.
+    """
     found: dict[str, float] = {}
     recorded = recorded_lengths(run) if run else None
     for mode in MODES:
@@ -132,7 +136,7 @@ Found = dict[str, dict[int, dict[str, float]]]
 
 def show(found: Found, checked: dict[str, Any], console: Console) -> None:
     for model, by_nodes in found.items():
-        title = f"{model}: seconds of a step, simulated"
+        title = f"{model}: seconds per step, simulated"
         table = Table("nodes", *MODES, "without rollouts", title=title, title_justify="left")
         for nodes, times in by_nodes.items():
             table.add_row(str(nodes), *(f"{times[name]:.0f}" for name in (*MODES, "rest")))
@@ -147,8 +151,8 @@ def show(found: Found, checked: dict[str, Any], console: Console) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--check", action="store_true", help="also against small real runs (some minutes)")
-    parser.add_argument("--lengths", type=Path, default=None, help="folder of a run whose recorded lengths to take")
+    parser.add_argument("--check", action="store_true", help="compare with small real runs too (some minutes)")
+    parser.add_argument("--lengths", type=Path, default=None, help="folder of a run whose recorded lengths are used")
     options = parser.parse_args()
     found: Found = {model: {} for model in RECIPES}
     cases = [(model, nodes) for model, recipe in RECIPES.items() for nodes in NODES if nodes >= recipe.nodes_a_replica]

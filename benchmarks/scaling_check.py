@@ -1,13 +1,14 @@
-"""Small real runs beside what the simulator says of them: `megatron-rl train`, one to four engines and replicas.
+"""Compares the simulator with small real runs: `megatron-rl train` with one to four engines and replicas.
 
-The quickstart's warm-started model, sampled at a temperature of 3: its responses are then as uneven as those of a
-reasoning model (the median 20 tokens, one in twenty above 70, the limit 200). Graded by whether their length is even,
-so that all groups teach, with a learning rate of next to nothing, so that lengths stay as they are.
+The runs sample the quickstart's warm-started model at temperature 3, so that lengths are as uneven as those of a
+reasoning model (median 20 tokens, one response in twenty above 70, limit 200). Responses are graded by whether their
+length is even, so that nearly all groups have a signal. The learning rate is next to zero, so that the distribution of
+lengths stays the same.
 
-Measured, with one engine and one replica and synchronous rollouts, at two sizes of a step: seconds of an engine's
-forward and of a row in it, seconds of training and scoring a step and a token; and lengths. Predicted from these alone,
-by the same simulator as the cluster's figures: the steps of every other run. Where processes are more than cores, those
-that are at work share them equally.
+Measurements come from runs with one engine, one replica and synchronous rollouts, at two sizes of a step: seconds of an
+engine's forward and of a sequence in it, seconds of training and scoring per step and per token, and lengths. From
+these alone, the simulator of the cluster's figures predicts the steps of every run. If there are more busy processes
+than cores, they share the cores equally.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from rich.progress import Progress
 
 from benchmarks.scaling_simulator import Fleet, Lengths, LengthsOf, Rates, simulate
 from megatron_rl.config import Config, load_config
-from megatron_rl.observability.rollouts import dumps
-from megatron_rl.plan.times import extra_forwards
+from megatron_rl.config.passes import passes_of
+from megatron_rl.rollout.dump import dumps
 from megatron_rl.types import RewardResult, Sample
 
 KEPT_BACK = ["rollout.over_sampling=1.25", "algorithm.correction.weights=truncated"]
@@ -42,7 +43,8 @@ MODES = {
 QUICKSTART, FOLDER = Path("examples/quickstart/countdown.yaml"), Path("runs/benchmark-scaling")
 PROCESSES, GROUPS, FEW_GROUPS = (1, 2, 4), 16, 4
 STEPS, SETTLING = 9, 2
-"""Of a run; and the first of them, which are not counted. Nor is the last: nothing is asked for after it."""
+"""Steps of a run, and the first ones that are not counted. The last is not counted either, as no prompts are submitted
+after it."""
 SIMULATED_STEPS = 60
 SAME = [
     *("rollout.temperature=3", "rollout.max_response_tokens=200", "actor.tensor_parallel=1", "evaluation.suites={}"),
@@ -62,7 +64,7 @@ def overrides(processes: int, mode: str, groups: int = GROUPS) -> list[str]:
 
 
 def train(name: str, settings: Sequence[str], *, record: bool = False) -> list[dict[str, float]]:
-    """A run of the product; the metrics of its steps, those left out that are not counted."""
+    """Trains a run and returns the metrics of the steps that are counted."""
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,7 @@ def train(name: str, settings: Sequence[str], *, record: bool = False) -> list[d
 
 
 def lengths_by_step(folder: Path) -> dict[int, list[Lengths]]:
-    """Of every group that the run recorded."""
+    """Returns the lengths of the responses of every recorded group, by step."""
     found = {}
     for step, path in dumps(folder / "rollouts"):
         table = pq.read_table(path, columns=["group", "token_ids"])
@@ -89,10 +91,10 @@ def lengths_by_step(folder: Path) -> dict[int, list[Lengths]]:
 
 
 def recorded_lengths(folder: Path) -> LengthsOf:
-    """Draws one of the run's groups."""
+    """Returns a function that draws the lengths of one of the run's groups for each row."""
     groups = [group for step in lengths_by_step(folder).values() for group in step]
     if not groups:
-        raise SystemExit(f"{folder} has no recorded rollouts: make some with observability.rollouts_every=1")
+        raise SystemExit(f"{folder} has no recorded rollouts: record some with observability.rollouts_every=1")
     return lambda row: groups[np.random.default_rng(row).integers(len(groups))]
 
 
@@ -108,7 +110,7 @@ class Line:
 
     @classmethod
     def through(cls, counts: Sequence[float], seconds: Sequence[float]) -> Line:
-        """By least squares; neither part below zero."""
+        """Fits the line by least squares, with neither part below zero."""
         each, fixed = np.polyfit(counts, seconds, 1)
         if fixed < 0:
             return cls(0.0, float(np.sum(seconds) / np.sum(counts)))
@@ -120,28 +122,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a process takes on its own: seconds."""
+    """Seconds that a process takes if it has a core of its own."""
 
     forward: Line
-    """An engine's, of so many rows."""
+    """A forward pass of an engine, by number of sequences."""
     score: Line
-    """A forward of the actor, of so many response tokens."""
+    """A forward pass of the actor, by number of sampled tokens."""
     train: Line
-    """An update, of so many response tokens."""
+    """An update, by number of sampled tokens."""
     other: float
     """Rewards, weight sync and the rest of a step."""
 
     def rest(self, config: Config, tokens: int) -> float:
-        """Seconds of each replica in a step, besides rollouts."""
+        """Returns seconds of each replica in a step without its rollouts."""
         mine = tokens / config.actor.data_parallel
-        return forwards(config) * self.score.at(mine) + self.train.at(mine) + self.other
-
-
-def forwards(config: Config) -> int:
-    """Without gradients, over a step's rows; `plan`'s count."""
-    from types import SimpleNamespace
-
-    return extra_forwards(SimpleNamespace(config=config))  # type: ignore[arg-type]
+        return passes_of(config).forwards * self.score.at(mine) + self.train.at(mine) + self.other
 
 
 def measure(progress: Callable[[], None]) -> tuple[Measured, dict[str, Any]]:
@@ -150,7 +145,7 @@ def measure(progress: Callable[[], None]) -> tuple[Measured, dict[str, Any]]:
         name = f"1-synchronous-{groups}"
         settings = overrides(1, "synchronous", groups)
         steps, lengths = train(name, settings, record=True), lengths_by_step(FOLDER / name)
-        calls = forwards(load_config(QUICKSTART, settings))
+        calls = passes_of(load_config(QUICKSTART, settings)).forwards
         for step in steps:
             length = np.concatenate(lengths[int(step["step"])])
             parts = {part: step[f"perf/{part}_seconds"] for part in ("rollout", "score", "train", "record", "step")}
@@ -167,7 +162,7 @@ def measure(progress: Callable[[], None]) -> tuple[Measured, dict[str, Any]]:
         progress()
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     tokens = columns["tokens"]
-    # A rollout has a forward for each token of its longest response, and each of the others is a row while it lasts.
+    # A rollout has one forward per token of its longest response; every other response is in the batch until it ends.
     per_forward = [t / f for t, f in zip(tokens, columns["forwards"], strict=True)]
     seconds = [s / f for s, f in zip(columns["rollout"], columns["forwards"], strict=True)]
     measured = Measured(
@@ -197,7 +192,7 @@ def predict(measured: Measured, processes: int, mode: str, lengths_of: LengthsOf
 
 
 def check() -> dict[str, Any]:
-    """Every mode with 1, 2 and 4 engines and as many replicas."""
+    """Runs every mode with 1, 2 and 4 engines and as many replicas, and returns measured and predicted times."""
     cores, runs = os.cpu_count() or 1, []
     with Progress() as progress:
         task = progress.add_task("real runs", total=len(PROCESSES) * len(MODES) + 2)

@@ -1,8 +1,8 @@
-"""A run on a clock of its own: the product decides what engines are asked and when, engines and actor only take time.
+"""Simulates a run: the product decides which requests the engines get and when, engines and actor only take time.
 
-`simulate` runs the product's own `RolloutCollector` (`megatron_rl/rollout/collector.py`), step by step: over-sampling,
-partial groups, the bound on staleness and asynchronous rollouts are not written down again here. `Fleet` stands for the
-engines: every response has a length from the start, and each of its tokens takes the seconds that `Rates` give.
+`simulate` calls the product's own rollout code (`megatron_rl/rollout/collector.py`) step by step, so that
+over-sampling, partial rollouts, the bound on staleness and asynchronous rollouts are not implemented again here.
+`Fleet` replaces the engines: the length of every response is known from the start, and `Rates` give the time per token.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from megatron_rl.rollout.collector import RolloutCollector
 from megatron_rl.types import RewardResult
 
 STRIDE = 128
-"""Most tokens decoded at one pace: it falls as contexts grow."""
+"""Largest number of tokens per response that are decoded at one rate; the rate falls as contexts grow."""
 
 Lengths = np.ndarray
-"""[responses of a group], int."""
+"""[n] int, lengths of the responses of a group."""
 LengthsOf = Callable[[int], Lengths]
-"""Of the prompt of a row; always the same ones."""
+"""Row of the data -> lengths of the responses to its prompt, always the same ones."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of an engine."""
+    """Times of an engine, in seconds."""
 
     decode: Callable[[int, float], float]
-    """A decoding step of so many responses, with so many tokens before it on average."""
+    """(number of responses, mean number of tokens before) -> seconds of a decoding step."""
     read: Callable[[np.ndarray], float]
-    """Prefixes of these lengths."""
+    """Lengths of prefixes -> seconds of their prefill."""
     prompt: float
-    """Tokens of a prompt."""
+    """Number of tokens of a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """Stands for a `types.Response`: it has as many tokens, none of them real."""
+    """Stands in for a response of the product, with the same number of tokens but meaningless ids."""
 
     length: int
     done: int
@@ -65,14 +65,14 @@ class Response:
 
 
 class Engine:
-    """Rows of responses, those of a request side by side."""
+    """One simulated engine. Its arrays have one entry per response; those of a request are neighbours."""
 
     def __init__(self) -> None:
         self.length = self.done = self.request = self.version = np.zeros(0, dtype=np.int64)
         self.quota = 0
-        """Whole groups after which an embedded engine stops."""
+        """Number of complete groups after which an embedded engine stops."""
         self.tokens, self.pace, self.reading = 0, 0.0, 0.0
-        """Of the present stride: tokens of each response, seconds of each; and seconds of prefixes before it."""
+        """The present stride: tokens per response, seconds per token, and seconds of prefill before it."""
 
     def add(self, number: int, length: Lengths, done: np.ndarray, version: np.ndarray) -> None:
         self.length, self.done = np.append(self.length, length), np.append(self.done, done)
@@ -89,7 +89,8 @@ class Engine:
         return responses
 
     def plan(self, rates: Rates) -> float:
-        """Seconds to where the next response ends; infinite where none goes on."""
+        """Plans the next stride, which ends at the latest with the first response. Returns its seconds; infinite if no
+        response is running."""
         alive = self.done < self.length
         if not alive.any():
             return np.inf
@@ -99,7 +100,7 @@ class Engine:
         return self.reading + self.tokens * self.pace
 
     def go_on(self, left: float) -> None:
-        """Up to where so many seconds of the stride are left."""
+        """Advances to the point at which so many seconds of the stride are left."""
         if not np.isfinite(left):
             return
         tokens = self.tokens - min(self.tokens, int(np.ceil(left / self.pace - 1e-9)))
@@ -114,7 +115,7 @@ class Engine:
 
 
 class Fleet:
-    """What `Engines` is to the product, and the actor's ranks; `cores`, where all of them share so many."""
+    """Replaces the product's `Engines` and the actor's ranks. `cores`: number of cores that all of them share."""
 
     def __init__(
         self, engines: int, rates: Rates, *, embedded: bool = False, ranks: int = 1, cores: float = np.inf
@@ -122,7 +123,7 @@ class Fleet:
         self.embedded, self.rates, self.ranks, self.cores = embedded, rates, ranks, cores
         self.engines = [Engine() for _ in range(engines)]
         self.left = np.full(engines + 1, np.inf)
-        """Seconds of work until something happens, alone on a core: of each engine, and of the actor."""
+        """[engines + 1], seconds of work on a core of its own until the next event of each engine and of the actor."""
         self.now, self.weight_version = 0.0, 0
         self.answers: dict[int, list[Response]] = {}
         self.submitted = 0
@@ -134,8 +135,11 @@ class Fleet:
         partial: Sequence[Sequence[Response]],
         min_groups: int | None = None,
     ) -> list[int]:
-        """As the product's: round and round to embedded engines, each of which stops at its share; to servers where
-        fewest are. Servers read the prefixes of new requests alone, an embedded engine those of a batch."""
+        """Dispatches requests like the product: to embedded engines in turn, each of which stops at its share of
+        groups, or to the server with the fewest requests.
+
+        A server prefills new requests only; an embedded engine prefills its batch.
+        """
         first, self.submitted, count = self.submitted, self.submitted + len(prompts), len(self.engines)
         for i, engine in enumerate(self.engines):
             self._settle(i)
@@ -150,10 +154,10 @@ class Fleet:
             version = [response.weight_version for response in before] or [self.weight_version] * len(length)
             self.engines[place].add(first + i, length, done, np.array(version))
             rows = (self.rates.prompt + done)[done < length].tolist()
-            prefixes[place] += rows if before or place in gone_on else rows[:1]  # a fresh prompt is read once
+            prefixes[place] += rows if before or place in gone_on else rows[:1]  # one prefill per new prompt
         for i, lengths in enumerate(prefixes):
             if i in gone_on:
-                lengths = [max(lengths)] * len(lengths)  # rows of a batch are padded to the longest
+                lengths = [max(lengths)] * len(lengths)  # a batch is padded to its longest sequence
             if lengths:
                 self.engines[i].reading += self.rates.read(np.array(lengths))
             self._plan(i)
@@ -178,22 +182,23 @@ class Fleet:
             self._plan(i)
 
     def train(self, seconds: float) -> None:
-        """The actor's ranks are at work, beside engines that have something to do; each for so long on its own."""
+        """Keeps the ranks of the actor busy, each for so many seconds on its own core, while engines keep sampling."""
         self.left[-1] = seconds
         while np.isfinite(self.left[-1]):
             self._advance()
 
     def update_weights(self, version: int) -> None:
-        """Servers pause in the middle of their responses; embedded engines end their batches first."""
+        """Gives the engines new weights. Servers pause in the middle of their responses; embedded engines finish their
+        batches first."""
         while self.embedded and np.isfinite(self.left).any():
             self._advance()
         self.weight_version = version
 
     def _advance(self) -> None:
-        """To the next thing that happens. Those at work get equal parts of the cores."""
+        """Advances the clock to the next event. Busy processes share the cores equally."""
         at_work = np.isfinite(self.left)
         if not at_work.any():
-            raise RuntimeError("nobody is at work on what is waited for")
+            raise RuntimeError("no engine is working on the requests that are waited for")
         speed = min(1.0, self.cores / (int(at_work[:-1].sum()) + self.ranks * bool(at_work[-1])))
         i = int(self.left.argmin())
         seconds = float(self.left[i])
@@ -222,7 +227,7 @@ class Fleet:
 
 
 class Prompts:
-    """The lengths of the responses to each row's prompt."""
+    """Stands in for the prompts of the training data: gives the lengths of the responses to each."""
 
     def __init__(self, lengths_of: LengthsOf) -> None:
         self.lengths_of = lengths_of
@@ -243,11 +248,11 @@ class NoGrader:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Seconds, as the driver sees them."""
+    """Times of a step in the driver, in seconds."""
 
     whole: float
     rollout: float
-    """Of it, waiting for engines until the step has its groups."""
+    """Part of it that the driver waits for engines until the step has its groups."""
 
 
 def simulate(
@@ -257,7 +262,10 @@ def simulate(
     rest: Callable[[int], float],
     steps: int,
 ) -> list[Step]:
-    """rest: seconds of each rank besides rollouts, at a step with so many response tokens."""
+    """Returns the times of the simulated steps.
+
+    `rest`: number of sampled tokens of a step -> seconds of each rank without rollouts.
+    """
     cursor, stub = Cursor(2**20, seed=0, shuffle=False), Prompts(lengths_of)
     engines: Any = fleet
     collector = RolloutCollector(

@@ -1,11 +1,11 @@
-"""How long until something is there: help, a plan, and a quickstart run's first step.
+"""Start-up time: of the help, of a plan, and of a quickstart run until its first step.
 
     python benchmarks/start_up.py [--out benchmarks/results/start_up.json]
 
-Wall seconds of whole commands, the best of five, and beside them processor seconds, which a busy machine disturbs less.
-`import of torch and transformers` is what no run can do without. The quickstart's warm start is made first where it is
-not kept (some minutes, once); then the run is started anew and stopped after its first step: from the command to the
-line of that step in metrics.jsonl.
+Measures wall seconds of complete commands, the best of five, and processor seconds, which a busy machine disturbs less.
+Every run needs at least the `import of torch and transformers`. If the quickstart's warm start is not cached, it is
+trained first (some minutes, once). Then the run is started again, for one step: the time from the command to the line
+of that step in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REPEATS, FOLDER = 5, Path("runs/benchmark-start-up")
 
 
 def command_seconds(command: list[str]) -> dict[str, float]:
-    """The best of some, after one that warms the caches."""
+    """Returns the best of `REPEATS` runs, after one that warms the caches."""
     walls, processors = [], []
     for _ in range(REPEATS + 1):
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -52,7 +52,7 @@ def command_seconds(command: list[str]) -> dict[str, float]:
 
 
 def first_step() -> dict[str, float]:
-    """Of the quickstart without evaluation, from the command on; and when each part of the start was over."""
+    """Returns the time until the quickstart's first step is done, without evaluation, and until each earlier moment."""
     train = [*CLI, "train", QUICKSTART, f"run.folder={FOLDER}", "run.name=start-up", "observability.view=plain"]
     train += ["train.steps=1", "train.save_every=0", "evaluation.suites={}", "evaluation.probes={}"]
     shutil.rmtree(FOLDER, ignore_errors=True)

@@ -1,16 +1,16 @@
-"""CPU seconds and peak memory of token statistics, against the other ways to compute them.
+"""CPU seconds and peak memory of token statistics, compared with other implementations.
 
     python benchmarks/token_stats.py                                       # reduced size, a minute or two
     python benchmarks/token_stats.py --tokens 4096 --out benchmarks/results/token_stats_cpu.json
     python benchmarks/token_stats.py --device cuda --tokens 8192 --vocab 151936 --width 5120 --dtype bfloat16
 
-What cannot run here (Liger's kernels without CUDA) is named with the reason.
+Variants that cannot run here (Liger's kernels without CUDA) are listed with the reason.
 
-One process a variant, one thread. The variants of a group take turns, one step each a round, and a ratio is the median
-over rounds of the ratio within the round, so that a busy machine slows both sides. Memory is the high-water mark of one
-step over what stood before it (logits given, weights and so on), in a process that hands freed memory back at once;
-time is taken in one that keeps it, as the allocator of an accelerator does. On CUDA: wall seconds up to a
-synchronisation, and the allocator's peak. Linux only.
+Each variant has one process with one thread. The variants of a group take turns, one step each per round. A ratio is
+the median over rounds of the ratio within a round, so that a busy machine slows both sides. Memory is the peak of one
+step above the memory in use before (given logits, weights and so on), in a process that returns freed memory at once.
+Time is measured in a process that keeps freed memory, as the allocator of an accelerator does. On CUDA: wall seconds up
+to a synchronisation, and the allocator's peak. Linux only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ GROUPS = {
         "4 products alone",
     ],
 }
-# (what, over what, kind, bound): "time" and "memory" are how often smaller, "cost" is how much larger.
+# (variant, other variant, kind, bound). "time" and "memory": the ratio must be at least the bound; "cost": at most.
 TARGETS_AT = {"tokens": 4096, "vocab": 32768, "width": 512, "dtype": "float32", "device": "cpu"}
 TARGETS = [
     ("naive", "ours, Z on 1 %", "time", 5.0),
@@ -75,7 +75,7 @@ def synchronise(device: str) -> None:
 
 
 def start_peak(device: str) -> int:
-    """Bytes in use, from which the high-water mark starts anew."""
+    """Resets the peak of memory, and returns the bytes in use."""
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")
         return status_bytes("VmRSS")
@@ -95,7 +95,7 @@ def peak_bytes(device: str) -> int:
 
 
 def work(variant: str, tokens: int, vocab: int, width: int, dtype: str, device: str) -> None:
-    """One variant: a step for each line on standard input, what it cost as a line of JSON on standard output."""
+    """Runs one variant: a step per line on standard input, its cost as a line of JSON on standard output."""
     import torch
     from token_stats_variants import VARIANTS, Problem
 
@@ -121,7 +121,7 @@ class Worker:
         sizes = [str(getattr(arguments, name)) for name in ("tokens", "vocab", "width", "dtype", "device")]
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", variant, *sizes],
-            # numpy warns of denormals that are flushed to zero, which is wanted.
+            # Denormals are flushed to zero on purpose; numpy would warn.
             env=os.environ | allocator | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::UserWarning"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -171,7 +171,7 @@ def ratio(results: dict[str, Any], over: str, under: str, kind: str) -> float:
 
 
 def judge(results: dict[str, Any], sizes: dict[str, Any]) -> list[dict[str, Any]]:
-    """The ratios; at the sizes that the targets are for, whether they meet them."""
+    """Returns the ratios and, at the sizes that the targets are for, whether they meet the targets."""
     verdicts = []
     for over, under, kind, bound in TARGETS:
         value = ratio(results, over, under, kind)

@@ -1,7 +1,8 @@
-"""The ways to get from logits, or from hidden states and an LM head, to the gradients of an Lp-Reg loss.
+"""Ways to compute the gradients of an Lp-Reg loss from logits, or from hidden states and an LM head.
 
-All compute the same loss, -sum A log p + sum over 1 % of the tokens of KL(q || p), but where their docstrings say
-otherwise. A variant is prepared once, then gives (refill, step): `refill` undoes what `step` overwrote, unmeasured.
+All compute the same loss, -sum A log p + sum over 1 % of the tokens of KL(q || p), unless their docstrings say
+otherwise. A variant is prepared once and returns (refill, step): `refill` restores what `step` overwrote and is not
+measured. Legend: T tokens, V vocabulary, d width.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ MIN_P, MASKED = 0.02, -1e4
 @dataclass(frozen=True)
 class Problem:
     hidden: Tensor
-    """[T, d], leaf."""
+    """[T, d], a leaf."""
     weight: Tensor
-    """[V, d], leaf."""
+    """[V, d], a leaf."""
     targets: Tensor
     advantages: Tensor
     selection: Tensor
-    """1 % of the tokens."""
+    """bool [T], True for 1 % of the tokens."""
 
     @classmethod
     def random(cls, tokens: int, vocab: int, width: int, dtype: torch.dtype, device: str = "cpu") -> Problem:
@@ -51,7 +52,7 @@ class Problem:
 
 
 class _Sink(torch.autograd.Function):
-    """Logits that a model seems to have made: not a leaf, their gradient dropped."""
+    """Makes given logits look like the output of a model: they are no leaf, and their gradient is dropped."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def _on_head(problem: Problem, loss_of: Callable[[], Tensor]) -> Step:
 
 
 def _naive_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of the targets, KL(q || p) with q frozen, entropy: the definitions on whole tensors."""
+    """Returns log p of the targets, KL(q || p) with q frozen, and entropy: the definitions on whole tensors."""
     log_p = torch.log_softmax(logits.float(), -1)
     with torch.no_grad():
         p = torch.softmax(logits.float(), -1)
@@ -127,8 +128,8 @@ def naive_head(problem: Problem) -> Step:
 
 
 def published_passes(problem: Problem) -> Step:
-    """As the published code goes about it: a pass for old log-probs and entropy, one for the min-p proxy, one to train
-    with k3 on the sampled token (spec: 1, 5 and 7 of its departures), so its loss is another."""
+    """The passes of the published code: one for old log-probs and entropy, one for the min-p proxy, and one to train
+    with k3 on the sampled token (spec: 1, 5 and 7 of its departures). So the loss is another one."""
 
     def log_probs_of(logits: Tensor) -> Tensor:
         return torch.log_softmax(logits, -1).gather(1, problem.targets[:, None]).squeeze(1)
@@ -156,7 +157,7 @@ def published_passes(problem: Problem) -> Step:
 
 
 def torch_linear_cross_entropy(problem: Problem) -> Step:
-    """PyTorch's own: cross-entropy alone, without advantages, entropy or filter."""
+    """PyTorch's own fused LM head: cross-entropy alone, without advantages, entropy or filter."""
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
     fused = torch.nn.functional.linear_cross_entropy
     return _on_head(problem, lambda: fused(problem.hidden, problem.weight, problem.targets, options=options))
@@ -173,7 +174,7 @@ def fused_recompute(problem: Problem) -> Step:
 
 
 class _FullLpReg(PolicyLoss):
-    """Problem.loss, token by token, as a method."""
+    """`Problem.loss` as a policy loss of lpreg."""
 
     name = "benchmark"
 
@@ -197,7 +198,7 @@ def fused_in_forward(problem: Problem) -> Step:
 
 
 def products(problem: Problem, count: int) -> Step:
-    """The matrix products alone, on whole matrices: logits (twice in the recompute form), d hidden, d weight."""
+    """The matrix products alone, on whole matrices: logits (twice if they are recomputed), d hidden, d weight."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -213,21 +214,21 @@ def products(problem: Problem, count: int) -> Step:
 
 
 def liger_cross_entropy(problem: Problem) -> Step:
-    """Liger's Triton kernel: cross-entropy alone, gradient over the logits in the forward."""
+    """Liger's Triton kernel: cross-entropy alone; the forward overwrites the logits with their gradient."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return _on_logits(problem, lambda logits: liger_cross_entropy(logits, problem.targets))
 
 
 def liger_fused_linear(problem: Problem) -> Step:
-    """Liger's fused LM head: cross-entropy alone, chunked, gradients in the forward."""
+    """Liger's fused LM head: cross-entropy alone, in chunks; the forward computes the gradients."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return _on_head(problem, lambda: liger_fused_linear_cross_entropy(problem.hidden, problem.weight, problem.targets))
 
 
 def liger_chunked_grpo(problem: Problem) -> Step:
-    """Liger's GRPO loss with the LM head inside (PyTorch, no kernel): no entropy, no filter; rows of 64 tokens."""
+    """Liger's GRPO loss with the LM head (PyTorch, no kernel): no entropy, no filter, sequences of 64 tokens."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, compiled=False)
@@ -238,7 +239,7 @@ def liger_chunked_grpo(problem: Problem) -> Step:
 
 
 def trl_chunked(problem: Problem) -> Step:
-    """TRL's fused LM head: log-probs with gradient and entropy without, by recomputing; no filter."""
+    """TRL's fused LM head, by recomputation: log-probs with gradient, entropy without gradient, no filter."""
     from trl.kernels import ChunkedLogProbFunction
 
     def loss_of() -> Tensor:
@@ -255,12 +256,12 @@ NEEDS = {
     "head, Liger, chunked GRPO": ("liger_kernel", "triton"),
     "head, TRL": ("trl",),
 }
-"""Packages that are not this project's own."""
+"""Packages of other projects that a variant needs."""
 TRITON_ONLY = ("Liger, cross-entropy", "head, Liger, cross-entropy")
 
 
 def why_not(variant: str, device: str) -> str | None:
-    """Why the variant cannot run here; None: it can."""
+    """Returns the reason why the variant cannot run here; None if it can."""
     missing = [package for package in NEEDS.get(variant, ()) if importlib.util.find_spec(package) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"

@@ -1,15 +1,15 @@
-"""A training step of the quickstart on one CPU process, beside TRL's and beside the same algorithm as a plain loop.
+"""A training step of the quickstart on a CPU, compared with TRL's and with the same algorithm as a plain loop.
 
     python benchmarks/training_step.py [--steps 12] [--out benchmarks/results/training_step.json]
 
-The first time, the quickstart is run for 24 steps and recorded (some minutes; its warm start is kept). Then all train
-on the recorded samples from the same weights, one thread each: GRPO's clipped loss as a mean over all tokens, rewards
-less their group's mean, fp32, AdamW. Losses and gradient norms must agree: they take the same steps.
+The first time, the quickstart is run for 24 steps and recorded (some minutes; its warm start is cached). Then all
+contestants train on the recorded samples from the same weights, one thread each: GRPO's clipped loss as a mean over all
+tokens, rewards less their group's mean, fp32, AdamW. All take the same steps, so their gradient norms must agree.
 
-The contestants take turns, a step each a round, so that a busy machine slows all alike. A ratio of wall times is the
-median over rounds of the ratio within the round; one of processor times, of a contestant's processes together, is that
-of their sums: other programs disturb it less. A second table is of whole steps, in which each samples with its own
-generation and grades.
+The contestants take turns, one step each per round, so that a busy machine slows all of them alike. A ratio of wall
+times is the median over rounds of the ratio within a round. A ratio of processor times compares sums over the rounds,
+with all processes of a contestant; other programs disturb it less. A second table shows whole steps, in which each
+contestant also samples with its own generation, and grades.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ TARGETS = [
     ("TRL", "ours", "at least", 3.0),
     ("ours, one process, packed rows", "plain loop", "at most", 1.10),
 ]
-"""Processor time of the first by that of the second."""
+"""Processor time of the first contestant over that of the second."""
 AGREEMENT = 2e-3
-"""Largest relative difference of a gradient norm over the steps: rounding grows as weights drift apart."""
+"""Largest relative difference of gradient norms that is allowed. Rounding errors grow as the weights drift apart."""
 
 Found = dict[str, list[dict[str, Any]]]
 
 
 def record() -> None:
-    """Real samples, of the quickstart's policy."""
+    """Records real samples of the quickstart's policy, unless they exist."""
     if (RECORDING / "hf").is_dir():
         return
     from benchmarks.training_step_contestants import QUICKSTART, QUIET, SAME
@@ -119,14 +119,14 @@ def summary(found: Found) -> dict[str, Any]:
 
 
 def disagreement(found: Found) -> float:
-    """Largest relative difference of any step's gradient norm between contestants."""
+    """Returns the largest relative difference of a step's gradient norm between contestants."""
     norms = [[step["grad_norm"] for step in steps] for steps in found.values()]
     return max(max(step) / min(step) - 1 for step in zip(*norms, strict=True))
 
 
 def positions(recording: Path) -> dict[str, float]:
-    """Mean positions per step: ours and packed leave out sequences without an advantage, ours shares prefixes besides,
-    and TRL pads all of them."""
+    """Returns the mean number of positions per step: of the sequences with an advantage, with shared prefixes once
+    ("ours") and packed; and of all sequences, as TRL pads them."""
     from benchmarks.training_step_contestants import Recorded, batch_of, quickstart
     from megatron_rl.batching.prefix_tree import PrefixTree
 
@@ -155,7 +155,7 @@ def show(title: str, rows: dict[str, Any], console: Console) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=12, help=f"of each, at most {RECORDED_STEPS - WARM_UP}")
+    parser.add_argument("--steps", type=int, default=12, help=f"steps of each, at most {RECORDED_STEPS - WARM_UP}")
     parser.add_argument("--recording", type=Path, default=None, help="folder of a run with rollouts and hf")
     options = parser.parse_args()
     if options.recording is None:
@@ -169,10 +169,10 @@ def main() -> None:
     for title, rows in tables.items():
         show(title, rows, console)
     console.print(f"gradient norms agree to {apart:.1e}", highlight=False)
-    said = f"positions of a step: ours {run['ours']:.0f}, packed {run['packed']:.0f}, TRL {run['TRL']:.0f}"
+    said = f"positions per step: ours {run['ours']:.0f}, packed {run['packed']:.0f}, TRL {run['TRL']:.0f}"
     console.print(said, highlight=False)
     if not apart < AGREEMENT:
-        raise SystemExit(f"the contestants do not take the same steps: gradient norms differ by {apart:.1e}")
+        raise SystemExit(f"the contestants do not take the same steps: their gradient norms differ by {apart:.1e}")
     verdicts = []
     for over, under, sense, bound in TARGETS:
         value = ratio(steps, over, under, "cpu")
@@ -188,7 +188,7 @@ def main() -> None:
 
 def work(contestant: str, recording: Path) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to the log
+    os.dup2(2, 1)  # the output of libraries goes to the log
     import torch
 
     from benchmarks.training_step_contestants import CONTESTANTS, Pace

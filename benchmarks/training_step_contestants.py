@@ -1,7 +1,4 @@
-"""The contestants of `training_step.py`: each takes training steps on the same recorded samples when told to.
-
-Legend: B rows, s positions, C response positions, T response tokens.
-"""
+"""The contestants of `training_step.py`: each takes training steps on the same recorded samples, one per request."""
 
 from __future__ import annotations
 
@@ -32,18 +29,18 @@ from megatron_rl.types import RewardResult
 
 QUICKSTART = Path("examples/quickstart/countdown.yaml")
 SAME = ["algorithm.name=grpo", "algorithm.advantage=dr_grpo", "actor.tensor_parallel=1", "rollout.engines=1"]
-"""What TRL can do too: GRPO's clipped loss over all tokens, rewards less their group's mean; one process trains."""
+"""Settings that TRL supports too: GRPO's clipped loss over all tokens, rewards less their group's mean, one trainer."""
 QUIET = ["evaluation.suites={}", "evaluation.probes={}"]
 
 
 class Pace:
-    """Starts a step when a line comes in, and answers with what the step took."""
+    """Starts a step for each line on standard input, and answers with the time that the step took."""
 
     def __init__(self, answers: TextIO) -> None:
         self.answers = answers
 
     def begin(self) -> None:
-        """Raises EOFError when no more steps are wanted."""
+        """Waits for the next request. Raises EOFError if no more steps are wanted."""
         if not sys.stdin.readline():
             raise EOFError
         self.cpu, self.clock = processor_seconds(), time.perf_counter()
@@ -54,7 +51,7 @@ class Pace:
 
 
 def processor_seconds() -> float:
-    """Of this process and all below it."""
+    """Returns the processor time of this process and all its descendants."""
     me = psutil.Process()
     return sum(sum(process.cpu_times()[:2]) for process in [me, *me.children(recursive=True)])
 
@@ -64,7 +61,7 @@ def quickstart(*overrides: str) -> Config:
 
 
 class Recorded(Replay):
-    """A replay that reads all dumps beforehand, so that reading is no part of a step."""
+    """A replay that is read beforehand, so that reading is not part of a step."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -75,7 +72,7 @@ class Recorded(Replay):
 
 
 def ours(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
-    """The product's own step, driver, Ray and all; `rollouts`: sampled and graded in the step, else as recorded."""
+    """The product's own step, with driver and Ray. `rollouts`: the step samples and grades; else it uses recordings."""
     from megatron_rl.loop import rl_step
     from megatron_rl.run.opening import open_run
 
@@ -106,13 +103,13 @@ def scores_of(results: Sequence[RewardResult]) -> list[float]:
 
 
 def batch_of(config: Config, rollouts: Rollouts) -> tuple[SequenceBatch, int]:
-    """The sequences that act on the gradient, with advantages, and the tokens that the loss is a mean over."""
+    """Returns the sequences with an advantage, and the number of tokens that the loss is a mean over."""
     batch, _ = training_batch(config, rollouts, scores_of)
     return batch.sequences.take(np.flatnonzero(batch.advantages)), batch.sequences.num_sampled_tokens
 
 
 def megatron_alone(pace: Pace, recording: Path, *, rows: str = "auto") -> None:
-    """The actor's rank in this process: what is left of ours without driver and Ray. `rows`: how they lie together."""
+    """One rank of the product's actor in this process, without driver and Ray. `rows`: the packing form."""
     from megatron_rl.actor.passes.policy_loss import LossChoice
     from megatron_rl.actor.worker import MegatronWorker
     from megatron_rl.parallel.layout import Layout
@@ -134,8 +131,8 @@ def megatron_alone(pace: Pace, recording: Path, *, rows: str = "auto") -> None:
 
 
 def plain(pace: Pace, recording: Path) -> None:
-    """The same algorithm in plain torch and transformers, with lpreg's head and loss; rows of similar length side by
-    side."""
+    """The same algorithm in plain torch and transformers, with lpreg's head and loss. Sequences of similar length are
+    padded side by side."""
     from transformers import AutoModelForCausalLM
 
     config, steps = quickstart(), Recorded(recording)
@@ -154,7 +151,7 @@ def plain(pace: Pace, recording: Path) -> None:
             for i, row in enumerate(batch.sequences):
                 ids[i, : len(row)] = torch.from_numpy(row)
                 predicts[i, np.flatnonzero(batch.mask_of(i)) - 1] = True
-            with record_function("forward"):  # padding is on the right, where causal attention sees none of it
+            with record_function("forward"):  # padding is on the right, so causal attention ignores it
                 hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[predicts[:, :-1]]
             with record_function("loss"):
                 stats = lpreg.fused_token_stats(hidden, model.lm_head.weight, torch.from_numpy(batch.targets).long())
@@ -181,7 +178,7 @@ def _walk(pace: Pace, steps: Recorded, step: Callable[[Rollouts], dict[str, floa
 
 
 def trl(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
-    """TRL's own trainer and loss; `rollouts`: its own generation and the task's verifier, else as recorded."""
+    """TRL's own trainer and loss. `rollouts`: with TRL's generation and the task's verifier; else with recordings."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -234,7 +231,7 @@ def trl(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
 def _graded(
     rollouts: bool, seen: dict[str, Any], end: int, completions: Any, completion_ids: Any, label: Any, **_: Any
 ) -> list[float]:
-    """What the task's verifier says, or what was recorded."""
+    """Returns the scores of the task's verifier, or the recorded ones."""
     from megatron_rl.reward.countdown import verify_countdown
     from megatron_rl.types import Prompt, Response, Sample
 

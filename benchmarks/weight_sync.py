@@ -1,17 +1,17 @@
-"""Bytes and seconds of a weight update, by transport and layout, beside the rate of the bare way.
+"""Bytes and seconds of a weight update by transport and layout, compared with plain copies of as many bytes.
 
     python benchmarks/weight_sync.py [--layers 10] [--repeats 5] [--out benchmarks/results/weight_sync.json]
 
-A Qwen3 of 0.5 B parameters with random weights in bf16 (1.04 GB; about 6 GiB of memory), on actor ranks as a run has
-them and one engine, a process each. By folder (in memory that is shared, or on disk) the embedded engine takes the
-files; by broadcast over gloo a receiver copies each tensor into its place, as vLLM's does. Every update is whole: from
-the ranks' shards to the engine's own tensors.
+The model is a Qwen3 of 0.5 B parameters with random weights in bf16 (1.04 GB; about 6 GiB of memory). Actor ranks as in
+a run and one engine have a process each. With a folder (in shared memory or on disk), the embedded engine reads the
+files. With broadcast over gloo, a receiver copies each tensor into its place, as vLLM's does. Every update goes all the
+way from the ranks' shards to the engine's own tensors.
 
-The bare way, after each update, in the same processes: as many bytes, of no meaning and from memory that is ready,
-written to one file there by the first rank and copied from it by the engine, or broadcast in buckets of the same size
-and copied. Under tensor parallelism what the other ranks hold is sent to the first one before, into memory that is
-ready too, in pieces of a large matrix's shard; nothing is put together. The best of each is kept, and the median of
-each update's own share.
+After each update, the same processes make plain copies ("bare"): as many bytes, without meaning and from memory that is
+ready, are written to one file by the first rank and read by the engine, or broadcast in buckets of the same size and
+copied. Under tensor parallelism, the other ranks first send their bytes to the first rank, into memory that is ready
+too, in pieces as large as the shard of a large matrix; nothing is assembled. The results are the best time of each, and
+the median of each update's own share.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from megatron_rl.parallel.layout import Layout
 from megatron_rl.utils.rendezvous import open_port, store_at
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
-from megatron_rl.weight_sync.shared_memory import shared_folder
+from megatron_rl.weight_sync.folder import shared_folder
 from megatron_rl.weight_sync.transport import FolderUpdate, GroupMember
 
 SHAPE: dict[str, Any] = {
@@ -67,15 +67,15 @@ def write_model(folder: Path, layers: int) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-class RequestBatcher:
-    """Processes that begin and end something at once, and tell each other values."""
+class Rendezvous:
+    """A barrier and a store of values for the processes of the benchmark."""
 
     def __init__(self, port: int, size: int) -> None:
         self.store = store_at(HOST, port, MINUTES)
         self.size, self.count = size, 0
 
     def open_port(self, name: str) -> None:
-        """For others who ask for it by name."""
+        """Opens a port that the other processes look up by name."""
         self.store.set(f"port-{name}", str(open_port(HOST)))
 
     def port(self, name: str) -> int:
@@ -88,7 +88,7 @@ class RequestBatcher:
         self.store.wait([f"all-{self.count}"], MINUTES)
 
     def timed(self, work: Callable[[], Any]) -> float:
-        """Seconds until all are done."""
+        """Runs `work` at the same time as the other processes. Returns seconds until all of them are done."""
         self.meet()
         start = time.perf_counter()
         work()
@@ -96,66 +96,66 @@ class RequestBatcher:
         return time.perf_counter() - start
 
 
-def members(together: RequestBatcher, stages: int, rank: int) -> list[GroupMember]:
+def members(rendezvous: Rendezvous, stages: int, rank: int) -> list[GroupMember]:
     names = [f"stage-{i}" for i in range(stages)]
-    return [GroupMember(name, HOST, together.port(name), "gloo", 2, rank, 600.0) for name in names]
+    return [GroupMember(name, HOST, rendezvous.port(name), "gloo", 2, rank, 600.0) for name in names]
 
 
 def act(rank: int, layout: Layout, model: Path, folders: dict[str, Path], port: int, repeats: int) -> None:
-    """A rank of the actor."""
-    together = RequestBatcher(port, layout.world_size + 1)
+    """The process of one rank of the actor."""
+    rendezvous = Rendezvous(port, layout.world_size + 1)
     worker = MegatronWorker(ActorSettings(device="cpu", dtype="bfloat16"), layout, rank)
     if rank == 0:
-        together.open_port("actor")
-        together.open_port("bare")
-    worker.start(HOST, together.port("actor"), model)
+        rendezvous.open_port("actor")
+        rendezvous.open_port("bare")
+    worker.start(HOST, rendezvous.port("actor"), model)
     if worker.publishes():
-        together.open_port(f"stage-{process_groups.pp_rank()}")
+        rendezvous.open_port(f"stage-{process_groups.pp_rank()}")
     worker.load_hf(model)
     specs = worker.weight_specs()
-    together.store.set(f"specs-{rank}", json.dumps([(s.name, s.dtype, s.shape) for s in specs or []]))
-    bare = BareActor(together, layout, rank)
+    rendezvous.store.set(f"specs-{rank}", json.dumps([(s.name, s.dtype, s.shape) for s in specs or []]))
+    bare = BareActor(rendezvous, layout, rank)
     for transport in TRANSPORTS:
         for version in range(repeats):
             if version == 0:
-                together.meet()
+                rendezvous.meet()
                 stages, folder = layout.pipeline, folders[transport]
                 worker.connect_weights(
-                    members(together, stages, 0) if transport == "gloo" else [folder] * stages, BUCKET
+                    members(rendezvous, stages, 0) if transport == "gloo" else [folder] * stages, BUCKET
                 )
             found: list[Any] = []
-            together.timed(lambda v=version, f=found: f.append(worker.push_weights(v, 0)))
+            rendezvous.timed(lambda v=version, f=found: f.append(worker.push_weights(v, 0)))
             parts = [str(part) for part in found[0].parts] if found[0] else []
-            together.store.set(f"parts-{transport}-{version}-{rank}", json.dumps(parts))
-            together.timed(lambda: None)
-            together.timed(lambda t=transport: bare.push(None if t == "gloo" else folders[t] / "bare"))
-            together.timed(lambda: None)
+            rendezvous.store.set(f"parts-{transport}-{version}-{rank}", json.dumps(parts))
+            rendezvous.timed(lambda: None)
+            rendezvous.timed(lambda t=transport: bare.push(None if t == "gloo" else folders[t] / "bare"))
+            rendezvous.timed(lambda: None)
         worker.disconnect_weights()
-    together.meet()
+    rendezvous.meet()
     worker.close()
 
 
-def bare_group(together: RequestBatcher, rank: int) -> dist.ProcessGroup:
-    return process_group.join(GroupMember("bare", HOST, together.port("bare"), "gloo", 2, rank, 600.0))
+def bare_group(rendezvous: Rendezvous, rank: int) -> dist.ProcessGroup:
+    return process_group.join(GroupMember("bare", HOST, rendezvous.port("bare"), "gloo", 2, rank, 600.0))
 
 
 def portions(total: int, largest: int) -> Iterator[int]:
-    """`total` in parts."""
+    """Yields the sizes of the parts of `total`, each at most `largest`."""
     for start in range(0, total, largest):
         yield min(largest, total - start)
 
 
 class BareActor:
-    """A rank's part of the bare way: the first tensor-parallel ranks send theirs to rank 0, which hands out all."""
+    """A rank's part of the plain copies: the first tensor-parallel group sends its bytes to rank 0, which sends all."""
 
-    def __init__(self, together: RequestBatcher, layout: Layout, rank: int) -> None:
-        self.rank, self.total, self.peers = rank, int(together.store.get("total")), layout.tensor
-        self.group = None if rank else bare_group(together, 0)
+    def __init__(self, rendezvous: Rendezvous, layout: Layout, rank: int) -> None:
+        self.rank, self.total, self.peers = rank, int(rendezvous.store.get("total")), layout.tensor
+        self.group = None if rank else bare_group(rendezvous, 0)
         self.piece = 2 * SHAPE["hidden_size"] * SHAPE["intermediate_size"] // layout.tensor
         self.memory = torch.zeros(self.piece if rank else BUCKET, dtype=torch.uint8)
 
     def push(self, path: Path | None) -> None:
-        """To a file, which replaces the last one, or by broadcast."""
+        """Sends the bytes by broadcast, or through a new file at `path`, which replaces the last one."""
         self._collect()
         if self.rank:
             return
@@ -180,43 +180,43 @@ class BareActor:
 
 
 def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, repeats: int, answer: Any) -> None:
-    """The receiving process; puts seconds of each transport and of its bare way."""
+    """The process of the engine. Puts seconds of each transport, and of its plain copies, into `answer`."""
     from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 
-    together = RequestBatcher(port, layout.world_size + 1)
+    rendezvous = Rendezvous(port, layout.world_size + 1)
     own = TransformersEngine(model, "cpu", "bfloat16")
     held, buffer = own.model.state_dict(), torch.zeros(BUCKET, dtype=torch.uint8)
     stages = layout.world_size // layout.pipeline
     first = [stage * stages for stage in range(layout.pipeline)]
-    specs = [[TensorSpec(n, d, tuple(s)) for n, d, s in json.loads(together.store.get(f"specs-{r}"))] for r in first]
+    specs = [[TensorSpec(n, d, tuple(s)) for n, d, s in json.loads(rendezvous.store.get(f"specs-{r}"))] for r in first]
     total = sum(spec.nbytes for part in specs for spec in part)
-    together.store.set("total", str(total))
-    bare_members, place = bare_group(together, 1), torch.ones(total, dtype=torch.uint8)
+    rendezvous.store.set("total", str(total))
+    bare_members, place = bare_group(rendezvous, 1), torch.ones(total, dtype=torch.uint8)
     seconds: dict[str, list[float]] = {}
     bare: dict[str, list[float]] = {}
     for transport in TRANSPORTS:
         groups: list[Any] = []
         for version in range(repeats):
             if version == 0:
-                together.meet()
+                rendezvous.meet()
                 if transport == "gloo":
-                    groups = [process_group.join(member) for member in members(together, layout.pipeline, 1)]
-            push = together.timed(lambda g=groups: receive(g, specs, held, buffer))
+                    groups = [process_group.join(member) for member in members(rendezvous, layout.pipeline, 1)]
+            push = rendezvous.timed(lambda g=groups: receive(g, specs, held, buffer))
             names = [f"parts-{transport}-{version}-{rank}" for rank in first]
-            parts = tuple(Path(part) for name in names for part in json.loads(together.store.get(name)))
-            take = together.timed(lambda v=version, p=parts: own.update_weights(FolderUpdate(v, p)) if p else None)
+            parts = tuple(Path(part) for name in names for part in json.loads(rendezvous.store.get(name)))
+            take = rendezvous.timed(lambda v=version, p=parts: own.update_weights(FolderUpdate(v, p)) if p else None)
             seconds.setdefault(transport, []).append(push + take)
             seconds.setdefault(f"{transport}, push", []).append(push)
             if transport == "gloo":
-                bare_push = together.timed(lambda: bare_receive(bare_members, buffer, place))
-                bare_take = together.timed(lambda: None)
+                bare_push = rendezvous.timed(lambda: bare_receive(bare_members, buffer, place))
+                bare_take = rendezvous.timed(lambda: None)
             else:
-                bare_push = together.timed(lambda: None)
-                bare_take = together.timed(lambda t=transport: bare_read(folders[t] / "bare", place))
+                bare_push = rendezvous.timed(lambda: None)
+                bare_take = rendezvous.timed(lambda t=transport: bare_read(folders[t] / "bare", place))
             bare.setdefault(transport, []).append(bare_push + bare_take)
         for group in groups:
             process_group.leave(group)
-    together.meet()
+    rendezvous.meet()
     answer.put(
         {
             "bytes": total,
@@ -252,7 +252,7 @@ def bare_read(path: Path, place: torch.Tensor) -> None:
 
 
 def measure(layout: Layout, model: Path, repeats: int) -> dict[str, Any]:
-    """Of one layout."""
+    """Returns the times of one layout."""
     memory, disk = shared_folder(), Path(tempfile.mkdtemp(prefix="weights-", dir=Path("runs")))
     folders = {"shared memory": memory / "weights", "disk": disk / "weights", "gloo": disk}
     context = mp.get_context("spawn")
@@ -279,8 +279,8 @@ def measure(layout: Layout, model: Path, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--layers", type=int, default=10, help="of the model, 0.1 GB each")
-    parser.add_argument("--repeats", type=int, default=5, help="updates by each transport")
+    parser.add_argument("--layers", type=int, default=10, help="layers of the model, 0.1 GB each")
+    parser.add_argument("--repeats", type=int, default=5, help="updates per transport")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,23 +1,26 @@
 """Importance correction between the engine that sampled and the actor that trains, which never agree to the last bit.
 
 With w = p_actor / p_rollout of the sampled token, both of the policy that generated the batch, weights multiply the
-advantages: a weight is never negative, so no clip changes sides. A method's own term (Lp-Reg's KL, an entropy bonus) is
-not weighted, but Lp-Reg leaves alone a token whose weighted advantage is 0.
+advantages: a weight is never negative, so the sign of an advantage does not change. A method's own term (Lp-Reg's KL,
+an entropy bonus) is not weighted, but Lp-Reg does not regularise a token whose weighted advantage is 0.
 
-Legend: T tokens; whole responses, never a part of one, wherever sequence_ids is read.
+Legend: T tokens. Functions that take sequence_ids need complete responses.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from lpreg._torch import torch
 from lpreg.aggregation import mean_of_sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def truncated_weights(actor_log_probs: Tensor, rollout_log_probs: Tensor, *, high: float = 2.0) -> Tensor:
-    """[T] min(w, high), detached: truncated importance sampling, TIS (Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training"). high: above 0.
+    """Returns min(w, high) [T], detached: truncated importance sampling, TIS (Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training"). high: above 0.
 
     Raises:
         ValueError: shapes that differ, a NaN, a bound out of range.
@@ -29,8 +32,8 @@ def truncated_weights(actor_log_probs: Tensor, rollout_log_probs: Tensor, *, hig
 def masked_weights(
     actor_log_probs: Tensor, rollout_log_probs: Tensor, *, low: float = 0.5, high: float = 2.0
 ) -> Tensor:
-    """[T] w where low <= w <= high, else 0, detached: masked importance sampling, MIS (IcePop, arXiv 2510.18855).
-    A token of weight 0 still counts in a token-mean.
+    """Returns w [T] where low <= w <= high, otherwise 0, detached: masked importance sampling, MIS (IcePop, arXiv
+    2510.18855). A token with weight 0 still counts in a token-mean.
 
     Raises:
         ValueError: shapes that differ, a NaN, bounds out of order.
@@ -49,12 +52,12 @@ def accepted_sequences(
     high: float = 1.01,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """[T] bool, tokens of responses whose geometric mean of w lies in [low, high]; reject the others as a whole.
+    """Returns [T] bool, tokens of responses whose geometric mean of w lies in [low, high]; reject the other responses.
 
-    Multiply the advantages by it, or take it into LossInputs.mask.
+    Multiply the advantages by the result, or combine it with LossInputs.mask.
 
     Args:
-        sequence_ids: [T] integers, which response a token belongs to.
+        sequence_ids: [T] integers, the response that each token belongs to.
         mask: [T] bool, tokens that count. None: all.
 
     Raises:

@@ -11,7 +11,6 @@ import time
 from rich.console import Console
 
 from megatron_rl.config import Config
-from megatron_rl.observability.step_metrics import policy_metrics, rollout_metrics
 from megatron_rl.observability.summary import print_summary
 from megatron_rl.run.evaluate import evaluate
 from megatron_rl.run.finish import finish
@@ -20,6 +19,7 @@ from megatron_rl.run.opening import open_run
 from megatron_rl.run.outage import checkpoint_on_outage
 from megatron_rl.run.run import Run
 from megatron_rl.training.batch import TrainingBatch, training_batch
+from megatron_rl.training.metrics import policy_metrics, rollout_metrics
 from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select, selection_overlap
 from megatron_rl.training.update import update

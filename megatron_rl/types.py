@@ -152,9 +152,6 @@ class Response:
         )
 
 
-Generation = Response  # TODO remove after the engines are merged
-
-
 @dataclass(frozen=True, slots=True)
 class RewardResult:
     """A verifier's verdict on one sample."""

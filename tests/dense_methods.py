@@ -1,4 +1,4 @@
-"""Every method restated the plain way, token by token on dense logits with autograd: what lpreg must agree with."""
+"""Plain restatements of every method, token by token on dense logits with autograd, that lpreg must agree with."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 from lpreg import PolicyLoss, make_loss
 
 Definition = Callable[["Batch", bool], Tensor]
-"""(batch, on-policy) -> the loss, a mean over all of it. On-policy the current policy generated the batch."""
+"""(batch, on-policy) -> the loss, a mean over the whole batch. On-policy: the current policy generated the batch."""
 
 
 @dataclass
 class Batch:
     logits: Tensor
     old_logits: Tensor
-    """Of the policy that generated the batch."""
+    """Logits of the policy that generated the batch."""
     lagged_logits: Tensor
-    """Of a third policy."""
+    """Logits of a third policy."""
     targets: Tensor
     advantages: Tensor
     mask: Tensor
     sequence_ids: Tensor
     update: Tensor
-    """Tokens of the update whose loss this is; they are ranked among all that count."""
+    """Tokens of the update whose loss is computed; they are ranked among all tokens that count."""
 
     def log_p(self) -> Tensor:
-        """[T, V], with the gradient."""
+        """Log-probs [T, V], with the gradient."""
         return torch.log_softmax(self.logits, -1)
 
     def of_targets(self, rows: Tensor) -> list[Tensor]:
@@ -38,7 +38,7 @@ class Batch:
 
 
 def old_values(data: Batch, on_policy: bool) -> tuple[list[float], list[float]]:
-    """log-prob and entropy of each token under the policy that generated the batch."""
+    """Returns log-prob and entropy of each token under the policy that generated the batch."""
     log_p = torch.log_softmax(data.logits.detach() if on_policy else data.old_logits, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     return [float(x) for x in data.of_targets(log_p)], entropy.tolist()
@@ -107,7 +107,7 @@ def dual(data: Batch, on_policy: bool) -> Tensor:
 
 
 def gspo(data: Batch, on_policy: bool) -> Tensor:
-    """The sequence form, not the token form: equal where the advantage is one for a response."""
+    """The sequence form, which equals the token form if all tokens of a response have the same advantage."""
     old, _ = old_values(data, on_policy)
     new, a = data.of_targets(data.log_p()), data.advantages.tolist()
 
@@ -130,7 +130,7 @@ def covariances(data: Batch, on_policy: bool) -> dict[int, float]:
 
 
 def top(scores: dict[int, float], share: float) -> set[int]:
-    """The highest share of the scores, at least one, with ties (to rounding)."""
+    """Returns the tokens with the highest share of the scores, at least one, including ties up to rounding."""
     count = max(1, int(share * len(scores)))
     cut = sorted(scores.values(), reverse=True)[count - 1]
     return {t for t, score in scores.items() if score >= cut - 1e-12}
@@ -143,7 +143,7 @@ def kl_cov(data: Batch, on_policy: bool) -> Tensor:
 
 
 def clip_cov(data: Batch, on_policy: bool) -> Tensor:
-    """A share of 1 draws every token of the range, so that chance plays no part."""
+    """With a share of 1 every token of the range is drawn, so that nothing is random."""
     r, a = ratios(data, on_policy), data.advantages.tolist()
     inside = {t for t, value in covariances(data, on_policy).items() if 0.1 < value < 1}
     return token_mean(data, lambda t: 0 * r[t] if t in inside else ppo(r[t], a[t], 0.9, 0.5))

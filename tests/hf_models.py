@@ -1,4 +1,4 @@
-"""Hugging Face models small enough to check token by token: one maker for every test that needs one."""
+"""Builds the Hugging Face models that the tests use, small enough to check token by token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPE: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "tie_word_embeddings": False,
 }
-PARTICULAR: dict[str, dict[str, Any]] = {
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "qwen3_moe": {
         "head_dim": 8,
@@ -35,20 +35,22 @@ PARTICULAR: dict[str, dict[str, Any]] = {
 
 
 def hf_config(model_type: str = "qwen3", **changes: Any) -> PretrainedConfig:
-    """Tiny, but for what `changes` says."""
-    return AutoConfig.for_model(model_type, **(SHAPE | PARTICULAR.get(model_type, {}) | changes))
+    """Returns the config of a tiny model, with `changes` applied."""
+    return AutoConfig.for_model(model_type, **(SHAPE | FAMILY_SETTINGS.get(model_type, {}) | changes))
 
 
 def config_json(model_type: str = "qwen3", **changes: Any) -> dict[str, Any]:
-    """What the model's config.json holds."""
+    """Returns the content of the model's config.json."""
     config = hf_config(model_type, **changes)
     with torch.device("meta"):
         return config.to_dict() | {"architectures": [type(AutoModelForCausalLM.from_config(config)).__name__]}
 
 
 def hf_model(model_type: str = "qwen3", *, seed: int = 0, noise: float = 0.0, **changes: Any) -> PreTrainedModel:
-    """In fp32, with weights of its seed. `noise` is added to all of them: norms of one and biases of nought would hide
-    mistakes."""
+    """Returns a model in fp32 with weights drawn from `seed`.
+
+    `noise` is the scale of noise added to all weights: norm weights of one and biases of zero would hide mistakes.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(hf_config(model_type, **changes))
     with torch.no_grad():
@@ -58,6 +60,6 @@ def hf_model(model_type: str = "qwen3", *, seed: int = 0, noise: float = 0.0, **
 
 
 def write_hf_model(folder: Path, model_type: str = "qwen3", **settings: Any) -> Path:
-    """`hf_model` as a folder."""
+    """Writes `hf_model` to a folder. Returns the folder."""
     hf_model(model_type, **settings).save_pretrained(folder)
     return folder

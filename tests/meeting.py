@@ -1,4 +1,7 @@
-"""How a test's ranks find each other, without a port that someone else may take meanwhile."""
+"""Lets the ranks of a test find each other and exchange results.
+
+Rank 0 opens a port itself; a port that is only found to be free could be taken by another process.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +24,7 @@ HOST = "127.0.0.1"
 
 @contextmanager
 def only_rank() -> Iterator[None]:
-    """This process is the only rank."""
+    """Makes this process the only rank."""
     platform.prepare("cpu")
     process_groups.init_process_groups(Layout(), rank=0, store=dist.HashStore(), device=torch.device("cpu"))
     yield
@@ -28,10 +32,17 @@ def only_rank() -> Iterator[None]:
 
 
 def meeting_point(worker: MegatronWorker, file: Path) -> tuple[str, int]:
-    """Where all ranks `start`; rank 0 says in the file what port it opened. A file serves one meeting."""
+    """Returns the host and port for `start` on all ranks. Rank 0 writes its open port to `file`, which is used once."""
     if worker.rank == 0:
         file.with_suffix(".new").write_text(str(worker.open_port(HOST)))
         file.with_suffix(".new").rename(file)
     while not file.exists():
         time.sleep(0.01)
     return HOST, int(file.read_text())
+
+
+def gathered(part: Any) -> list[Any]:
+    """Returns the parts of all ranks, on every rank, without the ranks whose part is None."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return [part for part in parts if part is not None]

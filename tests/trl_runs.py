@@ -1,4 +1,4 @@
-"""Short runs of lpreg's trainer for TRL on a tiny fp64 model, recording all that a plain re-statement needs."""
+"""Short runs of lpreg's trainer for TRL on a tiny fp64 model, which record all that a plain restatement needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tests.hf_models import hf_model
 
 PROMPTS = ["1 2 3 > 6 :", "7 > 7 :", "4 4 > 8 :", "9 8 7 > 24 : wait", "3 5 > 15 :", "2 2 2 > 8 :"]
 EQUALLY_LONG = [f"{x} {x + 1} {x + 2} > {2 * x} :" for x in range(1, 7)]
-"""For runs that pad differently: transformers rotates in fp32, where a shift of positions shows."""
+"""Prompts of one length, for runs that would pad differently: transformers computes rotary embeddings in fp32, where a
+shift of positions shows."""
 GENERATIONS, VOCAB, LONGEST = 4, 50, 7
 CPU: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
 
@@ -32,10 +33,10 @@ Weights = dict[str, Tensor]
 
 @dataclass
 class Update:
-    """What one optimizer step saw on this rank."""
+    """The data of one optimizer step on this rank."""
 
     weights: Weights
-    """When it began."""
+    """Weights at the start of the step."""
     micro_batches: list[dict[str, Any]] = field(default_factory=list)
     gradient: Weights = field(default_factory=dict)
 
@@ -75,7 +76,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def respond(prompts: list[str], trainer: Recorded) -> dict[str, Any]:
-    """The same responses for the same places of a generation whatever the layout; a tenth of each not the model's."""
+    """Returns the same responses for the same places of a generation whatever the layout; a tenth of the tokens of each
+    response are not written by the model."""
     trainer.recorder.generated_by.append(weights_of(trainer.model))
     first = trainer.accelerator.process_index * len(prompts)
     generation = len(trainer.recorder.generated_by)
@@ -108,7 +110,7 @@ def run(
     reward: Any = reward,
     **settings: Any,
 ) -> Recorder:
-    """Train the tiny model, or the given one, with 12 rows an update unless the settings say otherwise."""
+    """Trains the tiny model, or the given one, with 12 rows per update unless the settings say otherwise."""
     recorder = Recorder()
     refresh = {"proxy_refresh_steps": settings.pop("proxy_refresh_steps", 2)}
     config = {

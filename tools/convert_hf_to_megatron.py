@@ -1,8 +1,8 @@
-"""A Hugging Face folder to Megatron's distributed checkpoint (torch_dist).
+"""Converts a Hugging Face folder to Megatron's distributed checkpoint (torch_dist).
 
     python tools/convert_hf_to_megatron.py HF_FOLDER OUT
 
-The same as `megatron-rl convert HF OUT --format torch_dist`; its options are taken too.
+The same as `megatron-rl convert HF_FOLDER OUT --format torch_dist`, with the same options.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""A run's checkpoint or a Megatron one to a Hugging Face folder.
+"""Converts a run's checkpoint, or one of Megatron, to a Hugging Face folder.
 
     python tools/convert_megatron_to_hf.py CHECKPOINT OUT
 
-The same as `megatron-rl convert CHECKPOINT OUT --format hf`; its options are taken too.
+The same as `megatron-rl convert CHECKPOINT OUT --format hf`, with the same options.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""lpreg in other people's trainers. Each module imports the library it is named after; nothing else here does."""
+"""lpreg in other trainers. Only the modules of a library's name import that library."""

@@ -1,13 +1,13 @@
-"""From TRL's batches to the inputs of a policy loss.
+"""The inputs of a policy loss from TRL's batches.
 
 A batch is a dict of tensors. TRL gives, for B rows and C response positions padded on the right: completion_ids [B, C],
 completion_mask [B, C], tool_mask [B, C] (0 where a tool wrote the token), advantages [B] or [B, C], and with vLLM
-importance_sampling_ratio [B, 1] or [B, C]. To a whole generation are added what the policy that generated it says of
-each token (old_log_probs, old_entropy, old_log_z, old_kept), the selection and proxy_log_probs of another policy, all
-[B, C], and that policy's proxy as a store for each row. TRL shuffles the rows then and cuts micro-batches, to which
-comes, update by update, the denominator.
+importance_sampling_ratio [B, 1] or [B, C]. lpreg's trainer adds to a generation the statistics of the policy that
+generated it (old_log_probs, old_entropy, old_log_z, old_in_filter), the selection and proxy_log_probs of another
+policy, all [B, C], and that policy's proxy as one store per row. TRL then shuffles the rows and splits them into
+micro-batches, which get the denominator update by update.
 
-T tokens carry loss; flat tensors [T] go row after row.
+Legend: T tokens carry loss; flat tensors [T] hold them row after row.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from lpreg import LossInputs, PolicyLoss, apply_rule
 
 Batch = dict[str, Any]
 MAX_COLUMNS = 2**24
-"""More than any response has tokens."""
+"""An upper bound on the tokens of a response."""
 
 
 def loss_mask(batch: Batch) -> Tensor:
-    """[B, C] bool, the T tokens that carry loss."""
+    """Returns [B, C] bool, the T tokens that carry loss."""
     mask: Tensor = batch["completion_mask"].bool()
     return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
 
 
 def advantages(batch: Batch, mask: Tensor) -> Tensor:
-    """[T], as TRL made them."""
+    """Returns TRL's advantages as [T]."""
     values: Tensor = batch["advantages"]
     return (values if values.dim() == 2 else values[:, None]).expand(mask.shape)[mask]
 
 
 def select(loss: PolicyLoss, generation: Batch, *, seed: int, group: dist.ProcessGroup | None) -> dict[str, float]:
-    """Marks the tokens that the method ranks highest (or lowest, or draws) of the generation, over all ranks. Returns
-    where the ranking was cut.
+    """Marks the tokens of the generation that the method's rule selects, over all ranks. Returns metrics of the
+    threshold.
 
-    seed: for rules that draw at random; another one for every generation, the same on every rank.
+    seed: for rules that draw at random; different for every generation, the same on every rank.
     """
     rule = loss.selection
     if rule is None:
         return {}
     mask = loss_mask(generation)
-    # A token's place in the whole generation, however its rows lie over ranks (equally many on each).
+    # A token's place in the whole generation; every rank has the same number of rows.
     first = 0 if group is None else dist.get_rank(group) * len(mask)
     rows = torch.arange(first, first + len(mask), device=mask.device)
     places = rows[:, None] * MAX_COLUMNS + torch.arange(mask.shape[1], device=mask.device)
@@ -71,7 +71,7 @@ def select(loss: PolicyLoss, generation: Batch, *, seed: int, group: dist.Proces
 
 
 def set_denominator(loss: PolicyLoss, micro_batches: Sequence[Batch], group: dist.ProcessGroup | None) -> None:
-    """Tells the micro-batches of an update what its loss is a mean over: counted over all of them, on all ranks."""
+    """Sets the denominator in the micro-batches of an update, counted over all of them and on all ranks."""
     counts = loss.denominator_counts
     if counts == "sequences":
         parts = [torch.ones_like(batch["completion_mask"][:, 0]) for batch in micro_batches]
@@ -82,21 +82,22 @@ def set_denominator(loss: PolicyLoss, micro_batches: Sequence[Batch], group: dis
     if group is not None:
         dist.all_reduce(total, group=group)
     for batch in micro_batches:
-        batch["denominator"] = max(int(total), 1)  # with nothing to count, a mean of 0
+        batch["denominator"] = max(int(total), 1)  # if nothing is counted, the mean is 0
 
 
 def proxy_rows(loss: PolicyLoss, batch: Batch, mask: Tensor) -> Tensor:
-    """[T] bool, tokens whose proxy the loss may read."""
+    """Returns [T] bool, tokens whose proxy the loss may read."""
     rows = loss.uses_proxy(advantages(batch, mask))
     return rows & batch["selection"][mask] if "selection" in batch else rows
 
 
 def loss_inputs(batch: Batch, mask: Tensor, stats: dict[str, Tensor], *, off_policy: bool) -> LossInputs:
-    """stats: of the policy in training, [T]. Importance ratios multiply the advantages (see `lpreg.correction`)."""
+    """Returns the inputs of the loss. stats: statistics of the policy in training, [T]. Importance ratios multiply the
+    advantages (see `lpreg.correction`)."""
     weighted = advantages(batch, mask)
     if "importance_sampling_ratio" in batch:
         weighted = weighted * batch["importance_sampling_ratio"].expand(mask.shape)[mask]
-    old = ("old_log_probs", "old_log_z", "old_kept") if off_policy else ()
+    old = ("old_log_probs", "old_log_z", "old_in_filter") if off_policy else ()
     rows = torch.arange(len(mask), device=mask.device)
     return LossInputs(
         **stats,

@@ -1,4 +1,4 @@
-"""What lpreg's trainer for TRL refuses: settings it would have to ignore, and layouts it could not be exact in."""
+"""Checks of lpreg's trainer for TRL: settings that it would ignore, and layouts in which it would not be exact."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import trl
 
 from lpreg import PolicyLoss
-from lpreg.losses.wrapped import WrappedLoss
+from lpreg.losses.base import WrappedLoss
 
 WRITTEN_FOR = "1.16."
-"""TRL's release series: the methods that are overridden are not part of its public interface."""
+"""TRL's release series; the trainer overrides methods that are not part of TRL's public interface."""
 
 OF_TRLS_LOSS = {
     *("loss_type", "epsilon", "epsilon_high", "delta", "beta", "importance_sampling_level", "top_entropy_quantile"),
@@ -21,13 +21,13 @@ OF_TRLS_LOSS = {
 
 
 def check_version() -> None:
-    """Raises ImportError for another TRL than this was written for."""
+    """Raises ImportError for another release series of TRL."""
     if not trl.__version__.startswith(WRITTEN_FOR):
         raise ImportError(f"lpreg.integrations.trl is written for TRL {WRITTEN_FOR}x, not for {trl.__version__}")
 
 
 def check_config(config: trl.GRPOConfig) -> None:
-    """Raises ValueError for settings of TRL's own loss, and for updates that are not known whole when they begin."""
+    """Raises ValueError for settings of TRL's own loss, and for updates that are not complete when they begin."""
     ignored = [f.name for f in fields(config) if f.name in OF_TRLS_LOSS and getattr(config, f.name) != f.default]
     if ignored:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Token statistics from inside the forward of a Hugging Face causal language model.
 
-Inside, so that wrappers (DDP, PEFT, mixed precision) see an ordinary call. transformers is not
-imported.
+The statistics are computed inside the forward, so that wrappers (DDP, PEFT, mixed precision) see an ordinary call.
+transformers is not imported.
 
 Legend: B rows, C response positions (the last C of each row), T response tokens that carry loss.
 """
@@ -17,43 +17,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lpreg.fused_head import fused_token_stats
-from lpreg.losses.base import StatsSettings
-from lpreg.proxy_store import ProxyStore
-from lpreg.token_stats import TokenStats, token_stats
+from lpreg.needs import StatsSettings
+from lpreg.statistics.fused_head import fused_token_stats
+from lpreg.statistics.proxy_store import ProxyStore
+from lpreg.statistics.token_stats import TokenStats, token_stats
 
-ANSWER = ("log_probs", "entropy", "log_z", "kept", "proxy_kl", "proxy_store")
+ANSWER = ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl", "proxy_store")
 
 
 class Wanted(TypedDict):
-    """What `model(..., wanted_stats=Wanted)` is to look at."""
+    """The tokens and statistics that `model(..., wanted_stats=Wanted)` computes."""
 
     mask: Tensor
     """[B, C] bool, the T tokens."""
     targets: Tensor
-    """[T] int64, their ids, row after row."""
+    """[T] int64, ids of the T tokens, row after row."""
     log_z_rows: Tensor
-    """[T] bool, where log Z is needed."""
+    """[T] bool, tokens whose log Z is needed."""
     temperature: float
     settings: NotRequired[StatsSettings]
-    """What the method asks for."""
+    """Arguments of `token_stats` that the method needs."""
     proxy_rows: NotRequired[Tensor]
-    """[T] bool, where this policy's proxy is to be stored."""
+    """[T] bool, tokens for which this policy's proxy is to be stored."""
     proxy: NotRequired[ProxyStore]
-    """Another policy's, of the T tokens."""
+    """The stored proxy of another policy, for the T tokens."""
 
 
 def add_token_stats(model: Any, *, fused: bool) -> None:
-    """Let `model(input_ids, attention_mask, wanted_stats=Wanted)` answer with statistics instead of logits: a dict of
-    `TokenStats` fields, [T]: log_probs, entropy, log_z and kept, and what was asked for of proxy_kl and proxy_store.
-    Without it the forward stays what it was.
+    """Makes `model(input_ids, attention_mask, wanted_stats=Wanted)` return statistics instead of logits: a dict of
+    `TokenStats` fields, [T]: log_probs, entropy, log_z and in_filter, and proxy_kl and proxy_store if requested.
+    Without wanted_stats the forward does not change.
 
-    fused: project the hidden states of the T tokens chunk by chunk, so that logits are never whole (see `plain_head`).
-    Else read the logits of the model's own forward, whose memory the gradient then takes over.
+    fused: project the hidden states of the T tokens chunk by chunk, so that the logits never exist as a whole (see
+    `plain_head`). Otherwise the logits of the model's own forward are read, and the gradient is written over them.
     """
     original = model.forward
 
-    # Keeps the signature: `generate` checks its arguments against it.
+    # functools.wraps keeps the signature, which `generate` checks its arguments against.
     @functools.wraps(original)
     def forward(self: Any, *args: Any, wanted_stats: Wanted | None = None, **kwargs: Any) -> Any:
         if wanted_stats is None:
@@ -70,10 +70,10 @@ def add_token_stats(model: Any, *, fused: bool) -> None:
 def plain_head(model: Any) -> bool:
     """Whether the logits are hidden @ weight.T and nothing else: no bias, scale, soft cap or adapter.
 
-    Asked of the model itself, by one forward of two tokens: families hide factors under many names.
+    One forward of two tokens tests it, because model families name their factors in many ways.
     """
     head = model.get_output_embeddings()
-    # Near 0 a soft cap is no more than rounding, so a fresh model would not show it.
+    # Near 0 a soft cap is within rounding, so a fresh model would not show it.
     capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     wrapped = type(head) is not nn.Linear
     if wrapped or head.bias is not None or capped:
@@ -106,22 +106,23 @@ def _of_hidden_states(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def _of_logits(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Wanted) -> TokenStats:
-    """Of every row, so that the logits need not be copied; those without a token cost a read and no gradient."""
+    """Returns the statistics from logits. Every row is read, so that the logits need not be copied; rows without a
+    token cost a read and no gradient."""
     columns = wanted["mask"].shape[1]
     logits = forward(*args, use_cache=False, logits_to_keep=columns + 1, **kwargs).logits[:, -columns - 1 :]
-    # The last position predicts what comes after the response.
+    # The last position predicts the token after the response.
     rows = pad(wanted["mask"], (0, 1)).flatten()
     proxy, proxy_rows = wanted.get("proxy"), wanted.get("proxy_rows")
     if proxy is not None:
-        proxy = replace(proxy, stored=_spread(proxy.stored, rows), counts=_spread(proxy.counts, rows))
+        proxy = replace(proxy, stored=spread(proxy.stored, rows), counts=spread(proxy.counts, rows))
     stats = token_stats(
         logits.flatten(0, 1),
-        _spread(wanted["targets"], rows),
+        spread(wanted["targets"], rows),
         temperature=wanted["temperature"],
-        log_z_rows=_spread(wanted["log_z_rows"], rows),
+        log_z_rows=spread(wanted["log_z_rows"], rows),
         inplace_backward=True,
         proxy=proxy,
-        proxy_rows=None if proxy_rows is None else _spread(proxy_rows, rows),
+        proxy_rows=None if proxy_rows is None else spread(proxy_rows, rows),
         **wanted.get("settings", {}),
     )
     values: dict[str, Any] = {field.name: getattr(stats, field.name) for field in fields(stats)}
@@ -133,6 +134,6 @@ def _of_logits(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], want
     return TokenStats(**of_tokens)
 
 
-def _spread(values: Tensor, places: Tensor) -> Tensor:
-    """[T] to the places where [N] bool holds; 0 elsewhere."""
+def spread(values: Tensor, places: Tensor) -> Tensor:
+    """Returns values [T] at the places where `places` (bool, any shape) holds, and 0 elsewhere."""
     return values.new_zeros(places.shape).masked_scatter(places, values)

@@ -3,7 +3,7 @@
     from lpreg.integrations.trl import GRPOTrainer
     GRPOTrainer(model, reward_funcs, args, train_dataset, loss="lp_reg").train()
 
-TRL generates, rewards, makes advantages and steps; the loss, what it selects and how it is normalised are lpreg's.
+TRL generates, computes rewards and advantages, and steps; lpreg computes the loss, its selection and its denominator.
 Tokens are ranked over a whole generation, and a loss is a mean over all micro-batches of an update, on all ranks.
 
 Legend: B rows of a micro-batch, C response positions (padded), T response tokens that carry loss.
@@ -23,21 +23,21 @@ from torch import Tensor, nn
 from lpreg import Mean, PolicyLoss, ProxyStore, make_loss
 from lpreg.integrations._trl_batch import Batch, loss_inputs, loss_mask, proxy_rows, select, set_denominator
 from lpreg.integrations._trl_checks import check_config, check_trainer, check_version
-from lpreg.integrations.causal_lm import add_token_stats, plain_head
+from lpreg.integrations.causal_lm import add_token_stats, plain_head, spread
 
 check_version()
 
 
 class GRPOTrainer(trl.GRPOTrainer):
-    """TRL's, with `loss` in place of its own.
+    """TRL's trainer, with `loss` in place of TRL's own loss.
 
-    As TRL has them: gradient accumulation, several updates a generation (steps_per_generation, num_iterations),
+    TRL's features stay: gradient accumulation, several updates per generation (steps_per_generation, num_iterations),
     data-parallel ranks, mixed precision, PEFT, tools, masked truncated responses, and vLLM's importance ratios, which
-    multiply the advantages. The LM head is fused with the statistics, so logits are never whole, unless the head is
-    more than a matrix or its weights are sharded (FSDP, DeepSpeed).
+    multiply the advantages. The LM head is fused with the statistics, so the logits never exist as a whole, unless the
+    head is more than a matrix or its weights are sharded (FSDP, DeepSpeed).
 
-    Where the method ranks tokens, or updates are off-policy, one forward scores each generation before its first
-    update. The method's metrics are logged under `lpreg/`, over the whole update.
+    If the method ranks tokens, or updates are off-policy, one forward scores each generation before its first update.
+    The method's metrics are logged under `lpreg/`, over the whole update.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     ) -> None:
         """The arguments of trl.GRPOTrainer, and:
 
-        loss: what `make_loss` gives, or a method's name for its defaults.
+        loss: the result of `make_loss`, or a method's name for its defaults.
         proxy_refresh_steps: optimizer steps between snapshots of the trained weights, for a loss with
             proxy_source="lagged". Snapshots are not in TRL's checkpoints: a resumed run starts with a new one.
 
@@ -77,7 +77,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     # ------------------------------------------------------------- a generation
 
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
-        """TRL's, and what the policy that generated says of each token, which are selected, and another's proxy."""
+        """TRL's batch, with the statistics of the policy that generated it, the selection, and another policy's
+        proxy."""
         self._scores = None
         batch: Batch = super()._generate_and_score_completions(inputs)
         if self._scores is None and (self._off_policy or self.policy_loss.selection is not None):
@@ -96,28 +97,28 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
-        """TRL's pass for old log-probs. What else it learns of the tokens is kept, so that there is no second one."""
+        """TRL's pass for old log-probs. The other statistics are kept, so that no second pass is needed."""
         self._scores = self._score(input_ids, attention_mask, attention_mask[:, -logits_to_keep:].bool())
         return self._scores["log_probs"], None, None
 
     def _score(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Batch:
-        """log_probs, entropy, log_z and kept [B, C] where mask [B, C] holds, else 0."""
+        """Returns log_probs, entropy, log_z and in_filter [B, C] where mask [B, C] holds, otherwise 0."""
         log_z = torch.full_like(mask, self.policy_loss.proxy_source == "old")
         parts = [
-            {name: _spread(values, here) for name, values in stats.items()}
+            {name: spread(values, here) for name, values in stats.items()}
             for here, stats in self._look(input_ids, attention_mask, mask, log_z_rows=log_z)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _score_proxy(self, batch: Batch) -> Batch:
-        """proxy_log_probs [B, C] by the weights in place; for the full KL `proxy` too, its store for each row."""
+        """Returns proxy_log_probs [B, C] of the current weights; for the full KL also `proxy`, one store per row."""
         mask, stores, parts = loss_mask(batch), [], []
-        asked = {"log_z_rows": _spread(proxy_rows(self.policy_loss, batch, mask), mask)}
+        asked = {"log_z_rows": spread(proxy_rows(self.policy_loss, batch, mask), mask)}
         if self.policy_loss.needs_proxy_kl:
             asked["proxy_rows"] = asked["log_z_rows"]
         for here, stats in self._look(*_whole(batch), mask, **asked):
-            log_q = torch.where(stats["kept"], stats["log_probs"] - stats["log_z"], -torch.inf)
-            parts.append(_spread(log_q, here))
+            log_q = torch.where(stats["in_filter"], stats["log_probs"] - stats["log_z"], -torch.inf)
+            parts.append(spread(log_q, here))
             if "proxy_store" in stats:
                 stores += stats["proxy_store"].split(here.sum(1).tolist())
         return {"proxy_log_probs": torch.cat(parts)} | ({"proxy": stores} if stores else {})
@@ -126,7 +127,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _look(
         self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, **asked: Tensor
     ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """For some rows at a time: their mask, and the statistics of their tokens. asked: [B, C], see `Wanted`."""
+        """Yields mask and statistics of some rows at a time. asked: [B, C], see `Wanted`."""
         size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         for rows in torch.arange(len(mask), device=mask.device).split(size):
             here = mask[rows]
@@ -136,7 +137,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _token_stats(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, **asked: Any
     ) -> dict[str, Any]:
-        """Of the T tokens in mask [B, C]. asked: [T], see `Wanted`."""
+        """Returns the statistics of the T tokens in mask [B, C]. asked: [T], see `Wanted`."""
         wanted = asked | {
             "mask": mask,
             "targets": input_ids[:, -mask.shape[1] :][mask],
@@ -150,7 +151,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     # ------------------------------------------------------------- an update
 
     def _prepare_inputs(self, generation_batch: Any) -> Batch:
-        """TRL's next micro-batch; with the first one of an update, what all of the update is a mean over."""
+        """TRL's next micro-batch. With the first one of an update, the denominator of the whole update is set."""
         inputs: Batch = super()._prepare_inputs(generation_batch)
         place = self._step % self.args.steps_per_generation
         if not self.model.training:
@@ -169,13 +170,13 @@ class GRPOTrainer(trl.GRPOTrainer):
         given = loss_inputs(inputs, mask, stats, off_policy=self._off_policy)
         output = self.policy_loss(given)
         means = {f"lpreg/{name}": mean for name, mean in output.metrics.items()}
-        means["lpreg/kept_fraction"] = Mean.of(stats["kept"], given.counted)
+        means["lpreg/kept_fraction"] = Mean.of(stats["in_filter"], given.counted)
         means["entropy"] = Mean.of(stats["entropy"], given.counted)
         self._means = {name: self._means[name] + mean if self._means else mean for name, mean in means.items()}
         if self.accelerator.sync_gradients:
             self._log(self._over_ranks(self._means))
             self._means = {}
-        # This rank's share of a global mean, while gradients are averaged over ranks.
+        # The loss is this rank's share of a global mean, but TRL averages gradients over ranks.
         return output.loss * self.accelerator.num_processes
 
     def _over_ranks(self, means: dict[str, Mean]) -> dict[str, float]:
@@ -185,24 +186,19 @@ class GRPOTrainer(trl.GRPOTrainer):
         return {name: Mean(total, count).value for name, (total, count) in zip(means, sums, strict=True)}
 
     def _log(self, metrics: dict[str, float]) -> None:
-        """TRL averages them over the steps between two logs."""
+        """Adds metrics, which TRL averages over the steps between two logs."""
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
 
 def _whole(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Prompts and responses in one, [B, P + C], and their attention mask."""
+    """Returns prompts and responses together, [B, P + C], and their attention mask."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """[T] to the places where mask [B, C] holds; 0 elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
 class _Lagged:
-    """A copy of the trained weights as they were some steps ago, for the proxy."""
+    """A copy of the trained weights from some steps ago, for the proxy."""
 
     def __init__(self, model: nn.Module, refresh_steps: int) -> None:
         if refresh_steps < 1:
@@ -212,13 +208,14 @@ class _Lagged:
         self._weights: list[Tensor] = []
 
     def refresh_if_due(self, step: int) -> None:
+        """Copies the weights if the copy is missing or older than the refresh interval."""
         if not self._weights or step >= self._due:
             self._weights = [parameter.detach().clone() for parameter in self._parameters]
             self._due = step + self._refresh_steps
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model holds them in here; for a forward without gradient."""
+        """Puts the copy into the model within the context, for a forward without gradient."""
         now = [parameter.data for parameter in self._parameters]
         try:
             for parameter, weight in zip(self._parameters, self._weights, strict=True):

@@ -1,8 +1,8 @@
-"""A policy loss of lpreg as one that verl calls (its `register_policy_loss`). Imports torch alone, not verl.
+"""A policy loss of lpreg as one that verl calls (its `register_policy_loss`). Imports torch, but not verl.
 
-verl hands such a function the log-probs of one micro-batch and the counts of the global one. So it can be any method
-that wants no more: grpo, clip_higher, dual_clip, gspo, cispo. The others rank tokens over the global batch, or read the
-filter or the entropy's gradient, which do not get here.
+verl passes the log-probs of one micro-batch and the counts of the global batch to such a function. So a method can be
+used if it needs no more: grpo, clip_higher, dual_clip, gspo, cispo. The other methods rank tokens over the global
+batch, or read the filter or the entropy's gradient, which verl does not provide.
 
 Legend: B responses of a micro-batch, L their padded length.
 """
@@ -16,27 +16,27 @@ import torch
 from torch import Tensor
 
 from lpreg import LossInputs, PolicyLoss
-from lpreg.losses.wrapped import WrappedLoss
+from lpreg.losses.base import WrappedLoss
 
 VerlLoss = Callable[..., tuple[Tensor, dict[str, float]]]
 
 
 def policy_loss(loss: PolicyLoss) -> VerlLoss:
-    """A function of verl's signature (0.10): old_log_prob, log_prob, advantages [B, L], response_mask [B, L],
+    """Returns a function of verl's signature (0.10): old_log_prob, log_prob, advantages [B, L], response_mask [B, L],
     loss_agg_mode, config, rollout_is_weights [B, L] or None -> the loss, and metrics under `actor/`.
 
-    The mean is exact over the global batch. Importance weights multiply the advantages. `loss_agg_mode` must say what
-    the method does, since verl's own KL and entropy terms follow it.
+    The mean is exact over the global batch. Importance weights multiply the advantages. `loss_agg_mode` must name the
+    method's own aggregation, since verl's KL and entropy terms follow it.
 
     Raises:
-        ValueError: a method that needs what verl does not hand over; when called, another loss_agg_mode.
+        ValueError: a method that needs what verl does not provide; when called, another loss_agg_mode.
     """
     if isinstance(loss, WrappedLoss):
         raise ValueError(f"verl has {loss.name} of its own: hand over the method without it")
     if loss.selection is not None or loss.proxy_source is not None or loss.token_stats_kwargs():
         raise ValueError(
             f"{loss.name} needs more than log-probs (tokens ranked over the global batch, the filter's mass or the "
-            "entropy's gradient), which verl does not hand to a policy loss; possible are grpo, clip_higher, "
+            "entropy's gradient), which verl does not pass to a policy loss; possible are grpo, clip_higher, "
             "dual_clip, gspo and cispo"
         )
     agg_mode = _agg_mode(loss)
@@ -67,7 +67,7 @@ def policy_loss(loss: PolicyLoss) -> VerlLoss:
                 denominator=_denominator(loss, mask, batch),
             )
         )
-        # A share of a global mean, while verl averages gradients over data-parallel ranks.
+        # The loss is a share of a global mean, but verl averages gradients over data-parallel ranks.
         ranks = batch.get("dp_size", 1)
         return output.loss * ranks, {f"actor/{name}": mean.value for name, mean in output.metrics.items()}
 
@@ -75,14 +75,15 @@ def policy_loss(loss: PolicyLoss) -> VerlLoss:
 
 
 def _agg_mode(loss: PolicyLoss) -> str:
-    """What verl calls the mean that the method takes."""
+    """Returns verl's name of the mean that the method takes."""
     if loss.denominator_counts == "tokens":
         return "token-mean"
     return "seq-mean-token-mean" if not loss.token_separable else "seq-mean-token-sum-norm"
 
 
 def _denominator(loss: PolicyLoss, mask: Tensor, batch: dict[str, Any]) -> float:
-    """Counted by verl over the global batch; None there when it is this micro-batch, as without data parallelism."""
+    """Returns verl's count over the global batch, or this micro-batch's count if verl gives none, as without data
+    parallelism."""
     tokens = loss.denominator_counts == "tokens"
     counted = batch.get("batch_num_tokens" if tokens else "global_batch_size")
     if counted is None and batch.get("dp_size", 1) > 1:

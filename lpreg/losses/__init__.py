@@ -1,16 +1,17 @@
-"""Policy losses: one method a file, found by name through `make_loss`."""
+"""Policy losses: one file per method, found by name through `make_loss`. Importing them needs no torch."""
 
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, ProxySource
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
 from lpreg.losses.corrected import with_correction
 from lpreg.losses.reference_kl import reference_kl, with_reference_kl
 from lpreg.losses.registry import make_loss
+from lpreg.losses.settings import MethodSettings
 
 __all__ = [
     "LossInputs",
     "LossOutput",
     "Mean",
+    "MethodSettings",
     "PolicyLoss",
-    "ProxySource",
     "make_loss",
     "reference_kl",
     "with_correction",

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lpreg.aggregation import token_mean
 from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
 from lpreg.losses.ppo import PPOSettings
+from lpreg.losses.settings import NonNegative, ShareOrZero, same_presets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CISPOSettings(PPOSettings):
-    clip_low: float = 1.0
+    """Bounds of the importance weight."""
+
+    clip_low: ShareOrZero = 1.0
     """The weight is at least 1 - clip_low."""
-    clip_high: float = 4.0
-    """The weight is at most 1 + clip_high; 5 in all, as in ScaleRL (arXiv 2510.13786)."""
+    clip_high: NonNegative = 4.0
+    """The weight is at most 1 + clip_high; by default 5, as in ScaleRL (arXiv 2510.13786)."""
 
 
 class CISPO(PolicyLoss):
     """-stop(clip(r, 1 - clip_low, 1 + clip_high)) A log p, averaged over tokens: every token keeps a gradient.
 
-    On-policy the weight is 1, so it is the plain policy gradient.
+    On-policy the weight is 1, so the loss is the plain policy gradient.
     """
 
     name = "cispo"
     Settings = CISPOSettings
+    # CISPO is not in the table of Lp-Reg's paper.
+    presets: ClassVar = same_presets(clip_low=1.0, clip_high=4.0)
     settings: CISPOSettings
 
     def __call__(self, inputs: LossInputs) -> LossOutput:

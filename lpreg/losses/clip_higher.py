@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lpreg.losses.grpo import GRPO, GRPOSettings
+from lpreg.losses.settings import NonNegative, same_presets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipHigherSettings(GRPOSettings):
-    clip_high: float = 0.28
-    """The ratio counts up to 1 + clip_high where the advantage is positive."""
+    """GRPO's settings with another upper bound."""
+
+    clip_high: NonNegative = 0.28
+    """The ratio counts up to 1 + clip_high if the advantage is positive."""
 
 
 class ClipHigher(GRPO):
@@ -19,3 +23,4 @@ class ClipHigher(GRPO):
     name = "clip_higher"
     Settings = ClipHigherSettings
     settings: ClipHigherSettings
+    presets: ClassVar = same_presets(clip_low=0.2, clip_high=0.28)

@@ -1,56 +1,58 @@
-"""Any method, corrected for the gap between the engine that sampled and the policy that is trained."""
+"""Any method, corrected for the gap between the engine that sampled and the policy in training."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lpreg.correction import accepted_sequences, masked_weights, truncated_weights
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_choice, check_range
-from lpreg.losses.wrapped import WrappedLoss
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, WrappedLoss
+from lpreg.losses.settings import MethodSettings, NonNegative, check_range
+from lpreg.needs import MethodNeeds
 
 Weights = Literal["none", "truncated", "masked"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CorrectionSettings:
-    """With w = p_actor / p_rollout of a token, both of the policy that generated the batch."""
+class CorrectionSettings(MethodSettings):
+    """The correction, with w = p_actor / p_rollout of a token, both of the policy that generated the batch."""
 
     weights: Weights = "none"
-    """What advantages are multiplied by: nothing, min(w, high) (`truncated_weights`), or w where it lies in [low, high]
-    and else 0 (`masked_weights`)."""
-    low: float = 0.5
+    """The factor of the advantages: none; truncated: min(w, high) (`truncated_weights`); masked: w if it lies in
+    [low, high], otherwise 0 (`masked_weights`)."""
+    low: NonNegative = 0.5
+    """Lowest w; masked only."""
     high: float = 2.0
+    """Highest w."""
     reject_sequences: bool = False
-    """Leave out responses whose geometric mean of w lies outside [sequence_low, sequence_high]
+    """Leaves out responses whose geometric mean of w lies outside [sequence_low, sequence_high]
     (`accepted_sequences`)."""
-    sequence_low: float = 0.99
+    sequence_low: NonNegative = 0.99
+    """Lowest geometric mean."""
     sequence_high: float = 1.01
+    """Highest geometric mean."""
 
     def __post_init__(self) -> None:
-        check_choice("weights", self.weights, ("none", "truncated", "masked"))
-        check_range("low", self.low, 0.0, math.inf)
-        check_range("high", self.high, self.low if self.weights == "masked" else 0.0, math.inf, open_low=True)
-        check_range("sequence_low", self.sequence_low, 0.0, math.inf)
+        MethodSettings.__post_init__(self)
+        check_range("high", self.high, self.low if self.weights == "masked" else 0.0, open_low=True)
         if self.reject_sequences:
-            check_range("sequence_high", self.sequence_high, self.sequence_low, math.inf, open_low=True)
+            check_range("sequence_high", self.sequence_high, self.sequence_low, open_low=True)
+
+    def around(self, needs: MethodNeeds) -> MethodNeeds:
+        """The needs of a method with this correction: rejecting a response looks at all of its tokens."""
+        return replace(needs, token_separable=needs.token_separable and not self.reject_sequences)
 
 
 class WithCorrection(WrappedLoss):
     """The method's loss with corrected advantages and without rejected responses, see `lpreg.correction`.
 
-    Needs LossInputs.rollout_log_probs. A token of weight 0, or rejected, still counts in the mean: only what is added
-    up changes.
+    Needs LossInputs.rollout_log_probs. A token with weight 0, or of a rejected response, still counts in the
+    denominator of the mean.
     """
 
     name = "correction"
     Settings = CorrectionSettings
     settings: CorrectionSettings
-
-    @property
-    def token_separable(self) -> bool:
-        return self.loss.token_separable and not self.settings.reject_sequences
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         settings, metrics = self.settings, {}
@@ -90,7 +92,7 @@ def with_correction(
     sequence_low: float = 0.99,
     sequence_high: float = 1.01,
 ) -> PolicyLoss:
-    """The method `loss`, corrected for the gap between engine and actor, see `CorrectionSettings`.
+    """Returns the method `loss`, corrected for the gap between engine and actor, see `CorrectionSettings`.
 
     Raises:
         ValueError: bounds out of order, an unknown kind of weights.

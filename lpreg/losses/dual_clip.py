@@ -1,33 +1,33 @@
-"""Dual-clip PPO: bounds what a token of negative advantage can cost (Ye et al., arXiv 1912.09729)."""
+"""Dual-clip PPO: bounds the loss of a token with negative advantage (Ye et al., arXiv 1912.09729)."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-import torch
-
+from lpreg._torch import torch
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_range
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
 from lpreg.losses.ppo import PPOSettings, ppo_clip
+from lpreg.losses.settings import Range, same_presets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DualClipSettings(PPOSettings):
-    clip_dual: float = 10.0
-    """The ratio counts up to this where the advantage is negative (c in the paper); above 1."""
+    """Bounds of the ratio."""
 
-    def __post_init__(self) -> None:
-        PPOSettings.__post_init__(self)
-        check_range("clip_dual", self.clip_dual, 1.0, math.inf, open_low=True)
+    clip_dual: Annotated[float, Range(1.0, open_low=True)] = 10.0
+    """The ratio counts up to clip_dual if the advantage is negative (c in the paper)."""
 
 
 class DualClip(PolicyLoss):
-    """The PPO clip, and -max(min(r A, clip(r) A), clip_dual A) where A < 0. Inert on-policy."""
+    """The PPO clip, and -max(min(r A, clip(r) A), clip_dual A) where A < 0. Both clips are inert on-policy."""
 
     name = "dual_clip"
     Settings = DualClipSettings
     settings: DualClipSettings
+    # Dual-clip PPO is not in the table of Lp-Reg's paper.
+    presets: ClassVar = same_presets(clip_low=0.2, clip_high=0.2, clip_dual=10.0)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         ratio, counted, advantages = inputs.ratio, inputs.counted, inputs.advantages

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, StatsSettings, check_range
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
 from lpreg.losses.ppo import PPOSettings, ppo_clip
+from lpreg.losses.settings import NonNegative, same_presets
+from lpreg.needs import MethodNeeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntropyBonusSettings(PPOSettings):
-    coefficient: float = 0.002
-    """Weight of the entropy, nats."""
+    """Bounds of the ratio, and the weight of the bonus."""
 
-    def __post_init__(self) -> None:
-        PPOSettings.__post_init__(self)
-        check_range("coefficient", self.coefficient, 0.0, math.inf)
+    coefficient: NonNegative = 0.002
+    """Weight of the mean entropy, which is in nats."""
+
+    @property
+    def needs(self) -> MethodNeeds:
+        return MethodNeeds(acts_without_advantage=True, token_stats={"entropy": "grad"})
 
 
 class EntropyBonus(PolicyLoss):
-    """GRPO - coefficient * H, averaged over tokens. The entropy must come with its gradient.
+    """GRPO - coefficient * H, averaged over tokens. The entropy must carry its gradient.
 
-    Tokens of advantage 0 have a gradient too, so none may be left out of the update.
+    Tokens with advantage 0 have a gradient too, so no token may be left out of the update.
     """
 
     name = "entropy_bonus"
     Settings = EntropyBonusSettings
     settings: EntropyBonusSettings
-
-    @property
-    def acts_without_advantage(self) -> bool:
-        return True
-
-    def token_stats_kwargs(self) -> StatsSettings:
-        return {"entropy": "grad"}
+    presets: ClassVar = same_presets(clip_low=0.2, clip_high=0.2, coefficient=0.002)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         ratio, counted = inputs.ratio, inputs.counted

@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
-
-from lpreg.aggregation import Counted, constant_length_mean, sequence_mean_token_mean, token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_choice, check_range
+from lpreg.aggregation import constant_length_mean, sequence_mean_token_mean, token_mean
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
 from lpreg.losses.ppo import PPOSettings, ppo_clip
+from lpreg.losses.settings import PositiveInt, same_presets
+from lpreg.needs import MethodNeeds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GRPOSettings(PPOSettings):
+    """Bounds of the ratio, and how token losses become one."""
+
     aggregation: Literal["token_mean", "sequence_mean_token_mean", "constant_length"] = "token_mean"
-    """"token_mean": over all response tokens of the global batch. "sequence_mean_token_mean": over tokens in each
-    response, then over responses (GRPO as first published). "constant_length": the sum over constant_length times the
-    count of responses (Dr. GRPO, arXiv 2503.20783)."""
-    constant_length: int | None = None
-    """Tokens; required by that aggregation, usually the longest response allowed."""
+    """token_mean: the mean over all response tokens of the global batch. sequence_mean_token_mean: the mean over the
+    tokens of each response, then over responses (GRPO as first published). constant_length: the sum divided by
+    constant_length times the number of responses (Dr. GRPO, arXiv 2503.20783)."""
+    constant_length: PositiveInt | None = None
+    """Number of tokens that each response counts as, usually the longest response allowed; required by aggregation:
+    constant_length, and only allowed with it."""
 
     def __post_init__(self) -> None:
         PPOSettings.__post_init__(self)
-        check_choice("aggregation", self.aggregation, ("token_mean", "sequence_mean_token_mean", "constant_length"))
         if (self.constant_length is not None) != (self.aggregation == "constant_length"):
             raise ValueError(
                 "constant_length must be given with aggregation='constant_length' and with no other, got "
                 f"constant_length={self.constant_length} and aggregation={self.aggregation!r}"
             )
-        if self.constant_length is not None:
-            check_range("constant_length", self.constant_length, 1, float("inf"))
+
+    @property
+    def needs(self) -> MethodNeeds:
+        return MethodNeeds(
+            denominator_counts="tokens" if self.aggregation == "token_mean" else "sequences",
+            token_separable=self.aggregation != "sequence_mean_token_mean",
+        )
 
 
 class GRPO(PolicyLoss):
@@ -39,14 +49,7 @@ class GRPO(PolicyLoss):
     name = "grpo"
     Settings = GRPOSettings
     settings: GRPOSettings
-
-    @property
-    def denominator_counts(self) -> Counted:
-        return "tokens" if self.settings.aggregation == "token_mean" else "sequences"
-
-    @property
-    def token_separable(self) -> bool:
-        return self.settings.aggregation != "sequence_mean_token_mean"
+    presets: ClassVar = same_presets(clip_low=0.2, clip_high=0.2)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         ratio, counted = inputs.ratio, inputs.counted

@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from lpreg.aggregation import Counted, mean_of_sequence, sequence_mean_token_mean
+from lpreg.aggregation import mean_of_sequence, sequence_mean_token_mean
 from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
 from lpreg.losses.ppo import PPOSettings, ppo_clip
+from lpreg.losses.settings import NonNegative, ShareOrZero, same_presets
+from lpreg.needs import MethodNeeds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GSPOSettings(PPOSettings):
-    clip_low: float = 3e-4
-    """The response's ratio counts down to 1 - clip_low where the advantage is negative."""
-    clip_high: float = 4e-4
-    """The response's ratio counts up to 1 + clip_high where the advantage is positive."""
+    """Bounds of a response's ratio."""
+
+    clip_low: ShareOrZero = 3e-4
+    """The response's ratio counts down to 1 - clip_low if the advantage is negative."""
+    clip_high: NonNegative = 4e-4
+    """The response's ratio counts up to 1 + clip_high if the advantage is positive."""
+
+    @property
+    def needs(self) -> MethodNeeds:
+        return MethodNeeds(denominator_counts="sequences", token_separable=False)
 
 
 class GSPO(PolicyLoss):
     """The PPO clip on s = exp(mean over the response of log r), averaged over tokens, then over responses.
 
     In the token form each token carries s with its own gradient, s * p / stop(p), so advantages may differ within a
-    response; where they do not, value and gradient are those of the ratio of the whole response. Inert on-policy, but
-    for the average over responses. A response must not be split over micro-batches or ranks.
+    response; if they do not, value and gradient are those of the ratio of the whole response. On-policy only the
+    average over responses has an effect. A response must not be split over micro-batches or ranks.
     """
 
     name = "gspo"
     Settings = GSPOSettings
     settings: GSPOSettings
-
-    @property
-    def denominator_counts(self) -> Counted:
-        return "sequences"
-
-    @property
-    def token_separable(self) -> bool:
-        return False
+    presets: ClassVar = same_presets(clip_low=3e-4, clip_high=4e-4)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         counted = inputs.counted

@@ -1,46 +1,46 @@
-"""80/20: only the tokens where the policy was undecided are trained (Wang et al., arXiv 2506.01939)."""
+"""80/20: only the tokens of highest entropy are trained (Wang et al., arXiv 2506.01939)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from lpreg.aggregation import Counted, token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_range
+from lpreg.aggregation import token_mean
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
 from lpreg.losses.ppo import PPOSettings, ppo_clip
-from lpreg.selection import SelectionRule
+from lpreg.losses.settings import NonNegative, Share, same_presets
+from lpreg.needs import MethodNeeds, SelectionRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HighEntropySettings(PPOSettings):
-    clip_high: float = 0.28
-    """The ratio counts up to 1 + clip_high where the advantage is positive."""
-    share: float = 0.2
-    """Of all response tokens, highest entropy first, that carry the loss."""
+    """Bounds of the ratio, and which tokens carry the loss."""
 
-    def __post_init__(self) -> None:
-        PPOSettings.__post_init__(self)
-        check_range("share", self.share, 0.0, 1.0, open_low=True)
+    clip_high: NonNegative = 0.28
+    """The ratio counts up to 1 + clip_high if the advantage is positive."""
+    share: Share = 0.2
+    """Share of all response tokens that carries the loss, highest entropy first."""
+
+    @property
+    def needs(self) -> MethodNeeds:
+        return MethodNeeds(
+            selection=SelectionRule(kind="highest_entropy", fraction=self.share), denominator_counts="selected_tokens"
+        )
 
 
 class HighEntropy(PolicyLoss):
     """The PPO clip on the selected tokens alone, averaged over them: the denominator counts selected tokens.
 
-    Entropies are ranked over the global batch, of the policy that generated it.
+    The entropies of the policy that generated the batch are ranked over the global batch.
     """
 
     name = "high_entropy"
     Settings = HighEntropySettings
     settings: HighEntropySettings
-
-    @property
-    def selection(self) -> SelectionRule:
-        return SelectionRule(kind="highest_entropy", fraction=self.settings.share)
-
-    @property
-    def denominator_counts(self) -> Counted:
-        return "selected_tokens"
+    presets: ClassVar = same_presets(clip_low=0.2, clip_high=0.28, share=0.2)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         ratio, counted = inputs.ratio, inputs.counted

@@ -1,84 +1,67 @@
-"""Lp-Reg: keeps rare tokens that the filtered policy still holds for plausible (arXiv 2510.03222, equation 6)."""
+"""Lp-Reg: protects rare tokens that pass the filter of the proxy distribution (arXiv 2510.03222, equation 6)."""
 
 from __future__ import annotations
 
-import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
+from lpreg._torch import torch
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import (
-    LossInputs,
-    LossOutput,
-    Mean,
-    PolicyLoss,
-    ProxySource,
-    StatsSettings,
-    check_choice,
-    check_range,
-)
-from lpreg.selection import SelectionKind, SelectionRule, select_lowest
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.settings import MethodSettings, NonNegative, Positive, Share, ShareOrZero
+from lpreg.needs import MethodNeeds, ProxySource, SelectionKind, SelectionRule, StatsSettings
+from lpreg.selection.ranking import select_lowest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _RULES: dict[str, SelectionKind] = {"log_prob": "lowest_log_prob", "entropy": "highest_entropy", "random": "random"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LpRegSettings:
-    kl_estimator: Literal["k3", "full", "reverse"] = "k3"
-    """"full": KL(q || p) over the vocabulary: -log Z with the current policy's proxy, else LossInputs.proxy_kl. On the
-    sampled token, with d = log q - log p: "k3" is exp(d) - d - 1, with the current policy's proxy an advantage shift of
-    beta * (1/Z - 1); "reverse" is d^2 / 2, whose gradient is in expectation that of the reverse KL(p || q), an
-    advantage shift of beta * log(1/Z)."""
-    select_by: Literal["log_prob", "entropy", "random", "all"] = "log_prob"
-    """What makes a token one of the share rho: a low log-prob (the paper), or for its ablations a high entropy or
-    chance. "all": every token, whatever rho."""
-    advantage_sign: Literal["negative", "both"] = "negative"
-    """Regularise tokens of negative advantage (the paper), or of positive advantage too."""
-    rho: float = 0.01
-    """Share of tokens that may be regularised."""
-    beta: float = 1.0
+class LpRegSettings(MethodSettings):
+    """The regularisation term: which tokens, which proxy, which estimator; and the bounds of the ratio."""
+
+    rho: Share = 0.01
+    """Share of the response tokens that may be regularised, lowest probability first."""
+    beta: NonNegative = 1.0
     """Weight of the KL term."""
-    min_p: float = 0.02
-    """The filter keeps tokens with p >= min_p * max p (kappa in the paper). 0 keeps all (the paper without tau): q = p,
-    so there is nothing to regularise unless the proxy is old or lagged."""
-    fixed_tau: float | None = None
-    """If set, the filter keeps tokens with p >= fixed_tau instead."""
-    clip_low: float = 1.0
-    """The ratio counts down to 1 - clip_low where the advantage is negative."""
-    clip_high: float = 9.0
+    min_p: ShareOrZero = 0.02
+    """The filter keeps tokens with p >= min_p * max p (kappa in the paper). 0 keeps all tokens (the paper without tau):
+    then q = p, so the term has no effect unless the proxy is old or lagged."""
+    fixed_tau: Share | None = None
+    """If set, replaces min_p: the filter keeps tokens with p >= fixed_tau."""
+    kl_estimator: Literal["k3", "full", "reverse"] = "k3"
+    """full: KL(q || p) over the vocabulary, which is -log Z with the current policy's proxy and LossInputs.proxy_kl
+    with another one. On the sampled token, with d = log q - log p: k3 is exp(d) - d - 1, with the current policy's
+    proxy an advantage shift of beta * (1/Z - 1); reverse is d^2 / 2, whose gradient is in expectation that of the
+    reverse KL(p || q), an advantage shift of beta * log(1/Z)."""
+    select_by: Literal["log_prob", "entropy", "random", "all"] = "log_prob"
+    """Ranks the tokens of which the share rho is taken: lowest log-prob (the paper), or for its ablations highest
+    entropy or at random. all: every token, whatever rho."""
+    advantage_sign: Literal["negative", "both"] = "negative"
+    """negative: regularises tokens with negative advantage (the paper). both: tokens with positive advantage too."""
+    selection_scope: Literal["batch", "micro_batch_negatives"] = "batch"
+    """batch: takes the share rho of all response tokens of the global batch. micro_batch_negatives: of the tokens with
+    negative advantage in each micro-batch, so the loss depends on how the batch is split."""
+    require_below_proxy: bool = False
+    """Regularises only tokens with p < q."""
+    k3_clamp: Positive | None = None
+    """Upper bound of the k3 value. The gradient is 0 beyond it, so a token that fell far is no longer protected."""
+    clip_low: ShareOrZero = 1.0
+    """The ratio counts down to 1 - clip_low if the advantage is negative."""
+    clip_high: NonNegative = 9.0
     """The ratio counts up to 1 + clip_high (U in the paper)."""
     clip_negative_upper: bool = True
-    """The upper bound holds for negative advantages too, as in the paper. False: only for positive ones, as in PPO."""
-    selection_scope: Literal["batch", "micro_batch_negatives"] = "batch"
-    """"batch": the lowest rho of all response tokens of the global batch. "micro_batch_negatives": of the tokens of
-    negative advantage in the micro-batch at hand, so the loss depends on how the batch is split."""
-    require_below_proxy: bool = False
-    """Regularise only tokens with p < q."""
-    k3_clamp: float | None = None
-    """Upper bound of the k3 value. The gradient is 0 beyond it, so a token that fell far is no longer protected."""
+    """The upper bound applies to negative advantages too, as in the paper. False: only to positive ones, as in PPO."""
     proxy_source: ProxySource = "current"
-    """Whose filtered distribution q is: of the policy being trained, of the one that generated the batch, of a lagged
-    copy. "old" without old_log_probs is "current": one update per batch."""
+    """The policy whose filtered distribution q is: the one in training, the one that generated the batch, or a lagged
+    copy. old without old_log_probs is current: there is one update per batch."""
 
     def __post_init__(self) -> None:
-        check_choice("kl_estimator", self.kl_estimator, ("k3", "full", "reverse"))
-        check_choice("select_by", self.select_by, (*_RULES, "all"))
-        check_choice("advantage_sign", self.advantage_sign, ("negative", "both"))
-        check_choice("selection_scope", self.selection_scope, ("batch", "micro_batch_negatives"))
-        check_choice("proxy_source", self.proxy_source, ("current", "old", "lagged"))
-        check_range("rho", self.rho, 0.0, 1.0, open_low=True)
-        check_range("beta", self.beta, 0.0, math.inf)
-        check_range("min_p", self.min_p, 0.0, 1.0)
-        check_range("clip_low", self.clip_low, 0.0, 1.0)
-        check_range("clip_high", self.clip_high, 0.0, math.inf)
-        if self.fixed_tau is not None:
-            check_range("fixed_tau", self.fixed_tau, 0.0, 1.0, open_low=True)
-        if self.k3_clamp is not None:
-            check_range("k3_clamp", self.k3_clamp, 0.0, math.inf, open_low=True)
+        MethodSettings.__post_init__(self)
         negatives_only = self.select_by == "log_prob" and self.advantage_sign == "negative"
         if self.selection_scope == "micro_batch_negatives" and not negatives_only:
             raise ValueError(
@@ -86,20 +69,67 @@ class LpRegSettings:
                 f"'negative', got select_by={self.select_by!r} and advantage_sign={self.advantage_sign!r}"
             )
 
+    @property
+    def needs(self) -> MethodNeeds:
+        rule = None
+        if self.selection_scope == "batch" and self.select_by != "all":
+            rule = SelectionRule(kind=_RULES[self.select_by], fraction=self.rho)
+        # token_stats requires a positive min_p; this one drops only tokens whose probability is 0 in floating point.
+        stats: StatsSettings = {"min_p": self.min_p or sys.float_info.min}
+        if self.fixed_tau is not None:
+            stats = {"fixed_tau": self.fixed_tau}
+        return MethodNeeds(
+            selection=rule,
+            token_separable=self.selection_scope == "batch",
+            proxy_source=self.proxy_source,
+            needs_proxy_kl=self.kl_estimator == "full" and self.proxy_source != "current",
+            token_stats=stats,
+        )
+
+    @classmethod
+    def replaced(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        return {} if given.get("fixed_tau") is None else {"min_p": "fixed_tau"}
+
+
+# U = 10: the ratio is clipped to [0, 10].
+_SHARED: dict[str, Any] = {"rho": 0.01, "beta": 1.0, "min_p": 0.02, "clip_low": 1.0, "clip_high": 9.0}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Equation 6 on-policy. rho is that of the 14B model; the 32B run used 0.005.
+    "paper": _SHARED
+    | {
+        "kl_estimator": "full",
+        "selection_scope": "batch",
+        "require_below_proxy": False,
+        "k3_clamp": None,
+        "clip_negative_upper": True,
+    },
+    # The rules of the published scripts without their accidents: a small micro-batch still selects, target and log-prob
+    # come from one forward, the filter follows the temperature, the mean is exact. Off-policy: proxy_source="old".
+    "reference": _SHARED
+    | {
+        "kl_estimator": "k3",
+        "selection_scope": "micro_batch_negatives",
+        "require_below_proxy": True,
+        "k3_clamp": 10.0,
+        "clip_negative_upper": False,
+    },
+}
+
 
 @dataclass(frozen=True, slots=True)
 class _Proxy:
     """The filtered distribution at the sampled tokens; all [T], detached."""
 
     log_q: Tensor
-    """-inf where filtered."""
-    kept: Tensor
+    """-inf if the token is filtered."""
+    in_filter: Tensor
     log_z: Tensor | None
-    """None for a lagged proxy, which is known only through log q."""
+    """None for a lagged proxy, of which only log q is known."""
 
 
 class LpReg(PolicyLoss):
-    """-clip(r, 0, U) A, plus beta * KL on tokens that are rare, kept by the filter and of negative advantage.
+    """-clip(r, 0, U) A, plus beta * KL on tokens that are rare, kept by the filter and have negative advantage.
 
     The paper's ablations are settings: select_by="entropy" | "random" | "all" (all negatives), advantage_sign="both",
     kl_estimator="reverse", min_p=0 (no tau), fixed_tau.
@@ -108,39 +138,16 @@ class LpReg(PolicyLoss):
     name = "lp_reg"
     Settings = LpRegSettings
     settings: LpRegSettings
-
-    @property
-    def selection(self) -> SelectionRule | None:
-        if self.settings.selection_scope != "batch" or self.settings.select_by == "all":
-            return None
-        return SelectionRule(kind=_RULES[self.settings.select_by], fraction=self.settings.rho)
-
-    @property
-    def token_separable(self) -> bool:
-        return self.settings.selection_scope == "batch"
+    presets: ClassVar = PRESETS
 
     def uses_proxy(self, advantages: Tensor) -> Tensor:
         return advantages < 0 if self.settings.advantage_sign == "negative" else advantages != 0
-
-    @property
-    def proxy_source(self) -> ProxySource:
-        return self.settings.proxy_source
-
-    @property
-    def needs_proxy_kl(self) -> bool:
-        return self.settings.kl_estimator == "full" and self.settings.proxy_source != "current"
-
-    def token_stats_kwargs(self) -> StatsSettings:
-        if self.settings.fixed_tau is not None:
-            return {"fixed_tau": self.settings.fixed_tau}
-        # token_stats wants a positive min_p; this one drops only what has no probability in any floating point.
-        return {"min_p": self.settings.min_p or sys.float_info.min}
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         counted, ratio = inputs.counted, inputs.ratio
         proxy = self._proxy(inputs)
         low = self._low(inputs)
-        regularised = low & proxy.kept & self.uses_proxy(inputs.advantages)
+        regularised = low & proxy.in_filter & self.uses_proxy(inputs.advantages)
         if self.settings.require_below_proxy:
             regularised &= inputs.log_probs.detach() < proxy.log_q
 
@@ -153,7 +160,7 @@ class LpReg(PolicyLoss):
             "ratio": Mean.of(ratio, counted),
             "clip_fraction": Mean.of((bounded != ratio) & (inputs.advantages != 0), counted),
             "selected_fraction": Mean.of(regularised, counted),
-            "candidate_kept_fraction": Mean.of(proxy.kept, low),
+            "candidate_kept_fraction": Mean.of(proxy.in_filter, low),
             "kl": Mean.of(kl, regularised),
             "advantage_shift": Mean.of(self.settings.beta * self._pull(gap), regularised),
             "clamped_fraction": Mean.of(clamped, regularised),
@@ -168,20 +175,20 @@ class LpReg(PolicyLoss):
             log_q = self.need(inputs.proxy_log_probs, "proxy_log_probs").detach()
             return _Proxy(log_q, log_q > -torch.inf, None)
         log_probs, prefix = inputs.log_probs, ""
-        log_z, kept = inputs.log_z, inputs.kept
+        log_z, in_filter = inputs.log_z, inputs.in_filter
         if inputs.old_log_probs is not None and not self._proxy_is_current(inputs):
             log_probs, prefix = inputs.old_log_probs, "old_"
-            log_z, kept = inputs.old_log_z, inputs.old_kept
+            log_z, in_filter = inputs.old_log_z, inputs.old_in_filter
         log_z = self.need(log_z, prefix + "log_z").detach()
-        kept = self.need(kept, prefix + "kept")
-        return _Proxy(torch.where(kept, log_probs.detach() - log_z, -torch.inf), kept, log_z)
+        in_filter = self.need(in_filter, prefix + "in_filter")
+        return _Proxy(torch.where(in_filter, log_probs.detach() - log_z, -torch.inf), in_filter, log_z)
 
     def _proxy_is_current(self, inputs: LossInputs) -> bool:
         source = self.settings.proxy_source
         return source == "current" or (source == "old" and inputs.old_log_probs is None)
 
     def _low(self, inputs: LossInputs) -> Tensor:
-        """[T] bool, the tokens rare enough to be regularised."""
+        """[T] bool, the tokens that are rare enough to be regularised."""
         if self.settings.select_by == "all":
             return inputs.counted
         if self.settings.selection_scope == "batch":
@@ -190,7 +197,7 @@ class LpReg(PolicyLoss):
         return select_lowest(inputs.log_probs, negative, self.settings.rho).mask
 
     def _kl(self, inputs: LossInputs, gap: Tensor, regularised: Tensor) -> tuple[Tensor, Tensor]:
-        """([T] the KL term, 0 where not regularised; [T] bool, where the clamp cut it)."""
+        """Returns the KL term [T], 0 where not regularised, and [T] bool, where the clamp bounds it."""
         if self.settings.kl_estimator == "full":
             if self._proxy_is_current(inputs):
                 kl = -self.need(inputs.log_z, "log_z")
@@ -205,7 +212,8 @@ class LpReg(PolicyLoss):
         return k3.clamp(max=self.settings.k3_clamp), k3.detach() > self.settings.k3_clamp
 
     def _pull(self, gap: Tensor) -> Tensor:
-        """[T] what the KL term adds to the advantage of the sampled token, over beta; for "full" what k3 would add."""
+        """[T], what the KL term adds to the advantage of the sampled token, divided by beta; for "full" what k3 would
+        add."""
         return gap if self.settings.kl_estimator == "reverse" else gap.expm1()
 
     def _bounded_ratio(self, ratio: Tensor, advantages: Tensor) -> Tensor:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from lpreg._torch import torch
+from lpreg.losses.settings import MethodSettings, NonNegative, ShareOrZero
 
-from lpreg.losses.base import check_range
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PPOSettings:
-    clip_low: float = 0.2
-    """The ratio counts down to 1 - clip_low where the advantage is negative."""
-    clip_high: float = 0.2
-    """The ratio counts up to 1 + clip_high where the advantage is positive."""
+class PPOSettings(MethodSettings):
+    """Bounds of the ratio."""
 
-    def __post_init__(self) -> None:
-        check_range("clip_low", self.clip_low, 0.0, 1.0)
-        check_range("clip_high", self.clip_high, 0.0, math.inf)
+    clip_low: ShareOrZero = 0.2
+    """The ratio counts down to 1 - clip_low if the advantage is negative."""
+    clip_high: NonNegative = 0.2
+    """The ratio counts up to 1 + clip_high if the advantage is positive."""
 
 
 def ppo_clip(ratio: Tensor, advantages: Tensor, settings: PPOSettings) -> tuple[Tensor, Tensor]:
-    """([T] -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), [T] bool, where clipped); ratio and advantages [T]."""
+    """Returns -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) [T] and where it is clipped, [T] bool; ratio r and
+    advantages A are [T]."""
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     free_loss, clipped_loss = -advantages * ratio, -advantages * clipped
     return torch.maximum(free_loss, clipped_loss), clipped_loss > free_loss

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from lpreg._torch import torch
+from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, WrappedLoss
+from lpreg.losses.settings import MethodSettings, NonNegative
+from lpreg.needs import MethodNeeds
 
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, check_choice, check_range
-from lpreg.losses.wrapped import WrappedLoss
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Estimator = Literal["k1", "k3"]
 
@@ -21,9 +22,9 @@ def reference_kl(log_probs: Tensor, reference_log_probs: Tensor, estimator: Esti
     - "k3": exp(d) - d - 1 with d = log ref - log p (Schulman, "Approximating KL Divergence", 2020): never negative. Its
       gradient is in expectation that of KL(reference || policy).
     - "k1": log p - log ref, with the gradient of half its square, which is in expectation that of KL(policy ||
-      reference); its own gradient would be 0 in expectation.
+      reference); the gradient of k1 itself would be 0 in expectation.
 
-    Expectations are over tokens of the policy itself: nothing is reweighted for tokens of an older one.
+    Expectations are over tokens sampled from the policy itself: tokens of an older policy are not reweighted.
     """
     gap = reference_log_probs.detach() - log_probs
     if estimator == "k3":
@@ -33,35 +34,33 @@ def reference_kl(log_probs: Tensor, reference_log_probs: Tensor, estimator: Esti
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceKLSettings:
-    coefficient: float
+class ReferenceKLSettings(MethodSettings):
+    """Weight and estimator of the penalty."""
+
+    coefficient: NonNegative
     """Weight of the penalty."""
     estimator: Estimator = "k3"
-    """As in `reference_kl`."""
+    """k1 or k3, see `reference_kl`."""
 
-    def __post_init__(self) -> None:
-        check_range("coefficient", self.coefficient, 0.0, math.inf)
-        check_choice("estimator", self.estimator, ("k1", "k3"))
+    def around(self, needs: MethodNeeds) -> MethodNeeds:
+        """The needs of a method with this penalty: tokens with advantage 0 have a gradient too."""
+        return replace(needs, acts_without_advantage=True)
 
 
 class WithReferenceKL(WrappedLoss):
     """A method's loss + coefficient * KL(policy || reference), averaged over tokens as the method averages its own.
 
-    `with_reference_kl(make_loss("grpo"), coefficient=1e-3)`. Needs LossInputs.reference_log_probs. Tokens of advantage
-    0 have a gradient too, so none may be left out of the update.
+    `with_reference_kl(make_loss("grpo"), coefficient=1e-3)`. Needs LossInputs.reference_log_probs. Tokens with
+    advantage 0 have a gradient too, so no token may be left out of the update.
     """
 
     name = "reference_kl"
     Settings = ReferenceKLSettings
     settings: ReferenceKLSettings
 
-    @property
-    def acts_without_advantage(self) -> bool:
-        return True
-
     def __call__(self, inputs: LossInputs) -> LossOutput:
         reference = self.need(inputs.reference_log_probs, "reference_log_probs")
-        # Where a token does not count its log-probs may be anything, and a gradient of inf * 0 is NaN.
+        # The log-probs of a token that does not count may be anything, and a gradient of inf * 0 is NaN.
         log_probs = torch.where(inputs.counted, inputs.log_probs, 0.0)
         kl = reference_kl(log_probs, torch.where(inputs.counted, reference, 0.0), self.settings.estimator)
         output = self.loss(inputs)
@@ -70,7 +69,7 @@ class WithReferenceKL(WrappedLoss):
 
 
 def with_reference_kl(loss: PolicyLoss, *, coefficient: float, estimator: Estimator = "k3") -> PolicyLoss:
-    """The method `loss` with a penalty for leaving a reference policy, see `WithReferenceKL`.
+    """Returns the method `loss` with a penalty for leaving a reference policy, see `WithReferenceKL`.
 
     Raises:
         ValueError: a negative coefficient, an unknown estimator.

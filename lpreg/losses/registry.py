@@ -1,71 +1,71 @@
-"""Methods by name."""
+"""Methods by name, found by file: `lpreg/losses/<name>.py` is the method that states this name."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
-from lpreg.losses.base import PolicyLoss
-from lpreg.losses.cispo import CISPO
-from lpreg.losses.clip_cov import ClipCov
-from lpreg.losses.clip_higher import ClipHigher
-from lpreg.losses.dual_clip import DualClip
-from lpreg.losses.entropy_bonus import EntropyBonus
-from lpreg.losses.grpo import GRPO
-from lpreg.losses.gspo import GSPO
-from lpreg.losses.high_entropy import HighEntropy
-from lpreg.losses.kl_cov import KLCov
-from lpreg.losses.lp_reg import LpReg
-from lpreg.presets import PRESETS
+from lpreg.losses.base import PolicyLoss, WrappedLoss
+from lpreg.losses.settings import settings_of
 
-_CLASSES: tuple[type[PolicyLoss], ...] = (
-    GRPO,
-    LpReg,
-    ClipHigher,
-    DualClip,
-    GSPO,
-    CISPO,
-    KLCov,
-    ClipCov,
-    HighEntropy,
-    EntropyBonus,
-)
-METHODS = {method.name: method for method in _CLASSES}
+
+def _found() -> dict[str, type[PolicyLoss]]:
+    package = __name__.rpartition(".")[0]
+    methods: dict[str, type[PolicyLoss]] = {}
+    for _, file, _ in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if f"{package}.{file}" == __name__:
+            continue
+        for member in vars(importlib.import_module(f"{package}.{file}")).values():
+            is_method = isinstance(member, type) and issubclass(member, PolicyLoss)
+            if is_method and not issubclass(member, WrappedLoss) and getattr(member, "name", None) == file:
+                methods[file] = member
+    return methods
+
+
+METHODS = _found()
 
 
 class _LossFactory:
     """`make_loss(name, **settings)` and `make_loss.preset(name, preset, **overrides)`."""
 
     def __call__(self, name: str, **settings: Any) -> PolicyLoss:
-        """The method `name`; settings not given take the defaults of its Settings dataclass.
+        """Returns the method `name`; settings that are not given have the defaults of its Settings dataclass.
 
         Raises:
             ValueError: an unknown method or setting (the message names the nearest known one), or a value out of range.
         """
         if name not in METHODS:
-            raise ValueError(_unknown("method", name, METHODS))
+            raise ValueError(unknown("method", name, METHODS))
         method = METHODS[name]
-        known = [field.name for field in fields(method.Settings)]
+        known = [setting.name for setting in settings_of(method.Settings)]
         for setting in settings:
             if setting not in known:
-                raise ValueError(_unknown(f"setting of {name}", setting, known))
+                raise ValueError(unknown(f"setting of {name}", setting, known))
         return method(method.Settings(**settings))
 
     def preset(self, name: str, preset: str, **overrides: Any) -> PolicyLoss:
-        """The method `name` with the settings of "paper" or "reference" (see `lpreg.presets`), some overridden."""
+        """Returns the method `name` with the settings of one of its presets, "paper" (arXiv 2510.03222) or "reference"
+        (as its published scripts run it), some of them overridden.
+
+        Raises:
+            ValueError: an unknown method, preset or setting, or a value out of range.
+        """
         if name not in METHODS:
-            raise ValueError(_unknown("method", name, METHODS))
-        if preset not in PRESETS[name]:
-            raise ValueError(_unknown(f"preset of {name}", preset, PRESETS[name]))
-        return self(name, **PRESETS[name][preset] | overrides)
+            raise ValueError(unknown("method", name, METHODS))
+        presets = METHODS[name].presets
+        if preset not in presets:
+            raise ValueError(unknown(f"preset of {name}", preset, presets))
+        return self(name, **presets[preset] | overrides)
 
 
 make_loss = _LossFactory()
 
 
-def _unknown(what: str, given: str, known: Iterable[str]) -> str:
+def unknown(what: str, given: str, known: Iterable[str]) -> str:
+    """A message about an unknown name, with the nearest known one."""
     known = list(known)
     near = difflib.get_close_matches(given, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""

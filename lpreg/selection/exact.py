@@ -1,22 +1,27 @@
-"""Sums and random numbers that do not depend on how tokens lie over ranks and micro-batches."""
+"""Means and random numbers that do not depend on how tokens are split over ranks and micro-batches."""
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from lpreg._checks import on_this_rank
+from lpreg._torch import torch
+from lpreg.selection.ranking import on_this_rank
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
 LARGEST = 2.0**20
-"""In size; far beyond any log-prob or advantage. With HIGH_BITS it leaves room for 2**27 tokens in an int64 sum."""
+"""Largest absolute value, far beyond any log-prob or advantage. With HIGH_BITS, an int64 sum has room for 2**27
+tokens."""
 HIGH_BITS, LOW_BITS = 16, 34
 
 
 def exact_mean(values: Tensor, eligible: Tensor, name: str, group: dist.ProcessGroup | None) -> float:
-    """Mean of the eligible `values` [T] over all ranks: the same bits in any order and on any layout. 0 for no value.
+    """Returns the mean of the eligible `values` [T] over all ranks: the same bits in any order and on any layout; 0 if
+    there is no value.
 
-    Each value is rounded to a multiple of 2**-50 and added up as integers, in two parts that cannot overflow.
+    Each value is rounded to a multiple of 2**-50 and added as an integer, in two parts that cannot overflow.
 
     Raises:
         ValueError: an eligible value on any rank (then on every rank) that is not finite, or beyond 2**20.
@@ -27,7 +32,7 @@ def exact_mean(values: Tensor, eligible: Tensor, name: str, group: dist.ProcessG
     low = ((scaled - high) * 2.0**LOW_BITS).round()
     sums = torch.stack([high.long().sum(), low.long().sum(), eligible.sum(), bad.sum()])
     if group is not None:
-        dist.all_reduce(sums, group=group)
+        torch.distributed.all_reduce(sums, group=group)
     high_sum, low_sum, count, bad_count = sums.tolist()
     if bad_count:
         raise ValueError(
@@ -37,21 +42,22 @@ def exact_mean(values: Tensor, eligible: Tensor, name: str, group: dist.ProcessG
 
 
 def uniform(seed: int, token_ids: Tensor) -> Tensor:
-    """[T] fp64 in [0, 1), a hash of the seed and each token's id: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    """Returns [T] fp64 in [0, 1), a hash of the seed and each token's id: SplitMix64 (Steele, Lea and Flood, OOPSLA
+    2014)."""
     start = _mix(torch.tensor(seed, device=token_ids.device))
     mixed = _mix(start + token_ids * _signed(0x9E3779B97F4A7C15))
     return _shift(mixed, 11).double() * 2.0**-53
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """Integer products wrap around, as the hash wants."""
+    """Mixes the bits of the hash; integer products wrap around as the hash requires."""
     bits = (bits ^ _shift(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
     bits = (bits ^ _shift(bits, 27)) * _signed(0x94D049BB133111EB)
     return bits ^ _shift(bits, 31)
 
 
 def _shift(bits: Tensor, by: int) -> Tensor:
-    """To the right, filling with zeros; int64's own shift copies the sign."""
+    """Shifts to the right and fills with zeros; the shift of int64 itself copies the sign."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 

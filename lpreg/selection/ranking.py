@@ -1,18 +1,19 @@
 """Exact ranking of token values over every rank: which tokens are the lowest or highest `fraction` of a global batch.
 
-Radix select on bits that order like the numbers: 16 bits at a time, one all-reduce of integer histograms each. Integer
-sums make the result the same on every rank and whatever way the tokens are laid out over ranks.
+Radix select on bits that order like the numbers: 16 bits at a time, with one all-reduce of integer histograms each.
+Sums of integers make the result the same on every rank, however the tokens are split over ranks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from lpreg._torch import torch
 
-from lpreg._checks import on_this_rank
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
 DIGIT_BITS = 16
 DIGITS = 1 << DIGIT_BITS
@@ -20,31 +21,31 @@ DIGITS = 1 << DIGIT_BITS
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The chosen tokens of this rank, and what is known of all ranks."""
+    """The chosen tokens of this rank, and counts over all ranks."""
 
     threshold: float
-    """The last value chosen; -inf (lowest) or +inf (highest) when nothing is eligible anywhere."""
+    """The last value chosen; -inf (lowest) or +inf (highest) if no token is eligible on any rank."""
     mask: Tensor
-    """bool, the shape of `values`: this rank's chosen tokens."""
+    """bool, in the shape of `values`: this rank's chosen tokens."""
     count: int
-    """Tokens chosen over all ranks, ties included."""
+    """Number of tokens chosen over all ranks, ties included."""
     population: int
-    """Eligible tokens over all ranks."""
+    """Number of eligible tokens over all ranks."""
 
 
 def select_lowest(
     values: Tensor, eligible: Tensor, fraction: float, *, group: dist.ProcessGroup | None = None
 ) -> Selection:
-    """The lowest max(1, int(fraction * population)) of the eligible values over all ranks of `group`, and their ties.
+    """Selects the lowest max(1, int(fraction * population)) eligible values over all ranks of `group`, and their ties.
 
-    Costs two all-reduces of 512 KiB (four for fp64), whatever the number of tokens. -0.0 equals 0.0; -inf and +inf rank
-    as numbers; a rank may hold no token.
+    The selection costs two all-reduces of 512 KiB (four for fp64), whatever the number of tokens. -0.0 equals 0.0; -inf
+    and +inf rank as numbers; a rank may hold no token.
 
     Args:
         values: any shape; bf16, fp16, fp32 or fp64, the same on every rank.
-        eligible: bool, the shape of `values`: the population.
+        eligible: bool, in the shape of `values`: the population.
         fraction: in (0, 1].
-        group: the ranks to rank over; each must call. None: this process alone.
+        group: the ranks to rank over; each must call. None: only this process.
 
     Raises:
         ValueError: bad arguments, or an eligible NaN on any rank (then on every rank).
@@ -70,9 +71,9 @@ def select_lowest(
         first = shift == total_bits - DIGIT_BITS
         digits = (ordered >> shift) + DIGITS // 2 if first else (ordered >> shift) & (DIGITS - 1)
         histogram = torch.bincount(digits, minlength=DIGITS + 1)
-        histogram[DIGITS] = nan.sum()  # rides along, so that every rank learns of it and none is left waiting
+        histogram[DIGITS] = nan.sum()  # reduced with the rest, so that every rank raises and no rank waits
         if group is not None:
-            dist.all_reduce(histogram, group=group)
+            torch.distributed.all_reduce(histogram, group=group)
         if first:
             if count := int(histogram[DIGITS]):
                 raise ValueError(f"values: {count} eligible tokens are NaN, {on_this_rank(nan)}; a NaN has no rank")
@@ -93,13 +94,19 @@ def select_lowest(
 def select_highest(
     values: Tensor, eligible: Tensor, fraction: float, *, group: dist.ProcessGroup | None = None
 ) -> Selection:
-    """As `select_lowest`, from the top."""
+    """Selects the highest values, see `select_lowest`."""
     lowest = select_lowest(-values, eligible, fraction, group=group)
     return Selection(-lowest.threshold, lowest.mask, lowest.count, lowest.population)
 
 
+def on_this_rank(bad: Tensor) -> str:
+    """Returns where the bad values of this rank are, for a message that every rank raises; bad: bool, any shape."""
+    here = bad.flatten().nonzero().squeeze(1)[:5].tolist()
+    return f"the first on this rank at {here}" if here else "none of them on this rank"
+
+
 def _ordered_bits(values: Tensor) -> Tensor:
-    """Signed integers that order as the floats do: negative floats count down, so their magnitude bits are flipped."""
+    """Returns integers that order like the floats: negative floats count down, so their magnitude bits are flipped."""
     integer, magnitude = _integer_type(values.dtype)
     bits = (values + 0.0).view(integer)  # + 0.0 turns -0.0 into 0.0
     return torch.where(bits < 0, bits ^ magnitude, bits)

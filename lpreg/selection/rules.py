@@ -1,37 +1,20 @@
-"""What a method asks to have selected, and the one function that selects it from a global batch.
+"""The function that selects tokens of a global batch by a method's rule.
 
 Legend: T tokens of this rank; together the ranks of `group` hold the global batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
+from lpreg._torch import torch
+from lpreg.needs import SelectionRule
 from lpreg.selection.exact import exact_mean, uniform
 from lpreg.selection.ranking import Selection, select_highest, select_lowest
 
-SelectionKind = Literal["lowest_log_prob", "highest_entropy", "highest_covariance", "random_in_covariance", "random"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelectionRule:
-    """Which tokens to mark. The covariance of a token is (A - mean A)(log p - mean log p), means over the batch."""
-
-    kind: SelectionKind
-    fraction: float
-    """Share of all eligible tokens of the global batch, at least one; in (0, 1]."""
-    covariance_range: tuple[float, float] | None = None
-    """Only for "random_in_covariance": tokens strictly between the two may be drawn."""
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether `apply_rule` wants entropies, which a rollout engine seldom reports."""
-        return self.kind == "highest_entropy"
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
 
 def apply_rule(
@@ -45,20 +28,20 @@ def apply_rule(
     seed: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Selection:
-    """The tokens that `rule` chooses from the eligible ones of the global batch, the same set under any layout.
+    """Returns the tokens that `rule` chooses from the eligible tokens of the global batch, the same under any layout.
 
     Everything is known before the first backward: log-probs and entropies are those of the policy that generated the
-    batch. Rankings take all ties at the threshold; random rules draw by a hash of seed and token id.
+    batch. Rankings include all ties at the threshold; random rules draw by a hash of seed and token id.
 
     Args:
         eligible: [T] bool, the response tokens.
         log_probs: [T], of the sampled tokens; for "lowest_log_prob" and both covariance rules.
         entropy: [T], nats; for "highest_entropy".
         advantages: [T]; for both covariance rules.
-        token_ids: [T] int64, different for every token of the global batch and travelling with it; for both random
-            rules. None, only without a group: a token's place in this call.
-        seed: for both random rules; another one for every batch.
-        group: the ranks that hold the global batch; each must call. None: this call holds all of it.
+        token_ids: [T] int64, a different id for every token of the global batch, independent of the layout; for both
+            random rules. None, only without a group: the token's index in this call.
+        seed: for both random rules; a different seed for every batch.
+        group: the ranks that hold the global batch; each must call. None: this call holds the whole batch.
 
     Raises:
         ValueError: a missing or misshapen argument, or eligible values that cannot be ranked (on every rank).
@@ -82,7 +65,7 @@ def apply_rule(
         raise ValueError("covariance_range: random_in_covariance needs one")
     low, high = rule.covariance_range
     inside = eligible & (covariance > low) & (covariance < high)
-    # The count is a share of all tokens: those outside rank last, and are left out should it reach them.
+    # The count is a share of all tokens: tokens outside rank last, and are left out if the count reaches them.
     draw = _draw(rule, eligible, token_ids, seed, group).masked_fill(~inside, torch.inf)
     chosen = select_lowest(draw, eligible, rule.fraction, group=group)
     mask = chosen.mask & inside
@@ -96,7 +79,7 @@ def _need(rule: SelectionRule, value: Tensor | None, name: str) -> Tensor:
 
 
 def _covariance(advantages: Tensor, log_probs: Tensor, eligible: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[T] fp64; 0 where not eligible, where a value may be anything."""
+    """Returns the covariance [T] in fp64; 0 for tokens that are not eligible, whose values may be anything."""
     mean_advantage = exact_mean(advantages, eligible, "advantages", group)
     mean_log_prob = exact_mean(log_probs, eligible, "log_probs", group)
     covariance = (advantages.detach().double() - mean_advantage) * (log_probs.detach().double() - mean_log_prob)
@@ -117,5 +100,5 @@ def _draw(
 def _count(mask: Tensor, group: dist.ProcessGroup | None) -> int:
     count = mask.sum()
     if group is not None:
-        dist.all_reduce(count, group=group)
+        torch.distributed.all_reduce(count, group=group)
     return int(count)

@@ -1,6 +1,6 @@
-"""The Megatron side: platform, layout, model building, the training step."""
+"""The actor: the policy in Megatron, its passes over batches, and its optimizer."""
 
 import warnings
 
-# Module by module, megatron-core warns of what is not installed; `platform.describe` says it in one line.
+# Each module of megatron-core warns about missing optional packages; `platform.describe` reports them in one line.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")

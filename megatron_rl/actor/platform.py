@@ -1,10 +1,11 @@
-"""Where the actor runs. The one module that makes megatron-core, written for CUDA, run on CPU.
+"""The device that the actor runs on. Only this module makes megatron-core, which is written for CUDA, run on CPU.
 
 `torch.cpu` mirrors the part of `torch.cuda` that megatron-core calls (current_device, synchronize), and tensors have
-`.cpu()` as they have `.cuda()`. So one mechanism is nearly enough: in the functions listed in `CUDA_SITES`, the name
-`cuda` and the constants "cuda" and "torch.cuda.<X>Tensor" become their CPU twins. Random numbers are the exception:
-their CPU twins are in `torch.random`, and two functions that reach for CUDA's generators get another body. Nothing
-outside those functions changes, and every change that finds nothing to change is an error.
+`.cpu()` as they have `.cuda()`. One mechanism therefore covers nearly everything: in the functions listed in
+`CUDA_SITES`, the name `cuda` and the constants "cuda" and "torch.cuda.<X>Tensor" are replaced by their CPU
+counterparts. Random numbers are the exception: their CPU counterparts are in `torch.random`, and functions that use
+CUDA's generators get another body. Nothing outside these functions changes. A replacement that finds nothing to replace
+raises an error.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings
 
 SUPPORTED = ((0, 16), (0, 19))
-"""Oldest and newest release line of megatron-core whose CUDA assumptions are the ones listed below."""
+"""Oldest and newest release line of megatron-core whose uses of CUDA are exactly those listed below."""
 
 CUDA_SITES = {
     "rotary embedding": ("models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.get_emb",),
@@ -75,16 +76,16 @@ CUDA_SITES = {
         "utils:local_multi_tensor_l2_norm",
     ),
 }
-"""What it is for -> functions of megatron.core that name CUDA."""
+"""Purpose -> functions of megatron.core that name CUDA."""
 
 NEWER_SITES = {(0, 19): ("optimizer.optimizer:MegatronOptimizer.has_grad_norm_group",)}
-"""Release line -> functions that name CUDA since then."""
+"""Release line -> further functions that name CUDA from that release on."""
 
 RANDOM_SITES = (
     "tensor_parallel.random:CudaRNGStatesTracker.add",
     "tensor_parallel.random:model_parallel_cuda_manual_seed",
 )
-"""Functions that seed CUDA's generator, or read its state, by names that `torch.random` has too."""
+"""Functions that seed CUDA's generator or read its state under names that also exist in `torch.random`."""
 
 
 def _get_rng_state(
@@ -98,7 +99,7 @@ def _set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool =
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """The expert dispatcher's counts; Megatron's makes numpy of CUDA tensors only."""
+    """Returns the expert dispatcher's counts. Megatron's version converts only CUDA tensors to numpy."""
     return tensor.numpy() if as_numpy and tensor is not None else tensor
 
 
@@ -107,17 +108,17 @@ CPU_TWINS: dict[str, Callable[..., Any]] = {
     "tensor_parallel.random:_get_cuda_rng_state": _get_rng_state,
     "tensor_parallel.random:_set_cuda_rng_state": _set_rng_state,
 }
-"""Functions of megatron.core whose body is replaced whole."""
+"""Functions of megatron.core whose entire body is replaced."""
 
 _device: torch.device | None = None
-"""What `prepare` chose."""
+"""The device that `prepare` chose."""
 
 
 def prepare(device: str) -> torch.device:
-    """The device this process trains on, with megatron-core ready for it. Call before building anything.
+    """Returns the device that this process trains on, with megatron-core prepared for it. Call before building a model.
 
-    `device` is "auto" (CUDA where there is one), "cpu" or "cuda". On CUDA the process takes the GPU that LOCAL_RANK
-    names. Raises UserError when CUDA is asked for and absent, or megatron-core's version is not known to run on CPU.
+    `device` is "auto" (CUDA if available), "cpu" or "cuda". On CUDA the process uses the GPU that LOCAL_RANK names.
+    Raises UserError if CUDA is requested but absent, or if this version of megatron-core is not known to run on CPU.
     """
     global _device
     if device == "auto":
@@ -134,27 +135,24 @@ def prepare(device: str) -> torch.device:
     return _device
 
 
-def backend(device: torch.device) -> str:
-    """The name of torch.distributed's backend for this device."""
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
 def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether layers come from Transformer Engine, which runs on CUDA only. In fp32 they do not: it has no
-    attention for packed rows then."""
+    """Returns whether layers come from Transformer Engine, which runs on CUDA only.
+
+    In fp32 they do not, because Transformer Engine has no fp32 attention for packed sequences.
+    """
     installed = importlib.util.find_spec("transformer_engine") is not None
     return device.type == "cuda" and dtype != torch.float32 and installed
 
 
 def packing_form(settings: ActorSettings, device: torch.device) -> PackingForm:
-    """How the rows of a micro-batch lie together; Transformer Engine's attention knows no rows that share positions."""
+    """Returns how the sequences of a micro-batch are packed. Transformer Engine's attention supports no prefix tree."""
     if settings.rows != "auto":
         return settings.rows
     return "packed" if uses_transformer_engine(device, getattr(torch, settings.dtype)) else "prefix_tree"
 
 
 def require(device: torch.device, settings: ActorSettings) -> None:
-    """Raises UserError where settings ask for what only Transformer Engine has, and it is not there."""
+    """Raises UserError if the settings need Transformer Engine without it, or do not work with it."""
     wanted = {
         f"actor.context_parallel: {settings.context_parallel}": settings.context_parallel > 1,
         f"actor.fp8: {settings.fp8}": settings.fp8 != "none",
@@ -163,20 +161,20 @@ def require(device: torch.device, settings: ActorSettings) -> None:
     engine = uses_transformer_engine(device, getattr(torch, settings.dtype))
     if engine and settings.rows == "prefix_tree":
         raise UserError(
-            "actor.rows: prefix_tree is not for Transformer Engine, which is installed: its attention knows no rows "
-            "that share positions. Set actor.rows to auto or packed"
+            "actor.rows: prefix_tree does not work with Transformer Engine, which is installed: its attention does not "
+            "support sequences that share positions. Set actor.rows to auto or packed"
         )
     for key, asked in wanted.items():
         if asked and not engine:
             raise UserError(
-                f"{key} needs Transformer Engine, which runs on CUDA only, here in bfloat16, and must be installed. "
+                f"{key} needs Transformer Engine, which must be installed and is used on CUDA only and in bfloat16. "
                 "Install it and set actor.dtype to bfloat16, or set context_parallel to 1, fp8 to none and expert_gemm "
                 "to auto"
             )
 
 
 def describe(dtype: torch.dtype) -> str:
-    """One line for the log, after `prepare`, of a model of this dtype."""
+    """Returns one line for the log about a model of this dtype. Call after `prepare`."""
     if _device is None:
         raise RuntimeError("call prepare() first")
     layers = "Transformer Engine layers" if uses_transformer_engine(_device, dtype) else "local layers"
@@ -185,14 +183,14 @@ def describe(dtype: torch.dtype) -> str:
 
 
 def device_name() -> str:
-    """As the driver calls the device, after `prepare`; of a CPU just that."""
+    """Returns the driver's name of the GPU, or "cpu". Call after `prepare`."""
     if _device is None:
         raise RuntimeError("call prepare() first")
     return torch.cuda.get_device_name(_device) if _device.type == "cuda" else "cpu"
 
 
 def megatron_version() -> str:
-    """Raises UserError when megatron-core is not installed."""
+    """Returns the installed version. Raises UserError if megatron-core is not installed."""
     try:
         return importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:
@@ -219,7 +217,7 @@ def _check_version() -> None:
 
 @cache
 def _run_on_cpu() -> None:
-    """Once a process: a second time there is nothing left to replace, which is an error."""
+    """Runs once per process: a second time there would be nothing left to replace, which is an error."""
     newer = [sites for since, sites in NEWER_SITES.items() if _release_line() >= since]
     for site in itertools.chain(*CUDA_SITES.values(), *newer):
         _retarget(_find(site))
@@ -227,17 +225,20 @@ def _run_on_cpu() -> None:
         _retarget(_find(site), twin="random")
     for site, twin in CPU_TWINS.items():
         _replace(_find(site), twin)
-    _mend_experts()
+    _adapt_experts()
 
 
-def _mend_experts() -> None:
-    """The expert dispatcher waits for an event of its stream, which `torch.cpu.Stream` has not; the router asks whether
-    a name is None that 0.16 defines only with Transformer Engine."""
+def _adapt_experts() -> None:
+    """Adds two names that the expert code needs on CPU.
+
+    The expert dispatcher waits for an event of its stream, but `torch.cpu.Stream` has no events. The router tests
+    whether `te_general_gemm` is None, but 0.16 defines that name only with Transformer Engine.
+    """
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     if "te_general_gemm" not in moe_utils.RouterGatingLinearFunction.forward.__code__.co_names:
-        raise RuntimeError("the router of megatron.core no longer asks for te_general_gemm: megatron-core changed")
+        raise RuntimeError("the router of megatron.core no longer uses te_general_gemm: megatron-core changed")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
@@ -247,12 +248,12 @@ def _mend_experts() -> None:
 
     dispatch = _find("transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize")
     if not hasattr(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream") or "record_event" not in dispatch.__code__.co_names:
-        raise RuntimeError("the expert dispatcher of megatron.core waits for no event: megatron-core changed")
+        raise RuntimeError("the expert dispatcher of megatron.core no longer waits for an event: megatron-core changed")
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = Stream()
 
 
 def _find(site: str) -> FunctionType:
-    """The function behind "module:Qualified.name", decorators taken off."""
+    """Returns the function behind "module:Qualified.name" without decorators. Raises RuntimeError if it is missing."""
     module, _, qualified = site.partition(":")
     found: Any = importlib.import_module(f"megatron.core.{module}")
     for name in qualified.split("."):
@@ -265,22 +266,22 @@ def _find(site: str) -> FunctionType:
 
 
 def _retarget(function: FunctionType, twin: str = "cpu") -> None:
-    """Make one function name `torch.<twin>` where it names CUDA; fails when it names none."""
+    """Makes a function use `torch.<twin>` in place of CUDA. Raises RuntimeError if the function does not name CUDA."""
     changed = _without_cuda(function.__code__, twin)
     if changed == function.__code__:
-        raise RuntimeError(f"{function.__module__}.{function.__qualname__} names no CUDA: megatron-core changed")
+        raise RuntimeError(f"{function.__module__}.{function.__qualname__} no longer names CUDA: megatron-core changed")
     function.__code__ = changed
 
 
 def _replace(function: FunctionType, twin: Callable[..., Any]) -> None:
-    """Give one function another body; fails when its arguments are not those the body was written for."""
+    """Gives a function another body. Raises RuntimeError if its parameters differ from those of the new body."""
     if list(inspect.signature(function).parameters) != list(inspect.signature(twin).parameters):
         raise RuntimeError(f"{function.__module__}.{function.__qualname__} has other arguments: megatron-core changed")
     function.__code__ = twin.__code__
 
 
 def _without_cuda(constant: Any, twin: str) -> Any:
-    """A function's code, or one of its constants, with every mention of CUDA replaced; inner functions included."""
+    """Returns a function's code, or one of its constants, with CUDA replaced, also within inner functions."""
     if isinstance(constant, CodeType):
         names = tuple(twin if name == "cuda" else name for name in constant.co_names)
         return constant.replace(co_names=names, co_consts=_without_cuda(constant.co_consts, twin))

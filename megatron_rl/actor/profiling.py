@@ -1,4 +1,4 @@
-"""torch's profiler around the passes of a step."""
+"""Runs torch's profiler around the passes of a step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 PHASES = ("forward", "loss", "optimizer")
-"""What `record_function` marks in a step; what is left of a step's time is backward and communication."""
+"""The parts of a step that `record_function` marks. The rest of a step's time is backward and communication."""
 TABLE_ROWS = 40
 
 
 class Profiler:
-    """Between `start` and `stop` everything this rank runs is traced, on CPU and GPU."""
+    """Traces everything that this rank runs on CPU and GPU between `start` and `stop`."""
 
     def __init__(self) -> None:
         activities = [ProfilerActivity.CPU]
@@ -25,7 +25,7 @@ class Profiler:
         self._profile.start()
 
     def stop(self, folder: Path, rank: int) -> None:
-        """Writes `rank-0.json.gz`, for chrome://tracing or ui.perfetto.dev, and `rank-0.txt`, tables of the same."""
+        """Writes a trace `rank-0.json.gz` for chrome://tracing or ui.perfetto.dev, and its tables as `rank-0.txt`."""
         self._profile.stop()
         folder.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(folder / f"rank-{rank}.json.gz"))

@@ -1,4 +1,4 @@
-"""One rank of the actor: what the driver may ask of it. Knows nothing of Ray.
+"""One rank of the actor, with the methods that the driver calls. Independent of Ray.
 
 Every method is collective: the driver calls it on all ranks. Only the reporting rank of each data-parallel replica
 (last pipeline stage, first tensor rank) returns tables; the other ranks return None.
@@ -17,21 +17,21 @@ from torch.profiler import record_function
 
 import lpreg
 from megatron_rl.actor import platform
-from megatron_rl.actor.model.head import Head
 from megatron_rl.actor.model.policy import build_model
 from megatron_rl.actor.optimizer.distributed import wrap_chunks
 from megatron_rl.actor.optimizer.optimizer import Optimizer
 from megatron_rl.actor.optimizer.snapshots import Snapshots
+from megatron_rl.actor.passes.head import Head
 from megatron_rl.actor.passes.passes import Passes
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import Snapshot, Table, TrainResult, Weights
 from megatron_rl.actor.profiling import Profiler
+from megatron_rl.actor.rank_state import HeldState, RankState, export_stage
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.checkpoint.manifest import RankPart
-from megatron_rl.checkpoint.state import HeldState, RankState, export_stage
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import open_weights, read_config
+from megatron_rl.models.hf_shards import HfShard
 from megatron_rl.models.weight_map import load_hf_weights, publish_hf_weights
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.layout import Layout
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class MegatronWorker:
-    """A rank. Call `start` on all ranks at once, with the address of rank 0 and its `open_port`."""
+    """One rank of the actor. Call `start` on all ranks at once, with the address of rank 0 and its `open_port`."""
 
     def __init__(self, settings: ActorSettings, layout: Layout, rank: int) -> None:
         self.settings = settings
@@ -59,13 +59,13 @@ class MegatronWorker:
         self.transport: WeightTransport | None = None
 
     def open_port(self, host: str) -> int:
-        """For a process group to meet at, at an address of this machine."""
+        """Opens a port at an address of this machine, where the ranks find each other. Returns the port."""
         return rendezvous.open_port(host)
 
     def start(self, host: str, port: int, model_folder: Path) -> str:
-        """Join the process groups and build this rank's part of the model, its weights yet to come by `load_hf`.
+        """Joins the process groups and builds this rank's part of the model. Call `load_hf` afterwards.
 
-        Returns what it runs on, for the log.
+        Returns a description of the platform for the log.
         """
         self.device = platform.prepare(self.settings.device)
         platform.require(self.device, self.settings)
@@ -103,24 +103,24 @@ class MegatronWorker:
         return platform.describe(self.dtype)
 
     def device_name(self) -> str:
-        """Of this rank."""
+        """Returns the name of this rank's device."""
         return platform.device_name()
 
     def load_hf(self, folder: Path) -> None:
-        """Weights from a Hugging Face folder. The optimizer must be built anew afterwards."""
+        """Loads weights from a Hugging Face folder. Call `build_optimizer` again afterwards."""
         load_hf_weights(self.model, self.hf_config, open_weights(folder))
 
     def build_optimizer(self, settings: OptimizerSettings) -> None:
         self.optimizer = Optimizer(self.chunks, settings, self.dtype, offload=self.settings.offload_optimizer)
 
     def set_loss(self, choice: LossChoice | None) -> None:
-        """A policy loss; None for supervised training."""
+        """Sets the policy loss; None means supervised training."""
         self.loss = choice.make() if choice else None
 
     # ------------------------------------------------------------------ passes
 
     def train(self, batch: SequenceBatch, lr: float, denominator: float, temperature: float) -> TrainResult | None:
-        """One optimizer step. `denominator`: response tokens of the whole global batch, dropped rows included."""
+        """Takes one optimizer step. `denominator`: response tokens of the global batch, including dropped sequences."""
         self.optimizer.zero_grad()
         result = self.passes.gradients(batch, self.loss, denominator, temperature)
         with record_function("optimizer"):
@@ -128,7 +128,7 @@ class MegatronWorker:
         return replace(result, grad_norm=grad_norm) if result else None
 
     def score(self, batch: SequenceBatch, temperature: float, weights: Weights = "current") -> Table | None:
-        """As `Passes.score`, by the actor's own weights or those of a snapshot."""
+        """Like `Passes.score`, with the actor's current weights or those of a snapshot."""
         with self.snapshots.in_use(weights):
             return self.passes.score(batch, self.loss, temperature)
 
@@ -139,7 +139,7 @@ class MegatronWorker:
         return self.passes.candidates(batch, temperature, count)
 
     def snapshot(self, name: Snapshot) -> None:
-        """Keep the weights as they are now on the CPU, under that name."""
+        """Copies the current weights to CPU memory under this name."""
         self.snapshots.keep(name, dict(self.model.named_parameters()))
 
     def start_profile(self) -> None:
@@ -147,24 +147,27 @@ class MegatronWorker:
         self.profiler.start()
 
     def stop_profile(self, folder: Path) -> None:
-        """Write what this rank ran since `start_profile`."""
+        """Writes the profile of what this rank ran since `start_profile`."""
         self.profiler.stop(folder, self.rank)
 
     # ------------------------------------------------------------------ weights out and in
 
     def publishes(self) -> bool:
-        """Whether this rank hands its pipeline stage's tensors out, for all who have them."""
+        """Returns whether this rank publishes its pipeline stage's tensors on behalf of all its ranks."""
         return process_groups.publishes()
 
     def weight_specs(self) -> list[TensorSpec] | None:
-        """What `push_weights` will send, in its order."""
+        """Returns the specs of the tensors that `push_weights` sends, in order; None if this rank does not publish."""
         tensors = publish_hf_weights(self.model, self.hf_config, reuse_memory=True)
         specs = [TensorSpec.of(name, tensor) for name, tensor in tensors]
         return specs if self.publishes() else None
 
     def connect_weights(self, places: Sequence[Path | GroupMember], bucket_bytes: int) -> None:
-        """Of each pipeline stage: the folder its weights go to, or its group with the engines, which must be joined by
-        them meanwhile."""
+        """Connects this rank's pipeline stage to the destination of its weights.
+
+        places: one per pipeline stage, either the folder that receives the stage's weights, or the group that the stage
+        shares with the engines. The engines must join that group at the same time.
+        """
         self.disconnect_weights()
         if not self.publishes():
             return
@@ -179,9 +182,9 @@ class MegatronWorker:
         self.transport.connect()
 
     def push_weights(self, version: int, checksums_for: int) -> Pushed | None:
-        """Send this stage's weights, gathered to Hugging Face names tensor by tensor. Raises WeightsNotSent.
+        """Sends this stage's weights under Hugging Face names, gathered one tensor at a time. Raises WeightsNotSent.
 
-        checksums_for: tensor-parallel ranks of an engine; 0: no checksums.
+        checksums_for: number of tensor-parallel ranks per engine; 0 means no checksums.
         """
         tensors = publish_hf_weights(self.model, self.hf_config, reuse_memory=True)
         try:
@@ -189,7 +192,7 @@ class MegatronWorker:
                 return None
             return self.transport.push(tensors, version, ChecksumTaker(checksums_for) if checksums_for else None)
         finally:
-            for _ in tensors:  # the gathers are collective: who does not send, or stopped to, takes part all the same
+            for _ in tensors:  # the gathers are collective: ranks that do not send, or failed to, must take part
                 pass
 
     def disconnect_weights(self) -> None:
@@ -198,38 +201,38 @@ class MegatronWorker:
         self.transport = None
 
     def write_state(self, folder: Path) -> RankPart:
-        """This rank's share of a checkpoint, written a file at a time."""
+        """Writes this rank's part of a checkpoint, one file at a time."""
         return self._state().write(folder)
 
     def hold_state(self) -> None:
-        """Copy to CPU memory what `write_state` would write."""
+        """Copies to CPU memory what `write_state` would write."""
         self.held = self._state().held()
 
     def write_held(self, folder: Path) -> RankPart:
-        """Write what `hold_state` copied. Touches nothing else, so it may run beside any other method."""
+        """Writes what `hold_state` copied. Uses nothing else, so this method may run in parallel with any other."""
         held, self.held = self.held, None
         if held is None:
             raise RuntimeError("there is nothing to write: call hold_state() first")
         return held.write(folder)
 
     def state_bytes(self) -> float:
-        """This rank's share of what a checkpoint takes."""
+        """Returns the size of this rank's part of a checkpoint."""
         return self._state().bytes
 
     def load(self, folder: Path) -> None:
-        """The inverse of `write_state`, under any layout; random states come back where there are as many ranks."""
+        """Loads what `write_state` wrote, under any layout. The same number of ranks also restores random states."""
         if lagged := self._state().load(folder):
             self.snapshots.keep("lagged", lagged)
 
     def export_hf(self, folder: Path) -> list[HfShard] | None:
-        """This stage's files of a Hugging Face export; the driver writes the index."""
+        """Writes this stage's files of a Hugging Face export. The driver writes the index."""
         return export_stage(folder, self.model, self.hf_config, process_groups.pp_rank(), self.publishes())
 
     def close(self) -> None:
         self.disconnect_weights()
         process_groups.destroy()
 
-    # ------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------ internals
 
     def _state(self) -> RankState:
         return RankState(

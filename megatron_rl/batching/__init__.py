@@ -1,1 +1,1 @@
-"""From samples to rows, from rows to micro-batches, and these to ranks."""
+"""Batches of sequences: how they are stored, split into mini-batches and micro-batches, and given to ranks."""

@@ -1,4 +1,4 @@
-"""Even work: what a row costs, and parts that cost about the same."""
+"""Balanced work: what a sequence costs, and groups of sequences that cost about the same."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ import numpy as np
 import numpy.typing as npt
 
 EXCHANGES = 4
-"""At most so many a group; where rows are many, few help."""
+"""Maximum number of exchanges per group. With many sequences, few exchanges are useful."""
 
 
 def row_costs(lengths: npt.NDArray[np.int64], even_length: float | None) -> npt.NDArray[np.float64]:
-    """[N], the time of each row's forward and backward, up to a factor: its tokens go through matrix products, which
-    cost the same for each, and look at the tokens before them, which costs the more the longer the row.
+    """Returns [N], the relative time of each sequence's forward and backward pass.
 
-    even_length: the length of row at which the two are even (`Architecture.even_length`); None: only tokens count.
+    The matrix products cost the same for each token. Attention to earlier tokens costs more per token the longer the
+    sequence is.
+
+    Args:
+        lengths: [N], number of tokens of each sequence.
+        even_length: length at which both parts cost the same (`Architecture.even_length`). With None, only the number
+            of tokens counts.
     """
     tokens = lengths.astype(np.float64)
     return tokens if even_length is None else tokens * (1 + tokens / even_length)
 
 
 def balanced(costs: npt.NDArray[np.float64], parts: int) -> list[list[int]]:
-    """Indices of `costs` in `parts` groups of about the same sum: the dearest first, each to the group that has least
-    so far (no group then exceeds the mean by more than one item, Graham 1969); then exchanged between the dearest group
-    and cheaper ones, as long as that helps."""
+    """Splits the indices of `costs` into `parts` groups of about the same total cost.
+
+    Each item, the most expensive first, goes to the group with the lowest total so far. No group then exceeds the mean
+    by more than one item (Graham 1969). Afterwards items are exchanged between the most expensive group and cheaper
+    ones, as long as that reduces the imbalance.
+    """
     groups: list[list[int]] = [[] for _ in range(parts)]
     heap = [(0.0, number) for number in range(parts)]
     for index in np.argsort(-costs, kind="stable").tolist():
@@ -36,7 +44,8 @@ def balanced(costs: npt.NDArray[np.float64], parts: int) -> list[list[int]]:
 
 
 def _level(groups: list[list[int]], costs: npt.NDArray[np.float64]) -> None:
-    """Exchange items of the dearest group, or give one away, to the cheapest group with which that helps."""
+    """Moves or exchanges single items between the most expensive group and the cheapest group with which that helps,
+    until nothing helps or the limit of exchanges is reached."""
     loads = np.array([costs[group].sum() for group in groups])
     for _ in range(EXCHANGES * len(groups)):
         dear = int(loads.argmax())
@@ -50,8 +59,10 @@ def _level(groups: list[list[int]], costs: npt.NDArray[np.float64]) -> None:
 
 
 def _exchange(dear: list[int], cheap: list[int], costs: npt.NDArray[np.float64], gap: float) -> float:
-    """Give the item that brings two groups which are `gap` apart nearest to each other, for one in return or for
-    nothing. Returns what the cheap one gains: 0 where nothing brings them nearer."""
+    """Moves the item from `dear` to `cheap`, with or without one in return, that brings their totals closest together.
+
+    Returns the cost that `cheap` gains; 0 if no exchange brings the totals, which are `gap` apart, closer together.
+    """
     change = costs[dear][:, None] - np.append(costs[cheap], 0.0)
     distance = np.where((change > 1e-9 * gap) & (change < (1 - 1e-9) * gap), np.abs(change - gap / 2), np.inf)
     if not np.isfinite(distance.min(initial=np.inf)):

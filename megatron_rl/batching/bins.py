@@ -1,4 +1,4 @@
-"""Rows into micro-batches of a token budget: packed one after another, or side by side and padded."""
+"""Groups sequences into micro-batches within a token budget: packed one after another, or padded side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from megatron_rl.batching.arrays import Indices
 
 
 def first_fit(lengths: Indices, token_budget: int) -> list[list[int]]:
-    """Indices in bins of at most `token_budget` tokens in sum: the longest first, each into the first bin with room. A
-    longer one goes alone."""
+    """Returns indices in bins of at most `token_budget` tokens in total.
+
+    Each sequence, the longest first, goes into the first bin with enough room. A sequence that is longer than the
+    budget gets a bin of its own.
+    """
     bins: list[list[int]] = []
     room = np.zeros(len(lengths), dtype=np.int64)
     for index in np.argsort(-lengths, kind="stable").tolist():
@@ -26,8 +29,11 @@ def first_fit(lengths: Indices, token_budget: int) -> list[list[int]]:
 
 
 def length_buckets(lengths: Indices, token_budget: int) -> list[list[int]]:
-    """Indices in buckets of at most `token_budget` padded tokens (rows times longest row), rows of similar length
-    together, the longest first. A row longer than the budget goes alone."""
+    """Returns indices in buckets of at most `token_budget` padded tokens: number of sequences times longest sequence.
+
+    Sequences of similar length share a bucket, the longest first. A sequence that is longer than the budget gets a
+    bucket of its own.
+    """
     buckets: list[list[int]] = []
     capacity = 0
     for index in np.argsort(-lengths, kind="stable").tolist():

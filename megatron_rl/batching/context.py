@@ -1,8 +1,8 @@
-"""Context parallelism: which tokens of a row each rank holds.
+"""Context parallelism: which tokens of a sequence each rank holds.
 
-A row is cut into twice as many chunks as there are ranks, and rank r holds chunk r and the r-th from the end: the late
-chunks look at more tokens than the early ones, and so every rank has as much attention to do. This is the order that
-Megatron's rotary embedding and Transformer Engine's attention expect.
+A sequence is cut into twice as many chunks as there are ranks. Rank r holds chunk r and chunk r from the end. Late
+chunks attend to more tokens than early ones, so this pairing gives every rank the same amount of attention. Megatron's
+rotary embedding and Transformer Engine's attention expect this order.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ from megatron_rl.batching.arrays import Indices
 
 
 def chunk_multiple(ranks: int) -> int:
-    """What the length of a row must be a multiple of, padding included."""
+    """Returns the number that the padded length of each sequence must be a multiple of."""
     return 2 * ranks if ranks > 1 else 1
 
 
 def held_by(rank: int, ranks: int, lengths: Sequence[int]) -> Indices:
-    """Where the tokens of `rank`, in its order, lie in rows of these lengths laid one after another."""
+    """Returns the indices of the tokens that `rank` holds, in its order, in sequences of these lengths one after
+    another.
+
+    Raises:
+        ValueError: a length is not a multiple of `chunk_multiple(ranks)`.
+    """
     if ranks == 1:
         return np.arange(sum(lengths))
     parts = []
     start = 0
     for length in lengths:
         if length % chunk_multiple(ranks):
-            raise ValueError(f"a row of {length} tokens cannot be cut into {chunk_multiple(ranks)} chunks")
+            raise ValueError(f"a sequence of {length} tokens cannot be cut into {chunk_multiple(ranks)} chunks")
         chunk = np.arange(length // chunk_multiple(ranks))
         for number in (rank, 2 * ranks - 1 - rank):
             parts.append(start + number * len(chunk) + chunk)

@@ -1,4 +1,4 @@
-"""A step's rows as the mini-batches of its updates."""
+"""Splits the sequences of a step into the mini-batches of its updates."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from megatron_rl.batching.arrays import Array
 
 
 def mini_batches(groups: Array, *, updates: int, epochs: int, seed: int) -> list[Array]:
-    """For each update, the ascending rows [n] of its mini-batch: whole groups, every row once a pass (epoch).
+    """Returns, for each update, the ascending indices [n] of the sequences in its mini-batch.
 
-    The first pass takes the groups in the order they were drawn, later ones in an order of their own, from the seed.
+    A mini-batch holds complete groups, and every epoch covers each sequence once. The first epoch takes the groups in
+    the order in which they were drawn; each later epoch shuffles them, depending on the seed.
 
     Args:
-        groups: [N], which group each row belongs to.
-        updates: a multiple of epochs.
+        groups: [N], number of the group that each sequence belongs to.
+        updates: Number of updates over all epochs, a multiple of `epochs`.
+        epochs: Number of passes over the sequences.
+        seed: Seed of the shuffled orders.
     """
     order = np.unique(groups)
     batches: list[Array] = []

@@ -1,4 +1,4 @@
-"""Packing of sequences into the tensors of one forward pass. Legend: b rows, s positions, T sampled tokens."""
+"""Packing of sequences into the tensors of one forward pass. Legend: b tensor rows, s positions, T sampled tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class PackingSpec:
     """How sequences become tensors."""
 
     rows: PackingForm = "packed"
-    """prefix_tree: all sequences in one row, and a prefix that several of them share appears once. packed: one after
-    another in one row, without padding between them. padded: one per row, padded on the right."""
+    """prefix_tree: all sequences in one tensor row, with each shared prefix only once. packed: all sequences one after
+    another in one tensor row, without padding between them. padded: a tensor row per sequence, padded on the right."""
     length_multiple: int = 1
     """s is padded to a multiple of this."""
     context_ranks: int = 1
@@ -33,7 +33,8 @@ class PackingSpec:
 
 @dataclass(frozen=True, slots=True)
 class PackedInputs:
-    """The last token of a sequence is only a target, so a sequence takes its length less one positions."""
+    """Sequences as the arrays of one forward pass. The last token of a sequence is only a target, so a sequence of n
+    tokens takes n - 1 positions."""
 
     tokens: Indices
     """[b, s]; b is 1 unless padded."""
@@ -53,7 +54,7 @@ def pack(batch: SequenceBatch, spec: PackingSpec, length: int = 0) -> PackedInpu
 
 
 def packed_length(batch: SequenceBatch, rows: Sequence[int], spec: PackingSpec) -> int:
-    """Returns s of these sequences in one row, over all context-parallel ranks."""
+    """Returns s of these sequences in one tensor row, over all context-parallel ranks."""
     unit = chunk_multiple(spec.context_ranks)
     if spec.rows == "prefix_tree":
         tokens = PrefixTree.of([batch.sequence(i) for i in rows]).size

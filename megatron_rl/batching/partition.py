@@ -1,4 +1,8 @@
-"""Which rows go together, and to which data-parallel rank. Deterministic: every rank computes all shares alike."""
+"""Partition of a batch into micro-batches per data-parallel rank.
+
+The result is deterministic, so every rank computes the partition of all ranks without communication. Legend: N
+sequences.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,12 @@ from megatron_rl.types import Ids
 Costs = npt.NDArray[np.float64]
 
 PARTS = 4
-"""Rows that begin alike go together in runs of at most such a part of a micro-batch, and of a rank's rows: larger ones
-could not be shared out evenly."""
+"""Sequences with a common prefix stay together in runs of at most 1 / PARTS of a micro-batch and of a rank's share of
+the tokens. Larger runs could not be balanced over ranks."""
 
 MicroBatches = list[list[int]]
-"""Row indices of each. An empty one has something to do only where all ranks must take part in every forward."""
+"""Sequence indices of each micro-batch. An empty micro-batch exists only so that its rank takes part in a forward pass
+that other ranks need."""
 
 
 def partition(
@@ -34,16 +39,20 @@ def partition(
     count_multiple: int = 1,
     same_count: bool = False,
 ) -> list[MicroBatches]:
-    """Micro-batches of every data-parallel rank, the largest first, so that memory peaks at once.
+    """Returns the micro-batches of every data-parallel rank, the largest first, so that memory peaks at the start.
 
-    Each holds at most `token_budget` tokens: the sum of its rows' lengths when `packed`, else rows times longest row;
-    a longer row goes alone. A rank gets none when rows are few.
+    Each micro-batch holds at most `token_budget` tokens; a longer sequence gets a micro-batch of its own. A rank can
+    get none if there are few sequences.
 
     Args:
-        lengths: [N] tokens of each row.
-        costs: [N], what the balance over ranks is about; None: the lengths. Padded rows go by their padded size.
-        count_multiple: every rank's number of micro-batches is a multiple of this, with empty ones where needed.
-        same_count: ... and the same on every rank.
+        lengths: [N], number of tokens of each sequence.
+        ranks: Number of data-parallel ranks.
+        token_budget: Limit of the sum of lengths if `packed`, else of number of sequences times longest sequence.
+        packed: Whether sequences are packed one after another; else they are padded side by side.
+        costs: [N], costs to balance over ranks; the lengths if None. Padded micro-batches are balanced by their padded
+            size instead.
+        count_multiple: The number of micro-batches of each rank is a multiple of this, with empty ones added.
+        same_count: Whether all ranks get the same number of micro-batches.
     """
     tokens = np.asarray(lengths, dtype=np.int64)
     costs = tokens.astype(np.float64) if costs is None else costs
@@ -58,13 +67,15 @@ def partition(
 def partition_trees(
     rows: Sequence[Ids], ranks: int, *, token_budget: int, even_length: float | None = None, **counts: Any
 ) -> list[MicroBatches]:
-    """As `partition` packed, of rows that share positions where they begin alike: those stay together as far as budget
-    and balance allow.
+    """Partitions packed sequences that share the positions of common prefixes (see `partition`). Sequences with a
+    common prefix stay together as far as budget and balance allow.
 
     Args:
-        rows: N arrays, the tokens of each.
-        even_length: as in `row_costs`.
-        counts: `count_multiple` and `same_count`.
+        rows: N arrays, the tokens of each sequence.
+        ranks: Number of data-parallel ranks.
+        token_budget: Largest number of tokens of a micro-batch.
+        even_length: See `row_costs`.
+        counts: `count_multiple` and `same_count` of `partition`.
     """
     tree = PrefixTree.of(rows)
     runs = tree.runs(max(1, min(token_budget, -(-tree.size // ranks)) // PARTS))
@@ -77,13 +88,14 @@ def partition_trees(
 
 
 def _completed(tokens: Indices, share: MicroBatches, count: int) -> MicroBatches:
-    """Largest first; and empty ones at the end, if there must be more of them."""
+    """Sorts the micro-batches, the largest first, and appends empty ones up to `count`."""
     ordered = sorted(map(sorted, share), key=lambda rows: (-int(tokens[rows].sum()), rows))
     return ordered + [[] for _ in range(count - len(share))]
 
 
 def _packed(tokens: Indices, ranks: int, budget: int, costs: Costs) -> list[MicroBatches]:
-    """Rows to ranks by what they cost; then, on each, as few micro-batches as the budget allows, made level."""
+    """Balances sequences over ranks by cost, then splits each rank's sequences into as few micro-batches as the budget
+    allows, and balances these by tokens."""
     shares = []
     for rows in balanced(costs, ranks):
         bins = [[rows[i] for i in bin_] for bin_ in first_fit(tokens[rows], budget)]
@@ -93,8 +105,11 @@ def _packed(tokens: Indices, ranks: int, budget: int, costs: Costs) -> list[Micr
 
 
 def _padded(tokens: Indices, ranks: int, budget: int) -> list[MicroBatches]:
-    """Rows of similar length together, then micro-batches to ranks by their padded size. They hold at most a rank's
-    even part of the tokens, so that a batch that would fit into one is shared too."""
+    """Groups sequences of similar length into micro-batches, then balances these over ranks by padded size.
+
+    A micro-batch holds at most an even share of the tokens per rank, so that a batch that would fit into one
+    micro-batch is still split over the ranks.
+    """
     buckets = length_buckets(tokens, max(1, min(budget, -(-int(tokens.sum()) // ranks))))
     sizes = np.array([len(bucket) * tokens[bucket].max() for bucket in buckets], dtype=np.float64)
     return [[buckets[i] for i in part] for part in balanced(sizes, ranks)]

@@ -1,11 +1,12 @@
-"""Rows that begin alike, as a tree: a position that several have in common is run once.
+"""A tree of the common prefixes of sequences, so that each shared position is computed once.
 
-What a causal model computes at a position depends on the tokens up to it alone. So the rows of one prompt can share its
-positions, and their responses share theirs as far as they say the same; gradients of all that follow add up there.
+What a causal model computes at a position depends only on the tokens up to that position. So the sequences of one
+prompt can share the positions of the prompt, and responses can share positions as long as their tokens are the same.
+Gradients of everything that follows a shared position add up there.
 
-A row takes its length less one positions, as its last token is only a target. They are numbered row after row in
-`order`, in which rows that begin alike are neighbours: what follows from a position, and nothing else, then has the
-numbers after it up to its end.
+The last token of a sequence is only a target, so a sequence of n tokens takes n - 1 positions. Positions are numbered
+sequence after sequence in the sorted `order`, in which sequences with a common prefix are neighbours. So the positions
+that follow from a position p are exactly those numbered from p + 1 up to, but not including, `ends[p]`.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ from megatron_rl.types import Ids
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """Of N rows. Everything is in the order of `order`, not of the rows."""
+    """Prefix tree of N sequences. All arrays are in the sorted order, not in that of the batch."""
 
     order: Indices
-    """[N], numbers of the rows."""
+    """[N], indices of the sequences in the batch, sorted so that common prefixes are neighbours."""
     lengths: Indices
-    """[N], positions of each row."""
+    """[N], number of positions of each sequence."""
     shared: Indices
-    """[N], how many of them, from its start, the row before it has too; 0 for the first of a tree."""
+    """[N], length of the prefix that each sequence shares with the one before it; 0 for the first of a tree."""
 
     @classmethod
     def of(cls, rows: Sequence[Ids]) -> PrefixTree:
+        """Returns the tree of these sequences, each an array of token ids."""
         order = sorted(range(len(rows)), key=lambda i: rows[i][:-1].tobytes())
         ordered = [rows[i][:-1] for i in order]
         shared = [_in_common(row, before) for row, before in zip(ordered[1:], ordered, strict=False)]
@@ -45,27 +47,27 @@ class PrefixTree:
 
     @classmethod
     def separate(cls, lengths: npt.NDArray[np.integer]) -> PrefixTree:
-        """Of rows of so many positions that share nothing, in their own order."""
+        """Returns the tree of sequences with these numbers of positions that share nothing, in the given order."""
         return cls(np.arange(len(lengths)), lengths.astype(np.int64), np.zeros(len(lengths), dtype=np.int64))
 
     @cached_property
     def own(self) -> Indices:
-        """[N], the positions that a row adds to those of the rows before it."""
+        """[N], number of positions that each sequence adds to those of the sequences before it."""
         return self.lengths - self.shared
 
     @cached_property
     def starts(self) -> Indices:
-        """[N], the number of its first own position."""
+        """[N], index of the first position that each sequence adds."""
         return np.cumsum(self.own) - self.own
 
     @property
     def size(self) -> int:
-        """Positions of all."""
+        """Number of positions of the tree."""
         return int(self.own.sum())
 
     @cached_property
     def paths(self) -> list[Indices]:
-        """N arrays: the number of each of a row's positions."""
+        """N arrays, the indices of all positions of each sequence."""
         paths: list[Indices] = []
         for start, shared, own in zip(self.starts, self.shared, self.own, strict=True):
             inherited = paths[-1][:shared] if paths else np.zeros(0, dtype=np.int64)
@@ -74,21 +76,24 @@ class PrefixTree:
 
     @cached_property
     def depths(self) -> Indices:
-        """[size], of each position the number of those before it in its rows."""
+        """[size], place of each position in its own sequences."""
         return np.arange(self.size) + np.repeat(self.shared - self.starts, self.own)
 
     @cached_property
     def ends(self) -> Indices:
-        """[size], where the positions end that see this one."""
+        """[size], end (exclusive) of the range of positions that attend to each position."""
         ends = np.empty(self.size, dtype=np.int64)
         of_depth = np.full(int(self.lengths.max(initial=0)), self.size)
         for start, shared, length in zip(self.starts[::-1], self.shared[::-1], self.lengths[::-1], strict=True):
             ends[start : start + length - shared] = of_depth[shared:length]
-            of_depth[shared:] = start  # to the rows before, whatever is deeper than what they share with this one ends
+            of_depth[shared:] = start  # for earlier sequences, positions below the shared prefix end here
         return ends
 
     def runs(self, longest: int) -> list[range]:
-        """Neighbours in the order that share something, in runs that see at most `longest` positions together."""
+        """Splits the sorted sequences into runs of neighbours with a common prefix.
+
+        A run covers at most `longest` positions, its shared prefix included, unless it is a single sequence.
+        """
         runs: list[range] = []
         seen = 0
         for i, (shared, own) in enumerate(zip(self.shared.tolist(), self.own.tolist(), strict=True)):
@@ -102,7 +107,7 @@ class PrefixTree:
 
 
 def _in_common(a: Ids, b: Ids) -> int:
-    """Length of the prefix that both have."""
+    """Returns the length of the common prefix."""
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length

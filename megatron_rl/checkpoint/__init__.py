@@ -1,1 +1,1 @@
-"""Weights on disk: Hugging Face folders, and the map between their names and Megatron's."""
+"""Checkpoints of a run: their files and manifest, saving, retention, and the export of the trained model."""

@@ -1,4 +1,4 @@
-"""The trained model as an ordinary Hugging Face folder, and the proof that it is the same model."""
+"""Export of the trained model as an ordinary Hugging Face folder, and the check that it is the same model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.checkpoint.hf_shards import HfShard, finish_hf_folder
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import copy_all_but_weights
+from megatron_rl.models.hf_shards import HfShard, finish_hf_folder
 
 
 def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[HfShard]]) -> None:
-    """Every pipeline stage writes its files, the index is added, and what else `source` holds is copied.
+    """Write a Hugging Face folder: the weights of all pipeline stages, their index, and all other files of `source`.
 
-    The folder appears whole or not at all.
+    The folder appears complete or not at all. Raises UserError if it cannot be written.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -38,17 +38,17 @@ def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[Hf
 
 
 @torch.inference_mode()
-def largest_logit_difference(folder: Path, rows: SequenceBatch, actor_logits: Array, dtype: str) -> float:
-    """Reload the export with plain transformers; the largest difference over the rows' response tokens.
+def largest_logit_difference(folder: Path, batch: SequenceBatch, actor_logits: Array, dtype: str) -> float:
+    """Reload the export with plain transformers and compare its logits with the actor's.
 
-    actor_logits [T, V], as the actor computed them.
+    actor_logits: [T, V], the actor's logits of the T sampled tokens. Returns the largest absolute difference.
     """
-    disable_progress_bar()  # transformers' own, of loading: it would write over the view
+    disable_progress_bar()  # the loading bar of transformers would overwrite the terminal view
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     model.eval()
-    predictors = np.split(rows.predictors, np.cumsum(rows.sampled_lengths)[:-1])
+    predictors = np.split(batch.predictors, np.cumsum(batch.sampled_lengths)[:-1])
     reloaded = [
         model(torch.tensor(sequence[None, :-1], dtype=torch.int64)).logits[0, torch.tensor(places)].float().numpy()
-        for sequence, places in zip(rows.sequences, predictors, strict=True)
+        for sequence, places in zip(batch.sequences, predictors, strict=True)
     ]
     return float(np.abs(np.concatenate(reloaded) - actor_logits).max())

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, how to find checkpoints, and whether one is whole."""
+"""The manifest of a checkpoint: what the checkpoint holds, how to find checkpoints and how to verify one."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from megatron_rl.models.hf_format import HASHING_THREADS, file_sha256
 MANIFEST = "manifest.json"
 RNG = "rng.json"
 PARTIAL = ".partial"
-"""Ends the names of what is not finished."""
+"""Suffix of files and folders that are not finished."""
 FORMAT = 2
 _ANOTHER = "choose another checkpoint with resume=PATH"
 Watch = Callable[[Sequence[str]], Iterable[str]]
 RandomState = dict[str, Any]
-"""Of the random numbers of a process, as `checkpoint/rng.py` has it."""
+"""State of all random number generators of a process, as `checkpoint/rng.py` writes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class DriverState:
-    """What the driver itself must remember."""
+    """State of the driver that a resumed run needs."""
 
     step: int
     weight_version: int
@@ -38,30 +38,30 @@ class DriverState:
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model that training reads besides its checkpoint."""
+    """A model that training reads in addition to its checkpoint."""
 
     path: str
     sha256: str
-    """Of its weights, as `hf_format.weights_sha256` has it."""
+    """SHA-256 of the weights, from `hf_format.weights_sha256`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The process that wrote it."""
+    """The process that wrote the checkpoint."""
 
     model: dict[str, Any]
-    """An `actor.architecture.Architecture`."""
+    """Fields of the model's `models.architecture.Architecture`."""
     layout: dict[str, int | bool]
-    """An `actor.layout.Layout`."""
+    """Fields of the `parallel.layout.Layout` that wrote the checkpoint."""
     dtype: str
     versions: dict[str, str]
-    """By package."""
+    """Package name -> version."""
     reference: ModelFolder | None = None
-    """The frozen model of the KL penalty."""
+    """The frozen reference model of the KL penalty, if there is one."""
 
     @property
     def layout_in_words(self) -> str:
-        """`tensor 2 x data 4`"""
+        """The layout as text, for example `tensor 2 x data 4`."""
         degrees = [f"{name} {degree}" for name, degree in self.layout.items() if degree > 1]
         switches = [name.replace("_", " ") for name, on in self.layout.items() if on is True]
         return " x ".join([*degrees, *switches]) or "one rank"
@@ -69,10 +69,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """One of the files."""
+    """Manifest entry of one file of the checkpoint."""
 
     kind: str
-    """What its tensors are: weights, a moment of Adam's, ..."""
+    """Kind of the file's contents: weights, exp_avg, exp_avg_sq, lagged, rng or backlog."""
     bytes: int
     sha256: str
     tensors: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ class ShardFile:
 
 @dataclass(frozen=True, slots=True)
 class RankPart:
-    """What one rank adds to a checkpoint."""
+    """The part of a checkpoint that one rank writes."""
 
     files: dict[str, ShardFile]
     rng: RandomState
@@ -89,7 +89,7 @@ class RankPart:
 
 @dataclass(frozen=True, slots=True)
 class RandomStates:
-    """Of the driver, and of the actor's ranks in their order; see `checkpoint/rng.py`."""
+    """Random states of the driver and of the actor's ranks in rank order; see `checkpoint/rng.py`."""
 
     driver: RandomState
     ranks: list[RandomState]
@@ -97,12 +97,12 @@ class RandomStates:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The table of contents, written last: a folder without one is no checkpoint."""
+    """Table of contents of a checkpoint. It is written last, so a folder without a manifest is not a checkpoint."""
 
     format: int
     state: DriverState
     metrics: dict[str, float | None]
-    """The step's row of metrics.jsonl."""
+    """The step's metrics, as in metrics.jsonl."""
     origin: Origin
     optimizer_steps: int
     files: dict[str, ShardFile]
@@ -123,7 +123,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError when there is none, it is damaged, or it is of another format."""
+    """Raises UserError if the manifest is missing, damaged or of another format."""
     path = folder / MANIFEST
     try:
         text = path.read_bytes()
@@ -161,9 +161,10 @@ def read_rng(folder: Path) -> RandomStates:
 
 
 def verify(folder: Path, manifest: Manifest, *, hashes: bool = True, watch: Watch = iter) -> None:
-    """Raises UserError naming the first file that is missing, or not as long, or (with `hashes`) not as it was written.
+    """Check every file of a checkpoint against its manifest.
 
-    watch: sees the names of the files as they are read, for a progress bar.
+    hashes: compare SHA-256 as well as existence and size. watch: iterates over the file names while the files are
+    hashed, for a progress bar. Raises UserError naming the first file that is missing or damaged.
     """
     for name, entry in manifest.files.items():
         path = folder / name
@@ -171,8 +172,7 @@ def verify(folder: Path, manifest: Manifest, *, hashes: bool = True, watch: Watc
             raise UserError(f"checkpoint file {path} is missing: {_ANOTHER}")
         if path.stat().st_size != entry.bytes:
             raise UserError(
-                f"checkpoint file {path} is damaged ({path.stat().st_size} bytes, {entry.bytes} were written): "
-                f"{_ANOTHER}"
+                f"checkpoint file {path} is damaged ({path.stat().st_size} bytes instead of {entry.bytes}): {_ANOTHER}"
             )
     if not hashes:
         return
@@ -184,14 +184,14 @@ def verify(folder: Path, manifest: Manifest, *, hashes: bool = True, watch: Watc
 
 
 def read_checkpoint(folder: Path, watch: Watch = iter) -> Manifest:
-    """The manifest, after checking that every file is there and whole. Raises UserError."""
+    """Returns the manifest after verifying every file. Raises UserError if the checkpoint is incomplete or damaged."""
     manifest = read_manifest(folder)
     verify(folder, manifest, watch=watch)
     return manifest
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; whether they are intact is not looked at."""
+    """Returns the complete checkpoints in a folder, oldest first. Their files are not verified."""
     named = (path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal())
     return sorted((path for path in named if (path / MANIFEST).is_file()), key=step_of)
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, and the best by an evaluation."""
+"""Which checkpoints are kept: the newest ones, and the best ones by a metric."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from megatron_rl.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What `train.keep_checkpoints` and `train.keep_best` say."""
+    """The settings `train.keep_checkpoints` and `train.keep_best`."""
 
     last: int
-    """The newest so many; 0: all."""
+    """Number of newest checkpoints to keep. 0 keeps all."""
     best: KeepBestSettings | None = None
 
 
-def prune(folder: Path, keep: Retention) -> None:
-    """Remove all but the newest `keep.last` checkpoints and the best ones."""
-    if keep.last:
-        stay = {*checkpoints(folder)[-keep.last :], *best(folder, keep.best)}
+def prune(folder: Path, retention: Retention) -> None:
+    """Remove all checkpoints except the newest `retention.last` and the best ones."""
+    if retention.last:
+        kept = {*checkpoints(folder)[-retention.last :], *best(folder, retention.best)}
         for path in checkpoints(folder):
-            if path not in stay:
+            if path not in kept:
                 shutil.rmtree(path)
 
 
 def best(folder: Path, settings: KeepBestSettings | None) -> list[Path]:
-    """The checkpoints whose step had the best values of the metric, best first; of equal ones the earlier."""
+    """Returns the checkpoints with the best values of the metric, best first and, for equal values, earlier first."""
     if settings is None:
         return []
     values = {path: value for path in checkpoints(folder) if (value := _metric(path, settings.metric)) is not None}
@@ -42,13 +42,16 @@ def best(folder: Path, settings: KeepBestSettings | None) -> list[Path]:
 def _metric(path: Path, name: str) -> float | None:
     try:
         return read_manifest(path).metrics.get(name)
-    except UserError:  # a damaged one is not the best
+    except UserError:  # a damaged checkpoint never counts as the best
         return None
 
 
-def link(folder: Path, keep: Retention, announce: Callable[[str], None]) -> None:
-    """Let `latest` and `best` in the folder lead to those checkpoints. They are for people: nothing here reads them."""
-    for name, found in (("latest", checkpoints(folder)[-1:]), ("best", best(folder, keep.best)[:1])):
+def link(folder: Path, retention: Retention, announce: Callable[[str], None]) -> None:
+    """Point the links `latest` and `best` in the folder to those checkpoints.
+
+    The links are for users; no code reads them. A file system without links is announced and is no error.
+    """
+    for name, found in (("latest", checkpoints(folder)[-1:]), ("best", best(folder, retention.best)[:1])):
         if not found:
             (folder / name).unlink(missing_ok=True)
             continue
@@ -58,4 +61,4 @@ def link(folder: Path, keep: Retention, announce: Callable[[str], None]) -> None
             fresh.symlink_to(found[0].name)
             fresh.replace(folder / name)
         except OSError as error:
-            announce(f"{folder / name} could not be made to lead to {found[0].name}: {error.strerror}")
+            announce(f"cannot link {folder / name} to {found[0].name}: {error.strerror}")

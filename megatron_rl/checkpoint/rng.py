@@ -1,4 +1,4 @@
-"""The state of every source of random numbers in a process, as values fit for JSON."""
+"""State of every random number generator in a process, as values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from megatron_rl.checkpoint.manifest import RandomState
 
 
 def capture(tracker: dict[str, Tensor] | None = None) -> RandomState:
-    """Of Python, numpy and torch, on CUDA too where it is in use; `tracker`: Megatron's named states."""
+    """Returns the states of Python, numpy, torch and, if it is initialised, CUDA.
+
+    tracker: the named states of Megatron's RNG tracker, to include.
+    """
     version, words, gauss = random.getstate()
     legacy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     key = legacy["state"]
@@ -28,7 +31,7 @@ def capture(tracker: dict[str, Tensor] | None = None) -> RandomState:
 
 
 def restore(state: RandomState) -> dict[str, Tensor]:
-    """The inverse of `capture`. Returns the tracker's states, for their owner."""
+    """Restore what `capture` returned. Returns the tracker's states, which the caller must set."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(_unpacked(words, np.uint32).tolist()), gauss))
     legacy = state["numpy"]

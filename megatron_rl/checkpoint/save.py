@@ -1,6 +1,6 @@
-"""Writes checkpoints: whole or not at all, beside training if wanted.
+"""Writes checkpoints: complete or not at all, and in the background of training if `train.async_save` is set.
 
-Ranks write into `step_000050.<random>.partial`; the driver adds the manifest and renames.
+The ranks write into `step_000050.<random>.partial`; the driver then adds the manifest and renames the folder.
 """
 
 from __future__ import annotations
@@ -41,32 +41,33 @@ from megatron_rl.rollout.buffer import Group
 
 
 class Ranks(Protocol):
-    """The actor's ranks, as one."""
+    """All ranks of the actor, as the saver uses them."""
 
     def state_bytes(self) -> int:
-        """What a checkpoint of them will take."""
+        """Returns the size of a checkpoint in bytes."""
 
     def write_state(self, folder: Path) -> list[RankPart]:
-        """Write it now, a file at a time."""
+        """Write the state now, one file at a time."""
 
     def hold_state(self) -> None:
-        """Copy it to CPU memory."""
+        """Copy the state to CPU memory."""
 
     def write_held(self, folder: Path) -> list[RankPart]:
-        """Write what is held, while the ranks do other things."""
+        """Write the state that `hold_state` copied; the ranks may train meanwhile."""
 
 
 class Saver:
-    """The checkpoints of a run. One is under way at a time; `with` waits for the last one, unless interrupted."""
+    """Saves a run's checkpoints, one at a time. Leaving the `with` block waits for the last one, unless interrupted."""
 
     def __init__(
-        self, folder: Path, ranks: Ranks, origin: Origin, keep: Retention, announce: Callable[[str], None]
+        self, folder: Path, ranks: Ranks, origin: Origin, retention: Retention, announce: Callable[[str], None]
     ) -> None:
-        self._folder, self._ranks, self._origin, self._keep, self._announce = folder, ranks, origin, keep, announce
+        self._folder, self._ranks, self._origin = folder, ranks, origin
+        self._retention, self._announce = retention, announce
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[float] | None = None
         self._seconds: float | None = None
-        for left in folder.glob(f"step_*{PARTIAL}"):  # by a run that was killed
+        for left in folder.glob(f"step_*{PARTIAL}"):  # left behind by a killed run
             shutil.rmtree(left)
 
     def __enter__(self) -> Self:
@@ -79,17 +80,16 @@ class Saver:
         if error is None:
             self.wait()
         elif self._pending is not None and self._pending.done() and (second := self._pending.exception()):
-            self._announce(f"error: {second}")  # `error` is the one that ends the run
+            self._announce(f"error: {second}")  # `error` itself ends the run and is reported elsewhere
 
     def save(
         self, state: DriverState, metrics: dict[str, float], groups: Sequence[Group] = (), *, background: bool
     ) -> None:
-        """A checkpoint of the step that ended with `metrics`, after waiting for the last one.
+        """Save a checkpoint of the step that ended with `metrics`. Waits for the previous save first.
 
-        `groups`: the rollout buffer, which steps leave to later ones.
-
-        In the background only copying the state to CPU memory takes the caller's time; `poll` tells how it went.
-        On a full disk: nothing half-written, older checkpoints untouched, a UserError.
+        groups: the groups in the rollout buffer. background: return as soon as the state is copied to CPU memory;
+        `poll` and `wait` report the outcome. Raises UserError if the disk is full; then nothing half-written is left
+        and older checkpoints are untouched.
         """
         self.wait()
         needed = self._ranks.state_bytes()
@@ -98,7 +98,7 @@ class Saver:
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise UserError(_full_disk(target, f"{_mib(needed)} needed, {_mib(free)} free"))
-        self._look_for_best(metrics)
+        self._announce_missing_metric(metrics)
         manifest = Manifest(FORMAT, state, dict(metrics), self._origin, optimizer_steps=0, files={})
         publish = partial(self._publish, target, manifest, rng.capture(), tuple(groups), needed)
         if background:
@@ -107,23 +107,23 @@ class Saver:
         else:
             publish(self._ranks.write_state)
 
-    def _look_for_best(self, metrics: Mapping[str, float]) -> None:
+    def _announce_missing_metric(self, metrics: Mapping[str, float]) -> None:
         measured = sorted(name for name in metrics if name.startswith("eval/"))
-        if self._keep.best and measured and self._keep.best.metric not in measured:
+        if self._retention.best and measured and self._retention.best.metric not in measured:
             self._announce(
-                f"train.keep_best: {self._keep.best.metric} was not measured, so no checkpoint is the best; "
-                f"there are {', '.join(measured)}"
+                f"train.keep_best: the metric {self._retention.best.metric} was not measured, so this checkpoint "
+                f"is not among the best; measured were {', '.join(measured)}"
             )
 
     def poll(self) -> dict[str, float]:
-        """Metrics of a background save that has ended since the last call. Raises UserError when it failed."""
+        """Returns metrics of a background save that ended since the last call. Raises UserError if the save failed."""
         if self._pending is not None and self._pending.done():
             self.wait()
         seconds, self._seconds = self._seconds, None
         return {} if seconds is None else {"perf/checkpoint_background_seconds": seconds}
 
     def wait(self) -> None:
-        """For the save under way. Raises UserError when it failed."""
+        """Wait for the save under way. Raises UserError if the save failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._seconds = pending.result()
@@ -137,14 +137,14 @@ class Saver:
         needed: int,
         write_ranks: Callable[[Path], list[RankPart]],
     ) -> float:
-        """Seconds it took."""
+        """Write, rename and prune. Returns the seconds that took."""
         start = time.perf_counter()
         fresh, replaced = _unique(target), _unique(target)
         try:
             fresh.mkdir()
             _complete(fresh, manifest, driver, groups, write_ranks(fresh))
             _sync(fresh)
-            if target.exists():  # the same step again, after a resume from an older one
+            if target.exists():  # the run reached this step again after resuming from an older checkpoint
                 target.rename(replaced)
             fresh.rename(target)
             _sync(self._folder)
@@ -155,11 +155,12 @@ class Saver:
         finally:
             for left in (fresh, replaced):
                 shutil.rmtree(left, ignore_errors=True)
-        for path in checkpoints(self._folder):  # of a course that a resume from an older one has left
+        # Later checkpoints belong to the course that the run left when it resumed from an older one.
+        for path in checkpoints(self._folder):
             if step_of(path) > step_of(target):
                 shutil.rmtree(path)
-        link(self._folder, self._keep, self._announce)
-        prune(self._folder, self._keep)
+        link(self._folder, self._retention, self._announce)
+        prune(self._folder, self._retention)
         self._announce(f"checkpoint: {target}")
         return time.perf_counter() - start
 
@@ -167,7 +168,7 @@ class Saver:
 def _complete(
     folder: Path, manifest: Manifest, driver: RandomState, groups: Sequence[Group], parts: list[RankPart]
 ) -> None:
-    """Add what belongs to no rank to what the ranks wrote."""
+    """Add the driver's files and the manifest to the files of the ranks."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
     files[RNG] = write_rng(folder, RandomStates(driver, [part.rng for part in parts]))
     if groups:
@@ -176,12 +177,12 @@ def _complete(
 
 
 def _unique(target: Path) -> Path:
-    """A name that nothing else writes to, a process that a killed run left behind included."""
+    """Returns a name that no other process writes to, not even a process that a killed run left behind."""
     return target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
 
 
 def _sync(path: Path) -> None:
-    """Have a file or a folder's names on disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

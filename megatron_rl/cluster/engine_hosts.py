@@ -1,43 +1,36 @@
-"""Where engines and the router live: a process of Ray each, with a log of its own."""
+"""The processes of engines and of the router: one Ray process each, with a log of its own."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from megatron_rl.cluster.runtime import Hosted, HostedAsync, Nodes, host_process
-from megatron_rl.config.rollout import RolloutSettings
-from megatron_rl.rollout.servers.server import ServerLaunch
+from megatron_rl.cluster.runtime import Hosted, HostedAsync, HostedProcess, Nodes, host_process
+from megatron_rl.config.rollout import ServerSettings
+from megatron_rl.rollout.engines.interface import EngineLaunch, RequestRouter, RolloutEngine, make_engine
 
 
-def host_engine(rollout: RolloutSettings, launch: ServerLaunch, logs: Path, nodes: Nodes, number: int) -> Any:
-    placement = nodes.placement
-    if rollout.engine == "transformers":
-        target = "megatron_rl.rollout.engines.transformers.engine:TransformersEngine"
-        arguments: tuple[Any, ...] = (launch.model_folder, launch.device, launch.dtype)
-    else:
-        target = "megatron_rl.rollout.servers.http_engine:HttpEngine"
-        url = rollout.server.urls[number] if rollout.server.urls else None
-        if rollout.server.router:  # which is on one node, and reaches it from there
-            launch = replace(launch, host=nodes.address(placement.engines[number]))
-        arguments = (rollout.engine, rollout.server, launch, url)
+def host_engine(launch: EngineLaunch, logs: Path, nodes: Nodes, number: int) -> HostedProcess[RolloutEngine]:
+    placement, server = nodes.placement, launch.server
+    if server.urls:
+        launch = replace(launch, url=server.urls[number])
+    if server.router:  # the router is on one node, and reaches the engines from there
+        launch = replace(launch, host=nodes.address(placement.engines[number]))
     return host_process(
-        target,
-        arguments,
+        partial(make_engine, launch),
         log_file=log_file(logs, f"engine {number}"),
         nodes=nodes,
         node=placement.engines[number],
         gpus=placement.engine_gpus,
         devices=nodes.engine_devices(number),
-        hosted=Hosted if rollout.engine == "transformers" else HostedAsync,
+        hosted=Hosted if launch.kind.embedded else HostedAsync,
     )
 
 
-def host_router(rollout: RolloutSettings, logs: Path, nodes: Nodes) -> Any:
+def host_router(settings: ServerSettings, logs: Path, nodes: Nodes) -> HostedProcess[RequestRouter]:
     return host_process(
-        "megatron_rl.rollout.servers.router:Router",
-        (rollout.server,),
+        partial(_router, settings),
         log_file=log_file(logs, "the router"),
         nodes=nodes,
         node=nodes.placement.engines[0],
@@ -45,6 +38,14 @@ def host_router(rollout: RolloutSettings, logs: Path, nodes: Nodes) -> Any:
         cpus=0,
         hosted=HostedAsync,
     )
+
+
+def _router(settings: ServerSettings) -> RequestRouter:
+    """The router, whose methods are coroutines."""
+    from megatron_rl.rollout.servers.router import Router
+
+    router: object = Router(settings)
+    return router  # type: ignore[return-value]
 
 
 def log_file(logs: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""One engine's place in a run: the process that is there, and the one that replaces it when it is lost.
+"""One engine's place in a run: the process that is there, and the process that replaces it once it is lost.
 
 The router (`rollout.server.router`) is looked after in the same way."""
 
@@ -6,82 +6,98 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 import ray
+from ray import ObjectRef
 
-from megatron_rl.rollout.engines.interface import EngineLost
-from megatron_rl.rollout.servers.server import Address
+from megatron_rl.cluster.runtime import HostedProcess
+from megatron_rl.rollout.engines.interface import Address, EngineLost, Responder
+from megatron_rl.utils.back_off import back_off_seconds
 
-FIRST_BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 1.0, 60.0
+E = TypeVar("E", bound=Responder)
+R = TypeVar("R")
+P = ParamSpec("P")
+
+FIRST_BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 2.0, 60.0
+"""Pause before a second replacement, and before any later one. The first replacement follows at once."""
 CLOSE_SECONDS = 15.0
 
 
-class EngineProcess:
-    """starting -> stale -> serving -> lost -> starting ... Only one that serves is asked for responses.
+class EngineProcess(Generic[E]):
+    """starting -> awaiting_weights -> serving -> lost -> starting ... Only a serving engine gets requests.
 
-    stale: it has started, but not the weights of the run.
+    awaiting_weights: the engine has started, but has not got the weights of the run yet.
     """
 
     def __init__(
-        self, number: int, make: Callable[[], Any], notify: Callable[[str], None], name: str | None = None
+        self,
+        number: int,
+        make: Callable[[], HostedProcess[E]],
+        notify: Callable[[str], None],
+        name: str | None = None,
     ) -> None:
-        """make: a fresh process, hosting an engine that was not started yet. name: for people."""
-        self.number, self._make, self._say = number, make, notify
+        """make: starts a fresh process with an engine on which `start` was not called yet. name: name in messages."""
+        self.number, self._make, self._notify = number, make, notify
         self.name = name or f"engine {number}"
-        self.state: Literal["starting", "stale", "serving", "lost"] = "lost"
+        self.state: Literal["starting", "awaiting_weights", "serving", "lost"] = "lost"
         self.losses = 0
-        """In a row, without serving in between."""
+        """Losses in a row, without serving in between."""
         self.has_served = False
         """Whether this process ever had the weights of the run."""
         self.agrees = False
         """Whether this process was found to keep the log-prob contract."""
         self.address: Address | None = None
-        """Of its server, once it has started."""
+        """Address of its server, once it has started."""
         self.launches = 0
-        """Processes that there have been in this place; the newest one's number."""
+        """Processes started in this place so far, which is also the number of the newest one."""
         self._retry_at = 0.0
         self.launch()
 
     def launch(self) -> None:
         self._process = self._make()
         self.launches += 1
-        self.started = self.call("start")
-        """Done when it can serve."""
+        self.started = self.submit(Responder.start)
+        """Its answer comes when the process can serve."""
         self.state, self.has_served, self.agrees = "starting", False, False
 
     def launch_when_due(self) -> None:
         if self.state == "lost" and time.monotonic() >= self._retry_at:
             self.launch()
 
-    def call(self, method: str, *arguments: Any) -> ray.ObjectRef:
-        return self._process.call.remote(method, *arguments)
+    def submit(self, method: Callable[Concatenate[E, P], R], *arguments: P.args, **named: P.kwargs) -> ObjectRef[R]:
+        """Calls a method of the engine, such as `submit(RolloutEngine.pause)`, without waiting for the answer."""
+        return self._process.submit(method, *arguments, **named)
 
     def serve(self) -> None:
-        """It has started, and has the weights of the run."""
+        """Marks the engine as serving: it has started, and has the weights of the run."""
         if self.losses:
-            self._say(f"{self.name} serves again")
+            self._notify(f"{self.name} serves again")
         self.state, self.has_served, self.losses = "serving", True, 0
 
-    def lose(self, why: object) -> None:
-        """Nothing of it is used again. It is replaced, at once the first time, later when that did not help."""
+    def lose(self, reason: str) -> None:
+        """Ends the process, which is not used again. It is replaced at once after a first loss, later after others."""
         if self.state == "lost":
             return
-        wait = min(FIRST_BACK_OFF_SECONDS * 2**self.losses, LONGEST_BACK_OFF_SECONDS) if self.losses else 0.0
-        self._say(f"{self.name} is lost, another takes its place: {why}")
+        wait = 0.0
+        if self.losses:
+            wait = back_off_seconds(
+                self.losses, first=FIRST_BACK_OFF_SECONDS, longest=LONGEST_BACK_OFF_SECONDS, jitter=False
+            )
+        self._notify(f"{self.name} is lost, another takes its place: {reason}")
         self.state = "lost"
         self.losses += 1
         self._retry_at = time.monotonic() + wait
         self.end()
 
     def end(self) -> None:
-        """End the process, and whatever it started, on a GPU above all."""
-        ray.wait([self.call("close")], timeout=CLOSE_SECONDS)
-        ray.kill(self._process)
+        """Ends the process and whatever it started, so that no GPU stays in use."""
+        ray.wait([self.submit(Responder.close)], timeout=CLOSE_SECONDS)
+        self._process.kill()
 
 
-def loss(error: Exception) -> str | None:
-    """Why an engine is lost, when that is what a failed call says; None for any other error."""
+def failure_reason(error: Exception) -> str | None:
+    """Why the engine is lost, if a failed call's error says that it is; None for any other error."""
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, EngineLost):
         return str(error.cause)
     if isinstance(error, ray.exceptions.RayActorError):

@@ -1,52 +1,60 @@
-"""The rollout engines behind one call: prompts shared out, lost engines replaced, no request lost or answered twice."""
+"""The rollout engines behind one call: prompts are distributed, lost engines replaced, each request answered once."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial as bound
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
+from ray import ObjectRef
 
 from megatron_rl.cluster.engine_hosts import host_engine, host_router, log_file
-from megatron_rl.cluster.engine_process import EngineProcess, loss
+from megatron_rl.cluster.engine_process import E, EngineProcess, failure_reason
 from megatron_rl.cluster.routing import Routing
 from megatron_rl.cluster.runtime import Nodes, as_done, progress_deadline, results
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.engines.interface import UpdateFailed
-from megatron_rl.rollout.servers.server import UNSYNCED, ServerLaunch
-from megatron_rl.types import Generation, Prompt, SamplingParams
+from megatron_rl.rollout.engines.interface import EngineLaunch, RequestRouter, Responder, RolloutEngine, UpdateFailed
+from megatron_rl.rollout.servers.server import UNSYNCED
+from megatron_rl.types import Prompt, Response, SamplingParams
 from megatron_rl.weight_sync.checksums import WeightsDamaged
+
+R = TypeVar("R")
+P = ParamSpec("P")
+Groups = list[list[Response]]
+Engine = EngineProcess[RolloutEngine]
+RouterProcess = EngineProcess[RequestRouter]
 
 POLL_SECONDS = 1.0
 HALF_UPDATED = (UpdateFailed, WeightsDamaged)
+"""Errors of an engine that works, but has not got a weight update completely."""
 
 
 class EnginesLost(UserError):
-    """No engine for longer than `rollout.server.outage_seconds`."""
+    """There was no engine for longer than `rollout.server.outage_seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt; `sampling.n` responses."""
+class PromptRequest:
+    """A request for the `sampling.n` responses of one prompt."""
 
     number: int
     prompt: tuple[int, ...]
     sampling: SamplingParams
-    begun: tuple[Generation, ...] = ()
-    """What there is of the responses; none yet, or `sampling.n`."""
+    partial: tuple[Response, ...] = ()
+    """Partial responses to continue: `sampling.n`, or none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """Requests an engine is busy with."""
+class CallUnderWay:
+    """A call of `generate` that has not been answered, and the requests in it."""
 
-    engine: EngineProcess
-    requests: list[Request]
+    process: Engine | RouterProcess
+    requests: list[PromptRequest]
 
 
 class Engines:
@@ -55,46 +63,47 @@ class Engines:
     def __init__(
         self,
         rollout: RolloutSettings,
-        launch: ServerLaunch,
+        launch: EngineLaunch,
         logs: Path,
         nodes: Nodes,
         notify: Callable[[str], None] = print,
     ) -> None:
-        """`launch` has the model, device and type of the embedded engine too. Raises UserError when one fails to start.
+        """Starts the engines. Raises UserError if one does not start.
 
-        say: told of every engine that is lost.
+        notify: receives a line about every engine that is lost or serves again.
         """
-        self.embedded = rollout.engine == "transformers"
+        self.embedded = launch.kind.embedded
         self._outage_seconds = rollout.server.outage_seconds
-        self._queue: list[Request] = []
-        self._enough: int | None = None
-        """Groups after which embedded engines may stop; of what is in the queue."""
-        self._cutting = False
-        self._calls: dict[ray.ObjectRef, Call] = {}
-        self._answers: dict[int, list[Generation]] = {}
+        self._queue: list[PromptRequest] = []
+        self._min_groups: int | None = None
+        """Number of complete groups, among those in the queue, after which embedded engines may stop."""
+        self._aborting = False
+        self._calls: dict[ObjectRef[Groups], CallUnderWay] = {}
+        self._answers: dict[int, list[Response]] = {}
         self._submitted = 0
         self.refresh: Callable[[], None] = self._serve_as_they_are
-        """Gives the weights of the run to engines that are stale."""
+        """Brings the weights of the run to engines that await them."""
         self._served_at = time.monotonic()
-        self._engines = [
-            EngineProcess(i, partial(host_engine, rollout, launch, logs, nodes, i), notify)
-            for i in range(rollout.engines)
+        self._engines: list[Engine] = [
+            EngineProcess(i, bound(host_engine, launch, logs, nodes, i), notify) for i in range(rollout.engines)
         ]
         self._routing: Routing | None = None
-        self._losses: dict[ray.ObjectRef, EngineProcess] = {}
-        """With a router: what each engine answers when it is lost, as it may be asked for nothing else."""
+        self._losses: dict[ObjectRef[None], Engine] = {}
+        """Answers of `until_lost`, with a router: an engine behind it may get no other call for a long time."""
         if rollout.server.router:
-            router = EngineProcess(len(self._engines), partial(host_router, rollout, logs, nodes), notify, "the router")
+            router: RouterProcess = EngineProcess(
+                len(self._engines), bound(host_router, rollout.server, logs, nodes), notify, "the router"
+            )
             self._routing = Routing(router, self.ask)
         self._start(logs)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Generation]]:
-        """`sampling.n` responses a prompt, in the prompts' order."""
-        numbers = self.submit(prompts, sampling)
-        waiting = set(numbers)
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Groups:
+        """Samples `sampling.n` responses for each prompt; returns them in the prompts' order."""
+        ids = self.submit(prompts, sampling)
+        waiting = set(ids)
         while waiting:
             waiting -= self.wait(waiting)
-        return [self.take(number) for number in numbers]
+        return [self.take(request) for request in ids]
 
     # ------------------------------------------------------------------ requests
 
@@ -102,60 +111,67 @@ class Engines:
         self,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
-        begun: Sequence[tuple[Generation, ...]] | None = None,
-        enough: int | None = None,
+        partial: Sequence[tuple[Response, ...]] | None = None,
+        min_groups: int | None = None,
     ) -> list[int]:
-        """Have responses sampled. Returns a number for each prompt, to `wait` for and `take` its group by.
+        """Requests `sampling.n` responses for each prompt. Returns an id for each prompt, for `wait` and `take`.
 
-        begun: for each prompt, what there is of its responses, to be gone on with. enough: embedded engines stop when
-        so many groups are whole; servers go on until `cut`.
+        partial: for each prompt, the partial responses to continue, or none. min_groups: the number of complete groups
+        after which embedded engines stop; servers go on until `abort`.
         """
-        numbers = range(self._submitted, self._submitted + len(prompts))
+        ids = range(self._submitted, self._submitted + len(prompts))
         self._submitted += len(prompts)
-        for i, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
+        for i, (number, prompt) in enumerate(zip(ids, prompts, strict=True)):
             own = sampling if self.embedded else sampling.reseeded(i)
-            self._queue.append(Request(number, prompt.token_ids, own, begun[i] if begun else ()))
-        self._enough = enough
+            self._queue.append(PromptRequest(number, prompt.token_ids, own, partial[i] if partial else ()))
+        self._min_groups = min_groups
         self._dispatch()
-        return list(numbers)
+        return list(ids)
 
-    def wait(self, numbers: Iterable[int]) -> set[int]:
-        """Those of the numbers whose groups are there, at least one; of embedded engines, which answer batch by batch,
-        all. Raises EnginesLost."""
-        numbers, hope = set(numbers), progress_deadline()
-        while len(there := numbers & self._answers.keys()) < (len(numbers) if self.embedded else min(1, len(numbers))):
+    def wait(self, ids: Iterable[int]) -> set[int]:
+        """Blocks until at least one of the groups has finished, and returns the finished ids. Embedded engines answer
+        batch by batch: with them it blocks until all have finished. Raises EnginesLost."""
+        ids, deadline = set(ids), progress_deadline()
+        while len(finished := ids & self._answers.keys()) < (len(ids) if self.embedded else min(1, len(ids))):
             progress = self._poll()
-            if hope:
-                hope.check(progress=progress)
-        return there
+            if deadline:
+                deadline.check(progress=progress)
+        return finished
 
-    def take(self, number: int) -> list[Generation]:
-        return self._answers.pop(number)
+    def take(self, request: int) -> list[Response]:
+        """Returns the group of a finished request, once."""
+        return self._answers.pop(request)
 
-    def cut(self, numbers: Iterable[int]) -> None:
-        """Have servers stop where they are: `take` gives what there is of these groups and of any other under way."""
-        missing = set(numbers) - self._answers.keys()
-        self._cutting = True
+    def abort(self, ids: Iterable[int]) -> None:
+        """Stops all requests under way, these and others; `take` then gives the responses as far as they are."""
+        missing = set(ids) - self._answers.keys()
+        self._aborting = True
         while missing:
-            self.ask({call.engine for call in self._calls.values()}, "cut")
+            self._abort_calls()
             self._poll()
             missing -= self._answers.keys()
-        self._cutting = False
+        self._aborting = False
+
+    def _abort_calls(self) -> None:
+        busy = {call.process for call in self._calls.values()}
+        if self._routing and self._routing.router in busy:
+            self.ask([self._routing.router], Responder.abort)
+        self.ask([engine for engine in self._engines if engine in busy], Responder.abort)
 
     def _dispatch(self) -> None:
-        """Queued requests to engines that serve: to the embedded ones in as few batches as can be, to a server or to
-        the router each by itself, as servers batch them better."""
-        if self._cutting:
-            self._answers |= {request.number: list(request.begun) for request in self._queue}
+        """Sends queued requests to serving engines: to embedded engines in as few batches as possible, to a server or
+        the router one by one, since servers batch them better."""
+        if self._aborting:
+            self._answers |= {request.number: list(request.partial) for request in self._queue}
             self._queue = []
         serving = self._serving
         if not serving or not self._queue or not self._routed:
             return
         queue, self._queue = self._queue, []
         if self.embedded:
-            enough, self._enough = self._enough, None
+            min_groups, self._min_groups = self._min_groups, None
             for i, engine in enumerate(serving):
-                share = None if enough is None else len(range(i, enough, len(serving)))
+                share = None if min_groups is None else len(range(i, min_groups, len(serving)))
                 self._call(engine, queue[i :: len(serving)], share)
             return
         if self._routing:
@@ -164,27 +180,29 @@ class Engines:
             return
         busy = {engine.number: 0 for engine in serving}
         for call in self._calls.values():
-            busy[call.engine.number] += len(call.requests)
+            busy[call.process.number] += len(call.requests)
         for request in queue:
             engine = min(serving, key=lambda engine: busy[engine.number])
             busy[engine.number] += 1
             self._call(engine, [request])
 
-    def _call(self, engine: EngineProcess, requests: list[Request], enough: int | None = None) -> None:
+    def _call(
+        self, process: Engine | RouterProcess, requests: list[PromptRequest], min_groups: int | None = None
+    ) -> None:
         if requests:
             sampling = requests[0].sampling
             if self.embedded:
-                sampling = sampling.reseeded(engine.number)
-            prompts, begun = [request.prompt for request in requests], [request.begun for request in requests]
-            ref = engine.call("generate", prompts, sampling, begun, enough)
-            self._calls[ref] = Call(engine, requests)
+                sampling = sampling.reseeded(process.number)
+            prompts, partial = [request.prompt for request in requests], [request.partial for request in requests]
+            ref = process.submit(Responder.generate, prompts, sampling, partial, min_groups)
+            self._calls[ref] = CallUnderWay(process, requests)
 
     # ------------------------------------------------------------------ engines that come and go
 
     def _poll(self) -> bool:
-        """Wait a moment for anything to happen, and act on it. Returns whether something did."""
+        """Waits up to POLL_SECONDS for an answer of any process, and acts on it. Returns whether there was one."""
         starting = {process.started: process for process in self._processes if process.state == "starting"}
-        refs = [*self._calls, *starting, *self._losses]
+        refs: list[ObjectRef[Any]] = [*self._calls, *starting, *self._losses]
         if not refs:
             time.sleep(POLL_SECONDS)
         elif ray.wait(refs, timeout=POLL_SECONDS)[0]:
@@ -194,11 +212,11 @@ class Engines:
         for ref in refs:
             if ref in starting:
                 self._started(starting[ref])
-            elif ref in self._calls:  # not given up with its engine a moment ago
+            elif ref in self._calls:  # unless it was given up with its engine a moment ago
                 self._answered(ref)
             elif ref in self._losses:
                 self._ended(ref)
-        if self.stale:
+        if self.awaiting_weights:
             self.refresh()
         self._replace_lost()
         if self._routing:
@@ -206,51 +224,51 @@ class Engines:
         self._dispatch()
         return bool(refs)
 
-    def _answered(self, ref: ray.ObjectRef) -> None:
+    def _answered(self, ref: ObjectRef[Groups]) -> None:
         call = self._calls.pop(ref)
         try:
             groups = results([ref])[0]
         except Exception as error:
-            self._lose(call.engine, error)
+            self._lose(call.process, error)
             self._queue += call.requests
             return
         for request, group in zip(call.requests, groups, strict=True):
             self._answers[request.number] = group
 
-    def _started(self, process: EngineProcess) -> None:
+    def _started(self, process: Engine | RouterProcess) -> None:
         try:
             process.address = results([process.started])[0]
         except Exception as error:
             self._lose(process, error)
             return
-        process.state = "stale"
-        if self._routing and process is not self._routing.router:
-            self._losses[process.call("until_lost")] = process
+        process.state = "awaiting_weights"
+        if self._routing:
+            self._losses |= {e.submit(RolloutEngine.until_lost): e for e in self._engines if e is process}
 
-    def _ended(self, loss: ray.ObjectRef) -> None:
+    def _ended(self, loss: ObjectRef[None]) -> None:
         try:
             results([loss])
         except Exception as error:
             self._lose(self._losses[loss], error)
 
-    def _lose(self, engine: EngineProcess, error: Exception) -> None:
-        """Raises the error unless it says that the engine is lost."""
-        why = loss(error)
-        if why is None:
+    def _lose(self, process: EngineProcess[Any], error: Exception) -> None:
+        """Gives the process up if the error says that it is lost; raises any other error."""
+        reason = failure_reason(error)
+        if reason is None:
             raise error
-        self.give_up(engine, why)
+        self.give_up(process, reason)
 
-    def give_up(self, engine: EngineProcess, why: str) -> None:
-        """Nothing of it is used again: others get what it was asked for, and another takes its place."""
-        engine.lose(why)
+    def give_up(self, process: EngineProcess[Any], reason: str) -> None:
+        """Ends the process and has it replaced. Its requests go to others."""
+        process.lose(reason)
         for ref, call in list(self._calls.items()):
-            if call.engine is engine:
+            if call.process is process:
                 self._queue += self._calls.pop(ref).requests
-        self._losses = {ref: process for ref, process in self._losses.items() if process is not engine}
+        self._losses = {ref: engine for ref, engine in self._losses.items() if engine is not process}
 
     def _serve_as_they_are(self) -> None:
-        """Without a trainer: the weights are those of the folder that the engines were started from."""
-        self.resume(self.stale, UNSYNCED)
+        """Lets engines serve the weights of the folder that they were started from, if there is no trainer."""
+        self.resume(self.awaiting_weights, UNSYNCED)
 
     def _replace_lost(self) -> None:
         if self._serving and self._routed:
@@ -264,17 +282,17 @@ class Engines:
             process.launch_when_due()
 
     @property
-    def _processes(self) -> list[EngineProcess]:
-        """The router comes first: it starts in a moment, or not at all."""
+    def _processes(self) -> list[Engine | RouterProcess]:
+        """The router comes first: it starts within a moment, or not at all."""
         return [*([self._routing.router] if self._routing else []), *self._engines]
 
     @property
     def _routed(self) -> bool:
-        """Whether requests can be sent, as far as that depends on a router."""
+        """Whether requests can be sent as far as the router is concerned, if there is one."""
         return self._routing is None or self._routing.router.state == "serving"
 
     @property
-    def _serving(self) -> list[EngineProcess]:
+    def _serving(self) -> list[Engine]:
         return [engine for engine in self._engines if engine.state == "serving"]
 
     def _start(self, logs: Path) -> None:
@@ -282,65 +300,80 @@ class Engines:
             try:
                 results([process.started])
             except Exception as error:
-                if (why := loss(error)) is None:
+                if (reason := failure_reason(error)) is None:
                     raise
                 raise UserError(
-                    f"{process.name} did not start: {why}. Its log: {log_file(logs, process.name)}"
+                    f"{process.name} did not start: {reason}. Its log: {log_file(logs, process.name)}"
                 ) from error
             self._started(process)
 
-    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> dict[EngineProcess, list[list[Generation]]]:
-        """What each engine that serves answers to the same request, beside whatever else it is asked."""
-        return self.ask(self._serving, "generate", [prompt.token_ids for prompt in prompts], sampling)
+    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> dict[Engine, Groups]:
+        """Asks each serving engine for the same responses, beside its other requests."""
+        answers = self.ask(self._serving, Responder.generate, [prompt.token_ids for prompt in prompts], sampling)
+        return {engine: groups for engine, groups in answers.items() if not isinstance(groups, Exception)}
 
     # ------------------------------------------------------------------ weights
 
     @property
-    def stale(self) -> list[EngineProcess]:
+    def awaiting_weights(self) -> list[Engine]:
         """Engines that have started and wait for the weights of the run."""
-        return [engine for engine in self._engines if engine.state == "stale"]
+        return [engine for engine in self._engines if engine.state == "awaiting_weights"]
 
     @property
-    def running(self) -> list[EngineProcess]:
-        return [engine for engine in self._engines if engine.state in ("stale", "serving")]
+    def running(self) -> list[Engine]:
+        return [engine for engine in self._engines if engine.state in ("awaiting_weights", "serving")]
 
-    def ask(self, engines: Iterable[EngineProcess], method: str, *arguments: Any) -> dict[EngineProcess, Any]:
-        """The answer of each, all at once. An engine that is lost on the way has none; the answer of one that has
-        half of an update is an exception."""
-        return self.ask_each({engine: (method, *arguments) for engine in engines})
+    def ask(
+        self,
+        processes: Iterable[EngineProcess[E]],
+        method: Callable[Concatenate[E, P], R],
+        *arguments: P.args,
+        **named: P.kwargs,
+    ) -> dict[EngineProcess[E], R | Exception]:
+        """Calls a method of all these processes at once and returns their `answers`."""
+        return self.answers({process: process.submit(method, *arguments, **named) for process in processes})
 
-    def ask_each(
-        self, calls: Mapping[EngineProcess, tuple[Any, ...]], failed: Callable[[EngineProcess], object] | None = None
-    ) -> dict[EngineProcess, Any]:
-        """The same with a call for each: (method, arguments...). failed: told of an engine as soon as its answer is an
-        exception, while others may still be at work."""
-        engines = {engine.call(*call): engine for engine, call in calls.items()}
-        answers = {}
-        for ref in as_done(list(engines)):
-            engine = engines[ref]
+    def answers(
+        self,
+        calls: Mapping[EngineProcess[E], ObjectRef[R]],
+        failed: Callable[[EngineProcess[E]], object] | None = None,
+    ) -> dict[EngineProcess[E], R | Exception]:
+        """Waits for submitted calls. The answer of a process that is lost meanwhile is missing; the answer of an engine
+        that has only a part of an update is one of HALF_UPDATED. Raises any other error of a call.
+
+        failed: receives an engine as soon as its answer is an exception, while others may still be at work.
+        """
+        processes = {ref: process for process, ref in calls.items()}
+        answers: dict[EngineProcess[E], R | Exception] = {}
+        for ref in as_done(processes.keys()):
+            process = processes[ref]
             try:
-                answers[engine] = results([ref])[0]
+                answers[process] = results([ref])[0]
             except Exception as error:
                 if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, HALF_UPDATED):
-                    answers[engine] = error.cause
+                    answers[process] = error.cause
                     if failed:
-                        failed(engine)
+                        failed(process)
                 else:
-                    self._lose(engine, error)
+                    self._lose(process, error)
         return answers
 
-    def pause(self, engines: Iterable[EngineProcess]) -> list[EngineProcess]:
-        """Nothing is generated by these from here on until `resume`. Returns those that are left."""
+    def pause(self, engines: Iterable[Engine]) -> list[Engine]:
+        """Stops these engines from sampling until `resume`. Returns those that are not lost."""
         engines = list(engines)
         if self._routing:
             self._routing.pause(engines)
-        return list(self.ask(engines, "pause"))
+        return list(self.ask(engines, Responder.pause))
 
-    def resume(self, engines: Iterable[EngineProcess], version: int) -> None:
-        """These have the weights of this version, as have all others that serve."""
-        resumed = list(self.ask(engines, "resume"))
-        for engine in resumed:
-            engine.serve()
+    def resume(self, engines: Iterable[Engine], version: int) -> None:
+        """Lets engines sample that have the weights of this version, as all other serving engines do."""
+        resumed = []
+        for engine, answer in self.ask(engines, RolloutEngine.resume).items():
+            if isinstance(answer, Exception):
+                self.give_up(engine, f"it does not resume: {answer}")
+            else:
+                engine.serve()
+                resumed.append(engine)
         if self._routing:
             self._routing.resume(resumed, version)
 

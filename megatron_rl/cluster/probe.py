@@ -1,19 +1,22 @@
-"""Questions to a cluster before a run: every node, every process group."""
+"""Checks of a cluster before a run: of every node, and of every process group."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import ray
+from ray import ObjectRef
 
 from megatron_rl.cluster.runtime import Nodes, host_process
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.layout import Layout
 
+R = TypeVar("R")
 Sums = dict[str, tuple[tuple[int, ...], float]]
 """Name of a process group -> its ranks, and the seconds of a sum over them."""
 
@@ -22,31 +25,46 @@ ROUND_TRIPS = 3
 
 
 def on_every_node(nodes: Nodes, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What a function says on each node of a run."""
+    """Calls a function on each node of a run; returns its results in the nodes' order."""
     return _answers([_on(nodes, node, function, *arguments) for node in nodes.bundles])
 
 
 def clock_skews(nodes: Nodes) -> list[tuple[float, float]]:
-    """Seconds by which each node's clock is ahead of this one's, and how far off that may be."""
+    """Seconds by which each node's clock is ahead of this node's, and the error bound of that."""
     return [min((_skew(nodes, node) for _ in range(ROUND_TRIPS)), key=lambda skew: skew[1]) for node in nodes.bundles]
 
 
 @dataclass(frozen=True, slots=True)
 class Collectives:
-    """What the ranks of a layout said, in their order."""
+    """Answers of the ranks of a layout, in their order."""
 
     libraries: list[str]
     """gloo, or nccl with its version."""
     sums: list[Sums]
-    """Of the groups a rank is in."""
+    """For each rank, the process groups that it is in."""
+
+
+class RankCheck(Protocol):
+    """One rank of a layout: `actor.collective_check.CollectiveCheck`, which loads Megatron."""
+
+    def open_port(self, host: str) -> int: ...
+
+    def run(self, host: str, port: int) -> Sums: ...
+
+    def library(self) -> str: ...
+
+
+def _check(device: str, layout: Layout, rank: int) -> RankCheck:
+    from megatron_rl.actor.collective_check import CollectiveCheck
+
+    return CollectiveCheck(device, layout, rank)
 
 
 def collectives(nodes: Nodes, device: str, layout: Layout, logs: Path) -> Collectives:
-    """A sum over every process group. Raises UserError on time-out, and what the ranks raise."""
+    """Sums over every process group of the layout. Raises UserError on a time-out, and whatever the ranks raise."""
     ranks = [
         host_process(
-            "megatron_rl.parallel.collectives:CollectiveCheck",
-            (device, layout, rank),
+            partial(_check, device, layout, rank),
             log_file=logs / f"rank-{rank}.log",
             nodes=nodes,
             node=node,
@@ -56,17 +74,17 @@ def collectives(nodes: Nodes, device: str, layout: Layout, logs: Path) -> Collec
     ]
     try:
         if nodes.placement.shared:
-            nodes.rank_devices = _answers([rank.devices.remote() for rank in ranks])
-        host = _answers([ranks[0].node_address.remote()])[0]
-        port = _answers([ranks[0].call.remote("open_port", host)])[0]
-        libraries = _answers([rank.call.remote("library") for rank in ranks])
-        return Collectives(libraries, _answers([rank.call.remote("run", host, port) for rank in ranks]))
+            nodes.rank_devices = _answers([rank.devices() for rank in ranks])
+        host = _answers([ranks[0].node_address()])[0]
+        port = _answers([ranks[0].submit(RankCheck.open_port, host)])[0]
+        libraries = _answers([rank.submit(RankCheck.library) for rank in ranks])
+        return Collectives(libraries, _answers([rank.submit(RankCheck.run, host, port) for rank in ranks]))
     finally:
         for rank in ranks:
-            ray.kill(rank)
+            rank.kill()
 
 
-def _on(nodes: Nodes, node: int, function: Callable[..., Any], *arguments: Any) -> ray.ObjectRef:
+def _on(nodes: Nodes, node: int, function: Callable[..., Any], *arguments: Any) -> ObjectRef[Any]:
     remote = ray.remote(function).options(num_cpus=0, scheduling_strategy=nodes.strategy(node))
     return remote.remote(*arguments)
 
@@ -82,9 +100,10 @@ def _now() -> float:
     return time.time()
 
 
-def _answers(refs: list[ray.ObjectRef]) -> list[Any]:
+def _answers(refs: list[ObjectRef[R]]) -> list[R]:
     _, late = ray.wait(refs, num_returns=len(refs), timeout=TIMEOUT_SECONDS)
     if late:
         numbers = [index for index, ref in enumerate(refs) if ref in late]
         raise UserError(f"no answer within {TIMEOUT_SECONDS:.0f} s from {numbers} of {len(refs)}")
-    return ray.get(refs)
+    answers: list[R] = ray.get(refs)
+    return answers

@@ -1,4 +1,4 @@
-"""The batch script of a run: one task a node, Ray on all of them, the driver on the first."""
+"""Writes and submits the batch script of a run: one task per node, Ray on all nodes, the driver on the first one."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.configured import check_layout, placement_of
-from megatron_rl.parallel.placement import Placement
+from megatron_rl.models.layout_check import check_layout
+from megatron_rl.parallel.placement import Placement, placement_of
 
 LOG_FOLDER = "runs/slurm"
-"""What Ray says on each node, in a folder for each start of each job."""
+"""Folder of the logs of Ray on each node, with a folder per start of a job."""
 
 
 def write_script(
     path: Path, overrides: list[str], *, output: Path | None, seeds: str | None, doctor: bool = False
 ) -> Path:
-    """The script that trains the configuration at `path` under the overrides; `output` unset: `<run.name>.sbatch`.
+    """Write the script that trains the configuration at `path` with the overrides.
 
-    seeds: a job array, such as 0-3: one run each, with its index as the seed. doctor: the job looks at its nodes as
-    `megatron-rl doctor` does, and trains nothing. Raises UserError on a job that cannot be.
+    output: by default `<run.name>.sbatch`. seeds: indices of a job array, such as 0-3; each task is a run with its
+    index as the seed. doctor: the job runs `megatron-rl doctor` on its nodes and trains nothing. Raises UserError if
+    such a job is impossible.
     """
     if seeds and doctor:
-        raise UserError("--seeds and --doctor: the nodes are looked at once; give one of them")
+        raise UserError("--seeds and --doctor cannot be combined: doctor checks the nodes once. Give only one of them.")
     config = load_config(path, overrides)
     check_layout(config)
     placement = placement_of(config)
@@ -57,11 +58,11 @@ def write_script(
 
 
 def submit(script: Path) -> str:
-    """The job's number. Raises UserError with what sbatch says where it refuses."""
+    """Submit the script and return the job's number. Raises UserError with the message of sbatch if it refuses."""
     try:
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise UserError(f"there is no sbatch here: submit {script} where there is") from None
+        raise UserError(f"there is no sbatch here: submit {script} on a machine that has it") from None
     if done.returncode:
         raise UserError(f"{script} was refused: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]
@@ -83,20 +84,20 @@ def _check(config: Config, placement: Placement, seeds: str | None) -> None:
     cluster, slurm = config.cluster, config.cluster.slurm
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", config.run.name):
         raise UserError(
-            f"run.name: {config.run.name!r} becomes the job's name: only letters, digits, - _ . may be in it"
+            f"run.name: {config.run.name!r} becomes the job's name, which may contain only letters, digits and - _ ."
         )
     if seeds and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*(%\d+)?", seeds):
         raise UserError(f"--seeds {seeds}: expected indices of a job array, such as 0-3 or 0,2,5 or 0-9%2")
     if len(placement.nodes) < cluster.nodes:
         raise UserError(
-            f"cluster.nodes: {cluster.nodes} are asked for, but actor ranks and engines use {len(placement.nodes)}"
+            f"cluster.nodes: {cluster.nodes} are asked for, but actor ranks and engines use only {len(placement.nodes)}"
         )
     if (slurm.container == "none") != (slurm.image is None):
-        raise UserError("cluster.slurm.container and cluster.slurm.image go together; give both or neither")
+        raise UserError("cluster.slurm.container and cluster.slurm.image go together: set both or neither")
     if slurm.signal_minutes >= (minutes := limit_minutes(slurm.time_limit)):
         raise UserError(
             f"cluster.slurm.signal_minutes: {slurm.signal_minutes} leaves nothing of the {minutes:.0f} minutes of "
-            f"cluster.slurm.time_limit: {slurm.time_limit}"
+            f"cluster.slurm.time_limit: {slurm.time_limit}. Lower the former or raise the latter."
         )
 
 

@@ -1,4 +1,4 @@
-"""Waiting for processes of a run without waiting for ever."""
+"""Bounded waits for the processes of a run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import ObjectRef
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from megatron_rl.cluster.hang import Evidence, examine, explain
 from megatron_rl.errors import UserError
-from megatron_rl.observability.hang import Evidence, examine, explain
 from megatron_rl.utils import heartbeat
 from megatron_rl.utils.heartbeat import Beat
 
@@ -21,22 +22,23 @@ POLL_SECONDS = 5.0
 
 @dataclass
 class Watch:
-    """Looks at the heartbeats while the driver waits."""
+    """Looks at the processes' heartbeats while the driver waits."""
 
     logs: Path
     limit_seconds: float
-    """0: wait for ever."""
+    """Longest time without progress of any process; 0: no limit."""
 
     @property
     def heartbeats(self) -> Path:
         return self.logs / heartbeat.FOLDER
 
-    def results(self, refs: list[ray.ObjectRef]) -> list[Any]:
-        """`ray.get`. Raises the first error of a process at once; UserError when none makes progress any more."""
+    def results(self, refs: list[ObjectRef[Any]]) -> list[Any]:
+        """`ray.get`, but raises the first error of a process at once, and UserError if no process makes progress."""
         done = {ref: ray.get(ref) for ref in finished(refs, ProgressDeadline(self))}
         return [done[ref] for ref in refs]
 
     def stop(self, quiet_seconds: float) -> None:
+        """Saves the stacks of all processes and raises UserError with an explanation."""
         beats = heartbeat.read_beats(self.heartbeats)
         seen = {beat.process: _examine(beat) for beat in beats}
         folder = self.logs / "stacks"
@@ -49,7 +51,7 @@ class Watch:
 
 
 class ProgressDeadline:
-    """Of one wait, however often it looks whether there is anything."""
+    """Time limit of one wait, extended by every sign of progress."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch, self._since = watch, time.monotonic()
@@ -57,12 +59,15 @@ class ProgressDeadline:
 
     @property
     def poll_seconds(self) -> float | None:
-        """How often to look."""
+        """Interval at which to call `check`; None: never."""
         limit = self._watch.limit_seconds
         return min(POLL_SECONDS, limit / 3) if limit else None
 
     def check(self, *, progress: bool) -> None:
-        """Raises UserError when nothing came and no process made progress for the watch's limit."""
+        """Raises UserError if nothing has come and no process has made progress for the watch's limit.
+
+        progress: whether something has come since the last call.
+        """
         if progress or not self._watch.limit_seconds:
             self._since = time.monotonic()
             return
@@ -73,8 +78,8 @@ class ProgressDeadline:
             self._watch.stop(time.monotonic() - self._since)
 
 
-def finished(refs: list[ray.ObjectRef], progress_deadline: ProgressDeadline | None) -> Iterator[ray.ObjectRef]:
-    """Each as soon as it is done, well or not."""
+def finished(refs: list[ObjectRef[Any]], progress_deadline: ProgressDeadline | None) -> Iterator[ObjectRef[Any]]:
+    """Yields each reference as soon as its call has ended, in success or failure."""
     while refs:
         ready, refs = ray.wait(refs, timeout=progress_deadline.poll_seconds if progress_deadline else None)
         if progress_deadline:
@@ -83,7 +88,7 @@ def finished(refs: list[ray.ObjectRef], progress_deadline: ProgressDeadline | No
 
 
 def _examine(beat: Beat) -> Evidence:
-    """On the process's own node."""
+    """Examines the process on its own node."""
     if beat.node == ray.get_runtime_context().get_node_id():
         return examine(beat.pid)
     there = NodeAffinitySchedulingStrategy(beat.node, soft=False)

@@ -1,4 +1,4 @@
-"""Gives the engines the actor's weights: after every step, and to an engine that takes a lost one's place."""
+"""Brings the actor's weights to the engines: after every step, and to an engine that replaces a lost one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import ObjectRef
 
+from megatron_rl.actor.interface import ActorRank
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engine_process import EngineProcess
 from megatron_rl.cluster.engines import Engines
 from megatron_rl.cluster.runtime import results
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.engines.interface import RolloutEngine
 from megatron_rl.weight_sync.buckets import bucket_specs
 from megatron_rl.weight_sync.checksums import Checksums
 from megatron_rl.weight_sync.transport import (
@@ -29,33 +32,35 @@ from megatron_rl.weight_sync.transport import (
 )
 
 TOGETHER, ALONE = 3, 2
-"""Attempts of one update with all engines that have not got it, then with each of them by itself: in a broadcast one
-that fails makes all fail."""
+"""Attempts of one update with all engines that lack it, then with each of them alone: in a broadcast, one engine that
+fails makes all fail."""
 
-Answers = dict[EngineProcess, Any]
-"""Of the engines that were not lost on the way. An exception is the answer of one that has half of an update."""
+Engine = EngineProcess[RolloutEngine]
+Answers = dict[Engine, Any]
+"""Answers of the engines that were not lost meanwhile. An exception is the answer of an engine that has only a part of
+an update."""
 
 
 class WeightSync(ABC):
-    """One a run; a subclass for each way that weights can go. An engine is paused while it takes an update, and serves
-    again only with the whole of it."""
+    """Weight updates of a run; each transport has a subclass. An engine is paused while it takes an update, and serves
+    again only with the complete update."""
 
     def __init__(self, actors: Actors, engines: Engines, engine_ranks: int, notify: Callable[[str], None]) -> None:
-        """engine_ranks: tensor-parallel ranks of an engine. say: told what went wrong and was mended."""
+        """engine_ranks: tensor-parallel ranks of an engine. notify: receives a line about every failed attempt."""
         self.actors, self.engines, self.engine_ranks, self.notify = actors, engines, engine_ranks, notify
         self.version: int | None = None
-        """Of the weights that the engines have."""
+        """Version of the weights that the engines have."""
         self.released = False
-        """Whether engines have left their GPUs, and with them their weights."""
+        """Whether engines have released their GPU memory, and with it their weights."""
         self.sent_bytes = 0
         self.checksums: Checksums | None = None
-        """Of `version`, where they were asked for."""
+        """Checksums of the weights of `version`, if they were asked for."""
         engines.refresh = self.refresh
 
     def sync(self, version: int, *, verify: bool) -> dict[str, float]:
-        """Bring every running engine to the actor's weights. Returns metrics. Raises UserError when it cannot be done.
+        """Brings the actor's weights to every running engine. Returns metrics. Raises UserError if that fails.
 
-        verify: compare checksums of all weights, as sent and as held.
+        verify: whether to compare the checksums of all weights, as sent and as held.
         """
         self.version, self.sent_bytes, self.checksums, self.released = version, 0, None, False
         self._prepare(verify)
@@ -67,73 +72,74 @@ class WeightSync(ABC):
         }
 
     def release_memory(self) -> None:
-        """Engines leave their GPUs to the actor until the next `sync`."""
-        self.engines.ask(self.engines.pause(self.engines.running), "release_memory")
+        """Leaves the GPUs to the actor until the next `sync`."""
+        self.engines.ask(self.engines.pause(self.engines.running), RolloutEngine.release_memory)
         self.released = True
 
     def refresh(self) -> None:
-        """The same for engines that have started since; before the first `sync` there is nothing to bring."""
+        """Brings the weights of the last `sync` to engines that have started since."""
         if self.version is not None:
-            self._bring(self._needed_for(self.engines.stale), verify=False)
+            self._bring(self._needed_for(self.engines.awaiting_weights), verify=False)
 
     def close(self) -> None:
-        results(self.actors.submit_weights("disconnect_weights"))
+        results(self.actors.submit(ActorRank.disconnect_weights))
 
     @abstractmethod
     def _prepare(self, verify: bool) -> None:
-        """What can be done while engines generate."""
+        """Does what can be done while engines generate."""
 
     @abstractmethod
-    def _transfer(self, engines: list[EngineProcess], verify: bool) -> Answers:
-        """The paused engines take the update."""
+    def _transfer(self, engines: list[Engine], verify: bool) -> Answers:
+        """Sends the update to the paused engines."""
 
     @abstractmethod
-    def _needed_for(self, stale: list[EngineProcess]) -> list[EngineProcess]:
-        """The engines that take part when these get their weights."""
+    def _needed_for(self, awaiting: list[Engine]) -> list[Engine]:
+        """Returns the engines that must take part when the awaiting ones get their weights."""
 
-    def _bring(self, engines: list[EngineProcess], verify: bool) -> None:
+    def _bring(self, engines: list[Engine], verify: bool) -> None:
         assert self.version is not None
-        failed: dict[EngineProcess, Exception] = {}
+        failed: dict[Engine, Exception] = {}
         for attempt in range(TOGETHER + ALONE):
             failed = {}
-            for those in [engines] if attempt < TOGETHER else [[engine] for engine in engines]:
-                failed |= self._attempt(those, verify)
+            for group in [engines] if attempt < TOGETHER else [[engine] for engine in engines]:
+                failed |= self._attempt(group, verify)
             engines = [engine for engine in failed if engine in self.engines.running]
             if not engines:
                 return
         for engine in engines:
             self._give_up(engine, failed[engine])
 
-    def _attempt(self, engines: list[EngineProcess], verify: bool) -> dict[EngineProcess, Exception]:
-        """Bring it to these. Returns those that are still there and have not got it, each with the reason."""
+    def _attempt(self, engines: list[Engine], verify: bool) -> dict[Engine, Exception]:
+        """Sends the update to these engines. Returns those that did not get it, though they are not lost, and why."""
         assert self.version is not None
         paused = self.engines.pause(engines)
         answers = self._transfer(paused, verify) if paused else {}
         if self.checksums:
-            whole = [engine for engine, answer in answers.items() if not isinstance(answer, Exception)]
-            answers |= self.engines.ask(whole, "verify_weights", self.version, self.checksums)
+            updated = [engine for engine, answer in answers.items() if not isinstance(answer, Exception)]
+            answers |= self.engines.ask(updated, RolloutEngine.verify_weights, self.version, self.checksums)
         failed = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
         self.engines.resume([engine for engine in answers if engine not in failed], self.version)
         for engine, failure in failed.items():
-            self.notify(f"engine {engine.number} has not got weight version {self.version} whole: {failure}")
+            self.notify(f"engine {engine.number} did not get weight version {self.version} completely: {failure}")
         return failed
 
-    def _give_up(self, engine: EngineProcess, failure: Exception) -> None:
-        """It fails by itself. A fresh process may do it; where a fresh one does not, and no other engine does either,
-        it is not the engine."""
+    def _give_up(self, engine: Engine, failure: Exception) -> None:
+        """Replaces an engine that fails alone. If a fresh engine fails too and no other serves, the cause is not the
+        engine, and UserError is raised."""
         others = any(other.state == "serving" for other in self.engines.running)
         if not engine.has_served and not others:
             raise UserError(
-                f"weights of version {self.version} did not arrive whole in {TOGETHER + ALONE} attempts, last in "
-                f"engine {engine.number}: {failure}. The engines' logs may say more; weight_sync.transport=disk does "
-                "without a network between actor and engines"
+                f"weights of version {self.version} did not arrive completely in {TOGETHER + ALONE} attempts, last in "
+                f"engine {engine.number}: {failure}. The engines' logs may say more; weight_sync.transport=disk needs "
+                "no network between actor and engines"
             )
-        self.engines.give_up(engine, f"it takes no weights: {failure}")
+        self.engines.give_up(engine, f"it cannot take weights: {failure}")
 
-    def _push(self, verify: bool) -> list[ray.ObjectRef]:
-        return self.actors.submit_weights("push_weights", self.version, self.engine_ranks if verify else 0)
+    def _push(self, verify: bool) -> list[ObjectRef[Any]]:
+        assert self.version is not None
+        return self.actors.submit(ActorRank.push_weights, self.version, self.engine_ranks if verify else 0)
 
-    def _pushed(self, refs: list[ray.ObjectRef]) -> list[Pushed]:
+    def _pushed(self, refs: list[ObjectRef[Any]]) -> list[Pushed]:
         stages = [stage for stage in results(refs) if stage is not None]
         self.sent_bytes += sum(stage.bytes for stage in stages)
         checksums = [stage.checksums for stage in stages if stage.checksums is not None]
@@ -142,7 +148,7 @@ class WeightSync(ABC):
 
 
 class FolderSync(WeightSync):
-    """Through a folder. The actor writes while engines go on generating; only reading it stops them."""
+    """Sends weights through a folder. The actor writes it while engines generate; they pause only to read it."""
 
     def __init__(
         self,
@@ -156,23 +162,23 @@ class FolderSync(WeightSync):
     ) -> None:
         super().__init__(actors, engines, engine_ranks, notify)
         self._parts: tuple[Path, ...] = ()
-        results(actors.submit_weights("connect_weights", [folder] * actors.stages, bucket_bytes))
+        results(actors.submit(ActorRank.connect_weights, [folder] * actors.stages, bucket_bytes))
 
     def _prepare(self, verify: bool) -> None:
         self._parts = tuple(path for stage in self._pushed(self._push(verify)) for path in stage.parts)
 
-    def _transfer(self, engines: list[EngineProcess], verify: bool) -> Answers:
+    def _transfer(self, engines: list[Engine], verify: bool) -> Answers:
         assert self.version is not None
         update = FolderUpdate(self.version, self._parts, self.checksums is not None, nbytes=self.sent_bytes)
-        return self.engines.ask(engines, "update_weights", update)
+        return dict(self.engines.ask(engines, RolloutEngine.update_weights, update))
 
-    def _needed_for(self, stale: list[EngineProcess]) -> list[EngineProcess]:
-        return stale  # what was sent last still lies there
+    def _needed_for(self, awaiting: list[Engine]) -> list[Engine]:
+        return awaiting  # the last update is still in the folder
 
 
 class CollectiveSync(WeightSync):
-    """By the first rank of each pipeline stage, in a group of its own with all engines: broadcast, or `mapped` by them
-    (`weight_sync/mapped.py`)."""
+    """Sends weights from the first rank of each pipeline stage, in one group per stage with all engines: by a
+    broadcast, or through memory that the engines have mapped (`weight_sync/mapped.py`)."""
 
     def __init__(
         self,
@@ -186,7 +192,7 @@ class CollectiveSync(WeightSync):
         update_seconds: Callable[[int], float],
         mapped: bool = False,
     ) -> None:
-        """update_seconds: how long weights of so many bytes may take."""
+        """update_seconds: longest time that weights of so many bytes may take. mapped: whether engines map memory."""
         super().__init__(actors, engines, engine_ranks, notify)
         self._backend, self._mapped = backend, mapped
         specs = actors.weight_specs()
@@ -194,14 +200,14 @@ class CollectiveSync(WeightSync):
         self._buckets = [bucket_specs(stage, bucket_bytes) for stage in specs]
         self._timeout_seconds = update_seconds(sum(spec.nbytes for stage in specs for spec in stage))
         self._members: set[tuple[int, int]] = set()
-        """Of the groups: engines, and the processes that they were then."""
+        """Members of the groups: number of each engine, and of its process at that time."""
         self._stages: tuple[StageBuckets, ...] = ()
 
     def _prepare(self, verify: bool) -> None:
-        """A broadcast has no use for it."""
+        """Does nothing: a broadcast needs the engines' part."""
 
-    def _transfer(self, engines: list[EngineProcess], verify: bool) -> Answers:
-        """All of them, or none: who is left of a group that broke meets the others anew."""
+    def _transfer(self, engines: list[Engine], verify: bool) -> Answers:
+        """Sends the update to all engines or to none: after a failure, the engines that are left form new groups."""
         assert self.version is not None
         if self._members != _processes(engines):
             answers = self._meet(engines)
@@ -209,10 +215,10 @@ class CollectiveSync(WeightSync):
                 return dict.fromkeys(answers, failure)
         update = CollectiveUpdate(self.version, self._stages, take_checksums=verify)
         pushing = self._push(verify)
-        answers = self.engines.ask_each(
-            {engine: ("update_weights", update) for engine in engines},
-            # A sender that waits for it then sees that it is gone, and the others that the sender is.
-            failed=lambda engine: self.engines.ask([engine], "join_groups", []),
+        updates = {engine: engine.submit(RolloutEngine.update_weights, update) for engine in engines}
+        # A failed engine leaves its groups at once: a sender that waits for it notices, and then so do the others.
+        answers = dict(
+            self.engines.answers(updates, lambda engine: self.engines.ask([engine], RolloutEngine.join_groups, []))
         )
         failure = _failure(engines, answers)
         broken = _broken(pushing)
@@ -223,15 +229,15 @@ class CollectiveSync(WeightSync):
             return dict.fromkeys(answers, failure)
         return answers
 
-    def _needed_for(self, stale: list[EngineProcess]) -> list[EngineProcess]:
-        return self.engines.running if stale else []  # a group has no room for one more
+    def _needed_for(self, awaiting: list[Engine]) -> list[Engine]:
+        return self.engines.running if awaiting else []  # a group cannot grow
 
-    def _meet(self, engines: list[EngineProcess]) -> Answers:
-        """New groups, one a stage: its sender is rank 0, then come the engines' processes."""
-        if self._mapped:  # nobody has memory mapped any more that its owner gives back
-            self.engines.ask(engines, "join_groups", [])
-        results(self.actors.submit_weights("disconnect_weights"))
-        meeting = uuid.uuid4().hex[:8]  # a server that was attached to before knows older names
+    def _meet(self, engines: list[Engine]) -> Answers:
+        """Forms new groups, one per stage: the sender is rank 0, the engines' processes follow."""
+        if self._mapped:  # engines unmap memory before its owner frees it
+            self.engines.ask(engines, RolloutEngine.join_groups, [])
+        results(self.actors.submit(ActorRank.disconnect_weights))
+        meeting = uuid.uuid4().hex[:8]  # a server that an earlier run attached to still knows older names
         senders = [
             GroupMember(
                 name=f"weights-{meeting}-{stage}",
@@ -245,12 +251,12 @@ class CollectiveSync(WeightSync):
             )
             for stage, (host, port) in enumerate(self.actors.publishers())
         ]
-        connecting = self.actors.submit_weights("connect_weights", senders, self._bucket_bytes)
+        connecting = self.actors.submit(ActorRank.connect_weights, senders, self._bucket_bytes)
         calls = {}
         for i, engine in enumerate(engines):
-            rank = 1 + i * self.engine_ranks
-            calls[engine] = ("join_groups", [replace(sender, rank=rank) for sender in senders])
-        answers = self.engines.ask_each(calls)
+            members = [replace(sender, rank=1 + i * self.engine_ranks) for sender in senders]
+            calls[engine] = engine.submit(RolloutEngine.join_groups, members)
+        answers: Answers = dict(self.engines.answers(calls))
         if broken := _broken(connecting):
             return dict.fromkeys(answers, broken)
         self._members = _processes(engines)
@@ -260,12 +266,12 @@ class CollectiveSync(WeightSync):
         return answers
 
 
-def _processes(engines: Iterable[EngineProcess]) -> set[tuple[int, int]]:
+def _processes(engines: Iterable[Engine]) -> set[tuple[int, int]]:
     return {(engine.number, engine.launches) for engine in engines}
 
 
-def _broken(calls: list[ray.ObjectRef]) -> Exception | None:
-    """Why the actor could not do its part, if so."""
+def _broken(calls: list[ObjectRef[Any]]) -> Exception | None:
+    """Returns why the actor could not send, if it could not."""
     try:
         results(calls)
     except ray.exceptions.RayTaskError as error:
@@ -275,8 +281,8 @@ def _broken(calls: list[ray.ObjectRef]) -> Exception | None:
     return None
 
 
-def _failure(engines: Iterable[EngineProcess], answers: Answers) -> Exception | None:
-    """Why not all of the engines did it, if so."""
+def _failure(engines: Iterable[Engine], answers: Answers) -> Exception | None:
+    """Returns why not all of the engines succeeded, if so."""
     for engine in engines:
         if engine not in answers:
             return RuntimeError(f"engine {engine.number} was lost meanwhile")

@@ -1,4 +1,4 @@
-"""`megatron-rl checkpoints RUN`: what is there, and whether it is whole."""
+"""`megatron-rl checkpoints`: lists the checkpoints of a run and checks that they are complete."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Declare `checkpoints`."""
-    parser = commands.add_parser("checkpoints", help="list a run's checkpoints")
+    """Declares `checkpoints`."""
+    parser = commands.add_parser("checkpoints", help="list the checkpoints of a run and check that they are complete")
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
     parser.set_defaults(command=_list)
@@ -30,7 +30,7 @@ def _list(options: argparse.Namespace) -> None:
     folder = options.folder / "checkpoints"
     found = checkpoints(folder)
     if not found:
-        raise UserError(f"{options.folder}: no checkpoint in {folder}")
+        raise UserError(f"{options.folder}: no checkpoint in {folder}; give the folder of a run, such as runs/<name>")
     table, problems = Table(caption="checksums compared" if options.verify else "sizes compared"), list[str]()
     for name in ("checkpoint", "written", "size", "evaluation", "layout", "state"):
         table.add_column(name, justify="right" if name == "size" else "left", no_wrap=name == "checkpoint")
@@ -45,7 +45,7 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _name(path: Path) -> list[str]:
-    """With the links that lead to it; and when it was written."""
+    """Returns the name of a checkpoint with the links to it, and the time at which it was written."""
     from megatron_rl.checkpoint.manifest import MANIFEST
 
     links = sorted(
@@ -56,7 +56,7 @@ def _name(path: Path) -> list[str]:
 
 
 def _contents(path: Path, hashes: bool) -> list[str]:
-    """Raises UserError when something is wrong with it."""
+    """Returns the other columns of the table. Raises UserError if the checkpoint is damaged."""
     from megatron_rl.checkpoint.manifest import read_manifest, verify
 
     manifest = read_manifest(path)
@@ -66,7 +66,7 @@ def _contents(path: Path, hashes: bool) -> list[str]:
 
 
 def _evaluation(manifest: Manifest) -> str:
-    from megatron_rl.observability.format import number
+    from megatron_rl.utils.format import number
 
     values = {
         name.removeprefix("eval/"): value

@@ -1,4 +1,4 @@
-"""`megatron-rl convert`: a model from one format to another."""
+"""`megatron-rl convert`: converts a model between formats."""
 
 from __future__ import annotations
 
@@ -9,29 +9,35 @@ from typing import Any
 
 
 def add(commands: Any) -> None:
-    """Declare `convert`."""
+    """Declares `convert`."""
     convert = commands.add_parser(
-        "convert", help="convert a model between Hugging Face, a run's checkpoint and Megatron, and prove it"
+        "convert",
+        help="convert a model between Hugging Face, run checkpoint and Megatron formats, and verify the result",
     )
     convert.add_argument(
-        "source", type=Path, help="a Hugging Face folder, a run or its checkpoint, a Megatron checkpoint"
+        "source", type=Path, help="a Hugging Face folder, a run or its checkpoint, or a Megatron checkpoint"
     )
     convert.add_argument("target", type=Path, help="a folder that does not exist yet")
     convert.add_argument(
         "--format",
         choices=("hf", "torch_dist"),
-        help="of the target; default: torch_dist for a Hugging Face folder, hf for anything else",
+        help="format of the target; default: torch_dist for a Hugging Face folder, hf for any other source",
     )
     convert.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="the source's Hugging Face folder, where nothing beside it says so"
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="the Hugging Face folder of the source's model, if no file beside the source names it",
     )
     convert.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="default: the source's; of a run's checkpoint that of its model's config.json",
+        help="default: that of the source; for a run's checkpoint, that of its model's config.json",
     )
-    convert.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file of weights; default: 5GB")
-    convert.add_argument("--no-logits", action="store_true", help="compare the weights only")
+    convert.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a weight file; default: 5GB"
+    )
+    convert.add_argument("--no-logits", action="store_true", help="verify by comparing weights only, not logits")
     convert.set_defaults(command=_convert)
 
 
@@ -39,8 +45,8 @@ def _convert(options: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
-    from megatron_rl.checkpoint.convert import convert
-    from megatron_rl.checkpoint.hf_shards import parse_bytes
+    from megatron_rl.conversion.convert import convert
+    from megatron_rl.models.hf_shards import parse_bytes
 
     convert(
         options.source,

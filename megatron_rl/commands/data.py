@@ -1,4 +1,4 @@
-"""`megatron-rl data prepare`: a published set into this project's parquet."""
+"""`megatron-rl data prepare`: converts a published data set to this project's parquet format."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Declare `data prepare`."""
-    data = commands.add_parser("data", help="turn published sets into this project's parquet")
+    """Declares `data prepare`."""
+    data = commands.add_parser("data", help="convert published data sets to this project's parquet format")
     actions = data.add_subparsers(required=True, metavar="ACTION")
-    prepare = actions.add_parser("prepare", help="check, de-duplicate and convert a published set")
+    prepare = actions.add_parser("prepare", help="check, deduplicate and convert a published data set")
     prepare.add_argument(
         "set", metavar="SET", help="dapo-math-17k, aime-2024, aime-2025, math-500, minerva, olympiadbench"
     )
@@ -25,15 +25,19 @@ def add(commands: Any) -> None:
         action="append",
         required=True,
         metavar="FILE",
-        help=".parquet or .jsonl; may be repeated",
+        help="a .parquet or .jsonl file; may be repeated",
     )
     prepare.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
-    prepare.add_argument("--problems", type=int, metavar="N", help="distinct problems expected; default: as published")
     prepare.add_argument(
-        "--sha256", action="append", metavar="HEX", help="checksum a --source must have, in their order"
+        "--problems", type=int, metavar="N", help="expected number of distinct problems; default: as published"
     )
-    prepare.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="a model folder, for --max-prompt-tokens")
-    prepare.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave longer problems out")
+    prepare.add_argument(
+        "--sha256", action="append", metavar="HEX", help="expected checksum of each --source, in the same order"
+    )
+    prepare.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="model folder whose tokenizer --max-prompt-tokens uses"
+    )
+    prepare.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave out longer problems")
     prepare.set_defaults(command=_prepare)
 
 
@@ -57,11 +61,11 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _length_filter(tokenizer_folder: Path | None, most: int | None) -> Callable[[str], bool]:
-    from megatron_rl.data.template import load_tokenizer
+    from megatron_rl.data.tokenizer import load_tokenizer
     from megatron_rl.errors import UserError
 
     if (tokenizer_folder is None) != (most is None):
-        raise UserError("--tokenizer and --max-prompt-tokens go together: tokens are a tokenizer's")
+        raise UserError("--tokenizer and --max-prompt-tokens go together; give both or neither")
     if tokenizer_folder is None or most is None:
         return lambda problem: False
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -76,7 +80,7 @@ def _show(console: Any, report: Prepared, out: Path) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     for source in report.sources:
-        known = f"known: {source.known_as}" if source.known_as else "not known here; recorded"
+        known = f"known: {source.known_as}" if source.known_as else "unknown; recorded"
         table.add_row(escape(source.name), f"{source.rows:,} rows, SHA-256 {source.sha256} ({known})")
     for reason, count in report.dropped.items():
         table.add_row("dropped", f"{count:,} ({reason})")

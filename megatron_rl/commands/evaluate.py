@@ -1,4 +1,4 @@
-"""`megatron-rl eval`: a model on benchmark suites."""
+"""`megatron-rl eval`: evaluates a model on benchmark suites."""
 
 from __future__ import annotations
 
@@ -17,32 +17,45 @@ if TYPE_CHECKING:
     from megatron_rl.evaluation.sources import Source
 
 PLAIN_WIDTH = 140
-"""Columns, where standard output is no terminal."""
+"""Width in columns if standard output is not a terminal."""
 
 
 def add(commands: Any) -> None:
-    """Declare `eval`."""
+    """Declares `eval`."""
     command = commands.add_parser("eval", help="evaluate a model on benchmark suites")
     command.add_argument(
-        "model", metavar="MODEL", help="a Hugging Face folder, a checkpoint or a run's folder, or http://HOST:PORT"
+        "model", metavar="MODEL", help="a Hugging Face folder, a checkpoint, a run's folder, or http://HOST:PORT"
     )
-    command.add_argument("--suites", default="paper", metavar="FILE.yaml", help="or a built-in one; default: paper")
-    command.add_argument("--data", type=Path, metavar="FOLDER", help="where the suites' data files are")
-    command.add_argument("--only", metavar="SUITE,...", help="some of the suites")
     command.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: evaluations/<model>; an unfinished one goes on"
+        "--suites", default="paper", metavar="FILE.yaml", help="suite file, or a built-in one; default: paper"
+    )
+    command.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the suites' data files")
+    command.add_argument("--only", metavar="SUITE,...", help="evaluate these suites only")
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the results; default: evaluations/<model>. An unfinished evaluation in it is continued",
     )
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--batch", type=int, default=32, metavar="N", help="problems at once, and between saves")
-    command.add_argument("--device", default="auto", help="for a folder or a checkpoint: auto, cpu, cuda")
-    command.add_argument("--dtype", default="auto", help="for a folder or a checkpoint: float32, bfloat16")
-    command.add_argument("--base", type=Path, metavar="FOLDER", help="for a checkpoint: the model it was trained from")
-    command.add_argument("--model-name", metavar="NAME", help="for a server: which model; default: the only one")
+    command.add_argument("--batch", type=int, default=32, metavar="N", help="problems per batch; each batch is saved")
+    command.add_argument("--device", default="auto", help="for a folder or a checkpoint: auto, cpu or cuda")
+    command.add_argument("--dtype", default="auto", help="for a folder or a checkpoint: auto, float32 or bfloat16")
     command.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="for a server: for chat templates and lengths"
+        "--base", type=Path, metavar="FOLDER", help="for a checkpoint: folder of the model it was trained from"
     )
-    command.add_argument("--concurrency", type=int, default=64, metavar="N", help="for a server: requests at once")
-    command.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="for a server: of a request")
+    command.add_argument(
+        "--model-name", metavar="NAME", help="for a server: name of the model; default: its only model"
+    )
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="for a server: tokenizer for chat templates and prompt lengths"
+    )
+    command.add_argument(
+        "--concurrency", type=int, default=64, metavar="N", help="for a server: number of requests in flight"
+    )
+    command.add_argument(
+        "--timeout", type=float, default=1800.0, metavar="SECONDS", help="for a server: longest duration of a request"
+    )
     command.set_defaults(command=_evaluate)
 
 
@@ -53,7 +66,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from megatron_rl.reward.grader import check_reward
 
     if options.batch < 1:
-        raise UserError(f"--batch {options.batch}: at least 1")
+        raise UserError(f"--batch {options.batch}: give at least 1")
     protocol = load_protocol(options.suites, options.data, options.only.split(",") if options.only else None)
     check_reward(protocol.reward)
     with ExitStack() as stack:
@@ -85,8 +98,7 @@ def _run(options: argparse.Namespace, protocol: ProtocolSettings, source: Source
 
 
 def _source(options: argparse.Namespace, stack: ExitStack) -> Source:
-    from megatron_rl.checkpoint.as_model import link_as_model
-    from megatron_rl.checkpoint.trained import find_checkpoint
+    from megatron_rl.checkpoint.as_model import find_checkpoint, link_as_model
     from megatron_rl.evaluation.sources import CompletionServer, ModelFolder
 
     if options.model.startswith(("http://", "https://")):
@@ -107,7 +119,7 @@ def _source(options: argparse.Namespace, stack: ExitStack) -> Source:
 
 
 def _name(model: str) -> str:
-    """Part of a path: of `runs/a/hf`, `a-hf`."""
+    """Returns a folder name for a model, such as `a-hf` for `runs/a/hf`."""
     parts = [part for part in model.replace("://", "/").replace(":", "/").split("/") if part not in ("", ".", "..")]
     return "-".join(parts[-2:])
 

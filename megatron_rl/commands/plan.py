@@ -1,49 +1,73 @@
-"""`megatron-rl plan`."""
+"""`megatron-rl plan`: memory, placement and time of a run before it starts."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import fields
 from typing import Any
 
-from rich.console import Console
-
-from megatron_rl.config import Config
 from megatron_rl.errors import UserError
-from megatron_rl.plan.hardware import Assumptions
-from megatron_rl.plan.plan import Plan
-from megatron_rl.plan.search import layouts, nearest
-from megatron_rl.plan.setup import setup_of
-from megatron_rl.plan.show import show_layouts, show_plan
+
+from .arguments import add_config
 
 SHOWN = 12
+"""Layouts that `--search` shows."""
 
 
-def print_plan(config: Config, *, assumptions: list[str], search: bool, as_json: bool) -> None:
-    """Raises UserError where the configuration cannot be planned for; not where it does not fit: that is the plan."""
-    setup = setup_of(config, **_assumed(assumptions))
+def add(commands: Any) -> None:
+    """Declares `plan`."""
+    parser = commands.add_parser(
+        "plan", help="estimate whether a run fits, where its processes go and how long it takes; needs no GPU"
+    )
+    add_config(parser)
+    parser.add_argument("--search", action="store_true", help="rank the layouts that fit the same GPUs")
+    parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes and times in seconds")
+    parser.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace one assumption, such as mean_response=3000; may be repeated",
+    )
+    parser.set_defaults(command=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    """Raises UserError if no plan can be made. A run that does not fit is no error: the plan shows it."""
+    from rich.console import Console
+
+    from megatron_rl.config import load_config
+    from megatron_rl.plan.plan import Plan
+    from megatron_rl.plan.search import layouts, nearest
+    from megatron_rl.plan.setup import setup_of
+    from megatron_rl.plan.show import show_layouts, show_plan
+
+    setup = setup_of(load_config(options.config, options.overrides), **_assumptions(options.assume))
     plan = Plan(setup)
-    if search:
+    if options.search:
         found = layouts(setup)
-        if as_json:
+        if options.json:
             shown = [{"overrides": choice.overrides} | plan.as_json() for choice, plan in found[:SHOWN]]
             print(json.dumps(shown, indent=2))
         else:
             show_layouts(found, SHOWN, Console())
-    elif as_json:
+    elif options.json:
         print(json.dumps(plan.as_json(), indent=2))
     else:
         show_plan(plan, nearest(setup) if plan.problems else [], Console())
 
 
-def _assumed(texts: list[str]) -> dict[str, Any]:
-    """What is given, by its name in `Assumptions`."""
+def _assumptions(texts: list[str]) -> dict[str, Any]:
+    """Returns the values of `--assume` by their names in `Assumptions`."""
+    from megatron_rl.plan.assumptions import Assumptions
+
     values: dict[str, Any] = {}
     known = {field.name for field in fields(Assumptions)}
     for text in texts:
         name, equals, value = text.partition("=")
         if name not in known or not equals:
-            raise UserError(f"--assume {text}: expected NAME=VALUE, NAME one of {', '.join(sorted(known))}")
+            raise UserError(f"--assume {text}: expected NAME=VALUE, with NAME one of {', '.join(sorted(known))}")
         if name == "transformer_engine" and value in ("true", "false"):
             values[name] = value == "true"
             continue

@@ -1,7 +1,8 @@
-"""Configuration: the schema, loading with overrides, and what can be checked before anything starts."""
+"""Configuration: the schema, loading with overrides, and the checks that run before anything starts."""
 
-from .load import expand, load_config
+from .effective import EffectiveValue, effective, expand, read_effective
+from .load import load_config
 from .schema import Config
 from .validate import check_inputs
 
-__all__ = ["Config", "check_inputs", "expand", "load_config"]
+__all__ = ["Config", "EffectiveValue", "check_inputs", "effective", "expand", "load_config", "read_effective"]

@@ -1,4 +1,4 @@
-"""The `actor` section: where and how the policy is trained."""
+"""The `actor` section: device, parallelism, precision and optimizer of the trained policy."""
 
 from __future__ import annotations
 
@@ -13,93 +13,96 @@ Fp8 = Literal["none", "blockwise", "tensorwise"]
 ExpertGemm = Literal["auto", "grouped", "sequential"]
 
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
-"""Parts of a layer that Megatron can compute again, by its names."""
+"""Parts of a layer that Megatron can recompute, by Megatron's names."""
 
 
 class OptimizerSettings(Section):
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
 
     lr: Positive = 1e-6
     """Peak learning rate."""
     betas: Betas = (0.9, 0.999)
-    """Decay rates of the first and second moment."""
+    """Decay rates of the first and second moments."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Constant added to the square root of the second moment."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     clip_grad: NonNegative = 1.0
-    """Largest global gradient norm; 0 for no clipping."""
+    """Largest global gradient norm. 0 disables clipping."""
     warmup_steps: Count = 0
     """Steps of linear warm-up from zero."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate between warm-up and the last step."""
+    """Shape of the learning rate between warm-up and the last step."""
     min_lr_ratio: ShareOrZero = 0.0
-    """Learning rate at the last step, as a share of lr; read only where the schedule decays."""
+    """Learning rate at the last step, as a fraction of lr. Used by the linear and cosine schedules only."""
 
 
 _MLP: list[RecomputeModule] = ["mlp"]
 
 
 class RecomputeSettings(Section):
-    """Memory for time: the forward of the named parts runs a second time within the backward."""
+    """Activation recomputation: saves memory by running part of the forward pass again during the backward pass."""
 
     granularity: Literal["none", "selective", "full"] = "none"
-    """selective: `modules` of each layer; full: whole layers, keeping only what goes into each."""
+    """selective: recompute the `modules` of each layer. full: recompute complete layers and keep only their inputs."""
     modules: list[RecomputeModule] = Field(default_factory=_MLP.copy, min_length=1)
-    """Read with `granularity: selective`. The MLP holds most of a dense layer's activations; core_attn is worth its
-    time only where attention keeps its probabilities."""
+    """Parts to recompute with `granularity: selective`. The MLP holds most of a dense layer's activations. core_attn
+    pays off only if the attention implementation keeps its probabilities."""
 
 
 class ActorSettings(Section):
     """The Megatron actor: device, parallel sizes, precision, optimizer."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is a GPU, else cpu."""
+    """auto: cuda if a GPU is available, cpu otherwise."""
     tensor_parallel: PositiveInt = 1
-    """Ranks that share each layer."""
+    """Tensor-parallel size: ranks that share each layer."""
     pipeline_parallel: PositiveInt = 1
-    """Ranks that share the layers out between them."""
+    """Pipeline-parallel size: ranks among which the layers are divided."""
     virtual_pipeline: PositiveInt = 1
-    """Chunks of layers on each pipeline rank. More than one: Megatron's interleaved schedule, in which ranks wait less
-    for each other and send more. Not for padded rows."""
+    """Chunks of layers per pipeline rank. More than one selects Megatron's interleaved schedule, in which ranks wait
+    less for each other but send more. Not available for padded rows."""
     data_parallel: PositiveInt = 1
-    """Copies of the model; each takes its part of a step's rows."""
+    """Data-parallel size: copies of the model, each of which trains on its part of a step's sequences."""
     context_parallel: PositiveInt = 1
-    """Ranks that share each sequence, for long ones. Needs packed rows, and Transformer Engine on CUDA."""
+    """Context-parallel size: ranks that share each sequence, for long sequences. Needs packed rows, and Transformer
+    Engine on CUDA."""
     sequence_parallel: bool = False
-    """Between the tensor-parallel parts of a layer, each of their ranks keeps only its part of the sequence: less
-    activation memory for the same communication. Needs tensor_parallel above 1."""
+    """Sequence parallelism: outside the tensor-parallel parts of a layer, each tensor-parallel rank keeps only its part
+    of the sequence. This saves activation memory at the same communication volume. Needs tensor_parallel above 1."""
     expert_parallel: PositiveInt = 1
-    """Ranks that share the experts of a mixture out between them; they are of the tensor- and data-parallel ones."""
+    """Expert-parallel size: ranks among which the experts of a mixture are divided. They are taken from the tensor- and
+    data-parallel ranks."""
     expert_gemm: ExpertGemm = "auto"
-    """A rank's experts in one grouped matrix product, which needs Transformer Engine on CUDA, or one after another;
-    auto: grouped where that is there."""
+    """grouped: compute the experts of a rank in one grouped matrix product, which needs Transformer Engine on CUDA.
+    sequential: compute them one after another. auto: grouped if available."""
     fp8: Fp8 = "none"
-    """Matrix products of the layers in FP8, scaled by block (E4M3) or by tensor (hybrid), weights and all else in
-    bfloat16. Needs Transformer Engine on CUDA of compute capability 8.9 or later."""
+    """Compute the matrix products of the layers in FP8, scaled per block (E4M3) or per tensor (hybrid). Weights and
+    everything else stay in bfloat16. Needs Transformer Engine on CUDA with compute capability 8.9 or later."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations in forward and backward."""
+    """Data type of weights and activations in the forward and backward passes."""
     micro_batch_tokens: PositiveInt = 8192
-    """Most tokens, prompts included, in one forward pass; a longer row goes alone."""
+    """Most tokens, including prompts, in one forward pass. A longer sequence forms a micro-batch of its own."""
     rows: Literal["auto", "prefix_tree", "packed", "padded"] = "auto"
-    """How the rows of a micro-batch lie together. prefix_tree: what several have in common from their start, their
-    prompt above all, is run once; not with Transformer Engine. packed: one after another, without padding. padded: side
-    by side. auto: prefix_tree, or packed with Transformer Engine."""
+    """Layout of the sequences of a micro-batch. prefix_tree: common prefixes of sequences, prompts above all, are
+    computed once; not available with Transformer Engine. packed: sequences follow each other without padding. padded:
+    one row per sequence, padded to the same length. auto: prefix_tree, or packed with Transformer Engine."""
     lm_head: Literal["fused", "materialised"] = "fused"
-    """fused: the loss projects a chunk of response tokens at a time, and no logits are kept; materialised: the logits
-    of a micro-batch's response tokens are whole, which takes their number times vocabulary / tensor_parallel."""
+    """fused: the loss projects one chunk of response tokens at a time and keeps no logits. materialised: the logits of
+    all response tokens of a micro-batch are held in memory: response tokens x vocabulary / tensor_parallel values."""
     recompute: RecomputeSettings = RecomputeSettings()
-    """Activations that the backward computes again instead of keeping."""
+    """Activations that the backward pass recomputes instead of keeping."""
     distributed_optimizer: bool = True
-    """Each data-parallel rank keeps and steps only its part of the optimizer's state; no effect with one copy."""
+    """Each data-parallel rank keeps and updates only its part of the optimizer state. No effect if data_parallel is
+    1."""
     offload_optimizer: bool = False
-    """The optimizer's state is in host memory except while it steps; no effect on a CPU, where it is already."""
+    """Keep the optimizer state in host memory except during the optimizer step. No effect on a CPU."""
     pad_vocabulary: bool = True
-    """Pad the vocabulary to a multiple of tensor_parallel; false: refuse one that does not divide."""
+    """Pad the vocabulary to a multiple of tensor_parallel. false: refuse a vocabulary that is not such a multiple."""
     optimizer: OptimizerSettings = OptimizerSettings()
-    """Of the RL phase; warm_start has its own."""
+    """Optimizer of the RL phase. warm_start has its own settings."""
 
     @property
     def world_size(self) -> int:
-        """Actor processes."""
+        """Number of actor processes."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel

@@ -1,21 +1,27 @@
-"""What no single key can tell: settings that contradict each other, and what is not available yet."""
+"""Checks across several keys: settings that contradict each other, and combinations that are not available."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from lpreg.advantages import ESTIMATORS
+from lpreg.losses.registry import METHODS
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind, supporting
+
+from .algorithm import CorrectionSettings
+from .methods import method_problems, method_settings
+from .passes import passes_of
 from .rollout import ServerSettings
 from .schema import Config
 
 REWARDS = ("countdown", "math", "code", "remote")
-"""Built-in verifiers; anything else must be an import path."""
-_FULL_KL_PRESETS = ("paper",)
-_MICRO_BATCH_PRESETS = ("reference",)
+"""Built-in verifiers. Any other name must be an import path."""
 
 
 def contradictions(config: Config) -> list[str]:
-    """One sentence a problem, naming the keys; empty when the settings go together."""
+    """Returns one sentence per problem, with the keys involved; an empty list if the settings are consistent."""
     return [
         *_algorithm(config),
         *_updates(config),
@@ -28,20 +34,27 @@ def contradictions(config: Config) -> list[str]:
 
 
 def _algorithm(config: Config) -> Iterator[str]:
-    algorithm, lp_reg = config.algorithm, config.algorithm.lp_reg
-    if config.rollout.samples_per_prompt < 2 and algorithm.advantage != "reinforce_plus_plus":
+    algorithm = config.algorithm
+    within_group = algorithm.advantage in ESTIMATORS and algorithm.advantage != "reinforce_plus_plus"
+    if config.rollout.samples_per_prompt < 2 and within_group:
         yield (
-            "rollout.samples_per_prompt: 1 is given, but advantages are relative within a prompt's group "
+            "rollout.samples_per_prompt: 1 is given, but advantages are relative to the other responses of a group "
             f"(algorithm.advantage: {algorithm.advantage}); give at least 2"
         )
     if config.rollout.dynamic_sampling and config.rollout.samples_per_prompt < 2:
-        yield "rollout.dynamic_sampling: a group of one response (rollout.samples_per_prompt: 1) is never informative"
+        yield "rollout.dynamic_sampling: a group of one response (rollout.samples_per_prompt: 1) never has a signal"
     if algorithm.overlong.buffer_tokens > config.rollout.max_response_tokens:
         yield (
-            f"algorithm.overlong.buffer_tokens: {algorithm.overlong.buffer_tokens} are more than "
+            f"algorithm.overlong.buffer_tokens: {algorithm.overlong.buffer_tokens} is more than "
             f"rollout.max_response_tokens: {config.rollout.max_response_tokens}"
         )
-    correction = algorithm.correction
+    correction = list(_correction(algorithm.correction))
+    yield from correction
+    if not correction:  # the method's passes cannot be stated for a correction that is wrong
+        yield from _method(config)
+
+
+def _correction(correction: CorrectionSettings) -> Iterator[str]:
     if correction.weights == "masked" and correction.low >= correction.high:
         yield f"algorithm.correction.low: {correction.low} must be below algorithm.correction.high: {correction.high}"
     if correction.reject_sequences and correction.sequence_low >= correction.sequence_high:
@@ -49,31 +62,19 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"algorithm.correction.sequence_low: {correction.sequence_low} must be below "
             f"algorithm.correction.sequence_high: {correction.sequence_high}"
         )
-    if algorithm.name in ("grpo", "clip_higher"):
-        section = getattr(algorithm, algorithm.name)
-        if (section.aggregation == "constant_length") != (section.constant_length is not None):
-            yield (
-                f"algorithm.{algorithm.name}: aggregation: constant_length and constant_length: TOKENS go together; "
-                "give both or neither"
-            )
-    if algorithm.name != "lp_reg":
+
+
+def _method(config: Config) -> Iterator[str]:
+    """Checks the settings of the method against other sections. A user's own method is not imported here."""
+    algorithm = config.algorithm
+    if algorithm.name not in METHODS or method_problems(algorithm):
         return
-    full = lp_reg.kl_estimator == "full" or (lp_reg.kl_estimator is None and algorithm.preset in _FULL_KL_PRESETS)
-    old = config.train.updates_per_rollout > 1 or config.rollout.max_staleness > 0
-    other = {"current": False, "old": old, "lagged": True}
-    if full and lp_reg.min_p == 0 and other[algorithm.proxy_source]:
+    passes = passes_of(config)
+    settings, section = method_settings(algorithm), f"algorithm.{algorithm.name}"
+    if (passes.stores_old_proxy or passes.stores_lagged_proxy) and getattr(settings, "min_p", None) == 0:
         yield (
-            f"algorithm.lp_reg.min_p: 0 with the full KL and algorithm.proxy_source: {algorithm.proxy_source} would "
-            "store the whole vocabulary for every selected token; set algorithm.lp_reg.kl_estimator to k3"
-        )
-    if lp_reg.min_p is not None and lp_reg.fixed_tau is not None:
-        yield "algorithm.lp_reg.min_p and algorithm.lp_reg.fixed_tau are two forms of one filter; give only one"
-    scope = lp_reg.selection_scope or ("micro_batch_negatives" if algorithm.preset in _MICRO_BATCH_PRESETS else "batch")
-    negatives_only = lp_reg.select_by in (None, "log_prob") and lp_reg.advantage_sign in (None, "negative")
-    if scope == "micro_batch_negatives" and not negatives_only:
-        yield (
-            "algorithm.lp_reg.select_by and algorithm.lp_reg.advantage_sign must be left as they are with "
-            "selection_scope: micro_batch_negatives; set algorithm.lp_reg.selection_scope to batch"
+            f"{section}.min_p: 0 with the full KL and algorithm.proxy_source: {algorithm.proxy_source} would "
+            f"store the whole vocabulary for every selected token; set {section}.kl_estimator to k3"
         )
 
 
@@ -81,19 +82,19 @@ def _updates(config: Config) -> Iterator[str]:
     train, prompts = config.train, config.rollout.prompts_per_step
     if train.updates_per_rollout % train.epochs_per_rollout:
         yield (
-            f"train.updates_per_rollout: {train.updates_per_rollout} is no multiple of train.epochs_per_rollout: "
-            f"{train.epochs_per_rollout}, so that passes over the rollouts cannot have equal shares of the updates"
+            f"train.updates_per_rollout: {train.updates_per_rollout} is not a multiple of train.epochs_per_rollout: "
+            f"{train.epochs_per_rollout}, so the passes over the rollouts cannot have equally many updates"
         )
     elif prompts * train.epochs_per_rollout % train.updates_per_rollout:
         yield (
-            f"rollout.prompts_per_step: {prompts} cannot be cut into "
+            f"rollout.prompts_per_step: {prompts} cannot be split into "
             f"{train.updates_per_rollout // train.epochs_per_rollout} equal mini-batches "
             "(train.updates_per_rollout / train.epochs_per_rollout)"
         )
 
 
 def _mini_batch_prompts(config: Config) -> int:
-    """Prompts of one update; at least 1, whatever else is wrong."""
+    """Returns the prompts per update: at least 1, so that a wrong setting elsewhere causes no second error."""
     train = config.train
     return max(1, config.rollout.prompts_per_step * train.epochs_per_rollout // train.updates_per_rollout)
 
@@ -102,21 +103,20 @@ def _parallel(config: Config) -> Iterator[str]:
     actor = config.actor
     if actor.device == "cpu" and actor.context_parallel > 1:
         yield (
-            f"actor.context_parallel: {actor.context_parallel} is not for a CPU: attention over the parts of a "
-            "sequence is Transformer Engine's, which runs on CUDA only; set it to 1, and tensor_parallel or "
-            "pipeline_parallel higher"
+            f"actor.context_parallel: {actor.context_parallel} is not for a CPU: it needs the attention of Transformer "
+            "Engine, which runs on CUDA only; set it to 1 and raise tensor_parallel or pipeline_parallel instead"
         )
     if actor.device == "cpu" and actor.fp8 != "none":
-        yield f"actor.fp8: {actor.fp8} is not for a CPU: FP8 products are Transformer Engine's; set it to none"
+        yield f"actor.fp8: {actor.fp8} is not for a CPU: FP8 needs Transformer Engine on CUDA; set it to none"
     if actor.device == "cpu" and actor.expert_gemm == "grouped":
         yield (
-            "actor.expert_gemm: grouped is not for a CPU: grouped products of experts are Transformer Engine's, which "
-            "runs on CUDA only; set it to auto or sequential"
+            "actor.expert_gemm: grouped is not for a CPU: grouped matrix products need Transformer Engine, which runs "
+            "on CUDA only; set it to auto or sequential"
         )
     if actor.device != "cpu" and actor.context_parallel > 1 and actor.dtype != "bfloat16":
         yield (
-            f"actor.context_parallel: {actor.context_parallel} needs actor.dtype: bfloat16: attention over parts of "
-            "a sequence is Transformer Engine's, which has none in fp32"
+            f"actor.context_parallel: {actor.context_parallel} needs actor.dtype: bfloat16: Transformer Engine has no "
+            "context-parallel attention in float32"
         )
     if actor.fp8 != "none" and actor.dtype != "bfloat16":
         yield f"actor.fp8: {actor.fp8} is a form of bfloat16 training; set actor.dtype to bfloat16"
@@ -126,13 +126,13 @@ def _parallel(config: Config) -> Iterator[str]:
     rows = _mini_batch_prompts(config) * config.rollout.samples_per_prompt
     if actor.data_parallel > rows:
         yield (
-            f"actor.data_parallel: {actor.data_parallel} copies cannot share the {rows} rows of an update "
+            f"actor.data_parallel: {actor.data_parallel} copies are more than the {rows} rows of an update "
             "(rollout.prompts_per_step x rollout.samples_per_prompt x train.epochs_per_rollout / "
             "train.updates_per_rollout)"
         )
     if config.rollout.engines > config.rollout.prompts_per_step:
         yield (
-            f"rollout.engines: {config.rollout.engines} engines cannot share "
+            f"rollout.engines: {config.rollout.engines} engines are more than "
             f"rollout.prompts_per_step: {config.rollout.prompts_per_step}"
         )
 
@@ -140,70 +140,82 @@ def _parallel(config: Config) -> Iterator[str]:
 def _rollout(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if rollout.replay and config.evaluation.suites:
-        yield "evaluation.suites: a run that replays rollouts has no engine to evaluate with; give evaluation.suites={}"
+        yield "evaluation.suites: a run that replays rollouts has no engine for evaluation; give evaluation.suites={}"
     if rollout.replay and config.train.rollout_only:
-        yield "rollout.replay and train.rollout_only: there would be nothing to do; give one of them"
+        yield "rollout.replay and train.rollout_only together leave nothing to do; give only one of them"
     ahead = 1 + rollout.max_staleness - rollout.asynchronous
     if rollout.asynchronous and not rollout.max_staleness:
         yield (
-            "rollout.asynchronous: what is sampled while the actor trains is a step old when its turn comes, and "
-            "rollout.max_staleness: 0 forbids that; set it to 1 or more"
+            "rollout.asynchronous: responses that are sampled during training are one step old when they are trained "
+            "on, which rollout.max_staleness: 0 forbids; set it to 1 or more"
         )
     elif rollout.max_staleness and rollout.over_sampling > ahead:
         yield (
-            f"rollout.over_sampling: {rollout.over_sampling:g} prompts under way for each one needed cannot all be "
+            f"rollout.over_sampling: {rollout.over_sampling:g} prompts in flight per prompt needed cannot all be "
             f"trained on within rollout.max_staleness: {rollout.max_staleness} steps"
             f"{' of an asynchronous run' if rollout.asynchronous else ''}; give at most {ahead}"
         )
     if rollout.max_staleness and config.algorithm.correction.weights == "none":
         yield (
-            "algorithm.correction.weights: none would train on tokens of older weights (rollout.max_staleness: "
-            f"{rollout.max_staleness}) as if they were the policy's own; set it to truncated, or to masked"
+            "algorithm.correction.weights: none would treat tokens of older weights (rollout.max_staleness: "
+            f"{rollout.max_staleness}) as if the current policy had sampled them; set it to truncated or masked"
         )
-    if rollout.engine == "transformers" and rollout.server != ServerSettings():
-        yield "rollout.server: read by rollout.engine: sglang or vllm only, not by transformers"
-    if rollout.engine == "vllm" and rollout.server.router:
-        yield "rollout.server.router: sglang-router is for rollout.engine: sglang, not for vllm"
+    yield from _engine(config)
     if rollout.server.urls and len(rollout.server.urls) != rollout.engines:
         yield (
             f"rollout.server.urls: {len(rollout.server.urls)} servers are given for rollout.engines: "
-            f"{rollout.engines}; give one each"
+            f"{rollout.engines}; give one server per engine"
         )
     if rollout.asynchronous and config.cluster.colocate:
-        yield "rollout.asynchronous: engines on the actor's GPUs (cluster.colocate) cannot sample while it trains"
+        yield "rollout.asynchronous: engines on the actor's GPUs (cluster.colocate) cannot sample during training"
     if rollout.server.urls and config.cluster.colocate:
-        yield "cluster.colocate: servers that run elsewhere (rollout.server.urls) share no GPUs with the actor"
+        yield "cluster.colocate: external servers (rollout.server.urls) share no GPUs with the actor"
+
+
+def _engine(config: Config) -> Iterator[str]:
+    rollout, transport = config.rollout, config.weight_sync.transport
+    try:
+        kind = engine_kind(rollout.engine)
+    except UserError as error:
+        yield str(error)
+        return
+    if kind.embedded and rollout.server != ServerSettings():
+        yield f"rollout.server: read by servers only, such as rollout.engine: sglang or vllm, not by {kind.name}"
+    elif rollout.server.router and not (isinstance(kind, ServerKind) and kind.router):
+        yield f"rollout.server.router: sglang-router is for rollout.engine: sglang, not for {kind.name}"
+    if transport != "auto" and transport not in kind.transports:
+        others = " or ".join(supporting(transport))
+        yield (
+            f"weight_sync.transport: {transport} is for rollout.engine: {others}; {kind.name} supports "
+            f"{', '.join(kind.transports)}"
+        )
 
 
 def _weight_sync(config: Config) -> Iterator[str]:
-    rollout, transport = config.rollout, config.weight_sync.transport
+    transport = config.weight_sync.transport
     if transport == "cuda_ipc":
         yield from _cuda_ipc(config)
-    if transport == "collective" and rollout.engine == "transformers":
-        yield "weight_sync.transport: collective is for rollout.engine: sglang or vllm; transformers reads a folder"
     if transport == "collective" and config.cluster.colocate and config.actor.device != "cpu":
         yield (
-            "weight_sync.transport: collective is not for cluster.colocate: nccl takes one process a GPU; set "
-            "shared_memory, or disk"
+            "weight_sync.transport: collective is not for cluster.colocate: nccl allows one process per GPU; set "
+            "shared_memory or disk"
         )
     if transport == "shared_memory" and config.cluster.nodes > 1:
-        yield "weight_sync.transport: shared_memory reaches one node only, and cluster.nodes is more; set disk"
+        yield "weight_sync.transport: shared_memory reaches one node only, but cluster.nodes is larger; set disk"
     if transport not in ("disk", "auto") and config.weight_sync.folder:
-        yield f"weight_sync.folder: read by weight_sync.transport: disk only, not by {transport}"
+        yield f"weight_sync.folder: used by weight_sync.transport: disk only, not by {transport}"
 
 
 def _cuda_ipc(config: Config) -> Iterator[str]:
     if config.actor.device == "cpu":
-        yield "weight_sync.transport: cuda_ipc is memory of GPUs, and actor.device is cpu; set shared_memory"
+        yield "weight_sync.transport: cuda_ipc is memory of GPUs, but actor.device is cpu; set shared_memory"
         return
-    if config.rollout.engine == "transformers":
-        yield "weight_sync.transport: cuda_ipc is for rollout.engine: sglang or vllm; transformers reads a folder"
     if config.cluster.nodes > 1:
-        yield "weight_sync.transport: cuda_ipc reaches one node only, and cluster.nodes is more; set disk"
+        yield "weight_sync.transport: cuda_ipc reaches one node only, but cluster.nodes is larger; set disk"
     elif not config.cluster.colocate:
         yield (
-            "weight_sync.transport: cuda_ipc is for engines on the actor's GPUs (cluster.colocate), which nccl has no "
-            "room for; set collective"
+            "weight_sync.transport: cuda_ipc is for engines on the actor's GPUs (cluster.colocate); for engines with "
+            "GPUs of their own, set collective"
         )
 
 
@@ -219,8 +231,8 @@ def _reward(config: Config) -> Iterator[str]:
         yield "reward.name: remote and reward.remote.url: URL go together; give both or neither"
     if name == "code" and config.reward.timeout_seconds <= config.reward.code.test_seconds:
         yield (
-            f"reward.timeout_seconds: {config.reward.timeout_seconds:g}, for all tests of a program, must be above "
-            f"reward.code.test_seconds: {config.reward.code.test_seconds:g}, for one"
+            f"reward.timeout_seconds: {config.reward.timeout_seconds:g} covers all tests of a program and must exceed "
+            f"reward.code.test_seconds: {config.reward.code.test_seconds:g}, which covers one test"
         )
 
 
@@ -228,7 +240,7 @@ def _rest(config: Config) -> Iterator[str]:
     optimizer = config.actor.optimizer
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= config.train.steps:
         yield (
-            f"actor.optimizer.warmup_steps: {optimizer.warmup_steps} leaves nothing of train.steps: "
+            f"actor.optimizer.warmup_steps: {optimizer.warmup_steps} leaves no step of train.steps: "
             f"{config.train.steps} for the {optimizer.schedule} schedule"
         )
     yield from _keep_best(config)
@@ -250,6 +262,6 @@ def _keep_best(config: Config) -> Iterator[str]:
     save, every = config.train.save_every, evaluation.every
     if not (save and every and (save % every == 0 or every % save == 0)):
         yield (
-            f"train.keep_best compares evaluations of the steps that are saved: give train.save_every ({save}) and "
-            f"evaluation.every ({every}), one a multiple of the other"
+            f"train.keep_best compares the evaluations of saved steps: give both train.save_every ({save}) and "
+            f"evaluation.every ({every}), with one a multiple of the other"
         )

@@ -1,4 +1,4 @@
-"""The `cluster` section: the machines of a run, and the batch job that asks for them."""
+"""The `cluster` section: the machines of a run, and the batch job that requests them."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ Mount = Annotated[str, worded(r"/[^\s,:]*(:/[^\s,:]*)?(:ro)?", "/host/path[:/pat
 
 
 class SlurmSettings(Section):
-    """What `megatron-rl slurm` writes; read by nothing else. Options of `sbatch` at submission win over these."""
+    """The batch job, used by `megatron-rl slurm` only. Options given to `sbatch` at submission take precedence."""
 
     time_limit: TimeLimit = "24:00:00"
-    """Of the job, as [days-]hours:minutes:seconds."""
+    """Time limit of the job as [days-]hours:minutes:seconds."""
     signal_minutes: PositiveInt = 60
-    """Minutes before the limit at which the run finishes its step, writes a checkpoint, and is queued again."""
+    """Minutes before the time limit at which the run finishes its step, writes a checkpoint and is queued again."""
     partition: Text | None = None
-    """Unset: the site's default."""
+    """Slurm partition. Default: that of the site."""
     account: Text | None = None
-    """Unset: the user's default."""
+    """Slurm account. Default: that of the user."""
     options: list[Option] = Field(default_factory=list)
-    """More options for `sbatch`, such as --constraint=h100."""
+    """Further options for `sbatch`, such as --constraint=h100."""
     setup: list[Text] = Field(default_factory=list)
-    """Lines of bash before anything starts, such as `source .venv/bin/activate`."""
+    """Bash lines that run before anything else, such as `source .venv/bin/activate`."""
     container: Literal["none", "pyxis", "apptainer"] = "none"
-    """How processes get into the image: not at all, by the pyxis plug-in (enroot), or by apptainer."""
+    """Container runtime of the processes: none, the pyxis plug-in (enroot), or apptainer."""
     image: Image | None = None
-    """Of the container: a .sqsh or .sif file, or what pyxis can import."""
+    """Container image: a .sqsh or .sif file, or anything that pyxis can import."""
     mounts: list[Mount] = Field(default_factory=list)
-    """/host/path[:/path/inside][:ro]. The working folder is always mounted."""
+    """Folders to mount, as /host/path[:/path/inside][:ro]. The working folder is always mounted."""
     port: Annotated[int, Field(ge=1024, le=60000)] = 6379
-    """Of Ray's head. Ray uses this and the six ports above it, and its workers the 1000 from port + 2000 on."""
+    """Port of the Ray head. Ray also uses the six ports above it, and its workers use 1000 ports from port + 2000."""
 
 
 class ClusterSettings(Section):
-    """How many machines, and what is in one. With more than one, RAY_ADDRESS names a Ray that has them."""
+    """Number and kind of machines. For more than one, RAY_ADDRESS must name a Ray cluster that has them."""
 
     nodes: PositiveInt = 1
-    """Machines. A tensor-parallel group, or an engine, is never split over two."""
+    """Number of machines. A tensor-parallel group or an engine is never split across machines."""
     gpus_per_node: PositiveInt = 8
-    """GPUs of a machine that the run may use. On CPU, processes are shared out evenly over the machines instead."""
+    """GPUs per machine that the run may use. On CPU, processes are distributed evenly over the machines instead."""
     colocate: bool = False
-    """Engines use the actor's GPUs in turns with it, instead of GPUs of their own. On CPU nothing goes elsewhere."""
+    """Engines and actor take turns on the same GPUs instead of having separate ones. No effect on placement on CPU."""
     gpu: Literal["h100", "h200", "h20", "a100", "a100_40"] = "h100"
-    """Kind of GPU (a100 has 80 GB, a100_40 40), whose memory and rates `megatron-rl plan` counts with."""
+    """GPU model whose memory and rates `megatron-rl plan` assumes (a100 has 80 GB, a100_40 has 40 GB)."""
     slurm: SlurmSettings = SlurmSettings()
     """The batch job."""

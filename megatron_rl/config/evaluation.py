@@ -1,4 +1,4 @@
-"""What is evaluated and how: the `evaluation` section of a run, and the suite files of `megatron-rl eval`."""
+"""Settings of evaluation: the `evaluation` section of a run, and the suite files of `megatron-rl eval`."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ Template = Literal["none", "chat", "boxed", "chat-boxed", "r1-zero"]
 
 
 class Probe(Section):
-    """A probability to follow: of `token` right after `after`, averaged over a suite's responses."""
+    """A tracked probability: that `token` comes right after `after`, averaged over the responses of a suite."""
 
     after: Text
-    """Text of one token."""
+    """Text of the preceding token. It must be exactly one token."""
     token: Text
-    """Text of one token."""
+    """Text of the token whose probability is measured. It must be exactly one token."""
 
 
 class SuiteSettings(Section):
-    """One suite. Its path alone is enough: the rest is then as for all suites."""
+    """One suite. A path alone is enough: the other keys then have the values of the surrounding section."""
 
     data: FilePath
     """A .jsonl or .parquet file of problems."""
     samples_per_prompt: PositiveInt | None = None
-    """Responses per problem; unset: as for all suites."""
+    """Responses per problem. Default: the value of the surrounding section."""
     temperature: NonNegative | None = None
-    """Of sampling, 0 is greedy; unset: as for all suites."""
+    """Sampling temperature; 0 is greedy. Default: the value of the surrounding section."""
     max_response_tokens: PositiveInt | None = None
-    """Longest response; unset: as for all suites."""
+    """Longest response in tokens. Default: the value of the surrounding section."""
 
     def over(self, common: EvaluationSettings | ProtocolSettings) -> SuiteSettings:
-        """With what is unset here as it is for all suites."""
+        """Returns a copy of this suite with unset keys filled in from the surrounding section."""
         names = ("samples_per_prompt", "temperature", "max_response_tokens")
         return self.model_copy(update={name: getattr(common, name) for name in names if getattr(self, name) is None})
 
@@ -44,40 +44,40 @@ def _suite(value: Any) -> Any:
 
 
 Suite = Annotated[SuiteSettings, BeforeValidator(_suite)]
-"""In YAML: a path, or a section."""
+"""A suite in YAML: a path or a section."""
 
 
 class EvaluationSettings(Section):
     """Benchmarks before, during and after training."""
 
     every: Count = 0
-    """Steps between evaluations; 0: before and after training only."""
+    """Steps between evaluations. 0 evaluates before and after training only."""
     samples_per_prompt: PositiveInt = 8
-    """Responses per prompt: the k of avg@k, pass@k and maj@k."""
+    """Responses per prompt: the k in avg@k, pass@k and maj@k."""
     temperature: NonNegative = 1.0
-    """Of sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     max_response_tokens: PositiveInt | None = None
-    """Longest response; unset: rollout.max_response_tokens."""
+    """Longest response in tokens. Default: rollout.max_response_tokens."""
     suites: dict[Name, Suite] = Field(default_factory=dict)
-    """Data file of each suite, or a section of its own settings; its name appears in the metrics."""
+    """Suites by the name that appears in the metrics. Each is a data file or a section with settings of its own."""
     probes: dict[Name, Probe] = Field(default_factory=dict)
-    """Probabilities to follow, by the name they get in the metrics."""
+    """Tracked probabilities by the name that appears in the metrics."""
 
 
 class ProtocolSettings(Section):
-    """A suite file: what `megatron-rl eval` measures."""
+    """A suite file: the evaluation that `megatron-rl eval` runs."""
 
     template: Template = "none"
-    """As data.template."""
+    """Prompt template; the values are those of data.template."""
     max_prompt_tokens: PositiveInt = 2048
-    """Longer prompts are cut on the left."""
+    """Longest prompt in tokens. Longer prompts are cut on the left."""
     max_response_tokens: PositiveInt = 8192
-    """Longest response."""
+    """Longest response in tokens."""
     samples_per_prompt: PositiveInt = 1
     """Responses per problem."""
     temperature: NonNegative = 0.0
-    """Of sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     reward: RewardSettings
-    """What grades the responses."""
+    """Verifier that grades the responses."""
     suites: dict[Name, Suite] = Field(min_length=1)
-    """By name. Their unweighted mean is the macro mean."""
+    """Suites by name. The macro mean is the unweighted mean over the suites."""

@@ -11,8 +11,7 @@ import yaml
 from megatron_rl.errors import UserError
 
 from .keys import Key
-from .problems import show
-from .yaml_text import parse_yaml, yaml_problem
+from .yaml_text import parse_yaml, show, yaml_problem
 
 BASE = "base"
 
@@ -25,7 +24,7 @@ class Layer:
     tree: dict[Any, Any]
 
     def sets(self, key: Key) -> bool:
-        """Whether the file says something at the key or below it."""
+        """Whether the file sets the key or a key below it."""
         node: Any = self.tree
         for part in key:
             if isinstance(node, list) and part.isdigit() and int(part) < len(node):
@@ -38,9 +37,10 @@ class Layer:
 
 
 def read_layers(path: Path) -> list[Layer]:
-    """The file's bases, the deepest first, then the file. A base is named relative to the file that names it.
+    """Returns the file's bases, the deepest first, then the file. The path of a base is relative to the file that names
+    it.
 
-    Raises UserError where a file is missing, is no mapping, or is its own base.
+    Raises UserError if a file is missing, is no mapping, or is its own base.
     """
     layers: list[Layer] = []
     seen: list[Path] = []
@@ -61,7 +61,8 @@ def read_layers(path: Path) -> list[Layer]:
 
 
 def merge(layers: list[Layer]) -> dict[Any, Any]:
-    """Sections are merged key by key; anything else, a list too, replaces what the base says. A null clears it."""
+    """Returns the merged tree: sections are merged key by key, anything else (lists too) replaces the base's value. A
+    null clears the base's value."""
     merged: dict[Any, Any] = {}
     for layer in layers:
         merged = _merged(merged, layer.tree)

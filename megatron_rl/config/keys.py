@@ -1,4 +1,4 @@
-"""The known keys: walking them, finding the nearest one, saying what each expects."""
+"""The known keys of a configuration, the nearest one to an unknown key, and what each key expects."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from .fields import Section
+from .fields import NameOrPath, Section
 from .schema import Config
 
 Key = tuple[str, ...]
 ANY = "*"
-"""Stands for a freely chosen name or a list index."""
+"""Stands for a freely chosen name or the index of a list."""
 _BOUNDS = {"ge": ">= {}", "gt": "> {}", "le": "<= {}", "lt": "< {}"}
-_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    Any: "any value",
+}
 
 
 @dataclass(frozen=True)
 class _Node:
-    """A key: its type, what else bounds it, and the keys below it."""
+    """A key: its type, its bounds, and the keys below it."""
 
     kind: Any
     metadata: tuple[Any, ...]
@@ -30,7 +37,7 @@ class _Node:
 
 
 def _strip(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Take Annotated off, and None out of a union with one other member."""
+    """Returns the type without Annotated, and without None if it is a union with one other member; and the metadata."""
     if get_origin(annotation) is Annotated:
         kind, *metadata = get_args(annotation)
         inner, inner_metadata = _strip(kind)
@@ -68,6 +75,7 @@ def _find(key: Key) -> _Node | None:
 
 
 def is_known(key: Key) -> bool:
+    """Whether there is such a key."""
     return _find(key) is not None
 
 
@@ -79,7 +87,7 @@ def has_keys(key: Key) -> bool:
 
 @cache
 def known_keys() -> tuple[Key, ...]:
-    """Every key, sections included; `*` where the name is free."""
+    """Returns every key, sections included; `*` stands for a freely chosen name."""
 
     def walk(node: _Node, key: Key) -> Iterator[Key]:
         for name, child in node.below.items():
@@ -90,7 +98,7 @@ def known_keys() -> tuple[Key, ...]:
 
 
 def nearest(key: Key) -> str:
-    """What an unknown key was perhaps meant to be: in its own section first, then anywhere."""
+    """Returns a hint on what an unknown key may have meant: a key of its own section first, then any other."""
     section = key[:-1]
     parent = _find(section)
     if parent and (match := get_close_matches(key[-1], [n for n in parent.below if n != ANY], n=1)):
@@ -108,7 +116,7 @@ def nearest(key: Key) -> str:
 
 
 def expected(key: Key) -> str:
-    """In words, what a key takes: "a whole number >= 1"."""
+    """Returns in words what a key takes: "a whole number >= 1"."""
     node = _find(key)
     return _describe(node.kind, node.metadata) if node else "a known key"
 
@@ -128,6 +136,9 @@ def _describe(kind: Any, metadata: tuple[Any, ...]) -> str:
         return f"a section of names, each with {_describe(*_strip(get_args(kind)[1]))}"
     if isinstance(kind, type) and issubclass(kind, Section):
         return f"a section with the keys {', '.join(kind.model_fields)}"
+    for item in metadata:
+        if isinstance(item, NameOrPath):
+            return item.words
     return " ".join([_WORDS[kind], " and ".join(_bounds(metadata))]).rstrip()
 
 

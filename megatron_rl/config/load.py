@@ -1,8 +1,9 @@
-"""From a YAML file and `key.path=value` overrides to a checked Config, and back."""
+"""Loading a checked Config from a YAML file and `key.path=value` overrides."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,21 @@ from pydantic import ValidationError
 from megatron_rl.errors import UserError
 
 from .checks import contradictions
-from .files import merge, read_layers
-from .overrides import apply_override, parse_override
-from .problems import source, type_problems, unknown_in_path, unknown_keys
-from .schema import Config
-from .yaml_text import dump_yaml
+from .effective import without_nulls
+from .files import Layer, merge, read_layers
+from .keys import Key
+from .methods import method_problems
+from .overrides import Override, apply_override, parse_override
+from .problems import type_problems, unknown_in_path, unknown_keys
+from .schema import Config, Sources
+from .sources import place_of, source_of
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
-    """Read a configuration file, laid over its `base`, and apply overrides in order.
+    """Returns the configuration of a file, laid over its `base`, with the overrides applied in order.
 
-    A null, in the file or as `key=null`, clears the key: its default holds. Raises UserError with every problem found,
-    each with its key and where it was set.
+    A null, in the file or as `key=null`, clears the key, which then has its default. Raises UserError with every
+    problem found, each with its key and where it was set.
     """
     layers = read_layers(path)
     parsed = [parse_override(text) for text in overrides]
@@ -36,20 +40,32 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     tree = merge(layers)
     for override in parsed:
         apply_override(tree, override)
-    tree = _without_nulls(tree)
+    tree = without_nulls(tree)
     _name_run(tree, path)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        _raise_if([f"{source(key, layers, parsed)}: {text}" for key, text in type_problems(error, tree).items()])
+        _raise_if([f"{place_of(key, layers, parsed)}: {text}" for key, text in type_problems(error, tree).items()])
         raise
-    _raise_if([f"{path}: {problem}" for problem in contradictions(config)])
+    problems = [f"{place_of(key, layers, parsed)}: {text}" for key, text in method_problems(config.algorithm)]
+    _raise_if([*problems, *(f"{path}: {problem}" for problem in contradictions(config))])
+    config.sources.update(_sources(config, layers, parsed))
     return config
 
 
-def expand(config: Config) -> str:
-    """YAML text with every key, defaults included; `load_config` reads it back to an equal Config."""
-    return dump_yaml(config.model_dump(mode="json"))
+def _sources(config: Config, layers: list[Layer], overrides: list[Override]) -> Sources:
+    """The sources of the values that a file or an override set."""
+    found = {".".join(key): source_of(key, layers, overrides) for key in _set_keys(config.model_dump(mode="json"))}
+    return Sources({key: source for key, source in found.items() if source is not None})
+
+
+def _set_keys(tree: Any, key: Key = ()) -> Iterator[Key]:
+    """The keys of plain values, and of empty sections and lists, but for those that are unset."""
+    if isinstance(tree, dict | list) and tree:
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _set_keys(value, (*key, str(name)))
+    elif tree is not None:
+        yield key
 
 
 def _raise_if(problems: list[str]) -> None:
@@ -57,16 +73,9 @@ def _raise_if(problems: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-def _without_nulls(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: _without_nulls(value) for name, value in tree.items() if value is not None}
-    if isinstance(tree, list):
-        return [_without_nulls(value) for value in tree]
-    return tree
-
-
 def _name_run(tree: dict[Any, Any], path: Path) -> None:
-    """Fill in run.name and run.folder. With `resume: auto`, a run without either is this file's newest one."""
+    """Fills in run.name and run.folder. With `resume: auto` and neither of them given, the run is this file's
+    newest."""
     run = tree.setdefault("run", {})
     if not isinstance(run, dict) or ("name" in run and "folder" in run):
         return

@@ -1,105 +1,133 @@
-"""A section a method: overrides, where unset means what the preset, or else the method (`lpreg/losses/`), says."""
+"""The settings of the configured method, and what the method needs.
+
+Settings that are not given have the value of `algorithm.preset`, otherwise the method's default. A user's own method is
+named by its import path and takes its settings from `algorithm.settings`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
-from pydantic import Field
+from lpreg import MethodNeeds, MethodSettings, PolicyLoss
+from lpreg.losses.corrected import CorrectionSettings
+from lpreg.losses.reference_kl import ReferenceKLSettings
+from lpreg.losses.registry import METHODS, unknown
+from lpreg.losses.settings import settings_of
+from megatron_rl.errors import UserError
+from megatron_rl.utils.import_path import import_object, is_import_path
 
-from .fields import NonNegative, Positive, PositiveInt, Section, Share, ShareOrZero
-
-
-class _ClipSettings(Section):
-    clip_low: ShareOrZero | None = None
-    """The probability ratio is clipped below at 1 - clip_low."""
-    clip_high: NonNegative | None = None
-    """The probability ratio is clipped above at 1 + clip_high."""
-
-
-class LpRegSettings(_ClipSettings):
-    """Overrides for Lp-Reg; read only with `algorithm.name: lp_reg`."""
-
-    rho: Share | None = None
-    """Share of the batch's response tokens, lowest probability first, that the term may act on."""
-    beta: NonNegative | None = None
-    """Weight of the regularisation term."""
-    min_p: ShareOrZero | None = None
-    """Kappa: the proxy keeps tokens with at least this share of the likeliest token's probability; 0 keeps all."""
-    fixed_tau: Share | None = None
-    """Instead of min_p: the proxy keeps tokens with at least this probability."""
-    kl_estimator: Literal["k3", "full", "reverse"] | None = None
-    """k3: on the sampled token; full: KL(proxy || policy) over the vocabulary; reverse: KL(policy || proxy) on it."""
-    select_by: Literal["log_prob", "entropy", "random", "all"] | None = None
-    """What the share rho is of: the least probable tokens, those of highest entropy, any; or all, whatever rho."""
-    advantage_sign: Literal["negative", "both"] | None = None
-    """Which advantage a token must have for the term to act on it."""
-    selection_scope: Literal["batch", "micro_batch_negatives"] | None = None
-    """The tokens rho is a share of: the step's, or only those of a micro-batch that have negative advantage."""
-    require_below_proxy: bool | None = None
-    """Act only where the policy is below the proxy."""
-    k3_clamp: Positive | Literal["none"] | None = None
-    """Upper bound of the k3 value; beyond it its gradient is zero. "none" for no bound."""
-    clip_negative_upper: bool | None = None
-    """Whether the upper clip also stops tokens with negative advantage."""
+from .algorithm import AlgorithmSettings
+from .method_sections import BESIDE, MethodSection, effective_values, plain_values
 
 
-class GrpoSettings(_ClipSettings):
-    """Overrides for GRPO; read only with `algorithm.name: grpo`."""
+def method_class(name: str) -> type[PolicyLoss]:
+    """Returns the class of a method of lpreg, or of a user's own from its import path.
 
-    aggregation: Literal["token_mean", "sequence_mean_token_mean", "constant_length"] | None = None
-    """How token losses become one: their mean, the mean of the responses' means, or Dr. GRPO's sum over a constant."""
-    constant_length: PositiveInt | None = None
-    """Tokens that a response counts as, whatever its length; with that aggregation only."""
-
-
-class ClipHigherSettings(GrpoSettings):
-    """Overrides for Clip-Higher; read only with `algorithm.name: clip_higher`."""
-
-
-class DualClipSettings(_ClipSettings):
-    """Overrides for dual-clip PPO; read only with `algorithm.name: dual_clip`."""
-
-    clip_dual: Annotated[float, Field(gt=1)] | None = None
-    """The probability ratio is clipped above at this where the advantage is negative."""
-
-
-class GspoSettings(_ClipSettings):
-    """Overrides for GSPO; read only with `algorithm.name: gspo`. The ratio is a response's."""
+    Raises UserError for an unknown name and an import path that leads to no policy loss.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if not is_import_path(name):
+        raise UserError(f"algorithm.name: {unknown('method', name, METHODS)}, or package.module:Class")
+    method = import_object(name, "algorithm.name")
+    if not (isinstance(method, type) and issubclass(method, PolicyLoss)):
+        raise UserError(f"algorithm.name={name!r}: a subclass of lpreg.PolicyLoss is expected, not {method!r}")
+    settings = getattr(method, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, MethodSettings) and dataclasses.is_dataclass(settings)):
+        raise UserError(
+            f"algorithm.name={name!r}: {method.__name__}.Settings must be a dataclass with the base "
+            "lpreg.MethodSettings, the settings of the method"
+        )
+    return method
 
 
-class CispoSettings(_ClipSettings):
-    """Overrides for CISPO; read only with `algorithm.name: cispo`. The clip bounds a weight, not the gradient."""
+def section_key(algorithm: AlgorithmSettings) -> str:
+    """The key below `algorithm` that holds the settings of the configured method."""
+    return algorithm.name if algorithm.name in METHODS else "settings"
 
 
-class KlCovSettings(Section):
-    """Overrides for KL-Cov; read only with `algorithm.name: kl_cov`."""
-
-    share: Share | None = None
-    """Of the batch's response tokens, highest covariance of advantage and log-prob first, that are penalised."""
-    beta: NonNegative | None = None
-    """Weight of the penalty."""
-
-
-class ClipCovSettings(_ClipSettings):
-    """Overrides for Clip-Cov; read only with `algorithm.name: clip_cov`."""
-
-    share: Share | None = None
-    """Of the batch's response tokens, those that lose their gradient, drawn from a range of covariance."""
-    cov_low: float | None = None
-    """Lower end of the range."""
-    cov_high: float | None = None
-    """Upper end of the range."""
+def given_settings(algorithm: AlgorithmSettings) -> dict[str, Any]:
+    """The section of the configured method, without what is unset."""
+    section = getattr(algorithm, section_key(algorithm))
+    if isinstance(section, MethodSection):
+        section = section.model_dump()
+    return {name: value for name, value in (section or {}).items() if value is not None}
 
 
-class HighEntropySettings(_ClipSettings):
-    """Overrides for 80/20; read only with `algorithm.name: high_entropy`."""
+def method_settings(algorithm: AlgorithmSettings) -> MethodSettings:
+    """Returns the effective settings of the configured method. Imports a user's own method.
 
-    share: Share | None = None
-    """Of the batch's response tokens, highest entropy first, that carry the loss."""
+    Raises UserError for settings that are unknown, missing, out of range or do not go together.
+    """
+    problems = list(_problems(algorithm))
+    if problems:
+        raise UserError("\n".join(text for _, text in problems))
+    return _made(algorithm)
 
 
-class EntropyBonusSettings(_ClipSettings):
-    """Overrides for GRPO with an entropy loss; read only with `algorithm.name: entropy_bonus`."""
+def method_problems(algorithm: AlgorithmSettings) -> list[tuple[tuple[str, ...], str]]:
+    """What is wrong with the settings of the configured method: (key, sentence). A user's own method is not
+    imported."""
+    if algorithm.name in METHODS:
+        return list(_problems(algorithm))
+    return []
 
-    coefficient: NonNegative | None = None
-    """Weight of the mean entropy, nats."""
+
+def method_needs(algorithm: AlgorithmSettings) -> MethodNeeds:
+    """Returns what the configured method needs, its reference model and its correction included.
+
+    Needs no torch, except that a user's own method is imported. Raises UserError as `method_settings` does.
+    """
+    needs = method_settings(algorithm).needs
+    if algorithm.reference_kl.active:
+        needs = ReferenceKLSettings(**algorithm.reference_kl.model_dump(exclude={"model"})).around(needs)
+    if algorithm.correction.active:
+        needs = CorrectionSettings(**algorithm.correction.model_dump()).around(needs)
+    return needs
+
+
+def _made(algorithm: AlgorithmSettings) -> MethodSettings:
+    """Raises ValueError for settings that do not go together."""
+    method = method_class(algorithm.name)
+    values = effective_values(method, algorithm.preset, given_settings(algorithm))
+    known = {setting.name for setting in settings_of(method.Settings)}
+    beside = {name: getattr(algorithm, name) for name in BESIDE if name in known}
+    settings: MethodSettings = method.Settings(**plain_values(method, values), **beside)
+    return settings
+
+
+def _problems(algorithm: AlgorithmSettings) -> Iterator[tuple[tuple[str, ...], str]]:
+    method, place = method_class(algorithm.name), ("algorithm", section_key(algorithm))
+    dotted, given = ".".join(place), given_settings(algorithm)
+    if algorithm.preset is not None and algorithm.preset not in method.presets:
+        presets = ", ".join(method.presets) or "none"
+        yield (
+            ("algorithm", "preset"),
+            f"algorithm.preset: {algorithm.preset!r} given; presets of {algorithm.name}: {presets}",
+        )
+    if place[1] != "settings" and algorithm.settings is not None:
+        yield (
+            ("algorithm", "settings"),
+            "algorithm.settings: read only with algorithm.name: package.module:Class; the settings of "
+            f"{algorithm.name} are in {dotted}",
+        )
+    for name, other in method.Settings.replaced(plain_values(method, given)).items():
+        if name in given:
+            yield (*place, name), f"{dotted}.{name} is replaced by {dotted}.{other}; give only one of them"
+    known = [setting.name for setting in settings_of(method.Settings) if setting.name not in BESIDE]
+    wrong = [name for name in given if name not in known]
+    for name in wrong:
+        yield (*place, name), f"unknown key {dotted}.{name}: {unknown(f'setting of {algorithm.name}', name, known)}"
+    values = effective_values(method, algorithm.preset, given)
+    missing = [name for name in known if name not in values and name not in method.Settings.replaced(given)]
+    for name in missing:
+        yield (*place, name), f"{dotted}.{name} is missing"
+    if wrong or missing:
+        return
+    try:
+        _made(algorithm)
+    except ValueError as error:
+        name = str(error).partition(" ")[0]
+        yield ((*place, name), f"{dotted}.{error}") if name in known else (place, f"{dotted}: {error}")

@@ -1,4 +1,4 @@
-"""`key.path=value` from the command line."""
+"""Overrides of a configuration from the command line: `key.path=value`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .yaml_text import parse_yaml, yaml_problem
 
 @dataclass(frozen=True)
 class Override:
-    """One override; the value is parsed as YAML."""
+    """One override, with its value parsed as YAML."""
 
     text: str
     key: Key
@@ -23,6 +23,7 @@ class Override:
 
 
 def parse_override(text: str) -> Override:
+    """Returns the override that a text states. Raises UserError if the text is malformed."""
     dotted, equals, value = text.partition("=")
     key = tuple(dotted.strip().split("."))
     if not equals or not all(key):
@@ -36,6 +37,7 @@ def parse_override(text: str) -> Override:
 
 
 def apply_override(tree: dict[Any, Any], override: Override) -> None:
+    """Sets the override's value in the tree. Raises UserError for an index past the end of a list."""
     node: Any = tree
     for depth, part in enumerate(override.key):
         last = depth == len(override.key) - 1

@@ -1,21 +1,18 @@
-"""What is wrong with a configuration tree, in words: where it was set, the key, what was given, what belongs there."""
+"""Problems of a configuration tree in words: the key, what was given, what is expected."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 from pydantic import ValidationError
 
 from .keys import Key, expected, has_keys, is_known, nearest
-from .overrides import Override
-
-if TYPE_CHECKING:
-    from .files import Layer
+from .yaml_text import show
 
 
 def unknown_in_path(key: Key) -> str | None:
-    """What is unknown about an override's key, if anything."""
+    """Returns a message if an override's key is unknown, otherwise None."""
     for end in range(1, len(key) + 1):
         if not is_known(key[:end]):
             wanted = key if end == 1 else key[:end]
@@ -24,12 +21,12 @@ def unknown_in_path(key: Key) -> str | None:
 
 
 def unknown_keys(tree: Any, key: Key) -> Iterator[str]:
-    """Unknown keys of a tree whose root is at `key`."""
+    """Yields a message for each unknown key of a tree whose root is at `key`."""
     if isinstance(tree, list):
         for index, value in enumerate(tree):
             yield from unknown_keys(value, (*key, str(index)))
     if not isinstance(tree, dict) or not has_keys(key):
-        return  # a mapping where a plain value belongs is a wrong type, found later
+        return  # a mapping in place of a plain value is a wrong type, which the schema finds
     for name, value in tree.items():
         here = (*key, str(name))
         if not isinstance(name, str):
@@ -41,7 +38,8 @@ def unknown_keys(tree: Any, key: Key) -> Iterator[str]:
 
 
 def type_problems(error: ValidationError, tree: dict[Any, Any]) -> dict[Key, str]:
-    """A line a key, in the order of the schema. A union reports once per member; here that is one problem."""
+    """Returns one line per key, in the order of the schema. pydantic reports a union once per member; here that is one
+    problem."""
     lines: dict[Key, str] = {}
     for item in error.errors():
         key: list[str] = []
@@ -63,29 +61,3 @@ def type_problems(error: ValidationError, tree: dict[Any, Any]) -> dict[Key, str
             wanted = item["ctx"]["error"] if item["type"] == "value_error" else expected(tuple(key))
             lines[tuple(key)] = f"{dotted}: {show(value)} given; expected {wanted}"
     return lines
-
-
-def source(key: Key, layers: Sequence[Layer], overrides: list[Override]) -> str:
-    """Where the value came from: the last override at, above or below the key, else the last file that says it."""
-    for override in reversed(overrides):
-        shared = min(len(key), len(override.key))
-        if override.key[:shared] == key[:shared]:
-            return f"override {override.text}"
-    return str(next((layer.path for layer in reversed(layers) if layer.sets(key)), layers[-1].path))
-
-
-def show(value: Any) -> str:
-    """A value and its kind, as YAML would have it."""
-    if value is None:
-        return "null"
-    kinds = {
-        bool: "a switch",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a section",
-    }
-    shown = str(value).lower() if isinstance(value, bool) else repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{shown} ({kinds.get(type(value), type(value).__name__)})"

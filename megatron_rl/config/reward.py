@@ -1,4 +1,4 @@
-"""The verifier, the processes it runs in, and what happens when it fails."""
+"""The `reward` section: the verifier, its processes, and the treatment of failures."""
 
 from __future__ import annotations
 
@@ -8,58 +8,59 @@ from .fields import Count, Positive, PositiveInt, Section, ShareOrZero, Text
 
 
 class CodeSettings(Section):
-    """Limits of a candidate program in its sandbox; `reward.name: code` only."""
+    """Limits of a candidate program in its sandbox. Used by `reward.name: code` only."""
 
     test_seconds: Positive = 4.0
-    """Longest one test may take, in processor time and on the clock; beyond it the answer is wrong (too slow)."""
+    """Longest processor time and wall-clock time of one test. A slower program counts as wrong."""
     memory_mb: PositiveInt = 512
-    """Address space of the candidate's process."""
+    """Address space of the candidate's process in MiB."""
     require_landlock: bool = True
-    """Refuse to start where the kernel cannot keep the candidate away from other files (Linux before 5.13, or Landlock
-    disabled). false: run it there all the same, able to read and write what you may."""
+    """Refuse to start if the kernel cannot keep the candidate away from other files (Linux before 5.13, or Landlock
+    disabled). false: run the candidate anyway, with read and write access to every file that the user can access."""
 
 
 class RemoteSettings(Section):
-    """A reward model behind HTTP; `reward.name: remote` only. The protocol is in docs/rewards.md."""
+    """A reward server behind HTTP. Used by `reward.name: remote` only. docs/rewards.md describes the protocol."""
 
     url: Text
-    """Where batches are posted to."""
+    """Address to which batches are posted."""
     batch_size: PositiveInt = 16
-    """Samples a request."""
+    """Samples per request."""
     concurrency: PositiveInt = 8
-    """Requests under way at once."""
+    """Requests in flight at the same time."""
     timeout_seconds: Positive = 60.0
-    """Longest one request may take."""
+    """Longest duration of one request."""
     retries: Count = 4
     """Further attempts after a time-out, a lost connection, or a status 408, 429 or 5xx."""
     backoff_seconds: Positive = 0.5
-    """Wait before the first further attempt; doubled each time, with jitter."""
+    """Wait before the first further attempt. The wait doubles with each attempt, with jitter."""
     token_variable: Text | None = None
-    """Environment variable with a bearer token for the server."""
+    """Environment variable that holds a bearer token for the server."""
 
 
 class FormatSettings(Section):
-    """Marks that a response must carry, and what it costs to lack them."""
+    """Tags that a response must contain, and the penalty if they are missing."""
 
     tags: list[Text] = Field(min_length=1)
     """Texts that must each appear exactly once in the response, in this order, such as <think> and </think>."""
     penalty: Positive = 0.5
-    """Subtracted from the reward of a response that breaks the rule."""
+    """Amount subtracted from the reward of a response that does not have the tags in this form."""
 
 
 class RewardSettings(Section):
-    """The verifier and the processes it runs in."""
+    """The verifier and its processes."""
 
     name: Text
     """countdown, math, code, remote, or a function of your own as `package.module:function`."""
     workers: PositiveInt = 2
-    """Processes; remote has none."""
+    """Number of verifier processes. remote uses none."""
     timeout_seconds: Positive = 5.0
-    """Longest grading one sample may take; beyond it its process is killed, the outcome is a time-out, the score 0."""
+    """Longest grading time per sample. After it, the process is killed, the outcome is a time-out and the score is
+    0."""
     memory_mb: PositiveInt = 4096
-    """Memory of a process; beyond it, it is replaced, and the sample's outcome is an error."""
+    """Memory limit per process in MiB. A process that exceeds it is replaced, and the sample's outcome is an error."""
     max_failed_fraction: ShareOrZero = 0.2
-    """Largest share of a batch that may end without a score (time-out or error); beyond it the run stops with
+    """Largest fraction of a batch that may end without a score (time-out or error). Above it, the run stops and shows
     examples, because such samples count as 0."""
     code: CodeSettings = CodeSettings()
     remote: RemoteSettings | None = None

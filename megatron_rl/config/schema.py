@@ -1,10 +1,10 @@
-"""Every key of a configuration file. The text under a field is its documentation."""
+"""Every key of a configuration file. The docstring under a field documents its key."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from .actor import ActorSettings
 from .algorithm import AlgorithmSettings
@@ -18,128 +18,144 @@ from .weight_sync import WeightSyncSettings
 
 
 class RunSettings(Section):
-    """Name and place of the run. `load_config` fills both in where the file leaves them out."""
+    """Name and folder of the run. `load_config` fills in what the file leaves out."""
 
     name: Text
-    """Unset: `<stem of the YAML file>-<YYYYmmdd-HHMMSS>`."""
+    """Name of the run. Default: `<stem of the YAML file>-<YYYYmmdd-HHMMSS>`."""
     folder: FilePath
-    """Everything the run writes goes here. Unset: `runs/<name>`."""
+    """Folder that everything the run writes goes to. Default: `runs/<name>`."""
 
 
 class PrepareSettings(Section):
-    """An embedded task, written before training unless it is already there."""
+    """An embedded task. The run writes its files before training unless they already exist."""
 
     task: Literal["countdown"]
-    """Which task."""
+    """Name of the task."""
     folder: FilePath
-    """Where its model and data go."""
+    """Folder for the task's model and data."""
 
 
 class ModelSettings(Section):
     """The policy to train."""
 
     path: FilePath
-    """A Hugging Face folder: config.json, tokenizer, weights."""
+    """Hugging Face model folder with config.json, tokenizer and weights."""
 
 
 class DataSettings(Section):
-    """Training prompts. `template` to `label_field` hold for the evaluation suites too."""
+    """Training prompts. The keys from `template` to `label_field` also apply to the evaluation suites."""
 
     train: FilePath
-    """A .jsonl or .parquet file; slime's, verl's and TRL's columns are recognised."""
+    """A .jsonl or .parquet file with the columns of slime, verl or TRL."""
     template: Template = "none"
-    r"""none: the prompt as it is (messages joined by newlines). chat: the tokenizer's chat template. boxed: the prompt
-    and a request to reason step by step and to end with \boxed{}; chat-boxed: the same in the chat template. r1-zero:
-    the conversation of DeepSeek-R1-Zero, thoughts and answer in tags."""
+    r"""none: the prompt unchanged, with messages joined by newlines. chat: the tokenizer's chat template. boxed: the
+    prompt followed by a request to reason step by step and to put the answer in \boxed{}. chat-boxed: the boxed prompt
+    in the chat template. r1-zero: the conversation of DeepSeek-R1-Zero, with reasoning and answer in tags."""
     max_prompt_tokens: PositiveInt = 2048
-    """Longest prompt, in tokens, after the template."""
+    """Longest prompt in tokens, after the template is applied."""
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"
-    """What happens to a longer one."""
+    """Treatment of longer prompts: drop them, cut them on the left, or stop with an error."""
     drop_duplicates: bool = False
-    """Keep only the first row of those with the same prompt and label; DAPO-Math-17k as shipped repeats its rows."""
+    """Keep only the first row among rows with the same prompt and label. DAPO-Math-17k as published repeats rows."""
     shuffle: bool = True
-    """A new order each epoch, from the seed."""
+    """Use a new order of the rows in each epoch, derived from the seed."""
     label_field: Text | None = None
-    """Column that holds the ground truth; unset: as the recognised schema has it."""
+    """Column that holds the ground truth. Default: the column of the recognised schema."""
 
 
 class WarmStartPhase(Section):
-    """One stretch of supervised training."""
+    """One phase of supervised training."""
 
     data: FilePath
-    """A .parquet file with the text columns prompt and response; the loss is on the response."""
+    """A .parquet file with the text columns prompt and response. The loss covers the response tokens."""
     steps: PositiveInt
     """Optimizer steps."""
     lr: Positive
-    """Peak learning rate of a cosine."""
+    """Peak learning rate of the cosine schedule."""
 
 
 class WarmStartSettings(Section):
-    """Supervised training before RL, through the same actor. Its result is cached by content."""
+    """Supervised training before RL, with the same actor. The result is cached by the content of its inputs."""
 
     cache_folder: FilePath = Field(default="runs/cache", validate_default=True)
-    """Where results are kept between runs."""
+    """Folder that keeps results between runs."""
     batch_size: PositiveInt
-    """Rows a step."""
+    """Rows per optimizer step."""
     phases: list[WarmStartPhase] = Field(min_length=1)
-    """One after another, each with its own schedule."""
+    """Phases in order, each with its own learning-rate schedule."""
     betas: Betas = (0.9, 0.999)
-    """Decay rates of Adam's first and second moment."""
+    """Decay rates of Adam's first and second moments."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     warmup_steps: Count = 0
-    """Steps of linear warm-up, in every phase."""
+    """Steps of linear warm-up at the start of every phase."""
     min_lr_ratio: ShareOrZero = 0.0
-    """Learning rate at a phase's last step, as a share of its lr."""
+    """Learning rate at the last step of a phase, as a fraction of the phase's lr."""
 
 
 class KeepBestSettings(Section):
-    """Checkpoints to keep whatever else is removed: those of the steps with the best evaluation."""
+    """Retention of the checkpoints with the best evaluation, regardless of `keep_checkpoints`."""
 
     metric: Text
-    """Such as eval/aime/avg@8; a step without it is not compared."""
+    """Evaluation metric, such as eval/aime/avg@8. Steps without this metric are not compared."""
     mode: Literal["max", "min"] = "max"
-    """Whether more or less is better."""
+    """Whether higher or lower values are better."""
     count: PositiveInt = 1
-    """How many."""
+    """Number of checkpoints to keep."""
 
 
 class TrainSettings(Section):
-    """Length of training, checkpoints, and what a step updates on."""
+    """Length of training, updates per step, and checkpoints."""
 
     steps: PositiveInt
-    """RL steps: in each, responses are sampled, then trained on."""
+    """Number of RL steps. Each step samples responses and trains on them."""
     updates_per_rollout: PositiveInt = 1
-    """Optimizer updates on a step's rollouts, at the step's learning rate. 1 is on-policy. With more, every pass over
-    the rollouts is cut into equal mini-batches of whole prompts, and one forward without gradients before the first
-    update fixes what the loss needs of the old policy."""
+    """Optimizer updates on the rollouts of a step, all at the step's learning rate. The value 1 is on-policy. With more
+    updates, every pass over the rollouts is split into equal mini-batches of complete prompt groups, and a forward pass
+    without gradients before the first update computes what the loss needs from the old policy."""
     epochs_per_rollout: PositiveInt = 1
-    """Passes over a step's rollouts, which updates_per_rollout is shared out to; each later one in a new order."""
+    """Passes over the rollouts of a step. updates_per_rollout is divided equally among them, and each later pass uses a
+    new order."""
     save_every: Count = 0
-    """Steps between checkpoints; 0: one at the end only."""
+    """Steps between checkpoints. 0 writes one checkpoint at the end only."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept; 0 keeps all."""
+    """Number of newest checkpoints to keep. 0 keeps all."""
     keep_best: KeepBestSettings | None = None
-    """The best ones are kept besides."""
+    """Additional checkpoints to keep: those with the best evaluation."""
     async_save: bool = True
-    """Train on while a checkpoint is written from a copy in CPU memory; false: write it file by file and wait."""
+    """Continue training while a checkpoint is written from a copy in CPU memory. false: write the files one by one and
+    wait for them."""
     rollout_only: bool = False
-    """Sample, grade and record, but train nothing."""
+    """Sample, grade and record responses without training on them."""
     drop_zero_advantage: bool = True
-    """Leave responses without an advantage out of the update where the loss has no gradient there; it is still
+    """Leave responses with zero advantage out of the update if the loss has no gradient for them. The loss is still
     normalised over all tokens."""
     score_dropped: bool = True
-    """Still run those responses forward, so that entropy and the other metrics cover the whole batch."""
+    """Run the dropped responses through a forward pass, so that entropy and the other metrics cover the whole batch."""
+
+
+class Sources(dict[str, str]):
+    """The source of each value that is not a default, by its dotted key. It equals any other, so that configurations
+    are compared by their values alone."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sources)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
 
 class Config(Section):
-    """One run."""
+    """The configuration of one run."""
+
+    _sources: Sources = PrivateAttr(default_factory=Sources)
 
     run: RunSettings
     seed: Count = 0
-    """Of sampling, shuffling and initialisation."""
+    """Seed of sampling, shuffling and initialisation."""
     resume: Annotated[Literal["never", "auto"] | FilePath, Field(union_mode="left_to_right")] = "never"
-    """auto: go on from the run folder's newest checkpoint, if any; or the path of a checkpoint or of a run's folder."""
+    """auto: continue from the newest checkpoint in the run folder, if there is one. A path: continue from that
+    checkpoint, or from the newest checkpoint of that run folder."""
     prepare: PrepareSettings | None = None
     model: ModelSettings
     data: DataSettings
@@ -155,11 +171,16 @@ class Config(Section):
     observability: ObservabilitySettings = ObservabilitySettings()
 
     @property
+    def sources(self) -> Sources:
+        """Where values were set, as far as `load_config` knows; see `effective`."""
+        return self._sources
+
+    @property
     def keeps_rollouts(self) -> bool:
-        """Whether what a step did not finish or need goes on at the next one."""
+        """Whether rollouts that a step did not finish or use are kept for the next step."""
         return self.rollout.max_staleness > 0
 
     @property
     def versions_late(self) -> int:
-        """How many weight versions old a token may be when a step begins to train on it."""
+        """Largest staleness, in weight versions, of a token at the start of the step that trains on it."""
         return self.rollout.max_staleness * self.train.updates_per_rollout

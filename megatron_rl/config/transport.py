@@ -1,15 +1,16 @@
-"""Which way weights take to the engines. No Ray, so that a plan can count with it."""
+"""The weight transport of a run. This file does not import Ray, so that a plan can use it."""
 
 from __future__ import annotations
 
 from megatron_rl.config import Config
+from megatron_rl.rollout.engines.kind import engine_kind
 
 
 def transport_of(config: Config) -> str:
-    """`weight_sync.transport`, auto decided."""
+    """`weight_sync.transport`, with `auto` resolved. Raises UserError if `rollout.engine` cannot be imported."""
     if config.weight_sync.transport != "auto":
         return config.weight_sync.transport
-    servers_on_gpus = config.rollout.engine != "transformers" and config.actor.device != "cpu"
-    if servers_on_gpus and not config.cluster.colocate:  # nccl takes one process a GPU
+    own_gpus = config.actor.device != "cpu" and not config.cluster.colocate  # nccl takes one process per GPU
+    if own_gpus and "collective" in engine_kind(config.rollout.engine).transports:
         return "collective"
     return "shared_memory" if config.cluster.nodes == 1 else "disk"

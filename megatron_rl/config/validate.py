@@ -1,13 +1,15 @@
-"""What can be checked before anything starts: without a GPU, without torch, without the model's weights."""
+"""Checks before anything starts, which need no GPU, no torch and no weights of the model."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rl.errors import UserError
 
+from .methods import method_settings
 from .schema import Config
 
 DATA_SUFFIXES = (".jsonl", ".parquet")
@@ -16,14 +18,23 @@ _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def check_inputs(config: Config, *, prepared: bool = True, weights: bool = True) -> None:
-    """Look at every file the run will read; raise UserError with all that is wrong.
+    """Checks every file that the run will read, and a loss of the user's own. Raises UserError with every problem.
 
-    prepared: whether `prepare` ran already; if not, files under its folder are not looked for.
-    weights: whether the model folder must hold weights (a dry run can do without).
+    prepared: whether `prepare` ran already; if not, files under its folder are not checked.
+    weights: whether the model folder must hold weights (a dry run needs none).
     """
-    problems = [*_check_files(config, prepared), *_check_model(config, prepared, weights)]
+    problems = [*_check_files(config, prepared), *_check_model(config, prepared, weights), *_check_method(config)]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _check_method(config: Config) -> Iterator[str]:
+    """A user's own loss is imported if torch is installed; a login node may lack it."""
+    if importlib.util.find_spec("torch") is not None:
+        try:
+            method_settings(config.algorithm)
+        except UserError as error:
+            yield str(error)
 
 
 def _expected_later(config: Config, path: Path, prepared: bool) -> bool:
@@ -43,7 +54,7 @@ def _check_files(config: Config, prepared: bool) -> Iterator[str]:
         if not path.is_file() and not _expected_later(config, path, prepared):
             yield f"{key}: no such file: {path}{_relative_to(path)}"
     reference = config.algorithm.reference_kl
-    if reference.coefficient and reference.model is not None and not reference.model.is_dir():
+    if reference.active and reference.model is not None and not reference.model.is_dir():
         yield f"algorithm.reference_kl.model: no such folder: {reference.model}{_relative_to(reference.model)}"
     if isinstance(config.resume, Path) and not config.resume.is_dir():
         yield f"resume: no such folder: {config.resume}{_relative_to(config.resume)}"

@@ -1,4 +1,4 @@
-"""The `weight_sync` section: how new weights reach the engines."""
+"""The `weight_sync` section: the transport of new weights to the engines."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from .fields import Count, FilePath, PositiveInt, Section
 
 
 class WeightSyncSettings(Section):
-    """After every step. Engines answer nothing while they have half of an update."""
+    """Transport of weights after every step. Engines answer no request while an update is incomplete."""
 
     transport: Literal["auto", "shared_memory", "disk", "collective", "cuda_ipc"] = "auto"
-    """shared_memory: a folder in memory, for engines on the actor's node. disk: a folder that all nodes see.
-    collective: a broadcast, nccl between GPUs and gloo between CPUs, to servers only. cuda_ipc: through memory of the
-    actor's GPUs, to servers on the same GPUs (`cluster.colocate`) of one node; never run on a GPU yet. auto: collective
-    for servers on GPUs of their own, else shared_memory, or disk where there are several nodes."""
+    """shared_memory: a folder in memory, for engines on the actor's node. disk: a folder that all nodes share.
+    collective: a broadcast to servers, by nccl between GPUs and gloo between CPUs. cuda_ipc: memory of the actor's
+    GPUs, for servers on the same GPUs (`cluster.colocate`) of one node; it has not been run on a GPU yet. auto:
+    collective for servers with GPUs of their own, otherwise shared_memory on one node and disk on several."""
     folder: FilePath | None = None
-    """Of disk; unset: `weights` in the run's folder. As large as the model."""
+    """Folder of the disk transport, as large as the model. Default: `weights` in the run's folder."""
     bucket_megabytes: PositiveInt = 512
-    """Most that is sent in one go, a single larger tensor aside: what each side holds beside the model. Of cuda_ipc,
-    the actor holds twice as much all the time."""
+    """Size of a transfer bucket, which both sides hold in addition to the model. A larger tensor is sent alone. With
+    cuda_ipc, the actor holds two buckets permanently."""
     verify_every: Count = 0
-    """Updates after which the checksums of all weights are compared on both sides; 0: after the first only."""
+    """Number of updates between comparisons of the checksums of all weights on both sides. 0 compares after the first
+    update only."""

@@ -1,7 +1,7 @@
-"""Prompts: reading files in the schemas users have, templates, and the order rows come in."""
+"""Prompts: data files in common schemas, prompt templates, and the resumable order of the rows."""
 
 from .cursor import Cursor
 from .prompts import PromptSet, load_prompts
-from .template import load_tokenizer
+from .tokenizer import load_tokenizer
 
 __all__ = ["Cursor", "PromptSet", "load_prompts", "load_tokenizer"]

@@ -1,4 +1,4 @@
-"""Which rows come next: a new order each epoch, resumable at any row."""
+"""The order of the training rows: new in each epoch, and resumable at any row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_rl.errors import UserError
 
 
 class Cursor:
-    """Walks over `size` rows again and again. The order of an epoch depends on (seed, epoch) alone."""
+    """Iterates over `size` rows for any number of epochs. The order of an epoch depends on (seed, epoch) only."""
 
     def __init__(self, size: int, seed: int, shuffle: bool) -> None:
         if size < 1:
@@ -22,16 +22,16 @@ class Cursor:
 
     @property
     def epoch(self) -> int:
-        """Epochs completed."""
+        """Number of completed epochs."""
         return self._epoch
 
     @property
     def taken(self) -> int:
-        """Rows given out so far, over all epochs."""
+        """Number of rows taken so far, over all epochs."""
         return self._epoch * self._size + self._position
 
     def take(self, n: int) -> list[int]:
-        """The next n row numbers; where an epoch ends on the way, the next one follows."""
+        """Returns the next n row numbers, across the end of an epoch if necessary."""
         if n < 0:
             raise ValueError(f"cannot take {n} rows")
         rows: list[int] = []
@@ -45,16 +45,16 @@ class Cursor:
         return rows
 
     def state(self) -> dict[str, Any]:
-        """All it takes to go on exactly here; plain values, fit for JSON."""
+        """Returns the state from which `load_state` continues at exactly this row, as plain values for JSON."""
         return {**self._fixed(), "epoch": self._epoch, "position": self._position}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises UserError if it was taken over other rows or in another order."""
+        """Continues from `state`. Raises UserError if the state belongs to other rows or another order of rows."""
         for name, mine in self._fixed().items():
             if state.get(name) != mine:
                 raise UserError(
-                    f"cannot resume: the checkpoint's order of rows has {name} {state.get(name)}, this run's "
-                    f"has {mine}; resume with the same data, seed and shuffle, or start a new run"
+                    f"cannot resume: the checkpoint's order of rows has {name} {state.get(name)}, but this run has "
+                    f"{mine}; resume with the same data, seed and shuffle, or start a new run"
                 )
         epoch, position = state.get("epoch"), state.get("position")
         if not (isinstance(epoch, int) and isinstance(position, int)) or epoch < 0 or not 0 <= position < self._size:

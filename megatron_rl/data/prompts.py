@@ -1,4 +1,4 @@
-"""From a data file to prompts ready for an engine."""
+"""Loading of a data file into prompts that are ready for an engine."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from megatron_rl.types import Prompt
 
 from .rows import read_rows
 from .schemas import Row, Schema, SchemaName, recognise
-from .template import Tokenizer, check_template, load_tokenizer, render
+from .template import check_template, render
+from .tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one file, and what became of the rows that are not among them."""
+    """The prompts of one file, and counts of the rows that were dropped or cut."""
 
     prompts: list[Prompt]
     schema: SchemaName
     dropped: dict[str, int] = field(default_factory=dict)
-    """Rows left out, by reason: "too long", "duplicate"."""
+    """Number of dropped rows by reason: "too long", "duplicate"."""
     truncated: int = 0
-    """Prompts cut on the left to `max_prompt_tokens`."""
+    """Number of prompts that were cut on the left to `max_prompt_tokens`."""
 
 
 def load_prompts(path: Path, *, tokenizer: Tokenizer, settings: DataSettings) -> PromptSet:
-    """Read, recognise, render and tokenize a .jsonl or .parquet file; of `settings`, all but `train` and `shuffle`.
+    """Reads a .jsonl or .parquet file, recognises its schema, applies the template and tokenizes the prompts.
 
-    Raises UserError with the file, the line or row and the column for anything that cannot be used.
+    Every key of `settings` applies except `train` and `shuffle`. Raises UserError with the file, the line or row and
+    the column of any row that cannot be used.
     """
     check_template(tokenizer, settings.template)
     return _Loading(path, tokenizer, settings).run()
 
 
 def first_prompt(path: Path, *, model_folder: Path, settings: DataSettings) -> str:
-    """The first row as the model will see it. Loads a tokenizer only where the template needs one.
+    """Returns the first row as the model will see it. A tokenizer is loaded only if the template needs one.
 
     Raises UserError as `load_prompts` does.
     """
@@ -64,7 +66,7 @@ class _Loading:
         self.dropped: Counter[str] = Counter()
         self.truncated = 0
         self.seen: set[tuple[str, str]] = set()
-        self.encoded: dict[str, tuple[int, ...]] = {}  # files repeat prompts: one tokenization, one tuple in memory
+        self.encoded: dict[str, tuple[int, ...]] = {}  # repeated prompts share one tokenization and one tuple
 
     def run(self) -> PromptSet:
         schema: Schema | None = None
@@ -87,7 +89,7 @@ class _Loading:
 
     def _add(self, index: int, row: Row, schema: Schema) -> None:
         text = render(schema.prompt(row), tokenizer=self.tokenizer, template=self.settings.template)
-        text.encode()  # JSON allows lone surrogates, tokenizers don't: a ValueError here
+        text.encode()  # raises ValueError for lone surrogates, which JSON allows and tokenizers do not
         label = schema.label(row)
         if self.settings.drop_duplicates:
             key = (text, repr(label))

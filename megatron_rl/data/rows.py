@@ -1,4 +1,4 @@
-"""Rows of a .jsonl or .parquet file, one at a time, each with where it stands."""
+"""Rows of a .jsonl or .parquet file, one at a time, each with its position in the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PARQUET_BATCH = 4096
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yields ("line 7", row) or ("row 6", row): lines count from 1, rows from 0. Blank lines are skipped.
+    """Yields ("line 7", row) or ("row 6", row). Lines count from 1, rows from 0, and blank lines are skipped.
 
     Raises UserError for a missing or unreadable file, an unknown extension, or a broken line.
     """

@@ -1,4 +1,4 @@
-"""The columns users have: which schema a file follows, and where its prompt and label are."""
+"""The schemas of data files: which columns hold the prompt and the label."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _KNOWN = """\
 
 @dataclass(frozen=True)
 class Schema:
-    """How to read the rows of one file."""
+    """The schema of one file."""
 
     name: SchemaName
     label_column: str | None
-    """None: prompt-only, the verifier works from the metadata."""
+    """Column of the label. None for a prompt-only file, whose verifier uses the metadata."""
     label_required: bool
-    """Whether a null label is an error."""
+    """Whether a missing label is an error."""
 
     def prompt(self, row: Row) -> str | list[Message]:
-        """The prompt as text or as chat messages. Raises ValueError naming the column."""
+        """Returns the prompt as text or as chat messages. Raises ValueError with the column."""
         value = row.get("prompt")
         if isinstance(value, str):
             return value
@@ -41,7 +41,7 @@ class Schema:
         return [{"role": message["role"], "content": message["content"]} for message in value]
 
     def label(self, row: Row) -> Any:
-        """The ground truth. Raises ValueError naming the column."""
+        """Returns the ground truth. Raises ValueError with the column."""
         if self.label_column is None:
             return None
         value = row.get(self.label_column)
@@ -55,14 +55,14 @@ class Schema:
         return value
 
     def metadata(self, row: Row) -> dict[str, Any]:
-        """The other columns."""
+        """Returns the other columns."""
         return {name: value for name, value in row.items() if name not in ("prompt", self.label_column)}
 
 
 def recognise(columns: list[str], *, label_field: str | None, source: str) -> Schema:
-    """The schema that a file's columns follow; `label_field` overrides where the label is.
+    """Returns the schema that matches a file's columns. `label_field` overrides the column of the label.
 
-    Raises UserError, naming the columns and the three schemas, if there is none.
+    Raises UserError with the columns and the three schemas if none matches.
     """
     if "prompt" not in columns:
         raise UserError(f"{source}: no known schema has the columns {', '.join(columns)}; expected one of\n{_KNOWN}")
@@ -77,6 +77,7 @@ def recognise(columns: list[str], *, label_field: str | None, source: str) -> Sc
 
 
 def kind(value: Any) -> str:
+    """Describes the type of a JSON value in words, for error messages."""
     if value is None:
         return "nothing"
     if isinstance(value, list) and not value:

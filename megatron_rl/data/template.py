@@ -1,18 +1,15 @@
-"""From a row's prompt to the text that the model sees, and the tokenizer that does it."""
+"""Prompt templates: the text that the model sees for the prompt of a row."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol
-
 from megatron_rl.config.evaluation import Template
-from megatron_rl.config.validate import TOKENIZER_FILES
 from megatron_rl.errors import UserError
 
 from .schemas import Message
+from .tokenizer import Tokenizer
 
 BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-"""As Qwen's maths models and most evaluations of this kind ask."""
+"""The request of Qwen's maths models and of most evaluations of this kind."""
 R1_ZERO = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
     "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
@@ -20,37 +17,11 @@ R1_ZERO = (
     "reasoning process here </think> <answer> answer here </answer>. User: {problem} Give the final answer within "
     "\\boxed{{}}. Assistant:"
 )
-"""DeepSeek-R1 (arXiv 2501.12948), table 1, with a sentence about the box, which is what the verifier reads."""
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that prompts need."""
-
-    chat_template: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-
-    def decode(self, token_ids: list[int]) -> str: ...
-
-    def apply_chat_template(
-        self, conversation: list[Message], *, add_generation_prompt: bool, tokenize: bool
-    ) -> Any: ...
-
-
-def load_tokenizer(model_folder: Path) -> Any:
-    """The tokenizer of a Hugging Face model folder, from local files only. Raises UserError if it has none."""
-    if not any((model_folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{model_folder}: no tokenizer here; expected one of {', '.join(TOKENIZER_FILES)}")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{model_folder}: the tokenizer cannot be loaded: {error}") from error
+"""Table 1 of DeepSeek-R1 (arXiv 2501.12948), with a sentence about the box, because the verifier reads the box."""
 
 
 def check_template(tokenizer: Tokenizer, template: Template) -> None:
-    """Raises UserError if the template needs what the tokenizer lacks."""
+    """Raises UserError if the template needs a chat template and the tokenizer has none."""
     if template.startswith("chat") and not tokenizer.chat_template:
         raise UserError(
             f"data.template: {template} is set, but the tokenizer has no chat template; "
@@ -59,11 +30,11 @@ def check_template(tokenizer: Tokenizer, template: Template) -> None:
 
 
 def render(prompt: str | list[Message], *, tokenizer: Tokenizer | None, template: Template) -> str:
-    """The prompt's text, special tokens included where the template has them.
+    """Returns the prompt's text, including any special tokens of the template.
 
-    A string is one user message; outside of the chat templates, messages are joined by newlines and their roles
-    dropped, and no tokenizer is needed. Chat templates go up to where the assistant begins; chat-boxed asks in the last
-    message. Raises ValueError if the template refuses the messages.
+    A string counts as one user message. The templates other than `chat` and `chat-boxed` join messages with newlines,
+    drop their roles and need no tokenizer. Chat templates end where the assistant's turn begins, and `chat-boxed` adds
+    its request to the last message. Raises ValueError if the chat template refuses the messages.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if tokenizer and template.startswith("chat"):

@@ -1,1 +1,1 @@
-"""What may keep a run from starting or finishing, looked for before it starts: `megatron-rl doctor`."""
+"""Checks for problems that would keep a run from starting or finishing: `megatron-rl doctor`."""

@@ -1,4 +1,4 @@
-"""The nodes of a run, through Ray: reachable, alike, with one clock and one file system, and able to talk."""
+"""Checks of a run's nodes through Ray: alike, with one file system and equal clocks, and able to communicate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
 from megatron_rl.doctor.engines import check_engines
-from megatron_rl.doctor.finding import Finding, judged
+from megatron_rl.doctor.findings import Finding, judged
 from megatron_rl.doctor.machine import check_gpus, check_limits, check_shared_memory
 from megatron_rl.doctor.versions import check_versions
 from megatron_rl.errors import UserError
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from megatron_rl.cluster.runtime import Nodes
 
 SKEW_SECONDS = 5.0
-"""More than this confuses logs; a few minutes, and Slurm's nodes no longer believe each other."""
+"""Largest difference of clocks. More makes logs hard to compare; a few minutes make Slurm's nodes reject each other."""
 ALIKE = ("Python", "packages", "GPUs")
-"""What all nodes must say the same of."""
+"""Checks whose findings must be equal on all nodes."""
 
 Report = tuple[str, bool, list[Finding]]
-"""A node: its name, whether it sees the others' files, what was found on it."""
+"""Report of a node: its name, whether it sees files of other nodes, and the findings on it."""
 
 
 def check_cluster(config: Config) -> Iterator[Finding]:
-    """Reserves the nodes of the run as the run will. What fails ends what needs it, and is a finding."""
+    """Reserve the nodes as the run will, and check them. After a failure, checks that depend on it are left out."""
     from megatron_rl.cluster.runtime import ray_runtime
-    from megatron_rl.parallel.configured import check_layout, placement_of
+    from megatron_rl.models.layout_check import check_layout
+    from megatron_rl.parallel.placement import placement_of
     from megatron_rl.run.opening import with_device
 
     config = with_device(config)
@@ -46,19 +47,19 @@ def check_cluster(config: Config) -> Iterator[Finding]:
         return
     try:
         with ray_runtime(placement) as nodes:
-            where = os.environ.get("RAY_ADDRESS") or "started for this"
+            where = os.environ.get("RAY_ADDRESS") or "started for this check"
             yield Finding("Ray", "ok", f"{len(nodes.bundles)} nodes of cluster.nodes: {config.cluster.nodes}, {where}")
             yield from _check_nodes(config, nodes, folder)
             yield from _check_groups(config, nodes, folder)
             yield check_engines(config, nodes, folder)
     except UserError as error:
-        yield Finding("Ray", "failure", str(error).strip(), "see docs/cluster.md, With and without Slurm")
+        yield Finding("Ray", "failure", str(error).strip(), "see docs/cluster.md, Slurm and Without Slurm")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def look_around(device: str, folder: Path) -> Report:
-    """Runs on a node. It sees the others' files if it finds the token in `folder`, and then leaves one of its own."""
+    """Check the node that this runs on. If the token is visible in `folder`, the node adds a file of its own."""
     host = socket.gethostname()
     seen = (folder / TOKEN).is_file()
     if seen:
@@ -91,31 +92,31 @@ def _check_nodes(config: Config, nodes: Nodes, folder: Path) -> Iterator[Finding
         "nodes alike",
         len(kinds) == 1,
         hosts if len(kinds) == 1 else "; ".join(" / ".join(kind) for kind in sorted(kinds)),
-        "use one environment, or one image, on all nodes",
+        "use the same environment or image on all nodes",
     )
     for (host, _, _), (ahead, error) in zip(reports, clock_skews(nodes), strict=True):
-        found = f"{ahead:+.2f} s, give or take {error:.2f}"
+        found = f"{ahead:+.2f} s relative to this machine, within {error:.2f} s"
         right = abs(ahead) - error < SKEW_SECONDS
         yield judged(f"{host}: clock", right, found, "synchronise the clocks (chrony, ntpd)", otherwise="warning")
 
 
 def _check_groups(config: Config, nodes: Nodes, folder: Path) -> Iterator[Finding]:
     from megatron_rl.cluster.probe import collectives
-    from megatron_rl.parallel.configured import layout_of
+    from megatron_rl.parallel.layout import layout_of
 
     try:
         answers = collectives(nodes, config.actor.device, layout_of(config.actor), folder)
-    except Exception as error:  # whatever torch, NCCL or Ray raise is the finding
+    except Exception as error:  # any error of torch, NCCL or Ray is the finding
         last = str(error).strip().splitlines()[-1]
-        remedy = "run again with NCCL_DEBUG=INFO; is NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME the right interface?"
+        remedy = "set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME to the right interface; NCCL_DEBUG=INFO shows more"
         yield Finding("collectives", "failure", last, remedy)
         return
     libraries = sorted(set(answers.libraries))
-    remedy = "use one environment, or one image, on all nodes: NCCL must be of one version"
+    remedy = "use the same environment or image on all nodes: all must have the same version of NCCL"
     yield judged("NCCL or gloo", len(libraries) == 1, ", ".join(libraries), remedy)
     per_rank = answers.sums
     if not any(per_rank):
-        yield Finding("collectives", "skipped", "one rank has nobody to talk to")
+        yield Finding("collectives", "skipped", "a single rank has no other rank to communicate with")
     for name in dict.fromkeys(name for groups in per_rank for name in groups):
         members = {groups[name][0] for groups in per_rank if name in groups}
         slowest = max(groups[name][1] for groups in per_rank if name in groups)

@@ -1,4 +1,4 @@
-"""All checks, in the order of what they cost."""
+"""Runs all checks, the cheapest first."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rl.config import Config
-from megatron_rl.doctor.finding import Finding
+from megatron_rl.doctor.findings import Finding
 from megatron_rl.doctor.machine import check_disk, check_gpus, check_limits, check_ports, check_shared_memory
 from megatron_rl.doctor.versions import check_server, check_versions
 from megatron_rl.errors import UserError
 
 LEAST_BYTES = 5 * 2**30
-"""For a run whose size is not known, and beside the checkpoints of one whose is."""
+"""Free disk space that a run needs besides its checkpoints, or in all if their size is unknown."""
 
 
 def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
-    """Of this machine; and without `quick`, of the cluster that the configuration asks for."""
+    """Check this machine and, unless `quick`, the cluster that the configuration asks for."""
     device = config.actor.device if config else "auto"
-    if device == "auto":  # without torch: it would take seconds to ask
+    if device == "auto":  # asking torch would take seconds
         device = "cuda" if shutil.which("nvidia-smi") else "cpu"
     yield from check_versions(device)
     yield from check_gpus(device)
@@ -40,7 +40,7 @@ def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
 
 
 def _check_disk(config: Config | None) -> Finding:
-    """Room for the checkpoints that are kept and the one being written, as far as the model is known."""
+    """Check the disk space for the kept checkpoints and the one being written, if the model is known."""
     if config is None:
         return check_disk(Path("runs"), LEAST_BYTES, "a run")
     from megatron_rl.plan.setup import setup_of
@@ -48,7 +48,7 @@ def _check_disk(config: Config | None) -> Finding:
 
     try:
         one = checkpoint_bytes(setup_of(config))
-    except UserError:  # no model there yet; what is wrong with a layout is said elsewhere
+    except UserError:  # the model is not there yet; problems of the layout are reported by another check
         return check_disk(config.run.folder, LEAST_BYTES, "a run")
     count = (config.train.keep_checkpoints or 1) + 1
     return check_disk(config.run.folder, LEAST_BYTES + count * one, f"{count} checkpoints of {one / 2**30:.1f} GiB")

@@ -1,4 +1,4 @@
-"""Installed packages against the window that this package declares."""
+"""Checks that installed packages have versions that this package supports."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_rl.config.rollout import RolloutSettings
-from megatron_rl.doctor.finding import Finding, judged
+from megatron_rl.doctor.findings import Finding, judged
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
 
 PACKAGE = "megatron-rl"
 OPTIONAL = {
-    "transformer_engine": "layers are Megatron's local ones, slower on GPUs",
-    "apex": "fused kernels of Apex are not used",
+    "transformer_engine": "the actor uses Megatron's local layers, which are slower on GPUs",
+    "apex": "the actor does not use Apex's fused kernels",
 }
 
-SERVERS = {"sglang": SpecifierSet(">=0.5.23,<0.6"), "vllm": SpecifierSet(">=0.32,<0.33")}
-"""Releases whose HTTP interface and command line are known here."""
 _ASK = """
 import importlib.metadata as m
 there = {d.metadata["Name"]: d.version for d in m.distributions()}
@@ -31,10 +30,14 @@ print(next((there[name] for name in (NAME, NAME + "-cpu") if name in there), "")
 
 
 def check_server(rollout: RolloutSettings) -> Finding | None:
-    """The engine's package, in the environment that it is started from; None where engines bring none."""
-    name = rollout.engine
-    if name == "transformers" or rollout.server.urls:
+    """Check the engine's package in the environment that the engine is started from.
+
+    Returns None if the engine runs in this package's process or elsewhere.
+    """
+    kind = engine_kind(rollout.engine)
+    if not isinstance(kind, ServerKind) or rollout.server.urls:
         return None
+    name = kind.package
     interpreter = str(rollout.server.python or sys.executable)
     where = f"rollout.server.python: {interpreter}"
     command = [interpreter, "-c", _ASK.replace("NAME", repr(name))]
@@ -42,19 +45,20 @@ def check_server(rollout: RolloutSettings) -> Finding | None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except OSError as error:
         return Finding(
-            name, "failure", f"{where}: {error.strerror}", "give the interpreter of the engine's environment"
+            name, "failure", f"{where}: {error.strerror}", "set it to the interpreter of the engine's environment"
         )
     version = done.stdout.strip()
     if not version:
-        remedy = f"install it there, or set rollout.server.python to the environment that has {name}"
+        remedy = f"install {name} there, or set rollout.server.python to the interpreter of an environment that has it"
         return Finding(name, "failure", f"not installed ({where})", remedy)
-    known = SERVERS[name].contains(version, prereleases=True)
-    remedy = f"{SERVERS[name]} is what this project speaks to; others may do"
+    releases = SpecifierSet(kind.releases)
+    known = releases.contains(version, prereleases=True)
+    remedy = f"this project supports {releases}; other versions may work"
     return judged(name, known, f"{version} ({where})", remedy, otherwise="warning")
 
 
 def check_versions(device: str) -> Iterator[Finding]:
-    """A finding for Python, one for all required packages that are right, one for each that is not."""
+    """Yields a finding for Python, one per required package that is missing or unsupported, and one for the rest."""
     new = sys.version_info >= (3, 11)
     yield judged("Python", new, python.python_version(), "use Python 3.11 or newer: make setup PYTHON=...")
     right: list[str] = []
@@ -63,16 +67,16 @@ def check_versions(device: str) -> Iterator[Finding]:
         if installed is None:
             yield Finding(requirement.name, "failure", "not installed", f"pip install '{requirement}'")
         elif not requirement.specifier.contains(installed, prereleases=True):
-            found = f"{installed}; {requirement.specifier} is needed"
+            found = f"{installed}; {requirement.specifier} is required"
             yield Finding(requirement.name, "failure", found, f"pip install '{requirement}'")
         else:
             right.append(f"{requirement.name} {installed}")
     main = [text for text in right if text.split()[0] in ("torch", "megatron-core", "transformers", "ray")]
-    yield Finding("packages", "ok", f"{', '.join(main)} and {len(right) - len(main)} others as required")
+    yield Finding("packages", "ok", f"{', '.join(main)} and {len(right) - len(main)} others have supported versions")
     if device != "cpu":
         for module, without in OPTIONAL.items():
             there = importlib.util.find_spec(module) is not None
-            remedy = f"optional: without it {without}; NVIDIA's PyTorch images have it"
+            remedy = f"optional: without it {without}; NVIDIA's PyTorch images include it"
             yield judged(module, there, "installed" if there else "not installed", remedy, otherwise="warning")
 
 

@@ -1,1 +1,1 @@
-"""Accuracy on held-out problems, and what the policy does there."""
+"""Evaluation: accuracy on held-out problems, and probes of the policy's behaviour."""

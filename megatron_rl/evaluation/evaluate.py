@@ -51,7 +51,7 @@ class _ServersOwn:
 
 
 class Evaluation:
-    """One protocol, one model, one folder. The same command continues a killed evaluation after its last batch."""
+    """One protocol, one model, one folder. A killed evaluation continues after its last batch with the same command."""
 
     def __init__(self, protocol: ProtocolSettings, source: Source, folder: Path, *, seed: int, batch: int) -> None:
         """`batch`: number of problems that are sampled and kept at once.
@@ -75,8 +75,8 @@ class Evaluation:
         return measures
 
     def _suite(self, name: str, grader: Grader, report: Callable[[Progress], None]) -> list[Problem]:
-        prompts, whole, parts = self.prompts[name], self.folder / f"{name}.parquet", self.folder / f"{name}.parts"
-        problems = read_problems(whole) if whole.is_file() else []
+        prompts, complete, parts = self.prompts[name], self.folder / f"{name}.parquet", self.folder / f"{name}.parts"
+        problems = read_problems(complete) if complete.is_file() else []
         report(_progress(name, problems, len(prompts)))
         while len(problems) < len(prompts):
             first = len(problems)
@@ -86,8 +86,8 @@ class Evaluation:
                 write_problems(part, self._graded(chosen, self._sampling(self.protocol.suites[name], first), grader))
             problems += read_problems(part)
             report(_progress(name, problems, len(prompts)))
-        if not whole.is_file():
-            write_problems(whole, problems)
+        if not complete.is_file():
+            write_problems(complete, problems)
         shutil.rmtree(parts, ignore_errors=True)
         return problems
 

@@ -1,4 +1,4 @@
-"""What the graded responses say of a model: avg@k, pass@k, maj@k, and how sure that is. Legend: P problems."""
+"""Measures of a model from its graded responses: avg@k, pass@k and maj@k with intervals. Legend: P problems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems, with the bootstrap interval of `CONFIDENCE` for other problems of the same kind."""
+    """A mean over problems, with a bootstrap interval of level `CONFIDENCE` for other problems of the same kind."""
 
     value: float
     low: float
@@ -30,13 +30,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measures:
-    """Of one suite."""
+    """Measures of one suite."""
 
     problems: Sequence[Problem]
 
     @cached_property
     def k(self) -> int:
-        """Responses a problem."""
+        """Number of responses per problem."""
         return len(self.problems[0].responses)
 
     @cached_property
@@ -46,21 +46,21 @@ class Measures:
 
     @cached_property
     def mean_scores(self) -> Array:
-        """[P]."""
+        """[P], mean score of each problem's responses."""
         return np.array([problem.mean_score for problem in self.problems])
 
     def pass_at(self, k: int) -> Estimate:
-        """pass@k: the chance that one of k responses is right."""
+        """pass@k: the chance that at least one of k responses is right."""
         return estimate([np.array([pass_at_k(len(p.responses), p.right, k) for p in self.problems])])
 
     @cached_property
     def majority(self) -> Estimate:
-        """maj@k: how often the answer given most often is right."""
+        """maj@k: share of problems whose most frequent answer is right."""
         return estimate([np.array([majority_is_right(problem) for problem in self.problems])])
 
     @property
     def response_length(self) -> float:
-        """Mean, in tokens."""
+        """Mean number of tokens per response."""
         return self._mean(response.tokens for problem in self.problems for response in problem.responses)
 
     @property
@@ -69,11 +69,11 @@ class Measures:
 
     @property
     def failed_fraction(self) -> float:
-        """Of responses whose grading timed out or failed: they count as wrong."""
+        """Share of responses whose grading timed out or failed. They count as wrong."""
         return self._mean(response.outcome != "score" for problem in self.problems for response in problem.responses)
 
     def metrics(self) -> dict[str, float]:
-        """As a run logs them, without `eval/<suite>/`."""
+        """Metrics under the names that a run logs, without the prefix `eval/<suite>/`."""
         found = {f"avg@{self.k}": self.avg.value, f"pass@{self.k}": self.pass_at(self.k).value}
         if self.k > 1:
             found[f"maj@{self.k}"] = self.majority.value
@@ -85,18 +85,22 @@ class Measures:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Chance that at least one of k responses drawn from the `samples` is right (unbiased; Chen et al. 2021)."""
+    """Returns the chance that at least one of k responses drawn from `samples` is right (unbiased; Chen et al. 2021).
+
+    Raises ValueError if there are fewer than k samples.
+    """
     if k > samples:
         raise ValueError(f"pass@{k} needs at least {k} samples, there are {samples}")
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
 def majority_is_right(problem: Problem) -> float:
-    """1 or 0; in between where several answers were given most often. A response without an answer has no vote.
+    """Returns 1 if the most frequent answer is right, else 0; a fraction if several answers are equally frequent.
 
-    Right answers are one answer however they are written; wrong ones are told apart by their text.
+    A response without an answer has no vote. All right answers count as the same answer, however they are written;
+    wrong answers are distinguished by their text.
     """
-    votes: dict[str | None, int] = defaultdict(int)  # None: the right answer
+    votes: dict[str | None, int] = defaultdict(int)  # None stands for the right answer
     for response in problem.responses:
         if response.right:
             votes[None] += 1
@@ -108,13 +112,15 @@ def majority_is_right(problem: Problem) -> float:
 
 
 def macro(suites: Sequence[Measures]) -> Estimate:
-    """The unweighted mean of the suites' avg@k."""
+    """Returns the unweighted mean of the suites' avg@k."""
     return estimate([suite.mean_scores for suite in suites])
 
 
 def estimate(values: Sequence[Array]) -> Estimate:
-    """The mean of the means of several suites' values, each [P_i]: every suite's problems are drawn anew, with
-    replacement, `RESAMPLES` times. The random numbers are the same every time."""
+    """Returns the mean of the means of the suites' values, each [P_i], with its bootstrap interval.
+
+    The problems of each suite are redrawn with replacement `RESAMPLES` times, always with the same random numbers.
+    """
     random = np.random.default_rng(0)
     means = np.mean([_resampled_means(suite, random) for suite in values], axis=0)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -122,7 +128,7 @@ def estimate(values: Sequence[Array]) -> Estimate:
 
 
 def _resampled_means(values: Array, random: np.random.Generator) -> Array:
-    """[RESAMPLES], from how often each problem is drawn, which is multinomial."""
+    """Returns the means [RESAMPLES] of resampled values. The number of times each problem is drawn is multinomial."""
     size, parts = len(values), []
     for start in range(0, RESAMPLES, AT_ONCE):
         draws = min(AT_ONCE, RESAMPLES - start)

@@ -98,7 +98,7 @@ def problems_of(samples: Sequence[Sample], results: Sequence[RewardResult]) -> l
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
-    """Writes one row per problem. The file appears whole or not at all. Raises UserError if it cannot be written."""
+    """Writes one row per problem. The file appears complete or not at all. Raises UserError if it cannot be written."""
     rows: list[dict[str, Any]] = [
         asdict(problem) | {"mean_score": problem.mean_score, "right": problem.right} for problem in problems
     ]

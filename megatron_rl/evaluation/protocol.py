@@ -1,4 +1,4 @@
-"""Reading a suite file."""
+"""Reads a suite file: the protocol of an evaluation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ BUILT_IN = Path(__file__).parent / "suites"
 
 
 def load_protocol(name: str, data_folder: Path | None = None, only: list[str] | None = None) -> ProtocolSettings:
-    """A suite file by its path, or by the name of a built-in one.
+    """Loads a suite file by its path, or a built-in one by its name.
 
     Args:
-        data_folder: where the data files are; None: their paths are relative to the folder the command runs in.
-        only: names of the suites wanted; None: all.
+        name: Path or name of the suite file.
+        data_folder: Folder of the data files. With None, their paths are relative to the working directory.
+        only: Names of the suites to load; None loads all.
 
     Raises:
-        UserError: no such file, a key or value that makes no sense, an unknown suite, a data file that is not there.
+        UserError: the file does not exist, a key or value is invalid, a suite is unknown, or a data file is missing.
     """
     protocol = _read(_find(name))
     if unknown := set(only or ()) - set(protocol.suites):
@@ -37,14 +38,14 @@ def load_protocol(name: str, data_folder: Path | None = None, only: list[str] | 
     missing = [f"{suite}: {settings.data}" for suite, settings in suites.items() if not settings.data.is_file()]
     if missing:
         raise UserError(
-            f"{name}: data files are not there:\n  " + "\n  ".join(missing) + "\n`megatron-rl data prepare` writes "
-            "those of the published sets; --data FOLDER says where they are; --only SUITE,... leaves out others"
+            f"{name}: data files are missing:\n  " + "\n  ".join(missing) + "\n`megatron-rl data prepare` writes "
+            "those of the published sets; --data FOLDER sets their folder; --only SUITE,... selects some suites"
         )
     return protocol.model_copy(update={"suites": suites})
 
 
 def built_in() -> list[str]:
-    """Names of the suite files that come along."""
+    """Returns the names of the built-in suite files."""
     return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
 
 

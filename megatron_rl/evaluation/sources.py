@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_rl.data.template import load_tokenizer
-from megatron_rl.data.tokens import stop_token_ids
+from megatron_rl.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_rl.errors import UserError
 from megatron_rl.reward.decode import decoder_of
 from megatron_rl.types import Decode, FinishReason, Prompt, Response, Sample, SamplingParams
@@ -116,24 +115,26 @@ class CompletionServer:
                 prompt, Response(np.full(tokens, -1, np.int32), np.zeros(0, np.float32), reason, 0), str(choice["text"])
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{self._url}/completions answers in no form known here: {str(answer)[:200]}") from error
+            raise UserError(f"{self._url}/completions gives an answer of unknown form: {str(answer)[:200]}") from error
 
     def _only_model(self) -> str:
         answer = self._ask("/models", None)
         names = [str(entry.get("id")) for entry in answer.get("data", [])] if isinstance(answer, dict) else []
         if len(names) != 1:
-            raise UserError(f"{self._url} serves {', '.join(names) or 'no model'}: say which with --model-name")
+            raise UserError(f"{self._url} serves {', '.join(names) or 'no model'}: choose one with --model-name")
         return names[0]
 
     def _ask(self, path: str, body: Any) -> Any:
         try:
             return ask(self._url + path, body, timeout=self._timeout, retries=4)
         except RequestFailed as error:
-            raise UserError(f"{self._url}{path}: {error}. What is done is kept: the same command goes on") from error
+            raise UserError(
+                f"{self._url}{path}: {error}. Finished batches are kept: the same command continues"
+            ) from error
 
 
 def silence_loading() -> None:
-    """Turns off the progress bar of transformers, which would run into ours."""
+    """Turns off the progress bar of transformers, which would interfere with the command's own."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The table that ends an evaluation."""
+"""The table of results that `megatron-rl eval` prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .measures import CONFIDENCE, Estimate, Measures, macro
 
 
 def table_of(measures: dict[str, Measures], title: str) -> Table:
-    """A row a suite; percentages, intervals in brackets."""
+    """Returns a table with one row per suite: percentages, with intervals in brackets."""
     table = Table(
         title=title,
         title_justify="left",

@@ -1,1 +1,1 @@
-"""What a Hugging Face model is: its architecture, the names and shapes of its tensors, its files."""
+"""Hugging Face models: their architecture, the names and shapes of their tensors, and their files."""

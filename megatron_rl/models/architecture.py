@@ -1,4 +1,4 @@
-"""What a Hugging Face `config.json` says about a model, read once into typed numbers. Standard library only."""
+"""A model's architecture, read from its Hugging Face `config.json` into typed fields. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SUPPORTED = {
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-"""`model_type` -> architecture."""
+"""Maps `model_type` to the architecture's name."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those whose frequencies do not depend on how long a sequence is."""
+"""Supported types of rope scaling: those whose frequencies do not depend on the sequence length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class Experts:
     per_token: int
     ffn: int
     normalised: bool
-    """The weights of a token's experts are made to sum to one."""
+    """Whether the router weights of each token's experts are normalised to sum to one."""
     layers: tuple[bool, ...]
-    """Of each layer of the model, whether it is sparse."""
+    """For each layer of the model, whether the layer is sparse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,28 +38,28 @@ class Architecture:
     """A decoder of one of the supported families."""
 
     family: str
-    """The architecture's name, one of `SUPPORTED`'s values."""
+    """Name of the architecture, one of the values of `SUPPORTED`."""
     layers: int
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     ffn: int
-    """Of the dense layers."""
+    """Feed-forward size of the dense layers."""
     vocabulary: int
-    """True size, before any padding."""
+    """Size of the vocabulary without padding; see `parallel.layout.padded_vocabulary`."""
     max_positions: int
     norm_eps: float
     rope_theta: float
     tied: bool
-    """The output layer shares the embedding's weight."""
+    """Whether the LM head shares the embedding's weight."""
     rope_type: str = "default"
     """One of `ROPE_TYPES`."""
     qkv_bias: bool = False
     output_bias: bool = False
-    """Of the attention's output projection."""
+    """Whether the attention's output projection has a bias."""
     experts: Experts | None = None
-    """None where every layer is dense."""
+    """None if every layer is dense."""
 
     @property
     def qk_norm(self) -> bool:
@@ -67,8 +67,11 @@ class Architecture:
 
     @property
     def even_length(self) -> float:
-        """Length of row at which causal attention costs as much time as all matrix products of the layers: a token's
-        look at the tokens before it takes 2 * length * heads * head_dim FLOPs, its products 2 for each weight used."""
+        """Sequence length at which causal attention costs as much as all matrix products of the layers.
+
+        Per token and layer, attention over the tokens before it takes 2 * length * heads * head_dim FLOPs, and the
+        matrix products take 2 FLOPs for each weight that they use.
+        """
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         widths = [
             self.experts.per_token * self.experts.ffn if self.experts and self.is_sparse(layer) else self.ffn
@@ -78,12 +81,12 @@ class Architecture:
         return weights / (self.heads * self.head_dim)
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether this layer of the model, counted from 0, has experts."""
+        """Returns whether this layer of the model, counted from 0, has experts."""
         return self.experts is not None and self.experts.layers[layer]
 
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any]) -> Architecture:
-        """Raises UserError for a model this project cannot build, or a key that is not there."""
+        """Reads a `config.json`. Raises UserError if the model is not supported or a key is missing."""
         family = _family(hf_config)
         _refuse_variants(hf_config)
         try:
@@ -119,7 +122,7 @@ def _family(hf_config: Mapping[str, Any]) -> str:
 
 
 def _experts(hf_config: Mapping[str, Any]) -> Experts | None:
-    """The count is `num_experts` in published folders, `num_local_experts` where transformers 5 wrote the file."""
+    """Published folders call the count `num_experts`; files that transformers 5 wrote call it `num_local_experts`."""
     count = hf_config["num_experts"] if "num_experts" in hf_config else hf_config["num_local_experts"]
     every, dense = hf_config.get("decoder_sparse_step", 1), hf_config.get("mlp_only_layers") or ()
     sparse = tuple(
@@ -129,8 +132,8 @@ def _experts(hf_config: Mapping[str, Any]) -> Experts | None:
         return None
     if hf_config["num_experts_per_tok"] == 1 and hf_config.get("norm_topk_prob", False):
         raise UserError(
-            "The model's config.json asks for num_experts_per_tok: 1 with norm_topk_prob: true, under which the router "
-            "has no gradient. Use a model without it."
+            "The model's config.json sets num_experts_per_tok: 1 with norm_topk_prob: true, which leaves the router "
+            "without a gradient. Use a model with other settings."
         )
     return Experts(
         count=count,
@@ -142,7 +145,7 @@ def _experts(hf_config: Mapping[str, Any]) -> Experts | None:
 
 
 def _rope(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`rope_parameters` is where transformers 5 keeps it, `rope_scaling` where earlier releases did."""
+    """transformers 5 keeps these settings in `rope_parameters`, earlier releases in `rope_scaling`."""
     return hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
 
 
@@ -156,7 +159,7 @@ def _rope_type(hf_config: Mapping[str, Any]) -> str:
 
 
 def _refuse_variants(hf_config: Mapping[str, Any]) -> None:
-    """Settings that change the mathematics and that the Megatron model here would silently leave out."""
+    """Raises UserError for settings that change the mathematics and that this Megatron model would silently ignore."""
     layer_types = set(hf_config.get("layer_types") or ())
     rope_type, rope_share = _rope_type(hf_config), _rope(hf_config).get("partial_rotary_factor", 1.0)
     variants = {
@@ -169,4 +172,4 @@ def _refuse_variants(hf_config: Mapping[str, Any]) -> None:
     }
     for what, present in variants.items():
         if present:
-            raise UserError(f"The model's config.json asks for {what}, which is not supported. Use a model without it.")
+            raise UserError(f"The model's config.json requires {what}, which is not supported. Use a model without it.")

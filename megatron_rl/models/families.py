@@ -1,5 +1,7 @@
-"""Hugging Face names <-> Megatron names: one declarative table per family, read by import, export, weight sync and
-conversion alike. Standard library only."""
+"""Maps Hugging Face names to Megatron names and back, with one declarative table per model family.
+
+Import, export, weight sync and conversion all read these tables. Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +13,33 @@ from typing import Literal
 from megatron_rl.models.architecture import Architecture
 
 Kind = Literal["replicated", "row", "vocab", "qkv", "gate_up"]
-"""How a Megatron tensor is made of Hugging Face ones and shared out; `fusion.py` does it."""
+"""How a Megatron tensor is built from Hugging Face tensors and split over ranks; see `fusion.py`."""
 
 Only = Literal["", "qkv bias", "output bias", "dense", "sparse", "untied"]
-"""What a model must have for the rule to hold: a bias, a kind of layer, an LM head of its own."""
+"""What a model must have for a rule to apply: a bias, a kind of layer, or a separate LM head."""
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The first `*` in a name stands for the layer, the second for the expert. Both are counted within the rank in
-    Megatron's name, within the whole model in Hugging Face's."""
+    """Maps one Megatron parameter to the Hugging Face tensors that it is built from.
+
+    The first `*` in a name stands for the layer, the second for the expert. Megatron's names count both within the
+    rank, Hugging Face's names within the whole model.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     dims: tuple[str, ...]
-    """Of each Hugging Face tensor, a letter a dimension; `_sizes` says what they stand for."""
+    """The dimensions of each Hugging Face tensor, one letter per dimension; see `_sizes`."""
     kind: Kind
     only: Only = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A rule at one place of a whole model."""
+    """A rule applied to one layer or expert of a whole model."""
 
     rule: Rule
     layer: int | None = None
@@ -50,8 +55,11 @@ class Entry:
 
 
 def _sizes(model: Architecture) -> dict[str, int]:
-    """V vocabulary, H hidden, Q queries of all heads, K keys of all heads, D head, F feed-forward, E experts, M their
-    feed-forward."""
+    """Returns the size behind each letter.
+
+    V vocabulary, H hidden size, Q queries of all heads, K keys of all heads, D head size, F feed-forward size,
+    E number of experts, M feed-forward size of an expert.
+    """
     sizes = {"V": model.vocabulary, "H": model.hidden, "D": model.head_dim, "F": model.ffn}
     sizes |= {"Q": model.heads * model.head_dim, "K": model.kv_heads * model.head_dim}
     if model.experts:
@@ -60,7 +68,7 @@ def _sizes(model: Architecture) -> dict[str, int]:
 
 
 def _rule(megatron: str, hf: str, kind: Kind, only: Only = "") -> Rule:
-    """`hf`: tensors as "name[dimensions]", a space between two."""
+    """Builds a rule; `hf` lists tensors as "name[dimensions]", separated by spaces."""
     names, dims = zip(*(tensor.rstrip("]").split("[") for tensor in hf.split()), strict=True)
     return Rule(megatron, names, dims, kind, only)
 
@@ -112,11 +120,14 @@ TRANSFORMER_ENGINE_NAMES = {
     "decoder.layers.*.mlp.experts.linear_fc1.weight*": f"decoder.layers.*.{_EXPERT}.linear_fc1.weight",
     "decoder.layers.*.mlp.experts.linear_fc2.weight*": f"decoder.layers.*.{_EXPERT}.linear_fc2.weight",
 }
-"""Transformer Engine keeps a norm inside the linear layer after it, and all experts in one module: its name -> ours."""
+"""Transformer Engine's name -> the name in these tables.
+
+Transformer Engine keeps a norm inside the linear layer after it, and all experts in one module.
+"""
 
 
 def rule_of(architecture: Architecture, megatron: str) -> Rule:
-    """The rule of a Megatron name with its numbers replaced by `*`."""
+    """Returns the rule for a Megatron name whose numbers are replaced by `*`. Raises RuntimeError if there is none."""
     megatron = TRANSFORMER_ENGINE_NAMES.get(megatron, megatron)
     rule = next((rule for rule in FAMILIES[architecture.family] if rule.megatron == megatron), None)
     if rule is None:
@@ -125,7 +136,7 @@ def rule_of(architecture: Architecture, megatron: str) -> Rule:
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:
-    """Everything a whole model consists of: the embedding, layer after layer, what comes after them."""
+    """Yields the entries of a whole model in order: the embedding, each layer, then the final norm and the LM head."""
     rules = [rule for rule in FAMILIES[architecture.family] if _holds(rule, architecture)]
     before, after = _outside_layers(rules)
     yield from map(Entry, before)
@@ -142,7 +153,7 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
 
 
 def parameters(architecture: Architecture) -> int:
-    """How many numbers the whole model consists of."""
+    """Returns the number of parameters of the whole model."""
     return sum(math.prod(shape) for entry in entries(architecture) for shape in entry.hf_shapes(architecture))
 
 

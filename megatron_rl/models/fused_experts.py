@@ -1,4 +1,4 @@
-"""A transformers model's tensors under the names that its model folder has for them."""
+"""Splits the experts that transformers fuses in memory into the separate tensors that a model folder stores."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from torch import Tensor
 
 
 def as_stored(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Views of the tensors of a `state_dict`, or of others under its names. In memory transformers fuses a layer's
-    experts, gate above up: [E, 2 * M, H] and [E, H, M]; folders and weight updates have a tensor each."""
+    """Returns views of the tensors under the names that model folders and weight updates use.
+
+    values: the tensors of a transformers `state_dict`, or others under the same names. In memory transformers fuses
+    the E experts of a layer, gate above up: [E, 2 * M, H] and [E, H, M]. A folder has one tensor per expert and matrix.
+    """
     stored: dict[str, Tensor] = {}
     for name, value in values.items():
         if name.endswith("experts.gate_up_proj"):

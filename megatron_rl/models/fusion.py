@@ -1,11 +1,11 @@
-"""How a Megatron tensor is made of whole Hugging Face tensors and shared out over tensor-parallel ranks, and back.
+"""Builds Megatron tensors from full Hugging Face tensors and splits them over tensor-parallel ranks, and back.
 
-G key/value groups, n = heads / G, D = head_dim, r = tensor rank:
+G key/value groups, n = heads / G, D = head_dim, r = tensor-parallel rank:
   replicated  the same on every rank
-  row         a row-parallel layer: the matrix's columns over ranks
-  vocab       its rows over ranks, after padding with rows of zeros
-  qkv         [G, (n + 2) * D, ...]: of each group its n query heads, its key head, its value head; groups over ranks
-  gate_up     rank r holds its rows of gate, then its rows of up
+  row         row-parallel layer: the columns of the matrix are split over ranks
+  vocab       padded with rows of zeros (`padded_vocabulary`), then the rows are split over ranks
+  qkv         [G, (n + 2) * D, ...]: n query heads, a key head and a value head per group; groups are split over ranks
+  gate_up     rank r holds its rows of gate, followed by its rows of up
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_rl.utils.memory import Memory, fresh
 
 
 def split(kind: Kind, tensors: list[Tensor], model: Architecture, tp: int, rank: int) -> Tensor:
-    """Whole Hugging Face tensors -> this rank's Megatron tensor."""
+    """Returns this rank's Megatron tensor, built from full Hugging Face tensors."""
     first = tensors[0]
     match kind:
         case "replicated":
@@ -30,9 +30,7 @@ def split(kind: Kind, tensors: list[Tensor], model: Architecture, tp: int, rank:
         case "row":
             return first.chunk(tp, dim=1)[rank]
         case "vocab":
-            rows = padded_vocabulary(model.vocabulary, tp) // tp
-            held = first[rank * rows : (rank + 1) * rows]
-            return torch.cat([held, held.new_zeros(rows - held.shape[0], *held.shape[1:])])
+            return _padded_vocabulary_shard(first, model.vocabulary, tp, rank)
         case "gate_up":
             return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
         case "qkv":
@@ -41,9 +39,9 @@ def split(kind: Kind, tensors: list[Tensor], model: Architecture, tp: int, rank:
 
 
 def join(kind: Kind, shards: list[Tensor], model: Architecture, memory: Memory = fresh) -> Iterator[Tensor]:
-    """Every rank's Megatron tensor -> whole Hugging Face tensors, one at a time; the inverse of `split`.
+    """Yields full Hugging Face tensors, one at a time, built from the Megatron tensors of all ranks. Inverts `split`.
 
-    They may be views of the shards; what has to be put together is in `memory`.
+    The results may be views of the shards. A tensor that has to be concatenated is allocated in `memory`.
     """
     match kind:
         case "replicated":
@@ -51,7 +49,7 @@ def join(kind: Kind, shards: list[Tensor], model: Architecture, memory: Memory =
         case "row":
             yield _cat(shards, memory, dim=1)
         case "vocab":
-            yield _cat(shards, memory)[: model.vocabulary]
+            yield _cat(shards, memory)[: model.vocabulary]  # removes the padding
         case "gate_up":
             for halves in zip(*(shard.chunk(2) for shard in shards), strict=True):
                 yield _cat(halves, memory)
@@ -62,8 +60,15 @@ def join(kind: Kind, shards: list[Tensor], model: Architecture, memory: Memory =
                 yield _cat(parts, memory).flatten(0, 1)
 
 
+def _padded_vocabulary_shard(matrix: Tensor, vocabulary: int, tp: int, rank: int) -> Tensor:
+    """Returns this rank's rows of an embedding or LM head [vocabulary, ...] after padding it with rows of zeros."""
+    rows = padded_vocabulary(vocabulary, tp) // tp
+    unpadded = matrix[rank * rows : (rank + 1) * rows]
+    return torch.cat([unpadded, unpadded.new_zeros(rows - unpadded.shape[0], *unpadded.shape[1:])])
+
+
 def _cat(parts: Sequence[Tensor], memory: Memory, dim: int = 0) -> Tensor:
-    """Without a copy where there is one only, and without gaps."""
+    """Concatenates; a single contiguous part is returned without a copy."""
     first = parts[0]
     if len(parts) == 1 and first.is_contiguous():
         return first

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: its config, its weights read lazily, its other files."""
+"""Hugging Face model folders: the config, the weights (read lazily) and the other files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises UserError when the folder or the file is not there, or is not a JSON object."""
+    """Reads a folder's config.json. Raises UserError if the folder or the file is missing, or is not a JSON object."""
     if not folder.is_dir():
         raise UserError(f"The model folder {folder} does not exist. Set model.path to a Hugging Face model folder.")
     path = folder / "config.json"
@@ -35,15 +35,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of a tensor."""
+    """Shape and type of a tensor, as its file states them."""
 
     shape: tuple[int, ...]
     dtype: str
-    """By safetensors' name: BF16, F32, ..."""
+    """Name of the type in safetensors: BF16, F32, ..."""
 
 
 class FolderWeights(Mapping[str, "Tensor"]):
-    """A folder's tensors by name; each is read when asked for, and held no longer than the caller does."""
+    """A folder's tensors by name. Each is read on access and is not cached."""
 
     def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
         """`files`: tensor name -> name of the safetensors file that holds it."""
@@ -58,11 +58,11 @@ class FolderWeights(Mapping[str, "Tensor"]):
 
     @property
     def files(self) -> list[str]:
-        """Their names, in order."""
+        """Names of the safetensors files, sorted."""
         return sorted(set(self._files.values()))
 
     def headers(self) -> dict[str, Header]:
-        """Of every tensor; each file is opened, no tensor read. Raises UserError for a file that is damaged."""
+        """Returns every tensor's header; opens each file but reads no tensor. Raises UserError if a file is damaged."""
         headers: dict[str, Header] = {}
         for file_name in dict.fromkeys(self._files.values()):
             path, names = self._folder / file_name, [name for name, file in self._files.items() if file == file_name]
@@ -80,7 +80,7 @@ class FolderWeights(Mapping[str, "Tensor"]):
 
 
 def open_weights(folder: Path) -> FolderWeights:
-    """The weights of a folder, one file or many. Raises UserError when there are none, or a shard is missing."""
+    """Opens the weights of a folder, in one file or many. Raises UserError if there are none or a shard is missing."""
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
         files = _read_json(index).get("weight_map")
@@ -94,13 +94,13 @@ def open_weights(folder: Path) -> FolderWeights:
         with _open(single) as file:
             return FolderWeights(folder, dict.fromkeys(file.keys(), SINGLE))
     raise UserError(
-        f"{folder} is a model folder without weights: neither {SINGLE} nor {INDEX} is there. "
+        f"{folder} is a model folder without weights: it has neither {SINGLE} nor {INDEX}. "
         "Copy the safetensors files beside config.json."
     )
 
 
 def weights_sha256(folder: Path) -> str:
-    """Of a folder's weight files, in the order of their names. Raises UserError as `open_weights` does."""
+    """Returns one digest of a folder's weight files, sorted by name. Raises UserError as `open_weights` does."""
     digest = hashlib.sha256()
     files = open_weights(folder).files
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
@@ -115,7 +115,7 @@ def file_sha256(path: Path) -> str:
 
 
 def copy_all_but_weights(source: Path, folder: Path) -> None:
-    """Configuration, tokenizer and whatever else lies in a model folder, hidden folders left out."""
+    """Copies all files of a model folder (config, tokenizer, ...) except the weights and hidden folders."""
     for file in sorted(source.rglob("*")):
         place = file.relative_to(source)
         hidden = any(part.startswith(".") for part in place.parent.parts)
@@ -127,7 +127,7 @@ def copy_all_but_weights(source: Path, folder: Path) -> None:
 def _check_holds(path: Path, file: Any, names: Iterable[str]) -> None:
     missing = sorted(set(names) - set(file.keys()))
     if missing:
-        raise UserError(f"{path} does not hold {missing[0]}, which {INDEX} says it does. Copy the model again.")
+        raise UserError(f"{path} does not hold {missing[0]}, although {INDEX} lists it there. Copy the model again.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A Megatron stage's parameters, loaded from Hugging Face tensors and given out as such, under any layout."""
+"""Loads a Megatron stage's parameters from Hugging Face tensors and exports them as such, under any layout."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from megatron_rl.parallel import process_groups
 from megatron_rl.utils.memory import Memory, Reused, fresh
 
 Stage: TypeAlias = GPTModel | nn.ModuleList
-"""This rank's part of the model: of several chunks where the pipeline's schedule interleaves them."""
+"""This rank's part of the model; a list of chunks under the interleaved pipeline schedule."""
 
 Gather: TypeAlias = Callable[[Tensor, dist.ProcessGroup], list[Tensor]]
-"""(shard, group) -> the shards of the group's ranks in their order; nothing where they are not wanted."""
+"""(shard, group) -> the shards of the group's ranks in rank order; empty on a rank that does not need them."""
 
 
 def load_hf_weights(model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]) -> None:
-    """Fill this rank's parameters. `hf_tensors` may be lazy: only what this stage holds is read, one at a time.
+    """Fills this rank's parameters. `hf_tensors` may be lazy: only this stage's tensors are read, one at a time.
 
-    Raises UserError listing every tensor that is missing, unexpected or mis-shaped.
+    Raises UserError listing every tensor that is missing, unexpected or of the wrong shape.
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -41,8 +41,11 @@ def load_hf_weights(model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapp
 def import_values(
     model: Stage, hf_config: Mapping[str, Any], hf_tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """What `export_hf_weights(model, values)` gave, as this rank's shards with their Megatron names, in the order of
-    the model's parameters, one at a time; the layout may differ from the one exported. Errors as `load_hf_weights`."""
+    """Yields this rank's shards of what `export_hf_weights(model, values)` exported, under their Megatron names.
+
+    The shards come one at a time in the order of the model's parameters. The layout may differ from the exporting one.
+    Raises UserError as `load_hf_weights` does.
+    """
     for name, shard in _local_shards(model, hf_config, hf_tensors):
         yield name, shard.clone()
 
@@ -50,23 +53,28 @@ def import_values(
 def export_hf_weights(
     model: Stage, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """This pipeline stage's tensors under their Hugging Face names, whole, one at a time. They may be views of what is
-    exported, to be used before it changes: memory that is new costs a large model more than the copy into it.
+    """Yields this pipeline stage's full tensors under their Hugging Face names, one at a time.
 
-    Collective over the ranks that share a layer, its experts included: every one of them must exhaust the iterator, and
-    gets every tensor. `values`: tensors to export in place of the parameters (a snapshot, optimizer moments), by
-    Megatron name and of the parameters' local shapes.
+    The tensors may be views of the parameters, so use them before the parameters change: for a large model, allocating
+    new memory takes longer than copying into it.
+
+    Collective over the ranks that share a layer, including its experts: each of them must exhaust the iterator, and
+    receives every tensor. `values`: tensors to export in place of the parameters (a snapshot, optimizer moments), by
+    Megatron name and with the parameters' local shapes. Raises ValueError if a shape differs.
     """
-    return _whole(model, hf_config, values, process_groups.gather_shards, fresh)
+    return _full_tensors(model, hf_config, values, process_groups.gather_shards, fresh)
 
 
 def publish_hf_weights(
     model: Stage, hf_config: Mapping[str, Any], *, reuse_memory: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """`export_hf_weights` for the rank that publishes; the others must exhaust the iterator too, which gives them
-    nothing. `reuse_memory`: a tensor is to be used before the next one is drawn, which may take its place."""
+    """Like `export_hf_weights`, but only the publishing rank receives tensors.
+
+    The other ranks must exhaust the iterator too; for them it yields nothing. With `reuse_memory` each tensor must be
+    used before the next one is requested, which may overwrite it.
+    """
     received, joined = (Reused(), Reused()) if reuse_memory else (fresh, fresh)
-    tensors = _whole(model, hf_config, None, partial(process_groups.collect_shards, memory=received), joined)
+    tensors = _full_tensors(model, hf_config, None, partial(process_groups.collect_shards, memory=received), joined)
     publishes = process_groups.publishes()
     for pair in tensors:
         if publishes:
@@ -74,10 +82,10 @@ def publish_hf_weights(
 
 
 @torch.no_grad()
-def _whole(
+def _full_tensors(
     model: Stage, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None, gather: Gather, memory: Memory
 ) -> Iterator[tuple[str, Tensor]]:
-    """Of the tensors whose shards this rank gets."""
+    """Yields the tensors whose shards this rank receives from `gather`."""
     architecture = Architecture.from_hf(hf_config)
     for name, parameter in model.named_parameters():
         entry = _entry(model, architecture, name)
@@ -86,23 +94,26 @@ def _whole(
         local = parameter.detach() if values is None else values[name]
         if local.shape != parameter.shape:
             raise ValueError(f"value for {name} has shape {tuple(local.shape)}, not {tuple(parameter.shape)}")
-        for place, shards in _gathered(architecture, entry, local, gather):
+        for full_entry, shards in _gathered(architecture, entry, local, gather):
             if shards:
-                yield from zip(place.hf_names, join(entry.rule.kind, shards, architecture, memory), strict=True)
+                yield from zip(full_entry.hf_names, join(entry.rule.kind, shards, architecture, memory), strict=True)
 
 
 def _gathered(
     architecture: Architecture, entry: Entry, local: Tensor, gather: Gather
 ) -> Iterator[tuple[Entry, list[Tensor]]]:
-    """A parameter's shards over tensor-parallel ranks; of an expert, those of its like on every expert rank too."""
+    """Yields a parameter's shards over tensor-parallel ranks.
+
+    For an expert's parameter, also yields the shards of the corresponding experts on the other expert-parallel ranks.
+    """
     if entry.expert is None:
         yield entry, [local] if entry.rule.kind == "replicated" else gather(local, process_groups.tp_group())
         return
     ranks, tp = process_groups.expert_group().size(), process_groups.expert_tp_group().size()
     shards = gather(local, process_groups.expert_shards_group())
-    here = _experts_per_rank(architecture)
+    per_rank = _experts_per_rank(architecture)
     for rank in range(ranks):
-        yield replace(entry, expert=rank * here + entry.expert % here), shards[rank * tp : (rank + 1) * tp]
+        yield replace(entry, expert=rank * per_rank + entry.expert % per_rank), shards[rank * tp : (rank + 1) * tp]
 
 
 def _local_shards(
@@ -124,7 +135,7 @@ def _local_shards(
 
 
 def _entry(model: Stage, architecture: Architecture, name: str) -> Entry:
-    """What one of this rank's parameters is in the whole model."""
+    """Returns the entry of one of this rank's parameters, with its layer and expert counted within the whole model."""
     chunk: GPTModel = model
     if isinstance(model, nn.ModuleList):
         number, _, name = name.partition(".")
@@ -140,7 +151,7 @@ def _entry(model: Stage, architecture: Architecture, name: str) -> Entry:
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=\.weight)\d+$")
-"""Of a layer or an expert in a parameter's name."""
+"""The number of a layer or an expert in a parameter's name."""
 
 
 def _experts_per_rank(architecture: Architecture) -> int:
@@ -149,7 +160,7 @@ def _experts_per_rank(architecture: Architecture) -> int:
 
 
 def wrong_shapes(expected: Iterable[Shape], tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong, a line a tensor."""
+    """Returns one line for each tensor whose shape is not the expected one."""
     return [
         f"{name}: shape {tuple(tensor.shape)}, expected {shape}"
         for shape, (name, tensor) in zip(expected, tensors.items(), strict=True)
@@ -158,7 +169,7 @@ def wrong_shapes(expected: Iterable[Shape], tensors: Mapping[str, Tensor]) -> li
 
 
 def check_names(architecture: Architecture, hf_tensors: Mapping[str, Tensor]) -> None:
-    """Raises UserError unless these are the tensors of the whole model. A tied model may have a stored LM head."""
+    """Raises UserError unless these are the tensors of the whole model. A tied model may also store an LM head."""
     needed = {name for entry in entries(architecture) for name in entry.hf_names}
     allowed = needed | {HEAD} if architecture.tied else needed
     problems = [f"missing: {name}" for name in sorted(needed - hf_tensors.keys())]

@@ -1,1 +1,1 @@
-"""What a run shows and leaves behind: metrics, rollout dumps, the terminal view, the report and the closing summary."""
+"""What a run shows and records: metrics, rollout dumps, the terminal view, warnings, the report and the summary."""

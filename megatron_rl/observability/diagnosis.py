@@ -1,4 +1,4 @@
-"""What goes wrong in RLVR runs, told while it happens: named warnings with the threshold passed and a remedy."""
+"""Warnings about common failures of RLVR runs, each with the threshold that was passed and a remedy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.observability.format import number
 from megatron_rl.observability.metrics import Row, series
 from megatron_rl.utils.files import atomically, write_error
+from megatron_rl.utils.format import number
 
 if TYPE_CHECKING:
     from megatron_rl.config.observability import DiagnosisSettings
@@ -20,9 +20,10 @@ FILE_NAME = "warnings.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A warning, from the step on which it began to hold."""
+    """A warning."""
 
     step: int
+    """First step at which the condition holds."""
     name: str
     what: str
     """The value and the threshold that it passed."""
@@ -36,15 +37,22 @@ class Finding:
 class _Rule:
     name: str
     holds: Callable[[Sequence[Row], DiagnosisSettings], str | None]
-    """What is wrong after these rows, None while nothing is."""
+    """Returns what is wrong after the given rows, or None."""
     remedy: str
 
 
 class Diagnosis:
-    """Looks at every step's metrics. A warning comes when its condition begins to hold; again only after a break."""
+    """Checks the metrics of every step.
+
+    A warning is given when its condition starts to hold. It is given again only after the condition has stopped
+    holding in between.
+    """
 
     def __init__(self, folder: Path, settings: DiagnosisSettings, rows: Sequence[Row]) -> None:
-        """rows: what the run has logged before, if it is resumed; warnings of later steps are dropped from the file."""
+        """Continues from `rows`, the metrics that a resumed run has logged before.
+
+        Warnings of later steps are removed from the file.
+        """
         self._path = folder / FILE_NAME
         self._settings = settings
         self._rows = list(rows)
@@ -56,24 +64,24 @@ class Diagnosis:
                 partial.write_text("".join(_line(finding) for finding in kept), encoding="utf-8")
 
     def step(self, step: int, metrics: Mapping[str, float | None]) -> list[Finding]:
-        """The warnings that begin with this step, written to the run folder's warnings.jsonl as well."""
+        """Returns the warnings that start with this step, and appends them to warnings.jsonl in the run folder."""
         self._rows.append({"step": step, **metrics})
         what = {rule: text for rule in RULES if (text := rule.holds(self._rows, self._settings))}
-        begun = [
+        started = [
             Finding(step, rule.name, text, rule.remedy) for rule, text in what.items() if rule.name not in self._holding
         ]
         self._holding = {rule.name for rule in what}
-        if begun:
+        if started:
             try:
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.writelines(map(_line, begun))
+                    file.writelines(map(_line, started))
             except OSError as error:
                 raise write_error(self._path, error) from error
-        return begun
+        return started
 
 
 def read_findings(folder: Path) -> list[Finding]:
-    """The warnings of a run so far, by step. A torn last line is left out."""
+    """Returns the warnings of a run so far, by step. An incomplete last line is ignored."""
     path = folder / FILE_NAME
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [Finding(**json.loads(line)) for line in lines if line.endswith("\n")]
@@ -84,7 +92,7 @@ def _line(finding: Finding) -> str:
 
 
 def _start_and_now(rows: Sequence[Row], metric: str, window: int) -> tuple[float, float] | None:
-    """Mean over the first and the last `window` values; None before they are two different stretches."""
+    """Returns the means of the first and the last `window` values, or None while these windows overlap."""
     values = series(rows, metric)[1]
     if len(values) < 2 * window:
         return None
@@ -96,7 +104,7 @@ def _entropy_collapse(rows: Sequence[Row], settings: DiagnosisSettings) -> str |
     if means is None or means[1] >= settings.entropy_collapse * means[0]:
         return None
     limit = settings.entropy_collapse * means[0]
-    return f"entropy {number(means[1])} fell below {number(limit)}, {settings.entropy_collapse:g} of its start"
+    return f"entropy {number(means[1])} fell below {number(limit)}, {settings.entropy_collapse:g} of its initial value"
 
 
 def _entropy_explosion(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
@@ -104,7 +112,7 @@ def _entropy_explosion(rows: Sequence[Row], settings: DiagnosisSettings) -> str 
     if means is None or means[1] <= settings.entropy_explosion * means[0]:
         return None
     limit = settings.entropy_explosion * means[0]
-    return f"entropy {number(means[1])} rose above {number(limit)}, {settings.entropy_explosion:g} times its start"
+    return f"entropy {number(means[1])} rose above {number(limit)}, {settings.entropy_explosion:g} x its initial value"
 
 
 def _nothing_selected(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
@@ -120,7 +128,7 @@ def _everything_kept(rows: Sequence[Row], settings: DiagnosisSettings) -> str | 
     values = series(rows, "lpreg/kept_fraction")[1][-settings.window :]
     if len(values) < settings.window or min(values) <= settings.kept:
         return None
-    return f"the proxy has kept {number(min(values))} of the tokens or more, above {settings.kept:g}"
+    return f"the proxy's filter keeps at least {number(min(values))} of the tokens, more than {settings.kept:g}"
 
 
 def _truncation_growth(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
@@ -160,7 +168,7 @@ def _stale_weights(rows: Sequence[Row], settings: DiagnosisSettings) -> str | No
 
 
 def _gap_growth(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    """Of fresh tokens: of older ones the gap grows with the policy's own steps."""
+    """Checks fresh tokens only: for older tokens the gap also grows with the updates of the policy."""
     means = _start_and_now(rows, "logprob/fresh_abs_diff", settings.window)
     if means is None or means[1] <= max(settings.gap, settings.gap_growth * means[0]):
         return None
@@ -172,50 +180,50 @@ RULES = (
     _Rule(
         "entropy_collapse",
         _entropy_collapse,
-        "Exploration dies: select more tokens (algorithm.lp_reg.rho), weigh them more (beta), or lower "
+        "Exploration is being lost: select more tokens (algorithm.lp_reg.rho), weight them more (beta), or lower "
         "actor.optimizer.lr",
     ),
     _Rule(
         "entropy_explosion",
         _entropy_explosion,
-        "The policy dissolves into noise: lower actor.optimizer.lr or the weight of the entropy or KL term; go back to "
-        "an earlier checkpoint",
+        "The policy is turning into noise: lower actor.optimizer.lr or the weight of the entropy or KL term, and "
+        "continue from an earlier checkpoint",
     ),
     _Rule(
         "nothing_selected",
         _nothing_selected,
-        "The regulariser does nothing: raise algorithm.lp_reg.rho, or lower kappa (or fixed_tau, which must be well "
+        "The regulariser has no effect: raise algorithm.lp_reg.rho, or lower kappa (or fixed_tau, which must be well "
         "below lpreg/delta)",
     ),
     _Rule(
         "everything_kept",
         _everything_kept,
-        "The proxy filters nothing, so the term has no effect: raise algorithm.lp_reg.kappa",
+        "The proxy filters nothing, so the term has no effect: raise algorithm.lp_reg.min_p",
     ),
     _Rule(
         "truncation_growth",
         _truncation_growth,
-        "Responses run into the limit: raise rollout.max_response_tokens or penalise overlong ones",
+        "Responses reach the token limit: raise rollout.max_response_tokens or penalise overlong responses",
     ),
     _Rule(
         "reward_without_accuracy",
         _reward_without_accuracy,
-        "The policy may please the verifier by form alone: read responses in the report and tighten the reward",
+        "The policy may exploit the verifier: read responses in the report and tighten the reward",
     ),
     _Rule(
         "no_reward",
         _no_reward,
-        "Look at a rollout dump: a wrong data.template, label column or reward.name is likelier than a weak model",
+        "Read a rollout dump: a wrong data.template, label column or reward.name is more likely than a weak model",
     ),
     _Rule(
         "stale_weights",
         _stale_weights,
-        "Rollouts lag behind: lower the permitted staleness or add engines",
+        "Rollouts lag behind training: lower rollout.max_staleness or add engines",
     ),
     _Rule(
         "gap_growth",
         _gap_growth,
-        "Importance ratios are wrong by as much: check the engine's temperature, log-prob mode and precision, and that "
-        "weights arrive",
+        "Importance ratios are wrong by the same amount: check the engine's temperature, log-prob mode and precision, "
+        "and that weight updates arrive",
     ),
 )

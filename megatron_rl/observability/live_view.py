@@ -1,4 +1,4 @@
-"""The live view: one panel at the bottom of the terminal, messages scrolling by above it."""
+"""The live view: a panel at the bottom of the terminal, with messages scrolling above it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rl.observability.format import ASCII_BLOCKS, BLOCKS, duration, number, sparkline
 from megatron_rl.observability.view import Metrics, TimeLeft, View
+from megatron_rl.utils.format import ASCII_BLOCKS, BLOCKS, duration, number, sparkline
 
 REFRESH_PER_SECOND = 2
-"""Enough to see that it lives; a faster one would cost the run time on a small machine."""
+"""Refresh rate of the panel. A higher rate would take time from the run on a small machine."""
 MAX_EVALUATION_ROWS = 4
 SPARKLINE_WIDTH = 24
 NARROW = 60
-"""Columns below which history and elapsed time give way to the numbers."""
+"""Terminal width, in columns, below which the panel omits history and elapsed time."""
 WARM_START_LOSS = "warm-start loss"
 
 STEP_ROWS = {
@@ -36,7 +36,7 @@ STEP_ROWS = {
 
 
 class LiveView(View):
-    """Progress, time left, phase, and every headline metric with its first and latest value and its history."""
+    """Shows progress, remaining time, phase, and the main metrics with first value, latest value and history."""
 
     def __init__(
         self, total_steps: int, title: str, console: Console, clock: Callable[[], float] = time.monotonic
@@ -92,7 +92,7 @@ class LiveView(View):
         self._console.print(Text(text))
 
     def render(self) -> RenderableType:
-        """The panel as it is now, at most 16 lines high however many suites there are. Called by rich's thread."""
+        """Renders the panel, which has at most 16 lines whatever the number of suites. rich's thread calls this."""
         body = Group(self._progress(), Text(), self._table()) if self._history else self._progress()
         since = duration(self._clock() - self._phase_start)
         return Panel(
@@ -144,7 +144,7 @@ class LiveView(View):
         return table
 
     def _rows(self) -> list[tuple[str, str]]:
-        """Metric and label of each row seen so far: reward, accuracy and pass@k of the first suites, the rest."""
+        """Returns metric and label of each row with a value: reward, the first suites' evaluations, other metrics."""
         evaluations = [name for name in list(self._history) if name.startswith("eval/")][:MAX_EVALUATION_ROWS]
         labels = {"reward/mean": "reward"} if self._warm_start is None else {WARM_START_LOSS: WARM_START_LOSS}
         for name in evaluations:

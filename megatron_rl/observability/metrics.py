@@ -1,4 +1,4 @@
-"""metrics.jsonl, the record of a run: one line a step; other sinks beside it if wanted."""
+"""metrics.jsonl, the record of a run with one line per step, and the forwarding of metrics to other sinks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from megatron_rl.utils.files import atomically, write_error
 FILE_NAME = "metrics.jsonl"
 
 Row = dict[str, Any]
-"""One line: `step` (int), `time` (unix seconds), and every metric as float or None."""
+"""One line: `step` (int), `time` (Unix seconds), and every metric as float or None."""
 
 
 class MetricsLog:
-    """Appends a line a call to `folder/metrics.jsonl`.
+    """Appends one line per call of `write` to `folder/metrics.jsonl`.
 
-    keep_up_to_step: None for a new run, whose folder must not hold metrics yet (UserError). On resume, the step of the
-    checkpoint: what the interrupted run wrote after it is dropped, so that no step appears twice; -1 drops everything.
+    Args:
+        keep_up_to_step: None for a new run. On resume, the step of the checkpoint: lines that the interrupted run wrote
+            for later steps are dropped, so that no step appears twice. -1 drops everything.
+
+    Raises:
+        UserError: `keep_up_to_step` is None, but the folder already holds metrics.
     """
 
     def __init__(self, folder: Path, *, keep_up_to_step: int | None, sinks: Sequence[Sink] = ()) -> None:
@@ -32,17 +36,21 @@ class MetricsLog:
             _keep_lines(self._path, keep_up_to_step)
         elif self._path.exists():
             raise UserError(
-                f"{self._path} already holds another run's metrics. Choose another run.name, or go on with resume=auto."
+                f"{self._path} already holds metrics of another run. Choose another run.name, or continue that run "
+                "with resume=auto."
             )
         self._sinks = sinks
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Append one line, on disk when this returns. NaN and infinity become null. Raises UserError on a full disk."""
+        """Appends one line, which is on disk when this returns. NaN and infinity become null.
+
+        Raises UserError if the line cannot be written, for example because the disk is full.
+        """
         now = time.time()
         row = {"step": step, "time": round(now, 3)} | {name: _finite(value) for name, value in metrics.items()}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Opened anew for every line: there is nothing to close or to lose when the run is killed.
+            # The file is opened for every line, so that nothing is lost if the run is killed.
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
@@ -57,22 +65,25 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """All lines of a run in file order; none without a file. A torn last line (killed run, full disk) is left out.
+    """Returns all lines of a run in file order, or an empty list without a file.
 
-    Errors: UserError for a broken line before the last.
+    An incomplete last line (killed run, full disk) is ignored. Raises UserError for a broken line before the last.
     """
     return [row for row, _ in _read_lines(folder / FILE_NAME)]
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric where it has a finite value, by rising step; a later line for a step wins."""
+    """Returns the steps and the finite values of one metric by ascending step.
+
+    If a step has several lines, the last one counts.
+    """
     by_step = {row["step"]: float(row[name]) for row in rows if _is_number(row.get(name))}
     steps = sorted(by_step)
     return steps, [by_step[step] for step in steps]
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
-    """Every metric that has a value somewhere, in order of first appearance."""
+    """Returns every metric that has a finite value in some row, in order of first appearance."""
     seen = dict.fromkeys(name for row in rows for name, value in row.items() if _is_number(value))
     return [name for name in seen if name not in ("step", "time")]
 
@@ -97,7 +108,7 @@ def _read_lines(path: Path) -> list[tuple[Row, str]]:
         except (ValueError, KeyError, TypeError) as error:
             if index == len(lines) - 1:
                 break
-            raise UserError(f"{path}:{index + 1}: not a line of metrics. Delete that line and try again.") from error
+            raise UserError(f"{path}:{index + 1}: not a line of metrics. Delete the line and try again.") from error
         parsed.append((row, line))
     return parsed
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.observability.rollouts import DumpedResponse, write_rollouts
+from megatron_rl.rollout.dump import DumpedResponse, write_rollouts
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.utils.files import atomically
 
@@ -68,8 +68,8 @@ def record(
         "actor_log_probs" if name == "log_probs" else name: sequences.values_of(rows, values)
         for name, values in scores.items()
     }
-    if "kept" in columns:  # NaN where the actor did not score, which a bool cannot say
-        columns["kept"] = columns["kept"].astype(np.float32)
+    if "in_filter" in columns:  # NaN where the actor did not score, which a bool cannot say
+        columns["kept"] = columns.pop("in_filter").astype(np.float32)
     if "selected" in sequences.values:
         columns["selected"] = sequences.values_of(rows, sequences.values["selected"])
     masks = [responses[row][1].sampled_mask for row in rows.tolist()]

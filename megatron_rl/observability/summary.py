@@ -1,4 +1,4 @@
-"""What training changed, and where everything is: the table that ends a run and opens its report."""
+"""The before-and-after table of a run's evaluations, and the list of the files that the run wrote."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rl.observability.format import number
 from megatron_rl.observability.metrics import Row, metric_names, read_metrics, series
+from megatron_rl.utils.format import number
 
 PLACES = (
     ("report", "report.html"),
@@ -29,7 +29,7 @@ PLACES = (
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One evaluation metric of one suite, before and after. `last` is None while there was only one evaluation."""
+    """One evaluation metric of one suite before and after training. `last` is None after a single evaluation."""
 
     suite: str
     label: str
@@ -38,7 +38,7 @@ class Change:
     last: float | None
     last_step: int | None
     best: float | None
-    """The highest value, for accuracy and pass@k only: of the others none is good or bad in itself."""
+    """Highest value, for accuracy and pass@k only. For other metrics, neither high nor low values are better."""
     best_step: int | None
 
     @property
@@ -47,7 +47,10 @@ class Change:
 
 
 def suite_metrics(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Suite -> its metrics (`avg@8`, `pass@8`, `entropy`, ...): accuracy first, then the usual ones, then probes."""
+    """Returns the metrics of each suite (`avg@8`, `pass@8`, `entropy`, ...).
+
+    Accuracy comes first, then the other standard metrics, then probes.
+    """
     suites: dict[str, list[str]] = {}
     for name in metric_names(rows):
         if name.startswith("eval/") and name.count("/") >= 2:
@@ -57,17 +60,17 @@ def suite_metrics(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def is_probe(metric: str) -> bool:
-    """Whether an evaluation metric is one that the configuration asked for by name."""
+    """Returns whether an evaluation metric is a probe, which the configuration defines by name."""
     return _rank(metric)[0] == len(_ORDER)
 
 
 def metric_label(metric: str) -> str:
-    """`avg@8` -> `accuracy (avg@8)`; the others read well enough as they are."""
+    """Returns the label of an evaluation metric, such as `accuracy (avg@8)` for `avg@8`."""
     return f"accuracy ({metric})" if metric.startswith("avg") else _LABELS.get(metric, metric)
 
 
 def before_and_after(rows: Sequence[Row]) -> list[Change]:
-    """Every evaluation metric at its first and its last evaluation, suite by suite."""
+    """Returns every evaluation metric at its first and last evaluation, suite by suite."""
     changes = []
     for suite, metrics in suite_metrics(rows).items():
         for metric in metrics:
@@ -89,14 +92,14 @@ def before_and_after(rows: Sequence[Row]) -> list[Change]:
 
 
 def print_summary(console: Console, run_folder: Path) -> None:
-    """Print the before-and-after table, if anything was evaluated, and the path of all that the run left."""
+    """Prints the before-and-after table, if anything was evaluated, and the paths of the run's files."""
     changes = before_and_after(read_metrics(run_folder))
     if changes:
         console.print(_table(changes))
     console.print(Text("Where everything is", style="bold"))
     for label, name in PLACES:
         if (run_folder / name).exists():
-            # Never wrapped: a path must stay whole to be copied.
+            # A path is never wrapped, so that it can be copied.
             console.print(Text(f"  {label:<28}{run_folder / name}"), soft_wrap=True)
 
 
@@ -127,7 +130,7 @@ def _table(changes: Sequence[Change]) -> Table:
 
 
 def signed(value: float) -> str:
-    """A difference with its sign: `+0.451`, `-0.083`."""
+    """Formats a difference with its sign: `+0.451`, `-0.083`."""
     return f"+{number(value)}" if value >= 0 else number(value)
 
 

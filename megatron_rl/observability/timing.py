@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""Measurement of the time per phase of a step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Phases:
-    """Seconds per phase, until `flush`; each phase is announced as it begins."""
+    """Accumulates the seconds of each phase until `flush`. The start of each phase is announced."""
 
     def __init__(self, announce: Callable[[str], None]) -> None:
         self.announce = announce
@@ -25,7 +25,7 @@ class Phases:
             self.seconds[name] += time.perf_counter() - start
 
     def flush(self) -> dict[str, float]:
-        """`perf/<phase>_seconds` since the last call."""
+        """Returns `perf/<phase>_seconds` since the last call."""
         metrics = {f"perf/{name}_seconds": value for name, value in self.seconds.items()}
         self.seconds.clear()
         return metrics

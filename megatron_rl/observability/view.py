@@ -1,4 +1,4 @@
-"""What a run says while it goes on: one live view on a terminal, plain lines elsewhere."""
+"""The interface of a run's progress view, and its plain form of one line at a time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Literal, Self, TextIO
+from typing import Self, TextIO
 
-from megatron_rl.observability.format import duration, number
+from megatron_rl.utils.format import duration, number
 
-Kind = Literal["auto", "live", "plain", "off"]
 Metrics = Mapping[str, float | None]
 
 PLAIN_EVERY_STEPS = 10
@@ -28,7 +27,7 @@ PLAIN_METRICS = (
 
 
 class View:
-    """What the loop tells; shown nowhere (`off`). The other views say the same things to someone."""
+    """The interface of all views. This base class is the view `off`, which shows nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -36,26 +35,26 @@ class View:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Leaves the terminal as it was found, after an error too."""
+        """Restores the state of the terminal, also after an error."""
 
     def phase(self, name: str) -> None:
-        """What is going on from now on: "warm start", "rollout", "train", "evaluate", ..."""
+        """Announces the phase that starts now: "warm start", "rollout", "train", "evaluate", ..."""
 
     def warm_start(self, step: int, total: int, loss: float, seconds_left: float | None) -> None:
-        """After a step of supervised warm start."""
+        """Shows a finished step of the supervised warm start."""
 
     def step(self, step: int, metrics: Metrics) -> None:
-        """After an RL step, steps rising, with that step's metrics under their full names."""
+        """Shows a finished RL step with its metrics under their full names. Steps are ascending."""
 
     def eval(self, step: int, metrics: Metrics) -> None:
-        """After an evaluation, with its `eval/<suite>/...` metrics."""
+        """Shows a finished evaluation with its `eval/<suite>/...` metrics."""
 
     def message(self, text: str) -> None:
-        """One thing worth knowing, as a line that stays."""
+        """Prints a permanent line."""
 
 
 class TimeLeft:
-    """Seconds to the last step at the pace of the last 50 steps, whatever happened between them included."""
+    """Estimates the seconds to the last step from the last 50 steps, including the time between them."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
         self._total = total_steps
@@ -74,7 +73,7 @@ class TimeLeft:
 
 
 class PlainView(View):
-    """One readable line of `name=value` pairs every 10 steps or 10 seconds, and one for each evaluated suite."""
+    """Prints a line of `name=value` pairs every 10 steps or 10 seconds, and a line per evaluated suite."""
 
     def __init__(
         self, total_steps: int, title: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
@@ -92,7 +91,7 @@ class PlainView(View):
         return self
 
     def phase(self, name: str) -> None:
-        # Phases come back every step: each is worth a line only once.
+        # Phases repeat in every step, so each is printed only once.
         if name not in self._phases:
             self._phases.add(name)
             self.message(f"phase={name.replace(' ', '_')}")
@@ -127,20 +126,6 @@ class PlainView(View):
         return False
 
 
-def make_view(kind: Kind, total_steps: int, title: str) -> View:
-    """The view for a run. `auto`: live if standard output is a terminal that can move its cursor, plain elsewhere."""
-    from rich.console import Console
-
-    from megatron_rl.observability.live_view import LiveView
-
-    console = Console()
-    if kind == "off":
-        return View()
-    if kind == "live" or (kind == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal):
-        return LiveView(total_steps, title, console)
-    return PlainView(total_steps, title)
-
-
 def _compact(seconds: float | None) -> str:
-    """A duration without blanks, so that a line splits at them."""
+    """Formats a duration without spaces, so that a line can be split at its spaces."""
     return duration(seconds).replace(" ", "")

@@ -1,4 +1,4 @@
-"""Token statistics over context-parallel ranks: each has those of the tokens it predicts, and the loss wants all."""
+"""Gathers token statistics over context-parallel ranks. Each rank has only those of the tokens that it predicts."""
 
 from __future__ import annotations
 
@@ -13,47 +13,48 @@ from lpreg import ProxyStore, TokenStats
 from megatron_rl.parallel import process_groups
 
 
-def whole_over_context(stats: TokenStats, places: Tensor, tokens: int) -> TokenStats:
-    """Statistics of the tokens at `places` -> of all `tokens`, the same on every context-parallel rank.
+def gather_over_context_ranks(stats: TokenStats, places: Tensor, tokens: int) -> TokenStats:
+    """Turns statistics of the tokens at `places` into statistics of all `tokens`, equal on every context-parallel rank.
 
-    Every rank then has the whole loss, and the gradient of its own tokens alone; parameters' gradients are summed over
-    these ranks anyway. A proxy's entries stay where they are: the others' tokens have none.
+    Every rank then computes the complete loss, but backpropagates only into its own tokens; the gradients of parameters
+    are summed over these ranks anyway. The entries of a stored proxy are not gathered: on each rank, the tokens of
+    other ranks have no entries.
     """
 
-    def whole(local: Tensor) -> Tensor:
+    def gather(local: Tensor) -> Tensor:
         gathered: Tensor = _Gather.apply(local, places, tokens)
         return gathered
 
     def flags(local: Tensor) -> Tensor:
-        return whole(local.float()) > 0.5
+        return gather(local.float()) > 0.5
 
     store = stats.proxy_store
     return replace(
         stats,
-        log_probs=whole(stats.log_probs),
-        entropy=None if stats.entropy is None else whole(stats.entropy),
-        log_z=whole(stats.log_z),
-        kept=flags(stats.kept),
-        max_logit=whole(stats.max_logit),
-        proxy_kl=None if stats.proxy_kl is None else whole(stats.proxy_kl),
-        proxy_store=None if store is None else _widened(store, places, tokens),
+        log_probs=gather(stats.log_probs),
+        entropy=None if stats.entropy is None else gather(stats.entropy),
+        log_z=gather(stats.log_z),
+        in_filter=flags(stats.in_filter),
+        max_logit=gather(stats.max_logit),
+        proxy_kl=None if stats.proxy_kl is None else gather(stats.proxy_kl),
+        proxy_store=None if store is None else _spread_store(store, places, tokens),
     )
 
 
-def _widened(store: ProxyStore, places: Tensor, tokens: int) -> ProxyStore:
+def _spread_store(store: ProxyStore, places: Tensor, tokens: int) -> ProxyStore:
     stored, counts = (value.new_zeros(tokens).index_copy_(0, places, value) for value in (store.stored, store.counts))
     return ProxyStore(stored, counts, store.ids, store.log_q)
 
 
 class _Gather(torch.autograd.Function):
-    """Each element has one owner and is 0 elsewhere, so that the sum is exact."""
+    """Gathers by a sum. Each element is non-zero on its owner only, so the sum is exact."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, places: Tensor, tokens: int) -> Tensor:
         ctx.save_for_backward(places)
-        whole = local.new_zeros(tokens).index_copy_(0, places, local)
-        dist.all_reduce(whole, group=process_groups.cp_group())
-        return whole
+        gathered = local.new_zeros(tokens).index_copy_(0, places, local)
+        dist.all_reduce(gathered, group=process_groups.cp_group())
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

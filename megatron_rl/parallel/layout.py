@@ -1,19 +1,20 @@
-"""How a model is spread over ranks, and whether a model can be. Standard library only, so a dry run can ask."""
+"""How a model is split over ranks, and the sizes that follow from that. Standard library only.
+
+`models/layout_check.py` checks that a given model fits a layout.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from megatron_rl.errors import UserError
-from megatron_rl.models.architecture import Architecture
+if TYPE_CHECKING:
+    from megatron_rl.config.actor import ActorSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Degrees of parallelism. Ranks are numbered tensor first, then data, then pipeline."""
+    """Degrees of parallelism. Ranks are numbered tensor-parallel first, then data-parallel, then pipeline-parallel."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -21,128 +22,49 @@ class Layout:
     context: int = 1
     expert: int = 1
     virtual_pipeline: int = 1
-    """Chunks of layers on each pipeline rank; with more than one the schedule interleaves them."""
+    """Chunks of layers on each pipeline rank. With more than one, the schedule interleaves the chunks."""
     sequence_parallel: bool = False
-    """The tensor-parallel ranks share the sequence too, where they do not share the layer."""
+    """Whether tensor-parallel ranks also split the sequence in the parts of a layer whose weights they do not split."""
 
     @property
     def world_size(self) -> int:
-        """Expert parallelism lives inside the tensor- and data-parallel ranks and adds none."""
+        """Number of ranks. Expert parallelism reuses the tensor- and data-parallel ranks, so it adds none."""
         return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def expert_tensor(self) -> int:
-        """Ranks that share each expert: those that share other layers, or one where experts are shared out whole."""
+        """Ranks that split each expert: the tensor-parallel ranks, or 1 under expert parallelism."""
         return self.tensor if self.expert == 1 else 1
 
 
+def layout_of(actor: ActorSettings) -> Layout:
+    """Returns the layout that the `actor` section of the configuration specifies."""
+    return Layout(
+        tensor=actor.tensor_parallel,
+        pipeline=actor.pipeline_parallel,
+        data=actor.data_parallel,
+        context=actor.context_parallel,
+        expert=actor.expert_parallel,
+        virtual_pipeline=actor.virtual_pipeline,
+        sequence_parallel=actor.sequence_parallel,
+    )
+
+
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
-    """The smallest multiple of `tensor` that holds `vocabulary` tokens."""
+    """Returns the padded vocabulary size: the smallest multiple of `tensor` that is at least `vocabulary`.
+
+    `build_model` builds the embedding and the LM head of this size. `models/fusion.py` adds the padding, which is rows
+    of zeros, when it loads weights, and removes it when it exports them. The loss and `top_candidates` ignore the
+    logits of padding.
+    """
     return -(-vocabulary // tensor) * tensor
 
 
 def last_stage_layers(layers: int, pipeline: int) -> int:
-    """Layers of the last pipeline stage when the others get equal shares: fewer than theirs where possible, since the
-    last stage has the LM head as well."""
+    """Returns the number of layers on the last pipeline stage; the other stages share the rest equally.
+
+    The last stage also holds the LM head, so it gets fewer layers than the others if possible.
+    """
     share = -(-layers // pipeline)
     left = layers - share * (pipeline - 1)
     return left if left > 0 else layers - (layers // pipeline) * (pipeline - 1)
-
-
-def validate_layout(hf_config: Mapping[str, Any], layout: Layout, pad_vocabulary: bool) -> None:
-    """Raises UserError, naming the number and the nearest that work, when the model cannot be spread this way."""
-    model = Architecture.from_hf(hf_config)
-    _check_degrees(layout)
-    _check_tensor(model, layout.tensor)
-    _check_experts(model, layout)
-    if layout.pipeline > model.layers:
-        raise UserError(
-            f"actor.pipeline_parallel is {layout.pipeline}, but the model has only {model.layers} layers to share out."
-        )
-    _check_chunks(model, layout)
-    if not pad_vocabulary and model.vocabulary % layout.tensor:
-        fitting = set(_divisors(model.vocabulary)) & set(_divisors(_head_unit(model)))
-        raise UserError(
-            f"actor.tensor_parallel is {layout.tensor}, which does not divide the vocabulary of {model.vocabulary} "
-            f"tokens. Set actor.pad_vocabulary to true, or change it. {_nearest(layout.tensor, fitting)}"
-        )
-
-
-def _check_degrees(layout: Layout) -> None:
-    for name in ("tensor", "pipeline", "data", "context", "expert"):
-        if getattr(layout, name) < 1:
-            raise UserError(f"actor.{name}_parallel is {getattr(layout, name)}; it must be 1 or more.")
-    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
-        raise UserError(
-            f"actor.virtual_pipeline is {layout.virtual_pipeline}, but it interleaves chunks of layers between "
-            "pipeline ranks, and actor.pipeline_parallel is 1. Raise it, or set virtual_pipeline to 1."
-        )
-    if layout.sequence_parallel and layout.tensor == 1:
-        raise UserError(
-            "actor.sequence_parallel shares sequences between tensor-parallel ranks, and actor.tensor_parallel is 1. "
-            "Raise it, or set sequence_parallel to false."
-        )
-
-
-def _check_chunks(model: Architecture, layout: Layout) -> None:
-    chunks = layout.pipeline * layout.virtual_pipeline
-    if layout.virtual_pipeline > 1 and model.layers % chunks:
-        fitting = [n for n in _divisors(model.layers) if model.layers % (n * layout.pipeline) == 0]
-        raise UserError(
-            f"actor.virtual_pipeline is {layout.virtual_pipeline}, and actor.pipeline_parallel x virtual_pipeline = "
-            f"{chunks} does not divide the model's {model.layers} layers. {_nearest(layout.virtual_pipeline, fitting)}"
-        )
-
-
-def _check_tensor(model: Architecture, tensor: int) -> None:
-    sizes = {"attention heads": model.heads, "key/value heads": model.kv_heads, "feed-forward size": model.ffn}
-    for what, size in sizes.items():
-        if size % tensor:
-            raise UserError(
-                f"actor.tensor_parallel is {tensor}, which does not divide the model's {what} ({size}). "
-                f"{_nearest(tensor, _divisors(_head_unit(model)))}"
-            )
-
-
-def _check_experts(model: Architecture, layout: Layout) -> None:
-    if model.experts is None:
-        if layout.expert > 1:
-            raise UserError(
-                f"actor.expert_parallel is {layout.expert}, but the model is dense: it has no experts to share out. "
-                "Set it to 1."
-            )
-        return
-    if layout.tensor > 1 and not layout.sequence_parallel:
-        raise UserError(
-            f"actor.tensor_parallel is {layout.tensor} and actor.sequence_parallel is false, but a model with experts "
-            "needs both or neither. Set actor.sequence_parallel to true, or actor.tensor_parallel to 1."
-        )
-    count, ranks = model.experts.count, layout.tensor * layout.data * layout.context
-    for what, number in ((f"experts ({count})", count), (f"ranks of a pipeline stage ({ranks})", ranks)):
-        if number % layout.expert:
-            raise UserError(
-                f"actor.expert_parallel is {layout.expert}, which does not divide the model's {what}. "
-                f"{_nearest(layout.expert, set(_divisors(count)) & set(_divisors(ranks)))}"
-            )
-    if model.experts.ffn % layout.expert_tensor:
-        fitting = _divisors(math.gcd(_head_unit(model), model.experts.ffn))
-        raise UserError(
-            f"actor.tensor_parallel is {layout.tensor}, which does not divide the experts' feed-forward size "
-            f"({model.experts.ffn}). {_nearest(layout.tensor, fitting)}"
-        )
-
-
-def _head_unit(model: Architecture) -> int:
-    """What tensor parallelism must divide, but for the vocabulary."""
-    return math.gcd(model.heads, model.kv_heads, model.ffn)
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _nearest(value: int, choices: Iterable[int]) -> str:
-    below = [c for c in choices if c < value]
-    above = [c for c in choices if c > value]
-    nearest = ([max(below)] if below else []) + ([min(above)] if above else [])
-    return f"Nearest values that work: {', '.join(map(str, nearest)) or 'none'}."

@@ -1,4 +1,4 @@
-"""Process groups of a layout, and where this rank stands in them."""
+"""Process groups of a layout, and this rank's position in them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megatron_rl.actor import platform
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.utils.memory import Memory, fresh
 
 TIMEOUT = timedelta(minutes=10)
-"""Longer than any collective here waits; short enough that a lost rank is noticed."""
+"""Longer than any collective here takes, but short enough to notice a lost rank."""
 
 SEED = 1
 
 
+def backend(device: torch.device) -> str:
+    """Returns the name of the torch.distributed backend for a device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 def init_process_groups(layout: Layout, *, rank: int, store: dist.Store, device: torch.device) -> None:
-    """Join the world and make the groups of `layout`. store: the same one for all ranks."""
+    """Joins the world and creates the process groups of `layout`. All ranks must pass the same store."""
     dist.init_process_group(
-        platform.backend(device),
+        backend(device),
         store=store,
         rank=rank,
         world_size=layout.world_size,
@@ -38,12 +42,12 @@ def init_process_groups(layout: Layout, *, rank: int, store: dist.Store, device:
         expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),
     )
-    # Nothing here draws random numbers, but sequence parallelism and recompute ask for Megatron's generators.
+    # Training draws no random numbers, but sequence parallelism and recompute require Megatron's generators.
     model_parallel_cuda_manual_seed(SEED)
 
 
 def destroy() -> None:
-    """Leave every group; safe to call twice."""
+    """Leaves every process group. Calling this function twice is safe."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -58,7 +62,7 @@ def dp_group() -> dist.ProcessGroup:
 
 
 def replicas_of(parameter: Tensor) -> dist.ProcessGroup:
-    """The ranks that hold the same shard of a parameter, and sum its gradient."""
+    """Returns the ranks that hold the same shard of a parameter and sum its gradient."""
     if not getattr(parameter, "allreduce", True):  # Megatron's mark of an expert's weight
         return parallel_state.get_expert_data_parallel_group()
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -69,17 +73,17 @@ def pp_group() -> dist.ProcessGroup:
 
 
 def expert_group() -> dist.ProcessGroup:
-    """Ranks that share the experts out between them."""
+    """Returns the expert-parallel group: the ranks over which the experts are distributed."""
     return parallel_state.get_expert_model_parallel_group()
 
 
 def expert_tp_group() -> dist.ProcessGroup:
-    """Ranks that share each expert."""
+    """Returns the ranks that split each expert."""
     return parallel_state.get_expert_tensor_parallel_group()
 
 
 def expert_shards_group() -> dist.ProcessGroup:
-    """Both: ranks that together hold every expert of a layer, those that share one beside each other."""
+    """Returns the ranks that together hold every expert of a layer. Ranks that split one expert are neighbours."""
     return parallel_state.get_expert_tensor_and_model_parallel_group()
 
 
@@ -100,11 +104,12 @@ def cp_rank() -> int:
 
 
 def publisher() -> int:
-    """The rank that hands this pipeline stage's tensors out, for all that have them: the stage's first."""
+    """Returns the rank that publishes this pipeline stage's tensors on behalf of all its ranks: the stage's first."""
     return pp_rank() * (dist.get_world_size() // pp_group().size())
 
 
 def publishes() -> bool:
+    """Returns whether this rank publishes its pipeline stage's tensors."""
     return dist.get_rank() == publisher()
 
 
@@ -121,8 +126,10 @@ def is_last_stage() -> bool:
 
 
 def gather_shards(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """The tensor of every rank of a group, in their order, on each of them; all of one shape. No gradient. In a group
-    of one the tensor itself, not a copy."""
+    """Returns the tensors of all ranks of a group in rank order, on every rank. All must have one shape. No gradient.
+
+    In a group of one rank the result is the tensor itself, not a copy.
+    """
     if group.size() == 1:
         return [local]
     shards = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(group.size())]
@@ -131,28 +138,30 @@ def gather_shards(local: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def collect_shards(local: Tensor, group: dist.ProcessGroup, memory: Memory = fresh) -> list[Tensor]:
-    """As `gather_shards`, but for the rank that publishes only, in `memory`: the others get nothing, and where a group
-    does not have that rank, nothing travels."""
+    """Like `gather_shards`, but only the publishing rank receives the shards, in `memory`; other ranks return [].
+
+    A group without the publishing rank transfers nothing.
+    """
     ranks = dist.get_process_group_ranks(group)
     if publisher() not in ranks:
         return []
     if not publishes():
-        _all_done([dist.P2POp(dist.isend, local.contiguous(), publisher(), group)])
+        _run_transfers([dist.P2POp(dist.isend, local.contiguous(), publisher(), group)])
         return []
     others = [rank for rank in ranks if rank != publisher()]
     if not others:
         return [local]
     shards = dict(zip(others, memory(local, (len(others), *local.shape)), strict=True))
-    _all_done([dist.P2POp(dist.irecv, shard, rank, group) for rank, shard in shards.items()])
+    _run_transfers([dist.P2POp(dist.irecv, shard, rank, group) for rank, shard in shards.items()])
     return [shards.get(rank, local) for rank in ranks]
 
 
-def _all_done(transfers: list[dist.P2POp]) -> None:
-    """As a batch, since nccl would make a communicator of its own for a pair."""
+def _run_transfers(transfers: list[dist.P2POp]) -> None:
+    """Runs the transfers as one batch: for a single pair NCCL would create another communicator."""
     for work in dist.batch_isend_irecv(transfers):
         work.wait()
 
 
 def gather_vocabulary(logits: Tensor) -> Tensor:
-    """[..., padded vocabulary / tensor] -> [..., padded vocabulary]. No gradient."""
+    """Gathers logits [..., padded vocabulary / tensor] into [..., padded vocabulary]. No gradient."""
     return torch.cat(gather_shards(logits.detach(), tp_group()), dim=-1)

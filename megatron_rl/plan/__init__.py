@@ -1,1 +1,1 @@
-"""What a run will need and how long it will take, from its configuration and the model's config.json alone."""
+"""Memory, operations and time of a run before it starts, from its configuration and the model's config.json alone."""

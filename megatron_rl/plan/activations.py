@@ -1,9 +1,9 @@
-"""Bytes of activations, for each token of a micro-batch on one rank.
+"""Bytes of activations per token of a micro-batch on one rank.
 
-What a layer keeps for its backward is listed tensor by tensor, as autograd was seen to save them for Megatron's local
-layers (CPU; `tests/unit/plan` measures them); for Transformer Engine's the list follows its source, and no GPU has
-confirmed it yet. Legend: b bytes an element, h hidden, f feed-forward, q and k widths of queries and of keys, t tensor-
-parallel ranks, s those that share the sequence.
+The tensors that a layer keeps for its backward are listed one by one. For Megatron's local layers the list is what
+autograd was seen to save on the CPU (`tests/unit/plan` measures it). For Transformer Engine layers the list follows the
+source code and has not been confirmed on a GPU. Symbols: b bytes per element, t tensor-parallel ranks, s ranks that
+share a sequence.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ FP32 = 4
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Of one rank's part of a layer, in elements a token."""
+    """Widths of one rank's part of a layer, in elements per token."""
 
     hidden: float
-    """Where the sequence is whole."""
+    """Hidden size where each rank holds the complete sequence."""
     shared: float
-    """Where sequence parallelism shares it out."""
+    """Hidden size per rank where sequence parallelism divides the sequence."""
     query: float
     key: float
     heads: float
     key_heads: float
     ffn: float
-    """Of the dense MLP, or of all experts that a token meets."""
+    """Width of the dense MLP, or of all experts that a token is routed to."""
 
     @classmethod
     def of(cls, model: Architecture, layout: Layout, layer: int) -> Widths:
@@ -50,26 +50,26 @@ class Widths:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Bytes a token."""
+    """Activation bytes of a layer per token."""
 
     kept: float
-    """From its forward to its backward."""
-    again: float
-    """What recompute brings back, of one layer at a time."""
+    """Bytes kept from the layer's forward to its backward."""
+    recomputed: float
+    """Bytes that recompute restores, for one layer at a time."""
     backward: float
-    """Gradients within its backward, beyond what that has freed."""
+    """Bytes of gradients within the layer's backward, beyond what the backward has freed."""
     forward: float
-    """The most within a forward that keeps nothing."""
+    """Peak bytes within a forward without gradients."""
 
 
 def layer_bytes(
     model: Architecture, layout: Layout, layer: int, *, b: int, recompute: RecomputeSettings, transformer_engine: bool
 ) -> Layer:
-    """Of a layer on one rank."""
+    """Returns the activation bytes of a layer on one rank. b: bytes per element."""
     w = Widths.of(model, layout, layer)
     experts = model.experts if model.is_sparse(layer) else None
     parts = (_te_parts if transformer_engine else _local_parts)(model, w, b)
-    if experts:  # every token once for each of its experts, before and after, and the router's scores
+    if experts:  # a copy of the token per expert, before and after the MLP, and the router's scores
         copies = experts.per_token
         parts["mlp"] += b * 2 * copies * w.shared + 3 * FP32 * experts.count
     everything = sum(parts.values())
@@ -77,16 +77,16 @@ def layer_bytes(
     kept = b * w.shared if recompute.granularity == "full" else everything - dropped
     return Layer(
         kept=kept,
-        again=dropped,
+        recomputed=dropped,
         backward=b * (2 * w.ffn + w.hidden),
         forward=b * (5 * w.ffn + 4 * w.shared),
     )
 
 
 def _local_parts(model: Architecture, w: Widths, b: int) -> dict[str, float]:
-    """Norms work in fp32 and keep what went in and what came out before the weight."""
+    """Megatron's local layers: norms work in fp32 and keep their input and the output before the weight."""
     norm = 2 * FP32 * w.shared + FP32
-    keys = w.query + 2 * w.key if b == FP32 else w.key  # in fp32 a view: it keeps the whole of queries, keys and values
+    keys = w.query + 2 * w.key if b == FP32 else w.key  # in fp32 a view, which keeps all of queries, keys and values
     qk_norm = FP32 * (2 * w.query + w.heads + keys + w.key + w.key_heads) if model.qk_norm else 0
     return {
         "layernorm": 2 * norm,
@@ -99,7 +99,7 @@ def _local_parts(model: Architecture, w: Widths, b: int) -> dict[str, float]:
 
 
 def _te_parts(model: Architecture, w: Widths, b: int) -> dict[str, float]:
-    """Norms fused into the products that follow keep bf16; flash attention's output is what the projection keeps."""
+    """Transformer Engine: norms fused into the next product keep bf16; the projection keeps attention's output."""
     return {
         "layernorm": 2 * (b * w.shared + FP32),
         "projections": b * (2 * w.shared + w.query + 2 * w.key),
@@ -111,8 +111,10 @@ def _te_parts(model: Architecture, w: Widths, b: int) -> dict[str, float]:
 
 
 def _dropped(parts: dict[str, float], recompute: RecomputeSettings, everything: float) -> float:
-    """What the backward computes again. What goes into a dropped part stays, and is counted where it was made; modules
-    whose saving is not known here count as kept."""
+    """Returns the bytes that recompute saves.
+
+    The input of a recomputed part stays, and is counted where it was made. Modules of unknown savings count as kept.
+    """
     if recompute.granularity == "full":
         return everything
     if recompute.granularity == "none":

@@ -1,60 +1,61 @@
-"""The rollout engines: what a GPU of one holds, how many responses run at once, and how long a step's take."""
+"""The rollout engines: memory on each GPU, concurrent responses, and the time that a step's rollouts take."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megatron_rl.config.transport import transport_of
-from megatron_rl.plan.flops import body_flops, head_flops
-from megatron_rl.plan.hardware import GIB
+from megatron_rl.models.flops import body_flops, head_flops
 from megatron_rl.plan.memory import RankMemory, actor_memory
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
+from megatron_rl.rollout.engines.kind import engine_kind
+from megatron_rl.utils.hardware import GIB
 
-SHARE = {"sglang": 0.85, "vllm": 0.90, "transformers": 0.90}
-"""Of a GPU's memory that the engine takes for weights and KV cache unless told otherwise, about."""
 WORK_SPACE = 2 * GIB
-"""For activations and CUDA graphs, out of that share."""
+"""Bytes for activations and CUDA graphs, out of the engine's share of a GPU's memory."""
 POINTS = 64
-"""Positions at which decoding is looked at."""
+"""Number of positions at which the time of decoding is evaluated."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
-    """Bytes on one GPU of an engine."""
+    """Bytes that an engine takes on one of its GPUs."""
 
     weights: float
     cache: float
-    """Room for keys and values; negative where not even the weights fit."""
+    """Bytes left for the KV cache; negative if not even the weights fit."""
     token: float
-    """Keys and values of one token."""
+    """Bytes of keys and values per token."""
 
     @property
     def tokens(self) -> float:
-        """That fit into the cache."""
+        """Number of tokens that fit into the cache."""
         return max(0.0, self.cache / self.token)
 
 
 def engine_memory(setup: Setup) -> EngineMemory:
-    """On a GPU of its own, or on what the actor leaves of one (`cluster.colocate`)."""
+    """Returns the memory of an engine on its own GPU, or on what the actor leaves of one (`cluster.colocate`)."""
     model, ranks = setup.model, setup.config.rollout.server.tensor_parallel
     weights = setup.element * model_parameters(model) / ranks
     key_heads = max(1.0, model.kv_heads / ranks)
     token = 2 * model.layers * key_heads * model.head_dim * setup.element
-    share = SHARE[setup.config.rollout.engine] * setup.gpu.memory
+    share = engine_kind(setup.config.rollout.engine).memory_share * setup.gpu.memory
     if setup.placement.shared:
         share -= max(rank.total("rollout") for rank in actor_memory(setup)) + setup.assumed.released
     return EngineMemory(weights, share - weights - WORK_SPACE, token)
 
 
 def colocated_memory(setup: Setup) -> list[RankMemory]:
-    """`actor_memory` with an engine on the same GPUs: awake in a rollout, with its weights alone while it gets new
-    ones, else with its memory released."""
-    engine, released = engine_memory(setup), {"an engine's CUDA, NCCL": setup.assumed.released}
-    weights = {"an engine's weights": engine.weights}
-    awake = weights | {"its cache": max(0.0, engine.cache), "its work space": WORK_SPACE}
+    """Returns `actor_memory` with an engine on the same GPUs.
+
+    The engine is awake in the rollout phase, holds only its weights during weight sync, and sleeps in the other phases.
+    """
+    engine, released = engine_memory(setup), {"the engine's CUDA and NCCL": setup.assumed.released}
+    weights = {"the engine's weights": engine.weights}
+    awake = weights | {"the engine's cache": max(0.0, engine.cache), "the engine's work space": WORK_SPACE}
     if transport_of(setup.config) == "cuda_ipc":
-        weights |= {"a bucket that it has read": setup.config.weight_sync.bucket_megabytes * 2.0**20}
+        weights |= {"the engine's copy of a bucket": setup.config.weight_sync.bucket_megabytes * 2.0**20}
     return [
         RankMemory(
             rank.stage,
@@ -67,12 +68,13 @@ def colocated_memory(setup: Setup) -> list[RankMemory]:
 
 
 def rollout_seconds(setup: Setup) -> float:
-    """Prompts, then token after token for as long as the longest response; every engine has an equal part. Where the
-    cache holds fewer responses than there are, they take turns.
+    """Seconds of prefill and of decoding up to the longest response. All engines have equal shares of the responses.
+
+    If the cache holds fewer responses than an engine has, the responses take turns.
     """
     memory, assumed, gpu = engine_memory(setup), setup.assumed, setup.gpu
     ranks, engines = setup.config.rollout.server.tensor_parallel, setup.config.rollout.engines
-    mine = setup.rows / engines
+    mine = setup.sequences / engines
     limit = setup.config.rollout.max_response_tokens
     width = limit / POINTS
     seconds = 0.0
@@ -90,10 +92,10 @@ def rollout_seconds(setup: Setup) -> float:
 
 
 def decoding_seconds(setup: Setup, memory: EngineMemory, together: float, context: float) -> float:
-    """One step of an engine, in which each of `together` responses gets a token; context: tokens before it, on average.
+    """Seconds of a decoding step, in which each of `together` responses gets one token.
 
-    It costs the larger of reading weights and cache, and of multiplying; and two sums over the engine's ranks in each
-    layer.
+    context: mean number of tokens before it. A step takes the larger of reading weights and cache and of multiplying,
+    plus two sums over the engine's ranks per layer.
     """
     assumed, gpu, ranks = setup.assumed, setup.gpu, setup.config.rollout.server.tensor_parallel
     read = (memory.weights + together * context * memory.token) / (gpu.bandwidth * assumed.decoding)
@@ -103,7 +105,7 @@ def decoding_seconds(setup: Setup, memory: EngineMemory, together: float, contex
 
 
 def _between_ranks(setup: Setup, together: float) -> float:
-    """Seconds of a decoding step that are neither reading nor multiplying: launches, and sums over ranks in a ring."""
+    """Seconds of a decoding step besides reading and multiplying: kernel launches, and ring sums over the ranks."""
     ranks, assumed = setup.config.rollout.server.tensor_parallel, setup.assumed
     moved = together * setup.model.hidden * setup.element * 2 * (ranks - 1) / ranks
     sums = 2 * (assumed.sum_latency * (ranks > 1) + moved / (setup.gpu.link * assumed.links))

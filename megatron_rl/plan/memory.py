@@ -1,41 +1,42 @@
-"""Bytes on one rank of the actor, phase by phase. Phases do not coexist, so nothing is summed over them.
+"""Memory of one rank of the actor in each phase of a step. Phases follow one another, so they are never summed.
 
-`tests/unit/plan/test_memory.py` holds this against what a real actor allocates on CPU.
+`tests/unit/plan/test_memory_of_actor.py` compares this with the allocations of a real actor on the CPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_rl.config.passes import passes_of
 from megatron_rl.config.transport import transport_of
 from megatron_rl.plan.activations import FP32, layer_bytes
 from megatron_rl.plan.parameters import rank_parameters, stage_layers
 from megatron_rl.plan.setup import Setup
 
 Parts = dict[str, float]
-"""What takes the memory -> bytes."""
+"""Name of a part -> bytes."""
 
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
-"""Response tokens that the fused LM head projects at a time: lpreg's default on each device."""
-CPU_ROW_BYTES = 4 * 2**20
-"""Work space of lpreg's row statistics on CPU; on GPUs they are kernels without any."""
+"""Response tokens that the fused LM head projects at a time, by default in lpreg, on CPU and GPU."""
+CPU_STATISTICS_BYTES = 4 * 2**20
+"""Work space of lpreg's token statistics on the CPU; the GPU kernels need none."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Of the ranks of one pipeline stage."""
+    """Memory of each rank of one pipeline stage."""
 
     stage: int
     phases: dict[str, Parts]
     reserved: Parts = field(default_factory=dict)
-    """What a GPU process takes besides, in every phase."""
+    """Further memory of a GPU process, in every phase."""
 
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values()) + sum(self.reserved.values())
 
     @property
     def worst(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=self.total)
 
     @property
@@ -44,21 +45,21 @@ class RankMemory:
 
 
 def actor_memory(setup: Setup) -> list[RankMemory]:
-    """One entry a pipeline stage: its ranks differ in nothing that matters here."""
+    """Returns one entry per pipeline stage; the ranks of a stage have equal needs."""
     return [stage_memory(setup, stage) for stage in range(setup.layout.pipeline)]
 
 
 def stage_memory(setup: Setup, stage: int) -> RankMemory:
     kept = kept_state(setup, stage)
     weights, one_tensor = kept["weights"], _largest_tensor(setup)
-    passing = {"a tensor, and its shards": 2 * one_tensor}
+    passing = {"a tensor and its shards": 2 * one_tensor}
     if transport_of(setup.config) == "cuda_ipc":
-        kept |= {"what engines map": 2.0 * _half(setup, weights)}
+        kept |= {"memory mapped by engines": 2.0 * _half(setup, weights)}
     else:
         passing |= {"a bucket": _bucket(setup, weights)}
     forward = _forward(setup, stage)
     phases: dict[str, Parts] = {
-        "load": {name: kept[name] for name in ("weights", "gradients")} | {"a tensor of the folder": one_tensor},
+        "load": {name: kept[name] for name in ("weights", "gradients")} | {"a tensor of the model folder": one_tensor},
         "rollout": dict(kept),
         "log-probs": kept | forward,
         "forward and backward": kept | _backward(setup, stage),
@@ -67,16 +68,16 @@ def stage_memory(setup: Setup, stage: int) -> RankMemory:
         "checkpoint": dict(kept),
     }
     if _other_policy(setup):
-        phases["other policy's log-probs"] = kept | {"its weights": weights} | forward
+        phases["other policy's log-probs"] = kept | {"the other policy's weights": weights} | forward
     reserved: Parts = {}
     if setup.config.actor.device != "cpu":
         most = max(sum(parts.values()) for parts in phases.values())
-        reserved = {"CUDA, NCCL": setup.assumed.reserve, "fragments": setup.assumed.fragmentation * most}
+        reserved = {"CUDA and NCCL": setup.assumed.reserve, "fragmentation": setup.assumed.fragmentation * most}
     return RankMemory(stage, phases, reserved)
 
 
 def kept_state(setup: Setup, stage: int) -> Parts:
-    """What is there all the time: weights, gradient buffers, and the optimizer's state unless it waits on the host."""
+    """Returns the memory held in all phases: weights, gradient buffers, and optimizer state unless it is offloaded."""
     count = rank_parameters(setup.model, setup.layout, stage)
     state: Parts = {"weights": setup.element * count.total, "gradients": FP32 * count.total}
     if not (setup.config.actor.offload_optimizer and setup.config.actor.device != "cpu"):
@@ -85,7 +86,10 @@ def kept_state(setup: Setup, stage: int) -> Parts:
 
 
 def optimizer_state(setup: Setup, stage: int) -> Parts:
-    """Main weights (there are none in fp32) and the two moments, shared out over replicas by the distributed one."""
+    """Returns the bytes of main weights (none if the actor is fp32) and of Adam's two moments.
+
+    A distributed optimizer divides them among the replicas.
+    """
     count, layout = rank_parameters(setup.model, setup.layout, stage), setup.layout
     replicas = expert_replicas = 1
     if setup.config.actor.distributed_optimizer:
@@ -97,44 +101,43 @@ def optimizer_state(setup: Setup, stage: int) -> Parts:
 
 
 def host_bytes(setup: Setup, stage: int) -> float:
-    """Of the host's memory, for one rank: state that waits there, other policies, a checkpoint being written."""
+    """Bytes of host memory for one rank: offloaded optimizer state, other policies, a checkpoint being written."""
     weights = setup.element * rank_parameters(setup.model, setup.layout, stage).total
     state = sum(optimizer_state(setup, stage).values())
-    algorithm, settings = setup.config.algorithm, setup.config.actor
+    passes, settings = passes_of(setup.config), setup.config.actor
     total = state if settings.offload_optimizer else 0.0
-    total += weights * (algorithm.proxy_source == "lagged") + weights * (algorithm.reference_kl.coefficient > 0)
+    total += weights * (passes.lagged_proxy + passes.reference)
     return total + (weights + state if setup.config.train.async_save else 0.0)
 
 
 def _largest_tensor(setup: Setup) -> float:
-    """As a Hugging Face folder has it."""
+    """Bytes of the largest tensor in the Hugging Face folder."""
     return setup.element * setup.model.hidden * max(setup.model.vocabulary, setup.model.ffn)
 
 
 def _bucket(setup: Setup, weights: float) -> float:
-    """What is sent in one go: as much as is asked for, but a tensor at least, and a stage's weights at most."""
+    """Bytes of a bucket: the configured size, but at least one tensor and at most a stage's weights."""
     return max(_largest_tensor(setup), _half(setup, weights))
 
 
 def _half(setup: Setup, weights: float) -> float:
-    """Of the memory that engines map (weight_sync.transport: cuda_ipc); a larger tensor passes in portions."""
+    """Bytes of each half of the mapped memory (weight_sync.transport: cuda_ipc). Larger tensors pass in portions."""
     return min(setup.config.weight_sync.bucket_megabytes * 2**20, setup.layout.tensor * weights)
 
 
 def _other_policy(setup: Setup) -> bool:
-    """Whether another policy's weights take the place of the actor's for a while."""
-    algorithm = setup.config.algorithm
-    lagged = algorithm.name == "lp_reg" and algorithm.proxy_source == "lagged"
-    return lagged or algorithm.reference_kl.coefficient > 0
+    """Returns whether another policy's weights temporarily replace the actor's."""
+    passes = passes_of(setup.config)
+    return passes.lagged_proxy or passes.reference
 
 
 # ---------------------------------------------------------------------- passes
 
 
 def _layers(setup: Setup, stage: int) -> list[tuple[float, float, float, float]]:
-    """(kept, again, backward, forward) of each layer of a stage, bytes a token."""
+    """Returns (kept, recomputed, backward, forward) of each layer of a stage, in bytes per token."""
     return [
-        (layer.kept, layer.again, layer.backward, layer.forward)
+        (layer.kept, layer.recomputed, layer.backward, layer.forward)
         for layer in (
             layer_bytes(
                 setup.model,
@@ -154,19 +157,19 @@ def _is_last(setup: Setup, stage: int) -> bool:
 
 
 def _forward(setup: Setup, stage: int) -> Parts:
-    """Without gradients: one layer at a time, then the head."""
+    """Peak of a forward without gradients: one layer at a time, then the LM head."""
     body = max(forward for *_, forward in _layers(setup, stage)) * setup.micro_batch_tokens
     head = sum(_head(setup, training=False).values()) if _is_last(setup, stage) else 0.0
     return {"activations": body} if body >= head else {"LM head": head}
 
 
 def _backward(setup: Setup, stage: int) -> Parts:
-    """Activations of all micro-batches under way, and the larger of what the head and one layer's backward need."""
+    """Activations of all micro-batches in flight, and the larger of LM head and one layer's backward."""
     layers, tokens = _layers(setup, stage), setup.micro_batch_tokens
-    under_way = min(setup.layout.pipeline - stage, max(1, round(setup.micro_batches)))
-    kept = under_way * tokens * sum(kept for kept, *_ in layers)
-    again = tokens * max(again for _, again, *_ in layers)
-    one_layer = again + tokens * max(backward for *_, backward, _ in layers)
+    in_flight = min(setup.layout.pipeline - stage, max(1, round(setup.micro_batches)))
+    kept = in_flight * tokens * sum(kept for kept, *_ in layers)
+    recomputed = tokens * max(recomputed for _, recomputed, *_ in layers)
+    one_layer = recomputed + tokens * max(backward for *_, backward, _ in layers)
     head = _head(setup, training=True) if _is_last(setup, stage) else {}
     if sum(head.values()) > one_layer:
         return {"activations": kept} | head
@@ -174,31 +177,37 @@ def _backward(setup: Setup, stage: int) -> Parts:
 
 
 def _head(setup: Setup, *, training: bool) -> Parts:
-    """The last norm, the hidden states of response tokens and their gradient, and logits: a chunk's, or all."""
+    """Bytes of the last norm, of the response tokens' hidden states and their gradient, and of the logits.
+
+    The fused LM head holds the logits of one chunk of tokens, the materialised one those of all tokens.
+    """
     b, hidden, columns = setup.element, setup.model.hidden, setup.vocabulary_part
     tokens, responses = setup.micro_batch_tokens, setup.micro_batch_responses
     on_cpu = setup.config.actor.device == "cpu"
     shared = hidden / (setup.layout.tensor if setup.layout.sequence_parallel else 1)
     norm = tokens * ((2 * FP32 * shared if not setup.transformer_engine else b * shared) + FP32) * training
     states = tokens * b * hidden * (not training) + responses * b * hidden * (1 + training)
-    work = CPU_ROW_BYTES if on_cpu else 0.0
+    work = CPU_STATISTICS_BYTES if on_cpu else 0.0
     if setup.config.actor.lm_head == "materialised":
         return {"last norm": norm, "hidden states": states, "logits": responses * columns * b + work}
     chunk = min(responses, CPU_CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
     logits = chunk * columns * FP32
     if training and b != FP32:
-        logits += chunk * columns * (b + FP32 * on_cpu)  # their gradient; CPU multiplies fp32 copies
+        logits += chunk * columns * (b + FP32 * on_cpu)  # gradient of the logits; the CPU multiplies fp32 copies
     if not training and b != FP32 and on_cpu:
         logits += columns * hidden * FP32
     return {"last norm": norm, "hidden states": states, "logits of a chunk": logits + work}
 
 
 def _optimizer(setup: Setup, stage: int) -> Parts:
-    """State that waits on the host comes for the step. On CPU Adam is torch's own, which needs a root and a quotient of
-    the largest weight, and gloo gathers the distributed one's weights into a copy."""
+    """Further memory of the optimizer step.
+
+    On a GPU that is offloaded state, which is copied to the GPU for the step. On the CPU torch's Adam needs a root and
+    a quotient of the largest weight, and gloo gathers a distributed optimizer's weights into a copy.
+    """
     if setup.config.actor.device != "cpu":
-        arrives = sum(optimizer_state(setup, stage).values()) if setup.config.actor.offload_optimizer else 0.0
-        return {"state, from the host": arrives} if arrives else {}
+        offloaded = sum(optimizer_state(setup, stage).values()) if setup.config.actor.offload_optimizer else 0.0
+        return {"optimizer state from the host": offloaded} if offloaded else {}
     layout = setup.layout
     copies = layout.data * layout.context if setup.config.actor.distributed_optimizer else 1
     largest = setup.model.hidden * max(setup.vocabulary_part, 2 * setup.model.ffn / layout.tensor)

@@ -1,4 +1,4 @@
-"""How many parameters a rank holds. `tests/unit/plan` compares with the models that the actor builds."""
+"""Number of parameters on each rank. `tests/unit/plan` compares it with the models that the actor builds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_rl.parallel.layout import Layout, last_stage_layers, padded_vocabu
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Of one rank, by how many ranks hold the same."""
+    """Parameters of one rank, by the ranks that hold copies of them."""
 
     dense: int
-    """Held again by every data-parallel (and context-parallel) rank."""
+    """Parameters that every data-parallel and context-parallel rank replicates."""
     experts: int
-    """Held again only where the same experts are."""
+    """Parameters that only ranks with the same experts replicate."""
 
     @property
     def total(self) -> int:
@@ -23,7 +23,7 @@ class Parameters:
 
 
 def stage_layers(model: Architecture, layout: Layout) -> list[range]:
-    """The layers of each pipeline stage."""
+    """Returns the layers of each pipeline stage."""
     last = last_stage_layers(model.layers, layout.pipeline)
     each = (model.layers - last) // max(1, layout.pipeline - 1)
     first = [range(stage * each, (stage + 1) * each) for stage in range(layout.pipeline - 1)]
@@ -31,7 +31,7 @@ def stage_layers(model: Architecture, layout: Layout) -> list[range]:
 
 
 def rank_parameters(model: Architecture, layout: Layout, stage: int) -> Parameters:
-    """Of any tensor-parallel rank of a pipeline stage."""
+    """Returns the parameters of a tensor-parallel rank in a pipeline stage; all have the same number."""
     layers = stage_layers(model, layout)[stage]
     vocabulary = padded_vocabulary(model.vocabulary, layout.tensor) // layout.tensor * model.hidden
     first, last = stage == 0, stage == layout.pipeline - 1
@@ -50,7 +50,7 @@ def rank_parameters(model: Architecture, layout: Layout, stage: int) -> Paramete
 
 
 def model_parameters(model: Architecture) -> int:
-    """The whole model's, without padding; tied tables once."""
+    """Returns the number of the model's parameters without padding; tied embeddings count once."""
     return rank_parameters(model, Layout(), 0).total
 
 

@@ -1,4 +1,4 @@
-"""A plan: does the run fit, who goes where, how long does it take."""
+"""The plan of a run: whether it fits, where each process goes, and how long it takes."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from functools import cached_property
 from typing import Any
 
 from megatron_rl.plan.engines import WORK_SPACE, EngineMemory, colocated_memory, engine_memory
-from megatron_rl.plan.hardware import GIB
 from megatron_rl.plan.memory import RankMemory, actor_memory, host_bytes
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
 from megatron_rl.plan.times import checkpoint_bytes, step_flops, step_seconds
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
+from megatron_rl.utils.hardware import GIB
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from a setup. Each part is worked out when it is asked for."""
+    """The plan that follows from a setup. Each part is computed on first access."""
 
     setup: Setup
 
     @cached_property
     def actor(self) -> list[RankMemory]:
-        """One entry a pipeline stage."""
+        """Memory of the actor: one entry per pipeline stage."""
         return colocated_memory(self.setup) if self.setup.placement.shared else actor_memory(self.setup)
 
     @cached_property
     def engine(self) -> EngineMemory | None:
-        """None where engines are servers that run elsewhere."""
+        """Memory of an engine; None if the engines are servers outside the cluster (`rollout.server.urls`)."""
         return None if self.setup.config.rollout.server.urls else engine_memory(self.setup)
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Of the parts of a step."""
+        """Part of a step -> seconds."""
         return step_seconds(self.setup)
 
     @property
@@ -42,23 +43,23 @@ class Plan:
 
     @property
     def gpus(self) -> int:
-        """Taken from the cluster, whether a process uses them or not."""
+        """Number of GPUs of the cluster, used or not."""
         return self.setup.config.cluster.nodes * self.setup.config.cluster.gpus_per_node
 
     @property
     def gpu_hours(self) -> float:
-        """Of the whole run; evaluations are not in it."""
+        """GPU hours of the complete run, without evaluations."""
         return self.gpus * self.step_seconds * self.setup.config.train.steps / 3600
 
     @property
     def utilisation(self) -> float:
-        """Share of the matrix rate of all GPUs that the actor's passes would reach over a step, recompute aside."""
+        """Share of the matrix rate of all GPUs that the actor's passes, recompute included, reach over a step."""
         flops = sum(step_flops(self.setup).values())
         return flops / self.gpus / self.setup.gpu.flops / self.step_seconds
 
     @cached_property
     def problems(self) -> list[str]:
-        """Why the run does not fit; empty if it does."""
+        """Reasons why the run does not fit; empty if it fits."""
         return list(self._problems())
 
     def _problems(self) -> Iterator[str]:
@@ -66,47 +67,55 @@ class Plan:
         for rank in self.actor:
             if rank.peak > gpu.memory:
                 yield (
-                    f"actor, pipeline stage {rank.stage}: {rank.peak / GIB:.1f} GiB in phase {rank.worst!r}, "
-                    f"a {gpu.name} has {gpu.memory / GIB:.1f}"
+                    f"actor, pipeline stage {rank.stage}: a rank needs {rank.peak / GIB:.1f} GiB in the phase "
+                    f"{rank.worst!r}, but {gpu.name} has {gpu.memory / GIB:.1f} GiB"
                 )
-        if self.engine is not None and self.engine.tokens < self.setup.longest_row:
+        if self.engine is not None and self.engine.tokens < self.setup.longest_sequence:
             yield (
-                f"engine: {self.engine.weights / GIB:.1f} GiB of weights leave room for {self.engine.tokens:.0f} "
-                f"tokens of cache, the longest row is {self.setup.longest_row}; raise rollout.server.tensor_parallel"
-                + (" or take cluster.colocate back" if self.setup.placement.shared else "")
+                f"engine: beside {self.engine.weights / GIB:.1f} GiB of weights the KV cache holds "
+                f"{self.engine.tokens:.0f} tokens, but the longest sequence has {self.setup.longest_sequence}; raise "
+                "rollout.server.tensor_parallel" + (" or unset cluster.colocate" if self.setup.placement.shared else "")
             )
 
     @cached_property
     def remarks(self) -> list[str]:
-        """What works, but may not be meant."""
+        """Properties of the plan that work but may not be intended."""
         return list(self._remarks())
 
     def _remarks(self) -> Iterator[str]:
         setup, cluster = self.setup, self.setup.config.cluster
         used = sum(setup.placement.gpus(node) for node in setup.placement.nodes)
         if setup.placement.on_gpu and used < self.gpus:
-            yield f"{self.gpus - used} of {self.gpus} GPUs have nothing to do"
-        if setup.placement.shared and self.engine is not None and setup.config.rollout.engine == "vllm":
+            yield f"{self.gpus - used} of {self.gpus} GPUs are not used"
+        kind = engine_kind(setup.config.rollout.engine)
+        option = kind.memory_option if isinstance(kind, ServerKind) else None
+        if setup.placement.shared and self.engine is not None and option:
             share = (self.engine.weights + self.engine.cache + WORK_SPACE) / setup.gpu.memory
-            yield f"vLLM takes a share of all memory: rollout.server.arguments=[--gpu-memory-utilization, {share:.2f}]"
-        asleep = used - sum(map(len, setup.placement.shared))
-        if setup.placement.shared and asleep:
-            yield f"{asleep} of {used} GPUs have no engine: they wait through every rollout"
+            yield (
+                f"{kind.name} must be told its share of a GPU's memory: "
+                f"rollout.server.arguments=[{option}, {share:.2f}]"
+            )
+        without_engine = used - sum(map(len, setup.placement.shared))
+        if setup.placement.shared and without_engine:
+            yield f"{without_engine} of {used} GPUs have no engine and are idle during every rollout"
         if self.engine is not None:
             together = self.engine.tokens / (setup.assumed.mean_prompt + setup.lengths.mean())
-            mine = setup.rows / setup.config.rollout.engines
+            mine = setup.sequences / setup.config.rollout.engines
             if together < mine:
-                yield f"an engine's cache holds about {together:.0f} of its {mine:.0f} responses: they take turns"
-        if setup.lengths.cut > 0.2:
-            yield f"{setup.lengths.cut:.0%} of the responses would reach rollout.max_response_tokens"
-        rows = setup.rows / setup.config.train.updates_per_rollout
-        if rows < 4 * setup.layout.data:
-            yield f"an update has {rows:.0f} rows for {setup.layout.data} replicas: some will wait for others"
+                yield f"an engine's cache holds about {together:.0f} of its {mine:.0f} responses, so they take turns"
+        if setup.lengths.truncated > 0.2:
+            yield f"{setup.lengths.truncated:.0%} of the responses would reach rollout.max_response_tokens"
+        sequences = setup.sequences / setup.config.train.updates_per_rollout
+        if sequences < 4 * setup.layout.data:
+            yield (
+                f"an update has {sequences:.0f} sequences for {setup.layout.data} data-parallel replicas, so some "
+                "replicas will wait for others"
+            )
         if setup.placement.on_gpu and len(setup.placement.nodes) < cluster.nodes:
-            yield f"{cluster.nodes - len(setup.placement.nodes)} of {cluster.nodes} nodes have nothing to do"
+            yield f"{cluster.nodes - len(setup.placement.nodes)} of {cluster.nodes} nodes are not used"
 
     def as_json(self) -> dict[str, Any]:
-        """Numbers in bytes, seconds and operations."""
+        """The plan as JSON values; numbers are in bytes, seconds and operations."""
         setup = self.setup
         return {
             "model": {"family": setup.model.family, "parameters": model_parameters(setup.model)},
@@ -134,7 +143,7 @@ class Plan:
             if self.engine is None
             else {"weights": self.engine.weights, "cache": self.engine.cache, "cache_tokens": self.engine.tokens},
             "step": {
-                "rows": setup.rows,
+                "rows": setup.sequences,
                 "tokens": setup.step_tokens,
                 "flops": step_flops(setup),
                 "seconds": self.seconds,

@@ -1,4 +1,4 @@
-"""Other layouts of the same run on the same GPUs: those that fit, the quickest or the nearest first."""
+"""Searches for layouts of the same run on the same GPUs that fit: the fastest first, or the nearest first."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from megatron_rl.config.actor import RecomputeSettings
 from megatron_rl.errors import UserError
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.setup import Setup
+from megatron_rl.rollout.engines.kind import engine_kind
 
 POWERS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a layout decides."""
+    """The settings of one layout."""
 
     tensor: int
     pipeline: int
@@ -42,7 +43,7 @@ class Choice:
 
     @property
     def overrides(self) -> list[str]:
-        """For the command line."""
+        """The settings as overrides for the command line."""
         return [
             f"actor.tensor_parallel={self.tensor}",
             f"actor.sequence_parallel={'true' if self.tensor > 1 else 'false'}",
@@ -73,36 +74,39 @@ class Choice:
         return config.model_copy(update={"actor": actor, "rollout": rollout})
 
     def distance(self, other: Choice) -> int:
-        """How much of a run would have to be set differently; how parts share GPUs weighs more than what they keep."""
+        """Number of settings that differ. Degrees of parallelism count twice, recompute and offloading once."""
         parts = ("tensor", "pipeline", "data", "engines", "engine_tensor")
         layout = sum(getattr(self, name) != getattr(other, name) for name in parts)
         return 2 * layout + (self.recompute != other.recompute) + (self.offload != other.offload)
 
 
 def layouts(setup: Setup) -> list[tuple[Choice, Plan]]:
-    """All that fit, the quickest first; the optimizer's state waits on the host only where it must."""
+    """Returns all layouts that fit, the fastest first. Offloading is used only where a layout needs it to fit."""
     found = {choice: plan for choice in _choices(setup) if (plan := _fitting(setup, choice))}
-    worth = [(c, p) for c, p in found.items() if not (c.offload and replace(c, offload=False) in found)]
-    return sorted(worth, key=lambda pair: pair[1].step_seconds)
+    useful = [(c, p) for c, p in found.items() if not (c.offload and replace(c, offload=False) in found)]
+    return sorted(useful, key=lambda pair: pair[1].step_seconds)
 
 
 def nearest(setup: Setup, count: int = 3) -> list[tuple[Choice, Plan]]:
-    """Those that fit and change least; of equals the quickest."""
+    """Returns the layouts that fit and change the fewest settings; the faster one first if they are equal."""
     here = Choice.of(setup.config)
     return sorted(layouts(setup), key=lambda pair: (pair[0].distance(here), pair[1].step_seconds))[:count]
 
 
 def _choices(setup: Setup) -> Iterator[Choice]:
-    """Powers of two, as machines are; the GPUs that the actor leaves are the engines', or all are both's
-    (`cluster.colocate`). Context parallelism stays as it is."""
+    """Yields the candidate layouts.
+
+    Degrees of parallelism are powers of two. The engines get all GPUs that the actor leaves, or share all GPUs with it
+    (`cluster.colocate`). Context parallelism is not changed.
+    """
     cluster, rollout = setup.config.cluster, setup.config.rollout
     gpus, elsewhere = cluster.nodes * cluster.gpus_per_node, bool(rollout.server.urls)
-    embedded = rollout.engine == "transformers"
+    embedded = engine_kind(rollout.engine).embedded
     for tensor, pipeline, data in product(POWERS, POWERS, range(1, gpus + 1)):
         left = gpus - tensor * pipeline * data * setup.config.actor.context_parallel
         if cluster.colocate and setup.placement.on_gpu:
             left = gpus if left == 0 else -1
-        if left < 0 or tensor > cluster.gpus_per_node or pipeline > setup.model.layers or setup.rows % data:
+        if left < 0 or tensor > cluster.gpus_per_node or pipeline > setup.model.layers or setup.sequences % data:
             continue
         if elsewhere and left:
             continue

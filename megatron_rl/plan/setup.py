@@ -1,4 +1,4 @@
-"""What a plan is made from: a configuration, the model's shape, the GPU and the assumptions."""
+"""The inputs of a plan: configuration, model architecture, GPU and assumptions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import read_config
-from megatron_rl.parallel.configured import layout_of, placement_of
-from megatron_rl.parallel.layout import Layout, padded_vocabulary, validate_layout
-from megatron_rl.parallel.placement import Placement
-from megatron_rl.plan.hardware import GPUS, Assumptions, Gpu
-from megatron_rl.plan.lengths import Lengths, lengths
+from megatron_rl.models.layout_check import validate_layout
+from megatron_rl.parallel.layout import Layout, layout_of, padded_vocabulary
+from megatron_rl.parallel.placement import Placement, placement_of
+from megatron_rl.plan.assumptions import Assumptions, Lengths, lengths
+from megatron_rl.utils.hardware import GPUS, Gpu
 
 USUAL_PROMPT = 200
-"""Tokens; problems of mathematics are about that long."""
+"""Usual length of a mathematics problem in tokens."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that the parts of a plan ask for."""
+    """The inputs of a plan, and quantities that follow from them."""
 
     config: Config
     hf_config: dict[str, Any]
@@ -32,25 +32,25 @@ class Setup:
 
     @classmethod
     def of(cls, config: Config, gpu: Gpu, assumed: Assumptions) -> Setup:
-        """Raises UserError where the model cannot be spread as asked."""
+        """Raises UserError if the model cannot be divided as configured, or the cluster is too small."""
         hf_config = read_config(config.model.path)
         limit = config.rollout.max_response_tokens
         if not 0 < assumed.mean_response < limit:
             raise UserError(
-                f"mean_response: {assumed.mean_response:g} is not between 0 and the limit of {limit} tokens"
+                f"mean_response: {assumed.mean_response:g} is not between 0 and rollout.max_response_tokens ({limit})"
             )
         setup = cls(config, hf_config, Architecture.from_hf(hf_config), gpu, assumed)
         setup.check()
         return setup
 
     def check(self) -> None:
-        """Raises UserError where the model cannot be spread as asked, or the cluster is too small."""
+        """Raises UserError if the model cannot be divided as configured, or the cluster is too small."""
         validate_layout(self.hf_config, self.layout, self.config.actor.pad_vocabulary)
         len(self.placement.nodes)
 
     @property
     def transformer_engine(self) -> bool:
-        """Whether the actor's layers are Transformer Engine's; else they are Megatron's local ones, as on CPU."""
+        """Whether the actor uses Transformer Engine layers rather than Megatron's local ones, as on the CPU."""
         actor = self.config.actor
         return actor.device != "cpu" and actor.dtype != "float32" and self.assumed.transformer_engine
 
@@ -60,12 +60,12 @@ class Setup:
 
     @cached_property
     def placement(self) -> Placement:
-        """Raises UserError where the cluster is too small."""
+        """Raises UserError if the cluster is too small."""
         return placement_of(self.config)
 
     @property
     def element(self) -> int:
-        """Bytes of a weight or an activation."""
+        """Bytes per weight or activation."""
         return 4 if self.config.actor.dtype == "float32" else 2
 
     @property
@@ -74,51 +74,55 @@ class Setup:
         return padded_vocabulary(self.model.vocabulary, self.layout.tensor) // self.layout.tensor
 
     @property
-    def longest_row(self) -> int:
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and response."""
         return self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
 
     @property
     def micro_batch_tokens(self) -> float:
-        """The most tokens of a micro-batch on one rank: a longer row goes alone."""
-        return max(self.config.actor.micro_batch_tokens, self.longest_row) / self.layout.context
+        """Largest number of tokens in a micro-batch on one rank. A longer sequence has a micro-batch of its own."""
+        return max(self.config.actor.micro_batch_tokens, self.longest_sequence) / self.layout.context
 
     @property
     def micro_batch_responses(self) -> float:
-        """The most tokens of it that carry loss."""
-        whole_rows = max(1, self.config.actor.micro_batch_tokens // self.longest_row)
-        with_prompts = min(self.config.data.max_prompt_tokens, self.assumed.mean_prompt) * whole_rows
-        return max(0.0, self.micro_batch_tokens * self.layout.context - with_prompts) / self.layout.context
+        """Largest number of tokens that carry loss in a micro-batch on one rank."""
+        sequences = max(1, self.config.actor.micro_batch_tokens // self.longest_sequence)
+        prompt_tokens = min(self.config.data.max_prompt_tokens, self.assumed.mean_prompt) * sequences
+        return max(0.0, self.micro_batch_tokens * self.layout.context - prompt_tokens) / self.layout.context
 
     @property
-    def rows(self) -> int:
-        """Responses of a step."""
+    def sequences(self) -> int:
+        """Number of sequences (prompt and response) in a step."""
         return self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt
 
     @cached_property
     def lengths(self) -> Lengths:
-        """Of the responses."""
+        """Distribution of response lengths."""
         return lengths(self.assumed.mean_response, self.assumed.spread, self.config.rollout.max_response_tokens)
 
     @property
     def step_tokens(self) -> float:
-        """Prompts and responses."""
-        return self.rows * (self.assumed.mean_prompt + self.lengths.mean())
+        """Tokens of prompts and responses in a step."""
+        return self.sequences * (self.assumed.mean_prompt + self.lengths.mean())
 
     @property
     def step_squares(self) -> float:
-        """Sum of the squared lengths of a step's rows."""
-        return self.rows * self.lengths.mean(lambda length: (self.assumed.mean_prompt + length) ** 2)
+        """Sum of the squared sequence lengths in a step."""
+        return self.sequences * self.lengths.mean(lambda length: (self.assumed.mean_prompt + length) ** 2)
 
     @property
     def micro_batches(self) -> float:
-        """Of one replica in one update."""
+        """Number of micro-batches of one replica in one update."""
         per_update = self.step_tokens / self.layout.data / self.config.train.updates_per_rollout
-        return max(1.0, per_update / max(self.config.actor.micro_batch_tokens, self.step_tokens / self.rows))
+        return max(1.0, per_update / max(self.config.actor.micro_batch_tokens, self.step_tokens / self.sequences))
 
 
 def setup_of(config: Config, **assumed: Any) -> Setup:
-    """On the GPUs that the configuration names. Of lengths that are not given, a guess: a third of the longest
-    response. Raises UserError as `Setup.of` does."""
+    """Returns the setup on the GPUs that the configuration names.
+
+    assumed: values for `Assumptions`. The default for the mean response length is a guess, a third of the limit. Raises
+    UserError if the model cannot be divided as configured, or the cluster is too small.
+    """
     lengths = {
         "mean_prompt": min(USUAL_PROMPT, config.data.max_prompt_tokens / 2),
         "mean_response": config.rollout.max_response_tokens / 3,

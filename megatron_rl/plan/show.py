@@ -1,4 +1,4 @@
-"""A plan as tables."""
+"""Prints a plan as tables."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rl.observability.format import duration
-from megatron_rl.plan.hardware import GIB
 from megatron_rl.plan.memory import host_bytes
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.search import Choice
 from megatron_rl.plan.times import checkpoint_bytes, step_flops
+from megatron_rl.utils.format import duration
+from megatron_rl.utils.hardware import GIB
 
 
 def show_plan(plan: Plan, alternatives: Sequence[tuple[Choice, Plan]], console: Console) -> None:
-    """alternatives: layouts that fit, where this one does not."""
+    """Print a plan. alternatives: layouts that fit, if this one does not."""
     _show_run(plan, console)
     console.print(_placement(plan), _actor(plan))
     _show_engine(plan, console)
@@ -29,17 +29,17 @@ def show_plan(plan: Plan, alternatives: Sequence[tuple[Choice, Plan]], console: 
     for problem in plan.problems:
         console.print(f"[bold red]does not fit[/] {problem}")
     if plan.problems:
-        console.print("Nearest layouts that fit:" if alternatives else "No layout fits: more GPUs, or larger ones")
+        console.print("Nearest layouts that fit:" if alternatives else "No layout fits. Use more or larger GPUs.")
         for choice, other in alternatives:
             changed = set(choice.overrides) - set(Choice.of(plan.setup.config).overrides)
-            console.print(f"  {' '.join(sorted(changed))}  ({duration(other.step_seconds)} a step)", highlight=False)
+            console.print(f"  {' '.join(sorted(changed))}  ({duration(other.step_seconds)} per step)", highlight=False)
     else:
         console.print("[green]fits[/]")
     _show_assumptions(plan, console)
 
 
 def show_layouts(found: Sequence[tuple[Choice, Plan]], count: int, console: Console) -> None:
-    table = Table("TP", "PP", "DP", "recompute", "offload", "engines", "GiB", "step s", "GPU h", box=SIMPLE_HEAD)
+    table = Table("TP", "PP", "DP", "recompute", "offload", "engines", "GiB", "s/step", "GPU hours", box=SIMPLE_HEAD)
     for choice, plan in found[:count]:
         table.add_row(
             *(str(value) for value in (choice.tensor, choice.pipeline, choice.data, choice.recompute)),
@@ -49,9 +49,9 @@ def show_layouts(found: Sequence[tuple[Choice, Plan]], count: int, console: Cons
             f"{plan.step_seconds:.0f}",
             f"{plan.gpu_hours:,.0f}",
         )
-    console.print(table, f"{len(found)} layouts fit; the {min(count, len(found))} quickest are shown")
+    console.print(table, f"{len(found)} layouts fit; the {min(count, len(found))} fastest are shown")
     if found:
-        console.print("The first:", " ".join(found[0][0].overrides), highlight=False, soft_wrap=True)
+        console.print("The fastest:", " ".join(found[0][0].overrides), highlight=False, soft_wrap=True)
 
 
 def _show_run(plan: Plan, console: Console) -> None:
@@ -61,25 +61,26 @@ def _show_run(plan: Plan, console: Console) -> None:
         f"{setup.config.model.path}: {setup.model.family}, {model_parameters(setup.model) / 1e9:.2f} B parameters, "
         f"{setup.config.actor.dtype}\n"
         f"{plan.gpus} x {setup.gpu.name} on {setup.config.cluster.nodes} nodes\n"
-        f"a step: {setup.rows} responses, {setup.step_tokens / 1e6:.2f} M tokens, {flops:.2e} operations of the actor\n"
+        f"each step: {setup.sequences} responses, {setup.step_tokens / 1e6:.2f} M tokens, "
+        f"{flops:.2e} operations of the actor\n"
         f"{setup.config.train.steps} steps of {duration(plan.step_seconds)}: "
         f"{duration(plan.step_seconds * setup.config.train.steps)}, {plan.gpu_hours:,.0f} GPU hours; "
-        f"a checkpoint is {checkpoint_bytes(setup) / GIB:.0f} GiB",
+        f"a checkpoint takes {checkpoint_bytes(setup) / GIB:.0f} GiB",
         highlight=False,
     )
 
 
 def _placement(plan: Plan) -> Table:
     placement, layout = plan.setup.placement, plan.setup.layout
-    table = Table("node", "actor ranks", "engines", box=SIMPLE_HEAD, title="who goes where", title_justify="left")
+    table = Table("node", "actor ranks", "engines", box=SIMPLE_HEAD, title="placement", title_justify="left")
     for node in placement.nodes:
         ranks = [rank for rank, place in enumerate(placement.actors) if place == node]
         engines = [str(engine) for engine, place in enumerate(placement.engines) if place == node]
         if placement.shared:
             engines = [f"{engine} (ranks {_span(placement.shared[int(engine)])})" for engine in engines]
         stages = sorted({rank // (layout.world_size // layout.pipeline) for rank in ranks})
-        said = f"{ranks[0]}-{ranks[-1]} (stage {', '.join(map(str, stages))})" if ranks else ""
-        table.add_row(str(node), said, ", ".join(engines))
+        text = f"{ranks[0]}-{ranks[-1]} (stage {', '.join(map(str, stages))})" if ranks else ""
+        table.add_row(str(node), text, ", ".join(engines))
     return table
 
 
@@ -88,9 +89,9 @@ def _span(ranks: Sequence[int]) -> str:
 
 
 def _actor(plan: Plan) -> Table:
-    """The largest stage of each phase."""
-    title = f"a rank of the actor, GiB (a {plan.setup.gpu.name} has {plan.setup.gpu.memory / GIB:.1f})"
-    table = Table("phase", "total", "of which", box=SIMPLE_HEAD, title=title, title_justify="left")
+    """Returns the table of memory by phase; each phase shows the stage that needs the most."""
+    title = f"memory of an actor rank in GiB ({plan.setup.gpu.name} has {plan.setup.gpu.memory / GIB:.1f})"
+    table = Table("phase", "total", "parts", box=SIMPLE_HEAD, title=title, title_justify="left")
     for phase in plan.actor[0].phases:
         rank = max(plan.actor, key=lambda rank: rank.total(phase))
         parts = rank.phases[phase] | rank.reserved
@@ -99,7 +100,7 @@ def _actor(plan: Plan) -> Table:
         style = "bold red" if total > plan.setup.gpu.memory else ""
         table.add_row(phase, Text(f"{total / GIB:.1f}", style), text)
     host = max(host_bytes(plan.setup, rank.stage) for rank in plan.actor)
-    table.add_row("host memory", f"{host / GIB:.1f}", "for each rank, besides its processes")
+    table.add_row("host memory", f"{host / GIB:.1f}", "per rank, besides its process")
     return table
 
 
@@ -109,8 +110,8 @@ def _show_engine(plan: Plan, console: Console) -> None:
     rollout, engine = plan.setup.config.rollout, plan.engine
     size, room = engine.weights / GIB, max(0.0, engine.cache) / GIB
     console.print(
-        f"an engine ({rollout.engine}, {rollout.engines} x TP {rollout.server.tensor_parallel}): "
-        f"weights {size:.1f} GiB a GPU, cache {room:.1f} GiB = {engine.tokens:,.0f} tokens",
+        f"each engine ({rollout.engine}, {rollout.engines} x TP {rollout.server.tensor_parallel}): "
+        f"weights {size:.1f} GiB per GPU, KV cache {room:.1f} GiB = {engine.tokens:,.0f} tokens",
         highlight=False,
     )
 
@@ -119,7 +120,7 @@ def _seconds(plan: Plan) -> Table:
     table = Table("part of a step", "seconds", "share", box=SIMPLE_HEAD)
     for name, seconds in plan.seconds.items():
         table.add_row(name, f"{seconds:.1f}", f"{seconds / plan.step_seconds:.0%}")
-    table.add_row("all", f"{plan.step_seconds:.1f}", f"{plan.utilisation:.0%} of the matrix rate of all GPUs")
+    table.add_row("total", f"{plan.step_seconds:.1f}", f"{plan.utilisation:.0%} of the matrix rate of all GPUs")
     return table
 
 
@@ -128,6 +129,6 @@ def _show_assumptions(plan: Plan, console: Console) -> None:
     console.print(
         f"[dim]Estimated, not measured. Assumed: prompts of {assumed.mean_prompt:.0f} and responses of "
         f"{assumed.mean_response:.0f} tokens on average, {assumed.training:.0%} of {plan.setup.gpu.flops / 1e12:.0f} "
-        f"TFLOPS in training, {assumed.decoding:.0%} of {plan.setup.gpu.bandwidth / 1e12:.2f} TB/s in decoding, "
-        f"{assumed.links:.0%} of the links. Change them with --assume name=value.[/]"
+        f"TFLOPS in training, {assumed.decoding:.0%} of {plan.setup.gpu.bandwidth / 1e12:.2f} TB/s in decoding, and "
+        f"{assumed.links:.0%} of the rates of the links. Change an assumption with --assume name=value.[/]"
     )

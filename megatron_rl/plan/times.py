@@ -1,10 +1,11 @@
-"""How long each part of a step takes, from operations, bytes and stated rates. An estimate: nothing was measured."""
+"""Estimated time of each part of a step, from operations, bytes and assumed rates. Nothing here was measured."""
 
 from __future__ import annotations
 
+from megatron_rl.config.passes import passes_of
 from megatron_rl.config.transport import transport_of
+from megatron_rl.models.flops import body_flops, head_flops
 from megatron_rl.plan.engines import rollout_seconds
-from megatron_rl.plan.flops import body_flops, head_flops
 from megatron_rl.plan.memory import optimizer_state
 from megatron_rl.plan.parameters import model_parameters, rank_parameters
 from megatron_rl.plan.setup import Setup
@@ -13,33 +14,21 @@ Parts = dict[str, float]
 
 
 def step_flops(setup: Setup) -> Parts:
-    """Of the actor, over all ranks, by pass. All responses count as trained on; dropping some makes a step shorter."""
-    responses = setup.rows * setup.lengths.mean()
+    """Operations of the actor's passes over all ranks. All responses count as trained on; dropping some takes less."""
+    response_tokens = setup.sequences * setup.lengths.mean()
     body = body_flops(setup.model, setup.step_tokens, setup.step_squares)
-    head = head_flops(setup.model, responses)
-    again = {"none": 0.0, "selective": _recomputed_share(setup), "full": 1.0}[setup.config.actor.recompute.granularity]
+    head = head_flops(setup.model, response_tokens)
+    shares = {"none": 0.0, "selective": _recomputed_share(setup), "full": 1.0}
+    recomputed = shares[setup.config.actor.recompute.granularity]
     epochs = setup.config.train.epochs_per_rollout
-    flops = {"forward and backward": epochs * (3 * (body + head) + again * body)}
-    if passes := extra_forwards(setup):
-        flops["log-probs"] = passes * (body + head)
+    flops = {"forward and backward": epochs * (3 * (body + head) + recomputed * body)}
+    if forwards := passes_of(setup.config).forwards:
+        flops["log-probs"] = forwards * (body + head)
     return flops
 
 
-def extra_forwards(setup: Setup) -> int:
-    """Forwards without gradients over a step's rows: of the old policy, a lagged one, a reference."""
-    config, algorithm = setup.config, setup.config.algorithm
-    off_policy = config.train.updates_per_rollout > 1 or config.rollout.max_staleness > 0
-    by_entropy = algorithm.name == "high_entropy" or (
-        algorithm.name == "lp_reg" and algorithm.lp_reg.select_by == "entropy"
-    )
-    corrected = algorithm.correction.weights != "none" or algorithm.correction.reject_sequences
-    old = off_policy or by_entropy or corrected or algorithm.selection_log_probs == "actor"
-    lagged = algorithm.name == "lp_reg" and algorithm.proxy_source == "lagged"
-    return old + lagged + (algorithm.reference_kl.coefficient > 0)
-
-
 def step_seconds(setup: Setup) -> Parts:
-    """Part of a step -> seconds; they follow one another."""
+    """Returns part of a step -> seconds. The parts follow one another."""
     flops, world = step_flops(setup), setup.layout.world_size
     rate = setup.gpu.flops * setup.assumed.training
     bubble = 1 + (setup.layout.pipeline - 1) / setup.micro_batches
@@ -47,7 +36,9 @@ def step_seconds(setup: Setup) -> Parts:
     parts = {"rollout": rollout_seconds(setup)}
     if "log-probs" in flops:
         compute = flops["log-probs"] / world / rate
-        parts["log-probs"] = bubble * (compute + visible * extra_forwards(setup) * _tensor_seconds(setup, sums=2))
+        parts["log-probs"] = bubble * (
+            compute + visible * passes_of(setup.config).forwards * _tensor_seconds(setup, sums=2)
+        )
     passes = setup.config.train.epochs_per_rollout
     sums = 6 if setup.config.actor.recompute.granularity == "full" else 4
     compute = flops["forward and backward"] / world / rate
@@ -56,13 +47,13 @@ def step_seconds(setup: Setup) -> Parts:
     parts["optimizer"] = setup.config.train.updates_per_rollout * _optimizer_seconds(setup)
     parts["weight sync"] = _sync_seconds(setup)
     if every := setup.config.train.save_every:
-        parts["checkpoint, its share"] = checkpoint_bytes(setup) / _writers(setup) / setup.assumed.file_rate / every
+        parts["checkpoint, per step"] = checkpoint_bytes(setup) / _writers(setup) / setup.assumed.file_rate / every
     return parts
 
 
 def checkpoint_bytes(setup: Setup) -> float:
-    """Of one: weights and moments in fp32, and the lagged snapshot."""
-    lagged = setup.config.algorithm.proxy_source == "lagged"
+    """Bytes of one checkpoint: weights and moments in fp32, and the lagged snapshot."""
+    lagged = passes_of(setup.config).lagged_proxy
     return 4 * (3 + lagged) * model_parameters(setup.model)
 
 
@@ -71,7 +62,7 @@ def _writers(setup: Setup) -> int:
 
 
 def _recomputed_share(setup: Setup) -> float:
-    """Of a layer's forward, where the MLP is computed again."""
+    """Share of a layer's forward that selective recompute repeats."""
     model = setup.model
     attention = model.head_dim * (2 * model.heads + 2 * model.kv_heads)
     mlp = 3 * model.ffn * bool({"mlp", "moe"} & set(setup.config.actor.recompute.modules))
@@ -79,7 +70,10 @@ def _recomputed_share(setup: Setup) -> float:
 
 
 def _tensor_seconds(setup: Setup, *, sums: int) -> float:
-    """Sums over tensor-parallel ranks: so many a layer, each of the hidden states. A ring moves 2 (t - 1) / t."""
+    """Seconds of sums over tensor-parallel ranks. sums: number of sums of the hidden states per layer.
+
+    A ring of t ranks moves 2 (t - 1) / t times the data.
+    """
     t = setup.layout.tensor
     tokens = setup.step_tokens / setup.layout.data / setup.layout.context
     layers = setup.model.layers / setup.layout.pipeline
@@ -88,7 +82,7 @@ def _tensor_seconds(setup: Setup, *, sums: int) -> float:
 
 
 def _replica_seconds(setup: Setup) -> float:
-    """fp32 gradients out and weights back, in a ring of replicas; over the network where they span nodes."""
+    """Seconds of exchanging fp32 gradients and weights in a ring of replicas; over the network if they span nodes."""
     replicas = setup.layout.data * setup.layout.context
     if replicas == 1:
         return 0.0
@@ -100,7 +94,7 @@ def _replica_seconds(setup: Setup) -> float:
 
 
 def _optimizer_seconds(setup: Setup) -> float:
-    """State is read and written once; over the bus both ways where it waits on the host."""
+    """Seconds of reading and writing the optimizer state once; if offloaded, also of moving it both ways over PCIe."""
     state = sum(optimizer_state(setup, 0).values())
     seconds = 2 * state / (setup.gpu.bandwidth * setup.assumed.decoding)
     if setup.config.actor.offload_optimizer:
@@ -109,18 +103,21 @@ def _optimizer_seconds(setup: Setup) -> float:
 
 
 def _sync_seconds(setup: Setup) -> float:
-    """A broadcast: each pipeline stage sends its part to all engines at once. CUDA IPC: engines read the whole. A
-    folder in memory: over the bus and back. One on disk: each stage writes its part, then every node reads the whole.
+    """Seconds of a weight sync.
+
+    collective: each pipeline stage broadcasts its part to all engines at once. cuda_ipc: engines read the complete
+    weights from mapped memory. shared_memory: weights go over PCIe to the host and back. disk: each stage writes its
+    part, then every node reads the complete weights.
     """
-    whole = setup.element * model_parameters(setup.model)
-    part = whole / setup.layout.pipeline
+    total = setup.element * model_parameters(setup.model)
+    part = total / setup.layout.pipeline
     transport = transport_of(setup.config)
     if transport == "disk":
         stage_nodes = set(setup.placement.actors[:: setup.layout.world_size // setup.layout.pipeline])
-        return (whole / len(stage_nodes) + whole) / setup.assumed.file_rate
-    if transport == "cuda_ipc":  # one stage after another, and most engines on other GPUs than a stage's first rank
-        return whole / (setup.gpu.link * setup.assumed.links)
+        return (total / len(stage_nodes) + total) / setup.assumed.file_rate
+    if transport == "cuda_ipc":  # stages take turns, and most engines are on other GPUs than a stage's first rank
+        return total / (setup.gpu.link * setup.assumed.links)
     if transport == "shared_memory":
-        return (part + whole) / (setup.gpu.host * setup.assumed.links)
+        return (part + total) / (setup.gpu.host * setup.assumed.links)
     apart = len(setup.placement.nodes) > 1
     return part / ((setup.gpu.network if apart else setup.gpu.link) * setup.assumed.links)

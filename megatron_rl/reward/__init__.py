@@ -1,4 +1,4 @@
-"""Verifiers, and what runs them: a pool of processes that can be killed, or a server."""
+"""Verifiers, and their execution in a pool of processes that can be killed, or on a server."""
 
 from megatron_rl.reward.grader import Grader, check_reward, open_grader
 from megatron_rl.reward.outcomes import check_failures, outcome_rates

@@ -1,4 +1,4 @@
-"""The Countdown verifier. It judges by its own arithmetic, so that a slip in the task's generator cannot hide."""
+"""The Countdown verifier. It has its own arithmetic, so that it also reveals errors in the task's generator."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ ATTEMPT = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+) ([-+*]) (\d+) = (\d+)", re.AS
 
 
 def verify_countdown(sample: Sample) -> RewardResult:
-    """1 if the response ended by itself with the verdict `ok` after a last attempt that solves the problem, else 0.
+    """Returns score 1 if the last attempt solves the problem and is followed by the verdict `ok`, and 0 otherwise.
 
-    The label reads `3 5 7 > 22`; ValueError for any other. One filler (`hmm`, `so`) may follow the verdict: without
-    the verdict in the rule, policies drift to always saying `no`.
+    The response must have ended by itself, and one filler (`hmm`, `so`) may follow the verdict. The verdict is part of
+    the rule because policies otherwise drift to always answering `no`. Raises ValueError unless the label has the form
+    `3 5 7 > 22`.
     """
     numbers, target = _read_label(sample.prompt.label)
     words = sample.text.split()
@@ -37,7 +38,7 @@ def _read_label(label: object) -> tuple[list[int], int]:
 
 
 def _last_attempt(words: list[str]) -> str | None:
-    """The last run of words without a verdict, a retry or a filler."""
+    """Returns the last run of words without a verdict, a retry or a filler."""
     end = len(words)
     while end and words[end - 1] in BETWEEN_ATTEMPTS:
         end -= 1

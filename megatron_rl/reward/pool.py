@@ -21,7 +21,7 @@ from pebble import ProcessExpired, ProcessPool
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward.resolve import load_reward
 from megatron_rl.types import Decode, Reward, RewardResult, Sample
-from megatron_rl.utils.process_log import redirect_output
+from megatron_rl.utils.files import redirect_output
 
 CHUNKS_PER_WORKER = 4
 """More chunks even out the load; fewer chunks cost fewer round trips."""
@@ -214,8 +214,8 @@ class MemoryLimit:
         resource.setrlimit(resource.RLIMIT_DATA, (self._limit, self._limit))
 
     def worn_out(self) -> bool:
-        """Whether half of the memory that was free after loading is used up: the process should then be replaced before
-        a sample is blamed."""
+        """Whether half of the memory that was free after loading is used up, so that the process should be replaced
+        before a sample is blamed."""
         return _writable_bytes() - self._loaded > (self._limit - self._loaded) / 2
 
 

@@ -1,16 +1,14 @@
-"""From a name in the configuration to a verifier."""
+"""Lookup of the verifier that the configuration names."""
 
 from __future__ import annotations
 
 import difflib
-import importlib
-import os
-import sys
 from typing import Any
 
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.types import Reward
+from megatron_rl.utils.import_path import import_object, is_import_path
 
 BUILT_IN = {
     "countdown": "megatron_rl.reward.countdown:verify_countdown",
@@ -18,13 +16,14 @@ BUILT_IN = {
     "code": "megatron_rl.reward.code:CodeReward",
 }
 TAKES_SETTINGS = ("code",)
-"""Those are classes, made from the settings."""
+"""Names of verifiers that are classes and are constructed from the settings."""
 
 
 def load_reward(settings: RewardSettings) -> Reward:
-    """The verifier `settings.name`: a built-in one, or `package.module:function` from sys.path or the working folder.
+    """Returns the verifier `settings.name`: a built-in one, or `package.module:function`.
 
-    Raises UserError for an unknown name, a module that does not import and anything that cannot be called.
+    Modules are found on sys.path or in the working folder. Raises UserError for an unknown name, a module that cannot
+    be imported, or an object that cannot be called.
     """
     loaded = _find(settings.name)
     return loaded(settings) if settings.name in TAKES_SETTINGS else loaded
@@ -32,29 +31,15 @@ def load_reward(settings: RewardSettings) -> Reward:
 
 def _find(name: str) -> Any:
     path = BUILT_IN.get(name, name)
-    module_name, colon, attribute = path.partition(":")
-    if not (module_name and colon and attribute):
+    if not is_import_path(path):
         nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         known = ", ".join(map(repr, BUILT_IN))
         raise UserError(f"reward.name: unknown reward {name!r}.{hint} Known: {known}, or 'package.module:function'.")
-    reward = getattr(_import(module_name, name), attribute, None)
-    if reward is None:
-        raise UserError(f"reward.name={name!r}: module {module_name!r} has no {attribute!r}.")
+    reward = import_object(path, "reward.name")
     if not callable(reward):
+        attribute = path.rpartition(":")[2]
         raise UserError(
             f"reward.name={name!r}: {attribute!r} is a {type(reward).__name__}, not a function of a sample."
         )
     return reward
-
-
-def _import(module_name: str, name: str) -> object:
-    # A console script, unlike `python -m`, leaves the working folder out. Last, so that it shadows nothing installed.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises while it loads
-        raise UserError(
-            f"reward.name={name!r}: module {module_name!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error

@@ -150,7 +150,7 @@ class RolloutCollector:
     # ------------------------------------------------------------------ engines
 
     def _ask(self) -> None:
-        """Submits as many prompts as the step needs. Seed, step and draw determine the random numbers of each draw."""
+        """Submits as many prompts as the step needs. Seed, step and draw determine the random numbers of a draw."""
         buffer, settings = self.buffer, self.settings
         min_groups = None
         if self._missing > 0:

@@ -1,15 +1,15 @@
-"""The log-prob contract: what an engine says of the tokens it sampled is what the actor says of them.
+"""The log-prob contract: an engine's log-probs of the tokens that it sampled are those of the actor.
 
-Losses compare an engine's log-probs with the actor's. Engines have many ways to get them subtly wrong, and training
-then goes astray without an error. So every engine samples a few responses to real prompts, the actor scores them, and
-training does not go on where the two differ.
+Losses compare an engine's log-probs with the actor's. An engine can get its log-probs subtly wrong in many ways, and
+training then goes astray without an error. So every engine samples a few responses to real prompts, the actor scores
+them, and training stops if the log-probs differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -20,31 +20,44 @@ from megatron_rl.errors import UserError
 from megatron_rl.rollout.contract_causes import Score, likely_cause, paths
 from megatron_rl.types import Prompt, Response, SamplingParams
 
-if TYPE_CHECKING:
-    from megatron_rl.cluster.engine_process import EngineProcess
-
 PROMPTS, RESPONSES, TOKENS = 8, 2, 64
-"""Of a probe: responses to each prompt, and the longest of them."""
+"""Size of a probe: number of prompts, responses per prompt, and maximum number of tokens per response."""
 BOUNDS = {"float32": (1e-4, 1e-4)}
-"""Largest difference of a token, mean difference, in nats."""
+"""Data type of the actor -> largest difference of a token and mean difference that are allowed, in nats."""
 BOUNDS_OF_HALF = (1.0, 0.03)
-"""The same in bfloat16: rounding differs with every kernel, most on rare tokens, but hardly in the mean."""
+"""The same for half precision. Rounding differs between kernels, most on rare tokens, but hardly in the mean."""
 
 
-class Probed(Protocol):
+class ProbedEngine(Protocol):
+    """One engine, as the contract sees it."""
+
+    number: int
+    """Number of the engine in messages."""
+    agrees: bool
+    """Whether the engine was found to keep the contract. A replaced engine starts with False."""
+
+
+Engine = TypeVar("Engine", bound=ProbedEngine)
+
+
+class Probed(Protocol[Engine]):
     """The engines of a run."""
 
     @property
-    def running(self) -> list[EngineProcess]: ...
+    def running(self) -> Sequence[Engine]:
+        """Engines that have started."""
+        ...
 
     def probe(
         self, prompts: Sequence[Prompt], sampling: SamplingParams
-    ) -> dict[EngineProcess, list[list[Response]]]: ...
+    ) -> Mapping[Engine, Sequence[Sequence[Response]]]:
+        """Returns each serving engine's responses to the prompts; engines that are lost meanwhile are left out."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a difference may be, in nats."""
+    """Largest differences between engine and actor that are allowed, in nats."""
 
     largest: float
     mean: float
@@ -55,12 +68,12 @@ class Bounds:
         return cls(settings.max_difference or largest, settings.mean_difference or mean)
 
     def hold(self, gap: Array) -> bool:
-        """gap [T], absolute. One that is no number does not."""
+        """Returns whether the absolute differences [T] are within the bounds. NaN is not."""
         return bool(gap.max() <= self.largest and gap.mean() <= self.mean)
 
 
 class Contract:
-    """Call `check` after every weight sync; it looks when there is reason to."""
+    """Checks the contract. `check` is called after every weight sync and probes the engines only when it is due."""
 
     def __init__(
         self,
@@ -70,58 +83,61 @@ class Contract:
         sampling: SamplingParams,
         notify: Callable[[str], None],
     ) -> None:
-        """dtype: of the actor. say: told when engines are found to agree."""
-        self.bounds, self._every, self._say = Bounds.of(settings, dtype), settings.every, notify
+        """`dtype`: the actor's data type. `notify`: receives a message when the engines are found to agree."""
+        self.bounds, self._every, self._notify = Bounds.of(settings, dtype), settings.every, notify
         self._prompts = list(prompts[:PROMPTS])
         self._sampling = replace(sampling, n=RESPONSES, max_tokens=min(TOKENS, sampling.max_tokens))
         self._syncs = 0
         self._before: dict[tuple[int, ...], float] = {}
-        """What the actor said at the last check."""
+        """The actor's log-probs at the last check: `paths` of the probed sequences."""
 
-    def check(self, engines: Probed, score: Score) -> dict[str, float]:
-        """Metrics, where it was time to look: after the first sync, after the first update, every so many, and when an
-        engine was replaced. score: the actor's.
+    def check(self, engines: Probed[Engine], score: Score) -> dict[str, float]:
+        """Probes the engines if that is due, and returns metrics; none if it is not due.
 
-        Raises UserError, with the likely cause, when an engine does not agree.
+        A check is due after the first sync, after the first update, after every `every` syncs, and if an engine was
+        replaced. `score`: log-probs of the actor.
+
+        Raises:
+            UserError: an engine does not agree with the actor. The message names the likely cause.
         """
         self._syncs += 1
         due = self._syncs <= 2 or (self._every > 0 and self._syncs % self._every == 0)
         if not due and all(engine.agrees for engine in engines.running):
             return {}
         gaps = []
-        said: dict[tuple[int, ...], float] = {}
+        found: dict[tuple[int, ...], float] = {}
         for engine, groups in engines.probe(self._prompts, self._sampling).items():
-            rows = self._rows(groups)
-            actors = score(rows, self._sampling.temperature)
-            gap = np.abs(rows.values["rollout_log_probs"] - actors)
+            batch = self._batch(groups)
+            actors = score(batch, self._sampling.temperature)
+            gap = np.abs(batch.values["rollout_log_probs"] - actors)
             if not self.bounds.hold(gap):
-                raise UserError(self._refusal(engine.number, rows, actors, score))
+                raise UserError(self._refusal(engine.number, batch, actors, score))
             engine.agrees = True
             gaps.append(gap)
-            said |= paths(rows, actors)
+            found |= paths(batch, actors)
         if not gaps:
-            return {}  # all of them were lost meanwhile: they are looked at when others have taken their place
-        self._before = said
+            return {}  # all engines were lost meanwhile: their replacements are checked
+        self._before = found
         gap = np.concatenate(gaps)
-        self._say(
-            f"log-probs of {len(gaps)} engine{'s' * (len(gaps) > 1)} and of the actor agree: of {len(gap)} tokens "
-            f"none differs by more than {gap.max():.1e}, the mean by {gap.mean():.1e}"
+        self._notify(
+            f"log-probs of {len(gaps)} engine{'s' * (len(gaps) > 1)} and of the actor agree: the largest difference "
+            f"over {len(gap)} tokens is {gap.max():.1e}, the mean {gap.mean():.1e}"
         )
         return {"logprob/contract_max_diff": float(gap.max()), "logprob/contract_abs_diff": float(gap.mean())}
 
-    def _rows(self, groups: Sequence[Sequence[Response]]) -> SequenceBatch:
-        """Of one engine's answer."""
+    def _batch(self, groups: Sequence[Sequence[Response]]) -> SequenceBatch:
+        """Returns the batch of one engine's responses to the prompts."""
         pairs = zip(self._prompts, groups, strict=True)
         return sequences_of((prompt.token_ids, response) for prompt, group in pairs for response in group)
 
-    def _refusal(self, engine: int, rows: SequenceBatch, actors: Array, score: Score) -> str:
-        gap = np.abs(rows.values["rollout_log_probs"] - actors)
+    def _refusal(self, engine: int, batch: SequenceBatch, actors: Array, score: Score) -> str:
+        gap = np.abs(batch.values["rollout_log_probs"] - actors)
         cause = likely_cause(
-            rows, actors, score, temperature=self._sampling.temperature, hold=self.bounds.hold, before=self._before
+            batch, actors, score, temperature=self._sampling.temperature, hold=self.bounds.hold, before=self._before
         )
         return (
-            f"engine {engine} and the actor disagree: log-probs of the {len(gap)} tokens it sampled differ by "
-            f"{gap.max():.2g} at most and {gap.mean():.2g} in the mean; {self.bounds.largest:g} and "
+            f"engine {engine} and the actor disagree: log-probs of its {len(gap)} sampled tokens differ by "
+            f"{gap.max():.2g} at most and by {gap.mean():.2g} on average; {self.bounds.largest:g} and "
             f"{self.bounds.mean:g} are allowed (rollout.contract). Training on them would go astray.\n"
             f"Likely cause: {cause}"
         )

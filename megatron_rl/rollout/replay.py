@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
-from megatron_rl.observability.rollouts import dumps
 from megatron_rl.rollout.buffer import Group
+from megatron_rl.rollout.dump import dumps
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.types import Prompt, Response, RewardResult
 

@@ -1,1 +1,1 @@
-"""A run from its start to its end: folder, warm start, resume, interruption, what it leaves behind."""
+"""A run from its start to its end: folder, warm start, resume, interruption and results."""

@@ -46,7 +46,7 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def _scored_by_actor(run: Run, batch: SequenceBatch) -> dict[str, float]:
-    """Returns the mean entropy of the sampled tokens, and the probes."""
+    """Returns the mean entropy of the sampled tokens, and the mean probability of each probe's token."""
     temperature = run.learner.temperature
     found = {"entropy": float(run.actors.score(batch, temperature=temperature)["entropy"].mean())}
     for name, (after, token) in run.inputs.probes.items():

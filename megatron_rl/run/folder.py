@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and which checkpoint a run goes on from."""
+"""A run's folder: which run it holds, and which checkpoint the run resumes from."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.progress import track
 
 from megatron_rl.checkpoint.manifest import MANIFEST, Manifest, checkpoints, read_checkpoint
 from megatron_rl.config import Config, expand
+from megatron_rl.config.effective import read_expanded
 from megatron_rl.errors import UserError
 
 CONFIG = "config.yaml"
@@ -20,18 +21,19 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """Where a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
     checkpoint: Path
     manifest: Manifest
     damaged: tuple[str, ...] = ()
-    """What is wrong with newer checkpoints, which were passed over."""
+    """Problems of newer checkpoints, which were skipped."""
 
 
 def checkpoint_to_resume(config: Config) -> Resumption | None:
-    """The intact checkpoint that `resume` names; None for a start from step 0.
+    """Returns the intact checkpoint that `resume` names; None if the run starts from step 0.
 
-    Raises UserError where runs would mix, and where there are checkpoints but none that is intact.
+    Raises:
+        UserError: the folder belongs to something else, `resume` names no checkpoint, or no checkpoint is intact.
     """
     folder, resume = config.run.folder, config.resume
     holds_run = (folder / CONFIG).is_file()
@@ -49,12 +51,12 @@ def checkpoint_to_resume(config: Config) -> Resumption | None:
             raise UserError(f"resume: {resume} is neither a checkpoint nor the folder of a run that has one")
         return found
     if holds_run:
-        raise UserError(f"{folder} already holds a run. Go on with it: resume=auto; or start another: run.name=NAME")
+        raise UserError(f"{folder} already holds a run. Resume it with resume=auto, or start another: run.name=NAME")
     return None
 
 
 def _newest(run_folder: Path) -> Resumption | None:
-    """The newest intact checkpoint."""
+    """Returns the newest intact checkpoint, None if there are no checkpoints. Raises UserError if all are damaged."""
     damaged: list[str] = []
     for path in reversed(checkpoints(run_folder / "checkpoints")):
         try:
@@ -72,22 +74,25 @@ def _progress(files: Sequence[str]) -> Iterable[str]:
 
 
 def create(config: Config) -> list[str]:
-    """Make the folder and write the resolved configuration into it. Returns what a resumed run changes in it."""
+    """Creates the folder and writes the resolved configuration into it. Returns the settings that a resume changes.
+
+    Raises UserError if the folder cannot be written or its configuration is damaged.
+    """
     folder = config.run.folder
     path = folder / CONFIG
     try:
-        before = yaml.safe_load(path.read_text()) if path.is_file() else None
+        before = read_expanded(path.read_text()) if path.is_file() else None
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(expand(config))
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is damaged ({error}): a run cannot be resumed in this folder") from error
-    return _changes(before, yaml.safe_load(expand(config))) if isinstance(before, dict) else []
+    return _changes(before, read_expanded(expand(config))) if isinstance(before, dict) else []
 
 
 def _changes(before: Any, after: Any, key: str = "") -> list[str]:
-    """`key: old -> new` for every value that differs; how a run was resumed is no part of it."""
+    """Returns `key: old -> new` for every value that differs, except for `resume` itself."""
     if isinstance(before, dict) and isinstance(after, dict):
         names = [name for name in {**before, **after} if f"{key}{name}" != "resume"]
         return [line for name in names for line in _changes(before.get(name), after.get(name), f"{key}{name}.")]

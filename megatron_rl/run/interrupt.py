@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run in order: the step is finished, a checkpoint written. A second one ends it at once."""
+"""Ctrl-C and SIGTERM stop a run after its current step, with a checkpoint. A second signal stops it at once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from types import FrameType
 
 @dataclass
 class Stop:
-    """Set by the first signal; the loop looks at it between steps."""
+    """Set by the first signal. The loop checks it between steps."""
 
     requested: bool = False
 
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Stop]:
+    """Handles both signals in the block. Yields the Stop that the first one sets; a second raises KeyboardInterrupt."""
     stop = Stop()
 
     def handle(_number: int, _frame: FrameType | None) -> None:

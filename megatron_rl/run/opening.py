@@ -23,16 +23,18 @@ from megatron_rl.config.checks import contradictions
 from megatron_rl.config.passes import passes_of
 from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet, load_prompts
-from megatron_rl.data.template import load_tokenizer
-from megatron_rl.data.tokens import single_token, stop_token_ids
+from megatron_rl.data.tokenizer import load_tokenizer, single_token, stop_token_ids
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import open_weights
+from megatron_rl.models.layout_check import check_layout
 from megatron_rl.observability.diagnosis import Diagnosis
+from megatron_rl.observability.make_view import make_view
 from megatron_rl.observability.metrics import MetricsLog, read_metrics
 from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.observability.timing import Phases
-from megatron_rl.observability.view import View, make_view
-from megatron_rl.parallel.configured import check_layout, layout_of, placement_of
+from megatron_rl.observability.view import View
+from megatron_rl.parallel.layout import layout_of
+from megatron_rl.parallel.placement import placement_of
 from megatron_rl.reward.decode import decoder_of
 from megatron_rl.reward.grader import check_reward, open_grader
 from megatron_rl.reward.grading import Grading

@@ -24,7 +24,10 @@ def checkpoint_on_outage(run: Run) -> Iterator[None]:
 
 
 def _saved(run: Run) -> str:
-    """Makes sure that the last finished step has a checkpoint, and says how to continue. The next step is repeated."""
+    """Makes sure that the last finished step has a checkpoint, and returns how to continue from it.
+
+    The step in progress is repeated then.
+    """
     if run.step == 0 or not run.keeps_weights:
         return "There is no finished step yet to continue from"
     if run.last_step:  # without one, the run has just been resumed, from a checkpoint that exists

@@ -1,4 +1,4 @@
-"""Writes an embedded task before training, where a configuration asks for one."""
+"""Writes a built-in task before training, if the configuration asks for one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TASKS = {"countdown": write_task}
 
 
 def prepare(config: Config, view: View) -> None:
-    """Write the task's problems, tokenizer and model into its folder unless they are there."""
+    """Writes the task's problems, tokenizer and model into its folder unless they are there already."""
     if config.prepare:
         view.phase(f"preparing the {config.prepare.task} task")
         TASKS[config.prepare.task](config.prepare.folder)

@@ -1,4 +1,4 @@
-"""Records a run's rollouts, at the steps that are due and as far as time allows."""
+"""Records a run's rollouts at the steps that are due, unless that would take too large a share of the time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Recorder:
         self.cost = Cost()
 
     def record(self, step: int, rollouts: Rollouts, batch: TrainingBatch) -> None:
-        """Writes a dump if one is due. A dump that costs too much is left out, unless every step is to have one."""
+        """Writes a dump if one is due. A dump that would take too long is skipped, unless every step must have one."""
         settings = self.config.observability
         due = settings.rollouts_every and (step == 1 or step % settings.rollouts_every == 0)
         if not due or not (settings.rollouts_every == 1 or self.cost.affordable):

@@ -1,4 +1,4 @@
-"""The frozen model of the KL penalty: where its weights come from, and that a resumed run has the same ones."""
+"""The frozen reference model of the KL penalty. A resumed run must use the same weights as before."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from megatron_rl.models.hf_format import weights_sha256
 
 
 def find_reference(config: Config, recorded: ModelFolder | None, start: Callable[[], Path]) -> ModelFolder | None:
-    """The reference model's folder; None where the loss has no use for one.
+    """Returns the reference model's folder; None if the loss needs no reference model.
 
-    recorded: that of the run that is resumed. start: the folder of the policy as RL started from it; called only where
-    no folder is named and the recorded one is gone. Raises UserError where the weights are not the recorded ones.
+    Args:
+        config: Configuration of the run.
+        recorded: Reference model of the checkpoint that the run resumes from.
+        start: Returns the folder of the policy that RL starts from. It is called only if the configuration names no
+            folder and the recorded folder is missing.
+
+    Raises:
+        UserError: the weights are not the recorded ones.
     """
     settings = config.algorithm.reference_kl
     if not settings.coefficient:
@@ -28,7 +34,7 @@ def find_reference(config: Config, recorded: ModelFolder | None, start: Callable
     if recorded and found.sha256 != recorded.sha256:
         raise UserError(
             f"the reference model in {folder} is not the one this run was started with ({recorded.path}): its weights "
-            "have another SHA-256. Name a folder with the same files by algorithm.reference_kl.model=FOLDER, or start "
-            "a new run"
+            "have another SHA-256. Give a folder with the same files with algorithm.reference_kl.model=FOLDER, or "
+            "start a new run"
         )
     return found

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: whether this run can, what is brought back, and what the user is told of it."""
+"""Resumes a run from a checkpoint: checks that it can, restores the state, and reports what has changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import read_config
 from megatron_rl.observability.metrics import read_metrics
-from megatron_rl.parallel.configured import layout_of
+from megatron_rl.parallel.layout import layout_of
 from megatron_rl.reward.decode import decoder_of
 from megatron_rl.rollout.buffer import RolloutBuffer
 from megatron_rl.rollout.collector import RolloutCollector
@@ -26,7 +26,7 @@ from megatron_rl.run.run import Run
 
 
 def origin_of(config: Config, reference: ModelFolder | None = None) -> Origin:
-    """What this process writes into its checkpoints."""
+    """Returns the description of this run (model, layout, versions) that is written into its checkpoints."""
     return Origin(
         model=asdict(Architecture.from_hf(read_config(config.model.path))),
         layout=asdict(layout_of(config.actor)),
@@ -37,7 +37,7 @@ def origin_of(config: Config, reference: ModelFolder | None = None) -> Origin:
 
 
 def check_resumption(config: Config, resumption: Resumption) -> None:
-    """Raises UserError when the checkpoint is of another model."""
+    """Raises UserError if the checkpoint belongs to another model."""
     there, here = resumption.manifest.origin.model, origin_of(config).model
     different = [f"{key} is {there[key]} there, {here[key]} here" for key in there if there[key] != here.get(key)]
     if different:
@@ -48,14 +48,14 @@ def check_resumption(config: Config, resumption: Resumption) -> None:
 
 
 def resume(run: Run, resumption: Resumption) -> None:
-    """Bring everything back but the cursor, which the run was opened with."""
+    """Restores all state but the cursor, which the run was opened with."""
     checkpoint, manifest = resumption.checkpoint, resumption.manifest
     run.actors.load(checkpoint)
     rng.restore(read_rng(checkpoint).driver)
     if isinstance(run.rollouts, RolloutCollector):
         run.rollouts.buffer = _buffer(run, checkpoint)
     run.resumed, run.step, run.learner.weight_version = True, manifest.state.step, manifest.state.weight_version
-    if all(row["step"] != run.step for row in read_metrics(run.folder)):  # killed between checkpoint and metrics
+    if all(row["step"] != run.step for row in read_metrics(run.folder)):  # the run was killed before it wrote metrics
         run.metrics.write(run.step, manifest.metrics)
     for line in _report(run, resumption):
         run.view.message(line)
@@ -77,7 +77,7 @@ def _report(run: Run, resumption: Resumption) -> list[str]:
     if there.layout != here.layout:
         lines.append(
             f"written under {there.layout_in_words}, now {here.layout_in_words}: weights and optimizer state "
-            "are exact, the ranks' random states start anew, and sums in another order round differently from here on"
+            "are exact, the ranks' random states are new, and sums in another order round differently from here on"
         )
     if there.dtype != here.dtype:
         lines.append(f"written by a {there.dtype} run, now {here.dtype}: main weights and optimizer state are exact")

@@ -1,4 +1,4 @@
-"""A run in progress: its rooms, and how far it has come. `run/opening.py` opens one."""
+"""A run in progress: its components and its progress. `run/opening.py` opens one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.actor.optimizer.schedule import learning_rate
+from megatron_rl.actor.optimizer.learning_rate import learning_rate
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.manifest import DriverState
@@ -21,7 +21,6 @@ from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet
 from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.metrics import MetricsLog
-from megatron_rl.observability.step_metrics import rate_metrics
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View
 from megatron_rl.reward.grading import Grading
@@ -31,6 +30,7 @@ from megatron_rl.rollout.rollouts import RolloutSource
 from megatron_rl.run.recorder import Recorder
 from megatron_rl.run.sampling import step_sampling
 from megatron_rl.training.learner import Learner
+from megatron_rl.training.metrics import rate_metrics
 from megatron_rl.types import Prompt
 from megatron_rl.utils.heartbeat import FOLDER as HEARTBEATS
 from megatron_rl.utils.heartbeat import memory_metrics, read_beats
@@ -47,13 +47,13 @@ class Inputs:
     train: PromptSet
     suites: dict[str, list[Prompt]]
     probes: dict[str, tuple[int, int]]
-    """Name -> (token before, token whose probability is followed)."""
+    """Name -> (preceding token, token whose probability is measured after it)."""
     stop_token_ids: tuple[int, ...]
 
 
 @dataclass
 class Run:
-    """Everything that a step needs, and the number of steps done."""
+    """The components that a step needs, and the number of steps done."""
 
     config: Config
     folder: Path
@@ -97,6 +97,7 @@ class Run:
         return step_sampling(self.config, self.inputs.stop_token_ids, step).seed
 
     def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of a step."""
         settings = self.config.actor.optimizer
         return learning_rate(
             step,
@@ -113,13 +114,16 @@ class Run:
             self.weights.release_memory()
 
     def sync_weights(self) -> dict[str, float]:
-        """Gives the engines the actor's weights; returns metrics. The first time, and every so often, the checksum of
-        every tensor is compared on both sides. Raises UserError if the engines' log-probs differ from the actor's."""
+        """Sends the actor's weights to the engines, and returns metrics. Does nothing if the engines have them already.
+
+        The checksums of all tensors are compared on both sides at the first sync, and then every
+        `weight_sync.verify_every` versions. Raises UserError if the engines' log-probs then differ from the actor's.
+        """
         if self.weights is None:
             return {}
         before, every, version = self.weights.version, self.config.weight_sync.verify_every, self.learner.weight_version
         if before == version and not self.weights.released:
-            return {}  # a step without an update
+            return {}  # the step had no update
         verify = before is None or (every > 0 and version % every == 0)
         metrics = self.weights.sync(version, verify=verify)
         return metrics | self.contract.check(self.weights.engines, self._log_probs)
@@ -130,7 +134,7 @@ class Run:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Writes a step's metrics to file and screen, then raises the error of a failed background checkpoint."""
-        if self.step:  # the line before the first step holds evaluations only
+        if self.step:  # the row before the first step holds evaluations only
             metrics |= memory_metrics(read_beats(self.folder / "logs" / HEARTBEATS)) | self._rates(metrics)
         self.metrics.write(self.step, metrics | self.phase.flush() | self.saver.poll())
         if self.step:
@@ -140,7 +144,7 @@ class Run:
             self.view.message(str(finding))
 
     def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Returns the actor's rate of operations in its phases of the step with these metrics."""
+        """Returns metrics of the actor's operations per second in the step that has these metrics."""
         seconds = metrics.get("perf/score_seconds", 0.0) + metrics.get("perf/train_seconds", 0.0)
         gpu = self.actors.gpu if self.config.actor.dtype != "float32" else None  # the known rate is that of bf16
         return rate_metrics(self.actors.take_flops(), seconds, len(self.actors.ranks), gpu.flops if gpu else None)
@@ -160,12 +164,13 @@ class Run:
         self.view.message(f"profile: {folder}")
 
     def step_done(self, metrics: dict[str, float]) -> None:
-        """Counts a step with these metrics. The state now is the one to resume from: the next step draws prompts."""
+        """Counts the step that has these metrics, and keeps the state to resume from, before the next step draws
+        prompts."""
         self.step += 1
         self.last_step = self._state(), metrics, self.rollouts.pending
 
     def save(self, metrics: dict[str, float], *, background: bool) -> None:
-        """Writes a checkpoint of this step, which has these metrics."""
+        """Writes a checkpoint of the last step, which has these metrics."""
         if not self.keeps_weights:
             return
         with self.phase("checkpoint"):

@@ -1,4 +1,4 @@
-"""Supervised training before RL, through the same actor; cached by the content of all that goes into it."""
+"""Supervised training before RL, with the same actor. Its result is cached under a hash of all its inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from megatron_rl.actor.optimizer.schedule import learning_rate
+from megatron_rl.actor.optimizer.learning_rate import learning_rate
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.export import export_hf
 from megatron_rl.config import Config
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from megatron_rl.cluster.actors import Actors
 
 VERSION = 1
-"""Raise it whenever the same inputs would be trained into other weights."""
+"""Part of the cache key. Increase it whenever a change makes the same inputs give other weights."""
 
 
 def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBase, view: View) -> Path:
-    """The folder of the warm-started model. Each phase is trained unless cached; the actor is left undefined."""
+    """Returns the folder of the warm-started model. Trains each phase that is not in the cache.
+
+    The actor's weights are undefined afterwards. Raises UserError if the traces are unusable or the loss diverges.
+    """
     settings = config.warm_start
     if settings is None:
         return config.model.path
@@ -58,7 +61,7 @@ def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBas
 
 
 def _train(phase: WarmStartPhase, settings: WarmStartSettings, rows: SequenceBatch, actors: Actors) -> Iterator[float]:
-    """Yields each step's loss. One step is under way while the next is cut and sent."""
+    """Yields each step's loss. The next batch is prepared and sent while a step is running."""
     waiting = None
     for step in range(1, phase.steps + 1):
         first = (step - 1) * settings.batch_size
@@ -80,13 +83,13 @@ def _train(phase: WarmStartPhase, settings: WarmStartSettings, rows: SequenceBat
 
 
 def _read_traces(path: Path, tokenizer: PreTrainedTokenizerBase) -> SequenceBatch:
-    """Columns `prompt` and `response`, both text as the tokenizer reads it."""
+    """Reads the text columns `prompt` and `response` of a parquet file. Raises UserError if they are unusable."""
     try:
         table = pq.read_table(path, columns=["prompt", "response"])
     except Exception as error:
         raise UserError(f"{path}: a parquet file with the columns prompt and response is expected: {error}") from error
     if not len(table):
-        raise UserError(f"{path}: there are no traces in it")
+        raise UserError(f"{path} contains no traces")
     prompts, responses = (
         _tokenized(table[name].to_pylist(), f"{path}: {name}", tokenizer) for name in ("prompt", "response")
     )
@@ -102,13 +105,13 @@ def _tokenized(texts: list[Any], what: str, tokenizer: PreTrainedTokenizerBase) 
             raise UserError(f"{what} of row {row} is {text!r}; text is expected")
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     if [] in ids:
-        raise UserError(f"{what} of row {ids.index([])} is no token to the model's tokenizer")
+        raise UserError(f"{what} of row {ids.index([])} gives no tokens with the model's tokenizer")
     return ids
 
 
 def _key(config: Config, settings: WarmStartSettings, phases: int) -> str:
-    """A hash of all that shapes the result of the first `phases` phases: the model's files, traces and settings. The
-    layout is no part of it."""
+    """Returns a hash of all inputs of the first `phases` phases: the model's files, traces and settings, but not the
+    layout."""
     digest = hashlib.sha256()
     used = settings.phases[:phases]
     shape = settings.model_dump(mode="json", exclude={"cache_folder", "phases"})

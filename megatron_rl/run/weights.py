@@ -1,4 +1,4 @@
-"""The way that new weights take to the engines of a run."""
+"""Opens the transport that brings new weights to the engines of a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_rl.cluster.weight_sync import CollectiveSync, FolderSync, WeightSy
 from megatron_rl.config import Config
 from megatron_rl.config.transport import transport_of
 from megatron_rl.observability.view import View
-from megatron_rl.weight_sync.shared_memory import shared_folder
+from megatron_rl.weight_sync.folder import shared_folder
 
 
 def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: View, stack: ExitStack) -> WeightSync:
-    """What it leaves on disk or in memory goes with the stack."""
+    """Returns the weight sync of the configured transport. Closing the stack removes its files and shared memory."""
     settings, server = config.weight_sync, config.rollout.server
     ranks = server.tensor_parallel
     bucket_bytes = settings.bucket_megabytes * 2**20

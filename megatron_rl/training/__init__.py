@@ -1,1 +1,1 @@
-"""What happens to a step's rollouts between the reward and the weight sync."""
+"""Training on a step's rollouts, between the reward and the weight sync: advantages, scores, selection, updates."""

@@ -9,6 +9,8 @@ import torch
 
 import lpreg
 from megatron_rl.batching.arrays import Array, Indices
+from megatron_rl.errors import UserError
+from megatron_rl.utils.import_path import import_object, is_import_path
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -25,6 +27,18 @@ def overlong_penalty(config: Config, lengths: Indices) -> Array:
 
 
 def advantages_of(algorithm: AlgorithmSettings, rewards: Array, groups: Indices) -> Array:
-    """Returns float64 [N], from rewards float64 [N] and the group [N] of each response."""
-    values = lpreg.group_advantages(torch.from_numpy(rewards), torch.from_numpy(groups), estimator=algorithm.advantage)
+    """Returns float64 [N], from rewards float64 [N] and the group [N] of each response.
+
+    Raises UserError if the user's own estimator cannot be imported or returns something else.
+    """
+    name = algorithm.advantage
+    own = import_object(name, "algorithm.advantage") if is_import_path(name) else None
+    try:
+        values = lpreg.group_advantages(
+            torch.from_numpy(rewards), torch.from_numpy(groups), estimator=name if own is None else own
+        )
+    except ValueError as error:
+        if own is None:
+            raise
+        raise UserError(f"algorithm.advantage={name!r}: {error}") from error
     return np.asarray(values, dtype=np.float64)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from megatron_rl.config import Config
 
 PolicyScores = dict[str, Array]
-"""Name -> float32 [T]: log_probs, entropy, log_z and kept of each sampled token under the policy before the first
-update; NaN where the actor did not score the token."""
+"""Name -> float32 [T]: log_probs, entropy, log_z and in_filter of each sampled token, under the policy before the
+first update; NaN where the actor did not score the token."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class TrainingBatch:
         scores = dict(self.scores)
         for name, values in part.items():
             known = scores.get(name)
-            whole = np.full(len(self.fresh), np.nan, dtype=np.float32) if known is None else known.copy()
-            self.sequences.set_values(whole, rows, values)
-            scores[name] = whole
+            filled = np.full(len(self.fresh), np.nan, dtype=np.float32) if known is None else known.copy()
+            self.sequences.set_values(filled, rows, values)
+            scores[name] = filled
         return replace(self, scores=scores)
 
 

@@ -35,7 +35,7 @@ def score_old_policy(learner: Learner, batch: TrainingBatch) -> TrainingBatch:
         batch = batch.with_values(
             old_log_probs=batch.scores["log_probs"],
             old_log_z=batch.scores["log_z"],
-            old_kept=batch.scores["kept"] == 1,
+            old_in_filter=batch.scores["in_filter"] == 1,
         )
     return _with_proxy(batch, rows, proxy) if passes.stores_old_proxy else batch
 
@@ -59,7 +59,7 @@ def score_lagged_policy(learner: Learner, step: int, batch: TrainingBatch) -> Tr
     log_q = np.full(len(used), -np.inf, dtype=np.float32)
     lagged, proxy = learner.actors.score_and_store(asked.take(rows), temperature=learner.temperature, weights="lagged")
     if len(rows):
-        found = np.where(lagged["kept"], lagged["log_probs"] - lagged["log_z"], -np.inf)
+        found = np.where(lagged["in_filter"], lagged["log_probs"] - lagged["log_z"], -np.inf)
         sequences.set_values(log_q, rows, found)
     if learner.passes.stores_lagged_proxy:
         batch = _with_proxy(batch, rows, proxy)

@@ -13,9 +13,9 @@ import torch
 
 import lpreg
 from megatron_rl.batching.arrays import Array
-from megatron_rl.observability.step_metrics import selection_metrics
 from megatron_rl.training.batch import TrainingBatch
 from megatron_rl.training.learner import Learner
+from megatron_rl.training.metrics import selection_metrics
 
 
 def select(learner: Learner, batch: TrainingBatch, seed: int) -> tuple[TrainingBatch, dict[str, float]]:

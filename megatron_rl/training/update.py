@@ -11,9 +11,9 @@ from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.mini_batches import mini_batches
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.errors import UserError
-from megatron_rl.observability.step_metrics import update_metrics
 from megatron_rl.training.batch import TrainingBatch
 from megatron_rl.training.learner import Learner
+from megatron_rl.training.metrics import update_metrics
 
 if TYPE_CHECKING:
     from megatron_rl.cluster.actors import StepResult
@@ -22,7 +22,7 @@ LOSS_VALUES = (
     "advantages",
     "old_log_probs",
     "old_log_z",
-    "old_kept",
+    "old_in_filter",
     "selected",
     "proxy_log_probs",
     "reference_log_probs",
@@ -49,11 +49,11 @@ def update(
         batch.groups, updates=settings.updates_per_rollout, epochs=settings.epochs_per_rollout, seed=seed
     ):
         tokens += int(sequences.sampled_lengths[rows].sum())
-        kept = rows[trained[rows]]
-        if not len(kept):
+        chosen = rows[trained[rows]]
+        if not len(chosen):
             continue
         result = learner.actors.train(
-            sequences.take(kept),
+            sequences.take(chosen),
             lr=lr,
             denominator=denominator(learner.loss, sequences, rows),
             temperature=learner.temperature,
@@ -62,9 +62,9 @@ def update(
         learner.weight_version += 1
         results.append(result)
         if learner.passes.off_policy:
-            moved.append(result.values["log_probs"] - sequences.values_of(kept, batch.scores["log_probs"]))
+            moved.append(result.values["log_probs"] - sequences.values_of(chosen, batch.scores["log_probs"]))
         else:
-            batch = batch.with_scores(result.values, kept)
+            batch = batch.with_scores(result.values, chosen)
     metrics = {"train/lr": lr, "train/row_fraction": float(trained.mean())} | update_metrics(results, tokens)
     if moved:
         metrics["train/kl_old_policy"] = old_policy_kl(np.concatenate(moved))
@@ -89,5 +89,5 @@ def _check_finite(step: int, result: StepResult) -> None:
     if not np.isfinite([result.loss, result.grad_norm]).all():
         raise UserError(
             f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}. The weights are spoilt and were "
-            f"not saved: go on from the last checkpoint with resume=auto and a lower actor.optimizer.lr"
+            f"not saved: continue from the last checkpoint with resume=auto and a lower actor.optimizer.lr"
         )

@@ -1,1 +1,1 @@
-"""Small helpers that every other room may use: files, memory, heartbeats, sockets."""
+"""Small helpers that every other room may use: text formats, files, memory, heartbeats, requests, rendezvous."""

@@ -1,6 +1,7 @@
-"""What every process of a run is doing right now, in a small file each, so that a run that hangs can be explained.
+"""Heartbeats: one small file per process that records what the process is doing, to explain a run that hangs.
 
-A process calls `start` once and `notify` as it goes; everyone else may read, also while the process is stuck.
+A process calls `start` once and `notify` with each new activity. Other processes can read the file at any time, even
+while its process is stuck.
 """
 
 from __future__ import annotations
@@ -14,37 +15,39 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_rl.observability.format import duration
 from megatron_rl.utils.files import write_error
+from megatron_rl.utils.format import duration
 
 FOLDER = "heartbeats"
-"""Within a run's `logs`."""
+"""Folder of the heartbeat files within a run's `logs`."""
 IDLE = "idle"
 _BYTES = 1024
-"""Every beat takes the whole file, so a reader sees the old one or the new one."""
+"""Size of a heartbeat file. Every beat overwrites the whole file, so a reader sees either the old or the new beat."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
+    """The last recorded activity of a process."""
+
     process: str
-    """As its log file is called: `actor-rank-3`."""
+    """Name of the process, the same as that of its log file: `actor-rank-3`."""
     pid: int
     node: str
     """Ray's id of the node."""
     call: str
-    """What the driver asked for last: `train`, `generate`, ... or `idle`."""
+    """The driver's last call to the process: `train`, `generate`, ... or `idle`."""
     doing: str
-    """How far it is with that: `micro-batch 3 of 8, forward`."""
+    """Progress within the call: `micro-batch 3 of 8, forward`."""
     count: int
-    """Beats since the process began; it rises as long as there is progress."""
+    """Number of beats since the process started; the number rises as long as the process makes progress."""
     since: float
-    """Unix seconds, by the process's own clock."""
+    """Time of this beat in Unix seconds, by the clock of the process."""
     memory_gib: float
-    """Most it has held so far: of its GPU where it uses one, else of the machine."""
+    """Peak memory of the process so far: GPU memory if the process uses a GPU, resident memory otherwise."""
 
 
 class Heartbeat:
-    """The writing side. Raises UserError when the file cannot be made."""
+    """The writing side. Raises UserError if the file cannot be created."""
 
     def __init__(self, folder: Path, process: str, node: str) -> None:
         path = folder / f"{process}.json"
@@ -57,7 +60,7 @@ class Heartbeat:
         self.write(IDLE, "")
 
     def write(self, call: str | None, doing: str) -> None:
-        """call: None for the same as before."""
+        """Writes a beat. `call` None keeps the previous call."""
         old = self._beat
         self._beat = replace(
             old,
@@ -71,15 +74,15 @@ class Heartbeat:
 
 
 def peak_memory_gib() -> float:
-    """The most memory this process has held: its GPU's where it uses one, else resident memory."""
-    torch = sys.modules.get("torch")  # a process that has not loaded it uses no GPU
+    """Returns the peak memory of this process: GPU memory if it uses a GPU, resident memory otherwise."""
+    torch = sys.modules.get("torch")  # a process that has not loaded torch uses no GPU
     if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_reserved()) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def memory_metrics(beats: Sequence[Beat]) -> dict[str, float]:
-    """`memory/actor_gib`, `memory/engine_gib`, ...: of the process of each kind that has held most."""
+    """Returns `memory/actor_gib`, `memory/engine_gib`, ...: the highest peak among the processes of each kind."""
     metrics: dict[str, float] = {"memory/driver_gib": peak_memory_gib()}
     for beat in beats:
         name = f"memory/{beat.process.split('-')[0]}_gib"
@@ -91,24 +94,24 @@ _own: Heartbeat | None = None
 
 
 def start(folder: Path, process: str, node: str) -> None:
-    """From now on this process says what it does in `folder/<process>.json`."""
+    """Starts the heartbeat of this process in `folder/<process>.json`."""
     global _own
     _own = Heartbeat(folder, process, node)
 
 
 def notify(doing: str, *, call: str | None = None) -> None:
-    """What comes next; nothing happens in a process that has not started a heartbeat, such as a test."""
+    """Records the next activity. Does nothing in a process that has not started a heartbeat, such as a test."""
     if _own is not None:
         _own.write(call, doing)
 
 
 def read_beats(folder: Path) -> list[Beat]:
-    """The last beat of every process, by name."""
+    """Returns the last beat of every process, sorted by name."""
     return [Beat(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json")) if path.stat().st_size]
 
 
 def table(beats: Sequence[Beat], now: float) -> str:
-    """A line a process: what it does and for how long."""
+    """Formats one line per process: its activity and for how long it has lasted."""
     width = max((len(beat.process) for beat in beats), default=0)
     return "\n".join(
         f"  {beat.process:<{width}}  {beat.call}{f': {beat.doing}' if beat.doing else ''}, "

@@ -1,4 +1,4 @@
-"""Where tensors are made that are needed for a moment only."""
+"""Allocation of tensors that are needed for a moment only."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 Memory: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]
-"""(like, shape) -> a tensor of that shape, of the other's dtype and device, its values undefined."""
+"""(like, shape) -> an uninitialised tensor of that shape, with the dtype and device of `like`."""
 
 
 def fresh(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """A `Memory` whose tensors may be kept."""
+    """A `Memory` that allocates each tensor anew, so that callers may keep the tensors."""
     return like.new_empty(shape)
 
 
 class Reused:
-    """A `Memory` whose every tensor takes the place of the last: memory that is new costs a CPU more than the copy into
-    it."""
+    """A `Memory` whose tensors all share one buffer: each tensor overwrites the previous one.
+
+    On a CPU, allocating new memory costs more than copying into it.
+    """
 
     def __init__(self) -> None:
         self._held = torch.empty(0, dtype=torch.uint8)

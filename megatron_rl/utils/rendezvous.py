@@ -1,6 +1,6 @@
-"""Where the processes of a group find each other: torch's key-value store, listening before anyone is told its port.
+"""The rendezvous of a process group: torch's key-value store, which listens before its port is announced.
 
-A port that is merely found free may be taken by the time it is used; one that is open is ours.
+A port that was only found to be free may be taken by the time it is used. A port that is open cannot be.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from datetime import timedelta
 from torch.distributed import TCPStore
 
 _opened: dict[int, TCPStore] = {}
-"""By port; until this process joins there itself."""
+"""Stores that this process opened, by port, until this process joins them itself."""
 
 
 def open_port(host: str) -> int:
-    """Start a store at an address of this machine, and at no other. Returns its port."""
+    """Starts a store that listens on one address of this machine only, and returns its port."""
     listening = socket.create_server((host, 0))
     port = int(listening.getsockname()[1])
     _opened[port] = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
@@ -23,7 +23,7 @@ def open_port(host: str) -> int:
 
 
 def store_at(host: str, port: int, timeout: timedelta) -> TCPStore:
-    """The store that someone's `open_port` started. Raises torch's DistNetworkError where none answers in time."""
+    """Joins the store that `open_port` started. Raises torch's DistNetworkError if no store answers in time."""
     store = _opened.pop(port, None) or TCPStore(host, port, is_master=False, timeout=timeout)
     store.set_timeout(timeout)
     return store

@@ -1,9 +1,8 @@
-"""POSTing JSON, again where that may help."""
+"""JSON requests over HTTP, with retries after failures that may pass."""
 
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Mapping
 from http.client import HTTPException
@@ -11,15 +10,17 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from megatron_rl.utils.back_off import back_off_seconds
+
 WORTH_RETRYING = (408, 429, 500, 502, 503, 504)
 LONGEST_WAIT = 30.0
-"""Seconds between two attempts."""
+"""Longest wait between two attempts, in seconds."""
 EXCERPT = 200
-"""Characters of a server's answer that an error shows."""
+"""Characters of a server's answer that an error message shows."""
 
 
 class RequestFailed(Exception):
-    """What a server did instead of answering; says so in words."""
+    """A request without a usable answer. The message describes what the server did instead."""
 
     def __init__(self, reason: str, *, timed_out: bool = False) -> None:
         super().__init__(reason)
@@ -35,16 +36,17 @@ def ask(
     retries: int = 0,
     backoff: float = 0.5,
 ) -> Any:
-    """The JSON that `url` answers to `body` (None: a GET).
+    """Posts `body` as JSON to `url`, or sends a GET if `body` is None, and returns the JSON of the answer.
 
-    Further attempts follow a time-out, a lost connection or a status that passes, after growing waits. Raises
-    RequestFailed after the last one, or at once where the server refuses the request or its answer is no JSON.
+    A time-out, a lost connection or a temporary status (`WORTH_RETRYING`) is followed by further attempts with growing
+    waits. Raises RequestFailed after the last attempt, or at once if the server refuses the request or answers
+    something other than JSON.
     """
     data = None if body is None else json.dumps(body, default=str).encode()
     request = Request(url, data=data, headers={"Content-Type": "application/json", **(headers or {})})
     for attempt in range(retries + 1):
         if attempt:
-            time.sleep(min(backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5), LONGEST_WAIT))
+            time.sleep(back_off_seconds(attempt, first=backoff, longest=LONGEST_WAIT))
         try:
             return json.loads(_read(request, timeout))
         except HTTPError as error:
@@ -57,13 +59,13 @@ def ask(
             if isinstance(reason, TimeoutError):
                 failure = RequestFailed("the server took too long", timed_out=True)
         except ValueError as error:
-            failure = RequestFailed(f"the answer is no JSON: {error}")
+            failure = RequestFailed(f"the answer is not JSON: {error}")
             break
     raise failure
 
 
 def _read(request: Request, timeout: float) -> bytes:
-    """The whole answer within `timeout` seconds; urlopen's own limit is for each read."""
+    """Reads the complete answer within `timeout` seconds. The limit of urlopen applies to each read only."""
     deadline, parts = time.monotonic() + timeout, []
     with urlopen(request, timeout=timeout) as response:
         while part := response.read1(2**16):

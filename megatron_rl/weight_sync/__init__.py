@@ -1,1 +1,1 @@
-"""How an engine gets the actor's weights: one file a transport."""
+"""Transports of new weights from the actor to the engines, one file per transport, and their checksums."""

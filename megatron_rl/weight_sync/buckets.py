@@ -1,4 +1,4 @@
-"""Tensors in portions: large enough to travel well, small enough that no process ever holds a whole model twice."""
+"""Buckets of tensors: large enough to send efficiently, small enough that no process holds a model twice."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor without its values."""
+    """Name, dtype and shape of a tensor."""
 
     name: str
     dtype: str
-    """As torch calls it: float32, bfloat16."""
+    """torch's name of the dtype: float32, bfloat16, ..."""
     shape: tuple[int, ...]
 
     @classmethod
@@ -36,7 +36,10 @@ class TensorSpec:
 
 
 def bucket_specs(specs: Iterable[TensorSpec], limit_bytes: int) -> tuple[tuple[TensorSpec, ...], ...]:
-    """In their order, each bucket of one type and at most `limit_bytes`, but for a tensor that is larger by itself."""
+    """Group tensors into buckets in order.
+
+    A bucket has one dtype and at most `limit_bytes`, or one larger tensor.
+    """
     buckets: list[list[TensorSpec]] = []
     for opens, spec in _openings(specs, lambda spec: (spec.nbytes, spec.dtype), limit_bytes):
         if opens:
@@ -46,14 +49,16 @@ def bucket_specs(specs: Iterable[TensorSpec], limit_bytes: int) -> tuple[tuple[T
 
 
 def bucketed(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int) -> Iterator[tuple[bool, Tensor]]:
-    """Whether one of these buckets begins, and the tensor that comes next."""
+    """Yields each tensor with whether it opens a new bucket, for the buckets of `bucket_specs`."""
     pairs = _openings(tensors, lambda pair: (pair[1].nbytes, pair[1].dtype), limit_bytes)
     return ((opens, tensor) for opens, (_, tensor) in pairs)
 
 
 def flattened(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int, memory: Memory = fresh) -> Iterator[Tensor]:
-    """The same buckets as [bytes], uint8: tensors one behind the other, each of which may change when the next one is
-    drawn. They are in `memory`."""
+    """Yields the buckets of `bucket_specs` as flat uint8 tensors [bytes], made with `memory`.
+
+    A tensor from `tensors` may change once the next one is drawn.
+    """
     flat, filled = None, 0
     for opens, tensor in bucketed(tensors, limit_bytes):
         if opens:
@@ -72,7 +77,7 @@ def flattened(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int, memory: M
 def _openings(
     items: Iterable[T], size_and_type: Callable[[T], tuple[int, object]], limit: int
 ) -> Iterator[tuple[bool, T]]:
-    """Each, and whether a bucket begins with it."""
+    """Yields each item with whether it opens a new bucket."""
     held, kind = 0, None
     for item in items:
         size, own_kind = size_and_type(item)
@@ -82,7 +87,7 @@ def _openings(
 
 
 def unflatten(flat: Tensor, specs: Iterable[TensorSpec]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a flattened bucket: views of it."""
+    """Yields the named tensors of a flat bucket, as views of it."""
     start = 0
     for spec in specs:
         end = start + spec.nbytes

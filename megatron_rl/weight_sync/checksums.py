@@ -1,8 +1,8 @@
-"""SHA-256 of weights as they were sent, to compare with what an engine holds.
+"""SHA-256 checksums of the weights that were sent, to compare with those that an engine holds.
 
-An engine with Hugging Face's modules holds the tensors as they are. SGLang and vLLM hold q, k and v as one tensor, gate
-and up as another, each rank its part: their checksums are taken as the tensors pass, a hash over the parts in order
-being the hash of the whole.
+An engine with Hugging Face modules holds the tensors as sent. SGLang and vLLM fuse q, k and v into one tensor and gate
+and up into another, and each rank holds its part. Checksums of these are taken while the tensors pass: hashing the
+parts in order gives the hash of the fused tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 VOCABULARY_MULTIPLE = 64
-"""SGLang and vLLM pad the vocabulary, with zeros."""
+"""SGLang and vLLM pad the vocabulary with zeros to a multiple of this."""
 
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -31,21 +31,21 @@ _BY_VOCABULARY = ("embed_tokens", "lm_head")
 
 
 class WeightsDamaged(RuntimeError):
-    """What an engine holds is not what was sent."""
+    """The weights that an engine holds differ from those that were sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checksums:
-    """Name -> SHA-256, in hexadecimal."""
+    """SHA-256 of tensors in hexadecimal, by name."""
 
     plain: dict[str, str]
-    """Of the tensors as sent, by Hugging Face name."""
+    """Checksums of the tensors as sent, by Hugging Face name."""
     fused: dict[str, str]
-    """Of a server's tensors, as `rank:name`. Experts are not among them: servers lay them out each in its own way."""
+    """Checksums of a server's tensors, by `rank:name`. Experts are left out: each server has its own layout of them."""
 
     @staticmethod
     def merge(parts: Iterable[Checksums]) -> Checksums:
-        """Of all pipeline stages."""
+        """Returns the checksums of all pipeline stages together."""
         parts = list(parts)
         return Checksums(
             {name: value for part in parts for name, value in part.plain.items()},
@@ -54,10 +54,10 @@ class Checksums:
 
 
 class ChecksumTaker:
-    """Takes the checksums of tensors that pass one at a time, q, k, v and gate, up in this order."""
+    """Takes checksums of tensors that pass one at a time. q, k, v must come in this order, and gate before up."""
 
     def __init__(self, ranks: int) -> None:
-        """ranks: tensor-parallel ranks of an engine."""
+        """ranks: number of tensor-parallel ranks of an engine."""
         self._ranks = ranks
         self._plain: dict[str, str] = {}
         self._fused: dict[str, Any] = {}
@@ -68,7 +68,7 @@ class ChecksumTaker:
             self._fused.setdefault(f"{rank}:{fused}", hashlib.sha256()).update(_bytes(piece))
 
     def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same ones, each taken on its way."""
+        """Yields the same tensors, taking the checksum of each."""
         for name, tensor in tensors:
             self.add(name, tensor)
             yield name, tensor
@@ -78,32 +78,33 @@ class ChecksumTaker:
 
 
 def sha256(tensor: Tensor) -> str:
-    """Of the values, whatever the tensor's strides and device."""
+    """Returns the SHA-256 of the values, regardless of strides and device."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()
 
 
 def tensor_checksum(tensor: Tensor) -> int:
-    """CRC-32 of the values: quick, for what never leaves this machine."""
+    """Returns the CRC-32 of the values: a fast checksum for data that stays on this machine."""
     return zlib.crc32(_bytes(tensor))
 
 
 def compare(sent: Mapping[str, str], held: Mapping[str, str], version: int) -> int:
-    """The number of checksums compared: of the names in both. Raises WeightsDamaged where they differ.
+    """Compare the checksums of the names that both sides have, and return their number.
 
-    A server may give the first digits of a checksum only.
+    A server may report only the first digits of a checksum. Raises WeightsDamaged if checksums differ or no name is
+    common.
     """
     common = sent.keys() & held.keys()
     wrong = sorted(name for name in common if not held[name] or not sent[name].startswith(held[name]))
     if wrong or not common:
         raise WeightsDamaged(
             f"weights of version {version} arrived damaged: {len(wrong)} of {len(common)} tensors differ"
-            + (f", the first is {wrong[0]}" if wrong else ": none of the names is known to the engine")
+            + (f", the first is {wrong[0]}" if wrong else ": the engine knows none of the names")
         )
     return len(common)
 
 
 def _pieces(name: str, tensor: Tensor, ranks: int) -> Iterator[tuple[str, Tensor]]:
-    """A server's name, and the part of each rank."""
+    """Yields, rank by rank, a server's name of the tensor and the rank's part of it."""
     *path, module, kind = name.split(".")
     if "experts" in path:
         return

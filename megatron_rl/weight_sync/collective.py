@@ -1,4 +1,4 @@
-"""Weights broadcast to engines wherever they are: nccl between GPUs, gloo between CPUs."""
+"""Transport by broadcast to engines on any node: NCCL between GPUs, gloo between CPUs."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from megatron_rl.weight_sync.transport import GroupMember, NamedTensors, Pushed,
 
 
 class CollectiveTransport:
-    """Implements `WeightTransport`: this stage is rank 0 of a group of its own with all engines.
+    """Implements `WeightTransport`. Each stage is rank 0 of its own process group with all engines.
 
-    The engines are told the buckets beforehand (`CollectiveUpdate`), so nothing but the weights travels.
+    The engines learn the buckets beforehand (`CollectiveUpdate`), so only weights are sent.
     """
 
     def __init__(self, member: GroupMember, stage: int, bucket_bytes: int) -> None:
         self.member, self.stage, self.bucket_bytes = member, stage, bucket_bytes
         self._group: dist.ProcessGroup | None = None
         self._memory = Reused()
-        """Of buckets on a CPU. On a GPU torch keeps what was freed, and training has it meanwhile."""
+        """Memory of the buckets on a CPU. On a GPU torch's allocator caches freed memory and lends it to training."""
 
     def connect(self) -> None:
-        """Returns when all engines have joined. Raises WeightsNotSent when one does not."""
+        """Blocks until all engines have joined. Raises WeightsNotSent if one does not join."""
         try:
             self._group = process_group.join(self.member)
         except RuntimeError as error:
-            raise WeightsNotSent(f"not all engines came to {self.member.name}: {error}") from error
+            raise WeightsNotSent(f"not all engines joined the group {self.member.name}: {error}") from error
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
-        assert self._group is not None, "no engine has been met"
+        assert self._group is not None, "connect() was not called"
         total, memory = 0, self._memory if self.member.backend == "gloo" else Reused()
         for flat in flattened(taker.watch(tensors) if taker else tensors, self.bucket_bytes, memory):
             if failure := self._broadcast(flat):
-                self.close()  # engines that wait for the rest then see that it will not come
-                raise WeightsNotSent(f"weights of version {version} broke off after {total} bytes: {failure}")
+                self.close()  # engines that wait for the rest then see that the update is over
+                raise WeightsNotSent(f"sending weights of version {version} failed after {total} bytes: {failure}")
             total += flat.nbytes
         return Pushed(self.stage, total, checksums=taker.result() if taker else None)
 
     def _broadcast(self, flat: Tensor) -> str | None:
-        """Returns what went wrong, if anything. The error itself would keep the group alive, and gloo's connections end
-        with it alone."""
+        """Returns the failure's message, if any.
+
+        The exception itself would keep the group alive, and gloo closes its connections only when the group is freed.
+        """
         try:
             dist.broadcast(flat, group=self._group, group_src=0)
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The calls of CUDA's runtime for memory that processes share, which torch has no public way to."""
+"""Calls of the CUDA runtime for memory shared between processes, for which torch has no public interface."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 _HANDLE_BYTES = 64
 _COPY_BY_ADDRESS = 4
-"""cudaMemcpyDefault: the addresses tell where either side is."""
+"""cudaMemcpyDefault: CUDA infers from the addresses where source and target are."""
 _ENABLE_PEER_ACCESS = 1
-"""cudaIpcMemLazyEnablePeerAccess: for memory of another GPU."""
+"""cudaIpcMemLazyEnablePeerAccess: also allows memory of another GPU."""
 
 
 class _Handle(ctypes.Structure):
@@ -30,7 +30,7 @@ _ARGUMENTS = {
 
 
 def malloc(nbytes: int) -> int:
-    """An address on the current GPU."""
+    """Allocate memory on the current GPU and return its address."""
     pointer = c_void_p()
     _call("cudaMalloc", byref(pointer), nbytes)
     return pointer.value or 0
@@ -41,19 +41,19 @@ def free(pointer: int) -> None:
 
 
 def copy(to: int, source: int, nbytes: int, stream: int) -> None:
-    """In the order of the stream."""
+    """Copy `nbytes` between two addresses in stream order."""
     _call("cudaMemcpyAsync", to, source, nbytes, _COPY_BY_ADDRESS, stream)
 
 
 def ipc_handle(pointer: int) -> bytes:
-    """Of memory that `malloc` gave, for other processes."""
+    """Returns the handle by which other processes can map memory from `malloc`."""
     handle = _Handle()
     _call("cudaIpcGetMemHandle", byref(handle), pointer)
     return bytes(handle)
 
 
 def ipc_open(handle: bytes) -> int:
-    """Where another process's memory is in this one. For work of the current GPU."""
+    """Map another process's memory for use by the current GPU, and return its address in this process."""
     pointer = c_void_p()
     _call("cudaIpcOpenMemHandle", byref(pointer), _Handle.from_buffer_copy(handle), _ENABLE_PEER_ACCESS)
     return pointer.value or 0
@@ -66,13 +66,13 @@ def ipc_close(pointer: int) -> None:
 def _call(name: str, *arguments: object) -> None:
     status = getattr(_library(), name)(*arguments)
     if status:
-        _library().cudaGetLastError()  # else torch's next call would report it as its own
+        _library().cudaGetLastError()  # otherwise torch's next call would report this error as its own
         raise RuntimeError(f"{name}: {_library().cudaGetErrorString(status).decode()} ({status})")
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The one that torch has loaded."""
+    """Returns the CUDA runtime that torch has loaded."""
     if torch.version.cuda is None:
         raise RuntimeError("this torch is not built for CUDA")
     library = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")

@@ -1,7 +1,7 @@
-"""Memory of one process that others map: a GPU's by CUDA IPC; without a GPU, the host's.
+"""Memory of one process that other processes map: GPU memory through CUDA IPC, or host memory without a GPU.
 
-It is no tensor, as torch's own memory cannot always be mapped: it may be part of a larger block, or of segments that
-grow. So bytes are copied in and out.
+The memory is not a tensor, because memory of torch's allocator cannot always be mapped: it may be part of a larger
+block or of expandable segments. Bytes are copied in and out instead.
 """
 
 from __future__ import annotations
@@ -17,30 +17,35 @@ import torch
 from torch import Tensor
 
 from megatron_rl.weight_sync import cuda_runtime
-from megatron_rl.weight_sync.shared_memory import shared_folder
+from megatron_rl.weight_sync.folder import shared_folder
 
 
 class DeviceMemory(Protocol):
-    """Its owner writes, those who have mapped it read; they agree on when by other means. Errors are RuntimeErrors."""
+    """Memory that its owner writes and attached processes read; they synchronise by other means.
+
+    Failures raise RuntimeError.
+    """
 
     nbytes: int
 
     def address(self) -> str:
-        """By which another process of this machine can `attach`."""
+        """Returns the address that another process of this machine passes to `attach`."""
         ...
 
     def write(self, start: int, source: Tensor) -> None:
-        """Bytes of a contiguous tensor, there when `wait` returns."""
+        """Copy the bytes of a contiguous tensor into the memory; complete when `wait` returns."""
         ...
 
     def read(self, start: int, into: Tensor) -> None:
-        """The same the other way."""
+        """Copy bytes of the memory into a contiguous tensor; complete when `wait` returns."""
         ...
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Block until all copies have been made."""
+        ...
 
     def all_attached(self) -> None:
-        """Nobody will ask for it by its address any more."""
+        """Called once no more process will attach."""
         ...
 
     def close(self) -> None: ...
@@ -51,7 +56,7 @@ def allocate(nbytes: int, device: torch.device) -> DeviceMemory:
 
 
 def attach(address: str, device: torch.device) -> DeviceMemory:
-    """device: the reader's own, whichever the memory is on."""
+    """Map the memory at an address. device: the reader's own device, which may differ from that of the memory."""
     where = json.loads(address)
     if "path" in where:
         return HostMemory(Path(where["path"]), where["bytes"])
@@ -59,8 +64,10 @@ def attach(address: str, device: torch.device) -> DeviceMemory:
 
 
 class HostMemory:
-    """A file in shared memory. It has a name only until all have mapped it, so that nothing stays when processes are
-    killed."""
+    """A file in shared memory.
+
+    The file is unlinked once all processes have mapped it, so that nothing is left when processes are killed.
+    """
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path, self.nbytes = path, nbytes
@@ -70,7 +77,7 @@ class HostMemory:
     def allocate(cls, nbytes: int) -> HostMemory:
         path = shared_folder() / "weights"
         with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)  # else a lack of it would show as a signal, later
+            os.posix_fallocate(file.fileno(), 0, nbytes)  # otherwise a lack of memory would show later, as a signal
         return cls(path, nbytes)
 
     def address(self) -> str:
@@ -85,7 +92,7 @@ class HostMemory:
         data.copy_(self._bytes[start : start + data.numel()])
 
     def wait(self) -> None:
-        """Copies have been made when the calls return."""
+        """Returns at once: `write` and `read` copy before they return."""
 
     def all_attached(self) -> None:
         shutil.rmtree(self.path.parent, ignore_errors=True)
@@ -96,8 +103,11 @@ class HostMemory:
 
 
 class CudaMemory:
-    """Of a GPU. Whoever maps it need not see that GPU among its own; its own must reach it (NVLink, PCIe) if it is
-    another one."""
+    """GPU memory.
+
+    A process that maps it need not have that GPU among its visible ones. If the process uses another GPU, that GPU must
+    be able to reach the memory (NVLink, PCIe).
+    """
 
     def __init__(self, pointer: int, nbytes: int, device: torch.device, *, own: bool) -> None:
         self.pointer, self.nbytes, self.device, self.own = pointer, nbytes, device, own
@@ -105,7 +115,7 @@ class CudaMemory:
     @classmethod
     def allocate(cls, nbytes: int, device: torch.device) -> CudaMemory:
         with torch.cuda.device(device):
-            torch.cuda.empty_cache()  # what torch keeps for later is not free for others
+            torch.cuda.empty_cache()  # memory that torch caches is not free for cudaMalloc
             return cls(cuda_runtime.malloc(nbytes), nbytes, device, own=True)
 
     @classmethod
@@ -132,7 +142,7 @@ class CudaMemory:
         torch.cuda.current_stream(self.device).synchronize()
 
     def all_attached(self) -> None:
-        """A handle costs nothing."""
+        """Does nothing: a handle holds no resource."""
 
     def close(self) -> None:
         pointer, self.pointer = self.pointer, 0

@@ -1,17 +1,32 @@
-"""Weights through a folder: on a file system that engines share, or in memory that they share."""
+"""Transport through a folder, on a shared file system or in shared memory."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
-from megatron_rl.checkpoint.shards import GrowingShard
+from megatron_rl.utils.files import owned_folder
+from megatron_rl.utils.safetensors_files import SafetensorsWriter
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.transport import NamedTensors, Pushed
 
+PREFIX = "megatron-rl-weights-"
+
+
+def shared_folder() -> Path:
+    """Returns a new folder in shared memory, or in the temporary folder if shared memory is not writable.
+
+    Folders that killed runs left there are removed, as they occupy memory.
+    """
+    memory = Path("/dev/shm")
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    return owned_folder(PREFIX, parent)
+
 
 class FolderTransport:
-    """Implements `WeightTransport`. Only the newest version exists: call `push` when engines are done with the last."""
+    """Implements `WeightTransport`. Only the newest version exists: engines must read it before the next `push`."""
 
     def __init__(self, folder: Path, stage: int, bucket_bytes: int) -> None:
         self.folder, self.stage, self.bucket_bytes = folder, stage, bucket_bytes
@@ -20,17 +35,19 @@ class FolderTransport:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
-        """A file a bucket, written tensor by tensor. Each replaces the old one, which an engine may still have mapped,
-        when it is whole."""
-        files: list[GrowingShard] = []
-        kind = None
+        """Write one file per bucket, tensor by tensor.
+
+        A complete file replaces the old one instead of overwriting it, as an engine may still have the old one mapped.
+        """
+        files: list[SafetensorsWriter] = []
+        dtype = None
         for name, tensor in taker.watch(tensors) if taker else tensors:
-            if not files or tensor.dtype != kind or files[-1].size + tensor.nbytes > self.bucket_bytes:
+            if not files or tensor.dtype != dtype or files[-1].size + tensor.nbytes > self.bucket_bytes:
                 if files:
                     files[-1].close()
-                files.append(GrowingShard(self._path(len(files))))
+                files.append(SafetensorsWriter(self._path(len(files))))
             files[-1].add(name, tensor.detach())
-            kind = tensor.dtype
+            dtype = tensor.dtype
         if files:
             files[-1].close()
         parts, total = tuple(file.path for file in files), sum(file.size for file in files)

@@ -1,7 +1,8 @@
-"""Weights through memory of the sender that engines have mapped: one copy into it and one out of it, all on the GPU.
+"""Transport through memory of the sender that the engines have mapped: one copy in and one copy out, all on the GPU.
 
-It has two halves. While engines read a bucket in one, the next is written into the other. They agree on it over a gloo
-group: all meet when a bucket is there, and again when it was read. Whoever failed says so there, and then all stop.
+The memory has two halves: while the engines read a bucket from one half, the sender writes the next bucket into the
+other. They synchronise over a gloo group, with one barrier when a bucket is written and one when it has been read. A
+process that fails reports it at the barrier, and all processes stop.
 """
 
 from __future__ import annotations
@@ -23,49 +24,49 @@ HALVES = 2
 _MESSAGE_BYTES = 512
 
 
-class Meeting:
-    """A group in which nobody goes on alone. RuntimeError says that a member failed, or is not there any more."""
+class Barrier:
+    """A barrier over a process group. Raises RuntimeError if a member failed or has gone away."""
 
     def __init__(self, member: GroupMember, index: int = 0) -> None:
-        """index: a process's place within its engine."""
+        """Blocks until all members have joined. index: the process's index within its engine."""
         self.rank, self.size = member.rank + index, member.size
         self._group: dist.ProcessGroup | None = process_group.join(member, index)
 
-    def meet(self, *, failed: bool = False) -> None:
-        """Return when all are here."""
+    def wait(self, *, failed: bool = False) -> None:
+        """Block until all members are here. failed: report a failure of this member to the others."""
         failures = torch.zeros(self.size, dtype=torch.int32)
         failures[self.rank] = int(failed)
         self._do(lambda group: dist.all_reduce(failures, group=group))
         if others := [rank for rank in failures.nonzero().flatten().tolist() if rank != self.rank]:
-            raise RuntimeError(f"it failed in {', '.join(map(_who, others))}")
+            raise RuntimeError(f"failure in {', '.join(map(_member_name, others))}")
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """All meet at the end of the block, also when it raises here."""
+    def then_wait(self) -> Iterator[None]:
+        """Wait at the end of the block; if the block raises, report the failure to the other members."""
         try:
             yield
         except BaseException:
             with suppress(RuntimeError):
-                self.meet(failed=True)
+                self.wait(failed=True)
             raise
-        self.meet()
+        self.wait()
 
-    def tell(self, text: str = "") -> str:
-        """The sender's words, to all."""
+    def broadcast(self, text: str = "") -> str:
+        """Send a text from rank 0 to all members, and return it."""
         message = torch.tensor(list(text.ljust(_MESSAGE_BYTES).encode()), dtype=torch.uint8)
         self._do(lambda group: dist.broadcast(message, group=group, group_src=0))
         return bytes(message.tolist()).decode().rstrip()
 
     def _do(self, work: Callable[[dist.ProcessGroup], object]) -> None:
-        """Whoever sees it break leaves, so that those see it too who wait for this one."""
-        if trouble := self._trouble(work):
+        """Run a collective. A member that sees it fail leaves, so that the members that wait for it fail too."""
+        if failure := self._failure(work):
             self.leave()
-            raise RuntimeError(trouble)
+            raise RuntimeError(failure)
 
-    def _trouble(self, work: Callable[[dist.ProcessGroup], object]) -> str:
-        """What went wrong, if anything. The error itself would keep the group, and with it its connections."""
+    def _failure(self, work: Callable[[dist.ProcessGroup], object]) -> str:
+        """Returns the failure's message, or "". The exception itself would keep the group and its connections alive."""
         if self._group is None:
-            return "the group has broken up"
+            return "the process group is closed after an earlier failure"
         try:
             work(self._group)
         except RuntimeError as error:
@@ -79,26 +80,26 @@ class Meeting:
 
 
 class MappedTransport:
-    """Implements `WeightTransport`: this stage is rank 0 of a group of its own with all engines."""
+    """Implements `WeightTransport`. Each stage is rank 0 of its own process group with all engines."""
 
     def __init__(self, member: GroupMember, stage: int, bucket_bytes: int, device: torch.device) -> None:
         self.member, self.stage, self.bucket_bytes, self.device = member, stage, bucket_bytes, device
-        self._meeting: Meeting | None = None
+        self._barrier: Barrier | None = None
         self._halves: list[DeviceMemory] = []
         self._portions = 0
-        """Written since all have met."""
+        """Number of portions written since `connect`; it decides which half is next."""
 
     def connect(self) -> None:
-        """Returns when all engines have mapped the memory. Raises WeightsNotSent when one does not."""
+        """Blocks until all engines have mapped the memory. Raises WeightsNotSent if one does not."""
         try:
-            self._meeting = Meeting(self.member)
+            self._barrier = Barrier(self.member)
             for _ in range(HALVES):
                 self._halves.append(allocate(self.bucket_bytes, self.device))
-                self._meeting.tell(self._halves[-1].address())
-            self._meeting.meet()
+                self._barrier.broadcast(self._halves[-1].address())
+            self._barrier.wait()
         except (RuntimeError, OSError) as error:
             self.close()
-            raise WeightsNotSent(f"not all engines came to {self.member.name}: {error}") from error
+            raise WeightsNotSent(f"not all engines joined the group {self.member.name}: {error}") from error
         for half in self._halves:
             half.all_attached()
 
@@ -106,15 +107,15 @@ class MappedTransport:
         total, first = 0, self._portions
         for written in self._written(taker.watch(tensors) if taker else tensors):
             if self._portions > first:
-                self._meet(version, total)  # the last one was read
-            self._meet(version, total)  # this one is there
+                self._wait(version, total)  # the previous portion has been read
+            self._wait(version, total)  # this portion is written
             self._portions, total = self._portions + 1, total + written
         if self._portions > first:
-            self._meet(version, total)
+            self._wait(version, total)
         return Pushed(self.stage, total, checksums=taker.result() if taker else None)
 
     def _written(self, tensors: NamedTensors) -> Iterator[int]:
-        """Bytes of each portion that is there: a bucket, or, of one that is a single larger tensor, as many as fit."""
+        """Yields the bytes of each portion once written: a bucket, or a piece of a tensor larger than a bucket."""
         filled: int | None = None
         for opens, tensor in bucketed(tensors, self.bucket_bytes):
             pieces = tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(self.bucket_bytes)
@@ -134,33 +135,33 @@ class MappedTransport:
     def _half(self) -> DeviceMemory:
         return self._halves[self._portions % HALVES]
 
-    def _meet(self, version: int, total: int) -> None:
-        assert self._meeting is not None
+    def _wait(self, version: int, total: int) -> None:
+        assert self._barrier is not None
         try:
-            self._meeting.meet()
+            self._barrier.wait()
         except RuntimeError as error:
-            raise WeightsNotSent(f"weights of version {version} broke off after {total} bytes: {error}") from error
+            raise WeightsNotSent(f"sending weights of version {version} failed after {total} bytes: {error}") from error
 
     def close(self) -> None:
-        if self._meeting is not None:
-            self._meeting.leave()
+        if self._barrier is not None:
+            self._barrier.leave()
         for half in self._halves:
             half.close()
-        self._meeting, self._halves = None, []
+        self._barrier, self._halves = None, []
 
 
 class MappedReceiver:
-    """An engine's process. Every method raises RuntimeError where its own part, or another's, failed."""
+    """Receives the weights in a process of an engine. Every method raises RuntimeError if any process failed."""
 
     def __init__(self, member: GroupMember, index: int, device: torch.device) -> None:
-        """Returns when all have come."""
+        """Blocks until all processes have joined and mapped the memory."""
         self.device = device
-        self._meeting = Meeting(member, index)
+        self._barrier = Barrier(member, index)
         self._halves: list[DeviceMemory] = []
         self._portions = 0
         try:
-            addresses = [self._meeting.tell() for _ in range(HALVES)]
-            with self._meeting.together():
+            addresses = [self._barrier.broadcast() for _ in range(HALVES)]
+            with self._barrier.then_wait():
                 self._halves = [attach(address, device) for address in addresses]
         except BaseException:
             self.close()
@@ -168,15 +169,15 @@ class MappedReceiver:
 
     @contextmanager
     def bucket(self, specs: Sequence[TensorSpec]) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """The next bucket's tensors, in memory of their own. The sender learns of an error in the block."""
-        with self._meeting.together():
+        """Yields copies of the next bucket's tensors. An error in the block is reported to the sender."""
+        with self._barrier.then_wait():
             flat = torch.empty(sum(spec.nbytes for spec in specs), dtype=torch.uint8, device=self.device)
         *first, last = flat.split(self._halves[0].nbytes)
         for piece in first:
-            with self._meeting.together():
+            with self._barrier.then_wait():
                 self._read(piece)
-            self._meeting.meet()
-        with self._meeting.together():
+            self._barrier.wait()
+        with self._barrier.then_wait():
             self._read(last)
             yield unflatten(flat, specs)
 
@@ -187,11 +188,11 @@ class MappedReceiver:
         half.wait()
 
     def close(self) -> None:
-        self._meeting.leave()
+        self._barrier.leave()
         for half in self._halves:
             half.close()
         self._halves = []
 
 
-def _who(rank: int) -> str:
+def _member_name(rank: int) -> str:
     return f"process {rank} of the engines" if rank else "the actor"

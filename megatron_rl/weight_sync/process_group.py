@@ -1,4 +1,4 @@
-"""A process group between one rank of the actor and engines, beside whatever groups either side has."""
+"""A process group between one rank of the actor and all engines, in addition to the groups that either side has."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_rl.weight_sync.transport import GroupMember
 
 
 def join(member: GroupMember, index: int = 0) -> dist.ProcessGroup:
-    """Returns when all have joined; rank 0 has opened the port. index: a process's place within its engine.
+    """Join the group; blocks until all members have joined. Rank 0 must have opened the port.
 
-    torch has no public way to a group outside of the default one's world. This is what engines themselves do, down to
-    the keys under which members find each other.
+    index: the process's index within its engine. torch has no public interface for a group whose members are not in one
+    world. The engines use the same internal calls, down to the keys under which members find each other.
     """
     rank, timeout = member.rank + index, timedelta(seconds=member.timeout_seconds)
     store = store_at(member.host, member.port, timeout)

@@ -1,4 +1,4 @@
-"""What every weight transport can do, and what an engine is told of an update."""
+"""The interface of a weight transport, and the description of an update that an engine receives."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker
 
 NamedTensors = Iterable[tuple[str, Tensor]]
-"""Hugging Face name, whole tensor; one at a time: the next may be in its memory."""
+"""Pairs of Hugging Face name and complete tensor. A tensor's memory may be reused once the next one is drawn."""
 
 
 class WeightsNotSent(RuntimeError):
-    """An update broke off on its way: engines may have half of it."""
+    """Sending an update failed: engines may hold a part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +27,27 @@ class FolderUpdate:
 
     version: int
     parts: tuple[Path, ...]
-    """All in one folder."""
+    """Paths of the files, all in one folder."""
     take_checksums: bool = False
-    """Of what is read, for an engine that cannot read back all that it holds."""
+    """Take checksums while reading, for an engine that cannot read back all of its weights."""
     nbytes: int = 0
-    """Of all parts together; 0: not known."""
+    """Bytes of all parts together; 0 if unknown."""
 
     @property
     def folder(self) -> Path:
         return self.parts[0].parent
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """One tensor at a time, mapped rather than read."""
+        """Yields one tensor at a time, mapped from the file."""
         for part in self.parts:
             with safe_open(part, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
                     yield name, file.get_tensor(name)
 
 
 @dataclass(frozen=True, slots=True)
 class GroupMember:
-    """How a process joins the group over which one pipeline stage broadcasts."""
+    """How a process joins the group over which one pipeline stage sends its weights."""
 
     name: str
     host: str
@@ -56,15 +56,15 @@ class GroupMember:
     """gloo or nccl."""
     size: int
     rank: int
-    """0 is the stage's; of an engine, that of its first process."""
+    """Rank in the group: 0 for the stage, and for an engine that of its first process."""
     timeout_seconds: float
     mapped: bool = False
-    """Weights go through the sender's memory, which the others map; the group is to agree on when."""
+    """Weights pass through mapped memory of the sender, and the group only synchronises."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageBuckets:
-    """What comes over one group, in this order."""
+    """The buckets that one group receives, in order."""
 
     group: str
     buckets: tuple[tuple[TensorSpec, ...], ...]
@@ -72,7 +72,7 @@ class StageBuckets:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveUpdate:
-    """One version of the weights, broadcast while the engine takes it: a bucket at a time, stage after stage."""
+    """One version of the weights, broadcast bucket by bucket, stage after stage, while the engine receives it."""
 
     version: int
     stages: tuple[StageBuckets, ...]
@@ -88,7 +88,7 @@ WeightUpdate = FolderUpdate | CollectiveUpdate
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What one pipeline stage has sent."""
+    """Report of what one pipeline stage has sent."""
 
     stage: int
     bytes: int
@@ -97,12 +97,14 @@ class Pushed:
 
 
 class WeightTransport(Protocol):
-    """The sending side, one on each publishing rank."""
+    """The sending side of a transport; each publishing rank has one."""
 
-    def connect(self) -> None: ...
+    def connect(self) -> None:
+        """Prepare for pushing, and meet the engines if the transport needs them. Raises WeightsNotSent."""
+        ...
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
-        """Send this stage's tensors; `taker` sees each of them. Raises WeightsNotSent."""
+        """Send this stage's tensors and let `taker` take their checksums. Raises WeightsNotSent."""
         ...
 
     def close(self) -> None: ...

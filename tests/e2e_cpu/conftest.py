@@ -1,4 +1,4 @@
-"""Whole runs through the command line: real Ray, real Megatron ranks, a real engine, real files."""
+"""Complete runs through the command line, with real Ray, Megatron ranks, engines and files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_rl.observability.metrics import read_metrics
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples/quickstart/countdown.yaml"
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""They see at once that a killed driver's Ray is gone; then they try for 60 s, a constant of Ray's, to report it."""
+"""Processes of Ray that outlive a killed driver: they try for 60 s, a constant of Ray, to report that it is gone."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Finished:
 
 
 class Descendants(threading.Thread):
-    """Every process that a run starts, noted while it lives: what Ray starts hides its title and environment, and loses
-    its parent when that is killed."""
+    """Records every process that a run starts, while the run is alive. Later they could not be found: processes that
+    Ray starts hide their title and environment, and lose their parent when it is killed."""
 
     def __init__(self, root: int) -> None:
         super().__init__(daemon=True)
@@ -61,7 +61,10 @@ class Descendants(threading.Thread):
         return [title for process in {*self.seen, *psutil.process_iter()} if (title := self._title(process))]
 
     def _title(self, process: psutil.Process) -> str:
-        """Empty for one that is gone or none of the run's. Ray names its session's folder after the driver."""
+        """Returns the process's command line; "" if it has ended or is not of this run.
+
+        Ray names the folder of its session after the driver.
+        """
         try:
             title = " ".join(process.cmdline()).strip()
             ours = process in self.seen or ("/session_" in title and f"_{self.root}/" in title)
@@ -71,7 +74,7 @@ class Descendants(threading.Thread):
 
 
 class CommandLine:
-    """`megatron-rl` in a folder of its own, as a user's shell would run it."""
+    """Runs `megatron-rl` in a folder of its own, as from a user's shell."""
 
     def __init__(self, folder: Path, program: str = "megatron_rl.cli") -> None:
         self.folder, self.program = folder, program
@@ -95,7 +98,7 @@ class CommandLine:
         return self.finish(process, name)
 
     def finish(self, process: subprocess.Popen[str], name: str) -> Finished:
-        """Wait for the end. No process of the run may outlive it by more than a few seconds."""
+        """Waits for the end of a run. No process of the run may outlive it by more than a few seconds."""
         try:
             output, _ = process.communicate(timeout=280)
         except subprocess.TimeoutExpired:
@@ -113,7 +116,7 @@ class CommandLine:
 
 @pytest.fixture(scope="session")
 def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
-    """With the Countdown task written where the quickstart's configuration looks for it."""
+    """A folder with the Countdown task at the paths of the quickstart's configuration."""
     folder = tmp_path_factory.mktemp("e2e")
     write_task(folder / "runs/countdown-task")
     return CommandLine(folder)
@@ -125,12 +128,12 @@ SHORT_WARM_START = (
     "warm_start.phases.1.steps=80",
     "evaluation.suites={held_out: runs/countdown-task/held_out.jsonl}",
 )
-"""Enough for a policy that is right now and then; every test shares its cached result."""
+"""Enough for a policy that sometimes succeeds. All tests share its cached result."""
 
 
 @pytest.fixture(scope="session")
 def quickstart(command_line: CommandLine) -> Callable[..., Finished]:
-    """The quickstart under overrides, after a shorter warm start."""
+    """Runs the quickstart with overrides, after a shorter warm start."""
 
     def run(name: str, *overrides: str) -> Finished:
         finished = command_line.train(name, *SHORT_WARM_START, *overrides)
@@ -141,7 +144,7 @@ def quickstart(command_line: CommandLine) -> Callable[..., Finished]:
 
 
 def values(finished: Finished, metric: str) -> list[float]:
-    """The metric's value at each step that has one."""
+    """Returns the metric's value at each step that has one."""
     return [row[metric] for row in finished.metrics if row.get(metric) is not None]
 
 

@@ -1,4 +1,4 @@
-"""`megatron-rl eval`: a model folder, a run's checkpoint, and an evaluation that was killed."""
+"""`megatron-rl eval` of a model folder, a run and a checkpoint; and a killed evaluation that is continued."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ def evaluate(command_line: CommandLine, *arguments: str) -> str:
     return output
 
 
-def test_killed_and_started_again(command_line: CommandLine, arguments: list[str]) -> None:
+def test_a_killed_evaluation_continues_with_the_same_result(command_line: CommandLine, arguments: list[str]) -> None:
     model = "runs/countdown-task/model"
-    evaluate(command_line, model, *arguments, "--batch", "8", "--out", "whole")
-    process = command_line.start("eval", model, *arguments, "--batch", "8", "--out", "cut")
-    part = command_line.folder / "cut/held_out.parts/000008.parquet"
+    evaluate(command_line, model, *arguments, "--batch", "8", "--out", "complete")
+    process = command_line.start("eval", model, *arguments, "--batch", "8", "--out", "killed")
+    part = command_line.folder / "killed/held_out.parts/000008.parquet"
     deadline = time.monotonic() + 120
     while not part.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert part.exists() and not (command_line.folder / "cut/greedy.parquet").exists()
+    assert part.exists() and not (command_line.folder / "killed/greedy.parquet").exists()
 
-    output = evaluate(command_line, model, *arguments, "--batch", "8", "--out", "cut")
+    output = evaluate(command_line, model, *arguments, "--batch", "8", "--out", "killed")
     assert "held_out: 0 of 101" in output and "macro mean" in output
     for name in ("held_out.parquet", "greedy.parquet", "summary.json"):
-        whole, cut = (command_line.folder / folder / name for folder in ("whole", "cut"))
-        assert whole.read_bytes() == cut.read_bytes(), name
+        complete, killed = (command_line.folder / folder / name for folder in ("complete", "killed"))
+        assert complete.read_bytes() == killed.read_bytes(), name
 
 
-def test_a_run_its_checkpoint_and_its_export_are_one_model(
+def test_a_run_its_checkpoint_and_its_export_score_the_same(
     command_line: CommandLine, arguments: list[str], quickstart: Callable[..., Finished]
 ) -> None:
-    """And they score as the run itself said: the same code evaluates during training."""
+    """Their score is also that of the run's own evaluation: the same code evaluates during training."""
     run = quickstart("evaluated", "train.steps=2", "evaluation.every=1", "train.save_every=1")
     folder = Path("runs/evaluated")
     for model, out in ((folder, "run"), (folder / "checkpoints/step_000002", "checkpoint"), (folder / "hf", "hf")):

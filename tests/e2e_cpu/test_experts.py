@@ -1,4 +1,4 @@
-"""A mixture of experts trains, whoever holds the experts: weights reach the engine, the export is the trained model."""
+"""A mixture of experts trains with and without expert parallelism: weights reach the engine, the export is right."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tests.hf_models import write_hf_model
 
 pytestmark = pytest.mark.e2e
 
-LAYOUTS = {"experts": (), "experts_shared_out": ("actor.data_parallel=2", "actor.expert_parallel=2")}
+LAYOUTS = {"experts": (), "expert_parallel": ("actor.data_parallel=2", "actor.expert_parallel=2")}
 REWARD = """
 from megatron_rl.types import RewardResult, Sample
 
 def some(sample: Sample) -> RewardResult:
-    return RewardResult(float(sum(sample.response.token_ids) % 3))
+    return RewardResult(float(sample.response.token_ids.sum() % 3))
 """
-"""An untrained model is never right, and without differences there is nothing to learn."""
+"""An untrained model never gives a right answer, and without different rewards there is no gradient."""
 COMPARED = ("train/loss", "train/grad_norm", "entropy/token_mean", "lpreg/delta", "response_length/mean")
 
 
 def write_model(folder: Path, tokenizer: Path) -> None:
-    """A Qwen3-MoE of four experts, two of them a token's, and the Countdown task's words."""
+    """Writes a Qwen3-MoE with four experts, two of them per token, and with the Countdown task's vocabulary."""
     write_hf_model(folder, "qwen3_moe", vocab_size=len(VOCABULARY), max_position_embeddings=MAX_POSITIONS, noise=0.1)
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, folder)
@@ -34,7 +34,7 @@ def write_model(folder: Path, tokenizer: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(command_line: CommandLine) -> dict[str, Finished]:
-    """Two steps under each layout. Every update is compared by checksum on both sides."""
+    """Two steps under each layout. The checksums of every weight sync are compared."""
     model = command_line.folder / "experts"
     write_model(model, command_line.folder / "runs/countdown-task/model")
     (command_line.folder / "rewards.py").write_text(REWARD)
@@ -64,6 +64,6 @@ def test_a_mixture_of_experts_trains(runs: dict[str, Finished], layout: str) -> 
 
 
 def test_expert_parallelism_changes_nothing(runs: dict[str, Finished]) -> None:
-    for alone, shared_out in zip(runs["experts"].metrics[1:], runs["experts_shared_out"].metrics[1:], strict=True):
+    for single, parallel in zip(runs["experts"].metrics[1:], runs["expert_parallel"].metrics[1:], strict=True):
         for metric in COMPARED:
-            assert shared_out[metric] == pytest.approx(alone[metric], rel=1e-4, abs=1e-6), metric
+            assert parallel[metric] == pytest.approx(single[metric], rel=1e-4, abs=1e-6), metric

@@ -1,4 +1,4 @@
-"""A rank that stops for good: the run says which, leaves the stacks, and ends with nothing behind it."""
+"""A rank hangs: the run names the rank, writes the stacks of all processes, and ends without leaving any process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.e2e_cpu.conftest import QUICKSTART, SHORT_WARM_START, CommandLine
 pytestmark = pytest.mark.e2e
 
 
-def test_a_hang_is_explained_and_ends(command_line: CommandLine) -> None:
+def test_a_hanging_rank_is_named_and_the_run_ends(command_line: CommandLine) -> None:
     process = command_line.start(
         "train",
         str(QUICKSTART),

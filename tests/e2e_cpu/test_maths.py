@@ -1,4 +1,4 @@
-"""Data as users have it: verl's schema in parquet, a chat template, another model family, math-verify."""
+"""Typical data of users: verl's schema in parquet, a chat template, another model family, math-verify."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPLATE = "{% for message in messages %}<user>{{ message.content }}{% endfor %}
 
 
 def write_model(folder: Path, texts: list[str]) -> PreTrainedTokenizerFast:
-    """A Qwen2 of 0.1M parameters (QKV bias, untied head) and a byte-level tokenizer with a chat template."""
+    """Writes a Qwen2 of 0.1M parameters (QKV bias, untied head) and a byte-level tokenizer with a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -36,7 +36,7 @@ def write_model(folder: Path, texts: list[str]) -> PreTrainedTokenizerFast:
     write_hf_model(
         folder,
         "qwen2",
-        vocab_size=len(fast),  # odd, so that two ranks must pad it
+        vocab_size=len(fast),  # odd, so that two ranks must pad the vocabulary
         hidden_size=64,
         intermediate_size=128,
         max_position_embeddings=256,
@@ -55,7 +55,7 @@ def test_fifty_maths_problems_train_two_steps(command_line: CommandLine) -> None
     config = {
         "model": {"path": "maths/model"},
         "data": {"train": str(PROBLEMS), "template": "chat", "max_prompt_tokens": 120},
-        # So that some answers are right: a model that never is has nothing to learn from.
+        # Makes some answers right: without any right answer there is nothing to learn.
         "warm_start": {
             "cache_folder": "maths/cache",
             "batch_size": 50,

@@ -1,4 +1,4 @@
-"""The quickstart, shortened: what it learns, what it leaves, and that every layout learns the same."""
+"""The shortened quickstart: the reward rises, the run folder is complete, and every layout takes the same steps."""
 
 from __future__ import annotations
 
@@ -65,20 +65,21 @@ def test_the_engine_samples_from_the_policy_being_trained(learned: Finished) -> 
     assert max(values(learned, "logprob/rollout_actor_max_diff")) < 1e-4
 
 
-def test_lp_reg_selects(learned: Finished) -> None:
+def test_lp_reg_selects_tokens(learned: Finished) -> None:
     assert all(0.049 < share < 0.06 for share in values(learned, "lpreg/below_delta_fraction"))
     assert np.mean(values(learned, "lpreg/selected_fraction")) > 0.001
 
 
 def last_recorded(run: Finished, kind: str) -> str:
-    """Every tenth step but those at which recording had cost too large a share of the time: on a busy machine, some."""
+    """Returns the name of the last dump. Every tenth step has one, unless recording had taken too large a share of the
+    time, which happens on a busy machine."""
     names = sorted(path.name for path in (run.folder / kind).iterdir())
     assert names[0] == "step_000001.parquet" and {int(name[5:11]) for name in names} <= {1, 10, 20, 30, 40}
     return names[-1]
 
 
 def test_candidates_are_recorded(learned: Finished) -> None:
-    """Of the policy after the step: it hardly differs from the one that sampled."""
+    """Candidates come from the policy after the step, which hardly differs from the policy that sampled."""
     last = last_recorded(learned, "candidates")
     rows = pq.read_table(learned.folder / "candidates" / last).to_pylist()
     rollouts = pq.read_table(learned.folder / "rollouts" / last).to_pylist()
@@ -93,7 +94,7 @@ def test_candidates_are_recorded(learned: Finished) -> None:
             assert abs(p[place] - np.exp(sampled["actor_log_probs"][row["position"]])) < 0.1
 
 
-def test_the_profile_of_a_step_says_where_its_time_goes(learned: Finished) -> None:
+def test_the_profile_of_a_step_shows_its_parts(learned: Finished) -> None:
     (folder,) = (learned.folder / "profile").iterdir()
     assert folder.name == "step_000002"
     for rank in (0, 1):
@@ -103,7 +104,7 @@ def test_the_profile_of_a_step_says_where_its_time_goes(learned: Finished) -> No
         assert "aten::mm" in (folder / f"rank-{rank}.txt").read_text()
 
 
-def test_the_run_folder_holds_what_was_promised(learned: Finished) -> None:
+def test_the_run_folder_is_complete(learned: Finished) -> None:
     folder = learned.folder
     for name in ("config.yaml", "metrics.jsonl", "report.html", "hf/config.json", "hf/tokenizer.json"):
         assert (folder / name).is_file(), name
@@ -121,14 +122,14 @@ def test_the_run_folder_holds_what_was_promised(learned: Finished) -> None:
     assert all(len(row["token_ids"]) == len(row["log_probs"]) == len(row["entropy"]) for row in rollouts)
 
 
-def test_the_terminal_says_how_it_went(learned: Finished) -> None:
+def test_the_terminal_output_ends_with_a_summary(learned: Finished) -> None:
     assert "largest logit difference" in learned.output
     assert "Before and after" in learned.output
     assert "report.html" in learned.output
     assert "\x1b" not in learned.output  # no terminal, no escape codes
 
 
-def test_plain_transformers_reads_the_export(learned: Finished) -> None:
+def test_transformers_loads_the_export(learned: Finished) -> None:
     tokenizer = AutoTokenizer.from_pretrained(learned.folder / "hf")
     model = AutoModelForCausalLM.from_pretrained(learned.folder / "hf", dtype=torch.float32)
     prompt = tokenizer("<bos> 2 3 4 > 24 :", add_special_tokens=False, return_tensors="pt").input_ids
@@ -136,11 +137,11 @@ def test_plain_transformers_reads_the_export(learned: Finished) -> None:
     assert "=" in text.split(":")[1]
 
 
-def test_its_checkpoint_converts_to_the_same_export(learned: Finished, command_line: CommandLine) -> None:
+def test_the_checkpoint_converts_to_the_same_export(learned: Finished, command_line: CommandLine) -> None:
     process = command_line.start("convert", str(learned.folder), "converted")
     converted = command_line.finish(process, "learned")
     assert converted.status == 0, converted.output
-    assert "every checksum is that of the source" in converted.output
+    assert "all checksums match the source" in converted.output
     exported = load_file(learned.folder / "hf/model.safetensors")
     again = load_file(command_line.folder / "converted/model.safetensors")
     assert again.keys() == exported.keys()
@@ -160,7 +161,7 @@ def test_its_checkpoint_converts_to_the_same_export(learned: Finished, command_l
 def test_every_layout_takes_the_same_first_step(
     learned: Finished, quickstart: Callable[..., Finished], name: str, overrides: list[str]
 ) -> None:
-    """Same weights and seed, so the same samples; the same loss and gradient then, whatever the split."""
+    """The same weights and seed give the same samples, and so the same loss and gradient under every layout."""
     other = quickstart(
         name,
         *overrides,
@@ -189,7 +190,7 @@ def test_grpo_runs_on_the_lp_reg_configuration(quickstart: Callable[..., Finishe
     assert "from the cache" in grpo.output
 
 
-def test_a_folder_with_a_run_is_refused(learned: Finished, command_line: CommandLine) -> None:
+def test_a_run_does_not_overwrite_another_run(learned: Finished, command_line: CommandLine) -> None:
     before = (learned.folder / "metrics.jsonl").read_bytes()
     refused = command_line.train("learned")
     assert refused.status == 2

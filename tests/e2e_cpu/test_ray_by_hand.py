@@ -1,4 +1,4 @@
-"""Several nodes without Slurm: `ray start` on each, and RAY_ADDRESS. Here two of Ray's nodes are on one machine."""
+"""Several nodes without Slurm: `ray start` on each, and RAY_ADDRESS. Here, two Ray nodes run on one machine."""
 
 from __future__ import annotations
 
@@ -40,27 +40,29 @@ from pathlib import Path
 import ray
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.placement import place
+from types import SimpleNamespace
 from megatron_rl.cluster.runtime import host_process, ray_runtime
 from megatron_rl.config.cluster import ClusterSettings
 
 cluster = ClusterSettings(nodes=2, gpus_per_node=2, colocate=True)
 placement = place(Layout(tensor=2, data=2), 2, cluster, engine_gpus=2, on_gpu=True)
 def start(name, node, **given):
-    return host_process("types:SimpleNamespace", (), log_file=Path(name), nodes=nodes, node=node, **given)
+    return host_process(SimpleNamespace, log_file=Path(name), nodes=nodes, node=node, **given)
 with ray_runtime(placement) as nodes:
     ranks = [start(f"rank-{rank}.log", node, gpus=1) for rank, node in enumerate(placement.actors)]
-    nodes.rank_devices = ray.get([rank.devices.remote() for rank in ranks])
+    nodes.rank_devices = ray.get([rank.devices() for rank in ranks])
     engines = [
         start(f"engine-{i}.log", node, gpus=2, devices=nodes.engine_devices(i))
         for i, node in enumerate(placement.engines)
     ]
-    print(json.dumps([nodes.rank_devices, ray.get([engine.devices.remote() for engine in engines])]))
+    print(json.dumps([nodes.rank_devices, ray.get([engine.devices() for engine in engines])]))
 """
 
 
 @pytest.fixture(scope="module")
 def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Two nodes of four CPUs and two GPUs that are not there, behind a token. Sets the environment that users would."""
+    """Address of a Ray cluster with a token: two nodes with four CPUs and two pretended GPUs each. Sets the environment
+    variables that users would set."""
     folder = tmp_path_factory.mktemp("ray")
     token = folder / "token"
     token.touch(mode=0o600)
@@ -69,7 +71,7 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     before = dict(os.environ)
     short = tempfile.mkdtemp(
         prefix="ray-", dir="/tmp"
-    )  # sockets have short names; and no other Ray sees this one there
+    )  # paths of sockets must be short, and no other Ray finds this one there
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": short}
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     port = address.split(":")[1]
@@ -114,8 +116,8 @@ def test_two_nodes_train(ray_address: str, command_line: CommandLine) -> None:
     assert [row["step"] for row in finished.metrics] == [0, 1, 2]
 
 
-def test_engines_on_the_actors_gpus_see_what_their_ranks_see(ray_address: str, tmp_path: Path) -> None:
-    """Ray only counts GPUs: none is needed to be told which ones to use."""
+def test_colocated_engines_see_the_gpus_of_their_ranks(ray_address: str, tmp_path: Path) -> None:
+    """Ray only counts GPUs, so the test needs none."""
     done = subprocess.run([sys.executable, "-c", DEVICES], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks, engines = json.loads(done.stdout.splitlines()[-1])
@@ -123,19 +125,19 @@ def test_engines_on_the_actors_gpus_see_what_their_ranks_see(ray_address: str, t
     assert engines == [f"{ranks[0]},{ranks[1]}", f"{ranks[2]},{ranks[3]}"]
 
 
-def test_a_wrong_token_is_said(ray_address: str, tmp_path: Path) -> None:
+def test_doctor_reports_a_wrong_token(ray_address: str, tmp_path: Path) -> None:
     token = tmp_path / "other"
     token.write_text(secrets.token_hex(32))
-    status, said = _doctor(tmp_path, os.environ | {"RAY_AUTH_TOKEN_PATH": str(token)})
-    assert status == 1, said
-    assert f"RAY_ADDRESS: {ray_address} does not let us in" in said and "RAY_AUTH_TOKEN_PATH" in said
+    status, output = _doctor(tmp_path, os.environ | {"RAY_AUTH_TOKEN_PATH": str(token)})
+    assert status == 1, output
+    assert f"RAY_ADDRESS: {ray_address} refuses the connection" in output and "RAY_AUTH_TOKEN_PATH" in output
 
 
-def test_a_run_that_names_no_ray_has_its_own(ray_address: str, tmp_path: Path) -> None:
-    """Ray itself would join whichever it finds on the machine."""
+def test_without_ray_address_a_run_starts_its_own_ray(ray_address: str, tmp_path: Path) -> None:
+    """Ray by default would join any cluster that it finds on the machine."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    status, said = _doctor(tmp_path, environment)
-    assert status == 0 and "1 nodes of cluster.nodes: 1, started for this" in said, said
+    status, output = _doctor(tmp_path, environment)
+    assert status == 0 and "1 nodes of cluster.nodes: 1, started for this" in output, output
 
 
 def _doctor(folder: Path, environment: Mapping[str, str]) -> tuple[int, str]:

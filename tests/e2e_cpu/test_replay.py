@@ -1,4 +1,4 @@
-"""Recorded rollouts train the same way again, without an engine; and rollouts can be had without training."""
+"""Recorded rollouts train the same way again without an engine, and a run can sample rollouts without training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_replay_repeats_the_updates(recorded: Finished, command_line: CommandL
     assert not list((again.folder / "logs").glob("engine*"))
 
 
-def test_rollouts_alone(recorded: Finished, command_line: CommandLine) -> None:
+def test_rollout_only_samples_without_training(recorded: Finished, command_line: CommandLine) -> None:
     alone = command_line.train("alone", "--rollout-only", *SHORT, "rollout.engines=1")
     assert alone.status == 0, alone.output[-3000:]
     assert len(list((alone.folder / "rollouts").iterdir())) == 2
@@ -36,7 +36,7 @@ def test_rollouts_alone(recorded: Finished, command_line: CommandLine) -> None:
     assert not (alone.folder / "checkpoints").exists()
 
 
-def test_what_cannot_be_replayed_is_said(command_line: CommandLine) -> None:
+def test_a_folder_without_dumps_is_refused(command_line: CommandLine) -> None:
     empty = command_line.folder / "empty"
     empty.mkdir()
     process = command_line.start("train", str(QUICKSTART), "--rollouts", str(empty))

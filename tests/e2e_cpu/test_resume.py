@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been."""
+"""A stopped or killed run resumes as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from megatron_rl.checkpoint.manifest import read_manifest
 from tests.e2e_cpu.conftest import QUICKSTART, SHORT_WARM_START, CommandLine, Finished
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # several runs a test
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # several runs per test
 
 SHORT = (
     *SHORT_WARM_START,
@@ -40,23 +40,23 @@ OFF_POLICY = (
 
 
 def learning_curve(run: Finished) -> list[dict[str, float]]:
-    """Every metric but those of the machine, and of the contract, which is checked at every start."""
+    """Returns all metrics but those of the machine, and of the contract, which is checked at every start."""
     other = ("time", "perf/", "memory/", "logprob/contract")
     return [{name: value for name, value in row.items() if not name.startswith(other)} for row in run.metrics]
 
 
 def interrupt(command_line: CommandLine, name: str, at: str, how: signal.Signals, *overrides: str) -> Finished:
-    """Start a run and send it a signal when it has said `at`."""
+    """Starts a run, and sends it a signal once `at` appears in its output."""
     process = command_line.start("train", str(QUICKSTART), f"run.name={name}", *SHORT, *overrides)
     assert process.stdout is not None
-    said = []
+    lines = []
     for line in process.stdout:
-        said.append(line)
+        lines.append(line)
         if at in line:
             os.kill(process.pid, how)
             break
     finished = command_line.finish(process, name)
-    return Finished(finished.folder, finished.status, "".join(said) + finished.output)
+    return Finished(finished.folder, finished.status, "".join(lines) + finished.output)
 
 
 def assert_same_end(run: Finished, other: Finished) -> None:
@@ -70,7 +70,7 @@ def straight(quickstart: Callable[..., Finished]) -> Finished:
     return quickstart("straight", *SHORT)
 
 
-def test_stopped_and_then_killed_a_run_ends_as_if_it_had_not_been(
+def test_a_run_that_was_interrupted_and_then_killed_ends_like_an_uninterrupted_one(
     straight: Finished, command_line: CommandLine, quickstart: Callable[..., Finished]
 ) -> None:
     stopped = interrupt(command_line, "interrupted", "step=1/", signal.SIGINT)
@@ -88,15 +88,16 @@ def test_stopped_and_then_killed_a_run_ends_as_if_it_had_not_been(
     assert_same_end(resumed, straight)
 
 
-def test_a_checkpoint_says_what_it_took(straight: Finished) -> None:
-    """The time a step waited is in its own row, the time beside training in a later one; the last step waits."""
+def test_the_time_of_checkpoints_is_logged(straight: Finished) -> None:
+    """The time that a step waits for its checkpoint is in the row of that step, the time in the background in a later
+    row. The last step waits for its checkpoint."""
     rows = {row["step"]: row for row in straight.metrics}
     assert [step for step in rows if "perf/checkpoint_seconds" in rows[step]] == [2, 4, 6]
     beside = [step for step in rows if "perf/checkpoint_background_seconds" in rows[step]]
     assert len(beside) == 2 and beside[0] in (2, 3, 4) and beside[1] in (4, 5, 6)
 
 
-def test_under_another_layout_it_goes_on_to_rounding_and_says_so(
+def test_a_run_resumes_under_another_layout_up_to_rounding(
     straight: Finished, quickstart: Callable[..., Finished]
 ) -> None:
     checkpoint = straight.folder / "checkpoints/step_000004"
@@ -104,7 +105,7 @@ def test_under_another_layout_it_goes_on_to_rounding_and_says_so(
         "moved", *SHORT, "train.steps=5", "actor.tensor_parallel=1", "actor.pipeline_parallel=2", f"resume={checkpoint}"
     )
     assert "written under tensor 2, now pipeline 2: weights and optimizer state are exact" in moved.output
-    first, last = moved.metrics  # a folder of its own, which begins with the step of the checkpoint
+    first, last = moved.metrics  # the new folder begins with the step of the checkpoint
     assert first["step"] == 4
     expected = straight.metrics[5]
     assert last["step"] == expected["step"] == 5
@@ -113,15 +114,15 @@ def test_under_another_layout_it_goes_on_to_rounding_and_says_so(
         assert last[metric] == pytest.approx(expected[metric], rel=1e-5, abs=1e-6), metric
 
 
-def test_off_policy_in_bf16_with_the_distributed_optimizer(
+def test_an_off_policy_run_in_bf16_resumes_from_an_older_checkpoint_if_the_newest_is_damaged(
     straight: Finished, command_line: CommandLine, quickstart: Callable[..., Finished]
 ) -> None:
-    """Two updates a rollout with the full KL against the policy that sampled, refilled batches, a reference model; the
-    newest checkpoint is damaged on the way."""
+    """The run has two updates per rollout, the full KL against the policy that sampled, dynamic sampling, a reference
+    model and the distributed optimizer."""
     overrides = (*SHORT, *OFF_POLICY, f"model.path={straight.folder / 'hf'}", "warm_start=null")
-    whole = quickstart("off_policy", *overrides)
-    again = whole.folder.with_name("off_policy_again")
-    shutil.copytree(whole.folder, again, symlinks=True)
+    uninterrupted = quickstart("off_policy", *overrides)
+    again = uninterrupted.folder.with_name("off_policy_again")
+    shutil.copytree(uninterrupted.folder, again, symlinks=True)
     name = next(iter(read_manifest(again / "checkpoints/step_000004").files))
     damaged = again / "checkpoints/step_000004" / name
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -132,4 +133,4 @@ def test_off_policy_in_bf16_with_the_distributed_optimizer(
     )
     assert "step_000002 (step 2)" in resumed.output
     assert len(resumed.metrics) == 5
-    assert_same_end(resumed, whole)
+    assert_same_end(resumed, uninterrupted)

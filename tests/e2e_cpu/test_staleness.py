@@ -1,4 +1,4 @@
-"""Runs that train on tokens of older weights: within their bound, and after kill -9 without losing a prompt."""
+"""Runs that train on tokens of older weights: they keep the bound on staleness, and lose no prompt after kill -9."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rl.checkpoint.manifest import read_manifest
 from megatron_rl.checkpoint.rollout_buffer import BUFFER_FILE, read_buffer
-from megatron_rl.observability.rollouts import dumps
+from megatron_rl.rollout.dump import dumps
 from megatron_rl.types import Prompt
 from tests.e2e_cpu.conftest import CommandLine, Finished
 from tests.e2e_cpu.test_resume import SHORT, assert_same_end, interrupt
@@ -41,7 +41,7 @@ def rows_of_steps(run: Finished) -> dict[int, list[dict[str, Any]]]:
 
 
 def assert_within_bound(run: Finished) -> None:
-    """Step s trains the policy of s - 1 updates; no token is older than that by more than one."""
+    """Step s trains the policy after s - 1 updates, on tokens that are at most one version older."""
     steps = rows_of_steps(run)
     assert list(steps) == list(range(1, STEPS + 1))
     for step, rows in steps.items():
@@ -54,7 +54,7 @@ def assert_within_bound(run: Finished) -> None:
     assert len(losses) == STEPS and all(row.get("train/updates") == 1 for row in run.metrics if row["step"] > 0)
 
 
-def test_partial_rollouts_go_on_from_a_checkpoint_bit_for_bit(quickstart: Callable[..., Finished]) -> None:
+def test_partial_rollouts_resume_from_a_checkpoint_bit_for_bit(quickstart: Callable[..., Finished]) -> None:
     straight = quickstart("partial", *PARTIAL)
     assert_within_bound(straight)
     assert max(row.get("rollout/staleness_max", 0) for row in straight.metrics) == 1
@@ -73,7 +73,8 @@ def test_partial_rollouts_go_on_from_a_checkpoint_bit_for_bit(quickstart: Callab
 def test_an_asynchronous_run_loses_no_prompt_when_it_is_killed(
     command_line: CommandLine, quickstart: Callable[..., Finished]
 ) -> None:
-    """Prompts that engines were at work on are sampled anew, so that its numbers are others."""
+    """The prompts that engines were working on are sampled again, so the metrics differ from those of an uninterrupted
+    run."""
     killed = interrupt(command_line, "asynchronous", "step_000002", signal.SIGKILL, *ASYNCHRONOUS)
     assert killed.status == -signal.SIGKILL, killed.output
     checkpoint = killed.folder / "checkpoints/step_000002"

@@ -1,4 +1,4 @@
-"""examples/trl/countdown.py from an empty folder, cut short."""
+"""A shortened examples/trl/countdown.py runs in an empty folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CUTS = {
+SHORTER = {
     "write_task(TASK)": "write_task(TASK, warm_start_traces=(256, 128))",
     '"max_steps": 200': '"max_steps": 2',
     '"eval_steps": 50': '"eval_steps": 2',
@@ -22,9 +22,9 @@ CUTS = {
 @pytest.mark.e2e
 def test_the_trl_example_trains(tmp_path: Path) -> None:
     code = (ROOT / "examples" / "trl" / "countdown.py").read_text()
-    for whole, cut in CUTS.items():
-        assert whole in code
-        code = code.replace(whole, cut)
+    for original, shorter in SHORTER.items():
+        assert original in code
+        code = code.replace(original, shorter)
     (tmp_path / "countdown.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

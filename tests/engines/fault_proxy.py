@@ -1,4 +1,4 @@
-"""A proxy between an engine and a real server: it passes on what it is asked, and fails on command."""
+"""A proxy between an engine and a real server that forwards requests, and fails on command."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 
 SLOW_SECONDS = 13.0
-"""Longer than the engines of the tests are to wait for an answer."""
+"""Longer than the time for which the engines of the tests wait for an answer."""
 
 
 @dataclass
 class Script:
-    """Which server is behind the address, and what the next requests meet there."""
+    """The server behind the proxy, and the faults that the next requests meet."""
 
     server: HttpEngine
     faults: dict[str, deque[str]] = field(default_factory=dict)
-    """Path -> one a request to it; none left, or an empty one: it is passed on.
+    """Fault of each next request to a path. An empty fault, or none left: the request is forwarded.
 
-    error: answered 500. drop: the connection is closed. lost: the same, when the server has done it. slow: held back.
-    down: from here on each request to this path is answered 500, until another engine is attached.
-    restarted: from here on `successor` is behind the address.
+    error: it is answered with status 500. drop: the connection is closed. lost: the connection is closed once the
+    server has answered. slow: it is delayed. down: from here on each request to this path is answered with status 500,
+    until another engine is attached. restarted: from here on `successor` is behind the proxy.
     """
     successor: HttpEngine | None = None
     down: str = ""
@@ -35,10 +35,10 @@ class Script:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fault(self, path: str, update_path: str) -> str:
-        """What a request to the path meets."""
+        """Returns the fault of a request to the path."""
         with self.lock:
             if path == update_path:
-                self.down = ""  # a new engine brings weights before it asks for anything
+                self.down = ""  # a new engine gets weights before it sends any request
             if path == self.down:
                 return "error"
             waiting = self.faults.get(path)
@@ -60,12 +60,12 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._pass_on()
+        self._forward()
 
     def do_POST(self) -> None:
-        self._pass_on()
+        self._forward()
 
-    def _pass_on(self) -> None:
+    def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.script.fault(self.path, self.update_path)
         if fault == "drop":
@@ -98,19 +98,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 class _Proxy(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Who asked has gone away."""
+        """Ignores clients that have disconnected."""
 
 
 @contextmanager
 def fault_proxy(script: Script, update_path: str) -> Iterator[str]:
-    """Its URL."""
+    """Gives the proxy's URL."""
     handler = type("Handler", (_Handler,), {"script": script, "update_path": update_path})
     proxy = _Proxy(("127.0.0.1", 0), handler)
     threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""`megatron-rl`, but that weights may go through mapped memory without a GPU: it is the host's then."""
+"""`megatron-rl`, except that weights may go through mapped memory without a GPU: in memory of the host."""
 
 from __future__ import annotations
 

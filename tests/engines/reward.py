@@ -1,4 +1,4 @@
-"""A verifier under which an untrained model learns something at once."""
+"""A verifier that an untrained model learns to satisfy at once."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from megatron_rl.types import RewardResult, Sample
 
 
 def odd(sample: Sample) -> RewardResult:
-    """Half of all responses are right, whatever they are."""
-    return RewardResult(float(sum(sample.response.token_ids) % 2))
+    """Half of all possible responses are right."""
+    return RewardResult(float(sum(sample.response.token_ids.tolist()) % 2))

@@ -1,11 +1,10 @@
-"""A mixture of experts in a real server: log-probs, and weights that come expert by expert."""
+"""A mixture of experts in a real server: log-probs, and weights that arrive expert by expert."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.types import SamplingParams
 from megatron_rl.weight_sync.checksums import ChecksumTaker
@@ -23,12 +22,12 @@ SAMPLING = SamplingParams(n=4, max_tokens=20, temperature=1.0, stop_token_ids=(4
 def test_experts_take_new_weights(run: Run[Any], tmp_path: Path) -> None:
     shape = {"tie_word_embeddings": False, "initializer_range": 0.3, "head_dim": 32}
     before, after = (write_hf_model(tmp_path / str(seed), "qwen3_moe", seed=seed, **shape) for seed in (0, 1))
-    engine = HttpEngine("sglang", ServerSettings(), launch(before))
+    engine = HttpEngine(launch("sglang", before))
 
     def gap(model: Path) -> float:
         groups = run(engine.generate(PROMPTS, SAMPLING))
-        pairs = [(prompt, g) for prompt, group in zip(PROMPTS, groups, strict=True) for g in group]
-        return max(largest_gap(model, prompt, generation, 1.0) for prompt, generation in pairs)
+        pairs = [(prompt, response) for prompt, group in zip(PROMPTS, groups, strict=True) for response in group]
+        return max(largest_gap(model, prompt, response, 1.0) for prompt, response in pairs)
 
     run(engine.start())
     try:

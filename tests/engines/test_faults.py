@@ -1,5 +1,5 @@
-"""Whole runs whose server fails in every way but death: 500s, dropped connections, lost and slow answers, calls to
-abort that fail, while it generates and while it takes weights; and one that somebody else has started anew."""
+"""Whole runs whose server fails in every way except that it ends: status 500, dropped connections, lost and slow
+answers and failed calls to abort, during sampling and weight updates; and a server that somebody else restarts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from tests.e2e_cpu.conftest import CommandLine, Finished
 from tests.engines.conftest import Run, launch
@@ -23,10 +22,10 @@ STEPS = 14
 GOOD = [""]
 SOME = ["error", "error", "drop", "lost", "slow"]
 ATTEMPTS = len(SOME) + 1
-"""Of a request: chance says whose next attempt meets the next fault, and one may meet them all."""
+"""Attempts of a request. Which request meets the next fault is random, and one request may meet them all."""
 CHECKS = 2
-"""Of the engine's contract, before the first step. SGLang is asked prompt by prompt; vLLM for all of a moment at once,
-and again one by one for those that failed."""
+"""Checks of the log-prob contract before the first step. SGLang gets a request per prompt; vLLM gets the requests of
+one moment as a batch, and the failed ones again one by one."""
 FAULTS = {
     "sglang": {
         "/generate": [*GOOD * CHECKS * PROMPTS, *SOME, *GOOD * 4 * PROMPTS, "restarted"],
@@ -44,7 +43,7 @@ FAULTS = {
 }
 LOSSES = {"sglang": ["it serves weights -1"], "vllm": [f"a request failed {ATTEMPTS} times"]}
 UPDATE_PATH = {"sglang": "/begin_weight_update", "vllm": "/start_weight_update"}
-HOW = {
+SETTINGS = {
     "sglang": (
         "weight_sync.transport=collective",
         "rollout.over_sampling=1.5",
@@ -63,11 +62,11 @@ LIMITS = (
 
 @pytest.fixture
 def successor(engine: HttpEngine, run: Run[Any], model: Path) -> Iterator[HttpEngine | None]:
-    """A second server, as it is when it has just been started, where there is a use for it."""
-    if not any("restarted" in faults for faults in FAULTS[engine.kind].values()):
+    """A second server that has just started, if a fault needs one."""
+    if not any("restarted" in faults for faults in FAULTS[engine.kind.name].values()):
         yield None
         return
-    successor = HttpEngine(engine.kind, ServerSettings(), launch(model))
+    successor = HttpEngine(launch(engine.kind.name, model))
     run(successor.start())
     yield successor
     run(successor.close())
@@ -75,7 +74,7 @@ def successor(engine: HttpEngine, run: Run[Any], model: Path) -> Iterator[HttpEn
 
 @pytest.fixture
 def lent(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> Iterator[HttpEngine]:
-    """The server that tests share; it has the model's weights again afterwards."""
+    """The server that tests share; afterwards it gets the model's weights again."""
     yield engine
     run(engine.pause())
     run(engine.update_weights(in_folder(tmp_path / "restored", model, 200)[0]))
@@ -83,7 +82,7 @@ def lent(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> Iter
 
 
 def assert_each_sample_is_there_once(run: Finished, staleness: int) -> None:
-    """Every step has all its samples, none of weights older than it may train on; no prompt comes twice."""
+    """Every step has all its samples, none of them older than the allowed staleness; no prompt is drawn twice."""
     drawn: Counter[object] = Counter()
     steps = list(rollouts(run))
     assert len(steps) == STEPS
@@ -96,21 +95,23 @@ def assert_each_sample_is_there_once(run: Finished, staleness: int) -> None:
     assert set(drawn.values()) == {1}
 
 
-def test_a_run_takes_all_its_steps(lent: HttpEngine, successor: HttpEngine | None, command_line: CommandLine) -> None:
-    kind = lent.kind
+def test_a_run_with_a_failing_server_takes_all_its_steps(
+    lent: HttpEngine, successor: HttpEngine | None, command_line: CommandLine
+) -> None:
+    kind = lent.kind.name
     script = Script(lent, {path: deque(faults) for path, faults in FAULTS[kind].items()}, successor)
     with fault_proxy(script, UPDATE_PATH[kind]) as url:
-        settings = (f"rollout.server.urls=[{url}]", f"train.steps={STEPS}", *HOW[kind], *LIMITS)
+        settings = (f"rollout.server.urls=[{url}]", f"train.steps={STEPS}", *SETTINGS[kind], *LIMITS)
         ended = Training(command_line, kind, f"faults-{kind}", *settings).end()
     assert ended.status == 0, ended.output
-    assert not any(script.faults.values()), "faults that nothing has met"
+    assert not any(script.faults.values()), "some faults were not met"
     assert [row["step"] for row in ended.metrics] == list(range(STEPS + 1))
     assert_each_sample_is_there_once(ended, staleness=1 if kind == "sglang" else 0)
 
-    why = re.findall(r"engine 0 is lost, another takes its place: (.*?)(?:, not \d+)?\n", ended.output)
-    assert why == LOSSES[kind]
-    assert ended.output.count("engine 0 serves again") == len(why)
-    assert re.search(r"engine 0 has not got weight version \d+ whole: ", ended.output)
+    reasons = re.findall(r"engine 0 is lost, another takes its place: (.*?)(?:, not \d+)?\n", ended.output)
+    assert reasons == LOSSES[kind]
+    assert ended.output.count("engine 0 serves again") == len(reasons)
+    assert re.search(r"engine 0 did not get weight version \d+ completely: ", ended.output)
     assert "Traceback" not in ended.output
     log = (ended.folder / "logs/engine-0.log").read_text()
     for error in ("status 500, the proxy was told to fail", "ServerDisconnectedError", "TimeoutError"):

@@ -1,4 +1,4 @@
-"""What comes back from a real server is what the policy would have said."""
+"""Responses of real servers are sampled from the policy, and have its log-probs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SAMPLING = SamplingParams(n=6, max_tokens=24, temperature=1.0, stop_token_ids=ST
 
 
 def largest_gap(model: Path, prompt: tuple[int, ...], response: Response, temperature: float) -> float:
-    """To a forward of plain transformers over the whole sequence."""
+    """Largest difference of log-probs from a forward pass of plain transformers over the whole sequence."""
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.inference_mode():
-        logits = policy(torch.tensor([[*prompt, *response.token_ids]])).logits[0, len(prompt) - 1 : -1]
-    tokens = torch.tensor(response.token_ids, dtype=torch.int64)
-    log_p = torch.log_softmax(logits / temperature, -1).gather(1, tokens[:, None])[:, 0]
+        logits = policy(torch.tensor([[*prompt, *response.token_ids.tolist()]])).logits[0, len(prompt) - 1 : -1]
+    token_ids = torch.tensor(response.token_ids).long()
+    log_p = torch.log_softmax(logits / temperature, -1).gather(1, token_ids[:, None])[:, 0]
     return float((log_p - torch.tensor(response.log_probs)).abs().max())
 
 
@@ -40,38 +40,38 @@ def test_log_probs_are_those_at_the_sampling_temperature(
             assert largest_gap(model, prompt, response, temperature) < 1e-4
 
 
-def test_groups_of_different_responses_that_end_where_they_should(
+def test_responses_of_a_group_differ_and_end_where_they_should(
     engine: HttpEngine, run: Run[list[list[Response]]]
 ) -> None:
     groups = run(engine.generate(PROMPTS, SAMPLING))
     assert [len(group) for group in groups] == [SAMPLING.n] * len(PROMPTS)
     reasons: Counter[str] = Counter()
     for group in groups:
-        assert len({tuple(response.token_ids) for response in group}) > 1
+        assert len({tuple(response.token_ids.tolist()) for response in group}) > 1
         for response in group:
-            *before, last = response.token_ids
+            *before, last = response.token_ids.tolist()
             assert not set(before) & set(STOPS)
             assert (last in STOPS) == (response.finish_reason == "stop")
-            assert len(response.token_ids) == SAMPLING.max_tokens or response.finish_reason == "stop"
+            assert len(response) == SAMPLING.max_tokens or response.finish_reason == "stop"
             reasons[response.finish_reason] += 1
     assert set(reasons) == {"stop", "length"}
 
 
 def test_only_our_own_stop_tokens_end_a_response(engine: HttpEngine, run: Run[list[list[Response]]]) -> None:
-    """The model's own is 2."""
+    """The model's own end token is 2."""
     groups = run(engine.generate([(1, 5)], replace(SAMPLING, n=128, max_tokens=16, stop_token_ids=(93,))))
-    assert any(2 in response.token_ids[:-1] for response in groups[0]), "a token as likely as any never came"
+    assert any(2 in response.token_ids[:-1] for response in groups[0]), "a likely token was never sampled"
     for response in groups[0]:
-        assert len(response.token_ids) == 16 or response.token_ids[-1] == 93
+        assert len(response) == 16 or response.token_ids[-1] == 93
 
 
 def test_every_token_comes_from_the_whole_distribution(engine: HttpEngine, run: Run[list[list[Response]]]) -> None:
-    """Neither top-p nor top-k: an untrained model's hundred tokens all come up."""
+    """There is no top-p and no top-k: all tokens of an untrained model are sampled."""
     groups = run(engine.generate([(1, 5)], replace(SAMPLING, n=128, max_tokens=50, stop_token_ids=(94,))))
-    seen = {token for response in groups[0] for token in response.token_ids}
+    seen = {token for response in groups[0] for token in response.token_ids.tolist()}
     assert len(seen) == 95
 
 
-def test_a_prompt_that_is_too_long_is_refused_in_words(engine: HttpEngine, run: Run[list[list[Response]]]) -> None:
+def test_a_prompt_that_is_too_long_is_refused_with_a_reason(engine: HttpEngine, run: Run[list[list[Response]]]) -> None:
     with pytest.raises(ServerRefused, match=r"(?i)(maximum|longer).*(context|length)"):
         run(engine.generate([(1, 5) * CONTEXT], SAMPLING))

@@ -13,14 +13,15 @@ import pytest
 
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.data.countdown import write_task
+from megatron_rl.rollout.engines.interface import Address
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.rollout.servers.router import Router
-from megatron_rl.rollout.servers.server import UNSYNCED, Address, HttpClient, ServerRefused
-from megatron_rl.types import Generation, SamplingParams
+from megatron_rl.rollout.servers.server import UNSYNCED, HttpClient, ServerRefused
+from megatron_rl.types import Response, SamplingParams
 from tests.e2e_cpu.conftest import CommandLine
 from tests.engines.conftest import Run, launch, server_processes
 from tests.engines.test_generate import largest_gap
-from tests.engines.test_training import Training, assert_it_goes_on
+from tests.engines.test_training import Training, assert_it_continues
 from tests.engines.test_weights import in_folder
 
 SETTINGS = ServerSettings(router="round_robin")
@@ -35,17 +36,17 @@ class Routed:
     router: Router
     version: int = UNSYNCED
 
-    async def begin(self) -> asyncio.Task[list[list[Generation]]]:
-        """Requests that were under way in all servers a moment ago, however fast or busy the machine is."""
+    async def begin(self) -> asyncio.Task[list[list[Response]]]:
+        """Starts requests that are under way in all servers at once, however fast or busy the machine is."""
         for _ in range(20):
             asking = asyncio.create_task(self.router.generate(PROMPTS, SAMPLING))
             while not asking.done():
                 if all(await self.loads()):
                     return asking
-        raise AssertionError("they were never under way in all servers at once")
+        raise AssertionError("requests were never under way in all servers at once")
 
     async def loads(self) -> list[int]:
-        """Responses under way in each server, as it says itself."""
+        """Number of responses under way in each server, as the server reports it."""
         clients = [HttpClient(address) for address in self.addresses]
         answers = await asyncio.gather(
             *(client.get("/v1/loads?include=core", timeout_seconds=10.0) for client in clients)
@@ -57,12 +58,13 @@ class Routed:
 
 @pytest.fixture(scope="module")
 def routed(run: Run[Any], model: Path) -> Iterator[Routed]:
-    hosts = ("127.0.0.1", "127.0.0.2")  # two nodes, as far as addresses go
-    engines = [HttpEngine("sglang", SETTINGS, launch(model, host=host)) for host in hosts]
+    hosts = ("127.0.0.1", "127.0.0.2")  # the addresses of two nodes
+    engines = [HttpEngine(launch("sglang", model, server=SETTINGS, host=host)) for host in hosts]
     router = Router(SETTINGS)
 
     async def start() -> list[Address]:
-        *addresses, _ = await asyncio.gather(*(engine.start() for engine in engines), router.start())
+        addresses = list(await asyncio.gather(*(engine.start() for engine in engines)))
+        await router.start()
         await asyncio.gather(*(engine.resume() for engine in engines))
         assert await router.serve(addresses, UNSYNCED) == {address.url for address in addresses}
         return addresses
@@ -74,29 +76,29 @@ def routed(run: Run[Any], model: Path) -> Iterator[Routed]:
     run(stop())
 
 
-def assert_whole(model: Path, groups: list[list[Generation]], version: int) -> None:
+def assert_complete(model: Path, groups: list[list[Response]], version: int) -> None:
     assert [len(group) for group in groups] == [SAMPLING.n] * len(PROMPTS)
     for prompt, group in zip(PROMPTS, groups, strict=True):
-        assert len({tuple(generation.token_ids) for generation in group}) == SAMPLING.n
-        for generation in group:
-            assert len(generation.token_ids) == SAMPLING.max_tokens or generation.token_ids[-1] == 94
-            assert generation.finish_reason != "abort"
-            assert generation.weight_versions[-1] == version
+        assert len({tuple(response.token_ids.tolist()) for response in group}) == SAMPLING.n
+        for response in group:
+            assert len(response) == SAMPLING.max_tokens or response.token_ids[-1] == 94
+            assert response.finish_reason != "abort"
+            assert response.weight_versions[-1] == version
         assert largest_gap(model, prompt, group[0], 1.0) < 1e-4
 
 
 def test_requests_go_to_all_servers_and_log_probs_are_the_policys(routed: Routed, run: Run[Any], model: Path) -> None:
-    async def scenario() -> list[list[Generation]]:
+    async def scenario() -> list[list[Response]]:
         return await (await routed.begin())
 
-    assert_whole(model, run(scenario()), routed.version)
+    assert_complete(model, run(scenario()), routed.version)
 
 
-def test_nothing_is_done_for_strangers_and_keys_are_in_no_command_line(routed: Routed, run: Run[Any]) -> None:
+def test_requests_without_the_key_are_refused_and_no_command_line_has_a_key(routed: Routed, run: Run[Any]) -> None:
     servers = routed.router._servers
     url = servers._data._http.address.url
-    for asked, path in ((url, "/workers"), (routed.addresses[1].url, "/generate")):
-        stranger = HttpClient(Address(asked))
+    for address, path in ((url, "/workers"), (routed.addresses[1].url, "/generate")):
+        stranger = HttpClient(Address(address))
         with pytest.raises(ServerRefused, match="status 401"):
             run(stranger.post(path, {"url": "http://127.0.0.1:9"}, timeout_seconds=5.0))
         run(stranger.close())
@@ -107,27 +109,29 @@ def test_nothing_is_done_for_strangers_and_keys_are_in_no_command_line(routed: R
     assert len(lines) > 3 and not any(key in line for key in keys for line in lines)
 
 
-def test_a_cut_reaches_requests_in_all_servers_and_they_go_on(routed: Routed, run: Run[Any], model: Path) -> None:
-    async def scenario() -> tuple[list[list[Generation]], list[list[Generation]]]:
+def test_an_abort_reaches_requests_in_all_servers_and_they_are_continued(
+    routed: Routed, run: Run[Any], model: Path
+) -> None:
+    async def scenario() -> tuple[list[list[Response]], list[list[Response]]]:
         for _ in range(20):
             asking = await routed.begin()
-            await routed.router.cut()
-            cut = await asyncio.wait_for(asking, 5)
-            if any(g.token_ids and g.finish_reason == "abort" for group in cut for g in group):
-                return cut, await routed.router.generate(PROMPTS, SAMPLING, cut)
-        raise AssertionError("nothing was cut in the middle")
+            await routed.router.abort()
+            aborted = await asyncio.wait_for(asking, 5)
+            if any(len(g) and g.finish_reason == "abort" for group in aborted for g in group):
+                return aborted, await routed.router.generate(PROMPTS, SAMPLING, aborted)
+        raise AssertionError("no response was aborted in the middle")
 
-    cut, whole = run(scenario())
-    for before, after in zip(cut, whole, strict=True):
+    aborted, complete = run(scenario())
+    for before, after in zip(aborted, complete, strict=True):
         for first, last in zip(before, after, strict=True):
-            assert last.token_ids[: len(first.token_ids)] == first.token_ids
-    assert_whole(model, whole, routed.version)
+            assert last.token_ids[: len(first)].tolist() == first.token_ids.tolist()
+    assert_complete(model, complete, routed.version)
 
 
-def test_an_update_reaches_requests_in_all_servers_and_they_go_on(
+def test_an_update_reaches_requests_in_all_servers_and_they_are_continued(
     routed: Routed, run: Run[Any], model: Path, tmp_path: Path
 ) -> None:
-    async def scenario() -> list[list[Generation]]:
+    async def scenario() -> list[list[Response]]:
         for version in range(3, 23):
             asking = await routed.begin()
             await routed.router.pause()
@@ -139,23 +143,23 @@ def test_an_update_reaches_requests_in_all_servers_and_they_go_on(
                 await engine.resume()
             await routed.router.serve(routed.addresses, version)
             before, routed.version, groups = routed.version, version, await asking
-            seen = {version for group in groups for generation in group for version in generation.weight_versions}
+            seen = {run[2] for group in groups for response in group for run in response.version_runs}
             assert seen <= {before, version}
-            if any(generation.version_changes for group in groups for generation in group):
+            if any(response.version_changes for group in groups for response in group):
                 return groups
-        raise AssertionError("no update ever came between two tokens")
+        raise AssertionError("no update arrived between two tokens")
 
     for group in run(scenario()):
-        assert [len(g.token_ids) == SAMPLING.max_tokens or g.token_ids[-1] == 94 for g in group] == [True] * SAMPLING.n
+        assert [len(g) == SAMPLING.max_tokens or g.token_ids[-1] == 94 for g in group] == [True] * SAMPLING.n
 
 
-def test_a_server_that_is_killed_takes_no_request_with_it(routed: Routed, run: Run[Any], model: Path) -> None:
-    """The last of all tests with these two."""
+def test_no_request_is_lost_with_a_killed_server(routed: Routed, run: Run[Any], model: Path) -> None:
+    """This must be the last test with these two servers."""
     process = routed.engines[0]._process
     assert process is not None
     (first, *_) = server_processes(psutil.Process(process._process.pid))
 
-    async def scenario() -> list[list[Generation]]:
+    async def scenario() -> list[list[Response]]:
         asking = await routed.begin()
         first.kill()
         with pytest.raises(Exception, match="its server has ended"):
@@ -164,10 +168,10 @@ def test_a_server_that_is_killed_takes_no_request_with_it(routed: Routed, run: R
         assert reached == {routed.addresses[1].url}
         return await asyncio.wait_for(asking, 60)
 
-    assert_whole(model, run(scenario()), routed.version)
+    assert_complete(model, run(scenario()), routed.version)
 
 
-def test_a_run_goes_on_when_an_engine_and_then_the_router_is_killed(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_run_continues_when_an_engine_and_then_the_router_is_killed(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("routed")
     write_task(folder / "runs/countdown-task")
     run = Training(
@@ -176,7 +180,7 @@ def test_a_run_goes_on_when_an_engine_and_then_the_router_is_killed(tmp_path_fac
         "routed",
         "rollout.engines=2",
         "rollout.server.router=round_robin",
-        "train.steps=2000",  # more than are taken until all are back, however fast
+        "train.steps=2000",  # more steps than the run takes until all are back
     )
     run.until("step=1/")
     servers = [server[0] for server in run.servers()]
@@ -189,4 +193,4 @@ def test_a_run_goes_on_when_an_engine_and_then_the_router_is_killed(tmp_path_fac
     router.kill()
     run.until("the router is lost, another takes its place: its server has ended")
     run.until("the router serves again")
-    assert_it_goes_on(run, losses=2)
+    assert_it_continues(run, losses=2)

@@ -1,5 +1,5 @@
-"""Whole runs with real servers: refused where log-probs are wrong, gone on with when servers die, stopped in order when
-none can be brought back, and nothing left of them when the driver is killed."""
+"""Whole runs with real servers: wrong log-probs are refused, dead servers are replaced, a run without servers stops in
+order, and no server outlives a killed driver."""
 
 from __future__ import annotations
 
@@ -39,56 +39,56 @@ SMALL = (
 
 
 def computing(server: list[psutil.Process]) -> list[psutil.Process]:
-    """The processes of vLLM behind the one that speaks HTTP."""
+    """The processes of vLLM behind its HTTP process."""
     found = [process for process in server[1:] if " ".join(process.cmdline()).startswith("VLLM::")]
     assert found, [process.cmdline() for process in server]
     return found
 
 
 class Training:
-    """A run under way, and its servers."""
+    """A run and its servers."""
 
     def __init__(self, command_line: CommandLine, kind: str, name: str, *overrides: str) -> None:
-        self.command_line, self.name, self.said = command_line, name, ""
+        self.command_line, self.name, self.output = command_line, name, ""
         config = QUICKSTART.with_name(f"countdown_{kind}.yaml")
         self.process: subprocess.Popen[str] = command_line.start(
             "train", str(config), f"run.name={name}", *SMALL, *overrides
         )
 
     def until(self, text: str) -> None:
-        """Read on until it says so."""
+        """Reads the output up to a line with this text."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.said += line
+            self.output += line
             if text in line:
                 return
-        raise AssertionError(f"it ended without saying {text!r}:\n{self.said[-5000:]}")
+        raise AssertionError(f"it ended without {text!r} in its output:\n{self.output[-5000:]}")
 
     def until_sending(self) -> None:
-        """Wait until the actor broadcasts weights, which it does until all engines have them."""
+        """Waits until the actor broadcasts weights, which lasts until all engines have them."""
         beat = self.command_line.folder / "runs" / self.name / "logs" / FOLDER / "actor-rank-0.json"
         while json.loads(beat.read_text())["call"] != "push_weights":
             assert self.process.poll() is None
 
     def servers(self) -> list[list[psutil.Process]]:
-        """The processes of each, the first one first; in the order of their start."""
+        """The processes of each server; servers and processes are in the order of their start."""
         tree = psutil.Process(self.process.pid).children(recursive=True)
         leaders = [p for p in tree if guard.__file__ in p.cmdline() and os.getpgid(p.pid) == p.pid]
         return [server_processes(leader) for leader in sorted(leaders, key=psutil.Process.create_time)]
 
     def end(self) -> Finished:
         finished = self.command_line.finish(self.process, self.name)
-        return Finished(finished.folder, finished.status, self.said + finished.output)
+        return Finished(finished.folder, finished.status, self.output + finished.output)
 
 
 def rollouts(run: Finished) -> Iterator[list[dict[str, object]]]:
-    """Rows of each step, in order."""
+    """The recorded rows of each step, in order."""
     for path in sorted((run.folder / "rollouts").glob("step_*.parquet")):
         yield pq.ParquetFile(path).read(["prompt_id", "group", "weight_versions"]).to_pylist()
 
 
 def assert_nothing_was_lost_or_counted_twice(run: Finished) -> None:
-    """Every step has all its samples, all from the weights of the step; no prompt was drawn again in an epoch."""
+    """Every step has all its samples, all from the weights of the step; no prompt is drawn twice in an epoch."""
     drawn: Counter[object] = Counter()
     steps, found = [row for row in run.metrics if row["step"]], list(rollouts(run))
     assert len(found) - len(steps) in (0, 1)  # a driver that is killed may have written one without the other
@@ -105,8 +105,8 @@ def assert_nothing_was_lost_or_counted_twice(run: Finished) -> None:
     assert times[epochs + 1] == more and times[epochs] == (problems - more if epochs else 0), times
 
 
-def assert_it_goes_on(run: Training, losses: int) -> Finished:
-    """To a next step, after so many processes were lost; then it is stopped."""
+def assert_it_continues(run: Training, losses: int) -> Finished:
+    """The run reaches a next step after so many losses of processes; then it is interrupted."""
     run.until("step=")
     run.process.send_signal(signal.SIGINT)
     ended = run.end()
@@ -124,7 +124,7 @@ RAW = {
 
 @pytest.mark.parametrize("kind", RAW)
 def test_raw_log_probs_are_refused(command_line: CommandLine, kind: str) -> None:
-    """By two tensor-parallel ranks: all but the temperature is as it should be, weights and log-probs."""
+    """The server has two tensor-parallel ranks. Everything is right except that log-probs are at temperature 1."""
     run = Training(command_line, kind, f"raw-{kind}", RAW[kind], "rollout.server.tensor_parallel=2").end()
     assert run.status == 2, run.output
     assert "Likely cause: raw instead of processed log-probs: they are those at temperature 1, not at 0.8" in run.output
@@ -134,7 +134,7 @@ def test_raw_log_probs_are_refused(command_line: CommandLine, kind: str) -> None
 
 @pytest.mark.parametrize(("kind", "ranks"), [("vllm", 1), ("sglang", 2)])
 def test_weights_through_mapped_memory(command_line: CommandLine, kind: str, ranks: int) -> None:
-    """Of two pipeline stages, in several buckets each, to a server that gives its memory back in between; every update
+    """Two pipeline stages send several buckets each to a server that releases its memory between updates; every update
     is compared on both sides."""
     run = Training(
         CommandLine(command_line.folder, "tests.engines.mapped_on_cpu"),
@@ -147,15 +147,15 @@ def test_weights_through_mapped_memory(command_line: CommandLine, kind: str, ran
         "train.steps=2",
     ).end()
     assert run.status == 0, run.output
-    assert "has not got weight version" not in run.output
+    assert "did not get weight version" not in run.output
     assert_nothing_was_lost_or_counted_twice(run)
     assert [metrics["weight_sync/bytes"] for metrics in run.metrics if metrics["step"]] == [2412288.0] * 2
 
 
-@pytest.mark.timeout(600)  # three servers start, and one is waited for
-def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine) -> None:
-    """One is killed; and when another serves in its place, the second one is stopped in the middle of a broadcast, in
-    which the first waits for it."""
+@pytest.mark.timeout(600)  # three servers start, and the run waits for one that hangs
+def test_killed_and_hung_servers_are_replaced(command_line: CommandLine) -> None:
+    """One server is killed. Once its replacement serves, the other server is stopped in the middle of a broadcast,
+    which blocks the replacement."""
     run = Training(
         command_line,
         "vllm",
@@ -163,7 +163,7 @@ def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine)
         "rollout.engines=2",
         "rollout.server.hang_seconds=20",
         "weight_sync.transport=collective",
-        "train.steps=2000",  # more than are taken until the servers are back, however fast
+        "train.steps=2000",  # more steps than the run takes until the servers are back
     )
     run.until("step=1/")
     first, second = run.servers()
@@ -172,17 +172,18 @@ def test_servers_that_are_killed_or_hang_are_replaced(command_line: CommandLine)
     run.until("step=")
     run.until("serves again")
     run.until_sending()
-    for process in reversed(second):  # what computes before what speaks HTTP
+    for process in reversed(second):  # the computing processes before the HTTP process
         process.suspend()
     run.until("is lost, another takes its place: it has given no sign of life for ")
-    ended = assert_it_goes_on(run, losses=2)
-    if "no sign of life for 40 s" in ended.output:  # else it had all of the broadcast already: 20 s
-        assert re.search(r"engine \d has not got weight version \d+ whole: ", ended.output)
+    ended = assert_it_continues(run, losses=2)
+    if "no sign of life for 40 s" in ended.output:  # 20 s: the server had the whole broadcast already
+        assert re.search(r"engine \d did not get weight version \d+ completely: ", ended.output)
     assert "log-probs of 2 engines and of the actor agree" in ended.output
 
 
 def test_a_server_without_memory_is_replaced(command_line: CommandLine) -> None:
-    """What computes in the only one gets no more: it ends, or stops answering, or answers but cannot take an update."""
+    """The computing processes of the only server get no more memory: the server ends, hangs, or fails to take
+    updates."""
     run = Training(
         command_line,
         "vllm",
@@ -196,11 +197,11 @@ def test_a_server_without_memory_is_replaced(command_line: CommandLine) -> None:
         process.rlimit(resource.RLIMIT_DATA, (2**20, 2**20))
     run.until("is lost, another takes its place: ")
     run.until("serves again")
-    assert_it_goes_on(run, losses=1)
+    assert_it_continues(run, losses=1)
 
 
-def test_without_engines_it_stops_with_a_checkpoint_and_goes_on_from_it(command_line: CommandLine) -> None:
-    """And when the driver is killed, its servers end as well."""
+def test_a_run_without_engines_stops_with_a_checkpoint_and_can_be_resumed(command_line: CommandLine) -> None:
+    """When the resumed run's driver is killed, its servers end too."""
     settings = ("rollout.server.outage_seconds=5", "train.steps=2000")
     run = Training(command_line, "sglang", "outage", *settings)
     run.until("step=1/")
@@ -220,7 +221,7 @@ def test_without_engines_it_stops_with_a_checkpoint_and_goes_on_from_it(command_
     os.kill(resumed.process.pid, signal.SIGKILL)
     _, left = psutil.wait_procs(server, timeout=30)
     assert not left
-    killed = resumed.end()  # which looks for any other process that is left
+    killed = resumed.end()  # it also checks that no other process is left
     assert killed.status == -signal.SIGKILL
     assert [row["step"] for row in killed.metrics] == list(range(len(killed.metrics)))
     assert_nothing_was_lost_or_counted_twice(killed)

@@ -1,4 +1,4 @@
-"""New weights in a real server, by every transport; and what happens to requests meanwhile."""
+"""Weight updates of real servers by every transport, and requests during an update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rl.rollout.engines.interface import UpdateFailed
+from megatron_rl.rollout.engines.interface import UpdateFailed, response_of
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.rollout.servers.server import ServerUnavailable
 from megatron_rl.types import Response
@@ -38,12 +38,12 @@ from tests.engines.test_generate import PROMPTS, SAMPLING, largest_gap
 from tests.meeting import HOST
 
 BUCKET = 300_000
-"""Bytes: an eighth of the model."""
+"""Bytes of a bucket: an eighth of the model."""
 
 
 @pytest.fixture(scope="module")
 def other(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model with weights of its own."""
+    """A model of the same shape with other weights."""
     folder = tmp_path_factory.mktemp("models") / "other"
     shutil.copytree(model, folder)
     torch.manual_seed(1)
@@ -54,7 +54,7 @@ def other(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def serving(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> Iterator[None]:
-    """After each test the engine serves the model on disk again."""
+    """Gives the engine the weights of the model on disk again after each test."""
     yield
     run(engine.pause())
     run(engine.update_weights(in_folder(tmp_path / "restored", model, 100)[0]))
@@ -62,7 +62,7 @@ def serving(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> I
 
 
 def tensors(model: Path) -> list[tuple[str, torch.Tensor]]:
-    """As an actor sends them: q, k and v in this order, and so on."""
+    """The tensors in the order in which an actor sends them."""
     order = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
     weights = load_file(model / "model.safetensors")
     names = sorted(
@@ -72,7 +72,7 @@ def tensors(model: Path) -> list[tuple[str, torch.Tensor]]:
 
 
 def in_folder(folder: Path, model: Path, version: int, spoilt: str = "") -> tuple[FolderUpdate, Checksums]:
-    """spoilt: a tensor that is not what it should be."""
+    """spoilt: name of a tensor to write with wrong values."""
     transport = FolderTransport(folder, 0, BUCKET)
     transport.connect()
     named = ((name, tensor + 1 if name == spoilt else tensor) for name, tensor in tensors(model))
@@ -82,10 +82,10 @@ def in_folder(folder: Path, model: Path, version: int, spoilt: str = "") -> tupl
 
 
 class Sender:
-    """An actor's rank, in a thread."""
+    """An actor's rank, which runs in a thread."""
 
     def __init__(self, model: Path, group: str, *, mapped: bool = False) -> None:
-        """mapped: through memory, as on a GPU; here it is the host's."""
+        """mapped: whether weights go through mapped memory, which on a GPU is the GPU's and here the host's."""
         self.model = model
         self.member = GroupMember(group, HOST, open_port(HOST), "gloo", 2, 0, timeout_seconds=20.0, mapped=mapped)
         self.transport: WeightTransport = CollectiveTransport(self.member, 0, BUCKET)
@@ -93,7 +93,7 @@ class Sender:
             self.transport = MappedTransport(self.member, 0, BUCKET, torch.device("cpu"))
 
     def meet(self, engine: HttpEngine, run: Run[Any]) -> None:
-        """Both sides join the group."""
+        """Makes both sides join the group."""
         connecting = threading.Thread(target=self.transport.connect)
         connecting.start()
         run(engine.pause())
@@ -114,10 +114,10 @@ def assert_serves(engine: HttpEngine, run: Run[Any], model: Path, version: int) 
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for response in group:
             assert largest_gap(model, prompt, response, 1.0) < 1e-4
-            assert set(response.weight_versions) == {version}
+            assert set(response.weight_versions.tolist()) == {version}
 
 
-def test_a_folder(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path) -> None:
+def test_weights_from_a_folder(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path) -> None:
     update, checksums = in_folder(tmp_path, other, 3)
     run(engine.pause())
     run(engine.update_weights(update))
@@ -127,19 +127,19 @@ def test_a_folder(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path
     assert_serves(engine, run, other, 3)
 
 
-def test_memory_given_back_and_taken_again(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path) -> None:
-    """As in colocated runs, right after requests that were cut. On a CPU no memory moves, but every call and the order
-    of calls are real."""
+def test_memory_is_released_and_restored(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path) -> None:
+    """Colocated runs do this right after an abort. On a CPU no memory moves, but every call and the order of calls are
+    real."""
 
     async def release() -> None:
         asking = asyncio.create_task(engine.generate(PROMPTS, replace(SAMPLING, n=16, max_tokens=50)))
         await asyncio.sleep(0.3)
-        await engine.cut()
+        await engine.abort()
         await asking
         await engine.release_memory()
 
     run(release())
-    with pytest.raises(UpdateFailed, match="half of an update"):
+    with pytest.raises(UpdateFailed, match="part of a weight update"):
         run(engine.resume())
     update, checksums = in_folder(tmp_path, other, 3)
     run(engine.pause())
@@ -149,8 +149,8 @@ def test_memory_given_back_and_taken_again(engine: HttpEngine, run: Run[Any], ot
     assert_serves(engine, run, other, 3)
 
 
-def test_requests_that_come_late_do_no_harm(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path) -> None:
-    """As one that was given up does, when it was held up on its way."""
+def test_late_requests_do_no_harm(engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path) -> None:
+    """A request that was given up may arrive late."""
     update, checksums = in_folder(tmp_path, other, 3)
 
     async def late(seconds: float) -> None:
@@ -171,7 +171,7 @@ def test_requests_that_come_late_do_no_harm(engine: HttpEngine, run: Run[Any], o
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_over_a_group_twice(engine: HttpEngine, run: Run[Any], model: Path, other: Path, mapped: bool) -> None:
+def test_weights_over_a_group_twice(engine: HttpEngine, run: Run[Any], model: Path, other: Path, mapped: bool) -> None:
     sender = Sender(other, f"weights-twice-{mapped}", mapped=mapped)
     sender.meet(engine, run)
     for version, source in ((4, other), (5, model)):
@@ -190,7 +190,7 @@ def test_over_a_group_twice(engine: HttpEngine, run: Run[Any], model: Path, othe
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
-def test_a_tensor_that_is_not_what_was_sent_is_found(
+def test_a_tensor_that_differs_from_the_sent_one_is_detected(
     engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path, name: str
 ) -> None:
     _, checksums = in_folder(tmp_path / "sent", other, 6)
@@ -202,7 +202,7 @@ def test_a_tensor_that_is_not_what_was_sent_is_found(
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_an_update_that_breaks_off_serves_nothing_until_it_is_made_again(
+def test_a_server_with_a_partial_update_serves_nothing_until_it_has_a_complete_one(
     engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path, mapped: bool
 ) -> None:
     sender = Sender(other, f"weights-broken-{mapped}", mapped=mapped)
@@ -217,7 +217,7 @@ def test_an_update_that_breaks_off_serves_nothing_until_it_is_made_again(
     with pytest.raises(UpdateFailed):
         run(engine.update_weights(sender.update(7)))
     pushing.join()
-    with pytest.raises(UpdateFailed, match="half of an update"):
+    with pytest.raises(UpdateFailed, match="part of a weight update"):
         run(engine.resume())
     update, checksums = in_folder(tmp_path, other, 7)
     run(engine.update_weights(update))
@@ -230,9 +230,10 @@ def test_an_update_that_breaks_off_serves_nothing_until_it_is_made_again(
 def update_under_way(
     engine: HttpEngine, run: Run[Any], model: Path, other: Path, tmp_path: Path
 ) -> tuple[dict[int, Path], list[list[Response]]]:
-    """Version -> weights; and groups of responses of which some were begun with one and ended with the other.
+    """Model of each weight version, and groups of responses, some of which began with one version and ended with the
+    other.
 
-    How long until there are tokens but not yet all of them depends on the machine.
+    The time after which some but not all tokens are sampled depends on the machine.
     """
     sampling = replace(SAMPLING, n=32, max_tokens=50, stop_token_ids=(94,))
 
@@ -252,21 +253,21 @@ def update_under_way(
         if any(response.version_changes for group in groups for response in group):
             return policies, groups
         held = {version: policies[version]}
-    raise AssertionError("no update ever came between two tokens: the test sees nothing")
+    raise AssertionError("no update arrived between two tokens: the test sees nothing")
 
 
-def test_requests_under_way_go_on_with_the_new_weights(
+def test_requests_under_way_continue_with_the_new_weights(
     update_under_way: tuple[dict[int, Path], list[list[Response]]],
 ) -> None:
     policies, groups = update_under_way
     assert [len(group) for group in groups] == [32] * 8
     responses = [response for group in groups for response in group]
     for response in responses:
-        assert set(response.weight_versions) <= policies.keys()
-        assert len(response.token_ids) == 50 or response.token_ids[-1] == 94
+        assert set(response.weight_versions.tolist()) <= policies.keys()
+        assert len(response) == 50 or response.token_ids[-1] == 94
     for response in [response for response in responses if response.version_changes][:4]:
         ((place, version),) = response.version_changes
-        first = Response(response.token_ids[:place], response.log_probs[:place], "abort", response.weight_version)
+        first = response_of(response.token_ids[:place], response.log_probs[:place], "abort", response.weight_version)
         assert largest_gap(policies[first.weight_version], PROMPTS[0], first, 1.0) < 1e-4
-        rest = Response(response.token_ids[place:], response.log_probs[place:], "length", version)
-        assert largest_gap(policies[version], (*PROMPTS[0], *first.token_ids), rest, 1.0) < 1e-4
+        rest = response_of(response.token_ids[place:], response.log_probs[place:], "length", version)
+        assert largest_gap(policies[version], (*PROMPTS[0], *first.token_ids.tolist()), rest, 1.0) < 1e-4

@@ -1,4 +1,4 @@
-"""A server that dies with half of an update. The last of all tests with the server that they share."""
+"""A server that dies during an update. These must be the last tests with the shared server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.engines.test_generate import PROMPTS, SAMPLING
 from tests.engines.test_weights import Sender
 
 
-def test_nothing_more_comes_from_it(engine: HttpEngine, run: Run[Any], model: Path) -> None:
+def test_a_server_that_dies_in_an_update_is_lost(engine: HttpEngine, run: Run[Any], model: Path) -> None:
     sender = Sender(model, "weights-killed")
     sender.meet(engine, run)
     assert engine._process is not None
@@ -25,7 +25,7 @@ def test_nothing_more_comes_from_it(engine: HttpEngine, run: Run[Any], model: Pa
 
     async def scenario() -> None:
         updating = asyncio.create_task(engine.update_weights(sender.update(9)))
-        await asyncio.sleep(0.5)  # it waits for the first bucket, which never comes
+        await asyncio.sleep(0.5)  # it waits for the first bucket, which is never sent
         server.kill()
         with pytest.raises(EngineLost, match=r"its server has ended|does not answer after a failed update"):
             await asyncio.wait_for(updating, 20)
@@ -36,5 +36,5 @@ def test_nothing_more_comes_from_it(engine: HttpEngine, run: Run[Any], model: Pa
     sender.transport.close()
 
 
-def test_it_has_left_no_folder(engine: HttpEngine) -> None:
+def test_a_dead_server_leaves_no_folder(engine: HttpEngine) -> None:
     assert not list(Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}{psutil.Process().pid}-*"))

@@ -1,7 +1,8 @@
-"""The ranks of `test_actor_on_cuda.py`, on whichever device: they take the same RL steps and say what came of them.
+"""The ranks of `test_actor_on_cuda.py`, on any device: they take the same RL steps and write the results.
 
-Run as: actor_on.py FOLDER, with FOLDER/case.json: {"actor": settings, "model": folder, "rows": of `measure.rows`,
-"steps": number}. `"load": false` leaves the weights random. Rank 0 writes FOLDER/found.json and FOLDER/logits.pt.
+Run as: actor_on.py FOLDER, with FOLDER/case.json: {"actor": settings, "model": folder, "rows": arguments of
+`measure.rows`, "steps": number}. `"load": false` leaves the weights random. Rank 0 writes FOLDER/found.json and
+FOLDER/logits.pt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 
 from megatron_rl.actor.passes.policy_loss import LossChoice
@@ -22,19 +22,12 @@ from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
-from megatron_rl.parallel.configured import layout_of
-from tests.meeting import meeting_point
+from megatron_rl.parallel.layout import layout_of
+from tests.meeting import gathered, meeting_point
 from tests.unit.plan.measure import rows
 
 LEARNING_RATE = 1e-3
 TEMPERATURE = 1.0
-
-
-def gathered(part: Any) -> list[Any]:
-    """From all ranks, on each of them; those that have nothing left out."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return [part for part in parts if part is not None]
 
 
 def run_rank(rank: int, folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""The actor on CUDA: its steps are the CPU's, Transformer Engine's layers are the local ones, several GPUs are one.
+"""The actor on CUDA takes the same steps as on CPU, with Transformer Engine or local layers, on one GPU or several.
 
-Each case runs in processes of its own: on a CPU the platform module changes megatron-core for the whole process.
+Each case runs in separate processes: on a CPU the platform module changes megatron-core for the whole process.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import load_config
-from megatron_rl.plan.hardware import GPUS, Assumptions
+from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.memory import stage_memory
 from megatron_rl.plan.setup import Setup
+from megatron_rl.utils.hardware import GPUS
 from tests.hf_models import config_json, write_hf_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -47,7 +48,7 @@ class Found:
     grad_norms: list[float]
     peak_bytes: int | None
     logits: Tensor | None
-    """After the last step."""
+    """Logits after the last step."""
 
 
 def run(folder: Path, model: Path, actor: dict[str, Any], **case: Any) -> Found:
@@ -77,7 +78,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_alike(found: Found, expected: Found, tolerance: float) -> None:
-    """tolerance: of losses and norms, relative; and of logits, as a share of the largest."""
+    """tolerance: relative for losses and norms; for logits, relative to the largest."""
     assert found.losses == pytest.approx(expected.losses, rel=tolerance, abs=tolerance)
     assert found.grad_norms == pytest.approx(expected.grad_norms, rel=tolerance)
     assert found.logits is not None and expected.logits is not None
@@ -85,15 +86,15 @@ def assert_alike(found: Found, expected: Found, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2)])
-def test_first_steps_are_those_of_the_cpu(tmp_path: Path, dense: Path, dtype: str, tolerance: float) -> None:
-    there, here = (run(tmp_path / device, dense, {"device": device, "dtype": dtype}) for device in ("cuda", "cpu"))
-    assert there.description.startswith("cuda:0") and here.description.startswith("cpu")
-    assert_alike(there, here, tolerance)
+def test_first_steps_equal_those_on_the_cpu(tmp_path: Path, dense: Path, dtype: str, tolerance: float) -> None:
+    cuda, cpu = (run(tmp_path / device, dense, {"device": device, "dtype": dtype}) for device in ("cuda", "cpu"))
+    assert cuda.description.startswith("cuda:0") and cpu.description.startswith("cpu")
+    assert_alike(cuda, cpu, tolerance)
 
 
 @needs_engine
-def test_layers_of_transformer_engine_are_the_local_ones(tmp_path: Path, dense: Path) -> None:
-    """The local ones are fp32's."""
+def test_transformer_engine_layers_match_the_local_layers(tmp_path: Path, dense: Path) -> None:
+    """The local layers run in fp32."""
     engine, local = run(tmp_path / "bf16", dense, BF16), run(tmp_path / "fp32", dense, BF16 | {"dtype": "float32"})
     assert "Transformer Engine layers" in engine.description and "local layers" in local.description
     assert_alike(engine, local, 3e-2)
@@ -102,12 +103,12 @@ def test_layers_of_transformer_engine_are_the_local_ones(tmp_path: Path, dense: 
 @needs_engine
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper")
 @pytest.mark.parametrize("fp8", ["blockwise", "tensorwise"])
-def test_fp8_is_bf16_to_its_rounding(tmp_path: Path, dense: Path, fp8: str) -> None:
+def test_fp8_matches_bf16_up_to_rounding(tmp_path: Path, dense: Path, fp8: str) -> None:
     assert_alike(run(tmp_path / fp8, dense, BF16 | {"fp8": fp8}), run(tmp_path / "bf16", dense, BF16), 0.15)
 
 
 @needs_engine
-def test_grouped_experts_are_sequential_ones(tmp_path: Path, sparse: Path) -> None:
+def test_grouped_experts_match_sequential_experts(tmp_path: Path, sparse: Path) -> None:
     ways = [run(tmp_path / way, sparse, BF16 | {"expert_gemm": way}) for way in ("grouped", "sequential")]
     assert_alike(*ways, tolerance=3e-2)
 
@@ -123,19 +124,19 @@ def test_grouped_experts_are_sequential_ones(tmp_path: Path, sparse: Path) -> No
     ],
     ids=str,
 )
-def test_two_gpus_are_one(tmp_path: Path, dense: Path, layout: dict[str, Any]) -> None:
+def test_two_gpus_match_one(tmp_path: Path, dense: Path, layout: dict[str, Any]) -> None:
     assert_alike(run(tmp_path / "two", dense, BF16 | layout), run(tmp_path / "one", dense, BF16), 3e-2)
 
 
 @needs_two
 @needs_engine
-def test_grouped_experts_on_two_gpus_are_those_on_one(tmp_path: Path, sparse: Path) -> None:
+def test_grouped_experts_on_two_gpus_match_those_on_one(tmp_path: Path, sparse: Path) -> None:
     layout = {"data_parallel": 2, "expert_parallel": 2}
     assert_alike(run(tmp_path / "two", sparse, BF16 | layout), run(tmp_path / "one", sparse, BF16), 3e-2)
 
 
 @pytest.mark.parametrize("change", [{}, {"offload_optimizer": True}, {"recompute": {"granularity": "full"}}], ids=str)
-def test_a_billion_parameters_take_the_memory_that_plan_says(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_billion_parameters_use_the_memory_that_plan_predicts(tmp_path: Path, change: dict[str, Any]) -> None:
     shape = dict(
         vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=14, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
@@ -153,7 +154,7 @@ def test_a_billion_parameters_take_the_memory_that_plan_says(tmp_path: Path, cha
 
 
 def planned(folder: Path, actor: dict[str, Any], rows: dict[str, int]) -> float:
-    """Bytes of the largest phase of a step, less what CUDA itself and fragments take."""
+    """Returns the planned bytes of a step's largest phase, without the CUDA context and fragmentation."""
     tree = {
         "model": {"path": str(folder / "model")},
         "data": {"train": "none.jsonl", "max_prompt_tokens": rows["prompt"]},

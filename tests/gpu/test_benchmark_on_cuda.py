@@ -1,4 +1,4 @@
-"""The token-statistics benchmark takes its CUDA variants through a small round."""
+"""The token-statistics benchmark runs one small round of its CUDA variants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "token_stats.py"
 
 
 @pytest.mark.gpu
-def test_the_benchmark_runs_on_cuda(tmp_path: Path) -> None:
+def test_the_token_statistics_benchmark_runs_on_cuda(tmp_path: Path) -> None:
     sizes = ["--tokens", "128", "--vocab", "1024", "--width", "64", "--dtype", "bfloat16", "--rounds", "1"]
     out = tmp_path / "results.json"
     subprocess.run([sys.executable, BENCHMARK, "--device", "cuda", *sizes, "--out", out], check=True, timeout=280)

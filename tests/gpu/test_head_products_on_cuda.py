@@ -1,16 +1,16 @@
-"""The weight's gradient is summed in fp32 by either way of doing it."""
+"""Both ways of computing the head weight's gradient sum it in fp32."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lpreg import _head
+from lpreg.statistics import head as _head
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("widens", [False, True])
-def test_bf16_products_add_up_in_fp32(widens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_products_are_summed_in_fp32(widens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if widens and not _head.ADDMM_WIDENS:
         pytest.skip("torch before 2.10")
     monkeypatch.setattr(_head, "ADDMM_WIDENS", widens)

@@ -1,6 +1,6 @@
-"""Weights through a GPU's memory that an engine's process has mapped; the rate beside that of a copy on the device.
+"""Transfers weights through GPU memory that an engine's process has mapped, and compares the rate with a device copy.
 
-Nobody has run it yet.
+This test has not been run yet.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
 from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport
 from megatron_rl.weight_sync.transport import GroupMember
+from tests.meeting import HOST
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-HOST = "127.0.0.1"
 LAYERS, WIDTH = 16, 8192
-"""2 GiB in bfloat16, in tensors of 128 MiB, and one of 640."""
+"""2 GiB of bfloat16 in tensors of 128 MiB, plus one tensor of 640 MiB."""
 BUCKET = 512 * 2**20
 UPDATES = 3
-"""The first one is compared, the last one timed."""
+"""Number of updates. The first is compared, the last is timed."""
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:
@@ -39,15 +39,15 @@ def tensors() -> list[tuple[str, torch.Tensor]]:
 
 
 def engine(member: GroupMember, specs: list[TensorSpec], device: str, answer: Connection) -> None:
-    """It keeps what comes, as an engine does."""
+    """Keeps the weights it receives, as an engine does."""
     own = torch.device(device)
     torch.cuda.set_device(own)
     held = {spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=own) for spec in specs}
     receiver = MappedReceiver(member, 0, own)
     for update in range(UPDATES):
         for bucket in bucket_specs(specs, BUCKET):
-            with receiver.bucket(bucket) as coming:
-                for name, tensor in coming:
+            with receiver.bucket(bucket) as incoming:
+                for name, tensor in incoming:
                     held[name].copy_(tensor)
                 torch.cuda.synchronize(own)
         answer.send({name: sha256(tensor) for name, tensor in held.items()} if update == 0 else "done")
@@ -64,7 +64,7 @@ def gigabytes_per_second(nbytes: int, work: Callable[[], object]) -> float:
 
 
 def plain_copy(weights: list[tuple[str, torch.Tensor]], device: str) -> float:
-    """Its rate, once the memory is there."""
+    """Returns the rate of a plain copy into memory that is already allocated, in GB/s."""
     places = [torch.empty_like(tensor, device=device) for _, tensor in weights]
 
     def copy() -> None:
@@ -77,7 +77,7 @@ def plain_copy(weights: list[tuple[str, torch.Tensor]], device: str) -> float:
 
 
 def answered(connection: Connection) -> object:
-    assert connection.poll(120), "the engine says nothing"
+    assert connection.poll(120), "the engine does not answer"
     return connection.recv()
 
 
@@ -88,8 +88,10 @@ def answered(connection: Connection) -> object:
         pytest.param("cuda:1", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
     ],
 )
-def test_weights_arrive_whole(device: str, record_property: Callable[[str, object], None]) -> None:
-    """To a process on the same GPU, and to one on another."""
+def test_weights_arrive_unchanged_through_mapped_memory(
+    device: str, record_property: Callable[[str, object], None]
+) -> None:
+    """Sends to a process on the same GPU and to one on another GPU."""
     torch.cuda.set_device(0)
     weights = tensors()
     specs = [TensorSpec.of(name, tensor) for name, tensor in weights]
@@ -119,4 +121,4 @@ def test_weights_arrive_whole(device: str, record_property: Callable[[str, objec
         process.kill()
         process.join()
     torch.cuda.empty_cache()
-    assert torch.cuda.mem_get_info()[0] > free - 2**28, "the memory was not given back"
+    assert torch.cuda.mem_get_info()[0] > free - 2**28, "the memory was not freed"

@@ -1,4 +1,4 @@
-"""The quickstart's training on a GPU agrees with the CPU's first steps, on the same rollouts."""
+"""The first training steps of the quickstart agree between GPU and CPU on the same rollouts."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ def train(command_line: CommandLine, name: str, *settings: str) -> Finished:
 
 @pytest.fixture(scope="module")
 def rollouts(command_line: CommandLine) -> Path:
-    """Sampled on the CPU, in fp32."""
+    """Rollouts sampled on the CPU in fp32."""
     settings = ("actor.device=cpu", "rollout.engines=1", "observability.rollouts_every=1")
     return train(command_line, "recorded", *settings).folder
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2)])
-def test_first_steps_agree(command_line: CommandLine, rollouts: Path, dtype: str, tolerance: float) -> None:
+def test_first_steps_on_gpu_and_cpu_agree(
+    command_line: CommandLine, rollouts: Path, dtype: str, tolerance: float
+) -> None:
     replay = ("--rollouts", str(rollouts), f"actor.dtype={dtype}")
     cpu, gpu = (train(command_line, f"{name}-{dtype}", *replay, f"actor.device={name}") for name in ("cpu", "cuda"))
     assert "1 ranks, cuda:0" in gpu.output

@@ -1,4 +1,4 @@
-"""The statistics on CUDA are those on the CPU, to the rounding of the inputs' type."""
+"""Token statistics on CUDA equal those on the CPU up to the rounding of the input type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lpreg import TokenStats, fused_token_stats, token_stats
 pytestmark = pytest.mark.gpu
 
 FLOATS = ("log_probs", "entropy", "log_z", "max_logit")
-PackingSpec = Callable[[Tensor, Tensor, Tensor], TokenStats]
+Statistics = Callable[[Tensor, Tensor, Tensor], TokenStats]
 
 
 def materialised(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenStats:
@@ -24,14 +24,14 @@ def fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenStats:
     return fused_token_stats(hidden, weight, targets, chunk_tokens=16)
 
 
-@pytest.mark.parametrize("form", [materialised, fused])
+@pytest.mark.parametrize("compute", [materialised, fused])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_on_cuda_as_on_the_cpu(form: PackingSpec, dtype: torch.dtype) -> None:
+def test_statistics_on_cuda_equal_those_on_the_cpu(compute: Statistics, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).to(dtype).requires_grad_() for n in (40, 64))
     targets = torch.randint(64, (40,), generator=generator)
     there = [leaf.detach().cuda().requires_grad_() for leaf in (hidden, weight)]
-    got, want = form(*there, targets.cuda()), form(hidden, weight, targets)
+    got, want = compute(*there, targets.cuda()), compute(hidden, weight, targets)
     for name in FLOATS:
         torch.testing.assert_close(getattr(got, name).cpu(), getattr(want, name), rtol=1e-3, atol=1e-3)
     got_grads = torch.autograd.grad((got.log_probs - got.log_z).sum(), there)

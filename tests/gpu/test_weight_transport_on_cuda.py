@@ -1,4 +1,7 @@
-"""The broadcast between processes with a GPU each; its rate beside a plain broadcast's. Nobody has run it yet."""
+"""Broadcasts weights between processes with one GPU each, and compares the rate with a plain broadcast.
+
+This test has not been run yet.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ from tests.meeting import HOST
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl takes one process a GPU: needs two"),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL allows one process per GPU: needs two GPUs"),
 ]
 
 LAYERS, WIDTH = 16, 8192
-"""2 GiB in bfloat16, in tensors of 128 MiB."""
+"""2 GiB of bfloat16 in tensors of 128 MiB."""
 BUCKET = 512 * 2**20
 
 
@@ -62,7 +65,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def test_weights_arrive_whole(record_property: Callable[[str, object], None]) -> None:
+def test_weights_arrive_unchanged_through_a_broadcast(record_property: Callable[[str, object], None]) -> None:
     torch.cuda.set_device(0)
     weights = tensors()
     specs = [TensorSpec.of(name, tensor) for name, tensor in weights]

@@ -1,6 +1,6 @@
-"""The CPU target, really built and started, without a Docker engine: buildah on a base made by debootstrap.
+"""Builds and starts the CPU target without a Docker engine, with buildah on a base made by debootstrap.
 
-Layers are kept under ~/.cache/megatron-rl/image, so that a second build takes seconds.
+Layers are cached in ~/.cache/megatron-rl/image, so a second build takes seconds.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ SHORT = (
 
 
 def missing() -> str | None:
-    """Why no image can be built here; None if one can."""
+    """Returns why no image can be built here, or None if it can."""
     absent = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
     if absent:
         packages = "apt-get install -y --no-install-recommends buildah debootstrap"
         return f"{', '.join(absent)} not installed; on Debian: {packages}"
-    return None if os.geteuid() == 0 else "making a base takes root"
+    return None if os.geteuid() == 0 else "making a base image requires root"
 
 
 def buildah(*arguments: str, seconds: int = 1200) -> str:
@@ -46,7 +46,7 @@ def buildah(*arguments: str, seconds: int = 1200) -> str:
 
 
 def machine_mounts() -> list[str]:
-    """What this machine's pip and its certificates need inside the build: files, and folders that its settings name."""
+    """Mounts for the build: this machine's certificates, its pip settings, and folders that these settings name."""
     files = [Path("/etc/ssl/certs"), Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf"]
     words = " ".join(path.read_text() for path in files[1:] if path.is_file()).replace("file://", "").split()
     folders = {Path(*Path(word).parts[:3]) for word in words if word.startswith("/opt/")}
@@ -56,7 +56,7 @@ def machine_mounts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def container() -> Iterator[str]:
-    """Of the CPU image, built from this checkout."""
+    """A container of the CPU image, built from this checkout."""
     if reason := missing():
         pytest.skip(f"THE IMAGE WAS NOT TESTED: {reason}")
     base = CACHE / "base"
@@ -82,18 +82,18 @@ def inside(container: str, *command: str) -> str:
     return buildah("run", "--isolation", "chroot", container, "--", *command)
 
 
-def test_what_the_image_says_of_itself(container: str) -> None:
+def test_the_images_configuration(container: str) -> None:
     config = json.loads(buildah("inspect", "--type", "image", "cpu"))["Docker"]["config"]
     assert config["User"] == "10001"
     assert config["Entrypoint"] == ["megatron-rl"] and config["Cmd"] == ["train", TASK]
     assert config["Healthcheck"]["Test"] == ["CMD", "megatron-rl", "doctor", "--quick"]
 
 
-def test_it_is_not_root_and_healthy(container: str) -> None:
+def test_the_image_is_healthy_and_does_not_run_as_root(container: str) -> None:
     assert inside(container, "id", "-u").strip() == "10001"
     assert "nothing found that would stop a run" in inside(container, "megatron-rl", "doctor", "--quick")
 
 
 def test_the_quickstart_starts(container: str) -> None:
-    said = inside(container, "megatron-rl", "train", TASK, "run.name=image", *SHORT)
-    assert "step=1/1" in said and "largest logit difference" in said
+    output = inside(container, "megatron-rl", "train", TASK, "run.name=image", *SHORT)
+    assert "step=1/1" in output and "largest logit difference" in output

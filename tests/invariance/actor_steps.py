@@ -1,7 +1,7 @@
 """The processes of `test_actor_layouts.py`: every rank of one layout takes the same RL steps under several settings.
 
-Run as: actor_steps.py LAYOUT VARIANTS FOLDER PORT..., the first two as JSON, a port for each variant. What the ranks
-found together is FOLDER/<variant>.pt. Imports happen once, then it forks.
+Run as: actor_steps.py LAYOUT VARIANTS FOLDER, the first two as JSON. Writes the results of all ranks together to
+FOLDER/<variant>.pt. The script imports once, then forks.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.models.weight_map import export_hf_weights
 from megatron_rl.parallel.layout import Layout
-from tests.meeting import meeting_point
+from tests.meeting import gathered, meeting_point
 
-VOCABULARY = 51  # odd: tensor parallelism pads it
+VOCABULARY = 51  # odd, so tensor parallelism pads the vocabulary
 TEMPERATURE, DENOMINATOR, LEARNING_RATE = 0.9, 90.0, 1e-2
 LOSSES = {
     "supervised": None,
     "lp_reg": {"name": "lp_reg", "proxy_source": "current", "lp_reg": {"kl_estimator": "full", "min_p": 0.3}},
     "entropy_bonus": {"name": "entropy_bonus"},
-    "gspo": {"name": "gspo"},  # looks at whole responses
+    "gspo": {"name": "gspo"},  # uses complete responses
 }
-# Adam's step is then nearly linear in the gradient, so that weights can be compared as closely as gradients.
+# With this eps Adam's step is nearly linear in the gradient, so weights can be compared as closely as gradients.
 OPTIMIZER = OptimizerSettings(lr=LEARNING_RATE, eps=1.0, clip_grad=0.5, weight_decay=0.1)
 
 
@@ -50,9 +50,9 @@ def batch() -> SequenceBatch:
     tokens, masks = [], []
     for prompt, responses in shape:
         longest = random.integers(0, VOCABULARY, prompt + max(responses))
-        for response, alike in zip(responses, (4, 2, 10), strict=True):
+        for response, common in zip(responses, (4, 2, 10), strict=True):
             row = longest[: prompt + response].copy()
-            row[prompt + alike :] = random.integers(0, VOCABULARY, len(row[prompt + alike :]))
+            row[prompt + common :] = random.integers(0, VOCABULARY, len(row[prompt + common :]))
             tokens.append(row)
             masks.append(np.arange(prompt + response) >= prompt)
     tokens[-1] = tokens[-2].copy()
@@ -67,7 +67,7 @@ def batch() -> SequenceBatch:
 
 
 def steps(rank: int, layout: Layout, variant: dict[str, Any], meeting: Path, folder: Path) -> dict[str, Any] | None:
-    """What rank 0 gathered of all ranks' answers."""
+    """Takes the steps. Returns the results of all ranks on rank 0, None elsewhere."""
     model = folder / variant.pop("model")
     settings = ActorSettings.model_validate({"device": "cpu", "micro_batch_tokens": 24} | variant)
     sequence_parallel = settings.sequence_parallel
@@ -97,13 +97,6 @@ def steps(rank: int, layout: Layout, variant: dict[str, Any], meeting: Path, fol
     dist.barrier()
     worker.close()
     return found if rank == 0 else None
-
-
-def gathered(part: Any) -> list[Any]:
-    """From all ranks, on each of them; those that have nothing left out."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return [part for part in parts if part is not None]
 
 
 def run_rank(rank: int, layout: Layout, variants: dict[str, dict[str, Any]], folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""The processes of `test_conversion_layouts.py`: weights into Megatron and out again, by every way there is.
+"""The processes of `test_conversion_layouts.py`: load weights into Megatron and export them, in every supported way.
 
-Run as: conversion_worker.py FOLDER CASE... Writes FOLDER/<rank>.json. Imports happen once, then it forks.
+Run as: conversion_worker.py FOLDER CASE... Writes FOLDER/<rank>.json. The script imports once, then forks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_rl.actor import platform
 from megatron_rl.actor.model.policy import build_model
-from megatron_rl.checkpoint.convert.proof import fill_by_megatron
-from megatron_rl.checkpoint.torch_dist import TorchDistWeights, write_torch_dist
+from megatron_rl.conversion.proof import fill_by_megatron
+from megatron_rl.conversion.torch_dist import TorchDistWeights, write_torch_dist
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.families import Entry, entries
 from megatron_rl.models.fused_experts import as_stored
@@ -34,9 +34,9 @@ from tests.hf_models import config_json, hf_model
 SIZES = (1, 2, 3, 4)
 LAYOUTS = [(tensor, pipeline) for tensor, pipeline in product(SIZES, SIZES)]
 SAVED = [(1, 1), (2, 1), (3, 2), (1, 4), (4, 1)]
-"""Layouts under which Megatron itself writes a checkpoint, in both of its arrangements of layers."""
+"""Layouts under which Megatron itself writes a checkpoint, with stacked layers and with separate layers."""
 SHAPE = dict(
-    vocab_size=53,  # prime: every degree but 1 needs padding
+    vocab_size=53,  # prime, so every degree above 1 needs padding
     hidden_size=24,
     intermediate_size=48,
     num_hidden_layers=5,
@@ -79,31 +79,33 @@ def prepare(case: str, folder: Path) -> Model:
 
 
 def measure(model: Model, layout: Layout, folder: Path) -> dict[str, float]:
-    """The largest difference in either direction, by way."""
-    wanted = build_model(model.hf_config, layout=layout, dtype=torch.float32, device=CPU)
-    load_hf_weights(wanted, model.hf_config, model.tensors)
-    exported = dict(export_hf_weights(wanted, model.hf_config))
+    """Returns the largest difference for each way of loading or exporting."""
+    expected = build_model(model.hf_config, layout=layout, dtype=torch.float32, device=CPU)
+    load_hf_weights(expected, model.hf_config, model.tensors)
+    exported = dict(export_hf_weights(expected, model.hf_config))
     found = {"export": difference(exported, model.tensors)}
-    published = dict(publish_hf_weights(wanted, model.hf_config))
+    published = dict(publish_hf_weights(expected, model.hf_config))
     assert published.keys() == (exported.keys() if process_groups.tp_rank() == 0 else set())
     found["published"] = difference(published, exported) if published else 0.0
     loaded = build_model(model.hf_config, layout=layout, dtype=torch.float32, device=CPU)
     fill_by_megatron(model.folder)(loaded)
-    found["Megatron reads ours"] = difference(dict(loaded.named_parameters()), dict(wanted.named_parameters()))
+    found["Megatron reads ours"] = difference(dict(loaded.named_parameters()), dict(expected.named_parameters()))
     if (layout.tensor, layout.pipeline) in SAVED:
         for name, by_layer in (("stacked", False), ("by layer", True)):
-            found[f"we read Megatron's, {name}"] = round_trip(model, wanted, folder / name.replace(" ", "-"), by_layer)
+            found[f"we read Megatron's, {name}"] = round_trip(
+                model, expected, folder / name.replace(" ", "-"), by_layer
+            )
     return found
 
 
-def round_trip(model: Model, wanted: GPTModel, folder: Path, by_layer: bool) -> float:
-    """Written by Megatron, read by this project."""
+def round_trip(model: Model, expected: GPTModel, folder: Path, by_layer: bool) -> float:
+    """Returns the largest difference of a checkpoint that Megatron writes and this project reads."""
     rank = torch.distributed.get_rank()
     if rank == 0:
         folder.mkdir(parents=True)
     torch.distributed.barrier()
     metadata = {"dp_cp_group": process_groups.dp_group(), "non_homogeneous_layers": by_layer}
-    dist_checkpointing.save({"model": wanted.sharded_state_dict(metadata=metadata), "iteration": 7}, str(folder))
+    dist_checkpointing.save({"model": expected.sharded_state_dict(metadata=metadata), "iteration": 7}, str(folder))
     torch.distributed.barrier()
     if rank:
         return 0.0
@@ -118,7 +120,7 @@ def round_trip(model: Model, wanted: GPTModel, folder: Path, by_layer: bool) -> 
 
 
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of those that were found; a stage has a part of the model."""
+    """Returns the largest difference over the tensors in `found`; a stage holds only part of the model."""
     assert found
     return max(float((tensor - expected[name]).abs().max()) for name, tensor in found.items())
 

@@ -1,7 +1,7 @@
-"""The processes of `test_megatron_matches_hf.py`: each measures how far Megatron is from Hugging Face.
+"""The processes of `test_megatron_matches_hf.py`: each rank measures how far Megatron deviates from Hugging Face.
 
-Run as: megatron_worker.py LAYOUT FOLDER CASE..., the layout as JSON. Writes FOLDER/<rank>.json. Imports happen once,
-then it forks.
+Run as: megatron_worker.py LAYOUT FOLDER CASE..., the layout as JSON. Writes FOLDER/<rank>.json. The script imports
+once, then forks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,  # so that every frequency band is scaled in its own way
+    "original_max_position_embeddings": 16,  # so that every frequency band is scaled differently
 }
 CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3"},
@@ -54,14 +54,14 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE},
     "llama-tied-biased": {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True},
 }
-VOCABULARY = 101  # odd: tensor parallelism of 2 needs padding
+VOCABULARY = 101  # odd, so tensor parallelism of 2 needs padding
 LENGTHS = (7, 12, 3, 9, 5, 16, 8, 4)
 DEVICE = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What Hugging Face says, each sequence run on its own. The loss is a mean over the tokens of all sequences."""
+    """Results of Hugging Face transformers, one sequence at a time. The loss is the mean over all sequences' tokens."""
 
     hf_config: dict[str, object]
     weights: dict[str, Tensor]
@@ -92,42 +92,42 @@ def reference(case: str) -> Reference:
 
 
 def mean_loss(logits: Iterable[Tensor], sequences: Iterable[Tensor]) -> Tensor:
-    """These sequences' part of the mean over every sequence's tokens, the first of each left out."""
+    """Returns these sequences' part of the mean loss over the tokens of all sequences, without each first token."""
     pairs = zip(logits, sequences, strict=True)
     losses = [cross_entropy(x[:-1], tokens[1:], reduction="sum") for x, tokens in pairs]
     return torch.stack(losses).sum() / (sum(LENGTHS) - len(LENGTHS))
 
 
 class Run:
-    """One forward and backward pass of Megatron over this rank's share: micro-batches of two packed sequences."""
+    """One forward and backward pass of Megatron over this rank's micro-batches of two packed sequences each."""
 
-    def __init__(self, wanted: Reference, layout: Layout) -> None:
-        self.wanted, self.layout = wanted, layout
-        self.model = build_model(wanted.hf_config, layout=layout, dtype=torch.float32, device=DEVICE)
-        load_hf_weights(self.model, wanted.hf_config, wanted.weights)
+    def __init__(self, expected: Reference, layout: Layout) -> None:
+        self.expected, self.layout = expected, layout
+        self.model = build_model(expected.hf_config, layout=layout, dtype=torch.float32, device=DEVICE)
+        load_hf_weights(self.model, expected.hf_config, expected.weights)
         self.wrapped = wrap_ddp(self.model)
         self.logits_error = 0.0
-        mine = range(process_groups.dp_rank(), len(LENGTHS), layout.data)
-        self.micro_batches = [mine[start : start + 2] for start in range(0, len(mine), 2)]
+        own = range(process_groups.dp_rank(), len(LENGTHS), layout.data)
+        self.micro_batches = [own[start : start + 2] for start in range(0, len(own), 2)]
 
     def losses(self) -> list[float]:
-        """Of each micro-batch, on the last stage; gradients are left in `main_grad`."""
+        """Returns the loss of each micro-batch on the last stage. Leaves the gradients in `main_grad`."""
         self.wrapped.zero_grad_buffer()
         metrics = get_forward_backward_func()(
             forward_step_func=self._forward,
             data_iterator=iter(self.micro_batches),
             model=[self.wrapped],
             num_microbatches=len(self.micro_batches),
-            seq_length=1,  # lengths vary: stages tell each other
+            seq_length=1,  # lengths vary, and stages exchange them
             micro_batch_size=1,
         )
         return [metric["loss"].item() for metric in metrics]
 
     def _forward(self, micro_batches: Iterator[range], model: torch.nn.Module) -> tuple[Tensor, object]:
         numbers = next(micro_batches)
-        sequences = [self.wanted.sequences[n] for n in numbers]
+        sequences = [self.expected.sequences[n] for n in numbers]
         lengths = [len(tokens) for tokens in sequences]
-        if padding := -sum(lengths) % self.layout.tensor:  # tokens are shared out under sequence parallelism
+        if padding := -sum(lengths) % self.layout.tensor:  # sequence parallelism splits the tokens evenly
             lengths.append(padding)
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
         packed = PackedSeqParams(
@@ -143,7 +143,7 @@ class Run:
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             logits = gather_from_tensor_model_parallel_region(output)[0, :, :VOCABULARY].split(lengths)[: len(numbers)]
-            errors = [difference(x, self.wanted.logits[n]) for x, n in zip(logits, numbers, strict=True)]
+            errors = [difference(x, self.expected.logits[n]) for x, n in zip(logits, numbers, strict=True)]
             self.logits_error = max(self.logits_error, *errors)
             total = mean_loss(logits, sequences)
             return total, torch.tensor(sum(lengths), dtype=torch.int), {"loss": total.detach().clone()}
@@ -152,51 +152,51 @@ class Run:
 
 
 def measure(case: str, layout: Layout) -> dict[str, object]:
-    wanted = reference(case)
-    run = Run(wanted, layout)
+    expected = reference(case)
+    run = Run(expected, layout)
     losses = run.losses()
-    config, model = wanted.hf_config, run.model
+    config, model = expected.hf_config, run.model
     exported = dict(export_hf_weights(model, config))
     main_grads = {name: parameter.main_grad for name, parameter in model.named_parameters()}
     gradients = dict(export_hf_weights(model, config, main_grads))
-    imported = dict(import_values(model, config, wanted.weights))
+    imported = dict(import_values(model, config, expected.weights))
     parameters = dict(model.named_parameters())
     return {
         "logits_error": run.logits_error,
         "loss": sum(losses),
-        "expected_loss": wanted.loss,
+        "expected_loss": expected.loss,
         "is_last_stage": process_groups.is_last_stage(),
         "tensor_rank": process_groups.tp_rank(),
-        "gradient_errors": {n: relative(g, wanted.gradients[n]) for n, g in gradients.items()},
+        "gradient_errors": {n: relative(g, expected.gradients[n]) for n, g in gradients.items()},
         "exported": sorted(exported),
-        **published(model, wanted),
-        "expected_names": sorted(wanted.weights),
-        "export_error": max(difference(tensor, wanted.weights[name]) for name, tensor in exported.items()),
+        **published(model, expected),
+        "expected_names": sorted(expected.weights),
+        "export_error": max(difference(tensor, expected.weights[name]) for name, tensor in exported.items()),
         "import_error": max(difference(imported[name], parameters[name]) for name in parameters),
-        "bf16_export_error": bf16_export_error(wanted, layout),
+        "bf16_export_error": bf16_export_error(expected, layout),
         "grad_norm": clipped_norm(run, model),
-        "expected_grad_norm": torch.stack([g.norm() for g in wanted.gradients.values()]).norm().item(),
+        "expected_grad_norm": torch.stack([g.norm() for g in expected.gradients.values()]).norm().item(),
     }
 
 
-def published(model: torch.nn.Module, wanted: Reference) -> dict[str, object]:
-    """Names this rank publishes, and how far they are off: kept, and each looked at before the next."""
-    kept = dict(publish_hf_weights(model, wanted.hf_config))
-    passing = publish_hf_weights(model, wanted.hf_config, reuse_memory=True)
-    errors = [difference(tensor, wanted.weights[name]) for name, tensor in passing]
-    errors += [difference(tensor, wanted.weights[name]) for name, tensor in kept.items()]
+def published(model: torch.nn.Module, expected: Reference) -> dict[str, object]:
+    """Returns the names that this rank publishes and their largest error, with and without reuse of memory."""
+    kept = dict(publish_hf_weights(model, expected.hf_config))
+    transient = publish_hf_weights(model, expected.hf_config, reuse_memory=True)
+    errors = [difference(tensor, expected.weights[name]) for name, tensor in transient]
+    errors += [difference(tensor, expected.weights[name]) for name, tensor in kept.items()]
     return {"published": sorted(kept), "publish_error": max(errors, default=0.0)}
 
 
-def bf16_export_error(wanted: Reference, layout: Layout) -> float:
-    model = build_model(wanted.hf_config, layout=layout, dtype=torch.bfloat16, device=DEVICE)
-    load_hf_weights(model, wanted.hf_config, wanted.weights)
-    exported = export_hf_weights(model, wanted.hf_config)
-    return max(difference(tensor, wanted.weights[name].bfloat16()) for name, tensor in exported)
+def bf16_export_error(expected: Reference, layout: Layout) -> float:
+    model = build_model(expected.hf_config, layout=layout, dtype=torch.bfloat16, device=DEVICE)
+    load_hf_weights(model, expected.hf_config, expected.weights)
+    exported = export_hf_weights(model, expected.hf_config)
+    return max(difference(tensor, expected.weights[name].bfloat16()) for name, tensor in exported)
 
 
 def clipped_norm(run: Run, model: torch.nn.Module) -> float:
-    """The gradient norm Megatron's optimizer reports: over every rank, shared parameters counted once."""
+    """Returns the gradient norm of Megatron's optimizer: over all ranks, with shared parameters counted once."""
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1e-3), [run.wrapped])
     _, norm, _ = optimizer.step()
     return float(norm)

@@ -35,7 +35,7 @@ from megatron_rl.training.learner import Learner
 from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select
 from megatron_rl.training.update import update
-from tests.meeting import meeting_point
+from tests.meeting import gathered, meeting_point
 
 RANKS = 4
 VOCABULARY = 51  # odd: tensor parallelism pads it
@@ -81,9 +81,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "correction": {"weights": "masked", "low": 0.9, "high": 1.1, "reject_sequences": True},
     },
 }
-"""The `algorithm` section of each; the published rule that ranks within a micro-batch is left out on purpose."""
+"""The `algorithm` section of each method. The published rule that ranks within a micro-batch is left out on purpose."""
 DRAWN_BY_PLACE = ("clip_cov", "lp_reg, random")
-"""Their draw is by a token's place in the batch, so that other rows' places give another draw."""
+"""Methods that draw by a token's index in the batch, so that another order of rows gives another draw."""
 
 ROW_BY_ROW = "one rank, a row at a time"
 PLAIN: dict[str, Any] = {"rows": "padded", "lm_head": "materialised"}
@@ -101,7 +101,7 @@ VARIANTS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "dp4": (Layout(data=4), {"micro_batch_tokens": 40}),
     "tp2-pp2": (Layout(tensor=2, pipeline=2), {"micro_batch_tokens": 40}),
 }
-"""The first is what the others are held to: padded rows, whole logits."""
+"""All others are compared with the first: padded rows, materialised logits."""
 GROUPS, SAMPLES, SEED = 6, 3, 7
 SAMPLED = "sampled.pt"
 POLICIES = ("lagged", "reference", "old", "new")
@@ -109,7 +109,7 @@ POLICIES = ("lagged", "reference", "old", "new")
 
 
 def prompts() -> list[tuple[Array, int]]:
-    """(prompt, tokens of the response) of each row, group after group."""
+    """Returns the prompt and the number of response tokens of each row, group after group."""
     random = np.random.default_rng(5)
     of_groups = [random.integers(0, VOCABULARY, random.integers(1, 6)) for _ in range(GROUPS)]
     return [(prompt, int(random.integers(1, 13))) for prompt in of_groups for _ in range(SAMPLES)]
@@ -131,12 +131,12 @@ def batch(folder: Path, order: Array) -> TrainingBatch:
 
 
 class AllRanks:
-    """`cluster.actors.Actors` without Ray: this process is one of the ranks and hears what the others answer."""
+    """`cluster.actors.Actors` without Ray: this process is one of the ranks and receives the results of the others."""
 
     def __init__(self, worker: MegatronWorker) -> None:
         self.worker = worker
         self.ran = {"forwards": 0, "backwards": 0}
-        """Micro-batches through this rank's part of the model in the latest call."""
+        """Number of micro-batches through this rank's part of the model in the latest call."""
         self.passes: list[dict[str, Any]] = []
         worker.model.register_forward_pre_hook(lambda *_: self._count("forwards"))
         worker.model.decoder.register_full_backward_pre_hook(lambda *_: self._count("backwards"))
@@ -171,17 +171,11 @@ class AllRanks:
         )
 
     def gradient(self) -> dict[str, torch.Tensor]:
-        """Of the last update, by Hugging Face name: Adam's first moment, where nothing of the past is kept."""
+        """Gradients of the last update by Hugging Face name: Adam's first moment, which here holds nothing of the
+        past."""
         state, _ = read_state(self.worker.optimizer, self.worker.model)
         parts = gathered(dict(export_hf_weights(self.worker.model, self.worker.hf_config, state["exp_avg"])))
         return {name: tensor for part in parts for name, tensor in part.items()}
-
-
-def gathered(part: Any) -> list[Any]:
-    """From all ranks, on each of them; those that have nothing left out."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return [part for part in parts if part is not None]
 
 
 def learner_of(algorithm: dict[str, Any], updates: int, actors: Any) -> Learner:
@@ -201,7 +195,7 @@ def learner_of(algorithm: dict[str, Any], updates: int, actors: Any) -> Learner:
 
 
 def step(name: str, updates: int, actors: AllRanks, folder: Path, shuffled: bool) -> dict[str, Any]:
-    """One step: the old policy is scored and, with several updates, a new one updated on mini-batches."""
+    """Takes one step: scores the old policy and, with several updates, updates a new policy on mini-batches."""
     worker, algorithm = actors.worker, METHODS[name]
     order = np.arange(GROUPS * SAMPLES)
     in_order = batch(folder, order)
@@ -228,7 +222,7 @@ def step(name: str, updates: int, actors: AllRanks, folder: Path, shuffled: bool
 
 
 def find(rank: int, name: str, folder: Path) -> dict[str, Any]:
-    """What every method did under one layout."""
+    """Returns the results of every method under one layout."""
     layout, settings = VARIANTS[name]
     actor = ActorSettings.model_validate({"device": "cpu"} | settings)
     worker = MegatronWorker(actor, layout, rank)

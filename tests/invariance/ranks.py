@@ -1,6 +1,6 @@
-"""Four real gloo processes that run a test module as a script, and how they split into smaller groups.
+"""Runs a test module as a script in four real gloo processes, and splits these into smaller groups.
 
-A module calls `run_ranks(__file__, folder)` in its fixture, and `one_rank(work)` where it is run as a script.
+A module calls `run_ranks(__file__, folder)` in its fixture, and `one_rank(work)` when it runs as a script.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Results = dict[Any, Any]
 
 
 def run_ranks(script: str, folder: Path) -> list[Results]:
-    """What `work` gave on each rank."""
+    """Returns the result of `work` on each rank."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -39,7 +39,7 @@ def run_ranks(script: str, folder: Path) -> list[Results]:
 
 
 def one_rank(work: Callable[[int], Results]) -> None:
-    """Join the four processes, do the work, leave the results where `run_ranks` finds them."""
+    """Joins the four processes, does the work, and saves the results for `run_ranks`."""
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
@@ -49,8 +49,8 @@ def one_rank(work: Callable[[int], Results]) -> None:
 
 
 def split(rank: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, dist.ProcessGroup, int]]:
-    """For each size: the size, this rank's group of that many, and its place there."""
+    """Yields for each size: the size, this rank's group of that size, and its rank within the group."""
     for size in sizes:
-        # Every rank must take part in making every group.
+        # Every rank must take part in creating every group.
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, RANKS, size)]
         yield size, groups[rank // size], rank % size

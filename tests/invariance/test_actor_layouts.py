@@ -1,5 +1,8 @@
-"""An RL step is the same under every layout and every setting that only trades memory for time: loss, statistics,
-logits, gradients, new weights. What it is the same as is one rank with padded rows, whole logits and nothing else."""
+"""An RL step is the same under every layout and every setting that only trades memory for time.
+
+Loss, statistics, logits, gradients and new weights are compared with those of one rank with padded sequences,
+materialised logits and default settings otherwise.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 PLAIN = {"rows": "padded", "lm_head": "materialised"}
 PACKED = {"rows": "packed"}
-"""Else rows share positions: the default on a CPU."""
+"""Without this setting sequences share positions, which is the default on a CPU."""
 FULL = {"recompute": {"granularity": "full"}}
 SELECTIVE = {"recompute": {"granularity": "selective", "modules": ["core_attn", "mlp"]}}
 SP = {"sequence_parallel": True}
@@ -103,7 +106,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, layout: str) -> None:
-    """All variants of a layout, in one start of its processes."""
+    """Runs all variants of a layout in one start of its processes."""
     degrees, variants = LAYOUTS[layout]
     if (folder / f"{next(iter(variants))}.pt").exists():
         return
@@ -124,7 +127,7 @@ def found(folder: Path, variant: str) -> Found:
 
 
 @pytest.mark.parametrize(("layout", "variant"), VARIANTS, ids=[variant for _, variant in VARIANTS])
-def test_a_step_is_the_same(folder: Path, layout: str, variant: str) -> None:
+def test_a_step_equals_that_of_one_plain_rank(folder: Path, layout: str, variant: str) -> None:
     run(folder, "one rank")
     run(folder, layout)
     model = next((f"{kind}, " for kind in ("tied", "experts") if kind in variant), "")
@@ -138,10 +141,10 @@ def check_step(got: Found, expected: Found) -> None:
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     for kind in ("seen", "scored"):
-        assert torch.equal(got[kind].pop("kept"), expected[kind].pop("kept"))
+        assert torch.equal(got[kind].pop("in_filter"), expected[kind].pop("in_filter"))
         torch.testing.assert_close(got[kind], expected[kind], atol=2e-6, rtol=1e-5)
     assert got["gradient"].keys() == expected["gradient"].keys()
     for name, gradient in expected["gradient"].items():
         error = (got["gradient"][name] - gradient).abs().max()
-        assert error <= 1e-5 * gradient.abs().max(), name  # an expert that no token chose has none
+        assert error <= 1e-5 * gradient.abs().max(), name  # the gradient of an expert that no token chose is zero
     torch.testing.assert_close(got["weights"], expected["weights"], atol=1e-6, rtol=1e-6)

@@ -1,6 +1,6 @@
-"""The likeliest next tokens with the vocabulary split over real processes are those of the whole vocabulary.
+"""The most likely next tokens are the same with the vocabulary split over real processes as with the whole vocabulary.
 
-Run as a script this file is one rank.
+As a script, this file runs one rank.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ SPLITS = (1, 2, 4)
 VOCABULARY, COLUMNS, COUNT, TEMPERATURE = 83, 96, 30, 0.8
 
 
-def whole_logits() -> Tensor:
-    """Padding holds the largest values: it must not count. Ranks hold 24 columns, fewer than the candidates."""
+def full_logits() -> Tensor:
+    """Padding has the largest logits, which must be ignored. Four ranks hold 24 columns each, fewer than COUNT."""
     logits = 3 * torch.randn(11, COLUMNS, generator=torch.Generator().manual_seed(0))
     logits[:, VOCABULARY:] = 50.0
     return logits
@@ -26,7 +26,7 @@ def whole_logits() -> Tensor:
 def work(rank: int) -> Results:
     found: Results = {}
     for size, group, place in split(rank, SPLITS):
-        shard = whole_logits().chunk(size, dim=1)[place]
+        shard = full_logits().chunk(size, dim=1)[place]
         found[size] = top_candidates(shard, COUNT, temperature=TEMPERATURE, vocabulary=VOCABULARY, group=group)
     return found
 
@@ -37,13 +37,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 
 
 @pytest.mark.parametrize("size", SPLITS)
-def test_candidates_are_those_of_the_whole_vocabulary(found: list[Results], size: int) -> None:
-    log_probs = torch.log_softmax(whole_logits()[:, :VOCABULARY].double() / TEMPERATURE, -1)
-    want, want_ids = log_probs.topk(COUNT, dim=-1)
+def test_candidates_equal_those_of_the_whole_vocabulary(found: list[Results], size: int) -> None:
+    log_probs = torch.log_softmax(full_logits()[:, :VOCABULARY].double() / TEMPERATURE, -1)
+    expected, expected_ids = log_probs.topk(COUNT, dim=-1)
     for rank in range(RANKS):
-        ids, got = found[rank][size]
-        assert torch.equal(ids, want_ids)
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+        ids, values = found[rank][size]
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 if __name__ == "__main__":

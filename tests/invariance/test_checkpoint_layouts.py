@@ -1,6 +1,7 @@
-"""A checkpoint goes from layout to layout and stays the same to the bit: weights, moments, snapshot.
+"""A checkpoint stays bit-identical from layout to layout: weights, moments and snapshot.
 
-Run as a script it makes all journeys into a folder: it imports once, then forks the ranks of each layout in turn.
+As a script, this file runs all journeys and writes them to a folder. The script imports once, then forks the ranks of
+each layout in turn.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron_rl.actor import platform
 from megatron_rl.actor.model.policy import build_model
 from megatron_rl.actor.optimizer.distributed import wrap_ddp
 from megatron_rl.actor.optimizer.optimizer import Optimizer
+from megatron_rl.actor.rank_state import RankState
 from megatron_rl.checkpoint.manifest import (
     FORMAT,
     RNG,
@@ -33,7 +35,6 @@ from megatron_rl.checkpoint.manifest import (
     write_rng,
 )
 from megatron_rl.checkpoint.shards import ShardTensors
-from megatron_rl.checkpoint.state import RankState
 from megatron_rl.config.actor import OptimizerSettings
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.layout import Layout
@@ -59,7 +60,7 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq", "lagged")
 
 @pytest.fixture(scope="module")
 def journeys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder a journey, and in it a numbered one for each layout."""
+    """Returns a folder with one subfolder per journey, each with one numbered subfolder per layout."""
     folder = tmp_path_factory.mktemp("journeys")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -70,7 +71,7 @@ def journeys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("journey", JOURNEYS)
-def test_every_layout_hands_on_what_it_got(journeys: Path, journey: str) -> None:
+def test_every_layout_writes_exactly_what_it_loaded(journeys: Path, journey: str) -> None:
     layouts = JOURNEYS[journey][2]
     first, *rest = (tensors(journeys / journey / str(number)) for number in range(len(layouts)))
     assert all(tensor.count_nonzero() for tensor in first.values())
@@ -89,8 +90,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return found | {"steps": torch.tensor(manifest.optimizer_steps)}
 
 
-def hand_on(rank: int, number: int, journey: str, folder: Path) -> None:
-    """What one rank of the number-th layout does: makes the first checkpoint, or loads the last one and writes anew."""
+def load_and_write(rank: int, number: int, journey: str, folder: Path) -> None:
+    """Runs one rank of the layout `number`: writes the first checkpoint, or loads the last one and writes it again."""
     model_type, dtype, layouts = JOURNEYS[journey]
     layout, config = layouts[number], config_json(model_type, tie_word_embeddings=model_type == "qwen3")
     source, target = folder / str(number - 1), folder / str(number)
@@ -122,7 +123,7 @@ def hand_on(rank: int, number: int, journey: str, folder: Path) -> None:
 
 
 def complete(folder: Path, layout: Layout, parts: list[RankPart]) -> None:
-    """Add what the driver would."""
+    """Adds what the driver would add."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
     files[RNG] = write_rng(folder, RandomStates({}, [part.rng for part in parts]))
     origin = Origin({}, asdict(layout), "", {})
@@ -134,4 +135,4 @@ if __name__ == "__main__":
     for name, (_, _, itinerary) in JOURNEYS.items():
         for stop, where in enumerate(itinerary):
             arguments = (stop, name, Path(sys.argv[1], name))
-            torch.multiprocessing.start_processes(hand_on, arguments, where.world_size, start_method="fork")
+            torch.multiprocessing.start_processes(load_and_write, arguments, where.world_size, start_method="fork")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lpreg import LossInputs, TokenStats, make_loss, token_stats
 from megatron_rl.batching.context import held_by
 from megatron_rl.parallel import process_groups
-from megatron_rl.parallel.context_statistics import whole_over_context
+from megatron_rl.parallel.context_statistics import gather_over_context_ranks
 from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks
 
 LENGTHS = (8, 24, 16)
@@ -42,8 +42,8 @@ def loss_and_gradient(name: str, places: torch.Tensor | None) -> Results:
     logits = given["hidden"][mine] @ weight.T
     stats: TokenStats = token_stats(logits, given["targets"][mine], **loss.token_stats_kwargs())
     if places is not None:
-        stats = whole_over_context(stats, places, TOKENS)
-    found = {field: getattr(stats, field) for field in ("log_probs", "entropy", "log_z", "kept", "proxy_kl")}
+        stats = gather_over_context_ranks(stats, places, TOKENS)
+    found = {field: getattr(stats, field) for field in ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl")}
     fields = {field: given[field] for field in ("advantages", "old_log_probs")} | {
         "selection": torch.arange(TOKENS) % 2 == 0,
         "sequence_ids": torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)),

@@ -1,4 +1,4 @@
-"""Weights go into Megatron and come out again as they were, under TP and PP of 1 to 4 each, whoever reads or writes."""
+"""Weights survive loading into Megatron and export, under TP and PP of 1 to 4 each, whichever side reads or writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = (1, 2, 3, 4)
 LAYOUTS = [f"tp{tensor}-pp{pipeline}" for tensor in SIZES for pipeline in SIZES]
 SAVED = ("tp1-pp1", "tp2-pp1", "tp3-pp2", "tp1-pp4", "tp4-pp1")
 Differences = dict[str, dict[str, list[dict[str, float]]]]
-"""Layout -> case -> of every rank, way -> largest difference."""
+"""Layout -> case -> for each rank: way -> largest difference."""
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> Differences:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_is_lost_either_way(differences: Differences, layout: str, case: str) -> None:
-    """In: this project's checkpoint, read by Megatron. Out: the export, and what Megatron saves, read here."""
+def test_weights_are_unchanged_in_both_directions(differences: Differences, layout: str, case: str) -> None:
+    """In: Megatron reads this project's checkpoint. Out: the export, and what Megatron saves and this project reads."""
     tensor, pipeline = (int(part[2:]) for part in layout.split("-"))
     ranks = differences[layout][case]
     assert len(ranks) == tensor * pipeline

@@ -21,7 +21,7 @@ from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
 SPLITS = (2, 4)
 TOKENS, WIDTH, CHUNK = 28, 6, 8
 FORMS = ("recompute", "in forward")
-STATISTICS = ("log_probs", "entropy", "log_z", "max_logit", "kept")
+STATISTICS = ("log_probs", "entropy", "log_z", "max_logit", "in_filter")
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
 
 
@@ -86,7 +86,7 @@ def run(case: Case, form: str, group: dist.ProcessGroup | None, rank: int, ranks
     counted = {name: patch.start() for name, patch in patches.items()}
     if form == "recompute":
         stats = fused_token_stats(hidden, shard, targets, **loss.token_stats_kwargs(), **shared)
-        output = loss(LossInputs(log_probs=stats.log_probs, log_z=stats.log_z, kept=stats.kept, **fields))
+        output = loss(LossInputs(log_probs=stats.log_probs, log_z=stats.log_z, in_filter=stats.in_filter, **fields))
     else:
         output, stats = fused_loss(hidden, shard, targets, loss, fields, **shared)
     forward = Counter({name: calls.call_count for name, calls in counted.items()})
@@ -148,7 +148,7 @@ def test_every_rank_holds_the_same_bits(by_rank: list[Results], name: str, form:
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_split_changes_no_number(by_rank: list[Results], name: str, form: str, ranks: int) -> None:
+def test_the_split_does_not_change_the_results(by_rank: list[Results], name: str, form: str, ranks: int) -> None:
     case = CASES[name]
     want = run(case, form, None, 0, 1)
     parts = [by_rank[rank][ranks, form, name] for rank in range(ranks)]
@@ -159,7 +159,7 @@ def test_the_split_changes_no_number(by_rank: list[Results], name: str, form: st
     else:
         for part in parts[1:]:
             torch.testing.assert_close(part["d_hidden"], got["d_hidden"])
-    assert torch.equal(got["kept"], want["kept"])
+    assert torch.equal(got["in_filter"], want["in_filter"])
     rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[case.dtype]
     for number in {*STATISTICS, "loss", "d_hidden", "d_weight"} & want.keys():
         scale = float(want[number].abs().max()) if number.startswith("d_") else 1.0
@@ -169,7 +169,7 @@ def test_the_split_changes_no_number(by_rank: list[Results], name: str, form: st
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_collectives_are_as_few_as_promised(by_rank: list[Results], name: str, ranks: int) -> None:
+def test_the_number_of_collectives_is_as_documented(by_rank: list[Results], name: str, ranks: int) -> None:
     sequence_parallel = CASES[name].sequence_parallel
     gather = 1 if sequence_parallel else 0
     sum_of_hidden = {"reduce_scatter" if sequence_parallel else "all_reduce": 1}

@@ -63,11 +63,11 @@ def batch() -> dict[str, Tensor]:
 
 
 Split = list[list[int]]
-"""The responses of each micro-batch, on whatever rank."""
+"""The responses of each micro-batch, on any rank."""
 
 
 def selected(loss: PolicyLoss, data: dict[str, Tensor], order: Tensor) -> Tensor:
-    """[T] bool in the batch's own order, ranked with the tokens in another one."""
+    """Returns [T] bool in the order of the batch, from a ranking with the tokens in another order."""
     if loss.selection is None:
         return torch.zeros(TOKENS, dtype=torch.bool)
     old = token_stats(data["old_logits"][order], data["targets"][order])
@@ -110,9 +110,9 @@ def add_up(loss: PolicyLoss, places: list[Tensor]) -> tuple[float, Tensor, dict[
             mask=data["mask"][at],
             entropy=stats.entropy,
             log_z=stats.log_z,
-            kept=stats.kept,
+            in_filter=stats.in_filter,
             old_log_z=old.log_z,
-            old_kept=old.kept,
+            old_in_filter=old.in_filter,
             proxy_log_probs=old.proxy_log_probs,
             sequence_ids=data["sequence_ids"][at],
             selection=selection[at],
@@ -129,7 +129,7 @@ def add_up(loss: PolicyLoss, places: list[Tensor]) -> tuple[float, Tensor, dict[
 
 @st.composite
 def splits(draw: st.DrawFn) -> Split:
-    """Every response on one of up to 4 ranks and there in one of up to 3 micro-batches, in any order."""
+    """Draws one of up to 4 ranks and one of up to 3 micro-batches for every response, in any order."""
     order = draw(st.permutations(range(RESPONSES)))
     ranks = draw(st.sampled_from([1, 2, 4]))
     micro_batches = ranks * draw(st.integers(1, 3))
@@ -145,7 +145,7 @@ WHOLE = places_of([list(range(RESPONSES))])
 @settings(max_examples=15, deadline=None)
 @given(split=splits())
 @pytest.mark.parametrize("name", LOSSES)
-def test_any_split_adds_up_to_the_batch(name: str, split: Split) -> None:
+def test_every_split_adds_up_to_the_batch(name: str, split: Split) -> None:
     whole_loss, whole_gradient, whole_metrics, whole_selection = add_up(LOSSES[name], WHOLE)
     loss, gradient, metrics, selection = add_up(LOSSES[name], places_of(split))
     assert torch.equal(selection, whole_selection)
@@ -157,8 +157,8 @@ def test_any_split_adds_up_to_the_batch(name: str, split: Split) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_batch_puts_the_method_to_work(name: str) -> None:
-    """Else the test above would hold for nothing: clips bind, rules select some tokens and not all."""
+def test_the_batch_exercises_clips_and_selection(name: str) -> None:
+    """Clips bind, and rules select some tokens and not all; otherwise the test above would prove nothing."""
     loss = LOSSES[name]
     _, _, metrics, selection = add_up(loss, WHOLE)
     if "clip_fraction" in metrics and loss.name != "lp_reg":
@@ -170,18 +170,18 @@ def test_the_batch_puts_the_method_to_work(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_separable_loss_may_be_cut_inside_a_response_and_no_other(name: str) -> None:
+def test_only_separable_losses_may_be_split_inside_a_response(name: str) -> None:
     whole, _, _, _ = add_up(LOSSES[name], WHOLE)
     cut, _, _, _ = add_up(LOSSES[name], list(WHOLE[0].split(3)))
     assert (cut == pytest.approx(whole, rel=1e-12)) == LOSSES[name].token_separable
 
 
-def test_every_method_is_here() -> None:
+def test_every_method_has_a_definition_here() -> None:
     assert {loss.name for loss in LOSSES.values()} == set(METHODS)
 
 
 def test_selection_inside_the_micro_batch_depends_on_the_split() -> None:
-    """Why "batch" is the default: the scope of the published scripts gives another loss for every packing."""
+    """The scope of the published scripts gives another loss for every packing, so "batch" is the default."""
     loss = make_loss.preset("lp_reg", "reference", rho=0.1, min_p=0.1, require_below_proxy=False)
     whole, _, _, _ = add_up(loss, WHOLE)
     split, _, _, _ = add_up(loss, places_of([[response] for response in range(RESPONSES)]))

@@ -1,4 +1,4 @@
-"""Megatron is Hugging Face: same logits, loss, gradients and weights, however the model is spread over processes."""
+"""Megatron matches Hugging Face in logits, loss, gradients and weights, however the model is split over processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 
 
 def cases(layout: dict[str, Any]) -> tuple[str, ...]:
-    """Experts need sequence parallelism beside tensor parallelism; a dense model has nothing for expert ranks."""
+    """With tensor parallelism experts need sequence parallelism; a dense model has no use for expert ranks."""
     sparse = "tensor" not in layout or "sequence_parallel" in layout
     return (() if "expert" in layout else DENSE) + (SPARSE if sparse else ())
 
@@ -48,7 +48,7 @@ every_case = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def measure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
-    """What every rank of a layout measured, all cases in one start of the processes."""
+    """Returns a function that measures all cases on every rank of a layout, in one start of the processes."""
 
     @cache
     def run(name: str) -> list[dict[str, Any]]:
@@ -72,16 +72,16 @@ def measured(request: pytest.FixtureRequest, measure: Callable[[str], list[dict[
 
 
 @every_case
-def test_logits_and_loss(measured: list[dict[str, Any]], case: str) -> None:
+def test_logits_and_loss_match_transformers(measured: list[dict[str, Any]], case: str) -> None:
     last = [rank[case] for rank in measured if rank[case]["is_last_stage"]]
     assert max(rank["logits_error"] for rank in last) < TOLERANCE
-    # Data-parallel ranks each hold a part of the loss, tensor-parallel ranks the same part.
+    # Each data-parallel rank holds a part of the loss; tensor-parallel ranks hold the same part.
     loss = sum(rank["loss"] for rank in last if rank["tensor_rank"] == 0)
     assert loss == pytest.approx(last[0]["expected_loss"], rel=TOLERANCE)
 
 
 @every_case
-def test_every_gradient(measured: list[dict[str, Any]], case: str) -> None:
+def test_every_gradient_matches_transformers(measured: list[dict[str, Any]], case: str) -> None:
     errors: dict[str, float] = {}
     for rank in measured:
         for name, error in rank[case]["gradient_errors"].items():
@@ -91,7 +91,7 @@ def test_every_gradient(measured: list[dict[str, Any]], case: str) -> None:
 
 
 @every_case
-def test_gradient_norm_counts_every_parameter_once(measured: list[dict[str, Any]], case: str) -> None:
+def test_the_gradient_norm_counts_every_parameter_once(measured: list[dict[str, Any]], case: str) -> None:
     for rank in measured:
         assert rank[case]["grad_norm"] == pytest.approx(rank[case]["expected_grad_norm"], rel=TOLERANCE)
 

@@ -32,7 +32,7 @@ from tests.invariance.method_steps import (
 )
 
 TIMEOUT = 900
-"""Seconds for all of it at once: two minutes on two quiet cores, many more on busy ones."""
+"""Seconds for all layouts: two minutes on two quiet cores, many more on busy ones."""
 pytestmark = pytest.mark.timeout(TIMEOUT)
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ Found = dict[tuple[str, int], dict[str, Any]]
 
 
 def write_models(folder: Path) -> PreTrainedModel:
-    """Four policies of one shape, near one another; returns the one that samples."""
+    """Writes four policies of one shape that are close to one another, and returns the one that samples."""
     model = hf_model("qwen3", seed=0, noise=0.1, vocab_size=VOCABULARY, num_key_value_heads=4)
     with torch.no_grad():
         model.lm_head.weight.mul_(3)  # so that distributions have a head and a tail
@@ -66,7 +66,7 @@ def write_models(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, folder: Path) -> None:
-    """The batch, sampled from the model; its log-probs are off by what an engine's are."""
+    """Writes the batch, sampled from the model, with log-probs that differ as an engine's do."""
     generator = torch.Generator().manual_seed(7)
     rows, log_probs = [], []
     for prompt, length in prompts():
@@ -82,7 +82,7 @@ def sample(model: PreTrainedModel, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
-    """What every method did under every layout, in one start of the processes."""
+    """Results of every method under every layout, from one start of the processes."""
     folder = tmp_path_factory.mktemp("methods")
     sample(write_models(folder), folder)
     done = subprocess.run(
@@ -97,7 +97,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
 
 
 def cases(variant: str) -> list[tuple[str, int]]:
-    """(method, updates); without those that another order of rows changes, where there is one."""
+    """Pairs (method, updates), without methods that depend on the order of rows if the rows are shuffled."""
     drawn = DRAWN_BY_PLACE if "shuffled" in variant else ()
     return [(method, updates) for method in METHODS if method not in drawn for updates in (1, 2)]
 
@@ -135,7 +135,7 @@ def test_the_gradient_is_the_same(found: dict[str, Found], variant: str) -> None
             assert difference <= GRADIENT, (case, name, float(difference))
 
 
-def test_methods_differ(found: dict[str, Found]) -> None:
+def test_methods_have_different_gradients(found: dict[str, Found]) -> None:
     """Else the tests above would hold for nothing: no two methods have the same gradient off-policy, but for those that
     rank the same tokens by two sources."""
     same = {("lp_reg", "lp_reg, ranked by the engine")}
@@ -165,7 +165,7 @@ def expected_passes(method: str, updates: int, rows: int, acting: int) -> dict[s
 
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_no_pass_is_made_that_could_be_spared(found: dict[str, Found], method: str, updates: int) -> None:
+def test_no_pass_through_the_model_is_superfluous(found: dict[str, Found], method: str, updates: int) -> None:
     """Each micro-batch is one row here, so that forwards and backwards count rows."""
     ran = found[ROW_BY_ROW][method, updates]["passes"]
     for one in ran:

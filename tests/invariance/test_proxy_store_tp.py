@@ -100,7 +100,7 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_split_changes_no_number(by_rank: list[Results], name: str, ranks: int, fused: bool) -> None:
+def test_the_split_does_not_change_the_results(by_rank: list[Results], name: str, ranks: int, fused: bool) -> None:
     case = CASES[name]
     want = run(case, fused, None, 0, 1, whole=False)
     rounding = {torch.float64: 1e-11, torch.float32: 1e-5}[case.dtype]
@@ -117,7 +117,7 @@ def test_the_split_changes_no_number(by_rank: list[Results], name: str, ranks: i
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_store_their_own_columns_and_together_the_filter(by_rank: list[Results], name: str, ranks: int) -> None:
+def test_each_rank_stores_its_own_columns_of_the_filter(by_rank: list[Results], name: str, ranks: int) -> None:
     case = CASES[name]
     width = case.columns // ranks
     parts = [by_rank[rank][ranks, name, False, False] for rank in range(ranks)]

@@ -134,7 +134,7 @@ def test_every_layout_equals_a_sort(by_rank: list[Results], name: str, ranks: in
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("kind", RULES)
-def test_every_layout_follows_a_rule_as_one_process_does(by_rank: list[Results], kind: str, ranks: int) -> None:
+def test_every_layout_selects_what_one_process_selects(by_rank: list[Results], kind: str, ranks: int) -> None:
     want = apply_rule(RULES[kind], **response_tokens(), seed=9)
     assert 0 < want.count < 0.05 * want.population
     for rank, shares in itertools.product(range(RANKS), SHARES):

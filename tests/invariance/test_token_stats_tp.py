@@ -83,7 +83,7 @@ def run(case: Case, group: dist.ProcessGroup | None, rank: int, ranks: int) -> d
     loss.backward()
     mock.patch.stopall()
     assert leaf.grad is not None
-    saved = {name: getattr(stats, name) for name in (*FLOATS, "kept")}
+    saved = {name: getattr(stats, name) for name in (*FLOATS, "in_filter")}
     # all_gather(parts, local): what this rank sends.
     sent = [part.numel() for _, part in forward.pop("all_gather")]
     others = sum(len(calls) for calls in forward.values())
@@ -124,20 +124,20 @@ def test_every_rank_holds_the_same_bits(by_rank: list[Results], name: str, ranks
     first = by_rank[0][ranks, name]
     for rank in range(1, RANKS):
         for statistic, value in by_rank[rank][ranks, name].items():
-            if statistic in (*FLOATS, "kept"):
+            if statistic in (*FLOATS, "in_filter"):
                 assert torch.equal(value, first[statistic]), f"{statistic} on rank {rank}"
 
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_split_changes_no_number(by_rank: list[Results], name: str, ranks: int) -> None:
+def test_the_split_does_not_change_the_results(by_rank: list[Results], name: str, ranks: int) -> None:
     case = CASES[name]
     want = run(case, None, 0, 1)
     got = by_rank[0][ranks, name]
     got["grad"] = torch.cat([by_rank[rank][ranks, name]["grad"] for rank in range(ranks)], 1)
     assert got.keys() == want.keys()
     assert want["sent"].numel() == 0
-    assert torch.equal(got["kept"], want["kept"])
+    assert torch.equal(got["in_filter"], want["in_filter"])
     for statistic in (*FLOATS, "grad"):
         if statistic in want:
             rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3}[want[statistic].dtype]
@@ -148,7 +148,9 @@ def test_the_split_changes_no_number(by_rank: list[Results], name: str, ranks: i
 
 @pytest.mark.parametrize("ranks", SPLITS)
 @pytest.mark.parametrize("name", CASES)
-def test_two_small_gathers_forward_and_nothing_else(by_rank: list[Results], name: str, ranks: int) -> None:
+def test_the_only_collectives_are_two_small_gathers_in_the_forward(
+    by_rank: list[Results], name: str, ranks: int
+) -> None:
     """Four numbers a token, and two for each one whose log Z is wanted; whatever the vocabulary."""
     _, _, rows, _ = inputs(CASES[name])
     wanted = TOKENS if rows is None else int(rows.sum())

@@ -1,4 +1,4 @@
-"""Four data-parallel ranks under TRL make the update that one makes of all rows."""
+"""Four data-parallel ranks under TRL make the update that one rank makes of all rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gradients(name: str, folder: Path, **layout: int) -> list[dict[str, torch.Te
 def work(rank: int, folder: Path) -> Results:
     from accelerate import PartialState
 
-    # As a launcher says it. The processes are joined already, so that the address is never used.
+    # As a launcher sets it. The processes are already joined, so the address is never used.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     PartialState(cpu=True)
@@ -44,7 +44,7 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_ranks_make_the_update_of_one(name: str, on_ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_four_ranks_make_the_update_of_one_rank(name: str, on_ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     alone = gradients(name, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3)
     for updates in (results[name] for results in on_ranks):
         assert len(updates) == len(alone) == 2

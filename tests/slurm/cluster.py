@@ -1,8 +1,7 @@
-"""A real Slurm on one machine: a controller and nodes that are machines of their own as far as Linux goes.
+"""A real Slurm on one machine: a controller and nodes that Linux namespaces make separate machines.
 
-Each node is a set of namespaces: it has its own network address, host name, processes, /dev/shm and /tmp/ray, and can
-be switched off like a machine, all its processes at once. Files are shared, as on a cluster. Needs root and Debian's
-packages.
+Each node has its own network address, host name, processes, /dev/shm and /tmp/ray. It can be switched off like a
+machine, with all its processes at once. Files are shared, as on a cluster. This requires root and Debian's packages.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import psutil
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged", "ip", "unshare", "nsenter")
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
 CPUS = 4
-"""Of a node, as it says; more than there are is allowed."""
+"""CPUs that each node reports; more than the machine has are allowed."""
 
 SLURM_CONF = """\
 ClusterName=test
@@ -61,14 +60,14 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 
 
 def missing() -> str | None:
-    """Why a cluster cannot be made here; None if it can."""
+    """Returns why no cluster can be made here, or None if it can."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
     if absent:
         return f"{', '.join(absent)} not installed; on Debian: apt-get install -y --no-install-recommends {PACKAGES}"
     if os.geteuid() != 0:
-        return "making nodes takes root (network and process namespaces)"
+        return "making nodes requires root (network and process namespaces)"
     trial = _run("unshare", "--net", "--pid", "--mount", "--uts", "--fork", "true", check=False)
-    return f"no namespaces can be made here: {trial.stderr.strip()}" if trial.returncode else None
+    return f"namespaces cannot be made here: {trial.stderr.strip()}" if trial.returncode else None
 
 
 _PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -81,7 +80,7 @@ def _run(*command: str, check: bool = True, **options: object) -> subprocess.Com
 
 @dataclass
 class SlurmCluster:
-    """Use it as a context manager: `with SlurmCluster(folder) as cluster`."""
+    """A running cluster. Use it as a context manager: `with SlurmCluster(folder) as cluster`."""
 
     folder: Path
     nodes: tuple[str, ...] = ("node1", "node2", "node3")
@@ -91,11 +90,11 @@ class SlurmCluster:
     def __post_init__(self) -> None:
         self.network = f"10.{100 + int(self.tag[:2], 16) // 2}.{int(self.tag[2:4], 16)}"
 
-    # ------------------------------------------------------------------ asking Slurm
+    # ------------------------------------------------------------------ commands of Slurm
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of every command, and so of every job: this Python's commands come first."""
+        """Environment of every command and so of every job, with this Python's commands first in PATH."""
         slurm = {"SLURM_CONF": str(self.folder / "slurm.conf")}
         return {**os.environ, "PATH": _PATH, "PYTHONPATH": str(REPOSITORY), **slurm}
 
@@ -103,7 +102,7 @@ class SlurmCluster:
         return _run(*command, check=check, env=self.environment, cwd=cwd)
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Returns the fields that `scontrol show job` prints."""
         text = self.run("scontrol", "show", "job", "-o", job).stdout
         return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
 
@@ -111,11 +110,11 @@ class SlurmCluster:
         deadline = time.monotonic() + seconds
         while not true():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{what}: not within {seconds:.0f} s")
+                raise TimeoutError(f"{what}: not reached within {seconds:.0f} s")
             time.sleep(0.3)
 
     def finish(self, job: str, seconds: float = 240) -> str:
-        """Wait for the job's end; its state, such as COMPLETED."""
+        """Wait for the job's end and return its state, such as COMPLETED."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self.wait_for(f"job {job} ends", lambda: self.job(job)["JobState"] in over, seconds)
         return self.job(job)["JobState"]
@@ -126,7 +125,7 @@ class SlurmCluster:
         return f"{self.network}.{2 + self.nodes.index(node)}"
 
     def switch_off(self, node: str) -> None:
-        """All of the node's processes are gone at once, and it no longer answers."""
+        """Kill all processes of the node at once and remove its network."""
         process = self.processes.pop(node)
         process.kill()
         process.wait()
@@ -148,7 +147,7 @@ class SlurmCluster:
         self.processes[node] = self._start(node, "nsenter", f"--net=/run/netns/{netns}", *inside)
 
     def processes_of(self, node: str) -> list[str]:
-        """Command lines of what runs on the node, Slurm's daemon aside."""
+        """Returns the command lines of the node's processes, except Slurm's daemon."""
         inits = psutil.Process(self.processes[node].pid).children()
         if not inits:
             return []

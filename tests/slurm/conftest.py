@@ -1,4 +1,4 @@
-"""A Slurm cluster for the tests of this folder."""
+"""The Slurm cluster of the tests in this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _reason = missing()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A run without a cluster must not look like one with it."""
+    """Make it visible that the tests were skipped because there is no cluster."""
     skipped = terminalreporter.stats.get("skipped", [])
     if _reason and any(_reason in str(report.longrepr) for report in skipped):
         terminalreporter.section("SLURM WAS NOT TESTED", sep="!", red=True, bold=True)
@@ -21,7 +21,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Three nodes: two for most jobs, one for what may take its time."""
+    """Three nodes: two for most jobs, and one for a job that takes long."""
     if _reason:
         pytest.skip(_reason)
     with SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:

@@ -1,4 +1,4 @@
-"""A reward for a run that is there for long without keeping the machine busy."""
+"""A slow reward, for a run that takes long without loading the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong is said at once, in words, and leaves nothing behind."""
+"""Mistakes of a user are reported at once, with key and cause, and leave no files behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the task where the quickstart looks for it, and a few broken things."""
+    """A folder with the task where the quickstart expects it, and a few broken files."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(task, tmp_path / "runs/countdown-task")
     good = json.dumps({"prompt": "<bos> 1 2 3 > 6 :", "label": "1 2 3 > 6"})
@@ -53,7 +53,7 @@ def workplace(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("run.folder=bare", ["bare", "holds no run"]),
     ],
 )
-def test_a_mistake_is_named_and_nothing_is_written(
+def test_a_mistake_is_reported_and_nothing_is_written(
     workplace: Path, capsys: pytest.CaptureFixture[str], override: str, words: list[str]
 ) -> None:
     before = sorted(workplace.rglob("*"))

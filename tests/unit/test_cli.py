@@ -41,7 +41,7 @@ def test_torch_is_not_loaded_before_it_is_needed(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_dry_run_writes_nothing(empty_folder: Path, capsys: Output) -> None:
+def test_a_dry_run_prints_the_configuration_and_writes_nothing(empty_folder: Path, capsys: Output) -> None:
     assert train("--dry-run") == 0
     assert list(empty_folder.iterdir()) == []
     out, err = capsys.readouterr()
@@ -60,13 +60,13 @@ def test_a_dry_run_writes_nothing(empty_folder: Path, capsys: Output) -> None:
         ["train.steps=6", "--dry-run", "seed=5", "train.steps=7"],
     ],
 )
-def test_options_and_overrides_come_in_any_order(arguments: list[str], capsys: Output) -> None:
+def test_options_and_overrides_may_come_in_any_order(arguments: list[str], capsys: Output) -> None:
     assert train(*arguments) == 0
     out = capsys.readouterr().out
-    assert "\n  steps: 7\n" in out and "\nseed: 5\n" in out
+    assert "\n  steps: 7  # override\n" in out and "\nseed: 5  # override\n" in out
 
 
-def test_an_unknown_key_is_answered_with_the_nearest(empty_folder: Path, capsys: Output) -> None:
+def test_an_unknown_key_is_an_error_with_a_suggestion(empty_folder: Path, capsys: Output) -> None:
     assert train("train.stepz=3") == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and "train.stepz" in err and "did you mean train.steps?" in err
@@ -83,7 +83,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(empty_folder: Path, capsys:
         (["report", "nowhere"], "nowhere"),
     ],
 )
-def test_what_the_user_can_mend_is_said_in_words(arguments: list[str], words: str, capsys: Output) -> None:
+def test_user_errors_are_messages_without_a_traceback(arguments: list[str], words: str, capsys: Output) -> None:
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and words in err and "Traceback" not in err
@@ -100,14 +100,14 @@ def test_what_the_user_can_mend_is_said_in_words(arguments: list[str], words: st
         ["train", str(EXAMPLE), "--dry-run", "seed=1", "--wat"],
     ],
 )
-def test_a_command_line_that_makes_no_sense(arguments: list[str], capsys: Output) -> None:
+def test_an_invalid_command_line_exits_with_status_2(arguments: list[str], capsys: Output) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
     assert "error: " in capsys.readouterr().err
 
 
-def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+def test_an_interrupt_prints_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -116,6 +116,6 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: O
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_the_installed_command_and_the_module_are_one() -> None:
+def test_the_module_runs_as_the_installed_command() -> None:
     done = subprocess.run([sys.executable, "-m", "megatron_rl.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: megatron-rl")

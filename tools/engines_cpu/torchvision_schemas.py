@@ -1,7 +1,7 @@
 """Lets torchvision's CUDA wheel be imported beside a CPU build of torch.
 
-torchvision's compiled part defines these operators, and does not load without CUDA; its Python part only wants them to
-exist. No text model calls them.
+torchvision's compiled part defines these operators but does not load without CUDA. Its Python part only needs the
+operators to exist. No text model calls them.
 """
 
 import importlib.abc
@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
-    """Finds nothing; defines the operators when torchvision is first looked for."""
+    """An import hook that finds no module. It defines the operators when torchvision is first imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name == "torchvision":

@@ -1,1 +1,1 @@
-"""The Megatron model and the LM head."""
+"""The Megatron model, its attention and its LM head."""

@@ -1,5 +1,8 @@
-"""Core attention on `scaled_dot_product_attention`: grouped queries, packed sequences; CPU, or CUDA without
-Transformer Engine. Plugs into Megatron's local layers through their ModuleSpec."""
+"""Core attention for Megatron's local layers, built on `scaled_dot_product_attention`.
+
+Supports grouped queries and packed sequences, on CPU and on CUDA without Transformer Engine. A ModuleSpec plugs this
+attention into Megatron's layers.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from megatron_rl.batching.prefix_tree import PrefixTree
 
 
 class SDPAttention(torch.nn.Module):
-    """Causal self-attention. Megatron builds it and calls it; `settings` are what it passes that has no use here."""
+    """Causal self-attention. Megatron builds and calls this module; unused arguments go to `settings`."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **settings: object
     ) -> None:
         super().__init__()
         if config.attention_dropout or config.context_parallel_size > 1:
-            raise ValueError("SDPAttention has neither dropout nor context parallelism")
+            raise ValueError("SDPAttention supports neither dropout nor context parallelism")
         self.scale = softmax_scale
 
     def forward(
@@ -33,9 +36,12 @@ class SDPAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **settings: object,
     ) -> Tensor:
-        """Packed: query [T, heads, dim], key and value [T, kv_heads, dim] -> [T, heads, dim], each sequence on its own,
-        or as a TreePacking says. Otherwise: [length, batch, heads, dim] -> [length, batch, heads * dim]. Raises
-        ValueError for a mask."""
+        """Attends within each sequence. Raises ValueError if a mask is given.
+
+        Packed: query [T, heads, dim], key and value [T, kv_heads, dim] -> [T, heads, dim]. Each sequence attends to
+        itself only, or as a TreePacking specifies. Not packed: [length, batch, heads, dim] -> [length, batch,
+        heads * dim].
+        """
         if attention_mask is not None:
             raise ValueError("SDPAttention is causal and takes no mask; pack the sequences, or pad them on the right")
         if packed_seq_params is None:
@@ -47,12 +53,12 @@ class SDPAttention(torch.nn.Module):
         return packed_seq_params.attention(query, key, value, self._attend_rows)
 
     def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """[rows, length, heads, dim] each."""
+        """Attends within each row; all tensors are [rows, length, heads, dim]."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return self._attend(query, key, value, mask).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[batch, heads, length, dim] each."""
+        """Attends within each batch element; all tensors are [batch, heads, length, dim]."""
         return scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
         )

@@ -1,5 +1,7 @@
-"""Which modules a transformer layer is made of: Transformer Engine's where it is installed, else Megatron's local ones
-with the attention and the norm of this project plugged in."""
+"""The modules of a transformer layer: Transformer Engine's if available, otherwise Megatron's local ones.
+
+The local layers use this project's attention and norm.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.actor import platform
 from megatron_rl.actor.model.attention import SDPAttention
-from megatron_rl.actor.model.norm import RMSNorm
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm for Megatron's local layers. Unlike the stock one, this class allows sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Under sequence parallelism each rank sees only its part of the tokens; Megatron sums the gradients of the
+        # weights that carry this mark.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def stage_layers(
     config: TransformerConfig, output_bias: bool, device: torch.device, chunk: int
 ) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage, or of one chunk of it under the interleaved schedule. `output_bias`: of
-    the attention's output projection."""
+    """Returns the layers of this rank's pipeline stage, or of one chunk of it under the interleaved schedule.
+
+    output_bias: whether the attention's output projection has a bias.
+    """
     engine = platform.uses_transformer_engine(device, config.params_dtype)
     block = get_gpt_decoder_block_spec(
         config,
@@ -34,7 +47,7 @@ def stage_layers(
         if not engine:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
             attention.core_attention = SDPAttention
-            if _has_experts(layer.submodules.mlp):  # as with Transformer Engine, whose checkpoints these then are
+            if _has_experts(layer.submodules.mlp):  # use the checkpoint names of Transformer Engine's layers
                 layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -46,14 +59,17 @@ def stage_layers(
 
 
 def _has_experts(mlp: Any) -> bool:
-    """`mlp` is how Megatron specifies a layer's: a ModuleSpec, or in newer releases a partial call."""
+    """Returns whether an MLP has experts. Megatron specifies it by a ModuleSpec, newer releases by a partial call."""
     return (mlp.func if isinstance(mlp, partial) else mlp.module) is MoELayer
 
 
 def _with_bias(linear: type) -> type:
-    """Megatron has a bias in every linear layer or in none but the fused QKV; this one has its own."""
+    """Returns a linear layer with a bias.
+
+    Megatron itself can give a bias to every linear layer or to the fused QKV only.
+    """
     if getattr(linear, "has_own_bias", False):
-        return linear  # layers share their specification
+        return linear  # layers share one specification, so another layer has already replaced this class
 
     class BiasedLinear(linear):
         has_own_bias = True

@@ -22,25 +22,30 @@ from megatron_rl.actor.model.layers import stage_layers
 from megatron_rl.actor.model.rope import ScaledRope
 from megatron_rl.actor.model.tree_attention import TreePacking
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.layout_check import validate_layout
 from megatron_rl.parallel import process_groups
-from megatron_rl.parallel.layout import Layout, last_stage_layers, padded_vocabulary, validate_layout
+from megatron_rl.parallel.layout import Layout, last_stage_layers, padded_vocabulary
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ExpertGemm, Fp8, RecomputeSettings
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel whose last stage can stop before its LM head, so that the loss projects only what it needs."""
+    """A GPTModel whose last stage can stop before the LM head, so that the loss projects only the tokens it needs."""
 
     def forward(self, *args: Any, project: bool = True, **settings: Any) -> Tensor:
-        """As GPTModel's: logits [b, s, V / TP]. With `project` off, hidden states [s, b, d] after the last norm, under
-        sequence parallelism this rank's part of s. Earlier stages: what the next one needs."""
+        """Runs the stage.
+
+        The last stage returns logits [b, s, padded vocabulary / TP] like GPTModel. With `project=False` it returns the
+        hidden states [s, b, d] after the final norm; under sequence parallelism, this rank's part of s. Earlier stages
+        return the input of the next stage.
+        """
         self._project = project
         output: Tensor = super().forward(*args, **settings)
         return output
 
     def _preprocess(self, **inputs: Any) -> tuple[Any, ...]:
-        """Positions that rows share do not follow one another: their rotary frequencies are picked one by one."""
+        """Selects rotary frequencies by position if sequences share positions, which are then not consecutive."""
         hidden, frequencies, *rest = super()._preprocess(**inputs)
         if isinstance(inputs["packed_seq_params"], TreePacking):
             frequencies = frequencies[inputs["position_ids"][0]]
@@ -52,7 +57,10 @@ class PolicyModel(GPTModel):
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """[V / TP, d], on the last stage: the embedding's where the two are tied and on one stage."""
+        """The LM head's weight [padded vocabulary / TP, d] on the last stage.
+
+        The embedding's weight if the two are tied and on one stage.
+        """
         weight: nn.Parameter = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -73,11 +81,12 @@ def build_model(
     expert_gemm: ExpertGemm = "auto",
     chunk: int = 0,
 ) -> PolicyModel:
-    """This rank's pipeline stage, on `device`, its weights not initialised: load them with `checkpoint.weight_map`.
-    Under the interleaved schedule one `chunk` of it, counted from 0.
+    """Returns this rank's pipeline stage on `device`, or under the interleaved schedule its `chunk`, counted from 0.
 
-    Logits of the last stage are [batch, length, padded vocabulary / tensor]. Micro-batches are [batch, length], padded
-    on the right, or packed [1, T] with PackedSeqParams(qkv_format="thd"); the attention mask is None always.
+    The weights are not initialised; load them with `models.weight_map.load_hf_weights`.
+
+    The last stage's logits are [batch, length, padded vocabulary / tensor]. Micro-batches are [batch, length], padded
+    on the right, or packed [1, T] with PackedSeqParams(qkv_format="thd"). The attention mask is always None.
 
     Raises UserError as `validate_layout` does.
     """
@@ -144,14 +153,14 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Losses come normalised over the global batch: gradients are summed over ranks and micro-batches, not divided.
+        # Losses are normalised over the global batch: gradients are summed over ranks and micro-batches, not divided.
         calculate_per_token_loss=True,
         moe_token_dispatcher_type="alltoall",
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
         **_recompute_settings(recompute),
         **_FP8[fp8],
-        # Fusions need CUDA, and some of them Apex.
+        # Fusions need CUDA, and some also need Apex.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -161,7 +170,7 @@ def transformer_config(
 
 
 def _moe_settings(model: Architecture, expert_gemm: ExpertGemm, transformer_engine: bool) -> dict[str, Any]:
-    """Routing as the model was trained with, in fp32; nothing that balances the experts' load, and no token dropped."""
+    """Returns settings that route as in the model's training, in fp32, with no load balancing and no dropped tokens."""
     experts = model.experts
     if experts is None:
         return {}
@@ -180,9 +189,9 @@ def _moe_settings(model: Architecture, expert_gemm: ExpertGemm, transformer_engi
 
 def _interleaving(layout: Layout) -> dict[str, Any]:
     if layout.virtual_pipeline == 1:
-        # Packed micro-batches differ in length; between stages that needs this, and this needs alltoall.
+        # Packed micro-batches differ in length, so stages must exchange lengths. That requires the alltoall dispatcher.
         return dict(variable_seq_lengths=layout.pipeline > 1)
-    # Gradients of the interleaved schedule with batched messages are wrong, and nothing says so.
+    # With batched messages the interleaved schedule computes wrong gradients without any error.
     return dict(
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline, overlap_p2p_comm=True, batch_p2p_comm=False
     )
@@ -204,8 +213,10 @@ def _recompute_settings(recompute: RecomputeSettings | None) -> dict[str, Any]:
 
 
 def _mark_shards(model: GPTModel) -> None:
-    """Mark which weights are shards, as the initialisation left out would have (newer megatron-core does it anyway):
-    without the mark a gradient norm counts them on the first tensor-parallel rank only."""
+    """Marks the weights that are shards; without the mark the gradient norm counts them on the first TP rank only.
+
+    Megatron's weight initialisation, which is skipped here, would set these marks (newer megatron-core always does).
+    """
     split_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
         dim = next((dim for kind, dim in split_dim.items() if isinstance(module, kind)), None)

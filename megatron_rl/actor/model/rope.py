@@ -1,7 +1,7 @@
-"""Rotary embeddings that are scaled for long contexts: linear, llama3, yarn.
+"""Rotary embeddings scaled for long contexts: linear, llama3, yarn.
 
-Megatron's own settings cover llama3 with its published constants only, so the frequencies come from transformers, which
-the model was made with.
+Megatron's own settings cover only llama3 with its published constants, so the frequencies come from transformers, the
+reference implementation of the model.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 @dataclass(frozen=True, slots=True)
 class ScaledRope:
+    """Frequencies and attention factor of scaled rotary embeddings."""
+
     inv_freq: Tensor
-    """[head_dim / 2]"""
+    """Frequencies, [head_dim / 2]."""
     factor: float
-    """On queries and on keys; yarn's is not 1."""
+    """Factor on queries and on keys; 1 except for yarn."""
 
     @classmethod
     def of(cls, hf_config: Mapping[str, Any], rope_type: str) -> ScaledRope:
+        """Computes the frequencies and the factor of a model's config.json."""
         config = AutoConfig.for_model(**hf_config)
         return cls(*ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu"))
 
     def scale_attention(self, config: TransformerConfig) -> None:
-        """Before the model is built: the factor on queries times that on keys, on their product."""
+        """Applies the factor on queries and keys to the scale of their product. Call before building the model."""
         if self.factor != 1.0:
             config.softmax_scale = self.factor**2 / math.sqrt(config.kv_channels)
 
     def set_frequencies(self, model: GPTModel) -> None:
-        """After it is built."""
+        """Sets the frequencies of a built model."""
         model.rotary_pos_emb.inv_freq = self.inv_freq.to(model.rotary_pos_emb.inv_freq)

@@ -1,1 +1,1 @@
-"""The optimizer, its state, its schedule, and snapshots of the weights."""
+"""The optimizer, its state, the learning-rate schedule, and snapshots of the weights."""

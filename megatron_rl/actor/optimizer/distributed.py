@@ -1,4 +1,4 @@
-"""Data parallelism where gradients are sums: the loss arrives normalised over the global batch, so nothing divides."""
+"""Data parallelism that sums gradients. The loss is already normalised over the global batch, so nothing is divided."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor
 
 
 def wrap_ddp(model: GPTModel, *, distributed_optimizer: bool = False) -> DistributedDataParallel:
-    """Megatron's DDP around one stage, its schedules told how to finish: after `get_forward_backward_func()(...)`
-    every `parameter.main_grad` (fp32) is the sum over micro-batches and data-parallel ranks; with the distributed
-    optimizer that holds for the part of it that this rank will step.
+    """Wraps one stage in Megatron's DDP and sets the hooks that Megatron's schedules call.
+
+    After `get_forward_backward_func()(...)` every `parameter.main_grad` (fp32) is the sum over micro-batches and
+    data-parallel ranks. With the distributed optimizer this holds for the part of `main_grad` that this rank steps.
 
     A loss function returns (loss, token count, metrics); the count is ignored. Call `zero_grad_buffer()` before a step.
+    Raises ValueError if the model's config would make Megatron divide gradients.
     """
     if not model.config.calculate_per_token_loss:
-        raise ValueError("the model's config must say calculate_per_token_loss: Megatron divides gradients otherwise")
+        raise ValueError("the model's config must set calculate_per_token_loss, or Megatron divides gradients")
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, average_in_collective=False
     )
@@ -29,7 +31,7 @@ def wrap_ddp(model: GPTModel, *, distributed_optimizer: bool = False) -> Distrib
 
 
 def wrap_chunks(chunks: Sequence[GPTModel], *, distributed_optimizer: bool) -> list[DistributedDataParallel]:
-    """`wrap_ddp` of each chunk of a stage; the first one's config, which the schedule reads, then knows of all."""
+    """Wraps each chunk of a stage. The schedule reads the first chunk's config, which then covers all chunks."""
     wrapped = [wrap_ddp(chunk, distributed_optimizer=distributed_optimizer) for chunk in chunks]
     if len(wrapped) > 1:
         chunks[0].config.no_sync_func = [chunk.no_sync for chunk in wrapped]
@@ -37,5 +39,5 @@ def wrap_chunks(chunks: Sequence[GPTModel], *, distributed_optimizer: bool) -> l
 
 
 def _finalize_sums(models: list[DistributedDataParallel], num_tokens: Tensor | None = None, **settings: Any) -> None:
-    """Megatron's, minus the division by the number of tokens."""
+    """Calls Megatron's `finalize_model_grads` without the division by the number of tokens."""
     finalize_model_grads(models, None, **settings)

@@ -1,4 +1,4 @@
-"""AdamW through Megatron: how it is built and stepped, and where its state waits between steps."""
+"""AdamW through Megatron: building it, stepping it, and keeping its state between steps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Optimizer:
     """AdamW over DDP-wrapped chunks of a model, with fp32 main weights under bf16.
 
-    Its state is spread over the data-parallel ranks where the chunks were wrapped so. With `offload` the moments, and
-    the main weights under bf16, are in host memory except during `step`; the arithmetic stays the same.
+    The state is split over the data-parallel ranks if the chunks were wrapped for the distributed optimizer. With
+    `offload` the moments, and under bf16 the main weights, stay in host memory except during `step`. The arithmetic is
+    the same.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Optimizer:
     ) -> None:
         self.device = next(chunks[0].parameters()).device
         self.distributed: bool = chunks[0].ddp_config.use_distributed_optimizer
-        self._waits_on = torch.device("cpu") if offload else self.device
+        self._state_device = torch.device("cpu") if offload else self.device
         self._has_main_weights = dtype != torch.float32
         config = OptimizerConfig(
             optimizer="adam",
@@ -43,7 +44,7 @@ class Optimizer:
             adam_beta1=settings.betas[0],
             adam_beta2=settings.betas[1],
             adam_eps=settings.eps,
-            clip_grad=settings.clip_grad or math.inf,  # 0 would leave the gradient norm uncomputed
+            clip_grad=settings.clip_grad or math.inf,  # with 0 Megatron would not compute the gradient norm
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=self.distributed,
@@ -53,12 +54,12 @@ class Optimizer:
 
     @property
     def parts(self) -> list[Any]:
-        """Megatron keeps one optimizer for the dense weights and one for the experts."""
+        """Megatron's optimizers: one for the dense weights and one for the experts."""
         parts: list[Any] = getattr(self.megatron, "chained_optimizers", [self.megatron])
         return [part for part in parts if part.optimizer is not None]
 
     def step(self, lr: float) -> float:
-        """A step on the gradients in `main_grad` at this learning rate. Returns their global norm, before clipping."""
+        """Takes a step on the gradients in `main_grad`. Returns their global norm before clipping."""
         for group in self.megatron.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         self._move(self.device)
@@ -70,21 +71,21 @@ class Optimizer:
         self.megatron.zero_grad()
 
     def rest(self) -> None:
-        """The state to where it waits for the next step."""
-        self._move(self._waits_on)
+        """Moves the state to the device where it stays between steps."""
+        self._move(self._state_device)
 
     def _move(self, device: torch.device) -> None:
-        """The state to where it is to be; where it is there already, nothing happens."""
+        """Moves the state to a device, unless it is there already."""
         for part in self.parts:
             for state in part.optimizer.state.values():
                 for name, value in state.items():
-                    if isinstance(value, Tensor) and value.ndim:  # the step count stays where Adam wants it
+                    if isinstance(value, Tensor) and value.ndim:  # Adam decides where the step count stays
                         state[name] = _moved(value, device)
         for weight in self._main_weights():
             weight.data = _moved(weight.data, device)
 
     def _main_weights(self) -> Iterator[Tensor]:
-        """Copies of the model's weights; in fp32 there are none, the optimizer steps the model's own."""
+        """Yields the fp32 copies of the model's weights. An fp32 model has none: its own weights are stepped."""
         for part in self.parts if self._has_main_weights else ():
             for group in part.optimizer.param_groups:
                 yield from group["params"]

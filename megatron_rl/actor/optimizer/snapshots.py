@@ -1,4 +1,4 @@
-"""Other weights of a model, kept in host memory between uses: a lagged snapshot, a reference."""
+"""Alternative weights of a model, kept in host memory between uses: the lagged snapshot and the reference."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from megatron_rl.actor.passes.results import Snapshot, Weights
 
 
 class Snapshots:
-    """Of one rank's part of the model, by parameter name."""
+    """Snapshots of one rank's part of the model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._kept: dict[Snapshot, dict[str, Tensor]] = {}
 
     def keep(self, name: Snapshot, weights: Mapping[str, Tensor]) -> None:
-        """A copy of them."""
+        """Stores a copy of the weights, given by parameter name, as this snapshot."""
         device = next(self._model.parameters()).device
         self._kept[name] = {parameter: host_copy(weight.detach(), device) for parameter, weight in weights.items()}
 
     def get(self, name: Snapshot) -> Mapping[str, Tensor]:
-        """Empty where there is none."""
+        """Returns a snapshot by parameter name; empty if there is none."""
         return self._kept.get(name, {})
 
     @contextmanager
     def in_use(self, which: Weights) -> Iterator[None]:
-        """Run the block with a snapshot's weights, by pointing the parameters at them."""
+        """Runs the block with the parameters pointing at a snapshot. Raises RuntimeError if the snapshot is missing."""
         if which == "current":
             yield
             return

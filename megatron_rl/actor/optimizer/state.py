@@ -1,4 +1,4 @@
-"""What the optimizer remembers, under parameter names and whole, whichever data-parallel rank keeps which part."""
+"""The optimizer's state as full tensors by parameter name, whichever data-parallel ranks hold the parts."""
 
 from __future__ import annotations
 
@@ -15,62 +15,65 @@ from megatron_rl.parallel import process_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weights", *MOMENTS)
-"""weights: those the optimizer steps, fp32 under bf16."""
+"""`weights` are those that the optimizer steps: fp32 copies under bf16."""
 
 State = Mapping[str, Mapping[str, Tensor]]
 """Kind -> parameter name -> tensor of the parameter's shape."""
 
 
 def read_state(optimizer: Optimizer, model: nn.Module) -> tuple[State, int]:
-    """The state, in fp32, and the number of steps taken.
+    """Returns the state in fp32 and the number of steps taken.
 
-    Tensors are made when they are asked for, one at a time. Under the distributed optimizer that is collective over the
-    data-parallel ranks: all of them must ask for the same ones in the same order.
+    Each tensor is assembled on access. With the distributed optimizer an access is collective over the data-parallel
+    ranks: all of them must access the same tensors in the same order.
     """
     slots = _slots(optimizer, model)
     steps = torch.tensor(max((slot.steps for slot in slots.values()), default=0), device=optimizer.device)
-    if optimizer.distributed:  # a rank may hold no part of anything
+    if optimizer.distributed:  # a rank may hold no state at all
         dist.all_reduce(steps, dist.ReduceOp.MAX, group=process_groups.dp_group())
-    return {kind: _Whole(kind, optimizer, dict(model.named_parameters()), slots) for kind in KINDS}, int(steps)
+    return {kind: _FullTensors(kind, optimizer, dict(model.named_parameters()), slots) for kind in KINDS}, int(steps)
 
 
 @torch.no_grad()
 def set_state(
     optimizer: Optimizer, model: nn.Module, parts: Iterable[tuple[str, Mapping[str, Tensor]]], steps: int
 ) -> None:
-    """The inverse of `read_state`: parts are a parameter's name and its tensors by kind, and may come from another
-    layout. The model's own weights are not touched, unless they are what the optimizer steps."""
+    """Restores what `read_state` returned, also from another layout.
+
+    parts: pairs of a parameter's name and its full tensors by kind. The model's own weights change only if they are the
+    weights that the optimizer steps.
+    """
     slots = _slots(optimizer, model)
-    for name, whole in parts:
+    for name, full in parts:
         if slot := slots.get(name):
-            slot.weight.copy_(slot.part_of(whole["weights"]))
-            slot.write_moments({moment: slot.part_of(whole[moment]) for moment in MOMENTS}, steps)
+            slot.weight.copy_(slot.part_of(full["weights"]))
+            slot.write_moments({moment: slot.part_of(full[moment]) for moment in MOMENTS}, steps)
     optimizer.rest()
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """This rank's part of one parameter, as the optimizer knows it."""
+    """This rank's part of one parameter in the optimizer."""
 
     weight: Tensor
-    """What is stepped."""
+    """The tensor that the optimizer steps."""
     span: slice
-    """Which elements of the flattened parameter that is."""
+    """Position of `weight` in the flattened parameter."""
     inner: torch.optim.Optimizer
     group: dict[str, Any]
 
     @property
     def steps(self) -> int:
-        """torch's AdamW counts for each weight; Transformer Engine's and Apex's for a group of them."""
+        """Steps taken. torch's AdamW counts them per weight, Transformer Engine's and Apex's per parameter group."""
         return int(self.inner.state.get(self.weight, {}).get("step", self.group.get("step", 0)))
 
     def value(self, kind: str) -> Tensor | None:
-        """Flat; None for a moment before the first step."""
+        """Returns the flattened tensor of a kind; None for a moment before the first step."""
         value = self.weight if kind == "weights" else self.inner.state.get(self.weight, {}).get(kind)
         return None if value is None else value.detach().flatten()
 
-    def part_of(self, whole: Tensor) -> Tensor:
-        return whole.flatten()[self.span].view_as(self.weight)
+    def part_of(self, full: Tensor) -> Tensor:
+        return full.flatten()[self.span].view_as(self.weight)
 
     def write_moments(self, moments: dict[str, Tensor], steps: int) -> None:
         state: dict[str, Tensor] = {name: part.to(self.weight, copy=True) for name, part in moments.items()}
@@ -82,7 +85,7 @@ class _Slot:
 
 
 def _slots(optimizer: Optimizer, model: nn.Module) -> dict[str, _Slot]:
-    """Parameter name -> this rank's part; without those of which it has none."""
+    """Returns this rank's part of each parameter by name, without the parameters of which the rank holds nothing."""
     slots: dict[str, _Slot] = {}
     for part in optimizer.parts:
         groups = part.optimizer.param_groups
@@ -101,8 +104,8 @@ def _slots(optimizer: Optimizer, model: nn.Module) -> dict[str, _Slot]:
     return slots
 
 
-class _Whole(Mapping[str, Tensor]):
-    """Parameter name -> one kind of its tensors, put together from all ranks' parts."""
+class _FullTensors(Mapping[str, Tensor]):
+    """The tensors of one kind by parameter name, each assembled from the parts of all ranks."""
 
     def __init__(
         self, kind: str, optimizer: Optimizer, parameters: dict[str, nn.Parameter], slots: dict[str, _Slot]
@@ -111,14 +114,14 @@ class _Whole(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         parameter, slot = self.parameters[name], self.slots.get(name)
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         value = slot.value(self.kind) if slot else None
         if slot and value is not None:
-            whole[slot.span] = value.to(whole)
+            full[slot.span] = value.to(full)
         if self.optimizer.distributed:
-            # Each element comes from one rank and is 0 elsewhere; a sum of bits, unlike one of floats, keeps a -0.
-            dist.all_reduce(whole.view(torch.int32), group=process_groups.replicas_of(parameter))
-        return whole.view_as(parameter)
+            # Each element is non-zero on one rank only. Summing the bits as integers, unlike summing floats, keeps -0.
+            dist.all_reduce(full.view(torch.int32), group=process_groups.replicas_of(parameter))
+        return full.view_as(parameter)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parameters)

@@ -1,4 +1,4 @@
-"""The likeliest next tokens, over a vocabulary split over ranks. n positions, V vocabulary, k candidates."""
+"""The likeliest next tokens, with the vocabulary split over ranks. Legend: n positions, V vocabulary, k candidates."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from megatron_rl.parallel import process_groups
 def top_candidates(
     logits: Tensor, count: int, *, temperature: float, vocabulary: int, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """logits [n, V / TP], raw -> (token ids [n, k], log-probs [n, k] fp32), the likeliest first; k is at most V.
+    """Returns token ids [n, k] and fp32 log-probs [n, k] of the likeliest next tokens, the likeliest first; k <= V.
 
-    Collective over `group`, the ranks of the vocabulary; every rank gets the same.
+    Collective over `group`, the ranks that share the vocabulary. All of them get the same result.
+
+    Args:
+        logits: [n, V / TP], this rank's columns of the raw logits, padding of the vocabulary included.
+        count: Number of candidates wanted.
+        temperature: Temperature of the log-probs.
+        vocabulary: V, without padding.
+        group: Process group of the ranks that share the vocabulary.
     """
     first = group.rank() * logits.shape[1]
     x = logits.float() / temperature
-    x[:, max(0, vocabulary - first) :] = -torch.inf  # padding
+    x[:, max(0, vocabulary - first) :] = -torch.inf  # columns of padding
     highest, columns = x.topk(min(count, x.shape[1]), dim=-1)
 
     def over_ranks(local: Tensor) -> Tensor:

@@ -21,15 +21,18 @@ from megatron_rl.batching.stored_proxy import StoredProxy
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A micro-batch without sequences has one position of padding, so that its rank can take part in a forward pass that
-    the other ranks need."""
+    """The tensors of one forward pass.
+
+    A micro-batch without sequences has one position of padding, so that its rank can take part in a forward pass that
+    other ranks need.
+    """
 
     tokens: Tensor
     """[b, s]; b is 1 unless padded. Under context parallelism s covers this rank's part only."""
     positions: Tensor
     """[b, s]"""
     packing: PackedSeqParams | None
-    """Attention pattern: the boundaries of packed sequences, or a TreePacking. None for padded rows."""
+    """Attention pattern: the boundaries of packed sequences, or a TreePacking. None for padded sequences."""
     predictors: Tensor
     """[T], index into the flattened [s * b] of the hidden state that predicts each sampled token. Under context
     parallelism it covers only the tokens in `places`."""
@@ -93,7 +96,10 @@ def _held_part(
 
 
 def _packing(bounds: Tensor, shared: bool) -> PackedSeqParams:
-    """`shared`: context-parallel ranks share each sequence, so the padding between sequences belongs to them."""
+    """Returns Megatron's description of packed sequences.
+
+    `shared`: context-parallel ranks share each sequence; the bounds then include the padding of each sequence.
+    """
     longest = int(bounds.diff().max())
     return PackedSeqParams(
         qkv_format="thd",

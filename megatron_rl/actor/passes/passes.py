@@ -17,8 +17,8 @@ from torch import Tensor
 
 import lpreg
 from megatron_rl.actor import platform
-from megatron_rl.actor.model.head import Head
 from megatron_rl.actor.passes.candidates import top_candidates
+from megatron_rl.actor.passes.head import Head
 from megatron_rl.actor.passes.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.passes.results import Table, TrainResult, add_up
 from megatron_rl.actor.passes.schedule import run_schedule
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FP8_BLOCK = 128
 """Under FP8, with any scaling recipe, the number of tokens on a rank is a multiple of this."""
 
-TABLE = ("log_probs", "entropy", "log_z", "kept")
+TABLE = ("log_probs", "entropy", "log_z", "in_filter")
 
 
 class Passes:
@@ -70,8 +70,10 @@ class Passes:
     def gradients(
         self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, denominator: float, temperature: float
     ) -> TrainResult | None:
-        """Runs forward and backward. Afterwards `main_grad` holds the sum over the whole batch; the gradient norm is not
-        known yet. Without a loss, training is supervised."""
+        """Runs forward and backward. Afterwards `main_grad` holds the sum over the whole batch.
+
+        The gradient norm is not known yet. Without a loss, training is supervised.
+        """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
@@ -100,6 +102,8 @@ class Passes:
         The batch may carry `probe_targets` [T]: then log-probs are those of the given tokens in place of the sampled
         ones. The batch may carry `proxy_wanted` [T] bool: then every tensor-parallel rank returns its columns of the
         proxy distribution of the marked tokens.
+
+        `loss`: the loss whose settings of the statistics apply; None: the defaults of `lpreg.token_stats`.
         """
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
@@ -127,8 +131,8 @@ class Passes:
         return _table(results) if self.reports else None
 
     def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
-        """Returns `candidate_ids` and `candidate_log_probs` [T, count] of the likeliest next tokens, the likeliest first,
-        for each sampled token that the batch marks as `wanted`; -1 and NaN elsewhere."""
+        """Returns `candidate_ids` and `candidate_log_probs` [T, count]: the likeliest next tokens at each sampled token
+        that the batch marks as `wanted`, the likeliest first; -1 and NaN at the others."""
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
             wanted = part.values["wanted"]

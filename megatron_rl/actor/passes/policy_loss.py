@@ -1,12 +1,12 @@
-"""From the `algorithm` section to a policy loss of `lpreg`."""
+"""The policy loss that the `algorithm` section of a configuration states."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.algorithm import AlgorithmSettings, CorrectionSettings, ReferenceKlSettings
-from megatron_rl.errors import UserError
+from megatron_rl.config.methods import method_class, method_settings
 
 if TYPE_CHECKING:
     from lpreg import PolicyLoss
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def loss_fields(batch: MicroBatch, denominator: float) -> dict[str, Any]:
-    """The fields of LossInputs that do not come from the model, as far as the batch has them."""
+    """Returns the fields of LossInputs that the batch has; those of the policy in training come from the model."""
     values = batch.values
-    fields = {
-        "old_log_probs": values.get("old_log_probs"),  # None: one update a rollout, so the old policy is this one
+    known = {
+        "old_log_probs": values.get("old_log_probs"),  # None with one update per rollout: the old policy is this one
         "advantages": values["advantages"],
         "old_log_z": values.get("old_log_z"),
-        "old_kept": values.get("old_kept"),
+        "old_in_filter": values.get("old_in_filter"),
         "selection": values.get("selected"),
         "proxy_log_probs": values.get("proxy_log_probs"),
         "reference_log_probs": values.get("reference_log_probs"),
@@ -28,42 +28,36 @@ def loss_fields(batch: MicroBatch, denominator: float) -> dict[str, Any]:
         "sequence_ids": batch.sequence_ids,
         "denominator": denominator,
     }
-    return {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class LossChoice:
-    """What a rank needs to make its loss: plain values, so that it travels."""
+    """What a rank needs to make its loss, as plain values that can be sent to it."""
 
     name: str
-    preset: str | None
+    """A method of lpreg, or the import path of a user's own."""
     settings: dict[str, Any]
+    """Every setting of the method."""
     reference_kl: ReferenceKlSettings
     correction: CorrectionSettings
 
     @classmethod
     def of(cls, algorithm: AlgorithmSettings) -> LossChoice:
-        """The method's section of the configuration, less what it leaves unset."""
-        section = getattr(algorithm, algorithm.name).model_dump(exclude_none=True)
-        settings = {name: None if value == "none" else value for name, value in section.items()}
-        if algorithm.name == "lp_reg":
-            settings["proxy_source"] = algorithm.proxy_source
-        return cls(algorithm.name, algorithm.preset, settings, algorithm.reference_kl, algorithm.correction)
+        """Returns the choice that a configuration states. Raises UserError for settings that the method refuses."""
+        settings = method_settings(algorithm)
+        values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+        return cls(algorithm.name, values, algorithm.reference_kl, algorithm.correction)
 
     def make(self) -> PolicyLoss:
-        """Raises UserError on settings that the method refuses."""
-        from lpreg import make_loss, with_correction, with_reference_kl
+        """Returns the loss. Raises UserError if a user's own method cannot be imported on this rank."""
+        from lpreg import with_correction, with_reference_kl
 
-        try:
-            if self.preset is None:
-                loss = make_loss(self.name, **self.settings)
-            else:
-                loss = make_loss.preset(self.name, self.preset, **self.settings)
-        except ValueError as error:
-            raise UserError(f"algorithm.{self.name}: {error}") from error
-        reference, correction = self.reference_kl, self.correction
-        if reference.coefficient:
+        method = method_class(self.name)
+        loss = method(method.Settings(**self.settings))
+        if self.reference_kl.active:
+            reference = self.reference_kl
             loss = with_reference_kl(loss, coefficient=reference.coefficient, estimator=reference.estimator)
-        if correction.weights != "none" or correction.reject_sequences:
-            loss = with_correction(loss, **correction.model_dump())
+        if self.correction.active:
+            loss = with_correction(loss, **self.correction.model_dump())
         return loss

@@ -1,4 +1,4 @@
-"""What a rank sends back to the driver, which need not import Megatron to read it."""
+"""Results that a rank sends to the driver. The driver can read them without importing Megatron."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ import numpy as np
 from megatron_rl.batching.stored_proxy import StoredProxy
 
 Snapshot = Literal["lagged", "reference"]
-"""Weights that wait on the CPU between uses."""
+"""Name of a copy of the weights that stays in CPU memory between uses."""
 Weights = Literal["current"] | Snapshot
 Sums = dict[str, tuple[float, float]]
-"""Metric name -> (total, count), a mean that is still open."""
+"""Metric name -> (total, count). The mean is taken when all parts have been added up."""
 
 
 def add_up(parts: Iterable[Sums]) -> Sums:
-    """The sums of micro-batches, or of replicas, as one."""
-    whole: Sums = {}
+    """Returns the sums over micro-batches, replicas or updates."""
+    sums: Sums = {}
     for part in parts:
         for name, (total, count) in part.items():
-            before = whole.get(name, (0.0, 0.0))
-            whole[name] = (before[0] + total, before[1] + count)
-    return whole
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + total, before[1] + count)
+    return sums
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Per-token results of some rows of a batch."""
+    """Per-token results for some sequences of a batch."""
 
     rows: np.ndarray
-    """[n], which rows."""
+    """[n], indices of the sequences in the batch."""
     values: dict[str, np.ndarray]
-    """Name -> flat over the response tokens of those rows, in the order of `rows`."""
+    """Name -> values of the sampled tokens of these sequences, flat, in the order of `rows`."""
     proxy: StoredProxy | None = None
-    """This rank's part of it over those tokens, where rows asked for it to be stored."""
+    """This rank's part of the proxy distribution for the same tokens, if the batch asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """An optimizer step as one data-parallel replica saw it."""
+    """Result of an optimizer step on one data-parallel replica."""
 
     table: Table
     loss: float
-    """The replica's part of the loss; the parts add up."""
+    """The replica's part of the loss. The loss is the sum over replicas."""
     metrics: Sums
     grad_norm: float
-    """Of the whole gradient, before clipping; the same on every rank."""
+    """Norm of the whole gradient before clipping, the same on every rank."""

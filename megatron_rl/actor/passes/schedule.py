@@ -1,7 +1,7 @@
 """One pass over micro-batches through Megatron's pipeline schedule: forward and backward, or forward only.
 
-Losses arrive already divided by the global denominator, so everything downstream only adds: micro-batches,
-data-parallel ranks and pipeline stages.
+Each loss is already divided by the global denominator, so micro-batches, data-parallel ranks and pipeline stages are
+only added up.
 """
 
 from __future__ import annotations
@@ -22,22 +22,29 @@ from megatron_rl.utils import heartbeat
 
 Result = TypeVar("Result")
 OnHidden = Callable[[Tensor, MicroBatch], tuple[Tensor, Result]]
-"""(hidden states after the last norm [s, b, d], micro-batch) -> (loss, what to collect)."""
+"""(hidden states after the last norm [s, b, d], micro-batch) -> (loss, result to collect)."""
 
 
 def run_schedule(
     chunks: Sequence[nn.Module], micro_batches: list[MicroBatch], on_hidden: OnHidden[Result], *, backward: bool
 ) -> list[Result]:
-    """What `on_hidden` gave for each micro-batch; empty on every pipeline stage but the last.
+    """Returns the results of `on_hidden` for each micro-batch, on the last pipeline stage; an empty list on the others.
 
-    chunks: this rank's part of the model, more than one under the interleaved schedule, whose micro-batches must then
-    be of one length and as many as the pipeline's ranks divide.
+    Args:
+        chunks: This rank's parts of the model. More than one means the interleaved schedule, which needs micro-batches
+            of one length, and a number of them that is a multiple of the number of pipeline ranks.
+        micro_batches: The micro-batches of this data-parallel replica.
+        on_hidden: Called on the last pipeline stage for each micro-batch.
+        backward: Whether to run backward passes too.
+
+    Raises:
+        ValueError: the interleaved schedule would exchange messages in batches.
     """
     config = get_model_config(chunks[0])
     if len(chunks) > 1 and (config.batch_p2p_comm or not config.overlap_p2p_comm):
         raise ValueError("interleaved with batched messages, gradients are wrong: only overlap_p2p_comm is allowed")
     if not micro_batches:
-        if backward:  # this replica adds nothing, but the others wait for it to say so
+        if backward:  # this replica adds nothing, but the collectives of the others wait for this rank
             config.finalize_model_grads_func(list(chunks))
         return []
 
@@ -65,7 +72,7 @@ def run_schedule(
 
 
 def _collect(hidden: Tensor, *, batch: MicroBatch, on_hidden: OnHidden[Result]) -> tuple[Tensor, Tensor, Result]:
-    """The token count is Megatron's to divide by; ours is done, so it is unused."""
+    """Returns the loss with a token count of 1: Megatron would divide by the count, which has been done already."""
     with record_function("loss"):
         loss, result = on_hidden(hidden, batch)
     return loss, torch.ones((), dtype=torch.int32, device=loss.device), result

@@ -1,4 +1,4 @@
-"""The embedded Countdown task: its problems, warm-start traces, tokenizer and model, written as ordinary files."""
+"""The embedded Countdown task: problems, warm-start traces, tokenizer and model, written as ordinary files."""
 
 from megatron_rl.data.countdown.task import write_task
 

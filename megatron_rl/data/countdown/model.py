@@ -20,7 +20,10 @@ MAX_POSITIONS = 64
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, words separated by spaces. A word outside the vocabulary is an error, never a silent token."""
+    """Builds a tokenizer with one token per word, words separated by spaces.
+
+    A word outside the vocabulary raises an error; it never becomes an unknown token.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,8 +41,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int) -> Qwen3ForCausalLM:
-    """An fp32 model with seeded weights: embedding N(0, 0.02), linear N(0, 1/sqrt(fan_in)), half of that where a
-    block's output joins the residual stream. The caller's random state is left as it was."""
+    """Builds a float32 model with weights drawn from the seed.
+
+    Embeddings are N(0, 0.02) and linear layers N(0, 1/sqrt(fan_in)), with half that standard deviation in the layers
+    whose output is added to the residual stream. The caller's random state does not change.
+    """
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -75,11 +81,11 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Writes config, weights, generation config and tokenizer."""
+    """Writes configuration, weights, generation configuration and tokenizer."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
-    # For one file of 2 MB a bar is noise.
+    # A progress bar for one file of 2 MB is noise.
     logging.disable_progress_bar()
     try:
         build_model(seed).save_pretrained(folder)

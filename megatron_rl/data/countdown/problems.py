@@ -1,6 +1,7 @@
-"""Countdown problems: three numbers, a target, and every attempt the rules allow.
+"""Countdown problems: three numbers, a target, and every attempt that the rules allow.
 
-An attempt is `x op y = z op w = r`: each number once, no precedence, every intermediate result in 0..80.
+An attempt is `x op y = z op w = r`. It uses each number once, from left to right without precedence, and every result
+is in 0..80.
 """
 
 from __future__ import annotations
@@ -11,52 +12,59 @@ from dataclasses import dataclass
 from functools import cache
 
 LARGEST = 80
-"""No number of the task exceeds it; numbers are never negative."""
+"""Largest number of the task. The smallest is 0."""
 LARGEST_GIVEN = 9
 OPERATORS = ("+", "-", "*")
 
 RL_MIN_SHARE = 0.12
-"""Rarer solutions than this leave a small policy without any reward to learn from."""
+"""Smallest share of solutions among the attempts of an RL problem.
+
+With rarer solutions, a small policy gets no reward to learn from.
+"""
 
 Numbers = tuple[int, ...]
-"""Always three."""
+"""The three numbers of a problem."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
+    """One attempt and its final result."""
+
     text: str
-    """`3 + 5 = 8 * 7 = 56`"""
+    """The attempt as written: `3 + 5 = 8 * 7 = 56`."""
     result: int
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
+    """Numbers, target and difficulty of a problem."""
+
     numbers: Numbers
-    """In ascending order."""
+    """The given numbers in ascending order."""
     target: int
     share: float
-    """The part of all attempts that reach the target."""
+    """Fraction of all attempts that reach the target."""
 
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """No problem (numbers and target) is in two of them."""
+    """Disjoint splits of the problems: no pair of numbers and target is in two of them."""
 
     train: list[Problem]
     held_out: list[Problem]
     fresh: list[Problem]
-    """A second evaluation split, which nobody may tune on."""
+    """A second evaluation split, which must not be used for tuning."""
 
 
 def calculate(x: int, operator: str, y: int) -> int | None:
-    """The result of one operation, or None outside 0..80."""
+    """Returns the result of one operation, or None if it is outside 0..80."""
     result = x + y if operator == "+" else x - y if operator == "-" else x * y
     return result if 0 <= result <= LARGEST else None
 
 
 @cache
 def attempts(numbers: Numbers) -> tuple[Attempt, ...]:
-    """Every attempt with these numbers. Equal numbers count as different ones, so an attempt may occur twice."""
+    """Returns every attempt with these numbers. Equal numbers count as distinct, so an attempt may occur twice."""
     found = []
     for x, y, w in itertools.permutations(numbers):
         for first, second in itertools.product(OPERATORS, repeat=2):
@@ -69,21 +77,22 @@ def attempts(numbers: Numbers) -> tuple[Attempt, ...]:
 
 @cache
 def solutions(numbers: Numbers, target: int) -> tuple[Attempt, ...]:
+    """Returns the attempts that reach the target."""
     return tuple(attempt for attempt in attempts(numbers) if attempt.result == target)
 
 
 def all_problems() -> list[Problem]:
-    """All 1,791 solvable problems with given numbers 1..9 and a target of at least 1."""
+    """Returns all 1,791 solvable problems with given numbers in 1..9 and a target of at least 1."""
     problems = []
     for numbers in itertools.combinations_with_replacement(range(1, LARGEST_GIVEN + 1), 3):
         results = [attempt.result for attempt in attempts(numbers)]
-        # dict.fromkeys keeps the order of first occurrence: the shuffle below depends on it.
+        # dict.fromkeys keeps the order of first occurrence, on which the shuffle in split_problems depends.
         problems += [Problem(numbers, t, results.count(t) / len(results)) for t in dict.fromkeys(results) if t >= 1]
     return problems
 
 
 def split_problems(seed: int, held_out: int = 400, fresh: int = 400) -> Splits:
-    """The same seed gives the same splits, always."""
+    """Splits the problems at random. The same seed always gives the same splits."""
     problems = all_problems()
     random.Random(seed).shuffle(problems)
     return Splits(
@@ -94,10 +103,10 @@ def split_problems(seed: int, held_out: int = 400, fresh: int = 400) -> Splits:
 
 
 def label(numbers: Numbers, target: int) -> str:
-    """`3 5 7 > 22`, which the verifier reads."""
+    """Returns the label that the verifier reads: `3 5 7 > 22`."""
     return f"{' '.join(map(str, numbers))} > {target}"
 
 
 def prompt(numbers: Numbers, target: int) -> str:
-    """`<bos> 3 5 7 > 22 :`, seven tokens."""
+    """Returns the prompt of seven tokens: `<bos> 3 5 7 > 22 :`."""
     return f"<bos> {label(numbers, target)} :"

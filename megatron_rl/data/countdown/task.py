@@ -1,4 +1,4 @@
-"""Writes the whole task into a folder, once."""
+"""Writing of the complete Countdown task to a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_rl.data.countdown.traces import MIX_A, MIX_B, traces
 from megatron_rl.errors import UserError
 
 VERSION = 2
-"""Raise it whenever the same arguments would write other content."""
+"""Version of the content. It must be raised whenever the same arguments would write different files."""
 WARM_START_TRACES = (900 * 128, 260 * 128)
 MANIFEST = "manifest.json"
 
@@ -30,17 +30,17 @@ def write_task(folder: Path, *, seed: int = 0, warm_start_traces: tuple[int, int
     """Writes the Countdown task unless `folder` already holds it.
 
     `train.jsonl`, `held_out.jsonl`, `fresh.jsonl`  rows of prompt and label; problems with solution share >= 0.12
-    `warm_start_a.parquet`, `warm_start_b.parquet`  columns prompt and response; train problems of all shares
+    `warm_start_a.parquet`, `warm_start_b.parquet`  columns prompt and response; training problems of all shares
     `model/`                                        untrained weights, configuration and tokenizer
-    `manifest.json`                                 what was asked for, and the SHA-256 of every file
+    `manifest.json`                                 the arguments, and the SHA-256 of every file
 
-    The folder appears whole or not at all. Raises UserError when it holds anything else, another version of the
-    task, or changed files, and when it cannot be written.
+    The folder is created atomically: either complete or not at all. Raises UserError if the folder holds anything else,
+    another version of the task or changed files, or if it cannot be written.
     """
     settings = {"task": "countdown", "version": VERSION, "seed": seed, "warm_start_traces": list(warm_start_traces)}
     if _is_written(folder, settings):
         return
-    # A sibling, so that the rename stays within one file system.
+    # A sibling folder, so that the rename stays within one file system.
     draft = folder.parent / f".{folder.name}.writing-{os.getpid()}"
     try:
         draft.mkdir(parents=True)
@@ -49,7 +49,7 @@ def write_task(folder: Path, *, seed: int = 0, warm_start_traces: tuple[int, int
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         draft.rename(folder)
     except OSError as error:
-        # Another process may have written the same task meanwhile.
+        # Another process may have written the same task in the meantime.
         if not _is_written(folder, settings):
             raise UserError(f"cannot write the Countdown task to {folder}: {error}") from error
     finally:
@@ -66,7 +66,7 @@ def _write_files(folder: Path, seed: int, warm_start_traces: tuple[int, int]) ->
     for name, problems in (("held_out", splits.held_out), ("fresh", splits.fresh)):
         one_order = ((tuple(rng.sample(problem.numbers, 3)), problem) for problem in _for_rl(problems))
         _write_rows(folder / f"{name}.jsonl", one_order)
-    # Phases must not repeat each other's draws.
+    # Each phase has a seed of its own, so that the phases do not repeat each other's draws.
     for phase, (name, mix) in enumerate((("warm_start_a", MIX_A), ("warm_start_b", MIX_B))):
         columns = traces(splits.train, warm_start_traces[phase], mix, seed=2 * seed + phase)
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
@@ -86,8 +86,11 @@ def _write_rows(path: Path, rows: Iterable[tuple[Numbers, Problem]]) -> None:
 
 
 def _is_written(folder: Path, settings: dict[str, Any]) -> bool:
-    """True for the very task asked for, False where nothing stands in the way; UserError for anything else."""
-    mend = "Delete the folder or choose another."
+    """Returns whether the folder holds exactly this task; False for a missing or empty folder.
+
+    Raises UserError for any other content.
+    """
+    remedy = "Delete the folder or choose another."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not folder.is_dir():
@@ -96,13 +99,13 @@ def _is_written(folder: Path, settings: dict[str, Any]) -> bool:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest.pop("files")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder} holds something else than the Countdown task. {mend}") from error
+        raise UserError(f"{folder} holds something else than the Countdown task. {remedy}") from error
     if manifest != settings:
-        raise UserError(f"{folder} holds another Countdown task: {manifest}, and {settings} is wanted. {mend}")
+        raise UserError(f"{folder} holds another Countdown task: {manifest} instead of {settings}. {remedy}")
     for name, digest in files.items():
         path = folder / name
         if not path.is_file() or _sha256(path) != digest:
-            raise UserError(f"{path} is missing or was changed since the Countdown task was written. {mend}")
+            raise UserError(f"{path} is missing or was changed since the Countdown task was written. {remedy}")
     return True
 
 

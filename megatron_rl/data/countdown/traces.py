@@ -1,4 +1,4 @@
-"""Warm-start traces: attempts, verdicts, now and then a retry (`wait`) and a little noise."""
+"""Warm-start traces: attempts with verdicts, occasional retries (`wait`) and a little noise."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from megatron_rl.data.countdown.problems import Numbers, Problem, attempts, prompt, solutions
 
 MAX_TRIES = 4
-"""Four attempts with three retries make 45 tokens; a response has at most 46."""
+"""Largest number of attempts. Four attempts with three retries make 45 tokens; a response has at most 46."""
 FILLERS = ("hmm", "so")
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Probabilities that make one phase of the warm start."""
+    """Probabilities of the traces in one phase of the warm start."""
 
     oracle: float
-    """An attempt is drawn from the solutions, not from all attempts."""
+    """Probability that an attempt is drawn from the solutions instead of all attempts."""
     wait_after_no: float
+    """Probability of a retry after the verdict `no`."""
     wait_after_ok: float
+    """Probability of a retry after the verdict `ok`."""
     noise: float
-    """A filler stands before the end."""
+    """Probability of a filler before the end."""
 
 
 MIX_A = Mix(oracle=0.2, wait_after_no=0.03, wait_after_ok=0.03, noise=0.02)
@@ -30,7 +32,7 @@ MIX_B = Mix(oracle=0.35, wait_after_no=0.025, wait_after_ok=0.015, noise=0.01)
 
 
 def response(rng: random.Random, numbers: Numbers, target: int, mix: Mix) -> str:
-    """One response with a true verdict after every attempt; it ends in `<eos>`."""
+    """Draws one response with a correct verdict after every attempt. The response ends with `<eos>`."""
     words: list[str] = []
     for tries in range(1, MAX_TRIES + 1):
         pool = solutions(numbers, target) if rng.random() < mix.oracle else attempts(numbers)
@@ -48,7 +50,7 @@ def response(rng: random.Random, numbers: Numbers, target: int, mix: Mix) -> str
 
 
 def traces(problems: Sequence[Problem], count: int, mix: Mix, seed: int) -> dict[str, list[str]]:
-    """`count` traces over problems drawn with equal weight, as columns `prompt` and `response`."""
+    """Draws `count` traces of uniformly drawn problems and returns the columns `prompt` and `response`."""
     rng = random.Random(seed)
     columns: dict[str, list[str]] = {"prompt": [], "response": []}
     for _ in range(count):

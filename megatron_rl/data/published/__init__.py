@@ -1,4 +1,4 @@
-"""The published sets that the paper uses, from their files into this project's parquet."""
+"""Conversion of the published data sets of the Lp-Reg paper to this project's parquet format."""
 
 from .prepare import Prepared, prepare
 from .sets import SETS

@@ -1,4 +1,4 @@
-"""One row of a published file into a problem and its answer."""
+"""Conversion of one row of a published file to a problem and its answer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import re
 from typing import Any
 
 from megatron_rl.data.schemas import Row, kind
+from megatron_rl.utils.boxed import last_boxed
 
 from .sets import Columns
 
-# DAPO-Math-17k wraps each problem in a request for an `Answer:` line, which a verifier that reads boxes never sees.
+# DAPO-Math-17k wraps each problem in a request for an `Answer:` line, which a verifier that reads boxes ignores.
 _WRAPPING = re.compile(
     r"\A\s*Solve the following math problem step by step\.[^\n]*\n+(?P<problem>.*?)"
     r'\s*Remember to put your answer on its own line after "Answer:"\.?\s*\Z',
@@ -19,7 +20,7 @@ _INLINE_MATHS = re.compile(r"\$([^$]*)\$")
 
 
 def problem_of(row: Row, columns: Columns) -> str:
-    """The bare problem. Raises ValueError naming the column."""
+    """Returns the problem without any surrounding request. Raises ValueError with the column."""
     value = row.get(columns.problem)
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         value = "\n".join(str(message.get("content", "")) for message in value)
@@ -29,12 +30,12 @@ def problem_of(row: Row, columns: Columns) -> str:
     text = (wrapped["problem"] if wrapped else value).strip()
     if not text:
         raise ValueError(f"column {columns.problem}: the problem is empty")
-    text.encode()  # JSON allows lone surrogates, parquet does not: a ValueError here
+    text.encode()  # raises ValueError for lone surrogates, which JSON allows and parquet does not
     return text
 
 
 def answer_of(row: Row, columns: Columns) -> str:
-    """The answer as LaTeX or a number in text. Raises ValueError naming the column."""
+    """Returns the answer as LaTeX or as the text of a number. Raises ValueError with the column."""
     column, _, field = columns.answer.partition(".")
     value = row.get(column)
     if field:
@@ -43,8 +44,6 @@ def answer_of(row: Row, columns: Columns) -> str:
         value = value.get(field)
     text = _as_text(value, columns.answer)
     if columns.boxed:
-        from megatron_rl.reward.maths.boxed import last_boxed
-
         boxed = last_boxed(text)
         if boxed is None:
             raise ValueError(rf"column {columns.answer}: there is no \boxed{{}} in {text[-60:]!r}")
@@ -62,11 +61,11 @@ def _as_text(value: Any, column: str) -> str:
         return str(value).strip()
     if not all(isinstance(part, str) for part in value):
         raise ValueError(f"column {column}: expected a list of texts, found {value!r:.60}")
-    # OlympiadBench: several answers are one list, each in dollar signs.
+    # In OlympiadBench, several answers form one list, each between dollar signs.
     return ", ".join(_INLINE_MATHS.sub(r"\1", part).strip() for part in value)
 
 
 def extras_of(row: Row, columns: Columns) -> dict[str, Any]:
-    """What else is kept: short columns that tell where a problem comes from and how hard it is."""
+    """Returns the other columns that are kept: short ones with the origin and the difficulty of a problem."""
     kept = ("id", "ID", "unique_id", "problem_idx", "idx", "subject", "subfield", "level", "type", "url", "answer_type")
     return {name: row[name] for name in kept if name not in columns.needed and row.get(name) is not None}

@@ -1,4 +1,4 @@
-"""From published files to one parquet (prompt, label, id, extra), and a report of what was dropped."""
+"""Conversion of published files to one parquet file (prompt, label, id, extra), with a report of dropped rows."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ PlacedRows = Iterable[tuple[str, Row]]
 
 @dataclass(frozen=True)
 class Source:
-    """A file that was read."""
+    """A source file that was read."""
 
     name: str
     sha256: str
     known_as: str | None
-    """Which published file has this checksum, if that is known."""
+    """Name of the published file with this checksum, if it is known."""
     rows: int
+    """Number of rows in the file."""
 
 
 @dataclass
 class Prepared:
-    """What became of the rows."""
+    """The report of a conversion."""
 
     title: str
     sources: list[Source] = field(default_factory=list)
     kept: int = 0
+    """Number of problems in the result."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Rows, by reason: duplicate, contradictory answers, too long."""
+    """Number of dropped rows by reason: duplicate, contradictory answers, too long."""
     example: tuple[str, str] = ("", "")
     """The first problem and its answer."""
 
@@ -67,18 +69,19 @@ def prepare(
     too_long: TooLong = lambda problem: False,
     watch: Callable[[PlacedRows, str], PlacedRows] = lambda rows, name: rows,
 ) -> Prepared:
-    """Write `out`; nothing is written on an error.
+    """Converts published files and writes `out`. Nothing is written if an error occurs.
 
     Args:
-        name: of the set, see `SETS`.
+        name: name of the set, a key of `SETS`.
         sources: published files, read in this order.
-        problems: how many distinct problems there must be; None: as published.
-        sha256: checksums that the sources must have, in their order; None: they are only recorded.
-        too_long: says which problems to leave out.
-        watch: may show progress over a file's rows.
+        problems: expected number of distinct problems; None accepts the published number.
+        sha256: checksums that the sources must have, in the same order; None only records the checksums.
+        too_long: returns whether a problem is left out because of its length.
+        watch: wraps the rows of a file, for example to show progress.
 
     Raises:
-        UserError: a file, row or column that is not as published, another number of problems, another checksum.
+        UserError: a file, row or column differs from the published form, or the number of problems or a checksum is
+            not the expected one.
     """
     published = _find(name)
     report = Prepared(published.title)
@@ -86,7 +89,7 @@ def prepare(
     for number, path in enumerate(sources):
         digest = _sha256(path)
         if sha256 is not None and (len(sha256) != len(sources) or sha256[number] != digest):
-            raise UserError(f"{path}: its SHA-256 is {digest}, not as given by --sha256 (one for each --source)")
+            raise UserError(f"{path}: its SHA-256 is {digest}, not as given by --sha256 (give one per --source)")
         rows = 0
         for place, index, row, columns in _rows(watch(read_rows(path), path.name), path, published):
             rows += 1
@@ -116,7 +119,7 @@ def _rows(placed: PlacedRows, path: Path, published: PublishedSet) -> Iterator[t
                 raise UserError(f"{path}, {place}: column {needed}: missing, though the rows before have it")
         yield f"{path}, {place}", index, row, columns
     if columns is None:
-        raise UserError(f"{path}: there are no rows in it")
+        raise UserError(f"{path}: there are no rows in this file")
 
 
 def _form(names: list[str], published: PublishedSet, place: str) -> Columns:
@@ -145,8 +148,8 @@ def _check_number(count: int, published: PublishedSet, problems: int | None, sou
         expected = f"{least}" if least == most else f"{least} to {most}"
         names = ", ".join(str(path) for path in sources)
         raise UserError(
-            f"{names}: {count} distinct problems; {published.title} has {expected}. Is a --source missing, or is it "
-            f"another set? If this is meant: --problems {count}. Published as {published.where}"
+            f"{names}: {count} distinct problems; {published.title} has {expected}. Is a --source missing or from "
+            f"another set? To accept this number, give --problems {count}. Published as {published.where}"
         )
 
 

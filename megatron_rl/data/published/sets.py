@@ -1,7 +1,7 @@
-"""What is known of each set: its columns, in every form it is published in; its size; checksums of known files.
+"""Facts about each published set: its columns in every published form, its size, and checksums of known files.
 
-Checksums are of the files as the Hugging Face repositories named here serve them; several independent projects pin the
-same values. A file without a known checksum is accepted, its checksum recorded.
+The checksums are those of the files in the Hugging Face repositories named here, and several independent projects pin
+the same values. A file without a known checksum is accepted, and its checksum is recorded.
 """
 
 from __future__ import annotations
@@ -11,32 +11,33 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Columns:
-    """One form of a set: where the problem and the answer are."""
+    """The columns of one published form of a set."""
 
     problem: str
+    """Column of the problem."""
     answer: str
-    """`reward_model.ground_truth` is a field of a column."""
+    """Column of the answer. A dot names a field within the column, as in `reward_model.ground_truth`."""
     boxed: bool = False
-    r"""The answer is what the last \boxed{} of that column holds."""
+    r"""Whether the answer is the content of the last \boxed{} in that column."""
 
     @property
     def needed(self) -> tuple[str, str]:
-        """The columns that tell this form from others."""
+        """The columns that distinguish this form from the others."""
         return self.problem, self.answer.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class PublishedSet:
-    """A set of problems with answers."""
+    """A published set of problems with answers."""
 
     title: str
     where: str
-    """Repositories it is published in."""
+    """Repositories that publish the set."""
     problems: tuple[int, int]
-    """Fewest and most distinct problems it may have."""
+    """Smallest and largest accepted number of distinct problems."""
     forms: tuple[Columns, ...]
     checksums: dict[str, str] = field(default_factory=dict)
-    """SHA-256 -> which file has it."""
+    """Name of the known file with each SHA-256."""
 
 
 _VERL = Columns("prompt", "reward_model.ground_truth")
@@ -46,8 +47,8 @@ SETS: dict[str, PublishedSet] = {
         "DAPO-Math-17k",
         "BytedTsinghua-SIA/DAPO-Math-17k (data/dapo-math-17k.parquet: 17,917 rows, each 100 times), "
         "open-r1/DAPO-Math-17k-Processed",
-        # Published counts differ with how alike two texts must be, and whether contradictory ones stay: 17,188 when
-        # white space does not count, 17,391 to 17,398 by exact text, 17,405 by text and answer.
+        # Published counts depend on the comparison of texts and on the treatment of contradictory answers: 17,188
+        # ignoring white space, 17,391 to 17,398 by exact text, 17,405 by text and answer.
         problems=(17_176, 17_405),
         forms=(_VERL, Columns("prompt", "solution")),
         checksums={"534375d6bb8630d22ab46a56e11f2ffec1d288d8f7d04099bc82d68948705941": "data/dapo-math-17k.parquet"},

@@ -1,7 +1,7 @@
-"""report.html: one file that shows one run, or several side by side, in any browser, without a network.
+"""report.html: one file that shows one run, or several side by side, in any browser without a network.
 
-`run_data` and `tokens` read; `curves`, `compare`, `token_figures`, `responses` and `differences` make what is drawn;
-`page` writes.
+`run_data` and `tokens` read the run's files. `curves`, `compare`, `token_figures`, `responses` and `configuration`
+prepare the content. `page` writes the file.
 """
 
 from .page import write_report

@@ -1,4 +1,4 @@
-"""The curves of several runs in the same charts: one colour a group, seeds as a band around their mean."""
+"""The curves of several runs in the same charts: one colour per group, seeds as a band around their mean."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def charts_of(groups: Sequence[Group]) -> list[Chart]:
-    """Every chart that some run has something for. One group: as `build_charts` draws it; several: a colour a group."""
+    """Returns every chart for which some run has data.
+
+    For a single group these are the charts of `build_charts`. Several groups share the charts, with one colour each.
+    """
     own = [_with_seeds(group) for group in groups]
     if len(own) == 1:
         return own[0]
@@ -34,12 +37,12 @@ def _with_seeds(group: Group) -> list[Chart]:
 
 
 def _banded(mean: Line, low: Line, high: Line) -> Line:
-    """Smoothed alike, so that the mean stays within its band."""
+    """Returns the mean with its band. All three are smoothed in the same way, so that the mean stays in the band."""
     return replace(mean, y=mean.smooth or mean.y, smooth=None, low=low.smooth or low.y, high=high.smooth or high.y)
 
 
 def _over_seeds(runs: Sequence[Sequence[Row]], how: Callable[[list[float]], float]) -> list[Row]:
-    """One row a step; each metric over the seeds that have a value for it there."""
+    """Combines each metric over the seeds that have a value for it, and returns one row per step."""
     rows: dict[int, Row] = {}
     for name in dict.fromkeys(name for run in runs for name in metric_names(run)):
         by_step: dict[int, list[float]] = {}
@@ -65,7 +68,7 @@ def _side_by_side(title: str, groups: Sequence[Group], own: Sequence[Sequence[Ch
         for line in chart.lines
     ]
     first = next(iter(charts.values()))
-    if first.stacked:  # areas of several runs would hide each other
+    if first.stacked:  # the areas of several runs would hide each other
         return replace(
             first, caption="Mean over the steps so far.", stacked=False, bars=True, lines=_bars(groups, charts)
         )
@@ -73,7 +76,7 @@ def _side_by_side(title: str, groups: Sequence[Group], own: Sequence[Sequence[Ch
 
 
 def _bars(groups: Sequence[Group], charts: Mapping[int, Chart]) -> list[Line]:
-    """One bar a group, stacked from the mean of each line over all steps."""
+    """Returns one bar per group, stacked from the mean of each line over all steps."""
     names = dict.fromkeys(line.name for chart in charts.values() for line in chart.lines)
     bars = []
     for color, name in enumerate(names):

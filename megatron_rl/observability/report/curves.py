@@ -1,6 +1,6 @@
-"""Which charts a report has, and what each is drawn from.
+"""The charts of a report, and the metrics that each of them shows.
 
-Only metrics that exist give a line; a chart without lines is left out.
+A metric without values has no line, and a chart without lines is left out.
 """
 
 from __future__ import annotations
@@ -15,38 +15,43 @@ from megatron_rl.observability.summary import is_probe, suite_metrics
 
 @dataclass(frozen=True, slots=True)
 class Line:
+    """One line of a chart, or one part of its bars."""
+
     name: str
     x: list[int] | list[str]
-    """Steps; in a chart of bars, what each bar stands for."""
+    """Steps, or the labels of the bars in a bar chart."""
     y: list[float]
     color: int
-    """Index into the page's palette: 0 is training, 1 the first suite, and so on, the same in every chart."""
+    """Index into the page's palette. In every chart, 0 is training, 1 the first suite, and so on."""
     dash: str = "solid"
     smooth: list[float] | None = None
-    """The moving average; drawn instead of y, which then stays as a faint line behind it."""
+    """Moving average, drawn as the main line with y as a faint line behind it."""
     low: list[float] | None = None
+    """Lowest value over the seeds, the lower edge of the band around y."""
     high: list[float] | None = None
-    """Lowest and highest seed, drawn as a band around y, the mean of the seeds."""
+    """Highest value over the seeds, the upper edge of the band around y."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
+    """One chart with its caption."""
+
     title: str
     caption: str
     lines: list[Line] = field(default_factory=list)
     stacked: bool = False
     bars: bool = False
     log: bool = False
-    """Logarithmic axis: for values that span orders of magnitude."""
+    """Whether the axis is logarithmic, for values that span orders of magnitude."""
 
 
 def build_charts(rows: Sequence[Row]) -> list[Chart]:
-    """Every chart that the rows have something for, in reading order."""
+    """Returns every chart for which the rows have data, in reading order."""
     return [chart for make in _CHARTS if (chart := make(rows)).lines]
 
 
 def window(points: int) -> int:
-    """How many values the moving average of a line reaches back: a twentieth of them, at most 50."""
+    """Returns the window of a line's moving average: a twentieth of its points, at most 50."""
     return max(1, min(50, points // 20))
 
 
@@ -56,7 +61,7 @@ def _train(rows: Sequence[Row], name: str, metric: str, color: int = 0, dash: st
 
 
 def _evaluated(rows: Sequence[Row], start: str, name: str = "", dash: str = "solid") -> list[Line]:
-    """One line a suite and metric whose name starts with `start`."""
+    """Returns one line per suite and metric whose name starts with `start`."""
     lines = []
     for index, (suite, metrics) in enumerate(suite_metrics(rows).items()):
         for metric in metrics:
@@ -67,11 +72,11 @@ def _evaluated(rows: Sequence[Row], start: str, name: str = "", dash: str = "sol
 
 
 def _smooth(values: list[float]) -> list[float] | None:
-    """Exponential moving average, corrected for its start; None for lines too short to need one."""
-    reach = window(len(values))
-    if reach < 2:
+    """Returns the exponential moving average, corrected for its start, or None for a line too short to need one."""
+    span = window(len(values))
+    if span < 2:
         return None
-    decay = 1 - 2 / (reach + 1)
+    decay = 1 - 2 / (span + 1)
     total = weight = 0.0
     smooth = []
     for value in values:
@@ -81,22 +86,22 @@ def _smooth(values: list[float]) -> list[float] | None:
 
 
 def _spans(lines: Sequence[Line]) -> bool:
-    """Whether a logarithmic axis shows the lines better: all above zero, over more than a factor of 30."""
+    """Returns whether the lines need a logarithmic axis: all values above zero and over more than a factor of 30."""
     values = [value for line in lines for value in (line.smooth or line.y)]
     return bool(values) and min(value for line in lines for value in line.y) > 0 and max(values) > 30 * min(values)
 
 
 def _reward(rows: Sequence[Row]) -> Chart:
     return Chart(
-        "Reward", "Mean reward of the step's rollouts: what training raises.", _train(rows, "reward", "reward/mean")
+        "Reward", "Mean reward of a step's rollouts, which training maximises.", _train(rows, "reward", "reward/mean")
     )
 
 
 def _accuracy(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Accuracy and pass@k on held-out problems",
-        "Solid: share of right answers (avg@k). Dashed: problems with at least one right answer in k (pass@k), which "
-        "falls when exploration dies.",
+        "Solid: share of correct answers (avg@k). Dashed: share of problems with at least one correct answer in k "
+        "(pass@k), which falls when exploration is lost.",
         _evaluated(rows, "avg@") + _evaluated(rows, "pass@", dash="dash"),
     )
 
@@ -104,7 +109,7 @@ def _accuracy(rows: Sequence[Row]) -> Chart:
 def _entropy(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Entropy",
-        "How undecided the policy is about its next token, in nats. A fall towards zero means that exploration dies.",
+        "Uncertainty of the policy about its next token, in nats. A fall towards zero means that exploration is lost.",
         _train(rows, "training, token mean", "entropy/token_mean")
         + _train(rows, "training, sequence mean", "entropy/sequence_mean", dash="dot")
         + _evaluated(rows, "entropy", "evaluation"),
@@ -120,8 +125,8 @@ def _probes(rows: Sequence[Row]) -> Chart:
             lines.append(Line(f"{suite} {metric}", x, y, index + 1, dashes[number % len(dashes)]))
     return Chart(
         "Probes",
-        "What the configuration asks of every evaluation: the probability of one token after another, such as a retry "
-        "word after a failed attempt.",
+        "Probabilities that the configuration tracks in every evaluation: that one token comes after another, such as "
+        "a retry word after a failed attempt.",
         lines,
     )
 
@@ -137,7 +142,7 @@ def _response_length(rows: Sequence[Row]) -> Chart:
 def _truncated(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Truncated responses",
-        "Share of responses that hit the token limit before they ended. If it grows, raise the limit.",
+        "Share of responses that reached the token limit before they ended. If the share grows, raise the limit.",
         _train(rows, "training", "response_length/truncated_fraction")
         + _evaluated(rows, "truncated_fraction", "evaluation"),
     )
@@ -156,7 +161,7 @@ def _delta(rows: Sequence[Row]) -> Chart:
 def _selected(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Selected tokens",
-        "Share of response tokens that the regularizer protects. Zero means that it does nothing.",
+        "Share of response tokens that the regulariser protects. Zero means that the regulariser has no effect.",
         _train(rows, "selected", "lpreg/selected_fraction"),
     )
 
@@ -164,15 +169,15 @@ def _selected(rows: Sequence[Row]) -> Chart:
 def _kept(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Kept tokens",
-        "Share of tokens that the proxy distribution keeps; the others count as noise.",
+        "Share of tokens that the filter of the proxy distribution keeps. The others count as noise.",
         _train(rows, "kept", "lpreg/kept_fraction"),
     )
 
 
 def _regularizer(rows: Sequence[Row]) -> Chart:
     return Chart(
-        "Strength of the regularizer",
-        "KL: distance from the proxy on selected tokens. Advantage shift: how much it lifts their advantage.",
+        "Strength of the regulariser",
+        "KL: divergence from the proxy on selected tokens. Advantage shift: mean increase of their advantage.",
         _train(rows, "KL", "lpreg/kl") + _train(rows, "advantage shift", "lpreg/advantage_shift", color=1),
     )
 
@@ -181,7 +186,7 @@ def _gap(rows: Sequence[Row]) -> Chart:
     lines = _train(rows, "gap", "logprob/rollout_actor_abs_diff")
     return Chart(
         "Rollout and actor log-prob gap",
-        "Mean absolute difference between what the engine and the actor say of the same token. It should stay small.",
+        "Mean absolute difference of the log-probs of engine and actor for the same token. It should stay small.",
         lines,
         log=_spans(lines),
     )
@@ -189,12 +194,14 @@ def _gap(rows: Sequence[Row]) -> Chart:
 
 def _gradient(rows: Sequence[Row]) -> Chart:
     lines = _train(rows, "gradient norm", "train/grad_norm")
-    return Chart("Gradient norm", "Before clipping. Spikes are a sign of instability.", lines, log=_spans(lines))
+    return Chart("Gradient norm", "Norm before clipping. Spikes indicate instability.", lines, log=_spans(lines))
 
 
 def _loss(rows: Sequence[Row]) -> Chart:
     return Chart(
-        "Loss", "What the optimizer minimizes; in RL it says little about progress.", _train(rows, "loss", "train/loss")
+        "Loss",
+        "Value that the optimizer minimises. In RL it says little about progress.",
+        _train(rows, "loss", "train/loss"),
     )
 
 
@@ -205,20 +212,20 @@ def _memory(rows: Sequence[Row]) -> Chart:
             x, y = series(rows, metric)
             name = metric.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
             lines.append(Line(name, x, y, len(lines)))
-    return Chart("Memory", "Highest use of a process so far, in GiB.", lines)
+    return Chart("Memory", "Peak memory of one process so far, in GiB, by kind of process.", lines)
 
 
 def _throughput(rows: Sequence[Row]) -> Chart:
     return Chart(
-        "Throughput", "Tokens per second over the whole step.", _train(rows, "tokens/s", "perf/tokens_per_second")
+        "Throughput", "Tokens per second over a complete step.", _train(rows, "tokens/s", "perf/tokens_per_second")
     )
 
 
 def _operations(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Operations of the actor",
-        "Model operations a second and rank while it scores and trains.",
-        _train(rows, "TFLOPS a rank", "perf/tflops_per_second_per_rank"),
+        "Model operations per second and rank during scoring and training.",
+        _train(rows, "TFLOPS per rank", "perf/tflops_per_second_per_rank"),
     )
 
 
@@ -229,7 +236,7 @@ def _phases(rows: Sequence[Row]) -> Chart:
         if metric.startswith("perf/") and metric.endswith("_seconds") and phase != "step":
             x, y = series(rows, metric)
             lines.append(Line(phase.replace("_", " "), x, y, len(lines)))
-    return Chart("Seconds per phase", "Where the time of a step goes.", lines, stacked=True)
+    return Chart("Seconds per phase", "Time of each phase of a step.", lines, stacked=True)
 
 
 _CHARTS: tuple[Callable[[Sequence[Row]], Chart], ...] = (
@@ -254,7 +261,7 @@ _CHARTS: tuple[Callable[[Sequence[Row]], Chart], ...] = (
 
 
 def as_json(chart: Chart) -> dict[str, Any]:
-    """What the page's script draws from; values to six digits, which is more than a screen shows."""
+    """Returns the data for the page's script. Values have six digits, which is more than a screen resolves."""
     return {
         "stacked": chart.stacked,
         "bars": chart.bars,

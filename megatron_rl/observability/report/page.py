@@ -1,4 +1,4 @@
-"""Writes the page."""
+"""Writing of the report."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from megatron_rl.config.observability import WORD_CLASSES
-from megatron_rl.observability.format import duration, number
 from megatron_rl.observability.metrics import series
 from megatron_rl.observability.summary import Change, before_and_after, signed
 from megatron_rl.utils.files import atomically
+from megatron_rl.utils.format import duration, number
 
 from . import token_figures
 from .compare import charts_of
+from .configuration import chosen_settings, config_lines, differences
 from .curves import as_json
-from .differences import differences
 from .responses import response_groups
 from .run_data import RunData, group_runs, read_run
 from .token_figures import Classes, Figure
 from .tokens import Vocabulary, flat, read_candidates, read_dump, read_tokens
 
 FIGURE_STEPS = 5
-"""Rollout dumps that the token figures show, first and last included."""
+"""Number of rollout dumps in the token figures, including the first and the last."""
 VIEWER_STEPS = 3
+"""Number of rollout dumps in the viewer of responses."""
 
 
 def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> Path:
-    """Write one page about one run, or several side by side, and return its path.
+    """Writes the report of one run, or of several runs side by side, and returns its path.
 
-    output: unset, `report.html` in the run's folder, or for several runs in the working directory. A run in progress,
-    an interrupted one, and one without any file all give a report of what there is.
-    Errors: UserError when a folder does not exist, a file in it is broken, or the page cannot be written.
+    The default for `output` is `report.html` in the run's folder, or in the working folder for several runs. The report
+    of a run in progress, an interrupted run or an empty folder shows whatever exists. Raises UserError if a folder does
+    not exist, a file in it is broken, or the report cannot be written.
     """
     folders = [folders] if isinstance(folders, Path) else list(folders)
     runs = [read_run(folder) for folder in folders]
@@ -67,7 +68,7 @@ def _render(runs: Sequence[RunData]) -> str:
             for run in runs
         ],
         changes=_changes(runs),
-        config_texts=[(run.name, run.config_text) for run in runs],
+        configurations=[_configuration(run) for run in runs],
         differences=differences(runs) if len(runs) > 1 else [],
         charts=charts,
         shared_figures=shared,
@@ -86,14 +87,20 @@ def _render(runs: Sequence[RunData]) -> str:
     )
 
 
+def _configuration(run: RunData) -> dict[str, Any]:
+    """Returns the lines of the run's configuration, and the settings that are not defaults if sources are stated."""
+    text = run.config_text
+    return {"name": run.name, "lines": config_lines(text), "chosen": chosen_settings(text)}
+
+
 def _changes(runs: Sequence[RunData]) -> dict[tuple[str, str], list[Change | None]]:
-    """(suite, measure) -> what each run's first and last evaluation say of it."""
+    """Returns each run's change per (suite, measure), None for a run without that measure."""
     own = [{(change.suite, change.label): change for change in before_and_after(run.rows)} for run in runs]
     return {key: [changes.get(key) for changes in own] for key in dict.fromkeys(key for part in own for key in part)}
 
 
 def _token_figures(runs: Sequence[RunData], classes: Classes) -> tuple[list[Figure], list[dict[str, Any]]]:
-    """The figures that all runs share, and each run's own figures and word clouds."""
+    """Returns the figures that all runs share, and each run's own figures and word clouds."""
     recorded = [run for run in runs if run.dumps]
     per_run, frequencies, likelihoods = [], [], []
     for run in recorded:
@@ -125,7 +132,7 @@ def _responses(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of them, evenly spaced, first and last included."""
+    """Returns at most `count` of the items, evenly spaced, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
@@ -137,13 +144,13 @@ def _vocabulary(run: RunData) -> Vocabulary:
 
 
 def _word_classes(runs: Sequence[RunData]) -> Classes:
-    """The first run's; the paper's where it names none."""
+    """Returns the word classes of the first run, or those of the paper if it has none."""
     found = runs[0].setting("observability", "word_classes")
     return found if isinstance(found, dict) else WORD_CLASSES
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
-    """The line under the title: what was trained, how far, how long and when."""
+    """Returns the facts under the title: algorithm, model, steps, duration and time."""
     algorithm = " ".join(str(run.setting("algorithm", key) or "") for key in ("name", "preset")).strip()
     steps, total = max((row["step"] for row in run.rows), default=0), run.setting("train", "steps")
     done = f"{steps} of {total}" if total is not None else str(steps)

@@ -1,4 +1,4 @@
-"""Whole groups of responses for the page's viewer: every token with its probability and its marks."""
+"""Complete groups of responses for the viewer: every token with its probability and its marks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ GROUPS_PER_STEP = 3
 SAMPLES_PER_GROUP = 8
 TOKENS_PER_SAMPLE = 1500
 FILTERED, SELECTED = 1, 2
-"""Bits of a token's mark."""
+"""Bits of the mark of a token."""
 
 
 def response_groups(dumps: Sequence[tuple[int, Path]], vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """Some groups of each dump, those with both right and wrong answers first: in them the loss acts."""
+    """Returns some groups of each dump. Groups with non-zero advantages come first, because the loss acts on them."""
     return [group for step, path in dumps for group in _groups_of(step, path, vocabulary)]
 
 

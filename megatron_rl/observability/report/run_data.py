@@ -1,4 +1,4 @@
-"""What a report reads of a run's folder. Every file may be missing: a run in progress has not written them all."""
+"""The data of a run's folder that a report needs. Any file may be missing, as in a run that has just started."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import yaml
 from megatron_rl.errors import UserError
 from megatron_rl.observability.diagnosis import Finding, read_findings
 from megatron_rl.observability.metrics import Row, read_metrics
-from megatron_rl.observability.rollouts import dumps
+from megatron_rl.rollout.dump import dumps
 
 NOT_THE_EXPERIMENT = ("run", "seed", "resume", "observability", "prepare")
-"""Sections in which runs may differ and still be the same experiment."""
+"""Sections in which runs of the same experiment may differ."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run, as far as it is."""
+    """The data of one run, finished or not."""
 
     folder: Path
     rows: list[Row]
@@ -34,12 +34,12 @@ class RunData:
 
     @property
     def dumps(self) -> list[tuple[int, Path]]:
-        """(step, file) of every rollout dump, by step."""
+        """Step and file of every rollout dump, by step."""
         return dumps(self.folder / "rollouts")
 
     @property
     def candidates(self) -> list[tuple[int, Path]]:
-        """(step, file) of every record of next-token candidates, by step."""
+        """Step and file of every record of next-token candidates, by step."""
         return dumps(self.folder / "candidates")
 
     @property
@@ -47,21 +47,21 @@ class RunData:
         return read_findings(self.folder)
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of the configuration; None where there is none, for a report must not depend on it."""
+        """Returns a value of the configuration, or None if it is missing: a report must not depend on it."""
         values = self.config.get(section)
         return values.get(key) if isinstance(values, dict) else None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one experiment: they differ in their seed, if at all. A chart draws one line a group."""
+    """Runs of the same experiment, which differ at most in their seed. A chart draws one line per group."""
 
     label: str
     runs: list[RunData]
 
 
 def read_run(folder: Path) -> RunData:
-    """Raises UserError when the folder does not exist or a file in it is broken."""
+    """Reads the folder of a run. Raises UserError if the folder does not exist or a file in it is broken."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder. Give the folder of a run, such as runs/<name>.")
     text, config = _read_config(folder / "config.yaml")
@@ -69,7 +69,7 @@ def read_run(folder: Path) -> RunData:
 
 
 def group_runs(runs: Sequence[RunData]) -> list[Group]:
-    """Runs that differ in their seed alone go together, in order of first appearance."""
+    """Groups runs that differ only in their seed, in order of first appearance."""
     together: dict[str, list[RunData]] = {}
     for run in runs:
         experiment = {key: value for key, value in run.config.items() if key not in NOT_THE_EXPERIMENT}
@@ -100,5 +100,5 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML, so there is no report: {error}") from error
+        raise UserError(f"{path}: not valid YAML: {error}. Correct the file, or move it away.") from error
     return text, config if isinstance(config, dict) else {}

@@ -1,6 +1,6 @@
-"""The paper's figures (arXiv 2510.03222) of sampled tokens, from a run's rollout dumps.
+"""The figures of sampled tokens in the Lp-Reg paper (arXiv 2510.03222), from the rollout dumps of a run.
 
-A figure's traces are plotly's; a colour `@c2` or `@soft` is looked up in the page's palette, so that it fits the theme.
+The traces of a figure are in plotly's format. The page replaces a colour such as `@c2` or `@soft` by that of its theme.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ VIOLIN_POINTS = 400
 SCATTER_POINTS = 2500
 CLOUD_WORDS = 50
 LOWEST, HIGHEST = 0.01, 0.01
-"""Shares of tokens in the two clouds: least probable, and most undecided. The paper's."""
+"""Fractions of tokens in the two word clouds, least probable and highest entropy, as in the paper."""
 UNLIKELY = 0.1
-"""Candidates above are no sparks; the paper's."""
+"""Probability below which a candidate counts as an unlikely one, as in the paper."""
 FLOOR = 1e-8
-"""Probabilities below are drawn here: a logarithmic axis has no zero."""
+"""Smallest probability that is drawn, because a logarithmic axis has no zero."""
 
 Classes = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Figure:
+    """A figure in plotly's format."""
+
     title: str
     caption: str
     traces: list[dict[str, Any]]
@@ -36,15 +38,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Words and how often each came, the most frequent first."""
+    """A word cloud, the most frequent words first."""
 
     title: str
     words: list[tuple[str, int, int]]
-    """(text, count, index of the word class or -1)"""
+    """Text, count, and index of the word class (-1 for none) of each word."""
 
 
 def violins(tables: Sequence[TokenTable], vocabulary: Vocabulary, classes: Classes) -> Figure:
-    """Distribution of the sampled probability of each word class at some steps."""
+    """Draws the distribution of the sampled probability of each word class at several steps."""
     traces = []
     for index, name in enumerate(classes):
         x: list[str] = []
@@ -58,8 +60,8 @@ def violins(tables: Sequence[TokenTable], vocabulary: Vocabulary, classes: Class
             traces.append(_violin(name, x, y, index, side="both" if len(classes) != 2 else _SIDES[index]))
     return Figure(
         "Probability of word classes when sampled",
-        "How likely the policy found these words where it said them. Rare and alive is what Lp-Reg wants; a violin "
-        "that vanishes or sticks to 1 means that a class has died out or become a habit.",
+        "Probability of these words under the policy when it sampled them. Lp-Reg aims to keep rare words alive. A "
+        "violin that vanishes means that a class has died out, one that stays at 1 that it has become a habit.",
         traces,
         {"violinmode": "overlay", "violingap": 0.1, "yaxis": _probability_axis()},
     )
@@ -84,7 +86,7 @@ def _violin(name: str, x: list[str], y: list[float], color: int, side: str) -> d
 
 
 def scatter(table: TokenTable, vocabulary: Vocabulary, classes: Classes) -> Figure:
-    """Probability against entropy of sampled tokens of one step."""
+    """Draws probability against entropy of the sampled tokens of one step."""
     member = class_of_tokens(table.ids, vocabulary, classes)
     kinds = [
         ("other tokens", (member < 0) & ~table.selected, "@soft", 4, 0.35),
@@ -109,8 +111,8 @@ def scatter(table: TokenTable, vocabulary: Vocabulary, classes: Classes) -> Figu
             )
     return Figure(
         f"Probability and entropy, step {table.step}",
-        "Each point is a sampled token. Low probability and high entropy are not the same thing: Lp-Reg selects by the "
-        "first, 80/20 by the second.",
+        "Each point is a sampled token. Low probability and high entropy differ: Lp-Reg selects tokens by low "
+        "probability, 80/20 by high entropy.",
         traces,
         {
             "hovermode": "closest",
@@ -126,7 +128,7 @@ def scatter(table: TokenTable, vocabulary: Vocabulary, classes: Classes) -> Figu
 
 
 def clouds(table: TokenTable, vocabulary: Vocabulary, classes: Classes) -> list[Cloud]:
-    """The words among the least probable and among the most undecided tokens of one step."""
+    """Returns the clouds of the words among the least probable and the highest-entropy tokens of one step."""
     found = [
         Cloud(f"Least probable 1 %, step {table.step}", _words(table, -table.log_probs, LOWEST, vocabulary, classes))
     ]
@@ -140,7 +142,7 @@ def clouds(table: TokenTable, vocabulary: Vocabulary, classes: Classes) -> list[
 def _words(
     table: TokenTable, score: Array, share: float, vocabulary: Vocabulary, classes: Classes
 ) -> list[tuple[str, int, int]]:
-    """Words of the tokens with the highest finite scores."""
+    """Returns the words of the tokens with the highest finite scores."""
     known = np.flatnonzero(np.isfinite(score))
     count = max(1, int(share * len(known))) if len(known) else 0
     top = known[np.argsort(-score[known], kind="stable")[:count]]
@@ -155,7 +157,7 @@ def _words(
 
 @dataclass(frozen=True)
 class ClassCurves:
-    """A value for each word class, step by step, of one run; None where there is none."""
+    """One value per word class and step of one run; None for a missing value."""
 
     steps: list[int] = field(default_factory=list)
     values: dict[str, list[float | None]] = field(default_factory=dict)
@@ -167,7 +169,7 @@ class ClassCurves:
 
 
 def frequency(ids_of_steps: Iterable[tuple[int, Array]], vocabulary: Vocabulary, classes: Classes) -> ClassCurves:
-    """Share of response tokens in each class. ids_of_steps: (step, [T] token ids)."""
+    """Returns the share of response tokens in each class. ids_of_steps: (step, [T] token ids)."""
     curves = ClassCurves()
     for step, ids in ids_of_steps:
         member = class_of_tokens(ids, vocabulary, classes)
@@ -178,9 +180,9 @@ def frequency(ids_of_steps: Iterable[tuple[int, Array]], vocabulary: Vocabulary,
 def candidate_probability(
     candidates: Iterable[tuple[int, Array, Array]], vocabulary: Vocabulary, classes: Classes
 ) -> ClassCurves:
-    """Mean probability of each class as a next token, where it is among the likeliest and below `UNLIKELY`.
+    """Returns the mean probability of each class as the next token, over candidates below `UNLIKELY`.
 
-    candidates: (step, [n] token ids, [n] log-probs), of all positions together.
+    candidates: (step, [n] token ids, [n] log-probs), with the recorded candidates of all positions in one array.
     """
     curves = ClassCurves()
     for step, ids, log_probs in candidates:
@@ -192,21 +194,21 @@ def candidate_probability(
 
 def frequency_figure(runs: Sequence[tuple[str, ClassCurves]]) -> Figure:
     caption = "Share of response tokens, from the rollout dumps."
-    return Figure("How often word classes are said", caption, _class_lines(runs))
+    return Figure("Frequency of word classes", caption, _class_lines(runs))
 
 
 def candidate_figure(runs: Sequence[tuple[str, ClassCurves]]) -> Figure:
     return Figure(
-        "How likely unlikely word classes are",
-        f"Mean probability as the next token where a word is among the 64 likeliest with less than {UNLIKELY:g}, from "
-        "the recorded candidates: whether a class is held alive before it is ever sampled.",
+        "Probability of word classes as unlikely candidates",
+        f"Mean next-token probability of words among the 64 most likely candidates with less than {UNLIKELY:g}, from "
+        "the recorded candidates. It shows whether a class stays alive even if it is not sampled.",
         _class_lines(runs),
         {"yaxis": {"type": "log", "exponentformat": "power"}},
     )
 
 
 def _class_lines(runs: Sequence[tuple[str, ClassCurves]]) -> list[dict[str, Any]]:
-    """One line a run and class: the run is the colour, the class the dash; with one run the class is the colour."""
+    """Returns one line per run and class. Colours show runs and dashes classes; for one run, colours show classes."""
     dashes = ("solid", "dash", "dot", "dashdot")
     return [
         {
@@ -243,7 +245,7 @@ def _log10(log_probs: Array) -> Array:
 
 
 def _sample(values: Array, count: int) -> Array:
-    """At most `count` of the values, evenly spaced, so that a report is the same each time."""
+    """Returns at most `count` of the values, evenly spaced, so that a report is reproducible."""
     if len(values) <= count:
         return values
     return values[np.linspace(0, len(values) - 1, count).astype(np.int64)]

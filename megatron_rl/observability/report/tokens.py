@@ -1,4 +1,4 @@
-"""Rollout dumps as flat arrays, and token ids as text. T: response tokens of one dump."""
+"""Rollout dumps as flat arrays, and token ids as text. T is the number of response tokens in one dump."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class TokenTable:
-    """One dump. Values that the run did not record are NaN, flags that it did not record are False."""
+    """The tokens of one dump. Values that the run did not record are NaN, and such flags are False."""
 
     step: int
     ids: Array
-    """[T] int"""
+    """[T] int, token ids."""
     log_probs: Array
-    """[T] of the actor before the update where it looked, else of the engine; nats, at the sampling temperature."""
+    """[T] log-probs in nats at the sampling temperature: of the actor before the update if recorded, else of the
+    engine."""
     entropy: Array
-    """[T] nats"""
+    """[T] entropy in nats."""
     kept: Array
-    """[T] bool: q > 0."""
+    """[T] bool: the token is in the proxy's filter (q > 0)."""
     selected: Array
-    """[T] bool: the loss regularises this token."""
+    """[T] bool: the loss regularises the token."""
     advantages: Array
-    """[T] of the token's response."""
+    """[T] advantage of the token's response."""
 
 
 def read_tokens(step: int, path: Path) -> TokenTable:
-    """Raises UserError for a file that is no dump."""
+    """Reads the tokens of a dump. Raises UserError if the file is not a dump."""
     table = read_dump(path)
     ids = flat(table, "token_ids").astype(np.int64)
     engine = flat(table, "log_probs").astype(np.float64)
@@ -56,14 +57,17 @@ def read_tokens(step: int, path: Path) -> TokenTable:
 
 
 def read_candidates(path: Path) -> tuple[Array, Array]:
-    """Token ids and log-probs of all recorded next-token candidates of a step, [n] each. Errors as `read_dump`."""
+    """Reads the token ids and log-probs, [n] each, of all next-token candidates that were recorded at a step.
+
+    Raises UserError if the file is not a dump.
+    """
     table = read_dump(path, ["candidate_ids", "candidate_log_probs"])
     ids = flat(table, "candidate_ids").astype(np.int64)
     return ids[ids >= 0], flat(table, "candidate_log_probs").astype(np.float64)[ids >= 0]
 
 
 def read_dump(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Raises UserError for a file that is no dump."""
+    """Reads a dump as a table. Raises UserError if the file is not a dump."""
     try:
         return pq.ParquetFile(path).read(columns=columns)
     except (OSError, pa.ArrowInvalid) as error:
@@ -71,7 +75,7 @@ def read_dump(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def flat(table: pa.Table, name: str, length: int | None = None) -> Array:
-    """A list column's values, response after response; NaN of the given length where there is no such column."""
+    """Returns the values of a list column, response after response, or NaN of the given length if it is missing."""
     if name not in table.column_names and length is not None:
         return np.full(length, np.nan)
     return table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -82,7 +86,7 @@ def _flags(values: Array) -> Array:
 
 
 class Vocabulary:
-    """Token ids as text, from the tokenizer.json that a run's folder, its export or its model holds."""
+    """The texts of token ids, from the first tokenizer.json in the given folders."""
 
     def __init__(self, folders: Iterable[Path]) -> None:
         from tokenizers import Tokenizer
@@ -92,23 +96,24 @@ class Vocabulary:
         self._texts: dict[int, str] = {}
 
     def text(self, token: int) -> str:
-        """`#17` where there is no tokenizer."""
+        """Returns the text of a token, such as `#17` without a tokenizer."""
         if token not in self._texts:
             text = self._tokenizer.decode([token], skip_special_tokens=False) if self._tokenizer else ""
             self._texts[token] = text or (self._tokenizer and self._tokenizer.id_to_token(token)) or f"#{token}"
         return self._texts[token]
 
     def word(self, token: int) -> str:
-        """The text as word classes name it: without the blanks around it, in lower case."""
+        """Returns the text in the form of word classes: stripped and in lower case."""
         return self.text(token).strip().lower()
 
     @cached_property
     def known(self) -> bool:
+        """Whether a tokenizer was found."""
         return self._tokenizer is not None
 
 
 def class_of_tokens(ids: Array, vocabulary: Vocabulary, classes: Mapping[str, Sequence[str]]) -> Array:
-    """[T] index of each token's word class, -1 for tokens of none."""
+    """Returns the index of each token's word class, [T], or -1 for a token in no class."""
     number = {word.lower(): index for index, words in enumerate(classes.values()) for word in words}
     distinct, inverse = np.unique(ids, return_inverse=True)
     of_distinct = np.array([number.get(vocabulary.word(int(token)), -1) for token in distinct], dtype=np.int64)

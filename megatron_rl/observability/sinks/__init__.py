@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl. None of them can stop training: not by failing, not by being slow."""
+"""Destinations of metrics besides metrics.jsonl. A sink that fails or is slow never stops or delays training."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WAITING_STEPS = 1000
-"""Steps that a slow service may lag behind before the newest ones are dropped."""
+"""Number of steps that a slow service may lag behind before new steps are dropped."""
 CLOSE_SECONDS = 20
-"""How long the end of a run waits for a slow service."""
+"""Longest time that the end of a run waits for a slow service."""
 
 
 class Sink(Protocol):
-    """Takes finite scalars, step after step."""
+    """A destination of finite scalars, in the order of the steps."""
 
     def write(self, step: int, wall_time: float, metrics: Mapping[str, float]) -> None: ...
 
@@ -31,7 +31,7 @@ class Sink(Protocol):
 def open_sinks(
     settings: ObservabilitySettings, name: str, folder: Path, config: Mapping[str, Any], last_step: int | None
 ) -> list[Sink]:
-    """Those that the settings ask for. last_step: of a resumed run, the step that it goes on from."""
+    """Returns the sinks that the settings request. `last_step` is the step from which a resumed run continues."""
     sinks: list[Sink] = []
     if settings.tensorboard:
         from .tensorboard import TensorBoardSink
@@ -49,7 +49,7 @@ def open_sinks(
 
 
 class Guarded:
-    """Makes the sink at the first write. When it fails it warns once, then stays silent."""
+    """Creates a sink at the first write. After a failure it logs one warning and ignores further writes."""
 
     def __init__(self, name: str, make: Callable[[], Sink]) -> None:
         self.name = name
@@ -75,11 +75,13 @@ class Guarded:
             action()
         except Exception as error:
             self._failed = True
-            logger.warning("%s gets no more metrics, training goes on: %s: %s", self.name, type(error).__name__, error)
+            logger.warning(
+                "%s gets no more metrics, training continues: %s: %s", self.name, type(error).__name__, error
+            )
 
 
 class InBackground:
-    """Writes from a thread of its own, so that a service which is slow or hangs costs the run nothing."""
+    """Writes from a separate thread, so that a service that is slow or hangs does not delay the run."""
 
     def __init__(self, sink: Guarded) -> None:
         self._sink = sink
@@ -100,11 +102,11 @@ class InBackground:
         try:
             self._waiting.put(None, timeout=CLOSE_SECONDS)
         except queue.Full:
-            logger.warning("%s does not answer: its last metrics are lost", self._sink.name)
+            logger.warning("%s does not respond: its last metrics are lost", self._sink.name)
             return
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            logger.warning("%s did not end within %d s: its last metrics may be lost", self._sink.name, CLOSE_SECONDS)
+            logger.warning("%s did not finish in %d s: its last metrics may be lost", self._sink.name, CLOSE_SECONDS)
 
     def _go(self) -> None:
         while (item := self._waiting.get()) is not None:

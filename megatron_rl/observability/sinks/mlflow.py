@@ -1,4 +1,4 @@
-"""Scalars for MLflow."""
+"""Metrics for MLflow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER_TAG = "megatron_rl.folder"
 
 
 class MlflowSink:
-    """A run that is resumed goes on in the MLflow run that carries its folder as a tag."""
+    """Writes to an MLflow run that has the run's folder as a tag, so that a resumed run continues in the same one."""
 
     def __init__(self, settings: MlflowSettings, name: str, folder: Path) -> None:
         from mlflow import MlflowClient
@@ -22,14 +22,14 @@ class MlflowSink:
         found = self._client.get_experiment_by_name(settings.experiment)
         experiment = found.experiment_id if found else self._client.create_experiment(settings.experiment)
         tag = str(folder.resolve()).replace("'", "")
-        begun = self._client.search_runs([experiment], f"tags.`{FOLDER_TAG}` = '{tag}'", max_results=1)
-        run = begun[0] if begun else self._client.create_run(experiment, run_name=name, tags={FOLDER_TAG: tag})
+        earlier = self._client.search_runs([experiment], f"tags.`{FOLDER_TAG}` = '{tag}'", max_results=1)
+        run = earlier[0] if earlier else self._client.create_run(experiment, run_name=name, tags={FOLDER_TAG: tag})
         self._run_id = run.info.run_id
 
     def write(self, step: int, wall_time: float, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        # MLflow has no "@" in names.
+        # MLflow does not allow "@" in names.
         values = [
             Metric(name.replace("@", "_at_"), float(value), int(1000 * wall_time), step)
             for name, value in metrics.items()

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, written with its own record format; neither torch nor tensorflow is needed."""
+"""Metrics for TensorBoard, in its own record format, without torch or tensorflow."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class TensorBoardSink:
-    """One event file a start of the run."""
+    """Writes one event file per start of the run."""
 
     def __init__(self, folder: Path, last_step: int | None) -> None:
-        """last_step: the step a resumed run goes on from; TensorBoard then hides what was written after it."""
+        """Opens the event file. TensorBoard hides what was written after `last_step`, where a resumed run continues."""
         now = time.time()
         self._path = folder / f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}"
         self._append(wall_time=now, file_version="brain.Event:2")
@@ -26,10 +26,10 @@ class TensorBoardSink:
         self._append(wall_time=wall_time, step=step, summary={"value": values})
 
     def close(self) -> None:
-        """Every write is on disk already."""
+        """Does nothing, because every write is already on disk."""
 
     def _append(self, **event: Any) -> None:
-        # Not EventFileWriter: it loads tensorflow where that is installed, and fails in a thread of its own.
+        # EventFileWriter is not used: it loads tensorflow if installed, and its errors occur in a thread of its own.
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 

@@ -1,4 +1,4 @@
-"""Scalars for Weights & Biases."""
+"""Metrics for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class WandbSink:
-    """A run that is resumed goes on in the W&B run that it began: its id comes from the run's folder."""
+    """Writes to a W&B run. Its id is derived from the run's folder, so that a resumed run continues in the same one."""
 
     def __init__(self, settings: WandbSettings, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb

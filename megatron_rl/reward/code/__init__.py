@@ -1,4 +1,4 @@
-"""Python programs, run against tests in a sandbox."""
+"""The code reward: runs Python programs against tests in a sandbox."""
 
 from .verifier import CodeReward
 

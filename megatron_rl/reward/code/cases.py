@@ -1,4 +1,4 @@
-"""Reading a label into test cases. Expected outputs stay on this side of the sandbox."""
+"""Test cases from a label. Expected outputs never enter the sandbox."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Program:
-    """The program reads `stdin` and must print `stdout`."""
+    """A program that reads `stdin` and must print `stdout`."""
 
     stdin: str
     stdout: str
@@ -17,7 +17,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Call:
-    """The function must return `expected`."""
+    """A function that must return `expected` for `arguments`."""
 
     function: str
     arguments: list[Any]
@@ -26,7 +26,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Check:
-    """The code `tests` runs after the candidate's, in its namespace, and must not raise."""
+    """Code that runs after the candidate's code in the same namespace and must not raise."""
 
     tests: str
 
@@ -39,7 +39,7 @@ _EXPECTED = (
 
 
 def read_cases(label: object) -> list[Case]:
-    """The cases of a label, an object or its JSON text. Raises ValueError for one without any."""
+    """Returns the test cases of a label, given as an object or as JSON text. Raises ValueError if it has none."""
     value = _decoded(label)
     if isinstance(value, list) and value and all(isinstance(line, str) for line in value):
         return [Check("\n".join(value))]
@@ -59,16 +59,16 @@ def read_cases(label: object) -> list[Case]:
 
 
 def passes(case: Program | Call, output: str, value: Any) -> bool:
-    """Whether what came out is what was wanted. Printed text is compared word by word."""
+    """Returns whether the result is the expected one. Printed text is compared word by word."""
     if isinstance(case, Program):
         return output.split() == case.stdout.split()
-    return _same(value, case.expected) or (  # APPS wraps what a call returns in a list
+    return _same(value, case.expected) or (  # APPS wraps the return value of a call in a list
         isinstance(case.expected, list) and len(case.expected) == 1 and _same(value, case.expected[0])
     )
 
 
 def _same(value: Any, expected: Any) -> bool:
-    """JSON values; numbers may differ by a float's rounding."""
+    """Compares two JSON values. Numbers may differ by the rounding of a float."""
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(value, float) or isinstance(expected, float):
@@ -89,7 +89,7 @@ def _decoded(label: object) -> object:
 
 
 def _text(value: Any) -> str:
-    """Some sets give a program's input as a list of lines."""
+    """Returns a program's input or output as text. Some data sets give it as a list of lines."""
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     if not isinstance(value, str):

@@ -1,15 +1,15 @@
-"""What runs in the sandbox's process. It locks itself in, for good, then runs the candidate. Standard library only.
+"""The program of a sandbox process. It restricts itself irrevocably and then runs the candidate.
 
     python -I jail.py SCRATCH MEMORY_MB SECONDS MODE PARENT
 
-SCRATCH holds solution.py, and request.json in the modes `call` (result.json comes back) and `check`. The locks, each of
-which the kernel holds to whatever the program does:
+The module uses the standard library only. SCRATCH holds solution.py, and request.json in the modes `call` and `check`.
+Both modes write result.json. The kernel enforces these restrictions whatever the candidate does:
 
-- no capabilities, even for root; no way to regain any
-- limits on processor time, address space, file size, open files; no core dump
-- Landlock: reads Python's own files and SCRATCH, writes in SCRATCH alone
-- seccomp: no sockets, no new processes or programs, no signals to others, no tracing, no namespaces
-- it dies with its parent
+- no capabilities, even for root, and no way to regain any
+- limits on processor time, address space, file size and open files; no core dumps
+- Landlock: read access to Python's own files and SCRATCH, write access to SCRATCH only
+- seccomp: no sockets, no new processes or programs, no signals to other processes, no tracing, no namespaces
+- the process dies with its parent
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 LOCKED, CANDIDATE_FAILED, NO_SECCOMP, NO_LANDLOCK = 0, 1, 97, 98
-"""Exit codes; other ones come from the candidate or the kernel."""
+"""Exit codes of the jail. Other exit codes come from the candidate or the kernel."""
 
 LARGEST_FILE = 16 * 2**20
 OPEN_FILES = 64
@@ -35,6 +35,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
+    """Applies the restrictions, then runs the candidate in the requested mode."""
     scratch, memory_mb, seconds, mode = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
     os.chdir(scratch)
     _die_with(parent=int(sys.argv[5]))
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def _module(name: str) -> dict[str, Any]:
-    """The namespace of a fresh module, where dataclasses and pickle look for it."""
+    """Returns the namespace of a new module, registered in sys.modules because dataclasses and pickle look there."""
     module = sys.modules[name] = ModuleType(name)
     return module.__dict__
 
@@ -71,7 +72,7 @@ def _execute(file: str, source: str, namespace: dict[str, Any]) -> None:
 
 
 def _function(namespace: dict[str, Any], name: str) -> Any:
-    """The function, or the method of a class Solution, as LeetCode has it."""
+    """Returns the function `name`, or the method of that name of a class Solution as in LeetCode problems."""
     if name in namespace:
         return namespace[name]
     if "Solution" in namespace and hasattr(namespace["Solution"], name):
@@ -103,7 +104,7 @@ def _drop_capabilities() -> None:
     _LIBC.capset(header, struct.pack("<6I", *[0] * 6))
 
 
-# Landlock (linux/landlock.h). The numbers of its three calls are the same on every architecture.
+# Landlock (linux/landlock.h). Its three system calls have the same numbers on every architecture.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _READ_FILE, _READ_DIR, _EXECUTE = 1 << 2, 1 << 3, 1 << 0
 _RIGHTS_BY_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}
@@ -111,7 +112,7 @@ _DIRECTORY_ONLY = _READ_DIR | ((1 << 14) - 1) & ~((1 << 4) - 1)
 
 
 def _landlock(writable: list[Path]) -> bool:
-    """Whether the kernel took it."""
+    """Restricts file access. Returns whether the kernel accepted the ruleset."""
     version = _LIBC.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if version < 1:
         return False
@@ -144,9 +145,9 @@ def _allow(ruleset: int, path: Path, rights: int) -> None:
     os.close(handle)
 
 
-# seccomp (linux/seccomp.h, linux/filter.h): a classic BPF program that the kernel asks about every system call.
-# audit architecture, then the numbers by architecture: x86_64 from arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from
-# include/uapi/asm-generic/unistd.h. The second has not been run here.
+# seccomp (linux/seccomp.h, linux/filter.h): a classic BPF program that the kernel runs for every system call.
+# The table gives the audit architecture and the call numbers per machine: x86_64 from
+# arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from include/uapi/asm-generic/unistd.h. The latter is untested.
 _ARCHITECTURES: dict[str, tuple[int, dict[str, int]]] = {
     "x86_64": (0xC000003E, {
         "socket": 41, "fork": 57, "vfork": 58, "execve": 59, "execveat": 322, "ptrace": 101, "process_vm_readv": 310,
@@ -174,7 +175,7 @@ _CLONE_THREAD = 0x00010000
 
 
 def _seccomp() -> bool:
-    """Whether the kernel took the filter."""
+    """Restricts system calls. Returns whether the kernel accepted the filter."""
     if platform.machine() not in _ARCHITECTURES:
         return False
     architecture, numbers = _ARCHITECTURES[platform.machine()]
@@ -183,13 +184,13 @@ def _seccomp() -> bool:
         (_JUMP_EQUAL, 1, 0, architecture),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER),
-        (_JUMP_GREATER, 0, 1, 0x40000000),  # x32: the same calls under other numbers
+        (_JUMP_GREATER, 0, 1, 0x40000000),  # x32 has the same calls under other numbers
         (_RETURN, 0, 0, _KILL),
     ]
     for name, number in numbers.items():
         if name not in _SPECIAL:
             program += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, _NOT_PERMITTED)]
-    # glibc falls back to clone, whose flags can be seen: threads may start, processes may not.
+    # Without clone3, glibc falls back to clone, whose flags the filter can read: threads may start, processes may not.
     program += [(_JUMP_EQUAL, 0, 1, numbers["clone3"]), (_RETURN, 0, 0, _NO_SUCH_CALL)]
     program += _when(numbers["clone"], (_JUMP_SET, 0, 1, _CLONE_THREAD))
     for name in ("kill", "tgkill"):
@@ -203,7 +204,7 @@ def _seccomp() -> bool:
 
 
 def _when(number: int, allowed: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
-    """For one system call: permitted where its first argument passes the test, else not."""
+    """Returns the instructions that permit one system call only if its first argument passes the test."""
     test = (allowed[0], 0, 1, allowed[3])
     return [
         (_JUMP_EQUAL, 0, 4, number),

@@ -1,4 +1,4 @@
-"""Starting candidates in the jail, and what became of them."""
+"""Execution of candidate programs in the jail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from . import jail
 
 JAIL = Path(jail.__file__)
 LONGEST_OUTPUT = 2**20
-"""Bytes of a candidate's output that are looked at."""
+"""Bytes of a candidate's output that are read."""
 LONGEST_MESSAGE = 200
 """Characters of an exception that a detail shows."""
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -32,17 +32,17 @@ Mode = Literal["run", "call", "check", "probe"]
 
 @dataclass(frozen=True)
 class Execution:
-    """What a candidate did."""
+    """The result of one execution of a candidate."""
 
     output: str
     value: Any
-    """What `result.json` holds; None without one."""
+    """Value in `result.json`; None if there is none."""
     failure: str | None
-    """"too slow", "killed by SIGSEGV", or the last line of the traceback; None if it ended well."""
+    """"too slow", "killed by SIGSEGV", or the last line of the traceback; None if the candidate exited normally."""
 
 
 class Sandbox:
-    """A folder of its own for one candidate, deleted at the end. Each run is a process of its own."""
+    """A temporary folder for one candidate. Each run starts a new process, and the folder is deleted at the end."""
 
     def __init__(self, settings: CodeSettings, source: str) -> None:
         self._settings = settings
@@ -58,7 +58,7 @@ class Sandbox:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, mode: Mode, *, stdin: str = "", request: dict[str, Any] | None = None) -> Execution:
-        """`run`: as a program, with `stdin`; `call` and `check`: see `jail.main`."""
+        """Runs the candidate once: as a program with `stdin` in mode `run`, as `jail` describes in other modes."""
         scratch = Path(tempfile.mkdtemp(dir=self._folder))
         (scratch / "solution.py").write_text(self._source)
         if request is not None:
@@ -82,7 +82,7 @@ class Sandbox:
 
 
 def start(settings: CodeSettings, scratch: Path, mode: Mode, stdin: Any, stdout: Any, stderr: Any) -> Any:
-    """The jail's process."""
+    """Starts the process of the jail."""
     limits = (str(settings.memory_mb), str(settings.test_seconds))
     return subprocess.Popen(
         [sys.executable, "-I", str(JAIL), str(scratch), *limits, mode, str(os.getpid())],
@@ -96,7 +96,7 @@ def start(settings: CodeSettings, scratch: Path, mode: Mode, stdin: Any, stdout:
 
 
 def check_sandbox(settings: CodeSettings) -> None:
-    """Raises UserError where this machine cannot lock a candidate in as asked."""
+    """Raises UserError if this machine cannot restrict a candidate as the settings require."""
     with tempfile.TemporaryDirectory(prefix="sandbox-") as scratch:
         process = start(settings, Path(scratch), "probe", subprocess.DEVNULL, subprocess.DEVNULL, subprocess.PIPE)
         _, errors = process.communicate()
@@ -104,12 +104,12 @@ def check_sandbox(settings: CodeSettings) -> None:
         if settings.require_landlock:
             raise UserError(
                 "reward.name: code: this kernel has no Landlock, so a program could read and write your files. Use "
-                "Linux 5.13 or newer with Landlock enabled, or accept that with reward.code.require_landlock=false"
+                "Linux 5.13 or newer with Landlock enabled, or accept the risk with reward.code.require_landlock=false"
             )
     elif process.returncode == jail.NO_SECCOMP:
         raise UserError(
             "reward.name: code: this machine does not allow seccomp filters (or is neither x86_64 nor aarch64), so a "
-            "program could use the network and start processes: grade programs elsewhere, with reward.name=remote"
+            "program could use the network and start processes. Grade programs elsewhere with reward.name=remote"
         )
     elif process.returncode != jail.LOCKED:
         last = errors.decode(errors="replace").strip().splitlines()[-1:]
@@ -118,13 +118,13 @@ def check_sandbox(settings: CodeSettings) -> None:
 
 def _result(scratch: Path) -> Any:
     try:
-        # The candidate may have put anything there: no link is followed, no pipe is waited for.
+        # The candidate may have created anything under this name, so links are not followed and pipes do not block.
         handle = os.open(scratch / "result.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(handle, "rb") as file:
             regular = stat.S_ISREG(os.fstat(handle).st_mode)
             return json.loads(file.read(LONGEST_OUTPUT))["value"] if regular else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # none was written, or the candidate wrote its own
+        return None  # there is no file, or the candidate wrote its own
 
 
 def _failure(code: int | None, errors: str) -> str | None:

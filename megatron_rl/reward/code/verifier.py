@@ -1,4 +1,4 @@
-"""The code verifier: a response's last Python block against the label's tests."""
+"""The code verifier: runs the last Python block of a response against the tests of the label."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _LANGUAGES = ("", "python", "python3", "py")
 
 
 class CodeReward:
-    """1 if the last complete ``` block passes every test, else 0. Making one raises UserError without a sandbox."""
+    """Scores 1 if the last complete ``` block passes every test, and 0 otherwise.
+
+    The constructor raises UserError if this machine has no working sandbox.
+    """
 
     def __init__(self, settings: RewardSettings) -> None:
         self._settings = settings.code
@@ -36,7 +39,7 @@ class CodeReward:
 
 
 def last_block(text: str) -> str | None:
-    """What the last complete fenced block in Python, or in no stated language, holds."""
+    """Returns the content of the last complete fenced block in Python or without a stated language."""
     found, opened = None, None
     for fence in _FENCE.finditer(text):
         if opened is None:
@@ -49,7 +52,7 @@ def last_block(text: str) -> str | None:
 
 
 def _problem(sandbox: Sandbox, case: Case) -> str | None:
-    """What is wrong with the candidate, None if it passes."""
+    """Returns why the candidate fails the test case, or None if it passes."""
     match case:
         case Program(stdin, _):
             done = sandbox.run("run", stdin=stdin)
@@ -58,6 +61,6 @@ def _problem(sandbox: Sandbox, case: Case) -> str | None:
             done = sandbox.run("call", request={"function": function, "arguments": arguments})
             return done.failure or (None if passes(case, "", done.value) else "wrong result")
         case Check(tests):
-            token = secrets.token_hex(16)  # a candidate that leaves before the tests are through does not know it
+            token = secrets.token_hex(16)  # unknown to a candidate that exits before the tests have finished
             done = sandbox.run("check", request={"tests": tests, "token": token})
-            return done.failure or (None if done.value == token else "left before the tests were through")
+            return done.failure or (None if done.value == token else "exited before the tests had finished")

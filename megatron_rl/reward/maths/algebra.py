@@ -1,4 +1,4 @@
-"""Comparing two expressions: numbers to fifty digits, everything else by math-verify."""
+"""Comparison of two expressions: numbers to fifty digits, everything else by math-verify."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from math_verify import LatexExtractionConfig, parse, verify
 
 from .numbers import close
 
-# math-verify warns once per process that its timeouts are off, as they are here on purpose.
+# math-verify warns once per process that its timeouts are off. They are off here on purpose.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 LONGEST = 600
-"""Characters; the parser's time grows with the square of the length, and no label comes near it."""
+"""Longest text in characters. The parser's time grows with the square of the length, and labels are far shorter."""
 DEEPEST_BRACES, DEEPEST_PARENTHESES = 20, 7
-"""The parser backtracks: each further pair of parentheses doubles its time."""
+"""Deepest nesting. The parser backtracks, so each further pair of parentheses doubles its time."""
 LARGEST_BITS = 100_000.0
 MOST_TERMS = 2_000
-"""Of a power of a sum, expanded."""
+"""Most terms of an expanded power of a sum."""
 DIGITS = 60
 AGREEING_DIGITS = 50
 
-# Units are taken off before: by math-verify's own list `2c` is 2, and `5 \text{ km}` the same as `5 \text{ m}`.
+# Units are removed before parsing: with math-verify's own units, `2c` is 2, and `5 \text{ km}` equals `5 \text{ m}`.
 _READING = [
     LatexExtractionConfig(
         normalization_config=NormalizationConfig(
@@ -40,12 +40,15 @@ _IMAGINARY = re.compile(r"(?<![a-zA-Z\\])i(?![a-zA-Z])")
 
 
 class TooLarge(ValueError):
-    """An expression that would take too long to read or to work out."""
+    """An expression that would take too long to parse or to evaluate."""
 
 
 @lru_cache(maxsize=4096)
 def read(text: str) -> Any:
-    """math-verify's reading: an expression, or the text itself where it finds none. Raises TooLarge."""
+    """Parses a text with math-verify and returns the expression, or the text itself if it finds none.
+
+    Raises TooLarge if parsing or evaluating the text would take too long.
+    """
     if len(text) > LONGEST or _depth(text, "{", "}") > DEEPEST_BRACES:
         raise TooLarge("too long or too deeply nested")
     if _depth(text, "([", ")]") > DEEPEST_PARENTHESES:
@@ -58,22 +61,25 @@ def read(text: str) -> Any:
 
 
 def same_expression(gold: Any, answer: Any, scale: Fraction) -> bool:
-    """Whether `answer` times `scale` is `gold`; both as `read` returns them."""
+    """Returns whether `answer` times `scale` equals `gold`. Both are results of `read`."""
     a, b = _as_number(gold), _as_number(answer)
     if a is not None and b is not None:
         return _same_value(a, b * sympy.Rational(scale.numerator, scale.denominator))
     if scale != 1:
         return False
-    # The order matters: the label decides what a pair, an interval or an equation means.
+    # The order matters: the label decides between the meanings of a pair, an interval or an equation.
     return bool(verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None))
 
 
 def size(expression: sympy.Basic) -> float:
-    """Upper bound of |log2| of a number's value (0 for what is none). Raises TooLarge where it would not fit."""
+    """Returns an upper bound of |log2| of a number's value.
+
+    Raises TooLarge if the value of the expression or of a part of it would be too large to compute.
+    """
     parts = [size(argument) for argument in expression.args if isinstance(argument, sympy.Basic)]
     bits = _bits(expression, parts)
     if not bits <= LARGEST_BITS:
-        raise TooLarge("a number or a power too large to work out")
+        raise TooLarge("a number or a power too large to compute")
     return bits
 
 
@@ -104,7 +110,10 @@ def _power_bits(power: sympy.Pow, base_bits: float, exponent_bits: float) -> flo
 
 
 def _as_number(expression: Any) -> sympy.Expr | None:
-    """The expression if it is a number; `i`, which is read as a name, is the imaginary unit where it is alone."""
+    """Returns the expression if it is a number, and None otherwise.
+
+    The parser reads `i` as a variable; it counts as the imaginary unit if it is the only one.
+    """
     if isinstance(expression, sympy.Equality) and isinstance(expression.lhs, sympy.Symbol):
         return None
     if not isinstance(expression, sympy.Expr):

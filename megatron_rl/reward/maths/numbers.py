@@ -1,4 +1,4 @@
-"""Plain numbers, exactly: most labels are one, and none of them needs a computer algebra system."""
+"""Exact reading of plain numbers. Most labels are plain numbers, which need no computer algebra system."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fractions import Fraction
 from .text import ungrouped
 
 TOLERANCE = Fraction(1, 10**6)
-"""A decimal may be off by one unit of its sixth decimal, or of its sixth significant digit below 0.1."""
+"""Tolerance for decimals: one unit of the sixth decimal, or of the sixth significant digit below 0.1."""
 _LARGEST_EXPONENT = 400
 _DECIMAL = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 _FORMS = [
@@ -29,15 +29,15 @@ _FORMS = [
 
 @dataclass(frozen=True)
 class Number:
-    """A number and how it was written."""
+    """A number and its notation."""
 
     value: Fraction
     is_decimal: bool
-    """Written with a decimal point, so perhaps rounded."""
+    """Whether the number was written with a decimal point and may therefore be rounded."""
 
 
 def read_number(text: str) -> Number | None:
-    """An integer, decimal, fraction, mixed number or power of ten; None for anything else."""
+    """Reads an integer, decimal, fraction, mixed number or power of ten. Returns None for anything else."""
     text = ungrouped(text)
     for form in _FORMS:
         if match := form.fullmatch(text):
@@ -47,12 +47,12 @@ def read_number(text: str) -> Number | None:
 
 
 def same_number(a: Number, b: Number) -> bool:
-    """Equal, or one of them a decimal that rounds to the other."""
+    """Returns whether the numbers are equal, or one is a decimal that equals the other within `TOLERANCE`."""
     return a.value == b.value or ((a.is_decimal or b.is_decimal) and close(a.value, b.value))
 
 
 def close(a: Fraction, b: Fraction) -> bool:
-    """Within `TOLERANCE`."""
+    """Returns whether the values agree within `TOLERANCE`."""
     unit, larger = TOLERANCE, max(abs(a), abs(b))
     while unit and larger and larger * 10 < 1:
         unit, larger = unit / 10, larger * 10

@@ -1,4 +1,4 @@
-"""One spelling for what LaTeX writes in many ways. Every rule here keeps the meaning."""
+"""Normalisation of LaTeX to one spelling. Every rule here preserves the meaning."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ _RULES = [
         (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"^(.*)\\over(?![a-z])(.*)$", r"\\frac{\1}{\2}"),
         (r"^\\text\s*\{\s*([-\d.,]+) ([^{}\d]*)\}$", r"\1\\text{ \2}"),
-        # math-verify has plans of its own for these two letters, and forgets their index.
+        # math-verify gives these two letters meanings of its own and drops their index.
         (r"(?<![a-zA-Z\\])E_", r"\\Xi_"),
         (r"(?<![a-zA-Z\\])I_", r"\\Upsilon_"),
         (r"^\s*[a-zA-Z]\s*\\in(?![a-z])", ""),
-        # An angle in degrees as the argument of a function; elsewhere the sign is a unit.
+        # A degree sign in the argument of a function. Elsewhere the degree sign is a unit.
         (
             r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?-?\d+\}?)?)\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?\s*[)}]?",
             r"\1(\\frac{\2\\pi}{180})",
@@ -68,7 +68,7 @@ _CHOICE = re.compile(r"\(?([A-Z])[).]?")
 
 
 def normalise(latex: str) -> str:
-    """The same mathematics with one spelling: fonts, spaces, Unicode signs, degrees inside functions."""
+    """Returns the same mathematics in one spelling of fonts, spaces, Unicode signs and degrees inside functions."""
     text = latex.translate(_CHARACTERS)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
@@ -76,19 +76,19 @@ def normalise(latex: str) -> str:
 
 
 def ungrouped(text: str) -> str:
-    """`1,234,567` and `1 234 567` without their separators; anything else as it is."""
+    """Removes the separators of `1,234,567` and `1 234 567`. Returns any other text unchanged."""
     return re.sub(r"[, ]", "", text) if _GROUPED_DIGITS.fullmatch(text) else text
 
 
 def has_stray_digits(text: str) -> bool:
-    """Whether numbers stand side by side (`3 4 5`), which means nothing; parsers guess a sum or a product."""
+    """Returns whether numbers stand side by side (`3 4 5`). This has no meaning, but parsers guess a sum or product."""
     return _STRAY_DIGITS.search(ungrouped(text)) is not None
 
 
 def words(text: str) -> str | None:
-    r"""The answer as plain words, lower case, or None: `\text{Tuesday}`, `even`, the choice `(B)`.
+    r"""Returns the answer as plain words in lower case (`\text{Tuesday}`, `even`, the choice `(B)`), or None.
 
-    Outside of a text command, up to three letters are rather a product of variables.
+    Outside of a text command, up to three letters count as a product of variables.
     """
     plain = _FONT.sub(r"\1", text).strip()
     if choice := _CHOICE.fullmatch(plain):
@@ -100,13 +100,13 @@ def words(text: str) -> str | None:
 
 
 def bare(text: str) -> str:
-    """Without fonts, needless braces and spaces: what is equal then was only typeset differently."""
+    """Removes fonts, redundant braces and spaces. Texts that are then equal differed in typesetting only."""
     text = re.sub(r"\{(\w)\}", r"\1", _FONT.sub(r"\1", text))
     return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
 def _unwrapped(text: str) -> str:
-    """Without what surrounds an answer: spaces, a final full stop, one pair of braces."""
+    """Removes what may surround an answer: spaces, a final full stop, one pair of braces."""
     text = text.strip()
     text = text[:-1].strip() if text.endswith(".") else text
     inner = text[1:-1]

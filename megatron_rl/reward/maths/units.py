@@ -1,4 +1,4 @@
-"""Taking the unit off an answer, and whether two units are of one kind."""
+"""Units of answers: separation of the number from its unit, and conversion between units of the same kind."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _NOT_A_UNIT = re.compile(r"\b(?:or|and|not|no|more|less|least|most|than|about|be
 
 @dataclass(frozen=True)
 class Unit:
-    """What an answer is measured in."""
+    """The unit of an answer."""
 
     name: str
     kinds: dict[str, int] = field(default_factory=dict)
-    """Kind of quantity -> power; empty for a unit that is only a word."""
+    """Power of each kind of quantity; empty for a word that is no known unit."""
     factor: Fraction = Fraction(1)
-    """How many of the kind's base unit it is."""
+    """Size of the unit in base units of its kinds."""
 
 
 PERCENT = Unit("percent", {"share": 1}, Fraction(1, 100))
@@ -50,7 +50,11 @@ DEGREE = Unit("degree", {"angle": 1})
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
-    r"""`5 \text{ cm}` -> `5` and centimetres; `9\%`, `90^\circ`, `\$5` and `101_2` alike. Text without one as it is."""
+    r"""Separates a text from its unit: `5 \text{ cm}` -> `5` and centimetres.
+
+    Percent signs (`9\%`), degrees (`90^\circ`), currencies (`\$5`) and number bases (`101_2`) count as units. A text
+    without a unit is returned unchanged with None.
+    """
     for pattern, unit in ((_PERCENT, PERCENT), (_DEGREE, DEGREE)):
         if (match := pattern.search(text)) and match.start():
             return text[: match.start()].strip(), unit
@@ -69,7 +73,10 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 def in_radians(
     gold: tuple[str, Unit | None], answer: tuple[str, Unit | None]
 ) -> tuple[tuple[str, Unit | None], tuple[str, Unit | None]]:
-    r"""Both as they are, unless one is in degrees and the other names no unit but \pi: then the first is converted."""
+    r"""Converts the side in degrees to radians if the other side contains \pi and has no unit.
+
+    Otherwise both sides are returned unchanged.
+    """
     if gold[1] == DEGREE and not answer[1] and r"\pi" in answer[0]:
         return (rf"\frac{{\pi}}{{180}}\cdot({gold[0]})", None), answer
     if answer[1] == DEGREE and not gold[1] and r"\pi" in gold[0]:
@@ -78,7 +85,7 @@ def in_radians(
 
 
 def read_unit(name: str, power: str) -> Unit | None:
-    """`square cm`, `cm` with power `^2`, `m/s`; words that name no known unit stay words."""
+    """Reads a unit such as `square cm`, `cm` with power `^2` or `m/s`. An unknown word becomes a unit without kinds."""
     text = name.strip().lower().rstrip(".")
     exponent = int(power.strip("^{} ") or 1)
     for word, meant in (("square", 2), ("sq", 2), ("cubic", 3)):

@@ -1,4 +1,4 @@
-r"""The maths verifier: the last \boxed{} of a response against the label."""
+r"""The maths verifier: compares the last \boxed{} of a response with the label."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from fractions import Fraction
 from functools import lru_cache
 
 from megatron_rl.types import RewardResult, Sample
+from megatron_rl.utils.boxed import last_boxed
 
-from .boxed import last_boxed
 from .numbers import Number, read_number, same_number
 from .text import bare, has_stray_digits, normalise, words
 from .units import PERCENT, Unit, in_radians, split_unit
 
 LONGEST_KEPT = 200
-"""Characters of an answer that go into results and dumps."""
+"""Characters of an answer that results and dumps keep."""
 HOPELESS = 10_000
-"""Characters beyond which an answer is not even normalised."""
+"""Characters above which an answer is not even normalised."""
 
 
 def verify_maths(sample: Sample) -> RewardResult:
-    r"""1 if what the last complete `\boxed{}` holds equals the label as mathematics, else 0.
+    r"""Returns score 1 if the content of the last complete `\boxed{}` equals the label as mathematics, and 0 otherwise.
 
-    The label is a number, plain LaTeX or LaTeX with its own box; ValueError if there is nothing in it. A response
-    without a complete box scores 0 however it ends. Some comparisons never end: the caller bounds the time, as
-    `RewardPool` does by ending the process. math-verify's own timeouts are off: they need SIGALRM, and would count a
-    timeout as a wrong answer. Conventions (units, percent, decimals, lists): docs/rewards.md.
+    The label is a number, plain LaTeX or LaTeX with its own box. Raises ValueError if the label is empty. A response
+    without a complete box scores 0, truncated or not. Some comparisons never end, so the caller must limit the time, as
+    `RewardPool` does by killing the process. The timeouts of math-verify are off: they need SIGALRM and would count a
+    timeout as a wrong answer. docs/rewards.md states the conventions for units, percent, decimals and lists.
     """
     gold = _read_label(sample.prompt.label)
     answer = last_boxed(sample.text)
@@ -36,7 +36,10 @@ def verify_maths(sample: Sample) -> RewardResult:
 
 @lru_cache(maxsize=4096)
 def _judge(gold: str, answer: str) -> str:
-    """Cached: the responses to one prompt mostly give one of few answers."""
+    """Compares label and answer, and returns "correct" or the reason for score 0.
+
+    Results are cached because the responses to one prompt share few distinct answers.
+    """
     gold, answer = normalise(gold), normalise(answer)
     if not any(character.isalnum() for character in answer) and answer != gold and r"\{\}" not in answer:
         return "unreadable answer"
@@ -59,7 +62,7 @@ def _judge(gold: str, answer: str) -> str:
 
 
 def _compare(gold: str, answer: str, scales: list[Fraction]) -> str:
-    from .algebra import TooLarge, read, same_expression  # sympy takes a second to import: a pool may never need it
+    from .algebra import TooLarge, read, same_expression  # sympy takes a second to import, and a pool may never need it
 
     try:
         left, right = read(gold), read(answer)
@@ -69,7 +72,7 @@ def _compare(gold: str, answer: str, scales: list[Fraction]) -> str:
 
 
 def _contradict(gold: str, answer: str) -> bool:
-    """What math-verify overlooks: a pair is no set, and a derivative is not its function."""
+    """Returns whether the two differ in a way that math-verify overlooks: pair and set, derivative and function."""
     pair, braces = ("(", ")"), (r"\{", r"\}")
     for one, other in ((gold, answer), (answer, gold)):
         if one.startswith(pair[0]) and one.endswith(pair[1]) and other.startswith(braces[0]) and "(" not in other:
@@ -78,7 +81,10 @@ def _contradict(gold: str, answer: str) -> bool:
 
 
 def _scales(gold: Unit | None, answer: Unit | None) -> list[Fraction]:
-    """What the answer's number may be multiplied with before it is compared; empty where the units contradict."""
+    """Returns the factors by which the answer may be multiplied before the comparison.
+
+    The list is empty if the units contradict each other.
+    """
     if gold and answer and gold.kinds and answer.kinds:
         return [answer.factor / gold.factor] if gold.kinds == answer.kinds else []
     if PERCENT in (gold, answer):

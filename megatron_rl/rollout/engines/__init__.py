@@ -1,1 +1,1 @@
-"""The engine interface, and one folder for each rollout engine."""
+"""The interface of a rollout engine, and one folder for each engine."""

@@ -1,9 +1,9 @@
-"""Runs a command, and ends it with all its children when the process that started the guard is gone.
+"""Runs a command, and ends it with all its children once the process that started the guard has ended.
 
-Run as a file, `guard.py COMMAND...`; it needs nothing of this package. Started as the leader of a process group, with
-a pipe as standard input that nobody writes to: it closes when its owner ends, however that happens. Servers fork; none
-of their processes may outlive a run and keep a GPU. The guard is two processes: Ray kills a worker's children when it
-ends that worker, but not their children.
+The guard runs as a file, `guard.py COMMAND...`, and needs nothing else of this package. It is started as the leader of
+a process group, with a pipe as standard input to which nothing is written: the pipe closes when the owner ends, however
+that happens. Servers fork, and none of their processes may outlive a run and keep a GPU. The guard consists of two
+processes, since Ray kills the children of a worker that it ends, but not their children.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import sys
 import threading
 
 GRACE_SECONDS = 5.0
-"""From asking the command to end to killing what is left of it."""
+"""Time between the request to end and killing what is left."""
 
 
 def main(command: list[str]) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the group gets one from us below
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends us in order
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the guard itself sends one to its group below
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends the guard in order
     if watcher := os.fork():
         os.waitpid(watcher, 0)
         os.killpg(0, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Whether a server is still there.
+"""Whether a server is still alive.
 
-It is given up (`EngineLost`) when its process ends, when it gives no sign of life, or when it fails to answer one
-request again and again. Whoever owns it then replaces it whole: nothing of it is used again.
+A server is given up (`EngineLost`) when its process ends, when it gives no sign of life, or when one request to it
+fails several times. Its owner then replaces the whole server and uses nothing of it again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 
 class Liveness:
-    """Of one server, from its start. Made within the event loop that it is waited for in."""
+    """Liveness of one server from its start. Must be made within the event loop that waits for the server."""
 
     def __init__(self) -> None:
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._watches: list[asyncio.Task[None]] = []
 
     async def begin(self, alive: Callable[[], Awaitable[None]], timeout_seconds: float) -> None:
-        """Return with its first sign of life. Raises EngineLost when there is none in time."""
+        """Returns at the server's first sign of life. Raises EngineLost if there is none in time."""
         await self.while_there(self._first_sign(alive, timeout_seconds))
 
     def end(self) -> None:
@@ -35,15 +35,15 @@ class Liveness:
         for watch in self._watches:
             watch.cancel()
 
-    def lose(self, why: str) -> EngineLost:
-        """Give the server up: whoever waits for it is told. Returns what to raise."""
+    def lose(self, reason: str) -> EngineLost:
+        """Gives the server up, which ends every wait for it. Returns the error to raise."""
         if not self._lost.done():
-            log(f"given up: {why}")
-            self._lost.set_result(why)
+            log(f"given up: {reason}")
+            self._lost.set_result(reason)
         return EngineLost(self._lost.result())
 
     async def while_there(self, work: Awaitable[T]) -> T:
-        """The work's result; EngineLost as soon as the server is given up."""
+        """Returns the work's result; raises EngineLost as soon as the server is given up."""
         task = asyncio.ensure_future(work)
         either: set[asyncio.Future[Any]] = {task, self._lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -53,7 +53,7 @@ class Liveness:
         raise EngineLost(self._lost.result())
 
     async def until_lost(self) -> None:
-        """Raises EngineLost when it is given up, and does nothing else."""
+        """Raises EngineLost once the server is given up; never returns."""
         raise EngineLost(await asyncio.shield(self._lost))
 
     # ------------------------------------------------------------------ signs of life
@@ -68,7 +68,8 @@ class Liveness:
         progress_deadline: Callable[[], float],
         doing: Callable[[], str],
     ) -> None:
-        """patience: seconds that it may be silent now: hang_seconds, or more. doing: for this process's own
+        """hang_seconds: time limit of one call of `alive`. progress_deadline: returns the seconds for which the server
+        may be silent at present, `hang_seconds` or more. doing: describes the work under way, for this process's own
         heartbeat."""
         self._watch(self._lose_when_silent(alive, hang_seconds, progress_deadline, doing))
 
@@ -112,5 +113,5 @@ class Liveness:
 
 
 def log(line: str) -> None:
-    """To this process's output, which is its file in the run's folder."""
+    """Prints to this process's output, which is its log file in the run's folder."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)

@@ -1,7 +1,6 @@
-"""sglang-router in front of SGLang servers: requests go to it, and it passes each on to one of them.
+"""sglang-router in front of SGLang servers: the router passes each request on to one of them.
 
-What is not a request (pauses, weights, health) goes to each server directly: see `HttpEngine`. As of sglang-router
-0.3.2.
+All other calls (pauses, weights, health) go to each server directly: see `HttpEngine`. Written for sglang-router 0.3.2.
 """
 
 from __future__ import annotations
@@ -15,39 +14,33 @@ from collections.abc import Collection, Sequence
 
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.engines.interface import LOOPBACK, Address
 from megatron_rl.rollout.engines.sglang.server import SglangServer
 from megatron_rl.rollout.servers.liveness import Liveness, log
-from megatron_rl.rollout.servers.requests import Requests
-from megatron_rl.rollout.servers.server import (
-    KEY_VARIABLE,
-    LOOPBACK,
-    Address,
-    HttpClient,
-    ServerRefused,
-    ServerUnavailable,
-)
+from megatron_rl.rollout.servers.requests import ServerRequests
+from megatron_rl.rollout.servers.server import KEY_VARIABLE, HttpClient, ServerRefused, ServerUnavailable
 from megatron_rl.rollout.servers.server_process import ServerProcess, free_port
-from megatron_rl.types import Generation, SamplingParams
+from megatron_rl.types import Response, SamplingParams
 
 CONTROL_SECONDS = 60.0
-"""Longest time for a call that computes nothing, and for servers to be taken in."""
+"""Time limit of a call without computation, and of registering servers."""
 ABORT_SECONDS = 5.0
-"""Longest time that one server's answer to an abort is waited for."""
+"""Time limit of one server's answer to an abort."""
 LEFT_BEHIND_SECONDS = 10.0
-"""After this, what does not come back when all is cut is with a server that is gone."""
+"""Time after which an aborted request that has not returned counts as lost with its server."""
 
-_IS_THERE = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang_router') is None)"
+_CHECK_INSTALLED = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang_router') is None)"
 _LAUNCH = f"""
 import os, sys
 from sglang_router.launch_router import launch_router, parse_router_args
 key = "run:run:admin:" + os.environ.pop("{KEY_VARIABLE}")
 launch_router(parse_router_args([*sys.argv[1:], "--control-plane-api-keys", key]))
 """
-"""Its key is taken from the environment: a list of processes, with their command lines, is public."""
+"""The key is taken from the environment, since command lines are public in the list of processes."""
 
 
 def command(settings: ServerSettings, port: int, metrics_port: int) -> list[str]:
-    """The command line. That servers are well is judged by us alone: while they take weights, the router could not."""
+    """The command line. Health checks are left to the engines: the router would misjudge servers that load weights."""
     arguments = {
         "--host": LOOPBACK,
         "--port": str(port),
@@ -63,27 +56,29 @@ def command(settings: ServerSettings, port: int, metrics_port: int) -> list[str]
 
 
 class Router:
-    """What generates, of a `RolloutEngine`, for all servers together; each method a coroutine. It has no servers, and
+    """Implements `RequestRouter` with coroutines: samples responses with all servers together. It has no servers, and
     is paused, until the first `serve`."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._process: ServerProcess | None = None
 
-    # ------------------------------------------------------------------ its life
+    # ------------------------------------------------------------------ start and end
 
     async def start(self) -> None:
-        """Return when it answers. Raises EngineLost when it does not, UserError when it is not installed."""
+        """Returns once the router answers. Raises EngineLost if it does not, UserError if it is not installed."""
         self._liveness = Liveness()
         await _check_installed(self._settings)
         port, key = free_port(), secrets.token_hex(16)
         address = Address(f"http://{LOOPBACK}:{port}", key)
         line = command(self._settings, port, free_port())
-        environment = {KEY_VARIABLE: key} | dict.fromkeys(("NO_PROXY", "no_proxy"), "*")  # none between it and servers
+        environment = {KEY_VARIABLE: key} | dict.fromkeys(
+            ("NO_PROXY", "no_proxy"), "*"
+        )  # no proxy between router and servers
         self._process = await ServerProcess.start(line, environment)
         self._liveness.lose_at_end_of(self._process)
         self._servers = RoutedServers(address)
-        self._requests = Requests(self._servers, self._settings, self._liveness, ServerUnavailable)
+        self._requests = ServerRequests(self._servers, self._settings, self._liveness, ServerUnavailable)
         await self._liveness.begin(self._servers.alive, self._settings.start_timeout_seconds)
         hang_seconds = self._settings.hang_seconds
         self._liveness.lose_when_silent(
@@ -92,7 +87,7 @@ class Router:
         log(f"sglang-router answers at {address.url}")
 
     async def close(self) -> None:
-        """Returns when its processes are gone."""
+        """Ends the router; returns once its processes have ended."""
         self._liveness.end()
         if self._process:
             await self._process.stop()
@@ -101,14 +96,13 @@ class Router:
     # ------------------------------------------------------------------ requests
 
     async def serve(self, servers: Sequence[Address], version: int) -> set[str]:
-        """Pass requests on to these servers, all of which have the weights of this version; wait while there is none.
-        Returns the URLs of those that the router could reach. Raises EngineLost."""
+        """See `RequestRouter`. Without servers, requests wait."""
         known = self._servers.urls
         try:
             reached = await self._liveness.while_there(self._servers.become(servers))
         except (ServerUnavailable, ServerRefused) as error:
-            raise self._liveness.lose(f"it took no servers: {error}") from error
-        if known - reached and self._settings.urls:  # those that are ours were ended, and their requests with them
+            raise self._liveness.lose(f"it cannot register servers: {error}") from error
+        if known - reached and self._settings.urls:  # a server that the run started is ended with its requests
             await self._requests.pause(LEFT_BEHIND_SECONDS)
         self._requests.version = version
         if reached:
@@ -121,23 +115,23 @@ class Router:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
-        begun: Sequence[Sequence[Generation]] = (),
-        enough: int | None = None,
-    ) -> list[list[Generation]]:
+        partial: Sequence[Sequence[Response]] = (),
+        min_groups: int | None = None,
+    ) -> list[list[Response]]:
         """See `RolloutEngine`."""
-        return await self._requests.generate(prompts, sampling, begun)
+        return await self._requests.generate(prompts, sampling, partial)
 
-    async def cut(self) -> None:
+    async def abort(self) -> None:
         """See `RolloutEngine`."""
-        await self._requests.cut()
+        await self._requests.abort()
 
     async def pause(self) -> None:
-        """Cut what is under way, wherever it is; it goes on after the next `serve`."""
+        """Aborts the requests under way in all servers; they continue after the next `serve`."""
         await self._requests.pause()
 
 
 class RoutedServers:
-    """Several servers as one; what `Requests` needs of a server."""
+    """Several servers behind the router. Implements `RequestServer`."""
 
     def __init__(self, router: Address) -> None:
         self._control = HttpClient(router)
@@ -151,13 +145,11 @@ class RoutedServers:
     async def alive(self) -> None:
         await self._control.get("/liveness", timeout_seconds=CONTROL_SECONDS)
 
-    async def generate(
-        self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
-    ) -> list[Generation]:
+    async def generate(self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float) -> list[Response]:
         return await self._data.generate(prompt, sampling, timeout_seconds)
 
     async def abort_all(self) -> None:
-        """By each of the servers. One that does not answer has its own watch."""
+        """Aborts in each server. A server that does not answer is watched by its own engine."""
         aborts = [asyncio.create_task(server.abort_all()) for server in self._servers.values()]
         if aborts:
             done, late = await asyncio.wait(aborts, timeout=ABORT_SECONDS)
@@ -168,7 +160,7 @@ class RoutedServers:
                     log(f"not aborted: {error}")
 
     async def become(self, servers: Sequence[Address]) -> set[str]:
-        """Have the router know these and no others. Returns the URLs of those that it could reach in time."""
+        """Registers these servers with the router, and no others. Returns the URLs that the router reached in time."""
         wanted = {server.url: server for server in servers}
         known = await self._known()
         for url in known.keys() - wanted.keys():
@@ -183,14 +175,14 @@ class RoutedServers:
         return reached
 
     async def _until_known(self, urls: Collection[str]) -> set[str]:
-        """It takes servers in, and lets them go, when it comes to it."""
+        """Waits for the router, which adds and removes servers in the background."""
         deadline = time.monotonic() + CONTROL_SECONDS
         while (known := await self._known()).keys() != set(urls) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         return known.keys() & set(urls)
 
     async def _known(self) -> dict[str, str]:
-        """URL -> the router's own name for it."""
+        """The router's own name for each URL."""
         answer = await self._control.get("/workers", timeout_seconds=CONTROL_SECONDS)
         return {worker["url"]: worker["id"] for worker in answer["workers"] if worker["is_healthy"]}
 
@@ -205,9 +197,10 @@ def _interpreter(settings: ServerSettings) -> str:
 
 
 async def _check_installed(settings: ServerSettings) -> None:
-    process = await asyncio.create_subprocess_exec(_interpreter(settings), "-c", _IS_THERE)
+    process = await asyncio.create_subprocess_exec(_interpreter(settings), "-c", _CHECK_INSTALLED)
     if await process.wait():
+        python = _interpreter(settings)
         raise UserError(
-            f"rollout.server.router: {settings.router} needs sglang-router, which {_interpreter(settings)} has not: "
-            f"{_interpreter(settings)} -m pip install sglang-router"
+            f"rollout.server.router: {settings.router} needs sglang-router, which is not installed for {python}: "
+            f"{python} -m pip install sglang-router"
         )

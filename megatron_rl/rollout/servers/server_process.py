@@ -1,4 +1,4 @@
-"""A server's processes: started together, ended together."""
+"""The processes of a server, started together and ended together."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from contextlib import suppress
 
 import psutil
 
+from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.rollout.servers import guard
 
 PORTS = range(20_000, 32_000)
-"""Above Ray's, and below those that Linux gives to outgoing connections: a server takes seconds to bind its port, in
-which one of those would be taken."""
+"""Ports above Ray's, and below those that Linux gives to outgoing connections: a server binds its port seconds after it
+was chosen, and an outgoing connection could take the port meanwhile."""
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """One at an address of this machine. Raises OSError where none is found."""
+def free_port(host: str = LOOPBACK) -> int:
+    """Returns a free port at an address of this machine. Raises OSError if none is found."""
     for port in random.SystemRandom().sample(PORTS, 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind((host, port))
             return port
-    raise OSError(f"of the ports {PORTS.start} to {PORTS.stop - 1}, 100 were tried and none was free")
+    raise OSError(f"100 ports between {PORTS.start} and {PORTS.stop - 1} were tried, and none was free")
 
 
 class ServerProcess:
-    """A command under `guard`. What it prints goes where this process's output goes."""
+    """A command under `guard`. Its output goes where this process's output goes."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -50,11 +51,11 @@ class ServerProcess:
         return self._process.returncode is None
 
     async def ended(self) -> None:
-        """Return when it has ended, whoever ended it."""
+        """Returns once the process has ended, whatever the cause."""
         await self._process.wait()
 
     async def stop(self) -> None:
-        """End it; returns when none of its processes is left."""
+        """Ends the command; returns once none of its processes is left."""
         tree = self._tree()  # a server may have processes in groups of their own
         if self.running and self._process.stdin is not None:
             self._process.stdin.close()

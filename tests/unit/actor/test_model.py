@@ -1,4 +1,4 @@
-"""What the plug-in modules do by themselves, and what a built stage promises its optimizer."""
+"""The modules that plug into Megatron, and the properties of a built stage that its optimizer relies on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.actor.model.attention import SDPAttention
-from megatron_rl.actor.model.norm import RMSNorm
+from megatron_rl.actor.model.layers import RMSNorm
 from megatron_rl.actor.model.policy import build_model
 from megatron_rl.actor.optimizer.distributed import wrap_ddp
 from megatron_rl.parallel.layout import Layout
@@ -24,7 +24,7 @@ CONFIG = config_json("qwen3", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
+def single_rank() -> Iterator[None]:
     with only_rank():
         yield
 
@@ -43,26 +43,26 @@ def stage(dtype: torch.dtype = torch.float32) -> GPTModel:
     return model
 
 
-def test_packed_sequences_do_not_see_each_other() -> None:
+def test_packed_sequences_do_not_attend_to_each_other() -> None:
     model, lengths = stage(), (5, 3, 9)
     tokens = torch.randint(0, 50, (sum(lengths),))
     bounds = torch.tensor([0, 5, 8, 17], dtype=torch.int32)
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=9, max_seqlen_kv=9
     )
-    together = model(tokens[None], None, None, packed_seq_params=packed)[0]
-    alone = torch.cat([model(part[None], None, None)[0] for part in tokens.split(lengths)])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    packed_logits = model(tokens[None], None, None, packed_seq_params=packed)[0]
+    separate_logits = torch.cat([model(part[None], None, None)[0] for part in tokens.split(lengths)])
+    torch.testing.assert_close(packed_logits, separate_logits, atol=1e-5, rtol=1e-5)
 
 
-def test_padding_on_the_right_changes_nothing_before_it() -> None:
+def test_padding_on_the_right_does_not_change_earlier_logits() -> None:
     model = stage()
     tokens = torch.randint(0, 50, (2, 12))
-    whole, cut = model(tokens, None, None), model(tokens[:, :7], None, None)
-    torch.testing.assert_close(whole[:, :7], cut, atol=1e-5, rtol=1e-5)
+    full, shortened = model(tokens, None, None), model(tokens[:, :7], None, None)
+    torch.testing.assert_close(full[:, :7], shortened, atol=1e-5, rtol=1e-5)
 
 
-def test_attention_refuses_what_it_does_not_do() -> None:
+def test_attention_refuses_dropout_and_masks() -> None:
     with pytest.raises(ValueError, match="dropout"):
         SDPAttention(config(attention_dropout=0.1), layer_number=1)
     query = torch.zeros(3, 1, 4, 8)
@@ -70,14 +70,14 @@ def test_attention_refuses_what_it_does_not_do() -> None:
         SDPAttention(config(), layer_number=1)(query, query, query, torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
-def test_norm_carries_the_sequence_parallel_mark() -> None:
+def test_norm_weights_carry_the_sequence_parallel_mark() -> None:
     settings = config(sequence_parallel=True, tensor_model_parallel_size=2, params_dtype=torch.bfloat16)
     norm = RMSNorm(settings, hidden_size=32, eps=1e-6)
     assert getattr(norm.weight, "sequence_parallel", None) is True
     assert norm.weight.dtype == torch.bfloat16
 
 
-def test_a_stage_is_of_one_dtype() -> None:
+def test_all_parameters_of_a_stage_have_one_dtype() -> None:
     assert {parameter.dtype for parameter in stage(torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
@@ -87,8 +87,8 @@ def test_matrices_are_marked_as_shards_and_norms_are_not() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_optimizer_step_is_that_of_adamw(dtype: torch.dtype) -> None:
-    """The optimizer and clipping shims, against torch: clipped gradients, AdamW on fp32 main weights."""
+def test_optimizer_steps_equal_those_of_torch_adamw(dtype: torch.dtype) -> None:
+    """Compares Megatron's optimizer and clipping on CPU with torch: clipped gradients, AdamW on fp32 main weights."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     model = stage(dtype)

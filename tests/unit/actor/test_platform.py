@@ -15,7 +15,7 @@ from megatron_rl.errors import UserError
 
 @pytest.fixture
 def retargeted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The functions that would have been made to name the CPU, in a process where none has been yet."""
+    """Records the functions that `prepare` would change, as in a process where none has been changed yet."""
     found: list[str] = []
     monkeypatch.setattr(platform, "_run_on_cpu", platform._run_on_cpu.__wrapped__)
     monkeypatch.setattr(platform, "_retarget", lambda function, twin="cpu": found.append(function.__qualname__))
@@ -24,14 +24,14 @@ def retargeted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_an_unknown_version_is_refused_on_cpu(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
+def test_an_unknown_megatron_version_is_refused_on_cpu(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
     monkeypatch.setattr(platform, "megatron_version", lambda: "0.99.0")
     with pytest.raises(UserError, match=r"0\.99\.0.*known are 0\.16 to 0\.19.*megatron-core>=0\.16,<0\.20"):
         platform.prepare("cpu")
     assert retargeted == []
 
 
-def test_a_missing_megatron_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_megatron_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise platform.importlib.metadata.PackageNotFoundError(name)
 
@@ -40,14 +40,14 @@ def test_a_missing_megatron_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         platform.megatron_version()
 
 
-def test_cpu_retargets_every_site(retargeted: list[str]) -> None:
+def test_preparing_for_cpu_changes_every_listed_function(retargeted: list[str]) -> None:
     assert platform.prepare("cpu") == torch.device("cpu")
     at_least = sum(map(len, [*platform.CUDA_SITES.values(), platform.RANDOM_SITES, platform.CPU_TWINS]))
     assert len(retargeted) >= at_least
     assert {"RotaryEmbedding.get_emb", "P2PCommunicator._communicate", "get_grad_norm_fp32"} <= set(retargeted)
 
 
-def test_cuda_retargets_nothing_and_takes_the_local_gpu(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
+def test_preparing_for_cuda_only_selects_the_local_gpu(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -58,7 +58,9 @@ def test_cuda_retargets_nothing_and_takes_the_local_gpu(monkeypatch: pytest.Monk
     assert retargeted == []
 
 
-def test_auto_is_cpu_without_a_gpu_and_cuda_is_refused(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
+def test_without_a_gpu_auto_means_cpu_and_cuda_is_refused(
+    monkeypatch: pytest.MonkeyPatch, retargeted: list[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert platform.prepare("auto").type == "cpu"
     with pytest.raises(UserError, match=r"actor\.device is 'cuda'"):
@@ -75,7 +77,7 @@ def test_preparing_twice_is_harmless() -> None:
 
 @pytest.mark.parametrize("settings", [{"context_parallel": 2}, {"fp8": "blockwise"}, {"expert_gemm": "grouped"}])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_only_transformer_engine_has_is_refused_without_it(
+def test_settings_that_need_transformer_engine_are_refused_without_it(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], device: str
 ) -> None:
     ((key, value),) = settings.items()
@@ -89,7 +91,7 @@ def test_what_only_transformer_engine_has_is_refused_without_it(
     platform.require(torch.device(device), ActorSettings())
 
 
-def test_rows_share_positions_but_not_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefix_tree_packing_is_the_default_except_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     for installed in (False, True):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=installed: found or None)
         for device in (torch.device("cpu"), torch.device("cuda")):
@@ -99,18 +101,13 @@ def test_rows_share_positions_but_not_with_transformer_engine(monkeypatch: pytes
             assert platform.packing_form(asked, device) == "prefix_tree"
             platform.require(device, auto)
             if engine:
-                with pytest.raises(UserError, match=r"actor\.rows: prefix_tree is not for Transformer Engine"):
+                with pytest.raises(UserError, match=r"actor\.rows: prefix_tree does not work with Transformer Engine"):
                     platform.require(device, asked)
             else:
                 platform.require(device, asked)
 
 
-def test_backend() -> None:
-    assert platform.backend(torch.device("cpu")) == "gloo"
-    assert platform.backend(torch.device("cuda", 1)) == "nccl"
-
-
-def test_retarget_reaches_names_constants_and_inner_functions() -> None:
+def test_retargeting_changes_names_constants_and_inner_functions() -> None:
     def outer(tensor: torch.Tensor) -> tuple[str, str, bool, str]:
         def inner() -> str:
             return str(torch.cuda.current_device())
@@ -137,10 +134,12 @@ def nothing_to_do() -> str:
         ("token_dispatcher.MoEAlltoAllTokenDispatcher", "_maybe_dtoh_and_synchronize"),
     ],
 )
-def test_changed_experts_fail_loudly(monkeypatch: pytest.MonkeyPatch, place: str, name: str) -> None:
+def test_a_changed_expert_layer_in_megatron_raises_an_error(
+    monkeypatch: pytest.MonkeyPatch, place: str, name: str
+) -> None:
     monkeypatch.setattr(f"megatron.core.transformer.moe.{place}.{name}", lambda: None)
     with pytest.raises(RuntimeError, match="megatron-core changed"):
-        platform._mend_experts()
+        platform._adapt_experts()
 
 
 @pytest.mark.parametrize(
@@ -152,6 +151,6 @@ def test_changed_experts_fail_loudly(monkeypatch: pytest.MonkeyPatch, place: str
         lambda: platform._find("optimizer.optimizer:FP32Optimizer.no_such_method"),
     ],
 )
-def test_a_changed_megatron_fails_loudly(break_in: Callable[[], object]) -> None:
+def test_a_changed_function_in_megatron_raises_an_error(break_in: Callable[[], object]) -> None:
     with pytest.raises(RuntimeError, match="megatron-core changed"):
         break_in()

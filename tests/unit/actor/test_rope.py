@@ -1,4 +1,4 @@
-"""Scaled rotary embeddings: the model's logits are those of transformers, far beyond the length it was trained at."""
+"""With scaled rotary embeddings the logits equal those of transformers, far beyond the original context length."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
+def single_rank() -> Iterator[None]:
     with only_rank():
         yield
 
@@ -48,7 +48,7 @@ def logits(config: dict[str, Any], weights: dict[str, torch.Tensor], tokens: tor
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", ROPES)
-def test_logits_are_those_of_transformers(model_type: str, name: str) -> None:
+def test_logits_equal_those_of_transformers(model_type: str, name: str) -> None:
     rope = {"rope_type": name.split(",")[0], "rope_theta": 1e4, **ROPES[name]}
     changes = {"rope_parameters": rope, "initializer_range": 0.3}
     reference = hf_model(model_type, **changes)
@@ -58,15 +58,15 @@ def test_logits_are_those_of_transformers(model_type: str, name: str) -> None:
     weights = {key: value.detach() for key, value in reference.named_parameters()}
     found = logits(config_json(model_type, **changes), weights, tokens)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-    if name != "default":  # the scaling must matter here, or the test would not see it left out
+    if name != "default":  # the scaling must matter here, or the test would not notice its absence
         plain = config_json(
             model_type, initializer_range=0.3, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
         )
         assert (logits(plain, weights, tokens) - expected).abs().max() > 1e-2
 
 
-def test_older_files_keep_the_scaling_in_another_place() -> None:
-    """As published before transformers 5: `rope_theta` beside `rope_scaling`, whose type may be called `type`."""
+def test_rope_scaling_of_older_config_files_is_read() -> None:
+    """Before transformers 5, `rope_theta` was beside `rope_scaling`, whose type may be called `type`."""
     rope = {"rope_type": "yarn", "rope_theta": 1e4, **ROPES["yarn"]}
     reference = hf_model("qwen2", rope_parameters=rope, initializer_range=0.3)
     config = config_json("qwen2")

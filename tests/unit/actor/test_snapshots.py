@@ -1,4 +1,4 @@
-"""Weights kept aside are what they were, whatever training does meanwhile, and are in use for one pass only."""
+"""A snapshot keeps its weights while training continues, and is in use for one pass only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def log_probs(worker: MegatronWorker, weights: str = "current", batch: SequenceB
     return table.values["log_probs"]
 
 
-def test_a_snapshot_stays_while_training_goes_on(worker: MegatronWorker) -> None:
+def test_a_snapshot_does_not_change_while_training_continues(worker: MegatronWorker) -> None:
     before = log_probs(worker)
     worker.snapshot("lagged")
     worker.train(BATCH, 0.1, BATCH.num_sampled_tokens, 1.0)
@@ -45,12 +45,12 @@ def test_a_snapshot_stays_while_training_goes_on(worker: MegatronWorker) -> None
     np.testing.assert_array_equal(log_probs(worker), after)
 
 
-def test_one_that_was_not_taken_is_asked_for(worker: MegatronWorker) -> None:
+def test_a_missing_snapshot_raises_an_error(worker: MegatronWorker) -> None:
     with pytest.raises(RuntimeError, match=r"no reference snapshot yet: call snapshot\('reference'\)"):
         worker.score(BATCH, 1.0, "reference")
 
 
-def test_candidates_are_the_likeliest_tokens(worker: MegatronWorker) -> None:
+def test_candidates_are_the_tokens_with_the_highest_logits(worker: MegatronWorker) -> None:
     wanted = np.arange(BATCH.num_sampled_tokens) % 2 == 0
     table, logits = worker.candidates(BATCH.with_values(wanted=wanted), 1.0, 3), worker.logits(BATCH)
     assert table is not None and logits is not None

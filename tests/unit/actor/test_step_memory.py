@@ -1,4 +1,4 @@
-"""What an RL step takes: no memory for prompt length times vocabulary, and fp32 sums of bf16 gradients."""
+"""An RL step needs no memory for prompt length times vocabulary, and sums bf16 gradients in fp32."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.hf_models import write_hf_model
 from tests.unit.plan.measure import peak, rows
 
 SHORT, LONG = 512, 1536
-"""Tokens. What the fused head projects at a time is 512 on a CPU."""
+"""Lengths in tokens. The fused head projects 512 tokens at a time on a CPU."""
 SMALL, LARGE = 1000, 3000
-"""Vocabularies."""
+"""Vocabulary sizes."""
 BYTES = 4 * (LONG - SHORT) * (LARGE - SMALL)
-"""Of logits in fp32 for so many more tokens, and so much larger a vocabulary."""
+"""Size of fp32 logits for the difference in length times the difference in vocabulary."""
 
 
 @contextmanager
@@ -43,8 +43,10 @@ def actor(model: Path, **settings: Any) -> Iterator[MegatronWorker]:
 
 
 def growth(tmp_path: Path, grows: str, **settings: Any) -> dict[str, float]:
-    """Of the peak memory of each pass: the part that grows with the length of prompt or response *times* the
-    vocabulary, as a share of logits for so many more tokens."""
+    """Returns the part of each pass's peak memory that grows with length *times* vocabulary, relative to `BYTES`.
+
+    grows: which length grows, "prompt" or "response".
+    """
     peaks: dict[str, dict[tuple[int, int], int]] = {"train": {}, "score": {}}
     for vocabulary in (SMALL, LARGE):
         shape = {"vocab_size": vocabulary, "num_hidden_layers": 1, "hidden_size": 16, "max_position_embeddings": 4096}
@@ -54,7 +56,7 @@ def growth(tmp_path: Path, grows: str, **settings: Any) -> dict[str, float]:
                 lengths = {"prompt": SHORT, "response": SHORT} | {grows: length}
                 batch = rows(1, vocabulary=SMALL, **lengths)
                 tokens = batch.num_sampled_tokens
-                worker.train(batch, 0.0, tokens, 1.0)  # what is made once is made
+                worker.train(batch, 0.0, tokens, 1.0)  # allocates what is allocated only once
                 peaks["train"][vocabulary, length] = peak(lambda: worker.train(batch, 0.0, tokens, 1.0))  # noqa: B023
                 peaks["score"][vocabulary, length] = peak(lambda: worker.score(batch, 1.0))  # noqa: B023
     signs = {
@@ -64,21 +66,21 @@ def growth(tmp_path: Path, grows: str, **settings: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("lm_head", ["fused", "materialised"])
-def test_no_logits_of_prompts(tmp_path: Path, lm_head: str) -> None:
+def test_no_memory_is_used_for_logits_of_prompts(tmp_path: Path, lm_head: str) -> None:
     assert max(growth(tmp_path, "prompt", lm_head=lm_head).values()) < 0.01
 
 
-def test_fused_no_logits_of_responses_either(tmp_path: Path) -> None:
+def test_the_fused_head_uses_no_memory_for_logits_of_responses(tmp_path: Path) -> None:
     assert max(growth(tmp_path, "response", lm_head="fused").values()) < 0.01
 
 
-def test_materialised_they_are_there(tmp_path: Path) -> None:
-    """So this measurement sees logits where there are some."""
+def test_the_materialised_head_uses_memory_for_logits_of_responses(tmp_path: Path) -> None:
+    """This test shows that the measurement detects logits."""
     assert min(growth(tmp_path, "response", lm_head="materialised").values()) > 0.99
 
 
-def test_bf16_gradients_add_up_in_fp32(tmp_path: Path) -> None:
-    """Of many micro-batches, as if each had been alone and all had been added in fp64."""
+def test_bf16_gradients_are_summed_in_fp32(tmp_path: Path) -> None:
+    """The gradient of many micro-batches equals the fp64 sum of the gradients of each micro-batch alone."""
     model = write_hf_model(tmp_path / "model", noise=0.1)
     random = np.random.default_rng(0)
     batch = SequenceBatch.of([random.integers(0, 50, 8) for _ in range(24)], np.full(24, 3))

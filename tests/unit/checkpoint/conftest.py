@@ -15,7 +15,7 @@ FILES = {"weights-rank-0-part-0.safetensors": b"weights", "exp_avg-rank-0-part-0
 
 
 class FakeRanks:
-    """Two files; `fail` is raised after both are there."""
+    """Ranks that write two files. `fail`, if set, is raised after both are written."""
 
     def __init__(self) -> None:
         self.fail: BaseException | None = None
@@ -49,19 +49,19 @@ class FakeRanks:
 
 
 class Saving:
-    """A saver over fake ranks, and a folder to save into."""
+    """A saver of fake ranks and the folder that it saves into."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ranks = FakeRanks()
         self.origin = Origin({"layers": 2}, {"tensor": 1}, "float32", {"torch": "2"})
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
-    def saver(self, keep: Retention | None = None) -> Saver:
-        return Saver(self.folder, self.ranks, self.origin, keep or Retention(last=0), self.said.append)
+    def saver(self, retention: Retention | None = None) -> Saver:
+        return Saver(self.folder, self.ranks, self.origin, retention or Retention(last=0), self.messages.append)
 
-    def save(self, step: int, keep: Retention | None = None, **metrics: Any) -> Path:
-        with self.saver(keep) as saver:
+    def save(self, step: int, retention: Retention | None = None, **metrics: Any) -> Path:
+        with self.saver(retention) as saver:
             saver.save(state(step), metrics, background=False)
         return self.folder / f"step_{step:06d}"
 

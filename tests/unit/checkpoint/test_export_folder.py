@@ -12,21 +12,21 @@ from transformers import PreTrainedModel
 
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
-from megatron_rl.checkpoint.hf_shards import HfShard, write_hf_shards
 from megatron_rl.models.hf_format import INDEX, SINGLE, open_weights
+from megatron_rl.models.hf_shards import HfShard, write_hf_shards
 from tests.hf_models import hf_model
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Another model's folder, with a file that is neither configuration nor weights."""
+    """Folder of another model, with a file that is neither configuration nor weights."""
     hf_model(seed=0).save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
     return tmp_path / "source"
 
 
 def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> list[HfShard]:
-    """As `count` pipeline stages do it."""
+    """Write the tensors as `count` pipeline stages do."""
     items = list(tensors.items())
     return [shard for i in range(count) for shard in write_hf_shards(folder, items[i::count], part=i)]
 
@@ -60,7 +60,7 @@ def test_an_export_loads_as_the_same_model(tmp_path: Path, source: Path, stages:
     assert largest_logit_difference(tmp_path / "hf", rows(), logits(trained), "float32") < 1e-5
 
 
-def test_another_model_or_a_nan_is_seen(tmp_path: Path, source: Path) -> None:
+def test_another_model_or_a_nan_is_noticed(tmp_path: Path, source: Path) -> None:
     trained = hf_model(seed=1)
     export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, hf_model(seed=2).state_dict(), 1))
     assert largest_logit_difference(tmp_path / "hf", rows(), logits(trained), "float32") > 1e-2
@@ -69,7 +69,7 @@ def test_another_model_or_a_nan_is_seen(tmp_path: Path, source: Path) -> None:
     assert np.isnan(largest_logit_difference(tmp_path / "hf", rows(), spoilt, "float32"))
 
 
-def test_an_export_that_fails_leaves_the_old_one(tmp_path: Path, source: Path) -> None:
+def test_a_failed_export_leaves_the_old_one(tmp_path: Path, source: Path) -> None:
     tensors = hf_model(seed=1).state_dict()
     export_hf(tmp_path / "hf", source, lambda folder: write_shards(folder, tensors, 3))
 
@@ -84,7 +84,7 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path: Path, source: Path) -
     assert set(open_weights(tmp_path / "hf")) == set(tensors)
 
 
-def test_a_new_export_replaces_the_old_one_whole(tmp_path: Path, source: Path) -> None:
+def test_a_new_export_replaces_all_of_the_old_one(tmp_path: Path, source: Path) -> None:
     for stages in (3, 1):
         tensors = hf_model(seed=stages).state_dict()
         export_hf(tmp_path / "hf", source, partial(write_shards, tensors=tensors, count=stages))

@@ -22,7 +22,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_is_saved_is_read_back(saving: Saving, background: bool) -> None:
+def test_a_saved_checkpoint_is_read_back(saving: Saving, background: bool) -> None:
     saving.folder /= "made/here"
     with saving.saver() as saver:
         saver.save(state(50), {"reward/mean": 0.5, "train/loss": float("nan")}, background=background)
@@ -32,10 +32,10 @@ def test_what_is_saved_is_read_back(saving: Saving, background: bool) -> None:
     assert (manifest.state, manifest.origin, manifest.optimizer_steps) == (state(50), saving.origin, 7)
     assert manifest.metrics == {"reward/mean": 0.5, "train/loss": None}
     assert len(read_rng(path).ranks) == 1
-    assert saving.said == [f"checkpoint: {path}"]
+    assert saving.messages == [f"checkpoint: {path}"]
 
 
-def test_random_numbers_of_the_driver_are_those_of_the_call(saving: Saving) -> None:
+def test_the_drivers_random_state_is_that_at_the_call_of_save(saving: Saving) -> None:
     with saving.saver() as saver:
         saver.save(state(1), {}, background=True)
         expected = random.random()
@@ -45,7 +45,7 @@ def test_random_numbers_of_the_driver_are_those_of_the_call(saving: Saving) -> N
 
 
 class Gate:
-    """Holds the ranks' background writing until it is opened."""
+    """Blocks the ranks' background writing until it is opened."""
 
     def __init__(self, saving: Saving) -> None:
         self.opened = threading.Event()
@@ -58,7 +58,7 @@ class Gate:
         saving.ranks.write_held = wait_and_write  # type: ignore[method-assign]
 
 
-def test_training_goes_on_while_it_is_written(saving: Saving) -> None:
+def test_training_goes_on_during_a_background_save(saving: Saving) -> None:
     gate = Gate(saving)
     with saving.saver() as saver:
         saver.save(state(1), {}, background=True)
@@ -74,7 +74,7 @@ def test_training_goes_on_while_it_is_written(saving: Saving) -> None:
     assert {name: (saving.folder / "step_000001" / name).read_bytes() for name in FILES} == FILES
 
 
-def test_the_next_save_waits_for_the_last(saving: Saving) -> None:
+def test_a_save_waits_for_the_previous_one(saving: Saving) -> None:
     gate, order = Gate(saving), []
     hold = saving.ranks.hold_state
 
@@ -87,12 +87,12 @@ def test_the_next_save_waits_for_the_last(saving: Saving) -> None:
         saver.save(state(1), {}, background=True)
         threading.Timer(0.2, gate.opened.set).start()
         saver.save(state(2), {}, background=True)
-        assert saver.poll() != {}  # the seconds of the first are not lost
+        assert saver.poll() != {}  # the seconds of the first save are not lost
     assert order == [[], ["step_000001"]]
     assert [path.name for path in checkpoints(saving.folder)] == ["step_000001", "step_000002"]
 
 
-def test_a_failure_in_the_background_is_told_at_the_next_step(saving: Saving) -> None:
+def test_a_background_failure_is_raised_at_the_next_step(saving: Saving) -> None:
     saving.save(1)
     saving.ranks.fail = OSError(5, "Input/output error")
     saver = saving.saver()
@@ -103,21 +103,21 @@ def test_a_failure_in_the_background_is_told_at_the_next_step(saving: Saving) ->
     assert steps(saving.folder) == ["step_000001"]
 
 
-def test_a_failure_in_the_background_is_told_at_the_end(saving: Saving) -> None:
+def test_a_background_failure_is_raised_at_the_end(saving: Saving) -> None:
     saving.ranks.fail = OSError(5, "Input/output error")
     with pytest.raises(UserError, match="Input/output error"), saving.saver() as saver:
         saver.save(state(2), {}, background=True)
     assert steps(saving.folder) == []
 
 
-def test_a_run_that_ends_in_an_error_still_gets_its_checkpoint(saving: Saving) -> None:
-    with pytest.raises(RuntimeError, match="mine"), saving.saver() as saver:
+def test_a_run_that_ends_with_an_error_still_completes_its_checkpoint(saving: Saving) -> None:
+    with pytest.raises(RuntimeError, match="the run failed"), saving.saver() as saver:
         saver.save(state(2), {}, background=True)
-        raise RuntimeError("mine")
+        raise RuntimeError("the run failed")
     read_checkpoint(saving.folder / "step_000002")
 
 
-def test_an_interrupt_does_not_wait(saving: Saving) -> None:
+def test_an_interrupt_does_not_wait_for_the_save(saving: Saving) -> None:
     gate = Gate(saving)
     with pytest.raises(KeyboardInterrupt), saving.saver() as saver:
         saver.save(state(2), {}, background=True)
@@ -127,39 +127,39 @@ def test_an_interrupt_does_not_wait(saving: Saving) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a rank died"), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing_and_keeps_what_is_there(saving: Saving, error: BaseException) -> None:
+def test_a_failure_leaves_nothing_new_and_keeps_older_checkpoints(saving: Saving, error: BaseException) -> None:
     saving.save(1)
     before = contents(saving.folder)
     saving.ranks.fail = error
-    for step in (1, 2):  # over an existing one too
+    for step in (1, 2):  # also over an existing checkpoint
         with pytest.raises(type(error)):
             saving.save(step)
         assert contents(saving.folder) == before
 
 
-def test_a_failure_at_the_very_end_leaves_nothing(saving: Saving, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_rename_leaves_nothing(saving: Saving, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
-        raise RuntimeError("pulled the plug")
+        raise RuntimeError("power failed")
 
     saving.save(1)
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(RuntimeError, match="pulled"):
+    with pytest.raises(RuntimeError, match="power failed"):
         saving.save(2)
     assert steps(saving.folder) == ["step_000001"]
 
 
-def test_what_a_killed_run_left_is_no_checkpoint_and_goes(saving: Saving) -> None:
+def test_remains_of_a_killed_run_are_not_checkpoints_and_are_removed(saving: Saving) -> None:
     done = saving.save(1)
     left = saving.folder / "step_000002.0a1b2c3d.partial"
     left.mkdir()
     (left / MANIFEST).write_text('{"format": 2, "sta')
-    (saving.folder / "step_000003").mkdir()  # without a manifest
+    (saving.folder / "step_000003").mkdir()  # a folder without a manifest
     assert checkpoints(saving.folder) == [done]
     saving.saver()
     assert not left.exists()
 
 
-def test_the_same_step_again_replaces_the_checkpoint(saving: Saving) -> None:
+def test_saving_the_same_step_again_replaces_the_checkpoint(saving: Saving) -> None:
     saving.ranks.contents = {"old-rank-0-part-0.safetensors": b"old"}
     saving.save(5)
     saving.ranks.contents = dict(FILES)
@@ -169,8 +169,8 @@ def test_the_same_step_again_replaces_the_checkpoint(saving: Saving) -> None:
     assert steps(saving.folder) == ["step_000005"]
 
 
-def test_after_a_resume_from_an_older_one_the_later_ones_go(saving: Saving) -> None:
-    """They would be taken for newer than what follows: `keep` would remove that, `resume=auto` pass over it."""
+def test_after_a_resume_from_an_older_checkpoint_later_ones_are_removed(saving: Saving) -> None:
+    """Otherwise they would count as newer: retention would remove the following ones, and `resume=auto` skip them."""
     for step in (50, 100, 150, 60):
         saving.save(step)
     assert steps(saving.folder) == ["step_000050", "step_000060"]

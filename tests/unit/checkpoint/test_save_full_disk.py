@@ -1,4 +1,4 @@
-"""A disk without room: a UserError that names the folder, nothing half-written, earlier checkpoints as they were."""
+"""A full disk: a UserError names the folder, nothing half-written is left, and earlier checkpoints are unchanged."""
 
 from __future__ import annotations
 
@@ -23,26 +23,28 @@ Usage = namedtuple("Usage", "total used free")
 MIB = 2**20
 
 
-def assert_only_the_first_is_left(folder: Path) -> None:
+def assert_only_the_first_checkpoint_is_left(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_000001"]
     assert read_checkpoint(folder / "step_000001").state == state(1)
 
 
-def test_too_little_room_is_found_before_anything_is_written(saving: Saving, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_noticed_before_anything_is_written(
+    saving: Saving, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saving.save(1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10 * MIB, 9 * MIB, MIB))
     saving.ranks.bytes = MIB * 3 // 2
     saving.ranks.fail = AssertionError("the ranks were asked to save")
     with pytest.raises(UserError, match=r"step_000002 \(1\.5 MiB needed, 1\.0 MiB free\).*resume=auto"):
         saving.save(2)
-    assert_only_the_first_is_left(saving.folder)
-    saving.ranks.bytes, saving.ranks.fail = MIB, None  # just enough
+    assert_only_the_first_checkpoint_is_left(saving.folder)
+    saving.ranks.bytes, saving.ranks.fail = MIB, None  # exactly enough
     saving.save(2)
 
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_disk_that_fills_up_while_a_rank_writes(saving: Saving, number: int, background: bool) -> None:
+def test_a_disk_may_fill_up_while_a_rank_writes(saving: Saving, number: int, background: bool) -> None:
     saving.save(1)
     saving.ranks.fail = OSError(number, os.strerror(number), "large")
     saving.ranks.bytes = MIB
@@ -50,10 +52,10 @@ def test_a_disk_that_fills_up_while_a_rank_writes(saving: Saving, number: int, b
         message = rf"step_00000{step} \(1\.0 MiB needed; {os.strerror(number)}\)"
         with pytest.raises(UserError, match=message), saving.saver() as saver:
             saver.save(state(step), {}, background=background)
-        assert_only_the_first_is_left(saving.folder)
+        assert_only_the_first_checkpoint_is_left(saving.folder)
 
 
-def test_another_error_is_not_taken_for_a_full_disk(saving: Saving) -> None:
+def test_another_error_is_not_reported_as_a_full_disk(saving: Saving) -> None:
     saving.ranks.fail = OSError(errno.EIO, "Input/output error")
     with pytest.raises(UserError, match=r"cannot write the checkpoint .*: Input/output error"):
         saving.save(1)
@@ -91,7 +93,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_really_full(tiny_disk: Path) -> None:
+def test_a_real_file_system_that_is_full(tiny_disk: Path) -> None:
     saving = Saving(tiny_disk)
     saving.save(1)
     write_small = saving.ranks.write_state
@@ -107,6 +109,6 @@ def test_a_disk_that_is_really_full(tiny_disk: Path) -> None:
     saving.ranks.bytes = 100
     with pytest.raises(UserError, match=r"step_000002 \(0\.0 MiB needed; No space left on device\)"):
         saving.save(2)
-    assert_only_the_first_is_left(tiny_disk)
+    assert_only_the_first_checkpoint_is_left(tiny_disk)
     saving.ranks.write_state = write_small  # type: ignore[method-assign]
     saving.save(2)

@@ -1,4 +1,4 @@
-"""A run killed with -9 while a checkpoint is written beside training: what it left is never taken for a checkpoint."""
+"""A run is killed with SIGKILL during a background save: what is left is never taken for a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_rl.checkpoint import save
 from megatron_rl.checkpoint.manifest import PARTIAL, checkpoints, read_checkpoint
 from tests.unit.checkpoint.conftest import FILES, FakeRanks, Saving, state
 
-MOMENTS = ("within a file", "before the manifest", "before the name")
+MOMENTS = ("within a file", "before the manifest", "before the rename")
 
 
 def die() -> None:
@@ -23,7 +23,7 @@ def die() -> None:
 
 
 def die_at(moment: str, ranks: FakeRanks) -> None:
-    """Arrange for the end of this process in the midst of the next save."""
+    """Make this process kill itself in the middle of the next save."""
     if moment == "within a file":
 
         def half(folder: Path) -> list[object]:
@@ -42,7 +42,7 @@ def die_at(moment: str, ranks: FakeRanks) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_what_a_killed_save_leaves_is_no_checkpoint(saving: Saving, moment: str) -> None:
+def test_remains_of_a_killed_save_are_not_a_checkpoint(saving: Saving, moment: str) -> None:
     killed = subprocess.run(
         [sys.executable, __file__, str(saving.folder), moment],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -53,7 +53,7 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(saving: Saving, moment: str)
     assert [path.name for path in checkpoints(saving.folder)] == ["step_000001"]
     assert read_checkpoint(saving.folder / "step_000001").state == state(1)
 
-    saving.save(2)  # the run that goes on
+    saving.save(2)  # the resumed run
     assert not left.exists()
     assert read_checkpoint(saving.folder / "step_000002").state == state(2)
 

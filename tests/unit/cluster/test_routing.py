@@ -1,21 +1,21 @@
-"""Which engines the router is told of, and when requests must not go on."""
+"""Which engines the router gets, and when requests must stop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from megatron_rl.cluster.routing import Routing
-from megatron_rl.rollout.servers.server import Address
+from megatron_rl.rollout.engines.interface import Address, RequestRouter
 
 
 @dataclass(eq=False)
 class Process:
     url: str
-    state: str = "stale"
+    state: str = "awaiting_weights"
     calls: list[Any] = field(default_factory=list)
 
     @property
@@ -27,25 +27,26 @@ class Process:
 
 
 class Run:
-    """Two engines and a router, all just started."""
+    """Two engines and a router, all of which have just started."""
 
     def __init__(self) -> None:
         self.router, self.engines = Process("router"), [Process("a"), Process("b")]
         self.dead = False
         router: Any = self.router
-        self.routing = Routing(router, self._ask)
+        ask: Any = self._ask
+        self.routing = Routing(router, ask)
 
-    def _ask(self, processes: Iterable[Process], method: str, *arguments: Any) -> dict[Process, Any]:
+    def _ask(self, processes: Iterable[Process], method: Callable[..., Any], *arguments: Any) -> dict[Process, Any]:
         (router,) = processes
         if self.dead:
             router.state = "lost"
             return {}
-        if method == "serve":
+        if method is RequestRouter.serve:
             servers, version = arguments
             urls = {server.url for server in servers}
             router.calls.append(("serve", urls, version))
             return {router: urls}
-        router.calls.append(method)
+        router.calls.append(method.__name__)
         return {router: None}
 
     def resume(self, engines: list[Process], version: int) -> None:
@@ -66,15 +67,15 @@ def run() -> Run:
     return run
 
 
-def test_an_update_of_all_of_them(run: Run) -> None:
+def test_the_router_pauses_while_all_engines_are_updated(run: Run) -> None:
     run.pause(run.engines)
-    assert run.router.state == "stale", "no request is sent while weights change"
+    assert run.router.state == "awaiting_weights", "requests are sent while weights change"
     run.resume(run.engines, 2)
     assert run.router.state == "serving"
     assert run.router.calls == [("serve", {"a", "b"}, 1), "pause", ("serve", {"a", "b"}, 2)]
 
 
-def test_one_that_has_half_of_an_update_is_left_out_until_it_has_the_whole(run: Run) -> None:
+def test_an_engine_with_a_partial_update_is_left_out_until_the_update_is_complete(run: Run) -> None:
     run.pause(run.engines)
     run.resume(run.engines[:1], 2)
     run.pause(run.engines[1:])
@@ -82,31 +83,31 @@ def test_one_that_has_half_of_an_update_is_left_out_until_it_has_the_whole(run: 
     assert run.router.calls[1:] == ["pause", ("serve", {"a"}, 2), ("serve", {"a", "b"}, 2)]
 
 
-def test_one_that_is_lost_is_taken_out_and_put_back(run: Run) -> None:
+def test_a_lost_engine_is_taken_out_and_its_replacement_added(run: Run) -> None:
     run.engines[0].state = "lost"
     run.routing.refresh()
     run.routing.refresh()
-    run.engines[0].state, run.engines[0].url = "stale", "c"
+    run.engines[0].state, run.engines[0].url = "awaiting_weights", "c"
     run.routing.refresh()
     run.pause(run.engines[:1])
     run.resume(run.engines[:1], 1)
     assert run.router.calls[1:] == [("serve", {"b"}, 1), ("serve", {"b", "c"}, 1)]
 
 
-def test_a_router_that_is_replaced_is_told_of_all(run: Run) -> None:
+def test_a_replaced_router_gets_all_engines(run: Run) -> None:
     run.router.state = "starting"
     run.routing.refresh()
     assert len(run.router.calls) == 1
-    run.router.state = "stale"
+    run.router.state = "awaiting_weights"
     run.routing.refresh()
     assert run.router.calls[1:] == [("serve", {"a", "b"}, 1)] and run.router.state == "serving"
 
 
-def test_a_router_that_dies_in_an_update_is_told_of_the_new_weights(run: Run) -> None:
+def test_a_router_that_dies_in_an_update_gets_the_new_weight_version(run: Run) -> None:
     run.dead = True
     run.pause(run.engines)
     run.resume(run.engines, 2)
     assert run.router.state == "lost"
-    run.dead, run.router.state = False, "stale"
+    run.dead, run.router.state = False, "awaiting_weights"
     run.routing.refresh()
     assert run.router.calls[1:] == [("serve", {"a", "b"}, 2)]

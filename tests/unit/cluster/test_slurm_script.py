@@ -1,4 +1,4 @@
-"""The batch script as text: clean bash, and what it asks for. `tests/slurm` runs it."""
+"""Text of the batch script: clean bash and the right options. `tests/slurm` runs it on a real Slurm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ train: {steps: 10}
 actor: {tensor_parallel: 4, data_parallel: 2}
 cluster: {nodes: 2}
 """
-AWKWARD = "evaluation.suites={a: 'it''s $HOME.jsonl'}"
+NEEDS_QUOTING = "evaluation.suites={a: 'it''s $HOME.jsonl'}"
 VARIANTS = {
     "bare": [],
     "cpu": ["actor.device=cpu"],
@@ -32,7 +32,7 @@ VARIANTS = {
         "cluster.slurm={partition: gpu, account: me, options: [--constraint=h100]}",
         "cluster.slurm.setup=['module load x', source .venv/bin/activate]",
     ],
-    "awkward": [AWKWARD],
+    "quoting": [NEEDS_QUOTING],
 }
 
 Write = Callable[..., str]
@@ -64,44 +64,44 @@ def options(text: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
 
 
-def test_what_it_asks_for(write: Write) -> None:
-    asked = options(write("cluster.slurm={time_limit: 1-12:00:00, signal_minutes: 30, options: [--constraint=h100]}"))
-    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--time=1-12:00:00"} <= {*asked}
-    assert {"--signal=B:USR1@1800", "--requeue", "--constraint=h100", "--dependency=singleton"} <= {*asked}
-    assert "--output=%x-%j.out" in asked
+def test_options_follow_the_configuration(write: Write) -> None:
+    given = options(write("cluster.slurm={time_limit: 1-12:00:00, signal_minutes: 30, options: [--constraint=h100]}"))
+    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--time=1-12:00:00"} <= {*given}
+    assert {"--signal=B:USR1@1800", "--requeue", "--constraint=h100", "--dependency=singleton"} <= {*given}
+    assert "--output=%x-%j.out" in given
 
 
-def test_an_array_has_a_folder_and_a_log_for_each_task(write: Write) -> None:
+def test_each_task_of_an_array_has_its_own_folder_and_log(write: Write) -> None:
     text = write(seeds="0-3")
     assert {"--array=0-3", "--output=%x-%A_%a.out"} <= {*options(text)}
-    assert "--dependency=singleton" not in text  # the tasks would wait for one another
+    assert "--dependency=singleton" not in text  # otherwise the tasks would wait for one another
     assert 'run=runs/mine-"$SLURM_ARRAY_JOB_ID"-seed"$SLURM_ARRAY_TASK_ID"' in text
 
 
-def test_on_cpu_no_gpus_are_asked_for(write: Write) -> None:
+def test_a_cpu_run_asks_for_no_gpus(write: Write) -> None:
     text = write("actor.device=cpu")
     assert "gpus-per-node" not in text and "--num-gpus=0" in text
 
 
-def test_nothing_is_ended_by_name(write: Write) -> None:
+def test_the_script_kills_no_process_by_name(write: Write) -> None:
     text = write()
     assert not any(broad in text for broad in ("pkill", "killall", "ray stop", "fuser"))
 
 
-def test_overrides_reach_the_run_as_they_were_given(write: Write) -> None:
-    text = write(AWKWARD)
+def test_overrides_are_passed_unchanged(write: Write) -> None:
+    text = write(NEEDS_QUOTING)
     (line,) = (line for line in text.splitlines() if "megatron-rl train" in line)
     command = line[line.index("megatron-rl train") :].removesuffix(' "${settings[@]}" &')
     words = subprocess.run(["bash", "-c", f'printf "%s\\n" {command}'], capture_output=True, text=True).stdout
-    assert words.splitlines() == ["megatron-rl", "train", "mine.yaml", "run.name=mine", AWKWARD]
+    assert words.splitlines() == ["megatron-rl", "train", "mine.yaml", "run.name=mine", NEEDS_QUOTING]
 
 
-def test_a_job_that_only_looks(write: Write) -> None:
+def test_a_doctor_job_trains_nothing(write: Write) -> None:
     script = write_script(Path("mine.yaml"), ["run.name=mine"], output=None, seeds=None, doctor=True)
     text = script.read_text()
     assert script == Path("mine-doctor.sbatch") and "#SBATCH --job-name=mine-doctor\n" in text
     assert "megatron-rl doctor mine.yaml run.name=mine" in text and "megatron-rl train" not in text
-    with pytest.raises(UserError, match="--seeds and --doctor"):
+    with pytest.raises(UserError, match="--seeds and --doctor cannot be combined"):
         write_script(Path("mine.yaml"), ["run.name=mine"], output=None, seeds="0-1", doctor=True)
 
 
@@ -109,7 +109,7 @@ def test_a_job_that_only_looks(write: Write) -> None:
     ("overrides", "words"),
     [
         (["run.name=a b"], "run.name: 'a b' becomes the job's name"),
-        (["cluster.nodes=3"], "cluster.nodes: 3 are asked for, but actor ranks and engines use 2"),
+        (["cluster.nodes=3"], "cluster.nodes: 3 are asked for, but actor ranks and engines use only 2"),
         (["cluster.nodes=1"], "need more GPUs than cluster.nodes: 1"),
         (["cluster.slurm.container=pyxis"], "cluster.slurm.container and cluster.slurm.image go together"),
         (["cluster.slurm.image=x.sif"], "go together"),
@@ -121,7 +121,7 @@ def test_a_job_that_only_looks(write: Write) -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_said(write: Write, overrides: list[str], words: str) -> None:
+def test_impossible_jobs_are_errors(write: Write, overrides: list[str], words: str) -> None:
     with pytest.raises(UserError) as caught:
         write(*overrides)
     assert words in str(caught.value)
@@ -129,12 +129,12 @@ def test_what_cannot_be_is_said(write: Write, overrides: list[str], words: str) 
 
 
 @pytest.mark.parametrize("seeds", ["x", "1-", "0 1"])
-def test_seeds_that_are_no_indices(write: Write, seeds: str) -> None:
+def test_invalid_seeds_are_errors(write: Write, seeds: str) -> None:
     with pytest.raises(UserError, match="indices of a job array"):
         write(seeds=seeds)
 
 
-def test_without_sbatch_it_says_so(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitting_without_sbatch_is_an_error(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write()
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="no sbatch here"):
@@ -142,5 +142,5 @@ def test_without_sbatch_it_says_so(write: Write, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("limit", "minutes"), [("24:00:00", 1440), ("2-01:30:30", 2970.5), ("0:10:00", 10)])
-def test_time_limits(limit: str, minutes: float) -> None:
+def test_time_limits_are_parsed(limit: str, minutes: float) -> None:
     assert limit_minutes(limit) == minutes

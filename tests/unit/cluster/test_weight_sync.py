@@ -1,4 +1,4 @@
-"""Updates that fail on their way: every engine that goes on serving has the whole of the newest one."""
+"""Updates that fail midway: every engine that serves has the newest update completely."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.actor.interface import ActorRank
 from megatron_rl.cluster import weight_sync
 from megatron_rl.cluster.weight_sync import ALONE, TOGETHER, CollectiveSync, FolderSync, WeightSync
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.engines.interface import UpdateFailed
+from megatron_rl.rollout.engines.interface import RolloutEngine, UpdateFailed
 from megatron_rl.weight_sync.checksums import Checksums, WeightsDamaged
 from megatron_rl.weight_sync.transport import CollectiveUpdate, Pushed
 
@@ -21,7 +22,7 @@ ATTEMPTS = TOGETHER + ALONE
 
 
 class Engine:
-    """What it answers to updates and checks, in order; then all goes well."""
+    """An engine with scripted answers to updates and checks; once they are used up, all calls succeed."""
 
     def __init__(self, number: int, state: str = "serving") -> None:
         self.number, self.state, self.launches = number, state, 1
@@ -33,8 +34,12 @@ class Engine:
         self.groups: list[Any] = []
 
     def serve(self) -> None:
-        assert self.version is not None, "it serves half of an update"
+        assert self.version is not None, "it serves a partial update"
         self.state, self.has_served = "serving", True
+
+    def submit(self, method: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """The call is made when its answer is waited for."""
+        return lambda: self.answer(method.__name__, *arguments)
 
     def answer(self, method: str, *arguments: Any) -> Any:
         self.calls.append(method)
@@ -60,21 +65,21 @@ class Engines:
 
     @property
     def running(self) -> list[Engine]:
-        return [engine for engine in self.all if engine.state in ("stale", "serving")]
+        return [engine for engine in self.all if engine.state in ("awaiting_weights", "serving")]
 
     @property
-    def stale(self) -> list[Engine]:
-        return [engine for engine in self.all if engine.state == "stale"]
+    def awaiting_weights(self) -> list[Engine]:
+        return [engine for engine in self.all if engine.state == "awaiting_weights"]
 
-    def ask(self, engines: Iterable[Engine], method: str, *arguments: Any) -> dict[Engine, Any]:
-        return self.ask_each({engine: (method, *arguments) for engine in engines})
+    def ask(self, engines: Iterable[Engine], method: Callable[..., Any], *arguments: Any) -> dict[Engine, Any]:
+        return self.answers({engine: engine.submit(method, *arguments) for engine in engines})
 
-    def ask_each(
-        self, calls: Mapping[Engine, tuple[Any, ...]], failed: Callable[[Engine], object] | None = None
+    def answers(
+        self, calls: Mapping[Engine, Callable[[], Any]], failed: Callable[[Engine], object] | None = None
     ) -> dict[Engine, Any]:
         answers = {}
         for engine, call in calls.items():
-            answers[engine] = engine.answer(*call)
+            answers[engine] = call()
             if answers[engine] is LOST:
                 engine.state = "lost"
                 del answers[engine]
@@ -87,10 +92,10 @@ class Engines:
         self.given_up.append((engine.number, why))
 
     def pause(self, engines: Iterable[Engine]) -> list[Engine]:
-        return list(self.ask(engines, "pause"))
+        return list(self.ask(engines, RolloutEngine.pause))
 
     def resume(self, engines: Iterable[Engine], version: int) -> None:
-        for engine in self.ask(engines, "resume"):
+        for engine in self.ask(engines, RolloutEngine.resume):
             engine.serve()
 
 
@@ -100,8 +105,8 @@ class Actors:
     def __init__(self) -> None:
         self.pushes = 0
 
-    def submit_weights(self, method: str, *arguments: Any) -> list[Any]:
-        if method != "push_weights":
+    def submit(self, method: Callable[..., Any], *arguments: Any) -> list[Any]:
+        if method is not ActorRank.push_weights:
             return [None, None]
         self.pushes += 1
         checksums = Checksums({"w": "ab"}, {"0:w": "ab"}) if arguments[1] else None
@@ -120,7 +125,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def said() -> list[str]:
+def messages() -> list[str]:
     return []
 
 
@@ -128,18 +133,18 @@ Open = Callable[[int], tuple[WeightSync, Any]]
 
 
 @pytest.fixture(params=["folder", "collective", "mapped"])
-def opened(request: pytest.FixtureRequest, said: list[str]) -> Open:
+def opened(request: pytest.FixtureRequest, messages: list[str]) -> Open:
     def open_sync(count: int) -> tuple[WeightSync, Any]:
         engines: Any = Engines(count)
         actors: Any = Actors()
         if request.param == "folder":
-            return FolderSync(actors, engines, 1, said.append, folder=Path("f"), bucket_bytes=9), engines
+            return FolderSync(actors, engines, 1, messages.append, folder=Path("f"), bucket_bytes=9), engines
         mapped = request.param == "mapped"
         collective = CollectiveSync(
             actors,
             engines,
             1,
-            said.append,
+            messages.append,
             backend="gloo",
             bucket_bytes=9,
             update_seconds=lambda nbytes: 1.0,
@@ -154,7 +159,7 @@ def versions(engines: Engines) -> list[int | None]:
     return [engine.version for engine in engines.running]
 
 
-def test_every_engine_gets_it_while_paused(opened: Open) -> None:
+def test_every_engine_gets_the_update_while_paused(opened: Open) -> None:
     sync, engines = opened(3)
     metrics = sync.sync(1, verify=True)
     assert versions(engines) == [1, 1, 1]
@@ -165,40 +170,40 @@ def test_every_engine_gets_it_while_paused(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("failures", [1, ATTEMPTS - 1])
-def test_half_of_an_update_is_made_whole(opened: Open, said: list[str], failures: int) -> None:
+def test_a_partial_update_is_made_again(opened: Open, messages: list[str], failures: int) -> None:
     sync, engines = opened(2)
     engines.all[1].updates.extend([UpdateFailed("broke off")] * failures)
     sync.sync(1, verify=False)
     assert versions(engines) == [1, 1]
-    assert any("engine 1 has not got weight version 1 whole: broke off" in line for line in said)
+    assert any("engine 1 did not get weight version 1 completely: broke off" in line for line in messages)
 
 
-def test_damage_is_found_and_mended(opened: Open, said: list[str]) -> None:
+def test_damaged_weights_are_detected_and_sent_again(opened: Open, messages: list[str]) -> None:
     sync, engines = opened(2)
     engines.all[0].checks.append(WeightsDamaged("1 of 1 tensors differ"))
     sync.sync(1, verify=True)
     assert versions(engines) == [1, 1]
-    assert said == ["engine 0 has not got weight version 1 whole: 1 of 1 tensors differ"]
+    assert messages == ["engine 0 did not get weight version 1 completely: 1 of 1 tensors differ"]
 
 
-def test_one_that_cannot_take_it_is_found_and_replaced(opened: Open) -> None:
-    """In a broadcast all have failed: those who take it alone serve on."""
+def test_an_engine_that_cannot_take_updates_is_found_and_replaced(opened: Open) -> None:
+    """In a broadcast all engines fail with it; those that take the update alone go on serving."""
     sync, engines = opened(3)
     engines.all[1].updates.extend([UpdateFailed("no memory")] * 100)
     sync.sync(1, verify=False)
-    assert engines.given_up == [(1, "it takes no weights: no memory")]
+    assert engines.given_up == [(1, "it cannot take weights: no memory")]
     assert [engine.state for engine in engines.all] == ["serving", "lost", "serving"]
     assert versions(engines) == [1, 1]
     sync.sync(2, verify=False)
     assert versions(engines) == [2, 2]
 
 
-def test_when_no_fresh_engine_can_take_it_the_run_ends(opened: Open) -> None:
+def test_the_run_ends_when_no_fresh_engine_can_take_the_update(opened: Open) -> None:
     sync, engines = opened(2)
     for engine in engines.all:
-        engine.state = "stale"
+        engine.state = "awaiting_weights"
         engine.updates.extend([UpdateFailed("broke off")] * 100)
-    with pytest.raises(UserError, match=rf"version 1 did not arrive whole in {ATTEMPTS} attempts"):
+    with pytest.raises(UserError, match=rf"version 1 did not arrive completely in {ATTEMPTS} attempts"):
         sync.sync(1, verify=False)
     assert not engines.given_up
 
@@ -209,38 +214,45 @@ def test_the_only_engine_is_replaced_once(opened: Open) -> None:
     sync.sync(1, verify=False)
     engine.updates.extend([UpdateFailed("no memory")] * 100)
     sync.sync(2, verify=False)
-    assert engines.given_up == [(0, "it takes no weights: no memory")]
-    engine.state, engine.has_served, engine.launches = "stale", False, 2
-    with pytest.raises(UserError, match="version 2 did not arrive whole"):
+    assert engines.given_up == [(0, "it cannot take weights: no memory")]
+    engine.state, engine.has_served, engine.launches = "awaiting_weights", False, 2
+    with pytest.raises(UserError, match="version 2 did not arrive completely"):
         engines.refresh()
 
 
-def test_an_engine_that_dies_meanwhile_does_not_keep_the_others(opened: Open) -> None:
+def test_an_engine_that_dies_in_an_update_does_not_block_the_others(opened: Open) -> None:
     sync, engines = opened(3)
     engines.all[1].updates.append(LOST)
     sync.sync(1, verify=True)
     assert engines.all[1].state == "lost"
     assert [engine.number for engine in engines.running] == [0, 2]
     assert versions(engines) == [1, 1]
-    if isinstance(sync, CollectiveSync):  # a broken group is no use to those who are left
+    if isinstance(sync, CollectiveSync):  # the engines that are left have formed new groups
         assert all(member.size == 3 for engine in engines.running for member in engine.groups)
 
 
-def test_engines_give_memory_up_before_its_owner_does(said: list[str]) -> None:
+def test_engines_unmap_memory_before_its_owner_frees_it(messages: list[str]) -> None:
     engines: Any = Engines(1)
     actors: Any = Actors()
     sync = CollectiveSync(
-        actors, engines, 1, said.append, backend="gloo", bucket_bytes=9, update_seconds=lambda nbytes: 1.0, mapped=True
+        actors,
+        engines,
+        1,
+        messages.append,
+        backend="gloo",
+        bucket_bytes=9,
+        update_seconds=lambda nbytes: 1.0,
+        mapped=True,
     )
     held: list[int] = []
-    submit = actors.submit_weights
+    submit = actors.submit
 
-    def submit_weights(method: str, *arguments: Any) -> list[Any]:
-        if method == "disconnect_weights":
+    def watched(method: Callable[..., Any], *arguments: Any) -> list[Any]:
+        if method is ActorRank.disconnect_weights:
             held.append(len(engines.all[0].groups))
         return submit(method, *arguments)
 
-    actors.submit_weights = submit_weights
+    actors.submit = watched
     sync.sync(1, verify=False)
     engines.all[0].launches += 1
     sync.sync(2, verify=False)
@@ -248,8 +260,8 @@ def test_engines_give_memory_up_before_its_owner_does(said: list[str]) -> None:
     assert all(member.mapped for member in engines.all[0].groups)
 
 
-def test_who_waits_for_one_that_failed_is_released_at_once() -> None:
-    """It leaves the groups before the others' answers are waited for."""
+def test_a_failed_engine_leaves_its_groups_at_once() -> None:
+    """It leaves before the driver waits for the answers of the others, which are blocked by it."""
     engines: Any = Engines(2)
     actors: Any = Actors()
     sync = CollectiveSync(actors, engines, 1, print, backend="gloo", bucket_bytes=9, update_seconds=lambda nbytes: 1.0)
@@ -268,8 +280,8 @@ def test_who_waits_for_one_that_failed_is_released_at_once() -> None:
     assert versions(engines) == [1, 1]
 
 
-def test_all_of_them_may_die(opened: Open) -> None:
-    """Others take their places when something is asked of them."""
+def test_all_engines_may_die_in_an_update(opened: Open) -> None:
+    """They are replaced at the next call to the engines."""
     sync, engines = opened(2)
     for engine in engines.all:
         engine.updates.append(LOST)
@@ -277,20 +289,20 @@ def test_all_of_them_may_die(opened: Open) -> None:
     assert engines.running == []
 
 
-def test_one_that_takes_a_place_gets_the_newest(opened: Open, said: list[str]) -> None:
-    """At the first attempt: it meets the others before anything is sent."""
+def test_a_replacement_gets_the_newest_weights(opened: Open, messages: list[str]) -> None:
+    """It gets them at the first attempt, since all engines form new groups before anything is sent."""
     sync, engines = opened(2)
     sync.sync(1, verify=True)
     sync.sync(2, verify=False)
     replaced = engines.all[1]
-    replaced.state, replaced.version, replaced.groups, replaced.launches = "stale", None, [], 2
+    replaced.state, replaced.version, replaced.groups, replaced.launches = "awaiting_weights", None, [], 2
     engines.refresh()
     assert engines.all[1].state == "serving"
     assert versions(engines) == [2, 2]
-    assert said == []
+    assert messages == []
 
 
-def test_a_broadcast_says_what_will_come(opened: Open) -> None:
+def test_an_update_describes_what_will_arrive(opened: Open) -> None:
     sync, engines = opened(1)
     seen: list[Any] = []
     answer = engines.all[0].answer

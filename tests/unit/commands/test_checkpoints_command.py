@@ -19,7 +19,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows(output: str) -> dict[str, str]:
-    """Of the table, by the number of the step."""
+    """Returns the rows of the table by step number."""
     return {line.split("step_")[1][:6]: line for line in output.splitlines() if line.startswith("│ step_")}
 
 
@@ -32,7 +32,7 @@ def test_every_checkpoint_is_listed(run: Path, capsys: pytest.CaptureFixture[str
     assert ["(latest)" in line for line in listed.values()] == [False, False, True]
 
 
-def test_damage_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_marked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (run / "checkpoints" / name / next(iter(FILES)) for name in ("step_000005", "step_000010"))
     first.write_bytes(first.read_bytes()[:-1])
     second.write_bytes(second.read_bytes()[:-1] + b"?")
@@ -40,7 +40,7 @@ def test_damage_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["checkpoints", str(run)])
     output = capsys.readouterr().out
     assert ["DAMAGED" in line for line in rows(output).values()] == [True, False, True]
-    assert f"{first} is damaged" in output and MANIFEST in output and str(second) not in output  # as long as it was
+    assert f"{first} is damaged" in output and MANIFEST in output and str(second) not in output  # its size is unchanged
     main(["checkpoints", str(run), "--verify"])
     output = capsys.readouterr().out
     assert ["DAMAGED" in line for line in rows(output).values()] == [True, True, True]

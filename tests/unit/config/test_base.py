@@ -36,7 +36,7 @@ def test_sections_are_merged_and_the_file_wins() -> None:
     assert config.run.name.startswith("mine-")
 
 
-def test_a_base_is_named_relative_to_the_file_and_may_have_one_itself() -> None:
+def test_a_base_is_relative_to_its_file_and_may_have_a_base() -> None:
     write(
         deep__middle="base: ../common.yaml\nseed: 1\ntrain: {save_every: 2}\n", deep__top="base: middle.yaml\nseed: 2"
     )
@@ -66,14 +66,14 @@ def test_lists_replace_and_null_clears() -> None:
         ("base: common.yaml\ntrain: {steps: many}", "mine.yaml: train.steps: 'many' (text) given"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_file(text: str, words: str) -> None:
+def test_problems_of_a_base_name_the_file(text: str, words: str) -> None:
     write(mine=text)
     with pytest.raises(UserError) as caught:
         read("mine")
     assert words in str(caught.value)
 
 
-def test_the_base_is_blamed_for_what_it_says() -> None:
+def test_problems_name_the_file_that_set_the_value() -> None:
     write(common=MINIMAL + "actor: {tensor_parallel: x}\nalgoritm: {}\n", mine="base: common.yaml\nseed: 1")
     with pytest.raises(UserError, match=r"^common.yaml: unknown key algoritm"):
         read("mine")
@@ -82,6 +82,6 @@ def test_the_base_is_blamed_for_what_it_says() -> None:
         read("mine")
 
 
-def test_a_base_is_no_override() -> None:
+def test_base_cannot_be_given_as_an_override() -> None:
     with pytest.raises(UserError, match="unknown key base"):
         read("common", "base=other.yaml")

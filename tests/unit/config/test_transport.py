@@ -1,4 +1,4 @@
-"""Which way weights take where the configuration leaves it open."""
+"""The transport of weights if the configuration leaves it open."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ train: {steps: 10}
         ),
     ],
 )
-def test_what_auto_means(overrides: list[str], transport: str, tmp_path: Path) -> None:
+def test_auto_resolves_to_a_transport(overrides: list[str], transport: str, tmp_path: Path) -> None:
     path = tmp_path / "example.yaml"
     path.write_text(MINIMAL)
     assert transport_of(load_config(path, overrides)) == transport

@@ -1,4 +1,4 @@
-"""Inputs are looked at before anything starts."""
+"""Inputs are checked before anything starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPE = {
 
 @pytest.fixture
 def inputs(load) -> Path:
-    """All that the minimal configuration names, in the working directory."""
+    """Writes all files that the minimal configuration names into the working directory."""
     Path("train.jsonl").write_text("{}")
     model = Path("model")
     model.mkdir()
@@ -59,7 +59,7 @@ def test_missing_files_are_all_named(load, inputs):
     assert all("no such" in line and str(Path.cwd()) in line for line in found)
 
 
-def test_an_unknown_extension(load, inputs):
+def test_an_unknown_file_extension_is_refused(load, inputs):
     Path("train.csv").touch()
     assert problems(load("data.train=train.csv")) == [
         "data.train: train.csv has the extension '.csv'; expected .jsonl or .parquet"
@@ -70,14 +70,14 @@ def test_an_unknown_extension(load, inputs):
     ("file", "words"),
     [("config.json", "no config.json"), ("tokenizer.json", "no tokenizer"), ("model.safetensors", "no weights")],
 )
-def test_an_incomplete_model_folder(load, inputs, file, words):
+def test_an_incomplete_model_folder_is_refused(load, inputs, file, words):
     (inputs / file).unlink()
     (line,) = problems(load())
     assert line.startswith("model.path: ")
     assert words in line
 
 
-def test_a_missing_model_folder_and_a_broken_config(load, inputs):
+def test_a_missing_model_folder_and_a_broken_config_are_refused(load, inputs):
     assert "no such folder: elsewhere" in problems(load("model.path=elsewhere"))[0]
     (inputs / "config.json").write_text("{")
     assert "cannot be read" in problems(load())[0]
@@ -88,7 +88,7 @@ def test_a_dry_run_needs_no_weights(load, inputs):
     check_inputs(load(), weights=False)
 
 
-def test_what_prepare_will_write_is_not_looked_for_before_it_ran(load):
+def test_files_that_prepare_will_write_are_not_required(load):
     config = load(
         "prepare={task: countdown, folder: task}",
         "model.path=task/model",

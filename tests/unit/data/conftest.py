@@ -14,7 +14,7 @@ from megatron_rl.data import PromptSet, load_prompts
 
 
 class WordTokenizer:
-    """One token per word: the number of letters in it."""
+    """A tokenizer with one token per word, whose id is the number of letters."""
 
     chat_template = "yes"
 
@@ -42,7 +42,7 @@ Read = Callable[..., PromptSet]
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    """Write rows to a file, one JSON object a line or as Parquet, and load it."""
+    """Returns a function that writes rows to a JSONL or Parquet file and loads its prompts."""
 
     def write_and_read(
         rows: list[Any], *, name: str = "rows.jsonl", tokenizer: Any = None, **settings: Any

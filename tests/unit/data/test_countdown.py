@@ -1,4 +1,4 @@
-"""The Countdown task: its problems, and the folder it is written to."""
+"""Tests of the Countdown task: its problems, and the folder that it is written to."""
 
 import hashlib
 import json
@@ -51,8 +51,8 @@ def test_there_are_1791_problems() -> None:
 
 
 @given(st.tuples(*[st.integers(1, 9)] * 3))
-def test_attempts_are_all_and_only_the_true_ones(numbers: tuple[int, ...]) -> None:
-    """Against Python's own arithmetic, over every order and pair of operators."""
+def test_attempts_are_exactly_the_correct_ones(numbers: tuple[int, ...]) -> None:
+    """The reference is Python's own arithmetic over every order and pair of operators."""
     expected: Counter[tuple[str, int]] = Counter()
     for x, y, w in permutations(numbers):
         for first in "+-*":
@@ -83,13 +83,13 @@ def test_no_problem_is_in_two_files(task: Path) -> None:
     assert train and held_out and fresh
     assert not held_out & fresh
     assert not (train | {key(label) for label in warm}) & (held_out | fresh)
-    # An evaluation problem comes once; a training problem in each of its orders, once.
+    # An evaluation problem occurs once, and a training problem occurs once in each order of its numbers.
     assert (len(files["held_out"]), len(files["fresh"])) == (len(held_out), len(fresh)) == (101, 121)
     orders = {f"{' '.join(map(str, order))} > {target}" for numbers, target in train for order in permutations(numbers)}
     assert sorted(files["train"]) == sorted(orders)
 
 
-def test_rl_problems_are_common_enough(task: Path) -> None:
+def test_rl_problems_have_enough_solutions(task: Path) -> None:
     shares = {key_of(problem): problem.share for problem in problems.all_problems()}
     labels = [row["label"] for name in ("train", "held_out", "fresh") for row in rows(task / f"{name}.jsonl")]
     assert min(shares[key(label)] for label in labels) >= 0.12
@@ -102,7 +102,7 @@ def test_rows_have_prompt_and_label(task: Path) -> None:
         assert len(row["prompt"].split()) == 7
 
 
-def test_traces_are_true_and_fit(task: Path) -> None:
+def test_traces_have_correct_verdicts_and_fit_the_token_limit(task: Path) -> None:
     for phase, count in zip("ab", TRACES, strict=True):
         table = pq.read_table(task / f"warm_start_{phase}.parquet")
         assert table.column_names == ["prompt", "response"]
@@ -111,16 +111,16 @@ def test_traces_are_true_and_fit(task: Path) -> None:
             *words, end = row["response"].split()
             assert end == "<eos>" and len(words) < 46
             numbers, target = key(row["prompt"].removeprefix("<bos> ").removesuffix(" :"))
-            texts = {attempt.text for attempt in problems.attempts(numbers)}
+            texts = {possible.text for possible in problems.attempts(numbers)}
             if words[-1] in traces.FILLERS:
                 words.pop()
-            for try_ in " ".join(words).split(" wait "):
-                text, verdict = try_.rsplit(" ", 1)
+            for attempt in " ".join(words).split(" wait "):
+                text, verdict = attempt.rsplit(" ", 1)
                 assert text in texts
                 assert verdict == ("ok" if text.endswith(f" = {target}") else "no")
 
 
-def test_the_mix_sets_the_rates() -> None:
+def test_the_mix_sets_the_rates_of_retries_and_noise() -> None:
     sure = traces.Mix(oracle=1.0, wait_after_no=0.0, wait_after_ok=1.0, noise=0.0)
     never = traces.Mix(oracle=0.0, wait_after_no=0.0, wait_after_ok=0.0, noise=1.0)
     every = problems.all_problems()
@@ -131,12 +131,12 @@ def test_the_mix_sets_the_rates() -> None:
         assert "wait" not in response and response.split()[-2] in traces.FILLERS
     responses = traces.traces(every, 20_000, traces.MIX_A, seed=0)["response"]
     after_no = [response.split()[10] == "wait" for response in responses if response.split()[9] == "no"]
-    # Three percent, give or take four standard deviations.
+    # The rate is three percent, within four standard deviations.
     assert abs(sum(after_no) / len(after_no) - 0.03) < 4 * (0.03 * 0.97 / len(after_no)) ** 0.5
 
 
-def test_the_version_stands_for_the_content(task: Path) -> None:
-    """Other content under the same VERSION would leave stale folders in use: raise VERSION and put the new sum here."""
+def test_the_content_changes_only_with_the_version(task: Path) -> None:
+    """Folders of an older content would stay in use under the same VERSION: raise it and update the checksum here."""
     names = ["train.jsonl", "held_out.jsonl", "fresh.jsonl"]
     text = "".join((task / name).read_text() for name in names)
     for phase in "ab":
@@ -176,8 +176,8 @@ def test_foreign_folders_are_refused_and_left_alone(task: Path, tmp_path: Path) 
     (incomplete / "model" / "model.safetensors").unlink()
     before = snapshot(tmp_path)
     cases = [(foreign, "something else"), (changed, "train.jsonl"), (incomplete, "model.safetensors")]
-    for folder, says in cases:
-        with pytest.raises(UserError, match=says):
+    for folder, words in cases:
+        with pytest.raises(UserError, match=words):
             write_task(folder, warm_start_traces=TRACES)
     with pytest.raises(UserError, match="another Countdown task"):
         write_task(task, seed=5, warm_start_traces=TRACES)

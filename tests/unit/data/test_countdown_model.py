@@ -1,4 +1,4 @@
-"""The Countdown model and tokenizer, as plain transformers sees them."""
+"""Tests of the Countdown model and tokenizer, loaded by plain transformers."""
 
 import math
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_an_unknown_word_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None
         tokenizer("<bos> 3 5 81 > 22 :")
 
 
-def test_the_model_is_the_one_of_the_task(model: Qwen3ForCausalLM) -> None:
+def test_the_model_has_the_documented_architecture(model: Qwen3ForCausalLM) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 603_072
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -64,7 +64,7 @@ def test_the_model_is_the_one_of_the_task(model: Qwen3ForCausalLM) -> None:
     assert model.generation_config.eos_token_id == 2
 
 
-def test_weights_have_the_stated_spread(model: Qwen3ForCausalLM) -> None:
+def test_weights_have_the_documented_standard_deviations(model: Qwen3ForCausalLM) -> None:
     layer = model.model.layers[1]
     expected = {
         model.model.embed_tokens.weight: 0.02,
@@ -78,7 +78,7 @@ def test_weights_have_the_stated_spread(model: Qwen3ForCausalLM) -> None:
     assert torch.equal(layer.input_layernorm.weight, torch.ones(128))
 
 
-def test_the_seed_alone_decides_the_weights(model: Qwen3ForCausalLM) -> None:
+def test_the_weights_depend_on_the_seed_only(model: Qwen3ForCausalLM) -> None:
     torch.manual_seed(7)
     state = torch.get_rng_state()
     again, other = build_model(0).state_dict(), build_model(1).state_dict()

@@ -1,4 +1,4 @@
-"""Every row once an epoch, in an order that a checkpoint can go on with exactly."""
+"""Tests of the cursor: every row once per epoch, in an order that a checkpoint continues exactly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_each_epoch_has_every_row_once(size, seed, shuffle, takes):
 
 
 @given(SIZES, SEEDS, st.booleans(), TAKES, st.integers(0, 100))
-def test_a_resumed_cursor_goes_on_exactly(size, seed, shuffle, takes, more):
+def test_a_resumed_cursor_continues_exactly(size, seed, shuffle, takes, more):
     cursor = Cursor(size, seed, shuffle)
     for n in takes:
         cursor.take(n)
@@ -42,7 +42,7 @@ def test_a_resumed_cursor_goes_on_exactly(size, seed, shuffle, takes, more):
 
 
 @given(SIZES, SEEDS, TAKES)
-def test_how_the_rows_are_taken_does_not_matter(size, seed, takes):
+def test_the_order_does_not_depend_on_how_many_rows_are_taken_at_once(size, seed, takes):
     piecewise = Cursor(size, seed, True)
     assert [row for n in takes for row in piecewise.take(n)] == Cursor(size, seed, True).take(sum(takes))
 
@@ -76,7 +76,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage):
     assert cursor.state() == before
 
 
-def test_a_cursor_over_nothing():
+def test_a_cursor_without_rows_is_an_error():
     with pytest.raises(ValueError, match="at least one row"):
         Cursor(0, 0, True)
     with pytest.raises(ValueError, match="cannot take -1"):

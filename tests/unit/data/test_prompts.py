@@ -1,4 +1,4 @@
-"""Files in the schemas users have become prompts; anything else becomes an error that says where."""
+"""Files in the known schemas become prompts, and any other file is an error with the position of the problem."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def error_of(read, rows, **options) -> str:
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
-def test_slime(read, name):
+def test_slime_rows_become_prompts(read, name):
     found = read(
         [{"prompt": "one two", "label": "3", "level": 1}, {"prompt": "three", "label": "5", "level": 2}], name=name
     )
@@ -42,14 +42,14 @@ def test_slime(read, name):
     assert (found.dropped, found.truncated) == ({}, 0)
 
 
-def test_slime_with_messages(read):
+def test_slime_rows_may_have_messages(read):
     (prompt,) = read([{"prompt": MESSAGES, "label": 4}]).prompts
     assert prompt.text == "Be brief.\nWhat is 2 + 2 ?"
     assert prompt.label == 4
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
-def test_verl_as_dapo_ships_it(read, name):
+def test_verl_rows_of_dapo_become_prompts(read, name):
     found = read([DAPO_ROW], name=name)
     (prompt,) = found.prompts
     assert found.schema == "verl"
@@ -59,7 +59,7 @@ def test_verl_as_dapo_ships_it(read, name):
 
 
 @pytest.mark.parametrize("prompt", ["two words", MESSAGES])
-def test_trl_is_prompt_only(read, prompt):
+def test_trl_rows_may_have_a_prompt_only(read, prompt):
     found = read([{"prompt": prompt, "difficulty": "hard"}])
     assert found.schema == "trl"
     assert found.prompts[0].label is None
@@ -74,7 +74,7 @@ def test_trl_finds_a_label_by_its_usual_names(read, column):
     assert found.prompts[0].metadata == {"other": 1}
 
 
-def test_label_field_says_where_the_label_is_in_any_schema(read):
+def test_label_field_selects_the_label_in_any_schema(read):
     rows = [{"prompt": "p", "label": "no", "target": "yes"}]
     (prompt,) = read(rows, label_field="target").prompts
     assert (prompt.label, prompt.metadata) == ("yes", {"label": "no"})
@@ -102,7 +102,7 @@ def test_unknown_columns_are_listed_beside_the_three_schemas(read):
         ({"prompt": ["hello"], "label": 1}, "column prompt: message 0: expected {role: text, content: text}"),
     ],
 )
-def test_a_wrong_row_is_named_with_file_row_and_column(read, second, words):
+def test_a_wrong_row_is_reported_with_file_row_and_column(read, second, words):
     message = error_of(read, [{"prompt": "p", "label": 1}, second])
     assert "rows.jsonl, line 2: " in message
     assert words in message
@@ -113,7 +113,7 @@ def test_a_wrong_row_is_named_with_file_row_and_column(read, second, words):
     [("34", "column reward_model: expected {ground_truth: ...}, found text"),
      ({"style": "rule"}, "column reward_model.ground_truth: no value")],
 )  # fmt: skip
-def test_a_wrong_verl_row(read, reward_model, words):
+def test_a_wrong_verl_row_is_reported_with_its_column(read, reward_model, words):
     assert words in error_of(read, [{"prompt": "p", "reward_model": reward_model}])
 
 
@@ -123,7 +123,7 @@ def test_parquet_rows_are_counted_from_zero(read):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
-def test_an_empty_data_set(read, name):
+def test_an_empty_data_set_is_an_error(read, name):
     assert "rows" in error_of(read, [], name=name)
     assert error_of(read, [], name=name).endswith("the data set is empty")
 
@@ -136,7 +136,7 @@ def test_an_empty_data_set(read, name):
         (b'{"prompt": "\xff"}\n', "line 1: not UTF-8"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path, word_tokenizer, content, words):
+def test_a_broken_line_is_reported_with_its_number(tmp_path, word_tokenizer, content, words):
     path = tmp_path / "broken.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -148,19 +148,19 @@ def test_a_broken_line_is_named(tmp_path, word_tokenizer, content, words):
     ("name", "words"),
     [("absent.jsonl", "no such data file"), ("rows.csv", "unknown extension '.csv'; expected .jsonl or .parquet")],
 )
-def test_a_file_that_cannot_be_used(tmp_path, name, words):
+def test_a_missing_file_or_unknown_extension_is_an_error(tmp_path, name, words):
     with pytest.raises(UserError, match=words):
         load_prompts(tmp_path / name, tokenizer=None, settings=DataSettings(train=tmp_path / name))
 
 
-def test_a_broken_parquet_file(tmp_path):
+def test_a_broken_parquet_file_is_an_error(tmp_path):
     path = tmp_path / "broken.parquet"
     path.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(UserError, match=r"broken\.parquet: not a readable Parquet file"):
         load_prompts(path, tokenizer=None, settings=DataSettings(train=path))
 
 
-def test_a_byte_order_mark_and_blank_lines_are_harmless(tmp_path, word_tokenizer):
+def test_a_byte_order_mark_and_blank_lines_are_ignored(tmp_path, word_tokenizer):
     row = json.dumps({"prompt": "p", "label": 1})
     path = tmp_path / "marked.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + f"{row}\n\n{row}\n".encode())
@@ -173,7 +173,7 @@ LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=12)
 
 @given(lengths=LENGTHS, limit=st.integers(1, 6))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_long_prompts_by_policy(read, lengths, limit):
+def test_long_prompts_are_dropped_cut_or_refused(read, lengths, limit):
     rows = [{"prompt": " ".join("x" * (word + 1) for word in range(length)), "label": 1} for length in lengths]
     too_long = sum(length > limit for length in lengths)
 
@@ -198,7 +198,7 @@ def test_long_prompts_by_policy(read, lengths, limit):
         assert f"line {first + 1}: the prompt has {lengths[first]} tokens; data.max_prompt_tokens is {limit}" in message
 
 
-def test_duplicates_stay_unless_told_otherwise(read):
+def test_duplicates_are_kept_by_default(read):
     rows = [{"prompt": "p", "label": 1}, {"prompt": "p", "label": 2}, {"prompt": "p", "label": 1}]
     assert len(read(rows).prompts) == 3
     found = read(rows, drop_duplicates=True)

@@ -1,4 +1,4 @@
-"""Published sets into the project's parquet, from small files in their schemas."""
+"""Tests of the conversion of published sets, with small files in their schemas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_rl.cli import main
 from megatron_rl.data.published import SETS, prepare
 from megatron_rl.errors import UserError
 from megatron_rl.reward.maths import verify_maths
-from megatron_rl.types import Generation, Prompt, Sample
+from megatron_rl.types import Prompt, Response, Sample
 
 FILES = Path(__file__).parents[2] / "fixtures" / "published"
 CASES = {
@@ -38,7 +38,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_set(tmp_path: Path, name: str) -> None:
+def test_each_set_is_converted(tmp_path: Path, name: str) -> None:
     files, problems, dropped, kept = CASES[name]
     report = prepare(name, [FILES / file for file in files], tmp_path / "out.parquet", problems=problems)
     rows = rows_of(tmp_path / "out.parquet")
@@ -51,12 +51,12 @@ def test_each_set(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_labels_are_what_the_maths_verifier_reads(tmp_path: Path, name: str) -> None:
+def test_the_maths_verifier_accepts_every_label(tmp_path: Path, name: str) -> None:
     files, problems, _, _ = CASES[name]
     prepare(name, [FILES / file for file in files], tmp_path / "out.parquet", problems=problems)
     for row in rows_of(tmp_path / "out.parquet"):
         prompt = Prompt("x:0", (1,), row["prompt"], row["label"])
-        sample = Sample(prompt, 0, Generation([1], [0.0], "stop", 0), rf"\boxed{{{row['label']}}}")
+        sample = Sample(prompt, Response([1], [0.0], "stop", 0), rf"\boxed{{{row['label']}}}")
         assert verify_maths(sample).score == 1.0, row
 
 
@@ -64,7 +64,7 @@ def test_every_set_has_a_case() -> None:
     assert set(CASES) == set(SETS)
 
 
-def test_another_form_of_the_same_set(tmp_path: Path) -> None:
+def test_two_published_forms_of_a_set_give_the_same_problems(tmp_path: Path) -> None:
     report = prepare("aime-2024", [FILES / "aime_2024_verl.parquet"], tmp_path / "verl.parquet", problems=4)
     prepare("aime-2024", [FILES / "aime_2024.parquet"], tmp_path / "plain.parquet", problems=4)
     assert dict(report.dropped) == {"duplicate": 4}
@@ -72,13 +72,13 @@ def test_another_form_of_the_same_set(tmp_path: Path) -> None:
     assert [(row["prompt"], row["label"]) for row in verl] == [(row["prompt"], row["label"]) for row in plain]
 
 
-def test_the_result_is_the_same_every_time(tmp_path: Path) -> None:
+def test_the_same_sources_give_the_same_bytes(tmp_path: Path) -> None:
     for out in ("a.parquet", "b.parquet"):
         prepare("dapo-math-17k", [FILES / "dapo.parquet"], tmp_path / out, problems=6)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
-def test_a_length_filter_reports_what_it_drops(tmp_path: Path) -> None:
+def test_a_length_filter_counts_the_problems_it_drops(tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     report = prepare("math-500", [FILES / "math_500.jsonl"], out, problems=3, too_long=lambda text: len(text) > 30)
     assert dict(report.dropped) == {"too long": 2} and report.kept == 1
@@ -106,27 +106,29 @@ def test_a_length_filter_reports_what_it_drops(tmp_path: Path) -> None:
         ([{"problem": "q", "answer": "1"}], "1 distinct problems; MATH-500 has 500.*--problems 1"),
     ],
 )
-def test_drift_names_column_and_row(tmp_path: Path, rows: list[dict[str, Any]], words: str) -> None:
+def test_an_unexpected_form_is_reported_with_column_and_row(
+    tmp_path: Path, rows: list[dict[str, Any]], words: str
+) -> None:
     out = tmp_path / "out.parquet"
     with pytest.raises(UserError, match=words):
         prepare("math-500", [jsonl(tmp_path / "drifted.jsonl", rows)], out)
     assert not out.exists()
 
 
-def test_drift_in_parquet(tmp_path: Path) -> None:
+def test_an_unexpected_form_in_parquet_is_reported_with_column_and_row(tmp_path: Path) -> None:
     table = pa.table({"prompt": [[{"role": "user", "content": "q"}]], "reward_model": ["34"]})
     pq.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(UserError, match=r"row 0: column reward_model: expected \{ground_truth: ...\}, found text"):
         prepare("dapo-math-17k", [tmp_path / "x.parquet"], tmp_path / "out.parquet")
 
 
-def test_a_solution_without_a_box(tmp_path: Path) -> None:
+def test_a_solution_without_a_box_is_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", [{"problem": "q", "solution": "so it is 4"}])
     with pytest.raises(UserError, match=r"line 1: column solution: there is no \\boxed"):
         prepare("minerva", [path], tmp_path / "out.parquet")
 
 
-def test_checksums_are_held_to(tmp_path: Path) -> None:
+def test_a_wrong_checksum_is_an_error(tmp_path: Path) -> None:
     arguments = ("math-500", [FILES / "math_500.jsonl"], tmp_path / "out.parquet")
     with pytest.raises(UserError, match=r"its SHA-256 is 3514\w+, not as given"):
         prepare(*arguments, problems=3, sha256=["0" * 64])
@@ -141,7 +143,7 @@ def test_a_known_file_is_recognised_by_its_checksum(tmp_path: Path, monkeypatch:
     assert report.sources[0].known_as == "made up"
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prepares_a_set_and_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "dapo.parquet"
     arguments = ["data", "prepare", "dapo-math-17k", "--source", str(FILES / "dapo.parquet"), "--out", str(out)]
     assert main(arguments) == 2

@@ -1,4 +1,4 @@
-"""The Dockerfile and the compose file as text; `make image-test` builds and starts the CPU target."""
+"""Checks of the text of Dockerfile and compose file. `make image-test` builds and starts the CPU target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megatron-rl doctor` as a whole."""
+"""The command `megatron-rl doctor`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from megatron_rl.cluster.probe import collectives
 from megatron_rl.cluster.runtime import ray_runtime
 from megatron_rl.config import load_config
 from megatron_rl.doctor.engines import check_engines
-from megatron_rl.doctor.finding import Finding
-from megatron_rl.doctor.show import show
+from megatron_rl.doctor.findings import Finding, show
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.placement import place
 from tests.hf_models import write_hf_model
@@ -29,11 +28,11 @@ train: {steps: 10}
 """
 
 
-def test_a_failure_is_the_exit_status_and_comes_with_what_to_do() -> None:
+def test_a_failure_is_shown_with_its_remedy() -> None:
     console = Console(record=True, width=100)
-    assert not show([Finding("a", "ok", "fine", "unsaid"), Finding("b", "failure", "broken", "mend it")], console)
+    assert not show([Finding("a", "ok", "fine", "unneeded"), Finding("b", "failure", "broken", "repair it")], console)
     text = console.export_text()
-    assert "mend it" in text and "unsaid" not in text and "1 failed" in text
+    assert "repair it" in text and "unneeded" not in text and "1 failed" in text
     assert show([Finding("a", "warning", "so so", "perhaps")], console)
 
 
@@ -48,7 +47,7 @@ def test_quick_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.e2e
-def test_a_cluster_on_this_machine(
+def test_doctor_checks_a_cluster_on_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -58,7 +57,7 @@ def test_a_cluster_on_this_machine(
     assert main(["doctor", "mine.yaml", *layout]) == 1
     assert "layout failure actor.tensor_parallel is 2 and" in " ".join(capsys.readouterr().out.split())
     assert main(["doctor", "mine.yaml", *layout, "actor.sequence_parallel=true"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     for words in (
         "same on all nodes",
         "all ranks ok 1 x 4 ranks",
@@ -69,27 +68,27 @@ def test_a_cluster_on_this_machine(
         "engines ok 1 x transformers started",
         "for 3 checkpoints of",
     ):
-        assert words in said
+        assert words in output
     assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "model"}
 
 
 @pytest.mark.e2e
-def test_every_group_is_summed_over_and_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
-    """Context parallelism trains on CUDA only, but its groups are there on CPU."""
+def test_every_process_group_is_checked_and_engine_failures_give_reasons(tmp_path: Path) -> None:
+    """Context parallelism trains on CUDA only, but its process groups exist on the CPU too."""
     (tmp_path / "mine.yaml").write_text(CONFIG.replace("path: model", f"path: {tmp_path / 'model'}"))
     config = load_config(tmp_path / "mine.yaml", ["actor.device=cpu"])
     absent = load_config(tmp_path / "mine.yaml", ["actor.device=cpu", "rollout.engine=sglang"])
     weights = write_hf_model(tmp_path / "model") / "model.safetensors"
     layout = Layout(pipeline=2, context=2)
     with ray_runtime(place(layout, 1, config.cluster, engine_gpus=0, on_gpu=False)) as nodes:
-        said = collectives(nodes, "cpu", layout, tmp_path)
+        result = collectives(nodes, "cpu", layout, tmp_path)
         not_installed = check_engines(absent, nodes, tmp_path)
         weights.write_bytes(weights.read_bytes()[:-100])
         damaged = check_engines(config, nodes, tmp_path)
         weights.unlink()
         not_there = check_engines(config, nodes, tmp_path)
-    assert said.libraries == ["gloo"] * 4
-    members = {name: {groups[name][0] for groups in said.sums} for name in said.sums[0]}
+    assert result.libraries == ["gloo"] * 4
+    members = {name: {groups[name][0] for groups in result.sums} for name in result.sums[0]}
     assert members == {
         "all ranks": {(0, 1, 2, 3)},
         "pipeline parallel": {(0, 2), (1, 3)},
@@ -102,11 +101,11 @@ def test_every_group_is_summed_over_and_an_engine_that_cannot_start_says_why(tmp
 
 
 @pytest.mark.e2e
-def test_a_cluster_that_is_not_there(
+def test_a_missing_cluster_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(CONFIG)
     assert main(["doctor", "mine.yaml", "actor.device=cpu", "actor.data_parallel=2", "cluster.nodes=2"]) == 1
-    said = " ".join(capsys.readouterr().out.split())
-    assert "RAY_ADDRESS names no Ray" in said and "1 failed" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "RAY_ADDRESS names no Ray" in output and "1 failed" in output

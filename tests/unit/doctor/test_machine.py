@@ -1,4 +1,4 @@
-"""What doctor says of a machine."""
+"""Findings of doctor about a machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.doctor import machine, versions
-from megatron_rl.doctor.finding import Finding
+from megatron_rl.doctor.findings import Finding
 
 
 def states(findings: object) -> dict[str, str]:
@@ -19,13 +19,13 @@ def states(findings: object) -> dict[str, str]:
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program that says what the test writes into it."""
+    """Path of a fake nvidia-smi, whose output the test defines with `set_output`."""
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     return program
 
 
-def notify(program: Path, *lines: str, status: int = 0) -> None:
+def set_output(program: Path, *lines: str, status: int = 0) -> None:
     text = "\n".join(lines)
     program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {status}\n")
     program.chmod(0o755)
@@ -34,15 +34,15 @@ def notify(program: Path, *lines: str, status: int = 0) -> None:
 HEALTHY = "NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 0"
 
 
-def test_healthy_gpus_are_one_line(nvidia_smi: Path) -> None:
-    notify(nvidia_smi, *(f"{number}, {HEALTHY}" for number in range(8)))
+def test_healthy_gpus_are_one_finding(nvidia_smi: Path) -> None:
+    set_output(nvidia_smi, *(f"{number}, {HEALTHY}" for number in range(8)))
     (finding,) = machine.check_gpus("cuda")
     assert finding.state == "ok"
     assert finding.found == "8 x NVIDIA H100 80GB HBM3 (80 GiB), driver 550.54.15"
 
 
-def test_memory_errors_other_users_and_mixed_gpus_are_named(nvidia_smi: Path) -> None:
-    notify(
+def test_memory_errors_used_gpus_and_mixed_kinds_are_reported(nvidia_smi: Path) -> None:
+    set_output(
         nvidia_smi,
         f"0, {HEALTHY}",
         "1, NVIDIA A100-SXM4-80GB, 550.54.15, 81920, 70000, [N/A]",
@@ -57,19 +57,19 @@ def test_memory_errors_other_users_and_mixed_gpus_are_named(nvidia_smi: Path) ->
     assert "68.4 GiB" in found["GPU 1"].found and "3 uncorrected" in found["GPU 2"].found
 
 
-def test_a_driver_that_does_not_answer(nvidia_smi: Path) -> None:
-    notify(nvidia_smi, "NVIDIA-SMI has failed because it couldn't communicate with the driver", status=9)
+def test_a_driver_that_does_not_respond_is_a_failure(nvidia_smi: Path) -> None:
+    set_output(nvidia_smi, "NVIDIA-SMI has failed because it couldn't communicate with the driver", status=9)
     (finding,) = machine.check_gpus("cuda")
     assert finding.state == "failure" and "couldn't communicate" in finding.found
 
 
-def test_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpus_are_a_failure_only_for_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert states(machine.check_gpus("cuda")) == {"GPUs": "failure"}
     assert states(machine.check_gpus("cpu")) == {"GPUs": "skipped"}
 
 
-def test_a_taken_port_is_named() -> None:
+def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -79,25 +79,25 @@ def test_a_taken_port_is_named() -> None:
     assert machine.check_ports([port]).state == "ok"
 
 
-def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def say_limit(value: int) -> None:
+def test_low_limits_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_limit(value: int) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (value, value))
 
-    say_limit(1024)
+    set_limit(1024)
     assert states(machine.check_limits("cuda")) == {"open files": "warning", "locked memory": "warning"}
     assert states(machine.check_limits("cpu")) == {"open files": "warning"}
-    say_limit(resource.RLIM_INFINITY)
+    set_limit(resource.RLIM_INFINITY)
     assert states(machine.check_limits("cuda")) == {"open files": "ok", "locked memory": "ok"}
 
 
-def test_shared_memory_and_disk(tmp_path: Path) -> None:
+def test_shared_memory_and_disk_space(tmp_path: Path) -> None:
     assert machine.check_shared_memory("cpu", tmp_path / "absent").state == "warning"
     assert machine.check_disk(tmp_path / "not/there/yet", 1, "a run").state == "ok"
     full = machine.check_disk(tmp_path, 1e18, "a run")
     assert full.state == "failure" and "train.keep_checkpoints" in full.remedy
 
 
-def test_versions_outside_the_window_are_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_versions_are_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"ray": "1.13", "rich": None}
     real = versions._version
     monkeypatch.setattr(versions, "_version", lambda name: installed.get(name, real(name)))
@@ -109,7 +109,7 @@ def test_versions_outside_the_window_are_named_with_what_to_do(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("says", "state", "words"),
+    ("output", "state", "words"),
     [
         ("0.5.23", "ok", "0.5.23 (rollout.server.python"),
         ("0.4.1", "warning", "0.4.1"),
@@ -117,21 +117,22 @@ def test_versions_outside_the_window_are_named_with_what_to_do(monkeypatch: pyte
         (None, "failure", "No such file"),
     ],
 )
-def test_the_engine_is_looked_for_where_it_will_be_started_from(
-    tmp_path: Path, says: str | None, state: str, words: str
+def test_the_engine_is_checked_in_its_own_environment(
+    tmp_path: Path, output: str | None, state: str, words: str
 ) -> None:
     interpreter = tmp_path / "python"
-    if says is not None:
-        interpreter.write_text(f"#!/bin/sh\necho '{says}'\n")
+    if output is not None:
+        interpreter.write_text(f"#!/bin/sh\necho '{output}'\n")
         interpreter.chmod(0o755)
     common = {"prompts_per_step": 1, "samples_per_prompt": 2, "max_response_tokens": 8}
     rollout = RolloutSettings.model_validate({**common, "engine": "sglang", "server": {"python": interpreter}})
     finding = versions.check_server(rollout)
     assert finding is not None and (finding.state, words in finding.found) == (state, True)
     assert state == "ok" or finding.remedy
-    assert versions.check_server(RolloutSettings.model_validate(common)) is None  # the embedded one is this package's
+    embedded = RolloutSettings.model_validate(common)
+    assert versions.check_server(embedded) is None  # the transformers engine needs no package of its own
 
 
-def test_what_makes_gpus_fast_is_asked_for_on_gpus_only() -> None:
+def test_optional_gpu_packages_are_checked_on_gpus_only() -> None:
     assert {"transformer_engine", "apex"} <= states(versions.check_versions("cuda")).keys()
     assert not {"transformer_engine", "apex"} & states(versions.check_versions("cpu")).keys()

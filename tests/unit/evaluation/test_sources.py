@@ -87,7 +87,7 @@ def test_every_response_has_its_own_request(server: Server, suffix: str) -> None
 
 def test_several_models_must_be_told_apart(server: Server) -> None:
     server.models = ["one", "two"]
-    with pytest.raises(UserError, match="serves one, two: say which with --model-name"):
+    with pytest.raises(UserError, match="serves one, two: choose one with --model-name"):
         connect(server.url)
     assert connect(server.url, "two").identity["model"] == "two"
 
@@ -95,8 +95,8 @@ def test_several_models_must_be_told_apart(server: Server) -> None:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ((400, "too long"), "status 400: .*too long.*What is done is kept"),
-        ((200, {"choices": []}), "answers in no form known"),
+        ((400, "too long"), "status 400: .*too long.*Finished batches are kept"),
+        ((200, {"choices": []}), "gives an answer of unknown form"),
     ],
 )
 def test_a_server_that_fails_stops_the_evaluation(server: Server, answer: tuple[int, Any], words: str) -> None:

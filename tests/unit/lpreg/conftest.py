@@ -1,4 +1,4 @@
-"""The definitions restated the plain way: whole tensors, softmax, autograd. What lpreg must agree with."""
+"""Plain restatements of the definitions, with dense tensors, softmax and autograd, that lpreg must agree with."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Dense:
     log_probs: Tensor
     entropy: Tensor
     log_z: Tensor
-    kept: Tensor
+    in_filter: Tensor
     max_logit: Tensor
     p: Tensor
     q: Tensor
-    """Detached: the frozen proxy."""
+    """Detached; the frozen proxy."""
     log_p: Tensor
 
 
@@ -41,7 +41,7 @@ def dense_stats(
         log_probs=log_p.gather(1, targets[:, None])[:, 0],
         entropy=-(p * log_p.nan_to_num(neginf=0.0)).sum(-1),
         log_z=z.log(),
-        kept=inside.gather(1, targets[:, None])[:, 0],
+        in_filter=inside.gather(1, targets[:, None])[:, 0],
         max_logit=x.amax(-1),
         p=p.detach(),
         q=(p * inside / z[:, None]).detach(),

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpreg import kernels, token_stats
+from lpreg import token_stats
+from lpreg.statistics import kernels
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
-    """So that a few columns make several blocks and a rest: the interpreter is slow."""
+    """Small blocks, so that a few columns make several blocks and a rest; the interpreter is slow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels.load(), "BLOCK", 64)
         yield
@@ -42,7 +43,7 @@ def cases(draw: st.DrawFn) -> dict:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
-def test_values_and_gradients_are_the_definition_s(dense: Callable, case: dict) -> None:
+def test_kernels_match_the_definition_in_values_and_gradients(dense: Callable, case: dict) -> None:
     generator = torch.Generator().manual_seed(case["seed"])
     tokens, columns, dtype = case["tokens"], case["columns"], case["dtype"]
     logits = (3 * torch.randn(tokens, columns, generator=generator)).to(dtype)
@@ -62,7 +63,7 @@ def test_values_and_gradients_are_the_definition_s(dense: Callable, case: dict) 
     terms = [got.log_probs, got.log_z] + ([got.entropy] if case["entropy"] == "grad" else [])
     (got_grad,) = torch.autograd.grad(sum((w * term).sum() for w, term in zip(weights, terms, strict=False)), padded)
 
-    assert torch.equal(got.kept, want.kept)
+    assert torch.equal(got.in_filter, want.in_filter)
     for name in ("log_probs", "log_z", "max_logit") + (("entropy",) if case["entropy"] != "none" else ()):
         torch.testing.assert_close(getattr(got, name).double(), getattr(want, name).detach(), rtol=2e-5, atol=2e-5)
     rounding = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
@@ -82,7 +83,7 @@ def test_peaked_rows_keep_their_digits() -> None:
     torch.testing.assert_close(got.log_probs.double(), torch.log1p(-outside)[None], rtol=0, atol=2.4e-7)
 
 
-def test_impossible_tokens_and_rows_of_one_possible_token() -> None:
+def test_rows_with_one_possible_token() -> None:
     logits = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
     logits[0, 5:60] = -torch.inf
     logits[1, 1:] = -torch.inf
@@ -101,7 +102,7 @@ def test_rows_that_are_not_finite_are_refused(value: float) -> None:
         token_stats(logits, torch.zeros(3, dtype=torch.int64))
 
 
-def test_a_stored_proxy_is_as_without_the_kernels() -> None:
+def test_a_stored_proxy_gives_the_same_with_and_without_kernels() -> None:
     generator = torch.Generator().manual_seed(1)
     old, new = torch.randn(2, 6, 130, generator=generator) * 3
     targets = torch.randint(130, (6,), generator=generator)

@@ -1,4 +1,4 @@
-"""group_advantages: GRPO's formula, and the groups that teach nothing."""
+"""group_advantages: the formulae of its estimators, and groups without a signal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_equal_rewards_and_a_group_of_one_give_exactly_zero() -> None:
     assert (got == 0).all()
 
 
-def test_integer_rewards_give_fp32_and_nothing_gives_nothing() -> None:
+def test_integer_rewards_give_fp32_and_an_empty_batch_is_empty() -> None:
     assert group_advantages(torch.tensor([1, 0]), torch.tensor([0, 0])).dtype == torch.float32
     assert group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
@@ -67,7 +67,7 @@ def test_the_other_estimators_equal_their_formulae(responses: list[tuple[int, fl
         assert advantage == pytest.approx(want, rel=1e-6, abs=1e-9)
 
 
-def test_reinforce_plus_plus_tells_groups_apart_that_grpo_does_not() -> None:
+def test_reinforce_plus_plus_compares_rewards_across_groups() -> None:
     rewards, ids = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1])
     assert (group_advantages(rewards, ids) == 0).all()
     got = group_advantages(rewards, ids, estimator="reinforce_plus_plus", eps=0.0)
@@ -88,3 +88,28 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
     arguments = {"rewards": torch.tensor([1.0, 0.0]), "group_ids": torch.tensor([0, 0])} | change
     with pytest.raises(ValueError, match=message):
         group_advantages(**arguments)
+
+
+def test_a_function_as_estimator() -> None:
+    rewards, groups = torch.tensor([1, 0, 1]), torch.tensor([0, 0, 1])
+    seen = []
+
+    def estimator(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+        seen.append((rewards.dtype, group_ids))
+        return rewards * 3
+
+    assert group_advantages(rewards, groups, estimator=estimator).tolist() == [3.0, 0.0, 3.0]
+    assert seen[0][0] == torch.float64 and seen[0][1] is groups
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.zeros(2), r"must return a tensor of shape \[3\], one advantage per reward, not \[2\]"),
+        ([0.0, 0.0, 0.0], "not list"),
+        (torch.tensor([0.0, float("nan"), 0.0]), r"advantages\[1\] is nan; advantages must be finite"),
+    ],
+)
+def test_a_function_that_returns_no_advantages_is_refused(returned: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        group_advantages(torch.ones(3), torch.zeros(3, dtype=torch.int64), estimator=lambda *_: returned)

@@ -15,7 +15,9 @@ responses = st.lists(
 
 
 @given(responses, st.randoms(use_true_random=False))
-def test_against_loops_with_tokens_in_any_order(batch: list[list[tuple[float, bool]]], random: object) -> None:
+def test_means_equal_loops_over_sequences_in_any_token_order(
+    batch: list[list[tuple[float, bool]]], random: object
+) -> None:
     tokens = [(7 * i - 3, value, counted) for i, response in enumerate(batch) for value, counted in response]
     random.shuffle(tokens)  # type: ignore[attr-defined]
     ids = torch.tensor([token[0] for token in tokens])
@@ -32,7 +34,7 @@ def test_against_loops_with_tokens_in_any_order(batch: list[list[tuple[float, bo
     assert mean_of_sequence(losses, mask, ids).tolist() == pytest.approx(want)
 
 
-def test_what_is_masked_may_be_anything() -> None:
+def test_masked_values_may_be_anything() -> None:
     losses = torch.tensor([1.0, float("nan"), float("inf")], requires_grad=True)
     mask, ids = torch.tensor([True, False, False]), torch.tensor([0, 0, 1])
     for mean in (
@@ -44,6 +46,6 @@ def test_what_is_masked_may_be_anything() -> None:
         assert torch.autograd.grad(mean, losses)[0].tolist() == [0.5, 0.0, 0.0]
 
 
-def test_nothing_is_zero() -> None:
+def test_the_mean_of_no_tokens_is_zero() -> None:
     nothing, mask = torch.zeros(0), torch.zeros(0, dtype=torch.bool)
     assert float(sequence_mean_token_mean(nothing, mask, torch.zeros(0, dtype=torch.int64), 3)) == 0

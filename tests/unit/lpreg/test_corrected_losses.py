@@ -14,11 +14,11 @@ from lpreg.losses.registry import METHODS
 
 TOKENS = 6
 GAP = torch.tensor([0.0, 1.0, -1.0, 0.1, -0.1, 0.5], dtype=torch.float64)
-"""How far the actor is above the engine."""
+"""Log-prob of the actor minus that of the engine."""
 
 
 def batch(off_policy: bool = False) -> tuple[LossInputs, Tensor]:
-    """Inputs that serve every method; the logits."""
+    """Inputs that every method accepts, and the logits."""
     generator = torch.Generator().manual_seed(0)
     leaf = torch.randn(TOKENS, 5, generator=generator, dtype=torch.float64).requires_grad_()
     stats = token_stats(leaf, torch.arange(TOKENS) % 5, entropy="grad")
@@ -31,9 +31,9 @@ def batch(off_policy: bool = False) -> tuple[LossInputs, Tensor]:
         advantages=torch.linspace(-1, 1, TOKENS, dtype=torch.float64),
         entropy=stats.entropy,
         log_z=stats.log_z,
-        kept=stats.kept,
+        in_filter=stats.in_filter,
         old_log_z=stats.log_z.detach(),
-        old_kept=stats.kept,
+        old_in_filter=stats.in_filter,
         sequence_ids=torch.tensor([7, 7, 7, 9, 9, 4]),
         selection=torch.arange(TOKENS) % 2 == 0,
         denominator=10,
@@ -70,7 +70,7 @@ def test_weights_multiply_the_advantages(
 @pytest.mark.parametrize("off_policy", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_rejected_responses_do_not_count(name: str, off_policy: bool) -> None:
-    """In the first two responses the gaps cancel; the third is left out, of a reference penalty too."""
+    """The gaps cancel in the first two responses; the third is left out, of a reference penalty too."""
     inputs, _ = batch(off_policy)
     plain = with_reference_kl(make_loss(name), coefficient=0.1)
     output = with_correction(plain, reject_sequences=True)(inputs)
@@ -81,7 +81,7 @@ def test_rejected_responses_do_not_count(name: str, off_policy: bool) -> None:
     assert with_correction(plain, reject_sequences=True, sequence_high=2.0)(inputs).loss == plain(inputs).loss
 
 
-def test_tokens_that_do_not_count_do_not_decide() -> None:
+def test_masked_tokens_do_not_affect_rejection() -> None:
     inputs, _ = batch()
     assert inputs.rollout_log_probs is not None and inputs.sequence_ids is not None
     masked = replace(inputs, mask=torch.arange(TOKENS) != 1)
@@ -91,7 +91,7 @@ def test_tokens_that_do_not_count_do_not_decide() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_is_the_method_to_a_driver(name: str) -> None:
+def test_a_driver_sees_the_needs_of_the_wrapped_method(name: str) -> None:
     plain = make_loss(name)
     loss = with_correction(plain, weights="truncated")
     for what in ("selection", "denominator_counts", "proxy_source", "needs_proxy_kl", "token_separable"):
@@ -108,7 +108,7 @@ def test_it_is_the_method_to_a_driver(name: str) -> None:
         ({"reject_sequences": True, "sequence_low": 2.0}, r"sequence_high must lie in \(2, inf\]"),
     ],
 )
-def test_refusals(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         with_correction(make_loss("grpo"), **settings)
     with pytest.raises(ValueError, match=r"correction needs LossInputs\.rollout_log_probs"):

@@ -1,4 +1,4 @@
-"""Importance weights between engine and actor, and the rejection of whole responses."""
+"""Importance weights between engine and actor, and the rejection of complete responses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_truncated_and_masked_weights() -> None:
     assert not truncated_weights(actor, ROLLOUT).requires_grad and not masked_weights(actor, ROLLOUT).requires_grad
 
 
-def test_a_token_that_the_engine_thought_all_but_impossible_stays_finite() -> None:
+def test_weights_of_nearly_impossible_tokens_stay_finite() -> None:
     impossible = torch.tensor([-1000.0])
     assert truncated_weights(torch.zeros(1), impossible, high=2.0).item() == 2.0
     assert masked_weights(torch.zeros(1), impossible).item() == 0.0
@@ -33,7 +33,7 @@ def test_a_token_that_the_engine_thought_all_but_impossible_stays_finite() -> No
 
 
 @pytest.mark.parametrize("name", ["grpo", "clip_higher", "dual_clip", "cispo"])
-def test_weights_on_advantages_are_weights_on_token_losses(name: str) -> None:
+def test_weighting_advantages_equals_weighting_token_losses(name: str) -> None:
     weights = truncated_weights(ACTOR, ROLLOUT)
     advantages = torch.tensor([1.0, -1.0, 2.0, -0.5, 1.0], dtype=torch.float64)
     new = (ACTOR + torch.tensor([0.5, -0.5, 0.1, 0.6, -0.4], dtype=torch.float64)).requires_grad_()

@@ -19,7 +19,7 @@ FLOATS = ("log_probs", "entropy", "log_z", "max_logit")
 def random_case(
     tokens: int, vocab: int, width: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight, targets; logits of a spread that makes the filter work."""
+    """Returns hidden, weight and targets whose logits are spread enough for the filter to matter."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
     weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64) * 1.3
@@ -56,7 +56,7 @@ def test_equals_token_stats_and_dense_autograd(dense: Callable, case: dict[str, 
     generator = torch.Generator().manual_seed(case["seed"])
     rows = torch.rand(case["tokens"], generator=generator) < 0.4
     weights = torch.randn(3, case["tokens"], generator=generator, dtype=torch.float64)
-    weights *= torch.rand(3, case["tokens"], generator=generator) < 0.6  # rows with one gradient, some or none
+    weights *= torch.rand(3, case["tokens"], generator=generator) < 0.6  # rows with one, several or no gradients
     log_z_rows = rows if case["some_rows"] else None
     shared = {"temperature": case["temperature"], "vocab_size": case["vocab"], **case["filters"]}
 
@@ -68,7 +68,7 @@ def test_equals_token_stats_and_dense_autograd(dense: Callable, case: dict[str, 
 
     materialised = token_stats(hidden @ true_weight.T, targets, **settings)
     want_hidden, want_weight = torch.autograd.grad(weighted(materialised, weights), [hidden, true_weight])
-    assert torch.equal(got.kept, materialised.kept)
+    assert torch.equal(got.in_filter, materialised.in_filter)
     for name in FLOATS:
         torch.testing.assert_close(getattr(got, name), getattr(materialised, name), rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(d_hidden, want_hidden, rtol=1e-10, atol=1e-10)
@@ -116,7 +116,7 @@ def test_lower_precision_weights_give_fp32_logits(dtype: torch.dtype, tolerance:
     for name in FLOATS:
         assert getattr(got, name).dtype == torch.float32
         torch.testing.assert_close(getattr(got, name).double(), getattr(exact, name), rtol=1e-4, atol=1e-4)
-    assert torch.equal(got.kept, exact.kept)
+    assert torch.equal(got.in_filter, exact.in_filter)
     (got.log_probs - got.log_z).sum().backward()
     (exact.log_probs - exact.log_z).sum().backward()
     for leaf, exact_leaf in ((hidden, exact_hidden), (weight, exact_weight)):
@@ -134,14 +134,14 @@ def test_the_gradient_of_the_weight_is_summed_in_fp32() -> None:
     assert weight.grad.tolist() == [[512.0], [-512.0]]
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
+def test_only_inputs_that_require_gradients_get_them() -> None:
     hidden, weight, targets = random_case(6, 9)
     both = torch.autograd.grad(fused_token_stats(hidden, weight, targets).log_probs.sum(), [hidden, weight])
     for place, inputs in enumerate([(hidden, weight.detach()), (hidden.detach(), weight)]):
         (alone,) = torch.autograd.grad(fused_token_stats(*inputs, targets).log_probs.sum(), [inputs[place]])
         assert torch.equal(alone, both[place])
     stats = fused_token_stats(hidden, weight, targets)
-    assert not stats.entropy.requires_grad and not stats.max_logit.requires_grad and not stats.kept.requires_grad
+    assert not stats.entropy.requires_grad and not stats.max_logit.requires_grad and not stats.in_filter.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""fused_loss equals the loss over fused_token_stats: value, metrics, gradients; and refuses what chunks would break."""
+"""fused_loss equals the loss over fused_token_stats in value, metrics and gradients, and refuses losses that chunks
+would break."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def given_fields(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Off-policy; some tokens masked, some of advantage 0."""
+    """Off-policy inputs with some masked tokens and some with advantage 0."""
     generator = torch.Generator().manual_seed(1)
     hidden, weight, targets = head(dtype)
     noise = 0.3 * torch.randn(TOKENS, VOCAB, generator=generator, dtype=torch.float64)
@@ -42,7 +43,7 @@ def given_fields(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
         "advantages": torch.where(torch.arange(TOKENS) % 4 == 0, 0.0, advantages),
         "old_log_probs": old.log_probs,
         "old_log_z": old.log_z,
-        "old_kept": old.kept,
+        "old_in_filter": old.in_filter,
         "mask": torch.rand(TOKENS, generator=generator) < 0.8,
         "selection": torch.rand(TOKENS, generator=generator) < 0.5,
         "denominator": torch.tensor(23),
@@ -54,7 +55,9 @@ def check_equal(loss: PolicyLoss, chunk: int | None, dtype: torch.dtype, toleran
     fields = given_fields(dtype)
     own = loss.token_stats_kwargs()
     stats = fused_token_stats(hidden, weight, targets, log_z_rows=fields["selection"], **own)
-    inputs = LossInputs(log_probs=stats.log_probs, log_z=stats.log_z, kept=stats.kept, entropy=stats.entropy, **fields)
+    inputs = LossInputs(
+        log_probs=stats.log_probs, log_z=stats.log_z, in_filter=stats.in_filter, entropy=stats.entropy, **fields
+    )
     want = loss(inputs)
     want_grads = torch.autograd.grad(3 * want.loss, [hidden, weight])
 
@@ -63,7 +66,7 @@ def check_equal(loss: PolicyLoss, chunk: int | None, dtype: torch.dtype, toleran
     )
     got_grads = torch.autograd.grad(3 * got.loss, [hidden, weight])
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=1e-6)
-    for name in ("log_probs", "entropy", "log_z", "kept", "max_logit"):
+    for name in ("log_probs", "entropy", "log_z", "in_filter", "max_logit"):
         torch.testing.assert_close(getattr(got_stats, name), getattr(stats, name).detach(), rtol=1e-5, atol=1e-5)
     assert got.metrics.keys() == want.metrics.keys()
     for name, mean in want.metrics.items():
@@ -101,7 +104,7 @@ class EntropyBonus(PolicyLoss):
         return type(make_loss("grpo")(inputs))(loss, {})
 
 
-def test_a_loss_gets_the_gradient_of_the_entropy_when_it_asks() -> None:
+def test_a_loss_that_needs_it_gets_the_gradient_of_the_entropy() -> None:
     hidden, weight, targets = head()
     advantages = given_fields()["advantages"]
     output, _ = fused_loss(
@@ -116,7 +119,7 @@ def test_a_loss_gets_the_gradient_of_the_entropy_when_it_asks() -> None:
         torch.testing.assert_close(got, by_hand)
 
 
-def test_no_token_no_loss_and_no_gradient() -> None:
+def test_an_empty_micro_batch_gives_zero_loss_and_gradient() -> None:
     hidden, weight, targets = head()
     fields = {"advantages": torch.zeros(0, dtype=torch.float64), "denominator": 5}
     empty = hidden[:0]
@@ -125,7 +128,7 @@ def test_no_token_no_loss_and_no_gradient() -> None:
     assert output.loss == 0 and stats.log_probs.shape == (0,) and (weight.grad == 0).all()
 
 
-def test_without_gradients_wanted_there_are_none() -> None:
+def test_no_gradients_are_computed_under_no_grad() -> None:
     hidden, weight, targets = head()
     fields = given_fields()
     with torch.no_grad():
@@ -161,7 +164,9 @@ class NotSeparable(EntropyBonus):
         ({"mask": torch.ones(4, dtype=torch.bool)}, LOSSES["grpo"], r"inputs\['mask'\] must have shape \[30\].*\[4\]"),
     ],
 )
-def test_what_chunks_would_break_is_refused(change: dict[str, Any], loss: PolicyLoss, message: str) -> None:
+def test_losses_and_inputs_that_chunks_would_break_are_refused(
+    change: dict[str, Any], loss: PolicyLoss, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         fused_loss(*head(), loss, given_fields() | change)
 

@@ -17,7 +17,7 @@ Run = Any
 
 
 class Watch(TorchDispatchMode):
-    """Elements of the largest tensor that any operation made, and the rows that went through matrix products."""
+    """Records the elements of the largest tensor that any operation made, and the rows of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Te
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", [recompute, in_forward])
-def test_nothing_of_the_size_of_the_logits_is_ever_made(form: Run, dtype: torch.dtype) -> None:
+def test_no_tensor_of_the_size_of_the_logits_is_made(form: Run, dtype: torch.dtype) -> None:
     hidden, weight, targets, advantages = case(dtype)
     with Watch() as seen:
         form(hidden, weight, targets, advantages).backward()
@@ -65,7 +65,7 @@ def test_nothing_of_the_size_of_the_logits_is_ever_made(form: Run, dtype: torch.
 
 
 @pytest.mark.parametrize(("form", "products"), [(recompute, 4), (in_forward, 3)])
-def test_the_number_of_matrix_products_is_the_promised_one(form: Run, products: int) -> None:
+def test_the_number_of_matrix_products_is_as_documented(form: Run, products: int) -> None:
     hidden, weight, targets, advantages = case()
     with Watch() as seen:
         form(hidden, weight, targets, advantages).backward()
@@ -76,7 +76,7 @@ def test_the_number_of_matrix_products_is_the_promised_one(form: Run, products: 
 def test_rows_without_gradient_cost_no_product_in_the_backward(form: Run, spared: int) -> None:
     hidden, weight, targets, advantages = case()
     idle = torch.rand(TOKENS, generator=torch.Generator().manual_seed(1)) < 0.6
-    idle[:CHUNK] = True  # a whole chunk of them
+    idle[:CHUNK] = True  # a complete chunk
     advantages = torch.where(idle, 0.0, advantages)
     with Watch() as seen:
         form(hidden, weight, targets, advantages).backward()

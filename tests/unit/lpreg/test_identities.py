@@ -1,4 +1,4 @@
-"""Identities of Lp-Reg's proxy that nothing else here states by itself; fp64, against plain autograd."""
+"""Identities of Lp-Reg's proxy that no other test states; in fp64, against plain autograd."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def case() -> tuple[Tensor, Tensor]:
     return logits.requires_grad_(), torch.randint(VOCAB, (TOKENS,), generator=generator)
 
 
-def test_the_filter_is_a_cut_on_the_logits() -> None:
-    """p_v >= kappa max p says x_v >= max x + log kappa."""
+def test_the_filter_is_a_threshold_on_the_logits() -> None:
+    """p_v >= kappa max p means x_v >= max x + log kappa."""
     logits, _ = case()
     p = logits.softmax(-1)
     inside = p >= MIN_P * p.amax(-1, keepdim=True)
     assert torch.equal(inside, logits >= logits.amax(-1, keepdim=True) + math.log(MIN_P))
     assert 0 < inside.double().mean() < 1
     for v in range(VOCAB):
-        assert torch.equal(token_stats(logits, torch.full((TOKENS,), v), min_p=MIN_P).kept, inside[:, v])
+        assert torch.equal(token_stats(logits, torch.full((TOKENS,), v), min_p=MIN_P).in_filter, inside[:, v])
 
 
 def test_the_kl_has_one_gradient_whether_or_not_the_proxy_is_held_fixed(dense: Callable) -> None:
-    """p - q, as long as the kept set does not change."""
+    """The gradient is p - q, as long as the set of the filter does not change."""
     logits, targets = case()
     frozen = dense(logits, targets, min_p=MIN_P)
     inside = frozen.q > 0
@@ -45,13 +45,13 @@ def test_the_kl_has_one_gradient_whether_or_not_the_proxy_is_held_fixed(dense: C
 
 
 def test_k3_on_policy_pushes_the_sampled_token_by_the_filtered_mass(dense: Callable) -> None:
-    """Its gradient is -((1 - Z) / Z) (onehot - p), on logits and tokens that the filter keeps."""
+    """The gradient over the logits of tokens inside the filter is -((1 - Z) / Z) (onehot - p)."""
     logits, targets = case()
     stats, want = token_stats(logits, targets, min_p=MIN_P), dense(logits, targets, min_p=MIN_P)
     inputs = LossInputs(
         log_probs=stats.log_probs,
         log_z=stats.log_z,
-        kept=stats.kept,
+        in_filter=stats.in_filter,
         advantages=torch.full((TOKENS,), -1e-300, dtype=torch.float64),
         selection=torch.ones(TOKENS, dtype=torch.bool),
         denominator=1,
@@ -59,8 +59,8 @@ def test_k3_on_policy_pushes_the_sampled_token_by_the_filtered_mass(dense: Calla
     gradient = torch.autograd.grad(make_loss("lp_reg", min_p=MIN_P)(inputs).loss, logits)[0]
     z = want.log_z.detach().exp()
     onehot = torch.nn.functional.one_hot(targets, VOCAB)
-    pushed = torch.where(want.kept, (1 - z) / z, 0.0)
-    assert 0 < want.kept.sum() < TOKENS and pushed.max() > 0.05
+    pushed = torch.where(want.in_filter, (1 - z) / z, 0.0)
+    assert 0 < want.in_filter.sum() < TOKENS and pushed.max() > 0.05
     torch.testing.assert_close(gradient, -pushed[:, None] * (onehot - want.p))
 
 
@@ -81,7 +81,7 @@ def test_the_published_clamp_ends_protection_at_a_thirteenth_of_the_proxy(times:
 
 
 def test_padded_columns_would_move_the_kept_mass() -> None:
-    """Why they never count: untrained rows of an LM head give logits of about 0."""
+    """Padded columns never count, because untrained rows of an LM head give logits of about 0."""
     logits, targets = case()
     peaked = logits.detach() - 8
     padded = torch.cat([peaked, torch.zeros(TOKENS, 7, dtype=torch.float64)], 1)
@@ -91,7 +91,7 @@ def test_padded_columns_would_move_the_kept_mass() -> None:
 
 
 def test_the_largest_probability_is_one_over_the_sum_of_exponentials() -> None:
-    """What lets the backward know the filter again from numbers it has."""
+    """With this identity the backward can restore the filter from numbers that it has."""
     logits, targets = case()
     stats = token_stats(logits, targets)
     p_max = logits.softmax(-1).amax(-1)

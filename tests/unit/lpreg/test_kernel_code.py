@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lpreg import kernels
+from lpreg.statistics import kernels
 
 NVIDIA = Path(triton.__file__).parent / "backends/nvidia/bin"
 MASSES = {"chosen": "*i64", "thresholds": "*fp32", "log_sums": "*fp32", "out": "*fp32", "count": "i32"}
@@ -32,7 +32,7 @@ KERNELS = {
     "_write_gradient": (GRADIENT, {"ENTROPY": False}),
 }
 LIMIT = 12.0
-"""Instructions an element in the main loop; the copy rate of an H200 leaves time for about so many in bf16."""
+"""Instructions per element in the main loop; the copy rate of an H200 leaves time for about this many in bf16."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Code:
 
     @property
     def instructions(self) -> list[tuple[int, str]]:
-        """(address, operation)."""
+        """Pairs of address and operation."""
         found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", self.sass)
         return [(int(address, 16), operation) for address, operation in found]
 
     @property
     def main_loop(self) -> list[str]:
-        """The longest of the loops."""
+        """The instructions of the longest loop."""
         jumps = re.findall(r"/\*([0-9a-f]{4,})\*/[^\n]*BRA 0x([0-9a-f]+)", self.sass)
         loops = [(int(to, 16), int(at, 16)) for at, to in jumps if int(to, 16) < int(at, 16)]
         return max(
@@ -57,7 +57,7 @@ class Code:
 
 
 def compiled(name: str, dtype: str, tmp_path: Path) -> Code:
-    """As for a vocabulary slice whose size, like every real one, 16 divides."""
+    """Compiles for a vocabulary slice whose size is divisible by 16, as every real one is."""
     module: Any = kernels.load()
     kernel, (arguments, switches) = getattr(module, name), KERNELS[name]
     constants = {"SCALE": False, "BLOCK": module.BLOCK, **switches}
@@ -82,7 +82,9 @@ def compiled(name: str, dtype: str, tmp_path: Path) -> Code:
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_code_is_tight(name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code_has_few_instructions_and_no_spills(
+    name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     code = compiled(name, dtype, tmp_path)

@@ -1,4 +1,4 @@
-"""The Triton row kernels compute what the torch passes do."""
+"""The Triton row kernels compute the same as the torch passes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 TESTS = Path(__file__).with_name("interpreted_kernels.py")
 
 
-def test_interpreted_on_the_cpu() -> None:
+def test_interpreted_kernels_match_on_the_cpu() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)],
         env=os.environ | {"TRITON_INTERPRET": "1"},

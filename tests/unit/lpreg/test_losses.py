@@ -1,4 +1,4 @@
-"""GRPO and Lp-Reg against their formulae, token by token, and the identities that tie the estimators together."""
+"""GRPO and Lp-Reg against their formulae, token by token, and identities between the estimators."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def batch(seed: int = 0) -> dict[str, Any]:
 
 
 def lp_reg_inputs(data: dict[str, Any], rho: float = 0.4, **change: Any) -> LossInputs:
-    """On-policy inputs at the policy's own filter (min_p = 0.1, so that the filter has something to do)."""
+    """On-policy inputs with the policy's own filter; min_p = 0.1, so that the filter has an effect."""
     stats = token_stats(data["logits"], data["targets"], min_p=0.1)
     everything = torch.ones(TOKENS, dtype=torch.bool)
     fields = {
         "log_probs": stats.log_probs,
         "log_z": stats.log_z,
-        "kept": stats.kept,
+        "in_filter": stats.in_filter,
         "advantages": data["advantages"],
         "selection": select_lowest(stats.log_probs, everything, rho).mask,
         "denominator": TOKENS,
@@ -49,7 +49,7 @@ def gradient(loss: Tensor, data: dict[str, Any]) -> Tensor:
 
 
 def policy_gradient(weights: Tensor, data: dict[str, Any]) -> Tensor:
-    """Of -sum(weights * log p(target)) / TOKENS."""
+    """Gradient of -sum(weights * log p(target)) / TOKENS."""
     p = data["logits"].detach().softmax(-1)
     onehot = torch.nn.functional.one_hot(data["targets"], VOCAB)
     return -weights[:, None] * (onehot - p) / TOKENS
@@ -87,7 +87,7 @@ def test_grpo_without_old_log_probs_is_the_plain_policy_gradient() -> None:
     assert out.metrics["ratio"].value == 1 and out.metrics["clip_fraction"].value == 0
 
 
-def test_masked_tokens_carry_nothing_and_are_not_counted() -> None:
+def test_masked_tokens_have_no_loss_and_are_not_counted() -> None:
     data = batch()
     mask = torch.arange(TOKENS) % 3 > 0
     for loss in (make_loss("grpo"), lp_reg(), lp_reg(selection_scope="micro_batch_negatives")):
@@ -100,7 +100,7 @@ def test_k3_on_policy_is_an_advantage_shift_of_beta_times_one_over_z_minus_one()
     data = batch()
     inputs = lp_reg_inputs(data)
     out = lp_reg(beta=0.7)(inputs)
-    chosen = inputs.selection & inputs.kept & (inputs.advantages < 0)
+    chosen = inputs.selection & inputs.in_filter & (inputs.advantages < 0)
     assert 3 < chosen.sum() < inputs.selection.sum()
     shift = 0.7 * torch.where(chosen, (-inputs.log_z).expm1(), 0).detach()
     torch.testing.assert_close(gradient(out.loss, data), policy_gradient(data["advantages"] + shift, data))
@@ -117,7 +117,7 @@ def test_full_adds_the_kl_to_the_frozen_proxy(dense: Callable) -> None:
     out = lp_reg(beta=0.7, kl_estimator="full")(inputs)
     want = dense(data["logits"], data["targets"], min_p=0.1)
     kl = (want.q * (want.q.log() - want.log_p).nan_to_num(neginf=0.0)).sum(-1)
-    chosen = inputs.selection & inputs.kept & (inputs.advantages < 0)
+    chosen = inputs.selection & inputs.in_filter & (inputs.advantages < 0)
     ratio = (want.log_probs - want.log_probs.detach()).exp()
     by_hand = (-inputs.advantages * ratio + 0.7 * torch.where(chosen, kl, 0)).sum() / TOKENS
     torch.testing.assert_close(out.loss, by_hand)
@@ -155,11 +155,11 @@ def test_k3_off_policy_pulls_by_one_minus_q_over_p(source: str) -> None:
         data,
         old_log_probs=old.log_probs,
         old_log_z=old.log_z,
-        old_kept=old.kept,
+        old_in_filter=old.in_filter,
         proxy_log_probs=old.proxy_log_probs,
     )
     out = lp_reg(proxy_source=source)(inputs)
-    chosen = inputs.selection & old.kept & (inputs.advantages < 0)
+    chosen = inputs.selection & old.in_filter & (inputs.advantages < 0)
     p, q = inputs.log_probs.detach().exp(), old.proxy_log_probs.exp()
     ratio = (inputs.log_probs.detach() - old.log_probs).exp()
     weights = data["advantages"] * ratio - torch.where(chosen, 1 - q / p, 0)
@@ -173,7 +173,7 @@ def test_the_old_proxy_of_a_single_update_is_the_current_one() -> None:
     assert torch.equal(gradient(current.loss, data), gradient(old.loss, data))
 
 
-def test_require_below_proxy_leaves_tokens_above_it_alone() -> None:
+def test_require_below_proxy_skips_tokens_above_the_proxy() -> None:
     data = batch()
     lagged = token_stats(data["old_logits"], data["targets"], min_p=0.1).proxy_log_probs
     inputs = lp_reg_inputs(data, proxy_log_probs=lagged)
@@ -237,7 +237,7 @@ def test_clip_low_holds_for_negative_advantages() -> None:
     assert log_probs.grad.tolist() == pytest.approx([-(torch.e**-1), 0.0])
 
 
-def test_micro_batch_negatives_ranks_only_what_has_negative_advantage_here() -> None:
+def test_micro_batch_negatives_ranks_only_negative_tokens_of_the_micro_batch() -> None:
     data = batch()
     inputs = lp_reg_inputs(data, selection=None)
     out = make_loss("lp_reg", rho=0.25, selection_scope="micro_batch_negatives")(inputs)
@@ -246,16 +246,16 @@ def test_micro_batch_negatives_ranks_only_what_has_negative_advantage_here() -> 
     low = inputs.log_probs.detach()[negative].sort().values[:count]
     assert float(out.metrics["candidate_kept_fraction"].count) == count
     assert float(out.metrics["selected_fraction"].total) == int(
-        (inputs.kept & negative & (inputs.log_probs <= low[-1])).sum()
+        (inputs.in_filter & negative & (inputs.log_probs <= low[-1])).sum()
     )
 
 
-def test_one_negative_token_is_enough_to_select() -> None:
+def test_a_single_negative_token_is_selected() -> None:
     inputs = LossInputs(
         log_probs=torch.tensor([-3.0, -2.0]),
         advantages=torch.tensor([-1.0, 1.0]),
         log_z=torch.tensor([-0.5, -0.5]),
-        kept=torch.tensor([True, True]),
+        in_filter=torch.tensor([True, True]),
         denominator=2,
     )
     out = make_loss.preset("lp_reg", "reference")(inputs)
@@ -265,17 +265,17 @@ def test_one_negative_token_is_enough_to_select() -> None:
 def test_filtered_tokens_leave_the_gradient_finite() -> None:
     data = batch()
     for settings in ({}, {"kl_estimator": "full"}, {"k3_clamp": 10.0}, {"require_below_proxy": True}):
-        inputs = lp_reg_inputs(data, kept=torch.zeros(TOKENS, dtype=torch.bool))
+        inputs = lp_reg_inputs(data, in_filter=torch.zeros(TOKENS, dtype=torch.bool))
         out = lp_reg(**settings)(inputs)
         torch.testing.assert_close(gradient(out.loss, data), policy_gradient(data["advantages"], data))
         assert out.metrics["selected_fraction"].value == 0 and out.metrics["candidate_kept_fraction"].value == 0
 
 
-def test_a_fixed_threshold_that_keeps_nothing_is_harmless() -> None:
+def test_a_fixed_tau_that_keeps_no_token_adds_no_term() -> None:
     data = batch()
     stats = token_stats(data["logits"], data["targets"], fixed_tau=0.99)
     assert (stats.log_z == -torch.inf).any()
     for estimator in ("k3", "full"):
-        inputs = lp_reg_inputs(data, log_probs=stats.log_probs, log_z=stats.log_z, kept=stats.kept)
+        inputs = lp_reg_inputs(data, log_probs=stats.log_probs, log_z=stats.log_z, in_filter=stats.in_filter)
         out = lp_reg(fixed_tau=0.99, kl_estimator=estimator)(inputs)
         assert out.loss.isfinite() and gradient(out.loss, data).isfinite().all()

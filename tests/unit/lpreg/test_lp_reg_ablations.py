@@ -1,4 +1,4 @@
-"""The paper's ablations of Lp-Reg: each is a setting that does what it says."""
+"""The paper's ablations of Lp-Reg, each of which is a setting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def run(loss: PolicyLoss, data: dict[str, Tensor]) -> tuple[Tensor, LossInputs]:
-    """(what the loss adds to the policy gradient's weight of each sampled token, as a gradient over the logits)."""
+    """Gradient over the logits of the term that the loss adds to the policy gradient."""
     stats = token_stats(data["logits"], data["targets"], **loss.token_stats_kwargs())
     lagged = token_stats(data["lagged"], data["targets"], **loss.token_stats_kwargs())
     everything = torch.ones(TOKENS, dtype=torch.bool)
@@ -36,7 +36,7 @@ def run(loss: PolicyLoss, data: dict[str, Tensor]) -> tuple[Tensor, LossInputs]:
     inputs = LossInputs(
         log_probs=stats.log_probs,
         log_z=stats.log_z,
-        kept=stats.kept,
+        in_filter=stats.in_filter,
         proxy_log_probs=lagged.proxy_log_probs,
         advantages=data["advantages"],
         selection=selection,
@@ -48,7 +48,7 @@ def run(loss: PolicyLoss, data: dict[str, Tensor]) -> tuple[Tensor, LossInputs]:
 
 
 def shift(added: Tensor, data: dict[str, Tensor]) -> Tensor:
-    """[T], the advantage that would have had this gradient."""
+    """[T], the advantage that would have this gradient."""
     onehot = torch.nn.functional.one_hot(data["targets"], VOCAB)
     direction = onehot - data["logits"].detach().softmax(-1)
     weights = -TOKENS * (added * direction).sum(-1) / direction.square().sum(-1)
@@ -73,7 +73,7 @@ def test_select_by(select_by: str, rule: SelectionRule | None) -> None:
     data, loss = batch(), lp_reg(select_by=select_by)
     assert loss.selection == rule
     added, inputs = run(loss, data)
-    chosen = inputs.kept & (data["advantages"] < 0)
+    chosen = inputs.in_filter & (data["advantages"] < 0)
     if inputs.selection is not None:
         assert int(inputs.selection.sum()) == 36
         chosen &= inputs.selection
@@ -82,10 +82,10 @@ def test_select_by(select_by: str, rule: SelectionRule | None) -> None:
     torch.testing.assert_close(shift(added, data), want)
 
 
-def test_both_signs_but_not_tokens_without_advantage() -> None:
+def test_both_signs_excludes_tokens_without_advantage() -> None:
     data = batch()
     added, inputs = run(lp_reg(select_by="all", advantage_sign="both"), data)
-    want = torch.where(inputs.kept & (data["advantages"] != 0), (-inputs.log_z.detach()).expm1(), 0.0)
+    want = torch.where(inputs.in_filter & (data["advantages"] != 0), (-inputs.log_z.detach()).expm1(), 0.0)
     torch.testing.assert_close(shift(added, data), want)
     signs = torch.tensor([-1.0, 0.0, 2.0])
     assert lp_reg(advantage_sign="both").uses_proxy(signs).tolist() == [True, False, True]
@@ -97,7 +97,7 @@ def test_the_reverse_kl_on_policy_is_an_advantage_shift_of_beta_log_one_over_z()
     data = batch()
     loss = lp_reg(kl_estimator="reverse", beta=0.7)
     added, inputs = run(loss, data)
-    chosen = inputs.selection & inputs.kept & (data["advantages"] < 0)
+    chosen = inputs.selection & inputs.in_filter & (data["advantages"] < 0)
     want = torch.where(chosen, -0.7 * inputs.log_z.detach(), 0.0)
     torch.testing.assert_close(shift(added, data), want)
     metrics = loss(inputs).metrics
@@ -124,11 +124,11 @@ def test_the_reverse_kl_over_the_whole_vocabulary_has_the_gradient_of_kl_from_po
     torch.testing.assert_close((log_p.detach().exp()[:, None] * rows).sum(0), want)
 
 
-def test_without_a_filter_the_proxy_is_the_policy_so_only_another_policys_proxy_pulls() -> None:
+def test_without_a_filter_only_the_proxy_of_another_policy_has_an_effect() -> None:
     data = batch()
     for estimator in ("k3", "full", "reverse"):
         added, inputs = run(lp_reg(min_p=0, kl_estimator=estimator), data)
-        assert inputs.kept.all() and (inputs.log_z == 0).all()
+        assert inputs.in_filter.all() and (inputs.log_z == 0).all()
         assert (added == 0).all()
     added, inputs = run(lp_reg(min_p=0, proxy_source="lagged"), data)
     log_q = data["lagged"].log_softmax(-1).gather(1, data["targets"][:, None])[:, 0]
@@ -137,8 +137,8 @@ def test_without_a_filter_the_proxy_is_the_policy_so_only_another_policys_proxy_
     torch.testing.assert_close(shift(added, data), want)
 
 
-def test_a_fixed_tau_above_every_selected_probability_does_nothing() -> None:
-    """Why the share of selected tokens is logged: the paper's 0.02 is such a tau whenever delta is below it."""
+def test_a_fixed_tau_above_every_selected_probability_has_no_effect() -> None:
+    """The paper's 0.02 is such a tau whenever delta is below it, so the share of selected tokens is logged."""
     data = batch()
     loss = lp_reg(rho=0.05, fixed_tau=0.3)
     added, inputs = run(loss, data)

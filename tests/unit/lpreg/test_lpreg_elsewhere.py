@@ -1,4 +1,4 @@
-"""The code of docs/use-lpreg-elsewhere.md runs, and verl's kind of policy loss is the method itself."""
+"""The code of docs/use-lpreg-elsewhere.md runs, and a policy loss for verl equals the method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "use-lpreg-elsewhere.md"
 LOOP, TRL, VERL = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_the_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loop_of_the_page_learns(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     exec(compile(LOOP, str(PAGE), "exec"), names)
     assert names["rewards"][0] < 0.2 and names["rewards"][-1] > 0.5
@@ -29,13 +29,13 @@ def test_the_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_loop_takes_any_method(name: str) -> None:
+def test_the_loop_of_the_page_works_with_any_method(name: str) -> None:
     code = re.sub(r'make_loss\("lp_reg", rho=0.05\)', f'make_loss("{name}")', LOOP).replace("range(200)", "range(3)")
     assert f'make_loss("{name}")' in code
     exec(compile(code, str(PAGE), "exec"), {})
 
 
-def test_trls_lines_make_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trl_example_of_the_page_makes_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import Dataset
 
     from tests.trl_runs import tiny_model, tokenizer
@@ -51,7 +51,7 @@ def test_trls_lines_make_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, VerlLoss]:
-    """verl.trainer.ppo.core_algos, as much of it as registers a loss."""
+    """The part of verl.trainer.ppo.core_algos that registers a loss."""
     losses: dict[str, VerlLoss] = {}
 
     def register_policy_loss(name: str) -> Any:
@@ -63,7 +63,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, VerlLoss]:
     return losses
 
 
-def test_verls_lines_register_a_loss(registry: dict[str, VerlLoss]) -> None:
+def test_the_verl_example_of_the_page_registers_a_loss(registry: dict[str, VerlLoss]) -> None:
     exec(compile(VERL, str(PAGE), "exec"), {})
     assert registry.keys() == {"lpreg_cispo"} and callable(registry["lpreg_cispo"])
 
@@ -125,7 +125,7 @@ def as_verl_calls(loss: VerlLoss, agg_mode: str, ranks: int, micro_batches: int)
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("name", POSSIBLE)
-def test_under_verl_it_is_the_method_over_the_global_batch(name: str, ranks: int, micro_batches: int) -> None:
+def test_the_verl_loss_equals_the_method_over_the_global_batch(name: str, ranks: int, micro_batches: int) -> None:
     loss, definition = DEFINITIONS[name]
     got, gradient = as_verl_calls(policy_loss(loss), POSSIBLE[name], ranks, micro_batches)
 
@@ -156,7 +156,7 @@ def test_verls_importance_weights_multiply_the_advantages() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in {loss.split(",")[0] for loss in POSSIBLE}])
-def test_what_verl_does_not_hand_over_is_refused(name: str) -> None:
+def test_methods_that_need_more_than_verl_provides_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} needs more than log-probs.*possible are grpo, clip_higher"):
         policy_loss(make_loss(name))
     with pytest.raises(ValueError, match="verl has correction of its own"):

@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from lpreg import LossInputs, Mean, SelectionRule, make_loss
+from lpreg import LossInputs, Mean, SelectionRule, losses, make_loss
 from lpreg.losses.registry import METHODS
-from lpreg.presets import PRESETS
+from lpreg.losses.settings import settings_of
 
 
-def test_every_method_has_both_presets_and_they_build() -> None:
-    assert set(PRESETS) == set(METHODS)
-    for name in METHODS:
-        assert set(PRESETS[name]) == {"paper", "reference"}
-        for preset in PRESETS[name]:
-            loss = make_loss.preset(name, preset)
-            assert loss.name == name
-            for setting, value in PRESETS[name][preset].items():
-                assert getattr(loss.settings, setting) == value
+@pytest.mark.parametrize("name", METHODS)
+def test_both_presets_of_every_method_build(name: str) -> None:
+    presets = METHODS[name].presets
+    assert set(presets) == {"paper", "reference"}
+    for preset, settings in presets.items():
+        loss = make_loss.preset(name, preset)
+        assert loss.name == name
+        assert {setting: getattr(loss.settings, setting) for setting in settings} == settings
+
+
+def test_methods_are_found_by_file() -> None:
+    files = {path.stem for path in Path(losses.__file__).parent.glob("*.py")}
+    others = {"__init__", "base", "corrected", "ppo", "reference_kl", "registry", "settings"}
+    assert set(METHODS) == files - others
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_is_documented(name: str) -> None:
+    settings = settings_of(METHODS[name].Settings)
+    assert [setting.name for setting in settings if not setting.doc] == []
+    assert METHODS[name].Settings.__doc__ and not METHODS[name].Settings.__doc__.startswith(name)
+
+
+def test_methods_and_their_needs_are_read_without_torch() -> None:
+    program = """
+import sys
+from lpreg.losses.registry import METHODS
+from lpreg.losses.settings import settings_of
+from lpreg.losses.settings import settings_of
+for method in METHODS.values():
+    for preset in ({}, *method.presets.values()):
+        method.Settings(**preset).needs
+    settings_of(method.Settings)
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_overrides_win_over_the_preset() -> None:
@@ -27,7 +59,7 @@ def test_overrides_win_over_the_preset() -> None:
     assert loss.proxy_source == "lagged"
 
 
-def test_what_a_driver_may_ask() -> None:
+def test_needs_of_the_methods() -> None:
     paper = make_loss.preset("lp_reg", "paper")
     assert paper.proxy_source == "current"
     assert paper.token_stats_kwargs() == {"min_p": 0.02}
@@ -54,7 +86,7 @@ def test_settings_cannot_be_changed_afterwards() -> None:
     ("name", "settings", "message"),
     [
         ("lpreg", {}, "'lpreg' is not a method; did you mean 'lp_reg'"),
-        ("xyz", {}, "'xyz' is not a method; known: grpo, lp_reg"),
+        ("xyz", {}, "'xyz' is not a method; known: cispo, clip_cov"),
         ("lp_reg", {"betta": 1}, "'betta' is not a setting of lp_reg; did you mean 'beta'"),
         ("grpo", {"rho": 0.1}, "'rho' is not a setting of grpo; known: clip_low, clip_high"),
         ("lp_reg", {"rho": 0.0}, r"rho must lie in \(0, 1\]"),
@@ -103,7 +135,7 @@ def test_an_unknown_preset_is_named() -> None:
     ("change", "message"),
     [
         ({"advantages": torch.zeros(2)}, r"advantages has shape \[2\], but log_probs has \[3\]"),
-        ({"kept": torch.zeros(3)}, "kept must be bool"),
+        ({"in_filter": torch.zeros(3)}, "in_filter must be bool"),
         ({"denominator": 0}, "denominator"),
     ],
 )
@@ -117,21 +149,21 @@ def test_bad_inputs_are_named(change: dict, message: str) -> None:
     ("settings", "given", "missing"),
     [
         ({}, (), "log_z"),
-        ({}, ("log_z",), "kept"),
-        ({}, ("log_z", "kept"), "selection"),
-        ({"proxy_source": "lagged"}, ("log_z", "kept", "selection"), "proxy_log_probs"),
-        ({"proxy_source": "old"}, ("log_z", "kept", "selection", "old_log_probs"), "old_log_z"),
+        ({}, ("log_z",), "in_filter"),
+        ({}, ("log_z", "in_filter"), "selection"),
+        ({"proxy_source": "lagged"}, ("log_z", "in_filter", "selection"), "proxy_log_probs"),
+        ({"proxy_source": "old"}, ("log_z", "in_filter", "selection", "old_log_probs"), "old_log_z"),
         (
             {"proxy_source": "old", "kl_estimator": "full"},
-            ("log_z", "kept", "selection", "old_log_probs", "old_log_z", "old_kept"),
+            ("log_z", "in_filter", "selection", "old_log_probs", "old_log_z", "old_in_filter"),
             "proxy_kl",
         ),
         ({"proxy_source": "lagged", "kl_estimator": "full"}, ("selection", "proxy_log_probs"), "proxy_kl"),
-        ({"proxy_source": "old"}, ("log_z", "kept", "selection", "old_log_probs", "old_log_z"), "old_kept"),
+        ({"proxy_source": "old"}, ("log_z", "in_filter", "selection", "old_log_probs", "old_log_z"), "old_in_filter"),
     ],
 )
 def test_a_missing_input_is_named(settings: dict, given: tuple[str, ...], missing: str) -> None:
-    flags = {"kept", "old_kept", "selection"}
+    flags = {"in_filter", "old_in_filter", "selection"}
     fields = {name: torch.zeros(3, dtype=torch.bool if name in flags else torch.float32) for name in given}
     inputs = LossInputs(log_probs=torch.zeros(3), advantages=torch.zeros(3), denominator=3, **fields)
     with pytest.raises(ValueError, match=rf"lp_reg needs LossInputs\.{missing}$"):

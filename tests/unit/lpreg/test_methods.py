@@ -1,4 +1,4 @@
-"""Every method against a plain re-statement of its definition, token by token, on dense logits with autograd; fp64."""
+"""Every method against a plain restatement of its definition, token by token, on dense logits with autograd; fp64."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_batch(lengths: list[int], drift: float, seed: int) -> Batch:
 
 
 def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
-    """The loss as a trainer computes it, on one rank."""
+    """Computes the loss as a trainer does, on one rank."""
     asked = loss.token_stats_kwargs()
     every_token = torch.ones_like(data.mask)
     old = token_stats(data.logits.detach() if on_policy else data.old_logits, data.targets, **asked)
@@ -65,9 +65,9 @@ def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
             mask=data.mask,
             entropy=stats.entropy,
             log_z=stats.log_z,
-            kept=stats.kept,
+            in_filter=stats.in_filter,
             old_log_z=old.log_z,
-            old_kept=old.kept,
+            old_in_filter=old.in_filter,
             proxy_kl=stats.proxy_kl,
             proxy_log_probs=lagged.proxy_log_probs,
             sequence_ids=data.sequence_ids,
@@ -91,10 +91,12 @@ def cut_is_clear(scores: dict[int, float], share: float) -> bool:
     on_policy=st.booleans(),
 )
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_equals_its_definition(name: str, lengths: list[int], drift: float, seed: int, on_policy: bool) -> None:
+def test_every_method_equals_its_definition(
+    name: str, lengths: list[int], drift: float, seed: int, on_policy: bool
+) -> None:
     loss, definition = DEFINITIONS[name]
     data = make_batch(lengths, drift, seed)
-    # Where an advantage happens to be the mean one, covariances are equal but for rounding: none is the highest.
+    # If an advantage equals the mean, covariances are equal up to rounding, so that no token is the highest.
     assume(name != "kl_cov" or cut_is_clear(covariances(data, on_policy), 0.3))
     got, want = run(loss, data, on_policy=on_policy), definition(data, on_policy)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
@@ -102,7 +104,7 @@ def test_equals_its_definition(name: str, lengths: list[int], drift: float, seed
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
-def test_every_method_is_here() -> None:
+def test_every_method_has_a_definition_here() -> None:
     assert {loss.name for loss, _ in DEFINITIONS.values()} == set(METHODS)
 
 
@@ -114,7 +116,7 @@ def gradient(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["clip_higher", "dual_clip", "cispo", "kl_cov"])
-def test_on_policy_it_is_the_plain_policy_gradient(name: str) -> None:
+def test_on_policy_methods_equal_the_plain_policy_gradient(name: str) -> None:
     data = make_batch([8, 5, 9], 0.5, 2)
     want = gradient(make_loss("grpo"), data, on_policy=True)
     torch.testing.assert_close(gradient(make_loss(name), data, on_policy=True), want)
@@ -135,7 +137,7 @@ def test_gspo_in_its_token_form_gives_each_token_its_own_advantage() -> None:
     torch.testing.assert_close(got, gradient(make_loss("grpo"), data, on_policy=True), rtol=1e-9, atol=1e-12)
 
 
-def test_dual_clip_bounds_the_loss_of_a_token_that_shot_up() -> None:
+def test_dual_clip_bounds_the_loss_of_a_token_with_a_large_ratio() -> None:
     log_probs = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     out = make_loss("dual_clip")(
         LossInputs(
@@ -167,7 +169,7 @@ def test_tokens_without_advantage_still_have_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in DEFINITIONS if name not in ("kl_cov", "entropy_bonus")])
-def test_other_tokens_without_advantage_have_none(name: str) -> None:
+def test_tokens_without_advantage_have_no_gradient_in_other_methods(name: str) -> None:
     loss, _ = DEFINITIONS[name]
     data = make_batch([8, 6, 4], 0.5, 3)
     data.advantages = torch.where(data.sequence_ids == 8, 0.0, 1.0).double()
@@ -175,7 +177,7 @@ def test_other_tokens_without_advantage_have_none(name: str) -> None:
     assert not loss.acts_without_advantage
 
 
-def test_the_entropy_must_bring_its_gradient() -> None:
+def test_the_entropy_must_carry_its_gradient() -> None:
     data = make_batch([4], 0.0, 0)
     stats = token_stats(data.logits, data.targets)
     inputs = LossInputs(log_probs=stats.log_probs, advantages=data.advantages, entropy=stats.entropy, denominator=4)

@@ -1,4 +1,4 @@
-"""The full KL against another policy's proxy, by a sparse store of it: values and gradients against the definition."""
+"""The full KL against another policy's stored proxy: values and gradients against the definition."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpreg import LossInputs, ProxyStore, _rows, fused_loss, fused_token_stats, make_loss, token_stats
+from lpreg import LossInputs, ProxyStore, fused_loss, fused_token_stats, make_loss, token_stats
+from lpreg.statistics import shard
 
 TOKENS, VOCAB, WIDTH = 30, 23, 7
 
@@ -67,7 +68,7 @@ def test_value_and_gradient_match_the_definition(dense: Callable, case: dict[str
     )
     garbage = torch.full((case["tokens"], case["padding"]), torch.nan, dtype=torch.float64)
 
-    with mock.patch.object(_rows, "CPU_WORK_ELEMENTS", case["work"]):
+    with mock.patch.object(shard, "CPU_WORK_ELEMENTS", case["work"]):
         old = token_stats(data["old_logits"], targets, proxy_rows=rows, **shared)
         assert old.proxy_store is not None and old.proxy_kl is None
         leaf = torch.cat([logits, garbage], 1).requires_grad_()
@@ -99,7 +100,7 @@ def test_value_and_gradient_match_the_definition(dense: Callable, case: dict[str
 def test_the_gradient_is_p_minus_q_and_bounded(dense: Callable) -> None:
     data = two_policies()
     store = token_stats(data["old_logits"], data["targets"], proxy_rows=data["rows"]).proxy_store
-    # As far from the old policy as can be: k3 would have a gradient without bound.
+    # Far from the old policy, where the gradient of k3 would be unbounded.
     leaf = (-30 * data["old_logits"]).requires_grad_()
     stats = token_stats(leaf, data["targets"], proxy=store)
     assert stats.proxy_kl is not None
@@ -136,7 +137,7 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision(dense: Callable, dtype: torch.dtype) -> None:
+def test_the_store_of_low_precision_logits(dense: Callable, dtype: torch.dtype) -> None:
     data = two_policies(vocab=400)
     old, new = data["old_logits"].to(dtype), (data["hidden"] @ data["new_weight"].T).to(dtype)
     store = token_stats(old, data["targets"], proxy_rows=data["rows"]).proxy_store
@@ -165,7 +166,7 @@ def test_the_store_holds_the_filter_and_little_else(dense: Callable) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[30], [0, 7, 1, 22], [10, 10, 10, 0]])
-def test_a_store_is_cut_and_joined_token_by_token(sizes: list[int]) -> None:
+def test_a_store_is_split_and_joined_per_token(sizes: list[int]) -> None:
     data = two_policies()
     stats = token_stats(data["old_logits"], data["targets"], proxy_rows=data["rows"])
     assert stats.proxy_store is not None
@@ -193,7 +194,7 @@ def test_a_filter_that_keeps_nothing_stores_nothing() -> None:
     assert kl is not None and (kl == 0).all()
 
 
-def test_rows_to_store_bring_their_log_z() -> None:
+def test_log_z_is_computed_for_rows_that_are_stored() -> None:
     data = two_policies()
     rows, none = data["rows"], torch.zeros(TOKENS, dtype=torch.bool)
     stats = token_stats(data["old_logits"], data["targets"], proxy_rows=rows, log_z_rows=none)
@@ -202,7 +203,7 @@ def test_rows_to_store_bring_their_log_z() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_the_fused_head_does_the_same(chunk: int) -> None:
+def test_the_fused_head_gives_the_same_store_and_kl(chunk: int) -> None:
     data = two_policies()
     rows, targets, hidden = data["rows"], data["targets"], data["hidden"]
     store = token_stats(data["old_logits"], targets, proxy_rows=rows, min_p=0.1).proxy_store
@@ -229,13 +230,13 @@ def test_the_fused_head_does_the_same(chunk: int) -> None:
 
 @pytest.mark.parametrize("source", ["old", "lagged"])
 def test_lp_reg_with_the_full_kl(dense: Callable, source: str) -> None:
-    """Against equation 6 written out, and the same by the fused loss."""
+    """Compares the loss with equation 6, and with the fused loss."""
     data = two_policies()
     loss = make_loss("lp_reg", kl_estimator="full", proxy_source=source, min_p=0.1, beta=0.7, clip_low=0.5)
     filters = loss.token_stats_kwargs()
     selected = data["rows"]
     other = token_stats(data["old_logits"], data["targets"], proxy_rows=selected, **filters)
-    old = {"old_log_probs": other.log_probs, "old_log_z": other.log_z, "old_kept": other.kept}
+    old = {"old_log_probs": other.log_probs, "old_log_z": other.log_z, "old_in_filter": other.in_filter}
     lagged = {"old_log_probs": other.log_probs, "proxy_log_probs": other.proxy_log_probs}
     fields = {
         "advantages": data["weights"][0],
@@ -247,14 +248,14 @@ def test_lp_reg_with_the_full_kl(dense: Callable, source: str) -> None:
     logits = leaves[0] @ leaves[1].T
     stats = token_stats(logits, data["targets"], proxy=other.proxy_store, **filters)
     inputs = LossInputs(
-        log_probs=stats.log_probs, log_z=stats.log_z, kept=stats.kept, proxy_kl=stats.proxy_kl, **fields
+        log_probs=stats.log_probs, log_z=stats.log_z, in_filter=stats.in_filter, proxy_kl=stats.proxy_kl, **fields
     )
     got = loss(inputs)
 
     want = dense(logits, data["targets"], min_p=0.1)
     advantages, ratio = data["weights"][0], (want.log_probs - other.log_probs).exp()
     bounded = torch.where(advantages < 0, ratio.clamp(min=0.5), ratio).clamp(max=10.0)
-    acts = selected & (advantages < 0) & other.kept
+    acts = selected & (advantages < 0) & other.in_filter
     assert 0 < int(acts.sum()) < int(selected.sum())
     kl = dense_kl(dense, data["old_logits"], logits, data["targets"], min_p=0.1)
     value = (-bounded * advantages + 0.7 * torch.where(acts, kl, 0.0)).mean()
@@ -277,7 +278,7 @@ def test_lp_reg_with_the_full_kl(dense: Callable, source: str) -> None:
         ({"log_q": torch.zeros(1)}, r"both of shape \[2\]"),
     ],
 )
-def test_a_store_that_does_not_fit_itself(change: dict[str, Tensor], message: str) -> None:
+def test_an_inconsistent_store_is_refused(change: dict[str, Tensor], message: str) -> None:
     fields = {
         "stored": torch.ones(2, dtype=torch.bool),
         "counts": torch.ones(2, dtype=torch.int64),
@@ -289,7 +290,7 @@ def test_a_store_that_does_not_fit_itself(change: dict[str, Tensor], message: st
         ProxyStore(**fields | change)
 
 
-def test_arguments_that_do_not_fit_the_logits() -> None:
+def test_a_store_that_does_not_fit_the_logits_is_refused() -> None:
     data = two_policies()
     store = token_stats(
         data["old_logits"][:4], data["targets"][:4], proxy_rows=torch.ones(4, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The penalty for leaving a reference policy: its estimators' identities, and that it goes with every method."""
+"""The penalty for leaving a reference policy: identities of its estimators, and its combination with every method."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_expected_value_is_the_reverse_kl(estimator: Any) -> None:
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_the_expected_gradient_is_that_of_a_kl(estimator: Any) -> None:
-    """Over tokens sampled from the policy: of KL(p || ref) by k1, of KL(ref || p) by k3."""
+    """Over tokens sampled from the policy, k1 has the gradient of KL(p || ref) and k3 that of KL(ref || p)."""
     leaf = logits(0).requires_grad_()
     log_ref = logits(1).log_softmax(-1)
     log_p = leaf.log_softmax(-1)
@@ -41,7 +41,7 @@ def test_the_expected_gradient_is_that_of_a_kl(estimator: Any) -> None:
 
 
 def batch(**change: Any) -> tuple[LossInputs, Tensor]:
-    """Off-policy inputs that serve every method; the logits."""
+    """Off-policy inputs that every method accepts, and the logits."""
     generator = torch.Generator().manual_seed(3)
     leaf = torch.randn(TOKENS, VOCAB, generator=generator, dtype=torch.float64).requires_grad_()
     targets = torch.randint(VOCAB, (TOKENS,), generator=generator)
@@ -56,7 +56,7 @@ def batch(**change: Any) -> tuple[LossInputs, Tensor]:
         "mask": torch.arange(TOKENS) != 4,
         "entropy": stats.entropy,
         "log_z": stats.log_z,
-        "kept": stats.kept,
+        "in_filter": stats.in_filter,
         "reference_log_probs": old + 0.5 * noise[2],
         "sequence_ids": torch.arange(TOKENS) // 5,
         "selection": selection,
@@ -66,7 +66,7 @@ def batch(**change: Any) -> tuple[LossInputs, Tensor]:
 
 
 LENGTHS = torch.tensor([4.0, 5.0, 2.0], dtype=torch.float64)
-"""Tokens that count in each response."""
+"""Number of tokens that count in each response."""
 WEIGHTS = {
     "tokens": lambda inputs: inputs.counted.double() / 8,
     "selected": lambda inputs: (inputs.counted & inputs.selection).double() / 8,
@@ -76,7 +76,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_it_adds_the_mean_that_the_method_takes(name: str, estimator: Any) -> None:
+def test_the_penalty_is_averaged_as_the_method_averages(name: str, estimator: Any) -> None:
     inputs, leaf = batch()
     plain = make_loss(name)
     loss = with_reference_kl(plain, coefficient=0.3, estimator=estimator)
@@ -93,7 +93,7 @@ def test_it_adds_the_mean_that_the_method_takes(name: str, estimator: Any) -> No
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean_token_mean", "constant_length"])
-def test_it_follows_the_methods_aggregation(aggregation: Any) -> None:
+def test_the_penalty_follows_the_aggregation_setting(aggregation: Any) -> None:
     inputs, _ = batch()
     length = 9 if aggregation == "constant_length" else None
     loss = with_reference_kl(make_loss("grpo", aggregation=aggregation, constant_length=length), coefficient=1.0)
@@ -104,7 +104,7 @@ def test_it_follows_the_methods_aggregation(aggregation: Any) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_is_the_method_to_a_driver(name: str) -> None:
+def test_a_driver_sees_the_needs_of_the_wrapped_method(name: str) -> None:
     plain = make_loss(name)
     loss = with_reference_kl(plain, coefficient=0.1)
     assert loss.acts_without_advantage
@@ -114,7 +114,7 @@ def test_it_is_the_method_to_a_driver(name: str) -> None:
     assert torch.equal(loss.uses_proxy(torch.tensor([-1.0, 0.0])), plain.uses_proxy(torch.tensor([-1.0, 0.0])))
 
 
-def test_what_does_not_count_may_be_anything() -> None:
+def test_masked_log_probs_may_be_anything() -> None:
     inputs, leaf = batch()
     assert inputs.reference_log_probs is not None
     broken = torch.where(inputs.counted, inputs.reference_log_probs, torch.inf)
@@ -125,7 +125,7 @@ def test_what_does_not_count_may_be_anything() -> None:
     assert gradient.isfinite().all()
 
 
-def test_refusals() -> None:
+def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="coefficient must lie in"):
         with_reference_kl(make_loss("grpo"), coefficient=-1)
     with pytest.raises(ValueError, match="estimator must be one of k1, k3"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lpreg import group_advantages, overlong_penalty, uninformative
 
 
-def test_the_penalty_falls_in_a_straight_line_over_the_buffer() -> None:
+def test_the_penalty_grows_linearly_over_the_buffer() -> None:
     lengths = torch.tensor([0, 80, 81, 90, 100, 101, 5000])
     got = overlong_penalty(lengths, max_length=100, buffer=20)
     torch.testing.assert_close(got, torch.tensor([0.0, 0.0, -0.05, -0.5, -1.0, -1.0, -1.0]))

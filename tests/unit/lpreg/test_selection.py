@@ -22,7 +22,7 @@ numbers = st.one_of(
     st.floats(1e-3, 1.0),
     st.sampled_from([torch.float32, torch.float64]),
 )
-def test_equals_a_sort(pairs: list[tuple[float, bool]], fraction: float, dtype: torch.dtype) -> None:
+def test_selection_equals_a_sort(pairs: list[tuple[float, bool]], fraction: float, dtype: torch.dtype) -> None:
     values = torch.tensor([value for value, _ in pairs], dtype=dtype)
     eligible = torch.tensor([chosen for _, chosen in pairs], dtype=torch.bool)
     ranked = sorted(values[eligible].tolist())

@@ -1,4 +1,4 @@
-"""apply_rule against the definitions, and the exact sums and draws below it."""
+"""apply_rule against the definitions, and the exact means and random draws that it uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ values = st.floats(-1e6, 1e6)
 
 
 @given(st.lists(values, min_size=1, max_size=40), st.randoms(use_true_random=False))
-def test_the_mean_is_exact_to_its_grid_and_the_same_in_any_order(numbers: list[float], random: Any) -> None:
+def test_the_exact_mean_is_the_same_in_any_order(numbers: list[float], random: Any) -> None:
     tensor = torch.tensor(numbers, dtype=torch.float64)
     everything = torch.ones(len(numbers), dtype=torch.bool)
     got = exact_mean(tensor, everything, "x", None)
@@ -30,7 +30,7 @@ def test_the_mean_is_exact_to_its_grid_and_the_same_in_any_order(numbers: list[f
     assert exact_mean(torch.tensor(numbers, dtype=torch.float64), everything, "x", None) == got
 
 
-def test_the_mean_is_of_the_eligible_and_refuses_what_has_none() -> None:
+def test_the_exact_mean_is_over_eligible_tokens_and_refuses_bad_values() -> None:
     numbers = torch.tensor([1.0, math.inf, 3.0, math.nan])
     assert exact_mean(numbers, numbers.isfinite(), "x", None) == 2.0
     assert exact_mean(numbers, torch.zeros(4, dtype=torch.bool), "x", None) == 0.0
@@ -46,13 +46,13 @@ def split_mix(state: int) -> int:
 
 
 @given(st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**63 - 1), max_size=20))
-def test_draws_are_split_mix_in_python_integers(seed: int, ids: list[int]) -> None:
+def test_draws_equal_split_mix_in_python_integers(seed: int, ids: list[int]) -> None:
     got = uniform(seed, torch.tensor(ids, dtype=torch.int64)).tolist()
     start = split_mix(seed)
     assert got == [(split_mix((start + i * 0x9E3779B97F4A7C15) % 2**64) >> 11) * 2.0**-53 for i in ids]
 
 
-def test_draws_look_uniform_and_unrelated() -> None:
+def test_draws_are_uniform_and_uncorrelated() -> None:
     ids = torch.arange(20_000)
     one, other = uniform(0, ids), uniform(1, ids)
     histogram = torch.histc(one, 20, 0, 1)
@@ -123,7 +123,7 @@ def test_a_draw_within_a_range_of_covariance() -> None:
 @pytest.mark.parametrize(
     "rule", [rule for name in METHODS if (rule := make_loss(name).selection)], ids=lambda rule: rule.kind
 )
-def test_every_rule_takes_any_order_of_tokens(rule: SelectionRule) -> None:
+def test_every_rule_is_independent_of_the_order_of_tokens(rule: SelectionRule) -> None:
     data = batch()
     rule = SelectionRule(kind=rule.kind, fraction=0.05, covariance_range=rule.covariance_range)
     whole = apply_rule(rule, **data)
@@ -133,7 +133,7 @@ def test_every_rule_takes_any_order_of_tokens(rule: SelectionRule) -> None:
     assert (shuffled.threshold, shuffled.count) == (whole.threshold, whole.count)
 
 
-def test_without_a_group_a_tokens_place_is_its_id() -> None:
+def test_without_a_group_a_tokens_index_is_its_id() -> None:
     rule = SelectionRule(kind="random", fraction=0.3)
     everything = torch.ones(50, dtype=torch.bool)
     assert torch.equal(apply_rule(rule, everything).mask, apply_rule(rule, everything, token_ids=torch.arange(50)).mask)

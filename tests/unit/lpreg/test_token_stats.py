@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpreg import _rows, token_stats
+from lpreg import token_stats
+from lpreg.statistics import shard
 
 
 def random_case(tokens: int, vocab: int, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,7 @@ def cases(draw: st.DrawFn) -> dict:
     filters = draw(
         st.one_of(
             st.builds(lambda v: {"min_p": v}, st.floats(1e-3, 1.0)),
-            # 1/40 is what the flattest row of 40 gives its largest token: smaller cuts always keep something.
+            # The largest token of a row of 40 has at least 1/40, so that smaller thresholds always keep a token.
             st.builds(lambda v: {"fixed_tau": v}, st.floats(1e-3, 0.0249)),
         )
     )
@@ -51,12 +52,12 @@ def test_values_and_gradients_match_the_definition(dense: Callable, case: dict) 
     logits, targets = random_case(case["tokens"], case["vocab"], case["seed"])
     rows = torch.rand(case["tokens"], generator=generator) < (0.4 if case["some_rows"] else 2.0)
     weights = torch.randn(3, case["tokens"], generator=generator, dtype=torch.float64)
-    weights *= torch.rand(3, case["tokens"], generator=generator) < 0.7  # rows with one gradient, some or none
+    weights *= torch.rand(3, case["tokens"], generator=generator) < 0.7  # rows with one, several or no gradients
     garbage = torch.full((case["tokens"], case["padding"]), torch.nan, dtype=torch.float64)
     shared = {"temperature": case["temperature"], "vocab_size": case["vocab"], **case["filters"]}
 
     padded = torch.cat([logits, garbage], 1).requires_grad_()
-    with mock.patch.object(_rows, "CPU_WORK_ELEMENTS", case["work"]):
+    with mock.patch.object(shard, "CPU_WORK_ELEMENTS", case["work"]):
         got = token_stats(
             padded * 1,
             targets,
@@ -80,7 +81,7 @@ def test_values_and_gradients_match_the_definition(dense: Callable, case: dict) 
     torch.testing.assert_close(got.log_probs, want.log_probs)
     torch.testing.assert_close(got.log_z, torch.where(rows, want.log_z, 0).clamp_max(0))
     torch.testing.assert_close(got.max_logit, want.max_logit)
-    assert torch.equal(got.kept, want.kept)
+    assert torch.equal(got.in_filter, want.in_filter)
     if case["entropy"] == "none":
         assert got.entropy is None
     else:
@@ -114,19 +115,19 @@ def test_minus_log_z_is_the_kl_to_the_frozen_proxy_in_value_and_gradient(dense: 
     torch.testing.assert_close(gradient, want.p - want.q)
 
 
-def test_proxy_log_probs_are_those_of_the_renormalised_kept_set(dense: Callable) -> None:
+def test_proxy_log_probs_are_those_of_the_renormalised_filter(dense: Callable) -> None:
     logits, targets = random_case(60, 30)
     got = token_stats(logits, targets)
     want = dense(logits, targets)
-    assert 0 < got.kept.sum() < 60
+    assert 0 < got.in_filter.sum() < 60
     torch.testing.assert_close(got.proxy_log_probs, want.q.gather(1, targets[:, None])[:, 0].log())
 
 
-def test_the_temperature_comes_before_the_filter() -> None:
+def test_the_filter_is_applied_after_the_temperature() -> None:
     # 4 below the maximum: outside min_p = 0.02 at T = 1 (log 0.02 = -3.9), inside at T = 2.
     logits, targets = torch.tensor([[0.0, -4.0]]), torch.tensor([1])
-    assert not token_stats(logits, targets).kept
-    assert token_stats(logits, targets, temperature=2.0).kept
+    assert not token_stats(logits, targets).in_filter
+    assert token_stats(logits, targets, temperature=2.0).in_filter
 
 
 def test_log_z_keeps_its_digits_in_fp32() -> None:
@@ -134,7 +135,7 @@ def test_log_z_keeps_its_digits_in_fp32() -> None:
     peaked = torch.randn(200, 500, generator=generator) * 6
     peaked[:, 0] = 25.0
     flat = torch.randn(200, 5000, generator=generator)
-    flat[:, 0] = 8.0  # one token holds some percent, and the rest is tail
+    flat[:, 0] = 8.0  # one token has some percent, and the rest is the tail
     for logits in (peaked, flat):
         targets = torch.zeros(200, dtype=torch.int64)
         leaf, exact_leaf = logits.requires_grad_(), logits.detach().double().requires_grad_()
@@ -146,7 +147,7 @@ def test_log_z_keeps_its_digits_in_fp32() -> None:
     assert exact.log_z.mean() < -0.3
 
 
-def test_large_logits_do_not_cost_digits() -> None:
+def test_large_logits_lose_no_digits() -> None:
     logits, targets = random_case(20, 50)
     logits = (logits * 64).round() / 64  # so that the offset below is exact in fp32
     got = token_stats((logits + 2**14).float(), targets)
@@ -166,14 +167,14 @@ def test_lower_precision_logits_are_read_exactly(dtype: torch.dtype, tolerance: 
     for name in ("log_probs", "entropy", "log_z", "max_logit"):
         assert getattr(got, name).dtype == torch.float32
         torch.testing.assert_close(getattr(got, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
-    assert torch.equal(got.kept, exact.kept)
+    assert torch.equal(got.in_filter, exact.in_filter)
     (got.log_probs - got.log_z).sum().backward()
     (exact.log_probs - exact.log_z).sum().backward()
     assert low.grad.dtype == dtype
     torch.testing.assert_close(low.grad.double(), exact_leaf.grad, rtol=tolerance, atol=tolerance / 10)
 
 
-def test_log_z_is_zero_and_constant_where_it_was_not_asked_for() -> None:
+def test_log_z_is_zero_without_gradient_in_rows_that_do_not_need_it() -> None:
     logits, targets = random_case(6, 20)
     logits.requires_grad_()
     rows = torch.tensor([True, False, True, False, False, True])
@@ -181,13 +182,13 @@ def test_log_z_is_zero_and_constant_where_it_was_not_asked_for() -> None:
     assert (got.log_z[~rows] == 0).all() and (got.log_z[rows] < 0).all()
     got.log_z.sum().backward()
     assert (logits.grad[~rows] == 0).all() and (logits.grad[rows] != 0).any(-1).all()
-    assert torch.equal(got.kept, token_stats(logits, targets).kept)
+    assert torch.equal(got.in_filter, token_stats(logits, targets).in_filter)
 
 
-def test_a_fixed_threshold_that_keeps_nothing() -> None:
+def test_a_fixed_tau_that_keeps_no_token() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [5.0, 0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     got = token_stats(logits, torch.tensor([1, 0]), fixed_tau=0.3)
-    assert got.kept.tolist() == [False, True]
+    assert got.in_filter.tolist() == [False, True]
     assert got.log_z[0] == -torch.inf and got.log_z[1] < 0
     assert got.proxy_log_probs[0] == -torch.inf
     (gradient,) = torch.autograd.grad((got.log_probs + got.log_z).sum(), logits, retain_graph=True)
@@ -203,7 +204,7 @@ def test_tokens_of_zero_probability_are_allowed() -> None:
     targets = torch.tensor([0, 1, 2, 3])
     leaf = logits.masked_fill(banned, -torch.inf).requires_grad_()
     got = token_stats(leaf, targets, entropy="grad")
-    assert got.log_probs[3] == -torch.inf and not got.kept[3]
+    assert got.log_probs[3] == -torch.inf and not got.in_filter[3]
     short = torch.cat([logits[:, :3], logits[:, 7:]], 1).requires_grad_()
     want = token_stats(short, torch.tensor([0, 1, 2, 0]), entropy="grad")
     torch.testing.assert_close(got.entropy, want.entropy)
@@ -214,11 +215,11 @@ def test_tokens_of_zero_probability_are_allowed() -> None:
     assert (leaf.grad[banned] == 0).all()
 
 
-def test_only_what_is_asked_for_is_differentiable() -> None:
+def test_only_requested_statistics_are_differentiable() -> None:
     logits, targets = random_case(3, 5)
     got = token_stats(logits.requires_grad_(), targets)
     assert got.log_probs.requires_grad and got.log_z.requires_grad
-    assert not got.entropy.requires_grad and not got.max_logit.requires_grad and not got.kept.requires_grad
+    assert not got.entropy.requires_grad and not got.max_logit.requires_grad and not got.in_filter.requires_grad
 
 
 @pytest.mark.parametrize(

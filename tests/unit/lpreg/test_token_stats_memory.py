@@ -1,4 +1,4 @@
-"""token_stats stays small: work buffers for copies, gradients over the logits, idle rows unread, nothing held."""
+"""The memory of token_stats: work buffers instead of copies, gradients over the logits, idle rows that are not read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpreg import _rows, token_stats
+from lpreg import token_stats
+from lpreg.statistics import shard
 
 TOKENS, VOCAB = 64, 100
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation made, the given storages aside."""
+    """Records the elements of the largest tensor that any operation made, except in the given storages."""
 
     def __init__(self, *known: Tensor) -> None:
         super().__init__()
@@ -38,8 +39,8 @@ def case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_logits_are_never_copied_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rows, "CPU_WORK_ELEMENTS", 4 * VOCAB)
+def test_the_logits_are_never_copied_as_a_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "CPU_WORK_ELEMENTS", 4 * VOCAB)
     _, logits, targets = case(dtype)
     weights = torch.ones(TOKENS)
     weights[::3] = 0
@@ -51,7 +52,7 @@ def test_the_logits_are_never_copied_whole(dtype: torch.dtype, monkeypatch: pyte
     assert seen.elements <= 4 * VOCAB
 
 
-def test_the_gradient_over_the_logits_is_the_gradient() -> None:
+def test_the_in_place_gradient_equals_the_gradient() -> None:
     leaf, logits, targets = case()
     stats = token_stats(logits, targets)
     (stats.log_probs + stats.log_z).sum().backward()
@@ -71,7 +72,7 @@ def test_a_second_backward_over_overwritten_logits_is_an_error() -> None:
         loss.backward()
 
 
-def test_rows_without_gradient_are_zeroed_unread() -> None:
+def test_rows_without_gradient_are_set_to_zero_without_being_read() -> None:
     _, logits, targets = case()
     stats = token_stats(logits, targets)
     idle = torch.zeros(TOKENS, dtype=torch.bool)
@@ -82,7 +83,7 @@ def test_rows_without_gradient_are_zeroed_unread() -> None:
     assert gradient.isfinite().all() and (gradient[~idle] != 0).any(-1).all()
 
 
-def test_a_loss_that_is_kept_does_not_keep_the_logits() -> None:
+def test_a_loss_does_not_keep_the_logits_alive() -> None:
     class Memory(bytearray):
         """Of a tensor, and can be watched."""
 

@@ -1,4 +1,4 @@
-"""What lpreg's trainer for TRL takes as TRL has it, and what it refuses."""
+"""TRL features that lpreg's trainer supports, and settings that it refuses."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def model_with(head: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_only_a_head_that_is_a_matrix_is_fused(head: str) -> None:
+def test_only_a_plain_matrix_head_is_fused(head: str) -> None:
     assert plain_head(model_with(head)) == head.startswith("qwen3")
     assert plain_head(model_with(head).to(torch.bfloat16)) == head.startswith("qwen3")
 
 
-def test_a_soft_cap_is_seen_where_logits_are_small() -> None:
+def test_a_soft_cap_is_detected_at_small_logits() -> None:
     model = model_with("gemma2", final_logit_softcapping=1000.0)
     assert not plain_head(model)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_statistics_are_those_of_the_models_own_logits(head: str) -> None:
+def test_statistics_equal_those_of_the_models_own_logits(head: str) -> None:
     model, plain = model_with(head).double(), model_with(head).double()
     add_token_stats(model, fused=plain_head(model))
     ids = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -61,7 +61,7 @@ def test_statistics_are_those_of_the_models_own_logits(head: str) -> None:
         "log_probs": log_p.gather(1, targets[:, None])[:, 0],
         "entropy": -(p * log_p).sum(-1),
         "log_z": torch.where(log_z_rows, (p * inside).sum(-1).log(), 0.0),
-        "kept": inside.gather(1, targets[:, None])[:, 0],
+        "in_filter": inside.gather(1, targets[:, None])[:, 0],
     }
     for name, value in want.items():
         torch.testing.assert_close(seen[name], value, rtol=1e-7, atol=1e-9)
@@ -77,7 +77,7 @@ def gradients(seen: Recorder) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("head", ["gemma2", "granite"])
-def test_micro_batches_and_checkpointed_activations_change_nothing(head: str, tmp_path: Path) -> None:
+def test_micro_batches_and_activation_checkpointing_do_not_change_the_update(head: str, tmp_path: Path) -> None:
     models = [model_with(head).double() for _ in range(2)]
     want = gradients(run(LP_REG, tmp_path, model=models[0], prompts=EQUALLY_LONG))
     micro = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6, "gradient_checkpointing": True}
@@ -88,14 +88,14 @@ def test_micro_batches_and_checkpointed_activations_change_nothing(head: str, tm
             torch.testing.assert_close(update[name], gradient, rtol=1e-5, atol=1e-7)  # norms are fp32
 
 
-def test_mixed_precision_is_near(tmp_path: Path) -> None:
+def test_mixed_precision_is_close_to_full_precision(tmp_path: Path) -> None:
     want = gradients(run(LP_REG, tmp_path, model=tiny_model().float()))
     got = gradients(run(LP_REG, tmp_path, model=tiny_model().float(), bf16=True))
     whole = [torch.cat([gradient.flatten() for gradient in updates[0].values()]) for updates in (got, want)]
     assert 0 < (whole[0] - whole[1]).norm() < 0.05 * whole[1].norm()
 
 
-def test_an_adapter_is_all_that_trains(tmp_path: Path) -> None:
+def test_only_the_adapter_is_trained(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -108,8 +108,8 @@ def test_an_adapter_is_all_that_trains(tmp_path: Path) -> None:
     assert moved and moved <= set(first.gradient)
 
 
-def test_truncated_responses_may_be_masked_even_all_of_them(tmp_path: Path) -> None:
-    """The rollouts of these runs never end by themselves."""
+def test_truncated_responses_can_be_masked_even_if_all_are(tmp_path: Path) -> None:
+    """The rollouts of these runs never reach a stop token."""
     for loss in (LP_REG, make_loss("gspo"), make_loss("high_entropy")):
         seen = run(loss, tmp_path, mask_truncated_completions=True)
         assert all(bool((gradient == 0).all()) for gradient in seen.updates[0].gradient.values())
@@ -128,7 +128,7 @@ def trainer(folder: Path, loss: PolicyLoss | str = LP_REG, model: Any = None, **
     )
 
 
-def test_evaluation_has_a_loss_and_the_methods_metrics(tmp_path: Path) -> None:
+def test_evaluation_reports_a_loss_and_the_methods_metrics(tmp_path: Path) -> None:
     seen = trainer(tmp_path, per_device_eval_batch_size=8, max_completion_length=4).evaluate()
     assert torch.isfinite(torch.tensor(seen["eval_loss"]))
     assert 0.3 < seen["eval_lpreg/below_delta_fraction"] <= 0.5 and 0 < seen["eval_lpreg/delta"] < 1
@@ -172,12 +172,12 @@ def test_importance_ratios_multiply_the_advantages() -> None:
         ({"model": hf_model("qwen3_moe", vocab_size=VOCAB)}, r"auxiliary loss.*router_aux_loss_coef=0\.0"),
     ],
 )
-def test_what_it_cannot_do_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_settings_and_models_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **settings)
 
 
-def test_another_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_release_series_of_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import trl
 
     from lpreg.integrations._trl_checks import check_version
@@ -189,7 +189,7 @@ def test_another_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("loss", ["lp_reg", "gspo"])
 def test_a_short_training_raises_the_reward(loss: str, tmp_path: Path) -> None:
-    """Generated by the model itself: TRL's own rollouts, rewards, optimizer and logs."""
+    """The model generates: the test uses TRL's own rollouts, rewards, optimizer and logs."""
 
     def low_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [sum(token < 20 for token in ids) / len(ids) for ids in completion_ids]

@@ -1,4 +1,4 @@
-"""TRL's trainer with lpreg's losses: the gradient of an update is that of a plain re-statement over all of its rows."""
+"""TRL's trainer with lpreg's losses: the gradient of an update equals that of a plain restatement over all its rows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def dense_batch(generation: list[Update], weights: Weights, old: Weights, lagged
 
 
 def check(name: str, generation: list[Update], old: Weights, lagged: Weights, *, on_policy: bool) -> None:
-    """The gradient of the first of the updates that together see a generation."""
+    """The gradient of the first of the updates on one generation."""
     update = generation[0]
     weights = {name: value.clone().requires_grad_() for name, value in update.weights.items()}
     loss = DEFINITIONS[name][1](dense_batch(generation, weights, old, lagged), on_policy)
@@ -66,7 +66,7 @@ def check(name: str, generation: list[Update], old: Weights, lagged: Weights, *,
 
 
 def works(name: str, seen: Recorder) -> None:
-    """Else Lp-Reg's own term would be held to nothing."""
+    """Without selected tokens, Lp-Reg's own term would not be tested."""
     if name.startswith("lp_reg"):
         for metrics in (metrics for metrics in seen.metrics if "lpreg/kl" in metrics):
             assert metrics["lpreg/selected_fraction"] > 0.01
@@ -74,12 +74,12 @@ def works(name: str, seen: Recorder) -> None:
 
 
 def layout(name: str) -> dict[str, int]:
-    """One method looks at the micro-batch at hand: it is re-stated for a single one."""
+    """One method ranks within a micro-batch, so its restatement has a single micro-batch."""
     return MICRO if name != "lp_reg, reference" else WHOLE
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_on_policy(name: str, tmp_path: Path) -> None:
+def test_the_on_policy_update_equals_the_restatement(name: str, tmp_path: Path) -> None:
     seen = run(DEFINITIONS[name][0], tmp_path, **layout(name))
     works(name, seen)
     for update in seen.updates:
@@ -87,8 +87,8 @@ def test_on_policy(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_several_updates_a_generation(name: str, tmp_path: Path) -> None:
-    """Two halves of a generation, each seen twice."""
+def test_several_updates_per_generation_equal_the_restatement(name: str, tmp_path: Path) -> None:
+    """Two halves of a generation, each used twice."""
     size = layout(name)
     micro_batches = size.get("gradient_accumulation_steps", 1)
     seen = run(

@@ -1,4 +1,4 @@
-"""The gradient of the LM head's weight, added to a tensor of the caller's instead of handed to autograd."""
+"""The gradient of the LM head's weight, added to a tensor of the caller instead of being returned to autograd."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def loss_of(form: str, hidden: Tensor, weight: Tensor, targets: Tensor, weight_g
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_it_is_added_to_what_is_there_and_autograd_gets_none(form: str, dtype: torch.dtype) -> None:
+def test_the_gradient_is_added_to_weight_grad_and_autograd_gets_none(form: str, dtype: torch.dtype) -> None:
     hidden, weight, targets = head(dtype)
     want_hidden, want = torch.autograd.grad(loss_of(form, hidden, weight, targets, None), [hidden, weight])
     main_grad = torch.ones(VOCAB, WIDTH, dtype=dtype)
@@ -56,7 +56,7 @@ def test_bf16_weights_keep_the_digits_of_fp32(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_without_gradients_nothing_is_added(form: str) -> None:
+def test_nothing_is_added_under_no_grad(form: str) -> None:
     hidden, weight, targets = head(torch.float32)
     main_grad = torch.zeros(VOCAB, WIDTH)
     with torch.no_grad():
@@ -76,6 +76,6 @@ def test_a_scaled_fused_loss_is_refused_since_its_gradient_was_added_unscaled() 
     [torch.zeros(VOCAB, WIDTH, dtype=torch.bfloat16), torch.zeros(VOCAB - 1, WIDTH)],
     ids=["dtype", "shape"],
 )
-def test_one_that_does_not_fit_is_refused(form: str, weight_grad: Tensor) -> None:
+def test_a_weight_grad_that_does_not_fit_is_refused(form: str, weight_grad: Tensor) -> None:
     with pytest.raises(ValueError, match=r"weight_grad must be torch.float32 of shape \[20, 6\]"):
         loss_of(form, *head(torch.bfloat16), weight_grad)

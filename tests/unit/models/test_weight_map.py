@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
+def single_rank() -> Iterator[None]:
     with only_rank():
         yield
 
@@ -37,7 +37,7 @@ def hf_config(model_type: str = "qwen3", tied: bool = False, **changes: Any) -> 
 
 
 def hf_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """A whole model's weights as transformers has them, so independent of the table."""
+    """Returns a whole model's weights as transformers names them, so independently of the tables under test."""
     model = hf_model(seed=seed, noise=0.1, **{key: value for key, value in config.items() if key != "architectures"})
     return as_stored({name: parameter.detach() for name, parameter in model.named_parameters()})
 
@@ -60,15 +60,15 @@ def test_every_supported_family_has_a_table() -> None:
     [{"tied": True}, {"tied": False}, {"attention_bias": True}, {"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}],
     ids=str,
 )
-def test_what_is_loaded_is_exported(model_type: str, changes: dict[str, Any]) -> None:
+def test_exported_weights_equal_loaded_weights(model_type: str, changes: dict[str, Any]) -> None:
     config = hf_config(model_type, **changes)
     model, tensors = stage(config), hf_tensors(config)
     load_hf_weights(model, config, tensors)
     assert_same(dict(export_hf_weights(model, config)), tensors)
 
 
-def test_other_values_travel_like_the_weights() -> None:
-    """Optimizer moments: out under Hugging Face names, back as the same shards, the parameters untouched."""
+def test_optimizer_moments_are_exported_and_imported_like_weights() -> None:
+    """Moments are exported under Hugging Face names and imported as the same shards; the parameters do not change."""
     config = hf_config()
     model, weights = stage(config), hf_tensors(config)
     load_hf_weights(model, config, weights)
@@ -79,7 +79,7 @@ def test_other_values_travel_like_the_weights() -> None:
     assert_same(dict(export_hf_weights(model, config)), weights)
 
 
-def test_imports_own_their_memory() -> None:
+def test_imported_values_do_not_share_memory() -> None:
     config = hf_config()
     model, weights = stage(config), hf_tensors(config)
     load_hf_weights(model, config, weights)
@@ -102,9 +102,9 @@ def test_every_missing_and_unexpected_name_is_listed() -> None:
     del weights["lm_head.weight"], weights["model.layers.2.mlp.up_proj.weight"]
     weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
     weights["model.layers.3.input_layernorm.weight"] = torch.zeros(32)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         load_hf_weights(stage(config), config, weights)
-    assert str(refusal.value).split("\n  ")[1:] == [
+    assert str(error.value).split("\n  ")[1:] == [
         "missing: lm_head.weight",
         "missing: model.layers.2.mlp.up_proj.weight",
         "unexpected: model.layers.0.self_attn.q_proj.bias",
@@ -117,9 +117,9 @@ def test_every_wrong_shape_is_listed() -> None:
     weights = hf_tensors(config)
     weights["model.embed_tokens.weight"] = torch.zeros(38, 32)
     weights["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(32, 32)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         load_hf_weights(stage(config), config, weights)
-    assert str(refusal.value).split("\n  ")[1:] == [
+    assert str(error.value).split("\n  ")[1:] == [
         "model.embed_tokens.weight: shape (38, 32), expected (37, 32)",
         "model.layers.1.self_attn.k_proj.weight: shape (32, 32), expected (16, 32)",
     ]
@@ -143,7 +143,7 @@ def test_a_value_of_the_wrong_shape_is_refused() -> None:
     kind=st.sampled_from(["replicated", "row", "vocab", "gate_up", "qkv", "qkv bias"]),
 )
 def test_join_undoes_split(tensor: int, kv_per_rank: int, queries: int, vocabulary: int, kind: str) -> None:
-    """For any number of ranks: the shards are of one shape, and together they are the whole tensors again."""
+    """For any number of ranks the shards have one shape, and joining them restores the full tensors."""
     kv_heads = tensor * kv_per_rank
     model = Architecture(
         family="Qwen3ForCausalLM",
@@ -168,12 +168,12 @@ def test_join_undoes_split(tensor: int, kv_per_rank: int, queries: int, vocabula
         "qkv": [model.heads * 2, kv_heads * 2, kv_heads * 2],
     }[kind.split()[0]]
     width = (tensor * 2,) if kind == "row" else rest
-    whole = [torch.randn(n, *width) for n in rows]
+    full = [torch.randn(n, *width) for n in rows]
     rule_kind: Any = kind.split()[0]
-    shards = [split(rule_kind, whole, model, tensor, rank) for rank in range(tensor)]
+    shards = [split(rule_kind, full, model, tensor, rank) for rank in range(tensor)]
     assert len({shard.shape for shard in shards}) == 1
-    for found, wanted in zip(join(rule_kind, shards, model), whole, strict=True):
-        assert torch.equal(found, wanted)
+    for found, expected in zip(join(rule_kind, shards, model), full, strict=True):
+        assert torch.equal(found, expected)
     if kind == "vocab":
         padded = torch.cat(shards)
         assert len(padded) == padded_vocabulary(vocabulary, tensor)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rl.observability.rollouts import DumpedResponse, write_rollouts
+from megatron_rl.rollout.dump import DumpedResponse, write_rollouts
 from megatron_rl.types import Prompt, Response, RewardResult
 
 CONFIG = """\
@@ -132,7 +132,7 @@ def rows() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run_folder(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A finished run's folder with config.yaml and metrics.jsonl."""
+    """The folder of a finished run with config.yaml and metrics.jsonl."""
     folder = tmp_path / "countdown-lp_reg"
     folder.mkdir()
     (folder / "config.yaml").write_text(CONFIG)
@@ -142,7 +142,7 @@ def run_folder(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def recorded_run(run_folder: Path) -> Path:
-    """The same run with its tokenizer and rollout dumps of three steps."""
+    """The same run with a tokenizer and the rollout dumps of three steps."""
     write_tokenizer(run_folder)
     config = run_folder / "config.yaml"
     config.write_text(config.read_text() + "observability: {word_classes: {retry: [wait], filler: [hmm, so]}}\n")

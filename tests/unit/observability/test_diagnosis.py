@@ -1,4 +1,4 @@
-"""Every warning comes with its condition, once, and not without it."""
+"""Tests of the warnings: each is given once when its condition holds, and never otherwise."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def go(diagnosis: Diagnosis, first: int, last: int, change: Callable[[int], dict
     ]
 
 
-def test_every_rule_is_tried_here() -> None:
+def test_every_rule_has_a_case_here() -> None:
     assert {rule.name for rule in RULES} == set(TURNS)
 
 
-def test_a_healthy_run_is_left_alone(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_a_healthy_run_gets_no_warning(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     diagnosis = Diagnosis(tmp_path, DiagnosisSettings(), [])
     assert go(diagnosis, 1, 60, lambda step: {}) == []
     other = Diagnosis(tmp_path, DiagnosisSettings(), [])
@@ -55,7 +55,7 @@ def test_a_healthy_run_is_left_alone(tmp_path: Path, rows: list[dict[str, Any]])
 
 
 @pytest.mark.parametrize("name", TURNS)
-def test_a_warning_comes_once_with_its_threshold(name: str, tmp_path: Path) -> None:
+def test_a_warning_is_given_once_with_its_threshold(name: str, tmp_path: Path) -> None:
     diagnosis = Diagnosis(tmp_path, DiagnosisSettings(), [])
     assert go(diagnosis, 1, 20, lambda step: {}) == []
     findings = [finding for finding in go(diagnosis, 21, 60, TURNS[name]) if finding.name == name]
@@ -64,7 +64,7 @@ def test_a_warning_comes_once_with_its_threshold(name: str, tmp_path: Path) -> N
     assert [finding for finding in read_findings(tmp_path) if finding.name == name] == findings
 
 
-def test_it_comes_again_after_a_break(tmp_path: Path) -> None:
+def test_a_warning_is_repeated_after_its_condition_stopped_holding(tmp_path: Path) -> None:
     diagnosis = Diagnosis(tmp_path, DiagnosisSettings(window=5), [])
     first = go(diagnosis, 1, 10, TURNS["no_reward"])
     assert go(diagnosis, 11, 20, lambda step: {}) == []
@@ -87,14 +87,14 @@ def _after_twenty(folder: Path, settings: DiagnosisSettings) -> Diagnosis:
     return diagnosis
 
 
-def test_a_method_without_a_proxy_has_nothing_to_keep(tmp_path: Path) -> None:
+def test_a_method_without_a_proxy_gets_no_warning_about_its_filter(tmp_path: Path) -> None:
     diagnosis = Diagnosis(tmp_path, DiagnosisSettings(window=2), [])
     for step in range(1, 10):
         assert diagnosis.step(step, {"lpreg/kept_fraction": 1.0, "reward/mean": 1.0}) == []
 
 
-def test_a_resumed_run_knows_what_holds(tmp_path: Path) -> None:
-    """Warnings after the checkpoint are dropped like metrics; one that held at the checkpoint is not said again."""
+def test_a_resumed_run_does_not_repeat_active_warnings(tmp_path: Path) -> None:
+    """Warnings after the checkpoint are dropped, and a warning that was active at the checkpoint is not repeated."""
     diagnosis = Diagnosis(tmp_path, DiagnosisSettings(window=5), [])
     go(diagnosis, 1, 10, TURNS["no_reward"])
     go(diagnosis, 11, 30, TURNS["nothing_selected"])
@@ -112,8 +112,8 @@ def test_the_report_lists_warnings(run_folder: Path) -> None:
     assert "<h2>Warnings</h2>" in text and "<b>no_reward</b> from step 5: no response has had a reward" in text
 
 
-def test_a_policy_that_moves_away_from_older_tokens_is_no_gap(tmp_path: Path) -> None:
-    """As in asynchronous runs, and where partial rollouts go on."""
+def test_a_growing_gap_of_older_tokens_gives_no_warning(tmp_path: Path) -> None:
+    """Asynchronous runs and continued partial rollouts have such tokens."""
     diagnosis = Diagnosis(tmp_path, DiagnosisSettings(), [])
     moving = {"rollout/staleness_max": 1.0}
     assert go(diagnosis, 1, 60, lambda step: {**moving, "logprob/rollout_actor_abs_diff": 0.004 * 1.2**step}) == []

@@ -30,7 +30,7 @@ def steps_in(folder: Path) -> list[int]:
     return [row["step"] for row in read_metrics(folder)]
 
 
-def test_rows_come_back_as_written(tmp_path: Path) -> None:
+def test_rows_are_read_as_written(tmp_path: Path) -> None:
     MetricsLog(tmp_path, keep_up_to_step=None).write(3, {"train/loss": 0.25, "reward/mean": None})
     (row,) = read_metrics(tmp_path)
     assert row.pop("time") > 1e9
@@ -38,7 +38,7 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_json_lacks_become_null(tmp_path: Path, value: float) -> None:
+def test_nan_and_infinity_become_null(tmp_path: Path, value: float) -> None:
     MetricsLog(tmp_path, keep_up_to_step=None).write(1, {"a": value})
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["a"] is None
 
@@ -51,7 +51,7 @@ def test_each_line_is_on_disk_when_write_returns(tmp_path: Path) -> None:
 
 
 @given(torn=st.sampled_from(['{"step": 5, "rew', "{", '{"time": 1}', "\0\0\0", "17"]))
-def test_a_torn_last_line_is_left_out_and_gone_after_a_resume(
+def test_an_incomplete_last_line_is_ignored_and_removed_on_resume(
     tmp_path_factory: pytest.TempPathFactory, torn: str
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
@@ -63,44 +63,44 @@ def test_a_torn_last_line_is_left_out_and_gone_after_a_resume(
     assert steps_in(folder) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_broken_line_before_the_last_names_file_and_line(tmp_path: Path) -> None:
+def test_a_broken_line_before_the_last_is_an_error_with_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(-1, [9]), (0, [0, 9]), (2, [0, 1, 2, 9]), (50, [0, 1, 2, 3, 4, 9])])
-def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path, keep: int, expected: list[int]) -> None:
+def test_resume_drops_lines_after_the_checkpoint(tmp_path: Path, keep: int, expected: list[int]) -> None:
     write_steps(tmp_path, range(5))
     write_steps(tmp_path, range(9, 10), keep_up_to_step=keep)
     assert steps_in(tmp_path) == expected
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"], "nothing half-written is left"
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"], "no partial file is left"
 
 
-def test_resume_of_a_run_that_logged_nothing_yet(tmp_path: Path) -> None:
+def test_a_run_without_metrics_can_be_resumed(tmp_path: Path) -> None:
     write_steps(tmp_path / "new", range(1, 3), keep_up_to_step=0)
     assert steps_in(tmp_path / "new") == [1, 2]
 
 
-def test_a_new_run_refuses_another_runs_metrics(tmp_path: Path) -> None:
+def test_a_new_run_refuses_the_metrics_of_another_run(tmp_path: Path) -> None:
     write_steps(tmp_path, range(2))
     with pytest.raises(UserError, match="already holds"):
         MetricsLog(tmp_path, keep_up_to_step=None)
     assert steps_in(tmp_path) == [0, 1]
 
 
-def test_a_place_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     log = MetricsLog(tmp_path / "file" / "run", keep_up_to_step=None)
     with pytest.raises(UserError, match="cannot write"):
         log.write(1, {})
 
 
-def test_no_metrics_at_all(tmp_path: Path) -> None:
+def test_a_folder_without_metrics_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
 
-def test_series_skips_gaps_and_takes_the_later_line_of_a_step() -> None:
+def test_series_skips_missing_values_and_uses_the_last_line_of_a_step() -> None:
     rows = [{"step": 2, "a": 1.0}, {"step": 1, "a": None}, {"step": 3, "b": 5}, {"step": 2, "a": 4}]
     assert series(rows, "a") == ([2], [4.0])
     assert series(rows, "none") == ([], [])
@@ -118,23 +118,23 @@ def test_tensorboard_reads_the_scalars(tmp_path: Path) -> None:
     assert read_tensorboard(tmp_path) == [(0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3)]
 
 
-def test_tensorboard_hides_what_a_resumed_run_did_anew(tmp_path: Path) -> None:
+def test_tensorboard_hides_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     write_steps(tmp_path, range(4), tensorboard=True)
-    # Two starts of a run never share a second and a process, as they do here: the first file moves away.
+    # Real starts of a run differ in second or process. These do not, so the first file gets another name.
     (events,) = (tmp_path / "tensorboard").iterdir()
     events.rename(events.with_name("events.out.tfevents.0000000001.first"))
     write_steps(tmp_path, range(2, 3), tensorboard=True, keep_up_to_step=1)
     assert read_tensorboard(tmp_path) == [(0, 0.0), (1, 0.1), (2, 0.2)]
 
 
-def test_a_failing_tensorboard_warns_once_and_training_goes_on(
+def test_a_failing_tensorboard_warns_once_and_training_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
     with caplog.at_level(logging.WARNING):
         write_steps(tmp_path, range(3), tensorboard=True)
     assert len(caplog.records) == 1
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     assert steps_in(tmp_path) == [0, 1, 2]
 
 
@@ -142,7 +142,7 @@ def test_the_room_loads_no_deep_learning_library(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from megatron_rl.observability import live_view, report, rollouts, summary, view
+from megatron_rl.observability import make_view, report, rollouts, summary
 from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.config.observability import ObservabilitySettings
 from megatron_rl.observability.metrics import MetricsLog

@@ -69,7 +69,7 @@ def test_values_stay_with_their_tokens(tmp_path: Path) -> None:
     batch = batch_of(rollouts)
     total = batch.num_sampled_tokens
     batch = batch.with_values(selected=np.arange(total) % 3 == 0)
-    scores = {"log_probs": -np.arange(total, dtype=np.float32), "kept": np.arange(total) % 2}
+    scores = {"log_probs": -np.arange(total, dtype=np.float32), "in_filter": np.arange(total) % 2}
     path = record(tmp_path, 1, rollouts, batch, np.arange(7.0), scores, most_tokens=20)
     rows = pq.read_table(path).to_pylist()
     assert [row["group"] for row in rows] == [2, 2, 3, 3, 3]

@@ -15,7 +15,7 @@ from megatron_rl.observability.report.curves import build_charts
 
 
 def page(folder: Path) -> str:
-    """The report without plotly's own source, which mentions addresses that it never visits here."""
+    """Returns the report without the source of plotly, which mentions addresses that the page never requests."""
     text = write_report(folder).read_text()
     assert text.count(get_plotlyjs()) <= 1
     return text.replace(get_plotlyjs(), "")
@@ -32,7 +32,7 @@ def chart_data(text: str) -> list[dict[str, Any]]:
     return charts
 
 
-def test_report_of_a_finished_run(run_folder: Path) -> None:
+def test_the_report_of_a_finished_run_shows_facts_and_evaluations(run_folder: Path) -> None:
     text = page(run_folder)
     words = " ".join(visible(text).split())
     assert "Algorithm lp_reg paper Model runs/data/countdown/model Steps 200 of 200 " in words
@@ -42,7 +42,7 @@ def test_report_of_a_finished_run(run_folder: Path) -> None:
     assert not [path for path in run_folder.iterdir() if path.name.endswith(".partial")]
 
 
-def test_report_loads_nothing_from_elsewhere(run_folder: Path) -> None:
+def test_the_report_loads_nothing_from_elsewhere(run_folder: Path) -> None:
     text = page(run_folder)
     assert "://" not in text
     assert not re.search(r"<(link|img|iframe|base)\b|\b(src|href)\s*=|@import|url\(", text)
@@ -50,7 +50,7 @@ def test_report_loads_nothing_from_elsewhere(run_folder: Path) -> None:
     assert "</script" not in get_plotlyjs()
 
 
-def test_every_metric_of_the_run_has_its_line(run_folder: Path, rows: list[dict[str, Any]]) -> None:
+def test_every_metric_of_the_run_has_a_line(run_folder: Path, rows: list[dict[str, Any]]) -> None:
     charts = {chart.title: chart for chart in build_charts(rows)}
     assert len(charts) == 16
     accuracy = charts["Accuracy and pass@k on held-out problems"]
@@ -63,13 +63,13 @@ def test_every_metric_of_the_run_has_its_line(run_folder: Path, rows: list[dict[
     assert [line.name for line in charts["Probes"].lines] == ["held_out p_wait_after_no", "fresh p_wait_after_no"]
     assert [line.name for line in charts["Seconds per phase"].lines] == ["rollout", "reward", "train", "weight sync"]
     assert charts["Lp-Reg threshold delta"].log and not charts["Gradient norm"].log
-    assert 7 not in charts["Gradient norm"].lines[0].x, "a null has no point"
+    assert 7 not in charts["Gradient norm"].lines[0].x, "a null value has no point"
     data = chart_data(page(run_folder))
     assert len(data) == 16
     assert len(data[0]["lines"][0]["raw"]) == len(data[0]["lines"][0]["y"]) == 200
 
 
-def test_the_moving_average_stays_among_the_values_and_is_steadier(rows: list[dict[str, Any]]) -> None:
+def test_the_moving_average_stays_within_the_values_and_is_smoother(rows: list[dict[str, Any]]) -> None:
     (line,) = build_charts(rows)[0].lines
     assert line.smooth is not None
     assert line.smooth[0] == pytest.approx(line.y[0])
@@ -81,7 +81,7 @@ def test_the_moving_average_stays_among_the_values_and_is_steadier(rows: list[di
     assert roughness(line.smooth) < roughness(line.y) / 3
 
 
-def test_hostile_names_stay_text(run_folder: Path) -> None:
+def test_markup_in_names_is_escaped(run_folder: Path) -> None:
     attack = "</script><img src=x onerror=alert(1)>{{ 7*7 }}"
     (run_folder / "config.yaml").write_text(f"run:\n  name: '{attack}'\nmodel:\n  path: '<b>m</b>'\n")
     row = {"step": 1, "time": 1.0, f"eval/{attack}/avg@8": 0.5, "reward/mean": 0.5}
@@ -92,7 +92,7 @@ def test_hostile_names_stay_text(run_folder: Path) -> None:
     assert chart_data(text)[1]["lines"][0]["name"].endswith("avg@8")
 
 
-def test_report_of_a_run_that_has_not_logged_yet(run_folder: Path) -> None:
+def test_a_run_without_metrics_has_a_report(run_folder: Path) -> None:
     (run_folder / "metrics.jsonl").write_text("")
     words = visible(page(run_folder))
     assert "Nothing has been evaluated yet." in words and "No training step has been logged yet." in words
@@ -103,7 +103,7 @@ def test_report_of_a_run_that_has_not_logged_yet(run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("lines", [1, 2, 30])
-def test_report_of_an_interrupted_run(run_folder: Path, lines: int) -> None:
+def test_an_interrupted_run_has_a_report(run_folder: Path, lines: int) -> None:
     path = run_folder / "metrics.jsonl"
     kept = path.read_text().splitlines(keepends=True)[:lines]
     path.write_text("".join(kept) + '{"step": 40, "rewa')
@@ -112,12 +112,12 @@ def test_report_of_an_interrupted_run(run_folder: Path, lines: int) -> None:
     assert "0.223" in words and "+0.450" not in words
 
 
-def test_a_row_may_lack_everything_but_its_step(run_folder: Path) -> None:
+def test_a_row_may_have_a_step_only(run_folder: Path) -> None:
     (run_folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "reward/mean": null, "eval/a/avg@8": NaN}\n')
     assert "No training step has been logged yet." in visible(page(run_folder))
 
 
-def test_bad_input_is_named(run_folder: Path) -> None:
+def test_missing_folders_and_broken_files_are_errors(run_folder: Path) -> None:
     with pytest.raises(UserError, match="no such run folder"):
         write_report(run_folder / "nowhere")
     (run_folder / "config.yaml").write_text("a: [")

@@ -1,4 +1,4 @@
-"""The report in a real browser: every figure drawn, no script error, no network, keyboard and dark mode work."""
+"""Tests of the report in a real browser: figures, script errors, network access, keyboard and dark mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 @dataclass
 class Browser:
-    """A page, and all that it complained of or asked the network for."""
+    """A page, with its script errors and network requests."""
 
     page: Any
     problems: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ def browser(chromium: Any) -> Iterator[Browser]:
 
 
 def drawn(page: Any) -> list[int]:
-    """How many marks (lines, points, bars, violins) each plot of the page shows."""
+    """Returns the number of marks (lines, points, bars, violins) in each plot of the page."""
     counts: list[int] = page.evaluate(
         """() => [...document.querySelectorAll('.plot')].map(plot =>
              plot.querySelectorAll('.scatterlayer path, .barlayer path, .violinlayer path').length)"""
@@ -88,7 +88,7 @@ def test_several_runs_are_drawn_side_by_side(recorded_run: Path, tmp_path: Path,
     assert page.locator("table", has_text="algorithm.name").count() == 1
 
 
-def test_the_viewer_goes_by_keyboard(recorded_run: Path, browser: Browser) -> None:
+def test_the_viewer_works_by_keyboard(recorded_run: Path, browser: Browser) -> None:
     page = browser.open(write_report(recorded_run))
     assert page.locator("#prompt").inner_text() == "problem <b>0</b>", "text, not markup"
     assert page.locator(".sample").count() == 4
@@ -101,16 +101,18 @@ def test_the_viewer_goes_by_keyboard(recorded_run: Path, browser: Browser) -> No
     page.keyboard.press("ArrowLeft")
     assert page.locator("#prompt").inner_text() == "problem <b>0</b>"
     page.keyboard.press("ArrowLeft")
-    assert page.locator("#group").evaluate("select => select.selectedIndex") == 8, "it goes round"
-    for _ in range(30):  # everything that can be used is reached by Tab
+    assert page.locator("#group").evaluate("select => select.selectedIndex") == 8, (
+        "the first group is followed by the last"
+    )
+    for _ in range(30):  # Tab reaches every control
         page.keyboard.press("Tab")
         if page.evaluate("() => document.activeElement.id") == "group":
             break
     else:
-        pytest.fail("the list of groups is not reached by Tab")
+        pytest.fail("Tab does not reach the list of groups")
 
 
-def test_light_and_dark(recorded_run: Path, browser: Browser) -> None:
+def test_the_page_switches_between_light_and_dark(recorded_run: Path, browser: Browser) -> None:
     page = browser.open(write_report(recorded_run))
     light = background(page)
     page.emulate_media(color_scheme="dark")
@@ -129,6 +131,6 @@ def test_light_and_dark(recorded_run: Path, browser: Browser) -> None:
     assert all(count > 0 for count in drawn(page))
 
 
-def test_a_run_that_has_nothing_yet(tmp_path: Path, browser: Browser) -> None:
+def test_an_empty_run_has_a_page(tmp_path: Path, browser: Browser) -> None:
     page = browser.open(write_report(tmp_path))
     assert drawn(page) == [] and page.locator("text=Nothing has been evaluated yet").count() == 1

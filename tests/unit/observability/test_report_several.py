@@ -1,4 +1,4 @@
-"""Several runs on one page."""
+"""Tests of a report of several runs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 from megatron_rl.observability.report import write_report
 from megatron_rl.observability.report.compare import charts_of
-from megatron_rl.observability.report.differences import differences
+from megatron_rl.observability.report.configuration import differences
 from megatron_rl.observability.report.run_data import RunData, group_runs, read_run
 
 
 @pytest.fixture
 def runs(tmp_path: Path, rows: list[dict[str, Any]]) -> list[RunData]:
-    """Two seeds of one method, one of another whose run is half done."""
+    """Two seeds of one method, and a half-finished run of another method."""
     read = []
     for name, seed, algorithm, shift, steps in (("lp-0", 0, "lp_reg", 0.0, 200), ("lp-1", 1, "lp_reg", 0.1, 200),
                                                  ("grpo-0", 0, "grpo", -0.1, 100)):  # fmt: skip
@@ -31,12 +31,12 @@ def runs(tmp_path: Path, rows: list[dict[str, Any]]) -> list[RunData]:
     return read
 
 
-def test_seeds_go_together(runs: list[RunData]) -> None:
+def test_runs_that_differ_in_their_seed_form_a_group(runs: list[RunData]) -> None:
     groups = group_runs(runs)
     assert [(group.label, len(group.runs)) for group in groups] == [("lp (2 seeds)", 2), ("grpo-0", 1)]
 
 
-def test_runs_of_one_name_stay_apart(runs: list[RunData], tmp_path: Path) -> None:
+def test_groups_of_the_same_name_get_different_labels(runs: list[RunData], tmp_path: Path) -> None:
     (runs[2].folder / "config.yaml").write_text("run: {name: lp-0}\nalgorithm: {name: grpo}\n")
     groups = group_runs([runs[0], read_run(runs[2].folder)])
     assert len({group.label for group in groups}) == 2
@@ -49,10 +49,10 @@ def test_a_band_spans_the_seeds_around_their_mean(runs: list[RunData]) -> None:
     assert lp.low is not None and lp.high is not None and grpo.low is None
     assert [high - low for low, high in zip(lp.low, lp.high, strict=True)] == pytest.approx([0.1] * 200)
     assert [2 * y - low for y, low in zip(lp.y, lp.low, strict=True)] == pytest.approx(lp.high)
-    assert len(grpo.x) == 100, "a run in progress goes as far as it is"
+    assert len(grpo.x) == 100, "a run in progress is drawn up to its last step"
 
 
-def test_phases_of_several_runs_are_bars(runs: list[RunData]) -> None:
+def test_phases_of_several_runs_are_drawn_as_bars(runs: list[RunData]) -> None:
     (chart,) = [chart for chart in charts_of(group_runs(runs)) if chart.title == "Seconds per phase"]
     assert chart.bars and not chart.stacked
     reward = next(line for line in chart.lines if line.name == "reward")
@@ -63,7 +63,7 @@ def test_only_settings_that_differ_are_listed(runs: list[RunData]) -> None:
     assert differences(runs) == [("seed", ["0", "1", "0"]), ("algorithm.name", ["lp_reg", "lp_reg", "grpo"])]
 
 
-def test_one_page_for_all(runs: list[RunData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_runs_share_one_page(runs: list[RunData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert write_report([run.folder for run in runs]) == Path("report.html")
     text = Path("report.html").read_text()

@@ -1,4 +1,4 @@
-"""What the report shows of recorded tokens, against the dump read by other means."""
+"""Tests of the token figures and the viewer against the dump as read by pyarrow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def vocabulary(recorded_run: Path) -> Vocabulary:
     return Vocabulary([recorded_run / "nowhere", recorded_run])
 
 
-def test_a_dump_comes_back_flat(recorded_run: Path) -> None:
+def test_a_dump_is_read_as_flat_arrays(recorded_run: Path) -> None:
     step, path = read_run(recorded_run).dumps[1]
     table, rows = read_tokens(step, path), dumped(recorded_run, 100)
     assert step == table.step == 100
@@ -38,8 +38,8 @@ def test_a_dump_comes_back_flat(recorded_run: Path) -> None:
     assert table.advantages.tolist() == [row["advantage"] for row in rows for _ in row["token_ids"]]
 
 
-def test_where_the_actor_did_not_look_the_engine_speaks(recorded_run: Path) -> None:
-    """GRPO without `score_dropped` leaves NaN; a run without a proxy leaves no column at all."""
+def test_the_engine_s_log_probs_replace_missing_ones_of_the_actor(recorded_run: Path) -> None:
+    """GRPO without `score_dropped` records NaN, and a run without a proxy records no such column."""
     path = recorded_run / "rollouts" / "step_000001.parquet"
     table = pq.read_table(path)
     bare = table.drop_columns(["actor_log_probs", "entropy", "kept", "selected"])
@@ -51,7 +51,7 @@ def test_where_the_actor_did_not_look_the_engine_speaks(recorded_run: Path) -> N
     assert all(mark == 0 for group in groups for sample in group["samples"] for mark in sample["marks"])
 
 
-def test_words_belong_to_their_class_whatever_their_case_and_blanks(vocabulary: Vocabulary) -> None:
+def test_words_match_their_class_regardless_of_case_and_spaces(vocabulary: Vocabulary) -> None:
     ids = np.arange(9)
     assert class_of_tokens(ids, vocabulary, {"retry": ["WAIT"], "filler": ["hmm"]}).tolist() == [
         -1, -1, -1, 0, 1, -1, -1, -1, -1,
@@ -87,14 +87,14 @@ def test_violins_hold_the_probabilities_of_their_class(recorded_run: Path, vocab
     assert drawn["filler"]["y"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_scatter_has_every_token_of_the_step_once(recorded_run: Path, vocabulary: Vocabulary) -> None:
+def test_the_scatter_plot_has_every_token_of_the_step_once(recorded_run: Path, vocabulary: Vocabulary) -> None:
     table = read_tokens(*read_run(recorded_run).dumps[-1])
     figure = token_figures.scatter(table, vocabulary, CLASSES)
     assert sum(len(trace["x"]) for trace in figure.traces) == len(table.ids)
     assert all(0 < x <= 1 for trace in figure.traces for x in trace["x"])
 
 
-def test_the_clouds_are_of_the_extreme_one_percent(recorded_run: Path, vocabulary: Vocabulary) -> None:
+def test_the_clouds_show_the_most_extreme_one_percent(recorded_run: Path, vocabulary: Vocabulary) -> None:
     table = read_tokens(*read_run(recorded_run).dumps[-1])
     least, undecided = token_figures.clouds(table, vocabulary, CLASSES)
     count = max(1, len(table.ids) // 100)
@@ -115,7 +115,7 @@ def test_the_viewer_shows_groups_in_which_the_loss_acts_first(recorded_run: Path
     assert [not mark & FILTERED for mark in sample["marks"]] == row["kept"]
 
 
-def test_a_broken_dump_is_named(recorded_run: Path) -> None:
+def test_a_broken_dump_is_an_error_with_its_name(recorded_run: Path) -> None:
     path = recorded_run / "rollouts" / "step_000100.parquet"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"step_000100\.parquet"):

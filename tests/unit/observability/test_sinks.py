@@ -1,4 +1,4 @@
-"""No sink can stop training. The services are stand-ins with the calls of theirs that we use."""
+"""Tests that no sink can stop training. The services are stand-ins with the calls that the sinks use."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class Recorder:
 
 class Broken(Recorder):
     def write(self, step: int, wall_time: float, metrics: Mapping[str, float]) -> None:
-        raise RuntimeError("the service is away")
+        raise RuntimeError("the service is unavailable")
 
 
 class Stuck(Recorder):
     def __init__(self) -> None:
         super().__init__()
-        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.entered, self.released = threading.Event(), threading.Event()
 
     def write(self, step: int, wall_time: float, metrics: Mapping[str, float]) -> None:
         self.entered.set()
-        self.go_on.wait()
+        self.released.wait()
         super().write(step, wall_time, metrics)
 
 
@@ -71,12 +71,12 @@ def test_a_broken_service_warns_once(tmp_path: Path, background: bool, caplog: p
     with caplog.at_level(logging.WARNING):
         log_steps(tmp_path, InBackground(sink) if background else sink)
     assert [record.getMessage() for record in caplog.records] == [
-        "the service gets no more metrics, training goes on: RuntimeError: the service is away"
+        "the service gets no more metrics, training continues: RuntimeError: the service is unavailable"
     ]
     assert len(read_metrics(tmp_path)) == 3
 
 
-def test_a_service_that_hangs_costs_nothing(
+def test_a_service_that_hangs_does_not_delay_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sinks, "WAITING_STEPS", 5)
@@ -88,12 +88,12 @@ def test_a_service_that_hangs_costs_nothing(
     with caplog.at_level(logging.WARNING):
         log_steps(tmp_path, sink, 20)
     assert len(read_metrics(tmp_path)) == 20
-    assert "5 steps behind" in caplog.text and "does not answer" in caplog.text
-    stuck.go_on.set()
+    assert "5 steps behind" in caplog.text and "does not respond" in caplog.text
+    stuck.released.set()
 
 
 @pytest.mark.parametrize(("settings", "name"), [(WANDB, "wandb"), (MLFLOW, "mlflow")])
-def test_a_package_that_is_not_there_is_a_warning(
+def test_a_missing_package_is_a_warning(
     settings: ObservabilitySettings,
     name: str,
     tmp_path: Path,
@@ -107,18 +107,20 @@ def test_a_package_that_is_not_there_is_a_warning(
     assert name in caplog.text and len(read_metrics(tmp_path)) == 3
 
 
-def test_wandb_gets_config_steps_and_the_same_run_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[dict[str, Any]] = []
+def test_wandb_gets_configuration_and_steps_and_the_same_run_on_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
     logged: list[tuple[int, dict[str, float]]] = []
     run = SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics)), finish=lambda: None)
     module = ModuleType("wandb")
-    module.init = lambda **arguments: (begun.append(arguments), run)[1]  # type: ignore[attr-defined]
+    module.init = lambda **arguments: (started.append(arguments), run)[1]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     for folder in (tmp_path / "a", tmp_path / "b"):
         (sink,) = open_sinks(WANDB, "name", tmp_path, {"seed": 3}, None)
         log_steps(folder, sink)
-    assert begun[0]["id"] == begun[1]["id"] and begun[0]["resume"] == "allow"
-    assert (begun[0]["project"], begun[0]["config"], begun[0]["mode"]) == ("p", {"seed": 3}, "offline")
+    assert started[0]["id"] == started[1]["id"] and started[0]["resume"] == "allow"
+    assert (started[0]["project"], started[0]["config"], started[0]["mode"]) == ("p", {"seed": 3}, "offline")
     assert logged[:3] == [(step, {"reward/mean": 0.5}) for step in range(3)]
 
 
@@ -133,7 +135,7 @@ def test_mlflow_names_have_no_at_sign(tmp_path: Path, monkeypatch: pytest.Monkey
         (sink,) = open_sinks(MLFLOW, "name", tmp_path, {}, None)
         sink.write(4, time.time(), {"eval/a/avg@8": 0.5})
         sink.close()
-    assert client.logged == [("r0", ("eval/a/avg_at_8", 0.5, 4))] * 2, "the second start goes on in the first's run"
+    assert client.logged == [("r0", ("eval/a/avg_at_8", 0.5, 4))] * 2, "the second start continues the run of the first"
 
 
 class MlflowStandIn:

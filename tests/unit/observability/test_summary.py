@@ -16,7 +16,7 @@ def printed(folder: Path, width: int = 80) -> str:
     return stream.getvalue()
 
 
-def test_first_last_and_best_of_every_suite(rows: list[dict[str, Any]]) -> None:
+def test_every_suite_has_first_last_and_best_values(rows: list[dict[str, Any]]) -> None:
     changes = {(change.suite, change.label): change for change in before_and_after(rows)}
     assert len(changes) == 12
     accuracy = changes["held_out", "accuracy (avg@8)"]
@@ -24,11 +24,11 @@ def test_first_last_and_best_of_every_suite(rows: list[dict[str, Any]]) -> None:
     assert accuracy.last == pytest.approx(0.673)
     passed = changes["fresh", "pass@8"]
     assert (passed.best_step, passed.last_step) == (100, 200)
-    assert changes["held_out", "entropy"].best is None, "no entropy is best"
+    assert changes["held_out", "entropy"].best is None, "entropy has no best value"
     assert changes["held_out", "entropy"].difference == pytest.approx(-0.1)
 
 
-def test_one_evaluation_has_no_after(rows: list[dict[str, Any]]) -> None:
+def test_a_single_evaluation_has_no_value_after_training(rows: list[dict[str, Any]]) -> None:
     for change in before_and_after(rows[:20]):
         assert (change.last, change.last_step, change.difference) == (None, None, None)
 
@@ -38,7 +38,7 @@ def test_probes_come_last_and_suites_may_have_slashes() -> None:
     assert suite_metrics(rows) == {"a/b": ["avg@8", "pass@8", "entropy", "p_so"]}
 
 
-def test_summary_prints_the_table_and_only_what_is_there(run_folder: Path) -> None:
+def test_the_summary_prints_the_table_and_existing_files_only(run_folder: Path) -> None:
     (run_folder / "checkpoints").mkdir()
     text = printed(run_folder)
     assert "Before and after (steps 0 and 200)" in text
@@ -59,5 +59,5 @@ def test_a_path_is_never_broken_across_lines(run_folder: Path) -> None:
     assert str(run_folder / "config.yaml") in printed(run_folder, width=40)
 
 
-def test_summary_of_a_run_without_evaluations(tmp_path: Path) -> None:
+def test_a_run_without_evaluations_has_no_table(tmp_path: Path) -> None:
     assert "Before and after" not in printed(tmp_path)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from megatron_rl.observability.format import duration, number, sparkline
 from megatron_rl.observability.live_view import LiveView
-from megatron_rl.observability.view import PlainView, View, make_view
+from megatron_rl.observability.make_view import make_view
+from megatron_rl.observability.view import PlainView, View
+from megatron_rl.utils.format import duration, number, sparkline
 
 METRICS = {
     "reward/mean": 0.412,
@@ -49,7 +50,7 @@ def screen(view: LiveView, console: Console) -> list[str]:
     return ["".join(segment.text for segment in line) for line in lines]
 
 
-def test_plain_step_line_reads_and_greps() -> None:
+def test_the_plain_view_prints_steps_as_name_value_pairs() -> None:
     view, stream, clock = plain()
     for step in range(1, 11):
         clock.now += 0.5
@@ -61,7 +62,7 @@ def test_plain_step_line_reads_and_greps() -> None:
     )
 
 
-def test_plain_says_something_every_ten_seconds_and_at_the_end() -> None:
+def test_the_plain_view_prints_every_ten_seconds_and_at_the_end() -> None:
     view, stream, clock = plain(total=7)
     for step in range(1, 8):
         clock.now += 4
@@ -69,7 +70,7 @@ def test_plain_says_something_every_ten_seconds_and_at_the_end() -> None:
     assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["step=1/7", "step=4/7", "step=7/7"]
 
 
-def test_plain_prints_every_evaluation_a_line_a_suite() -> None:
+def test_the_plain_view_prints_one_line_per_evaluated_suite() -> None:
     view, stream, _ = plain()
     view.step(1, METRICS)
     view.eval(1, EVALUATION | {"eval/fresh/avg@8": None})
@@ -79,7 +80,7 @@ def test_plain_prints_every_evaluation_a_line_a_suite() -> None:
     ]
 
 
-def test_plain_names_a_phase_once_and_throttles_the_warm_start() -> None:
+def test_the_plain_view_prints_each_phase_once_and_throttles_the_warm_start() -> None:
     view, stream, clock = plain()
     with view:
         for _ in range(3):
@@ -107,7 +108,7 @@ def test_plain_names_a_phase_once_and_throttles_the_warm_start() -> None:
     warm=st.booleans(),
     names=st.text(st.characters(exclude_characters="/", exclude_categories=["C", "Z"]), min_size=1, max_size=60),
 )
-def test_live_panel_fits_the_terminal(width: int, suites: int, warm: bool, names: str) -> None:
+def test_the_live_panel_fits_the_terminal(width: int, suites: int, warm: bool, names: str) -> None:
     view, _, console, clock = live(width)
     view.phase("warm start")
     for step in range(1, 60):
@@ -121,10 +122,10 @@ def test_live_panel_fits_the_terminal(width: int, suites: int, warm: bool, names
     assert len(lines) <= 16
     assert all(cell_len(line) <= width for line in lines)
     numbers = next(line for line in lines if "loss" in line or "reward" in line)
-    assert ("2.500" if warm else "0.412") in numbers, "a narrow terminal cuts names and history, not numbers"
+    assert ("2.500" if warm else "0.412") in numbers, "a narrow terminal shortens names and history, not numbers"
 
 
-def test_live_panel_shows_what_matters() -> None:
+def test_the_live_panel_shows_progress_and_main_metrics() -> None:
     view, _, console, clock = live()
     view.eval(0, {"eval/held_out/avg@8": 0.223, "eval/held_out/pass@8": 0.871})
     for step in range(1, 48):
@@ -147,7 +148,7 @@ def test_live_panel_shows_what_matters() -> None:
     assert "truncated share" not in rows, "a metric without a value has no row"
 
 
-def test_live_shows_the_warm_start_and_then_the_steps() -> None:
+def test_the_live_panel_shows_the_warm_start_and_then_the_steps() -> None:
     view, _, console, _ = live()
     view.warm_start(120, 900, 2.5, 61.0)
     before = "\n".join(screen(view, console))
@@ -157,19 +158,19 @@ def test_live_shows_the_warm_start_and_then_the_steps() -> None:
     assert "warm" not in after and "step 1/200" in after
 
 
-def test_live_leaves_the_terminal_as_it_was_even_after_an_error() -> None:
+def test_the_live_view_restores_the_terminal_after_an_error() -> None:
     view, stream, _, _ = live()
     before = sys.stdout
     with pytest.raises(KeyboardInterrupt), view:
         view.message("saved step 5 [bold]")
         raise KeyboardInterrupt
     written = stream.getvalue()
-    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l"), "the cursor is back"
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l"), "the cursor is visible again"
     assert sys.stdout is before
     assert "saved step 5 [bold]" in written and "stopped" in written
 
 
-def test_off_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_view_off_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with make_view("off", 10, "a run") as view:
         view.phase("rollout")
         view.warm_start(1, 2, 0.5, None)
@@ -180,7 +181,7 @@ def test_off_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert type(view) is View
 
 
-def test_auto_is_live_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_the_live_view_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make_view("auto", 10, "a run"), PlainView)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -189,7 +190,7 @@ def test_auto_is_live_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(make_view("auto", 10, "a run"), PlainView)
 
 
-def test_numbers_and_durations() -> None:
+def test_numbers_and_durations_are_formatted() -> None:
     values = (0.0, 0.4119, 23.14, 12345.6, 3.14e-5, None, float("nan"))
     assert [number(value) for value in values] == ["0.000", "0.412", "23.1", "12346", "3.1e-05", "-", "-"]
     assert [duration(s) for s in (9, 185, 7620, None)] == ["9 s", "3 min 05 s", "2 h 07 min", "-"]
@@ -198,9 +199,9 @@ def test_numbers_and_durations() -> None:
 @given(
     values=st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), max_size=200), width=st.integers(1, 40)
 )
-def test_sparkline_never_exceeds_its_width(values: list[float], width: int) -> None:
+def test_a_sparkline_never_exceeds_its_width(values: list[float], width: int) -> None:
     assert len(sparkline(values, width)) == min(width, len(values))
 
 
-def test_sparkline_of_a_constant_is_flat() -> None:
+def test_the_sparkline_of_a_constant_is_flat() -> None:
     assert sparkline([0.012, 0.012 + 1e-17, 0.012] * 9, 5) == "▁" * 5

@@ -1,4 +1,4 @@
-"""Who goes where."""
+"""Placement of actor ranks and engines on nodes."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ def cluster(nodes: int, gpus: int = 8, *, colocate: bool = False) -> ClusterSett
     return ClusterSettings(nodes=nodes, gpus_per_node=gpus, colocate=colocate)
 
 
-def test_ranks_fill_nodes_in_order_and_engines_the_rest() -> None:
+def test_ranks_fill_nodes_in_order_and_engines_fill_the_rest() -> None:
     placed = place(Layout(tensor=8, pipeline=2), engines=4, cluster=cluster(4), engine_gpus=4, on_gpu=True)
     assert placed.actors == (0,) * 8 + (1,) * 8
     assert placed.engines == (2, 2, 3, 3)
     assert [placed.gpus(node) for node in placed.nodes] == [8, 8, 8, 8]
 
 
-def test_engines_go_to_the_nodes_of_the_actor_first() -> None:
+def test_engines_first_use_free_gpus_on_the_actors_nodes() -> None:
     assert place(Layout(tensor=4), engines=2, cluster=cluster(2), engine_gpus=2, on_gpu=True).engines == (0, 0)
 
 
-def test_a_group_leaves_a_gap_rather_than_being_split() -> None:
+def test_a_tensor_parallel_group_is_not_split_even_if_gpus_stay_free() -> None:
     placed = place(Layout(tensor=3, data=3), engines=1, cluster=cluster(2), engine_gpus=1, on_gpu=True)
     assert placed.actors == (0,) * 6 + (1,) * 3
     assert placed.engines == (0,)
 
 
-def test_engines_on_the_actors_gpus_keep_to_their_node_and_need_no_others() -> None:
-    together = cluster(2, colocate=True)
-    placed = place(Layout(tensor=4, data=4), engines=8, cluster=together, engine_gpus=2, on_gpu=True)
+def test_colocated_engines_stay_on_one_node_and_need_no_gpus_of_their_own() -> None:
+    colocated = cluster(2, colocate=True)
+    placed = place(Layout(tensor=4, data=4), engines=8, cluster=colocated, engine_gpus=2, on_gpu=True)
     assert placed.shared == tuple((rank, rank + 1) for rank in range(0, 16, 2))
     assert placed.engines == (0,) * 4 + (1,) * 4
     assert [placed.gpus(node) for node in placed.nodes] == [8, 8]
     assert [placed.processes(node) for node in placed.nodes] == [12, 12]
     with pytest.raises(UserError, match=r"rollout.engines: 9 .* room for 8"):
-        place(Layout(tensor=4, data=4), engines=9, cluster=together, engine_gpus=2, on_gpu=True)
-    on_cpu = place(Layout(tensor=2), engines=2, cluster=together, engine_gpus=0, on_gpu=False)
+        place(Layout(tensor=4, data=4), engines=9, cluster=colocated, engine_gpus=2, on_gpu=True)
+    on_cpu = place(Layout(tensor=2), engines=2, cluster=colocated, engine_gpus=0, on_gpu=False)
     assert on_cpu.shared == ()
 
 
@@ -52,7 +52,7 @@ def test_engines_on_the_actors_gpus_keep_to_their_node_and_need_no_others() -> N
     engine_gpus=st.sampled_from([1, 2, 4, 8]),
     engines=st.integers(1, 16),
 )
-def test_no_gpu_is_shared_by_two_engines(tensor: int, groups: int, engine_gpus: int, engines: int) -> None:
+def test_no_two_colocated_engines_share_a_gpu(tensor: int, groups: int, engine_gpus: int, engines: int) -> None:
     try:
         placed = place(
             Layout(tensor=tensor, data=groups), engines, cluster(6, colocate=True), engine_gpus=engine_gpus, on_gpu=True
@@ -65,12 +65,12 @@ def test_no_gpu_is_shared_by_two_engines(tensor: int, groups: int, engine_gpus: 
         assert {placed.actors[rank] for rank in ranks} == {placed.engines[engine]}
 
 
-def test_an_engine_that_runs_elsewhere_takes_no_gpu() -> None:
+def test_an_engine_that_runs_elsewhere_uses_no_gpu() -> None:
     placed = place(Layout(tensor=8), engines=2, cluster=cluster(1), engine_gpus=0, on_gpu=True)
     assert (placed.actors, placed.engines, placed.gpus(0)) == ((0,) * 8, (0, 0), 8)
 
 
-def test_on_cpu_every_node_gets_its_share() -> None:
+def test_on_cpu_ranks_and_engines_are_spread_over_all_nodes() -> None:
     placed = place(Layout(tensor=2, data=2), engines=2, cluster=cluster(2), engine_gpus=0, on_gpu=False)
     assert (placed.actors, placed.engines) == ((0, 0, 1, 1), (0, 1))
     assert [placed.gpus(node) for node in placed.nodes] == [0, 0]
@@ -85,7 +85,9 @@ def test_on_cpu_every_node_gets_its_share() -> None:
         (Layout(tensor=8, data=2), 1, 1, "more GPUs than cluster.nodes: 2 x cluster.gpus_per_node: 8 = 16"),
     ],
 )
-def test_what_does_not_fit_is_said(layout: Layout, engines: int, engine_gpus: int, words: str) -> None:
+def test_a_cluster_that_is_too_small_is_refused_with_the_reason(
+    layout: Layout, engines: int, engine_gpus: int, words: str
+) -> None:
     with pytest.raises(UserError) as caught:
         place(layout, engines, cluster(2), engine_gpus=engine_gpus, on_gpu=engine_gpus > 0)
     assert words in str(caught.value)
@@ -99,15 +101,15 @@ def test_what_does_not_fit_is_said(layout: Layout, engines: int, engine_gpus: in
     engine_gpus=st.sampled_from([0, 1, 2, 4]),
     nodes=st.integers(1, 8),
 )
-def test_no_group_is_split_and_no_node_overfull(
+def test_no_group_is_split_and_no_node_is_overfull(
     tensor: int, pipeline: int, data: int, engines: int, engine_gpus: int, nodes: int
 ) -> None:
     layout = Layout(tensor=tensor, pipeline=pipeline, data=data)
     try:
         placed: Placement = place(layout, engines, cluster(nodes), engine_gpus=engine_gpus, on_gpu=engine_gpus > 0)
     except UserError:
-        left = [max(0, min(8, 8 * (node + 1) - layout.world_size)) for node in range(nodes)]
-        assert layout.world_size > 8 * nodes or sum(gpus // engine_gpus for gpus in left) < engines
+        free = [max(0, min(8, 8 * (node + 1) - layout.world_size)) for node in range(nodes)]
+        assert layout.world_size > 8 * nodes or sum(gpus // engine_gpus for gpus in free) < engines
         return
     assert len(placed.actors) == layout.world_size and len(placed.engines) == engines
     for start in range(0, layout.world_size, tensor):

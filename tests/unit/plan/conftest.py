@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import load_config
-from megatron_rl.plan.hardware import GPUS, Assumptions
+from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.setup import Setup
+from megatron_rl.utils.hardware import GPUS
 
 MODELS = Path(__file__).parents[2] / "fixtures/models"
 RUN = """\
@@ -22,7 +23,7 @@ actor:
   {{dtype: bfloat16, tensor_parallel: 4, sequence_parallel: true, data_parallel: 4, recompute: {{granularity: full}}}}
 cluster: {{nodes: 4}}
 """
-"""Qwen3-14B-Base on 32 GPUs, half of them engines."""
+"""Qwen3-14B-Base on 32 GPUs, half of them for engines."""
 
 Make = Callable[..., Plan]
 
@@ -37,7 +38,7 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def make(run_file: Path) -> Make:
-    """A plan under overrides."""
+    """Makes a plan of the run with overrides."""
 
     def make_plan(*overrides: str, **assumed: float) -> Plan:
         config = load_config(run_file, list(overrides))

@@ -1,7 +1,7 @@
-"""What a real actor allocates: run as `measure.py RANK FOLDER` with the cases in FOLDER/cases.json.
+"""Measures the allocations of a real actor. Run as `measure.py RANK FOLDER` with the cases in FOLDER/cases.json.
 
-For each case, writes to FOLDER/<case>-<rank>.json the bytes that stay and those at the peak of each pass, as torch's
-allocator says. All cases are of as many ranks as run this.
+For each case, FOLDER/<case>-<rank>.json gets the bytes of the state and of the peak of each pass, as torch's allocator
+reports them. All cases have as many ranks as processes run this.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.meeting import meeting_point
 
 
 def peak(work: Callable[[], object]) -> int:
-    """The most bytes that `work` has at once, beyond what was there."""
+    """Returns the peak bytes that `work` allocates beyond those allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -39,7 +39,7 @@ def peak(work: Callable[[], object]) -> int:
 
 
 def storage(tensors: Iterable[Tensor]) -> int:
-    """Bytes behind them, shared ones once."""
+    """Returns the bytes of the tensors' storages, counting shared ones once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -57,7 +57,7 @@ def measure(settings: ActorSettings, batch: SequenceBatch, model_folder: Path, r
     worker.set_loss(LossChoice.of(AlgorithmSettings(name="grpo")))
     worker.build_optimizer(settings.optimizer)
     tokens = batch.num_sampled_tokens
-    worker.train(batch, 1e-6, tokens, 1.0)  # from here on the moments are there
+    worker.train(batch, 1e-6, tokens, 1.0)  # the moments exist from here on
     parts = worker.optimizer.parts
     moments = [value for part in parts for state in part.optimizer.state.values() for value in state.values()]
     found = {

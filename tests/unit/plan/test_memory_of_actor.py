@@ -1,4 +1,4 @@
-"""The memory model against what a real actor allocates on CPU: state to the byte, passes within a tenth."""
+"""The memory model against the allocations of a real actor on the CPU: state to the byte, passes within a tenth."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import load_config
-from megatron_rl.plan.hardware import GPUS, Assumptions
+from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.memory import kept_state, stage_memory
 from megatron_rl.plan.parameters import rank_parameters
 from megatron_rl.plan.setup import Setup
+from megatron_rl.utils.hardware import GPUS
 from tests.hf_models import config_json
 
+pytestmark = pytest.mark.timeout(3600)  # a busy machine may be slow; `wait` notices a process that hangs
+STALLED_SECONDS = 600
 SCRIPT = Path(__file__).with_name("measure.py")
 PROMPT, RESPONSE, VOCABULARY = 32, 224, 1024
 SHAPE = dict(
@@ -29,17 +33,17 @@ SHAPE = dict(
 
 @dataclass(frozen=True)
 class Case:
-    """An actor, a model, and how many rows its micro-batch holds."""
+    """An actor, a model, and the number of sequences in the batch and in a micro-batch."""
 
     actor: dict[str, Any]
     model_type: str = "qwen3"
     model: dict[str, Any] | None = None
-    rows: int = 4
-    rows_together: int = 4
+    sequences: int = 4
+    sequences_per_micro_batch: int = 4
 
     @property
     def settings(self) -> dict[str, Any]:
-        tokens = self.rows_together * (PROMPT + RESPONSE)
+        tokens = self.sequences_per_micro_batch * (PROMPT + RESPONSE)
         return {"device": "cpu", "micro_batch_tokens": tokens} | self.actor
 
     @property
@@ -49,13 +53,13 @@ class Case:
 
 
 FULL, MLP = {"granularity": "full"}, {"granularity": "selective", "modules": ["mlp"]}
-ALONE = {
+ONE_RANK = {
     "fp32": Case({"dtype": "float32"}),
     "bf16": Case({"dtype": "bfloat16"}),
     "deep": Case({"dtype": "float32"}, model={"num_hidden_layers": 8}),
     "wide": Case({"dtype": "bfloat16"}, model={"intermediate_size": 2048}),
     "llama": Case({"dtype": "bfloat16"}, "llama"),
-    "qwen2, logits whole": Case({"dtype": "float32", "lm_head": "materialised"}, "qwen2"),
+    "qwen2, materialised logits": Case({"dtype": "float32", "lm_head": "materialised"}, "qwen2"),
     "tied, large vocabulary": Case(
         {"dtype": "bfloat16"}, model={"tie_word_embeddings": True, "vocab_size": 8192, "num_hidden_layers": 2}
     ),
@@ -67,14 +71,16 @@ ALONE = {
         model={"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
     ),
 }
-TOGETHER = {
+TWO_RANKS = {
     "tensor": Case({"dtype": "float32", "tensor_parallel": 2}),
     "tensor and sequence": Case({"dtype": "bfloat16", "tensor_parallel": 2, "sequence_parallel": True}),
-    "pipeline": Case({"dtype": "float32", "pipeline_parallel": 2}, rows=8, rows_together=2),
-    "replicas": Case({"dtype": "bfloat16", "data_parallel": 2}, rows=8),
-    "whole optimizers": Case({"dtype": "bfloat16", "data_parallel": 2, "distributed_optimizer": False}, rows=8),
+    "pipeline": Case({"dtype": "float32", "pipeline_parallel": 2}, sequences=8, sequences_per_micro_batch=2),
+    "replicas": Case({"dtype": "bfloat16", "data_parallel": 2}, sequences=8),
+    "replicated optimizers": Case(
+        {"dtype": "bfloat16", "data_parallel": 2, "distributed_optimizer": False}, sequences=8
+    ),
 }
-CASES = ALONE | TOGETHER
+CASES = ONE_RANK | TWO_RANKS
 
 Measured = dict[str, list[dict[str, int]]]
 
@@ -86,33 +92,43 @@ def run(cases: dict[str, Case], ranks: int, folder: Path) -> Measured:
     plain = {
         name: {
             "actor": case.settings,
-            "rows": {"count": case.rows, "prompt": PROMPT, "response": RESPONSE, "vocabulary": VOCABULARY},
+            "rows": {"count": case.sequences, "prompt": PROMPT, "response": RESPONSE, "vocabulary": VOCABULARY},
         }
         for name, case in cases.items()
     }
     (folder / "cases.json").write_text(json.dumps(plain))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    log = folder / "errors.log"
+    with log.open("w") as errors:
+        processes = [
+            subprocess.Popen([sys.executable, str(SCRIPT), str(rank), str(folder)], env=environment, stderr=errors)
+            for rank in range(ranks)
+        ]
     try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
+        wait(processes, folder)
     finally:
         for process in processes:
             process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)[-4000:]
+            process.wait()
+    assert all(process.returncode == 0 for process in processes), log.read_text()[-4000:]
     return {name: [json.loads((folder / f"{name}-{r}.json").read_text()) for r in range(ranks)] for name in cases}
+
+
+def wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Wait until a process fails or all end. Raises TimeoutError if no case is measured for a long time."""
+    count, since = 0, time.monotonic()
+    while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
+        measured = len(list(folder.glob("*-[0-9].json")))
+        if measured > count:
+            count, since = measured, time.monotonic()
+        if time.monotonic() - since > STALLED_SECONDS:
+            raise TimeoutError(f"no case was measured for {STALLED_SECONDS} s: {count} are done")
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    return run(ALONE, 1, tmp_path_factory.mktemp("alone")) | run(TOGETHER, 2, tmp_path_factory.mktemp("together"))
+    return run(ONE_RANK, 1, tmp_path_factory.mktemp("alone")) | run(TWO_RANKS, 2, tmp_path_factory.mktemp("together"))
 
 
 def planned(case: Case, folder: Path) -> Setup:
@@ -120,7 +136,7 @@ def planned(case: Case, folder: Path) -> Setup:
     tree = {
         "model": {"path": str(folder)},
         "data": {"train": "none.jsonl", "max_prompt_tokens": PROMPT},
-        "rollout": {"prompts_per_step": case.rows // 2, "samples_per_prompt": 2, "max_response_tokens": RESPONSE},
+        "rollout": {"prompts_per_step": case.sequences // 2, "samples_per_prompt": 2, "max_response_tokens": RESPONSE},
         "reward": {"name": "math"},
         "train": {"steps": 1},
         "algorithm": {"name": "grpo"},
@@ -133,13 +149,15 @@ def planned(case: Case, folder: Path) -> Setup:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_state_is_right_to_the_byte(measured: Measured, tmp_path: Path, name: str) -> None:
+def test_state_is_exact_to_the_byte(measured: Measured, tmp_path: Path, name: str) -> None:
     setup = planned(CASES[name], tmp_path)
     for rank, found in enumerate(measured[name]):
         stage = rank if setup.layout.pipeline > 1 else 0
         assert rank_parameters(setup.model, setup.layout, stage).total == found["parameters"]
         for part, size in kept_state(setup, stage).items():
-            assert size == pytest.approx(found[part], rel=1e-3), part  # buffers are padded, and Adam counts its steps
+            assert size == pytest.approx(found[part], rel=1e-3), (
+                part
+            )  # buffers are padded, and Adam stores its step count
 
 
 @pytest.mark.parametrize("phase", ["log-probs", "forward and backward", "optimizer"])

@@ -1,4 +1,4 @@
-"""The code verifier: right and wrong programs, and what the sandbox withholds from hostile ones."""
+"""Tests of the code verifier: correct and wrong programs, and the restrictions of the sandbox."""
 
 import json
 import os
@@ -45,16 +45,16 @@ Grade = Callable[[Any, str], RewardResult]
 
 
 @pytest.mark.parametrize("label", [SUM, json.dumps(SUM)])
-def test_a_program_that_prints_what_it_must(grade: Grade, label: Any) -> None:
+def test_a_program_with_the_expected_output_is_correct(grade: Grade, label: Any) -> None:
     assert grade(label, "a, b = map(int, input().split())\nprint(a + b)").detail == "correct"
 
 
 @pytest.mark.parametrize("label", [CALLS, ASSERTS, {"tests": "\n".join(ASSERTS)}])
-def test_a_function_that_returns_what_it_must(grade: Grade, label: Any) -> None:
+def test_a_function_with_the_expected_results_scores_1(grade: Grade, label: Any) -> None:
     assert grade(label, RIGHT).score == 1.0
 
 
-def test_leetcode_has_a_class(grade: Grade) -> None:
+def test_a_method_of_class_solution_scores_1(grade: Grade) -> None:
     assert grade(CALLS, "class Solution:\n    def add(self, a, b):\n        return a + b").score == 1.0
 
 
@@ -73,11 +73,11 @@ def test_leetcode_has_a_class(grade: Grade) -> None:
         (CALLS, "def ad(a, b): return a", "test 1 of 2: NameError: there is no function add"),
         (CALLS, "def add(a, b): return {a}", "test 1 of 2: TypeError: Object of type set is not JSON serializable"),
         (ASSERTS, "def add(a, b): return a", "test 1 of 1: AssertionError"),
-        (ASSERTS, "import os; os._exit(0)", "test 1 of 1: left before the tests were through"),
-        (ASSERTS, "raise SystemExit", "test 1 of 1: left before the tests were through"),
+        (ASSERTS, "import os; os._exit(0)", "test 1 of 1: exited before the tests had finished"),
+        (ASSERTS, "raise SystemExit", "test 1 of 1: exited before the tests had finished"),
     ],
 )
-def test_wrong_programs(grade: Grade, label: Any, source: str, detail: str) -> None:
+def test_a_wrong_program_scores_0_with_the_reason(grade: Grade, label: Any, source: str, detail: str) -> None:
     result = grade(label, source)
     assert (result.score, result.outcome, result.detail) == (0.0, "score", detail)
 
@@ -90,7 +90,7 @@ FORBIDDEN = {
     "subprocess": "import subprocess; subprocess.run(['true'])",
     "exec": "import os; os.execv('/bin/true', ['true'])",
     "kill the parent": "import os; os.kill(os.getppid(), 9)",
-    "kill everybody": "import os; os.kill(-1, 9)",
+    "kill all processes": "import os; os.kill(-1, 9)",
     "limit the parent": "import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
     "raise a limit": "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))",
     "read a file": "open({secret!r}).read()",
@@ -103,8 +103,8 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("what", FORBIDDEN)
-def test_what_the_sandbox_withholds(grade: Grade, tmp_path: Path, what: str) -> None:
-    """The program prints 7 only if it is refused; the same line is known to work outside."""
+def test_the_sandbox_refuses_forbidden_operations(grade: Grade, tmp_path: Path, what: str) -> None:
+    """The program prints 7 only if the operation fails. Outside the sandbox the operation works."""
     secret = tmp_path / "secret"
     secret.write_text("s")
     line = FORBIDDEN[what].format(secret=str(secret), folder=str(tmp_path), target=str(tmp_path / "written"))
@@ -113,7 +113,7 @@ def test_what_the_sandbox_withholds(grade: Grade, tmp_path: Path, what: str) -> 
     assert secret.exists() and not (tmp_path / "written").exists()
 
 
-def test_ordinary_things_work(grade: Grade) -> None:
+def test_ordinary_operations_work_in_the_sandbox(grade: Grade) -> None:
     source = """
         from __future__ import annotations
         import dataclasses, json, math, os, tempfile, threading
@@ -136,13 +136,13 @@ def test_ordinary_things_work(grade: Grade) -> None:
     assert grade(PRINT_SEVEN, source).detail == "correct"
 
 
-def test_nothing_stays_behind(grade: Grade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sandbox_removes_its_files(grade: Grade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     grade(SUM, "import time; open('left', 'w').write('x'); time.sleep(60)")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_result_file_may_be_a_trap(grade: Grade) -> None:
+def test_a_result_file_that_is_a_link_or_a_pipe_is_ignored(grade: Grade) -> None:
     for trap in ("os.symlink('/dev/zero', 'result.json')", "os.mkfifo('result.json')", "os.mkdir('result.json')"):
         assert grade(CALLS, f"import os\n{trap}\nos._exit(0)").detail == "test 1 of 2: wrong result"
 
@@ -162,7 +162,7 @@ def test_the_last_complete_block_counts(text: str, source: str | None) -> None:
     assert last_block(text) == source
 
 
-def test_no_block_scores_0(reward: CodeReward, make_sample: MakeSample) -> None:
+def test_a_response_without_a_block_scores_0(reward: CodeReward, make_sample: MakeSample) -> None:
     assert reward(make_sample("print(7)", SUM)) == RewardResult(0.0, None, "no code block")
 
 
@@ -187,7 +187,7 @@ def test_a_label_without_tests_is_an_error(grade: Grade, label: Any) -> None:
         grade(label, "print(7)")
 
 
-def test_in_the_pool_a_candidate_dies_with_its_worker(make_sample: MakeSample) -> None:
+def test_a_candidate_dies_with_its_pool_worker(make_sample: MakeSample) -> None:
     settings = RewardSettings(name="code", workers=1, timeout_seconds=1.5, code=CodeSettings(test_seconds=60.0))
     text = "```python\nimport time\nopen('here', 'w')\ntime.sleep(60)\n```"
     with RewardPool(settings) as pool:
@@ -214,7 +214,7 @@ def jailed() -> list[int]:
         (1, True, "does not start"),
     ],
 )
-def test_a_machine_that_cannot_lock_programs_in_is_refused(
+def test_a_machine_without_the_sandbox_features_is_refused(
     monkeypatch: pytest.MonkeyPatch, code: int, required: bool, words: str | None
 ) -> None:
     def start(*_: object) -> subprocess.Popen[bytes]:
@@ -229,8 +229,8 @@ def test_a_machine_that_cannot_lock_programs_in_is_refused(
         check_sandbox(settings)
 
 
-def test_capabilities_are_gone(grade: Grade) -> None:
-    """Whoever runs this: root has some to lose."""
+def test_a_candidate_has_no_capabilities(grade: Grade) -> None:
+    """The test is meaningful for root, who has capabilities to lose."""
     source = """
         import ctypes, struct
         data = ctypes.create_string_buffer(24)

@@ -1,4 +1,4 @@
-"""The Countdown verifier: every true solution scores 1, and nothing else does."""
+"""Tests of the Countdown verifier: every solution scores 1, and everything else scores 0."""
 
 from collections.abc import Callable
 
@@ -42,7 +42,9 @@ PROBLEMS = all_problems()
         ("", None, "no verdict"),
     ],
 )
-def test_verdicts(make_sample: Callable[..., Sample], text: str, answer: str | None, detail: str) -> None:
+def test_score_answer_and_detail_of_a_response(
+    make_sample: Callable[..., Sample], text: str, answer: str | None, detail: str
+) -> None:
     result = verify_countdown(make_sample(text, LABEL))
     assert (result.score, result.answer, result.detail) == (float(detail == "correct"), answer, detail)
 
@@ -73,7 +75,7 @@ def test_every_solution_scores_1(make_sample: Callable[..., Sample], problem: Pr
 
 @given(problem=st.sampled_from(PROBLEMS), data=st.data())
 def test_a_changed_word_scores_0(make_sample: Callable[..., Sample], problem: Problem, data: st.DataObject) -> None:
-    """Unless the change is itself another solution, such as `x + 0` for `x - 0`."""
+    """Changes that give another solution, such as `x + 0` for `x - 0`, are excluded."""
     words = [*data.draw(st.sampled_from(solutions(problem.numbers, problem.target))).text.split(), "ok"]
     place = data.draw(st.integers(0, len(words) - 1))
     word = data.draw(st.sampled_from(["+", "-", "*", "=", "no", "wait", "<pad>", *map(str, range(81))]))
@@ -84,7 +86,7 @@ def test_a_changed_word_scores_0(make_sample: Callable[..., Sample], problem: Pr
 
 
 @given(problem=st.sampled_from(PROBLEMS), data=st.data())
-def test_the_last_attempt_alone_counts(
+def test_only_the_last_attempt_counts(
     make_sample: Callable[..., Sample], problem: Problem, data: st.DataObject
 ) -> None:
     tries = data.draw(st.lists(st.sampled_from(attempts(problem.numbers)), min_size=1, max_size=4))
@@ -93,7 +95,7 @@ def test_the_last_attempt_alone_counts(
     assert (result.score, result.answer) == (float(tries[-1].result == problem.target), tries[-1].text)
 
 
-def test_warm_start_traces_and_the_verifier_agree(make_sample: Callable[..., Sample]) -> None:
+def test_the_verifier_agrees_with_the_verdicts_of_warm_start_traces(make_sample: Callable[..., Sample]) -> None:
     columns = traces(PROBLEMS, 400, MIX_A, seed=1)
     for prompt, response in zip(columns["prompt"], columns["response"], strict=True):
         text = response.removesuffix(" <eos>")

@@ -1,4 +1,4 @@
-"""The corpus: every stated verdict, in a pool, hostile answers included."""
+"""The grading corpus: the maths verifier gives every stated verdict, in a pool that includes hostile answers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ VERDICTS = {"equal": 1.0, "unequal": 0.0}
 
 
 def response(content: Any) -> tuple[str, str]:
-    """A pair's second half as text and finish reason."""
+    """Returns the response of a pair as text and finish reason."""
     if not isinstance(content, dict):
         return f"So the answer is \\boxed{{{content}}}.", "stop"
     text = content["response"]
@@ -32,7 +32,10 @@ def pairs(group: dict[str, Any]) -> list[tuple[float, Any, Any]]:
 
 @pytest.fixture(scope="module")
 def graded(make_sample: Callable[..., Sample]) -> dict[str, list[tuple[float, str, RewardResult]]]:
-    """Group -> (verdict, what it is about, result). One pool for all: a hostile answer must not harm its neighbours."""
+    """Returns (verdict, description, result) of each pair by group.
+
+    One pool grades all pairs, because a hostile answer must not affect other samples.
+    """
     entries = [(group["group"], *pair) for group in GROUPS for pair in pairs(group)]
     samples = [make_sample(response(content)[0], label, response(content)[1]) for _, _, label, content in entries]
     with RewardPool(RewardSettings(name="math", workers=2, timeout_seconds=5.0)) as pool:
@@ -43,20 +46,22 @@ def graded(make_sample: Callable[..., Sample]) -> dict[str, list[tuple[float, st
     return found
 
 
-def test_the_corpus_is_as_large_as_promised() -> None:
+def test_the_corpus_has_at_least_300_pairs() -> None:
     assert sum(len(pairs(group)) for group in GROUPS) >= 300
     assert len({group["group"] for group in GROUPS}) == len(GROUPS)
 
 
 @pytest.mark.parametrize("group", [group["group"] for group in GROUPS if group["group"] != DISAGREEMENTS])
-def test_verdicts(graded: dict[str, list[tuple[float, str, RewardResult]]], group: str) -> None:
+def test_every_pair_gets_its_stated_verdict(
+    graded: dict[str, list[tuple[float, str, RewardResult]]], group: str
+) -> None:
     wrong = [(what, result) for verdict, what, result in graded[group] if result.score != verdict]
     assert wrong == []
 
 
-def test_known_disagreements_are_still_that(graded: dict[str, list[tuple[float, str, RewardResult]]]) -> None:
-    mended = [what for verdict, what, result in graded[DISAGREEMENTS] if result.score == verdict]
-    assert mended == []
+def test_known_disagreements_still_disagree(graded: dict[str, list[tuple[float, str, RewardResult]]]) -> None:
+    fixed = [what for verdict, what, result in graded[DISAGREEMENTS] if result.score == verdict]
+    assert fixed == []
 
 
 def test_only_hostile_answers_may_lack_a_score(graded: dict[str, list[tuple[float, str, RewardResult]]]) -> None:

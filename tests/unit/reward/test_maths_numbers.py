@@ -1,4 +1,4 @@
-"""Plain numbers: every way to write one is that number, and no other."""
+"""Tests of plain numbers: all spellings of a number are equal, and different numbers are not."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -34,7 +34,9 @@ def test_spellings_of_one_number_are_equal(make_sample: MakeSample, value: Fract
 
 
 @given(fractions, fractions, st.data())
-def test_other_numbers_are_not(make_sample: MakeSample, one: Fraction, other: Fraction, data: st.DataObject) -> None:
+def test_different_numbers_are_not_equal(
+    make_sample: MakeSample, one: Fraction, other: Fraction, data: st.DataObject
+) -> None:
     if close(one, other):
         return
     label, answer = (data.draw(st.sampled_from(spellings(value))) for value in (one, other))
@@ -60,13 +62,13 @@ def test_any_text_gets_a_verdict(make_sample: MakeSample, label: str, answer: st
         (r"-2\frac{1}{2}", Fraction(-5, 2), False),
     ],
 )
-def test_forms(text: str, value: Fraction, decimal: bool) -> None:
+def test_numbers_are_read_in_every_notation(text: str, value: Fraction, decimal: bool) -> None:
     number = read_number(text)
     assert number is not None and (number.value, number.is_decimal) == (value, decimal)
 
 
 @pytest.mark.parametrize("text", ["", "x", "1/0", r"\frac{1}{0}", "1e99999", "3 4", "1,00", "--1", "1.2.3"])
-def test_what_is_no_number(text: str) -> None:
+def test_a_text_that_is_not_a_number_is_not_read(text: str) -> None:
     assert read_number(text) is None
 
 
@@ -76,4 +78,4 @@ def test_units_have_kinds_and_factors() -> None:
     assert square and square.kinds == {"length": 2} and square.factor == Fraction(1, 10_000)
     speed, written = read_unit("km/h", ""), read_unit("kilometers per hour", "")
     assert speed and written and (speed.kinds, speed.factor) == (written.kinds, written.factor)
-    assert split_unit("2c") == ("2c", None), "a variable is no unit"
+    assert split_unit("2c") == ("2c", None), "a variable is not a unit"

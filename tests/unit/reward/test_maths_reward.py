@@ -1,4 +1,4 @@
-r"""The maths verifier: the last \boxed{} against the label."""
+r"""Tests of the maths verifier, which compares the last \boxed{} with the label."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.reward.maths import last_boxed, verify_maths
+from megatron_rl.reward.maths import verify_maths
 from megatron_rl.types import Sample
+from megatron_rl.utils.boxed import last_boxed
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "maths_verl.parquet"
 
@@ -54,14 +55,16 @@ def test_equal_answers_score_1(make_sample: Callable[..., Sample], label: object
         ("\\text{Tuesday}", "\\text{Monday}"),
     ],
 )
-def test_other_answers_score_0(make_sample: Callable[..., Sample], label: str, answer: str) -> None:
+def test_different_answers_score_0(make_sample: Callable[..., Sample], label: str, answer: str) -> None:
     result = verify_maths(make_sample(f"So we get \\boxed{{{answer}}}.", label))
     assert (result.score, result.detail) == (0.0, "wrong answer")
 
 
 @pytest.mark.parametrize("text", ["", "The answer is 34.", "\\boxed{34", "boxed{34}", "\\boxed{\\frac{3}{4}"])
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
-def test_no_box_scores_0(make_sample: Callable[..., Sample], text: str, finish_reason: str) -> None:
+def test_a_response_without_a_complete_box_scores_0(
+    make_sample: Callable[..., Sample], text: str, finish_reason: str
+) -> None:
     result = verify_maths(make_sample(text, "34", finish_reason))
     assert (result.score, result.answer, result.detail) == (0.0, None, "no box")
 
@@ -89,7 +92,7 @@ def test_a_broken_label_is_an_error(make_sample: Callable[..., Sample], label: o
         ("\\boxed{\\", None),
     ],
 )
-def test_last_boxed(text: str, content: str | None) -> None:
+def test_last_boxed_returns_the_last_complete_box(text: str, content: str | None) -> None:
     assert last_boxed(text) == content
 
 
@@ -104,7 +107,7 @@ def test_last_boxed_finds_any_balanced_content(before: str, content: str, after:
     assert last_boxed(f"{before} \\boxed{{{content}}}{after}") == content
 
 
-def test_the_fixture_s_answers_verify(make_sample: Callable[..., Sample]) -> None:
+def test_the_labels_of_the_fixture_verify_against_themselves(make_sample: Callable[..., Sample]) -> None:
     rows = pq.read_table(FIXTURE).to_pylist()
     assert len(rows) == 50
     for row in rows:

@@ -1,4 +1,4 @@
-"""The remote reward, against servers that behave and servers that do not."""
+"""Tests of the remote reward against well-behaved and faulty servers."""
 
 import json
 import threading
@@ -71,7 +71,7 @@ def settings(url: str, **more: Any) -> RewardSettings:
     return RewardSettings(name="remote", remote=RemoteSettings(**remote))
 
 
-def test_batches_go_out_and_results_come_back_in_order(server: Server, make_sample: MakeSample) -> None:
+def test_samples_are_batched_and_results_keep_their_order(server: Server, make_sample: MakeSample) -> None:
     samples = [make_sample(str(i), str(i) if i % 3 else "other") for i in range(10)]
     with open_grader(settings(server.url)) as grader:
         results = grader.score(samples)
@@ -93,14 +93,14 @@ def test_temporary_failures_are_tried_again(server: Server, make_sample: MakeSam
     [
         ((503, b"busy"), 4, "error", "status 503: busy"),
         ((400, b"bad"), 1, "error", "status 400: bad"),
-        ((200, b"<html>"), 1, "error", "the answer is no JSON: "),
+        ((200, b"<html>"), 1, "error", "the answer is not JSON: "),
         ((200, b'{"results": []}'), 1, "error", "with 1 entries"),
         ((200, b'{"results": [{"score": "high"}]}'), 1, "error", "no finite score"),
         ((200, b'{"results": [{"score": NaN}]}'), 1, "error", "no finite score"),
         (None, 2, "timeout", "took too long"),
     ],
 )
-def test_failures_are_declared(
+def test_failures_have_an_outcome_and_a_detail(
     server: Server,
     make_sample: MakeSample,
     answer: tuple[int, bytes] | None,
@@ -146,7 +146,7 @@ def test_the_token_comes_from_the_environment(
         open_grader(settings(server.url, token_variable="MY_TOKEN"))
 
 
-def test_a_url_is_http() -> None:
+def test_a_url_that_is_not_http_is_refused() -> None:
     with pytest.raises(UserError, match="must begin with http"):
         open_grader(settings("file:///etc/passwd"))
 

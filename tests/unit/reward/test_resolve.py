@@ -1,4 +1,4 @@
-"""Names of rewards: built-in, custom, and wrong ones."""
+"""Tests of reward names: built-in, custom and wrong ones."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ def named(name: str) -> Reward:
     return load_reward(RewardSettings.model_construct(name=name))
 
 
-def test_built_in_rewards() -> None:
+def test_built_in_rewards_are_found_by_name() -> None:
     assert named("countdown") is verify_countdown
     assert named("math") is verify_maths
 
 
-def test_a_custom_reward_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_reward_is_found_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_reward_here.py").write_text("def score(sample): ...\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")  # restores sys.path afterwards
@@ -29,7 +29,7 @@ def test_a_custom_reward_from_the_working_folder(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "words"),
     [
         ("countdwon", "unknown reward 'countdwon'. Did you mean 'countdown'"),
         ("maths", "Did you mean 'math'"),
@@ -42,13 +42,15 @@ def test_a_custom_reward_from_the_working_folder(tmp_path: Path, monkeypatch: py
         ("math:pi", "'pi' is a float, not a function"),
     ],
 )
-def test_wrong_names(name: str, says: str) -> None:
+def test_a_wrong_name_is_an_error_with_a_hint(name: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         named(name)
-    assert says in str(caught.value)
+    assert words in str(caught.value)
 
 
-def test_a_module_that_fails_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_fails_to_import_is_an_error_with_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "my_broken_reward.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"my_broken_reward.*ZeroDivisionError: division by zero"):

@@ -13,7 +13,7 @@ from tests.hf_models import write_hf_model
 
 
 def write_model(folder: Path, model_type: str = "qwen3", *, seed: int, tied: bool) -> Path:
-    """A model whose distributions are far from uniform, so that log-probs tell tokens and positions apart."""
+    """A model whose distributions are far from uniform, so that log-probs differ between tokens and positions."""
     return write_hf_model(folder, model_type, seed=seed, tie_word_embeddings=tied, initializer_range=0.3)
 
 
@@ -41,5 +41,5 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine(model_folder: Path) -> TransformersEngine:
-    """For tests that leave it as it is."""
+    """An engine for tests that do not change it."""
     return TransformersEngine(model_folder, "cpu", "float32")

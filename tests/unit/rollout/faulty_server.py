@@ -1,5 +1,5 @@
-"""A server that speaks as much of SGLang's HTTP interface as an engine uses, and fails on command. It computes nothing:
-what real servers do is tested against real servers."""
+"""A server with the part of SGLang's HTTP interface that an engine uses, which fails on command. It computes nothing:
+the behaviour of real servers is tested with real servers."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 END_TOKEN = 2
-"""The model's own; a response of this server ends with it after `length` tokens."""
+"""The model's own end token; a response of this server ends with it after `length` tokens."""
 
 
 @dataclass
 class Script:
-    """What the next requests meet, and what was asked."""
+    """Faults of the next requests, and a record of the requests so far."""
 
     faults: deque[str] = field(default_factory=deque)
-    """One a request to /generate: error, drop, slow, short, refuse, stale; none left: a good answer."""
+    """Fault of each next request to /generate: error, drop, slow, short, refuse, stale; once they are used up, answers
+    are good."""
     update_faults: deque[str] = field(default_factory=deque)
-    """One a weight update: error, drop, slow; none left: it is taken."""
+    """Fault of each next weight update: error, drop, slow; once they are used up, updates succeed."""
     abort_faults: int = 0
-    """How many of the next calls to abort are answered 500."""
+    """Number of the next calls to abort that are answered with status 500."""
     length: int = 5
     seconds: float = 0.0
-    """How long a good answer takes."""
+    """Time that a good answer takes."""
     healthy: bool = True
     version: str = "-1"
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
     control: list[tuple[str, Any]] = field(default_factory=list)
-    """Of the calls that are about memory and weights: path and body."""
+    """Path and body of each call about memory or weights."""
     abort: threading.Event = field(default_factory=threading.Event)
 
 
@@ -84,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _generate(self, body: dict[str, Any]) -> None:
         script = self.script
-        script.asked.append(body)
+        script.requests.append(body)
         fault = script.faults.popleft() if script.faults else ""
         if fault == "slow":
             time.sleep(5)
@@ -118,12 +119,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @contextmanager
 def faulty_server() -> Iterator[tuple[str, Script]]:
-    """Its URL, and what tells it to fail."""
+    """Gives the server's URL and its script."""
     script = Script()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"script": script}))
     server.daemon_threads = True

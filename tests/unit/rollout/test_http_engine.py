@@ -1,4 +1,4 @@
-"""What an engine makes of a server that fails: nothing lost, nothing twice, nothing from the wrong weights."""
+"""An engine with a server that fails: no response is lost, repeated or sampled from the wrong weights."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.rollout import ServerSettings
-from megatron_rl.rollout.engines.interface import EngineLost, UpdateFailed
+from megatron_rl.rollout.engines.interface import EngineLaunch, EngineLost, UpdateFailed
+from megatron_rl.rollout.engines.sglang.kind import KIND
 from megatron_rl.rollout.servers import requests
 from megatron_rl.rollout.servers.http_engine import HttpEngine
-from megatron_rl.rollout.servers.server import ServerLaunch, ServerRefused
+from megatron_rl.rollout.servers.server import ServerRefused
 from megatron_rl.types import SamplingParams
 from megatron_rl.weight_sync.transport import FolderUpdate
 from tests.unit.rollout.faulty_server import END_TOKEN, Script, faulty_server
 
 SAMPLING = SamplingParams(n=2, max_tokens=10, temperature=1.0, stop_token_ids=(END_TOKEN,), seed=0)
 PROMPTS = [(1, 2, 3), (4, 5)]
-LAUNCH = ServerLaunch(Path("unused"), "cpu", "float32", 1, 64)
+LAUNCH = EngineLaunch(KIND, Path("unused"), "cpu", "float32", 64)
 GOOD = [[[103, 104, 105, 106, 2]] * 2, [[102, 103, 104, 105, 2]] * 2]
 
 
@@ -39,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def attached(url: str, **settings: Any) -> AsyncIterator[HttpEngine]:
-    engine = HttpEngine("sglang", ServerSettings(urls=[url], **settings), LAUNCH, url)
+    engine = HttpEngine(replace(LAUNCH, server=ServerSettings(urls=[url], **settings), url=url))
     await engine.start()
     await engine.resume()
     try:
@@ -49,11 +50,11 @@ async def attached(url: str, **settings: Any) -> AsyncIterator[HttpEngine]:
 
 
 async def tokens(engine: HttpEngine, sampling: SamplingParams = SAMPLING) -> list[list[list[int]]]:
-    return [[g.token_ids for g in group] for group in await engine.generate(PROMPTS, sampling)]
+    return [[g.token_ids.tolist() for g in group] for group in await engine.generate(PROMPTS, sampling)]
 
 
 @pytest.mark.parametrize("fault", ["error", "drop", "error drop error", "drop drop"])
-def test_a_failed_request_is_asked_again(server: tuple[str, Script], fault: str) -> None:
+def test_a_failed_request_is_retried(server: tuple[str, Script], fault: str) -> None:
     url, script = server
     script.faults.extend(fault.split())
 
@@ -62,10 +63,10 @@ def test_a_failed_request_is_asked_again(server: tuple[str, Script], fault: str)
             assert await tokens(engine) == GOOD
 
     asyncio.run(scenario())
-    assert len(script.asked) == len(PROMPTS) + len(fault.split())
+    assert len(script.requests) == len(PROMPTS) + len(fault.split())
 
 
-def test_a_request_that_takes_too_long_is_asked_again(server: tuple[str, Script]) -> None:
+def test_a_request_that_takes_too_long_is_retried(server: tuple[str, Script]) -> None:
     url, script = server
     script.faults.append("slow")
 
@@ -74,10 +75,10 @@ def test_a_request_that_takes_too_long_is_asked_again(server: tuple[str, Script]
             assert await tokens(engine) == GOOD
 
     asyncio.run(scenario())
-    assert len(script.asked) == 3
+    assert len(script.requests) == 3
 
 
-def test_a_server_that_only_fails_is_given_up(server: tuple[str, Script]) -> None:
+def test_a_server_that_keeps_failing_is_given_up(server: tuple[str, Script]) -> None:
     url, script = server
     script.faults.extend(["error"] * 100)
 
@@ -85,14 +86,14 @@ def test_a_server_that_only_fails_is_given_up(server: tuple[str, Script]) -> Non
         async with attached(url, request_attempts=3) as engine:
             with pytest.raises(EngineLost, match="a request failed 3 times"):
                 await tokens(engine)
-            with pytest.raises(EngineLost):  # and stays given up
+            with pytest.raises(EngineLost):  # it stays given up
                 await engine.health()
 
     asyncio.run(scenario())
-    assert len(script.asked) <= 6
+    assert len(script.requests) <= 6
 
 
-def test_a_server_that_hangs_is_given_up(server: tuple[str, Script]) -> None:
+def test_a_hung_server_is_given_up(server: tuple[str, Script]) -> None:
     url, script = server
 
     async def scenario() -> None:
@@ -107,7 +108,7 @@ def test_a_server_that_hangs_is_given_up(server: tuple[str, Script]) -> None:
     asyncio.run(scenario())
 
 
-def test_a_refusal_is_not_asked_again(server: tuple[str, Script]) -> None:
+def test_a_refused_request_is_not_retried(server: tuple[str, Script]) -> None:
     url, script = server
     script.faults.append("refuse")
 
@@ -117,11 +118,11 @@ def test_a_refusal_is_not_asked_again(server: tuple[str, Script]) -> None:
                 await engine.generate(PROMPTS[:1], SAMPLING)
 
     asyncio.run(scenario())
-    assert len(script.asked) == 1
+    assert len(script.requests) == 1
 
 
-def test_answers_of_other_weights_are_never_used(server: tuple[str, Script]) -> None:
-    """As after a restart that nobody told us of."""
+def test_answers_from_other_weights_are_never_used(server: tuple[str, Script]) -> None:
+    """This happens after a restart that the run does not know of."""
     url, script = server
     script.faults.append("stale")
 
@@ -133,19 +134,19 @@ def test_answers_of_other_weights_are_never_used(server: tuple[str, Script]) -> 
     asyncio.run(scenario())
 
 
-def test_a_log_prob_for_every_token(server: tuple[str, Script]) -> None:
+def test_an_answer_without_a_log_prob_for_every_token_is_an_error(server: tuple[str, Script]) -> None:
     url, script = server
     script.faults.append("short")
 
     async def scenario() -> None:
         async with attached(url) as engine:
-            with pytest.raises(RuntimeError, match="5 tokens and 1 log-probs"):
+            with pytest.raises(ValueError, match="5 tokens, 1 log-probs"):
                 await tokens(engine)
 
     asyncio.run(scenario())
 
 
-def test_a_paused_request_goes_on_with_the_new_weights(server: tuple[str, Script], tmp_path: Path) -> None:
+def test_a_paused_request_continues_with_the_new_weights(server: tuple[str, Script], tmp_path: Path) -> None:
     url, script = server
     update = FolderUpdate(4, (tmp_path / "part-0.safetensors",))
 
@@ -158,17 +159,22 @@ def test_a_paused_request_goes_on_with_the_new_weights(server: tuple[str, Script
             script.seconds = 0.0
             await engine.update_weights(update)
             await asyncio.sleep(0.1)
-            assert len(script.asked) == 1, "nothing is asked while paused"
+            assert len(script.requests) == 1, "a request was made while paused"
             await engine.resume()
             first, second = (await asking)[0]
-            assert first.token_ids == second.token_ids == [103, 104, 105, 106, 107, 108, END_TOKEN]
-            assert first.weight_versions == [-1, -1, 4, 4, 4, 4, 4]
+            assert first == second
+            assert first.token_ids.tolist() == [103, 104, 105, 106, 107, 108, END_TOKEN]
+            assert first.weight_versions.tolist() == [-1, -1, 4, 4, 4, 4, 4]
 
     asyncio.run(scenario())
-    assert [(len(body["input_ids"]), body["sampling_params"]["n"]) for body in script.asked] == [(3, 2), (5, 1), (5, 1)]
+    assert [(len(body["input_ids"]), body["sampling_params"]["n"]) for body in script.requests] == [
+        (3, 2),
+        (5, 1),
+        (5, 1),
+    ]
 
 
-def test_what_is_cut_is_given_and_can_be_gone_on_with(server: tuple[str, Script]) -> None:
+def test_aborted_responses_are_returned_and_can_be_continued(server: tuple[str, Script]) -> None:
     url, script = server
 
     async def scenario() -> None:
@@ -176,21 +182,27 @@ def test_what_is_cut_is_given_and_can_be_gone_on_with(server: tuple[str, Script]
             script.seconds = 5.0
             asking = asyncio.create_task(engine.generate(PROMPTS[:1], SAMPLING))
             await asyncio.sleep(0.3)
-            await engine.cut()
+            await engine.abort()
             (group,) = await asking
-            assert [(g.token_ids, g.finish_reason) for g in group] == [([103, 104], "abort")] * 2
+            assert [(g.token_ids.tolist(), g.finish_reason) for g in group] == [([103, 104], "abort")] * 2
             script.seconds = 0.0
-            (whole,) = await engine.generate(PROMPTS[:1], SAMPLING, [group])
-            assert [g.token_ids for g in whole] == [[103, 104, 105, 106, 107, 108, END_TOKEN]] * 2
-            assert [g.finish_reason for g in whole] == ["stop"] * 2
-            (again,) = await engine.generate(PROMPTS[:1], SAMPLING, [whole])
-            assert again == whole
+            (complete,) = await engine.generate(PROMPTS[:1], SAMPLING, [group])
+            assert [g.token_ids.tolist() for g in complete] == [[103, 104, 105, 106, 107, 108, END_TOKEN]] * 2
+            assert [g.finish_reason for g in complete] == ["stop"] * 2
+            (again,) = await engine.generate(PROMPTS[:1], SAMPLING, [complete])
+            assert again == complete
 
     asyncio.run(scenario())
-    assert [(len(body["input_ids"]), body["sampling_params"]["n"]) for body in script.asked] == [(3, 2), (5, 1), (5, 1)]
+    assert [(len(body["input_ids"]), body["sampling_params"]["n"]) for body in script.requests] == [
+        (3, 2),
+        (5, 1),
+        (5, 1),
+    ]
 
 
-def test_a_request_between_two_attempts_is_cut_too(server: tuple[str, Script], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_between_two_attempts_is_aborted_too(
+    server: tuple[str, Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, script = server
     monkeypatch.setattr(requests, "FIRST_BACK_OFF_SECONDS", 0.5)
     script.faults.extend(["error", "error"])
@@ -199,15 +211,15 @@ def test_a_request_between_two_attempts_is_cut_too(server: tuple[str, Script], m
         async with attached(url) as engine:
             asking = asyncio.create_task(engine.generate(PROMPTS, SAMPLING))
             await asyncio.sleep(0.1)
-            await engine.cut()
-            assert [[g.token_ids for g in group] for group in await asking] == [[[], []]] * 2
+            await engine.abort()
+            assert [[g.token_ids.tolist() for g in group] for group in await asking] == [[[], []]] * 2
 
     asyncio.run(scenario())
-    assert len(script.asked) == 2
+    assert len(script.requests) == 2
 
 
-@pytest.mark.parametrize("stop", ["cut", "pause"])
-def test_what_cannot_be_aborted_at_once_is_aborted_later(server: tuple[str, Script], stop: str) -> None:
+@pytest.mark.parametrize("stop", [HttpEngine.abort, HttpEngine.pause])
+def test_an_abort_that_fails_is_made_again(server: tuple[str, Script], stop: Any) -> None:
     url, script = server
 
     async def scenario() -> None:
@@ -216,16 +228,16 @@ def test_what_cannot_be_aborted_at_once_is_aborted_later(server: tuple[str, Scri
             asking = asyncio.create_task(engine.generate(PROMPTS[:1], SAMPLING))
             await asyncio.sleep(0.2)
             script.abort_faults = 3
-            await getattr(engine, stop)()
+            await stop(engine)
             script.seconds = 0.0
             await engine.resume()
-            assert all(g.token_ids[:2] == [103, 104] for g in (await asking)[0])
+            assert all(g.token_ids[:2].tolist() == [103, 104] for g in (await asking)[0])
 
     asyncio.run(scenario())
     assert script.abort_faults == 0
 
 
-def test_what_is_cut_while_paused_does_not_wait(server: tuple[str, Script]) -> None:
+def test_a_request_that_is_aborted_while_paused_does_not_wait(server: tuple[str, Script]) -> None:
     url, _ = server
 
     async def scenario() -> None:
@@ -233,18 +245,18 @@ def test_what_is_cut_while_paused_does_not_wait(server: tuple[str, Script]) -> N
             await engine.pause()
             asking = asyncio.create_task(tokens(engine))
             await asyncio.sleep(0.1)
-            await engine.cut()
+            await engine.abort()
             assert await asyncio.wait_for(asking, 1) == [[[], []]] * 2
             asking = asyncio.create_task(tokens(engine))
             await asyncio.sleep(0.1)
-            assert not asking.done(), "it is still paused"
+            assert not asking.done(), "it ran while paused"
             await engine.resume()
             assert await asking == GOOD
 
     asyncio.run(scenario())
 
 
-def test_what_does_not_come_back_when_it_is_cut_is_asked_for_anew(server: tuple[str, Script]) -> None:
+def test_a_request_that_does_not_return_when_it_is_aborted_is_made_again(server: tuple[str, Script]) -> None:
     url, script = server
     script.faults.append("slow")
 
@@ -257,12 +269,10 @@ def test_what_does_not_come_back_when_it_is_cut_is_asked_for_anew(server: tuple[
             assert await asyncio.wait_for(asking, 3) == GOOD
 
     asyncio.run(scenario())
-    assert len(script.asked) == 3
+    assert len(script.requests) == 3
 
 
-def test_a_server_that_was_restarted_behind_our_back_is_given_up_though_it_is_asked_nothing(
-    server: tuple[str, Script], tmp_path: Path
-) -> None:
+def test_an_idle_server_that_somebody_else_restarted_is_given_up(server: tuple[str, Script], tmp_path: Path) -> None:
     url, script = server
 
     async def scenario() -> None:
@@ -280,7 +290,7 @@ def test_a_server_that_was_restarted_behind_our_back_is_given_up_though_it_is_as
     asyncio.run(scenario())
 
 
-def test_memory_is_back_for_weights_first_and_for_the_cache_when_they_are_there(
+def test_memory_is_restored_for_weights_first_and_for_the_cache_after_them(
     server: tuple[str, Script], tmp_path: Path
 ) -> None:
     url, script = server
@@ -288,7 +298,7 @@ def test_memory_is_back_for_weights_first_and_for_the_cache_when_they_are_there(
     async def scenario() -> None:
         async with attached(url, hang_seconds=1.0) as engine:
             await engine.release_memory()
-            script.healthy = False  # without memory it cannot give a sign of life, and is left alone
+            script.healthy = False  # without memory it cannot give a sign of life, and must not be given up
             with pytest.raises(UpdateFailed):
                 await engine.resume()
             await asyncio.sleep(2.0)
@@ -309,7 +319,7 @@ def test_memory_is_back_for_weights_first_and_for_the_cache_when_they_are_there(
 
 
 @pytest.mark.parametrize("fault", ["error", "drop", "slow"])
-def test_a_server_that_is_well_but_failed_an_update_serves_nothing_until_it_has_one(
+def test_a_working_server_that_failed_an_update_serves_nothing_until_it_has_one(
     server: tuple[str, Script], tmp_path: Path, fault: str
 ) -> None:
     url, script = server
@@ -321,7 +331,7 @@ def test_a_server_that_is_well_but_failed_an_update_serves_nothing_until_it_has_
             await engine.pause()
             with pytest.raises(UpdateFailed, match="update_weights_from_disk"):
                 await engine.update_weights(update)
-            with pytest.raises(UpdateFailed, match="half of an update"):
+            with pytest.raises(UpdateFailed, match="part of a weight update"):
                 await engine.resume()
             await engine.update_weights(update)
             await engine.resume()
@@ -345,30 +355,30 @@ def test_a_server_that_hangs_in_an_update_is_given_up(server: tuple[str, Script]
     asyncio.run(scenario())
 
 
-def test_an_update_may_take_the_longer_the_larger_the_model() -> None:
+def test_the_time_limit_of_an_update_grows_with_the_model() -> None:
     assert ServerSettings(hang_seconds=60).update_seconds(32 * 10**9) == 60 + 320
     assert ServerSettings(hang_seconds=60, update_timeout_seconds=5).update_seconds(32 * 10**9) == 5
 
 
-def test_an_end_token_that_is_not_ours_ends_nothing(server: tuple[str, Script]) -> None:
+def test_the_models_own_end_token_does_not_end_a_response(server: tuple[str, Script]) -> None:
     url, _ = server
 
     async def scenario() -> None:
         async with attached(url) as engine:
             sampling = replace(SAMPLING, n=1, stop_token_ids=(77,), max_tokens=8)
-            (generation,), *_ = await engine.generate(PROMPTS[:1], sampling)
-            assert generation.token_ids == [103, 104, 105, 106, END_TOKEN, 108, 109, 110]
-            assert generation.finish_reason == "length"
+            (response,), *_ = await engine.generate(PROMPTS[:1], sampling)
+            assert response.token_ids.tolist() == [103, 104, 105, 106, END_TOKEN, 108, 109, 110]
+            assert response.finish_reason == "length"
 
     asyncio.run(scenario())
 
 
-def test_a_server_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
+def test_a_server_that_cannot_be_reached_is_an_error() -> None:
     url = "http://127.0.0.1:9"
     settings = ServerSettings(urls=[url], start_timeout_seconds=0.2)
 
     async def scenario() -> None:
         with pytest.raises(EngineLost, match=r"did not answer within 0\.2 s"):
-            await HttpEngine("sglang", settings, LAUNCH, url).start()
+            await HttpEngine(replace(LAUNCH, server=settings, url=url)).start()
 
     asyncio.run(scenario())

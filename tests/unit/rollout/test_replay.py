@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.observability.rollouts import DumpedResponse, dumps, write_rollouts
+from megatron_rl.rollout.dump import DumpedResponse, dumps, write_rollouts
 from megatron_rl.rollout.replay import Replay
 from megatron_rl.types import Prompt, Response, RewardResult
 

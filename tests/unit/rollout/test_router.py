@@ -1,6 +1,6 @@
-"""How sglang-router is started and when it is not, and what becomes of requests when servers behind it come and go.
+"""The start of sglang-router, and requests while servers behind it come and go.
 
-What it does itself is tested with the real one, in tests/engines."""
+The router itself is tested with the real one, in tests/engines."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ import pytest
 
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.engines.interface import Address, response_of
 from megatron_rl.rollout.servers import requests
 from megatron_rl.rollout.servers import router as module
 from megatron_rl.rollout.servers.liveness import Liveness
-from megatron_rl.rollout.servers.requests import Requests
+from megatron_rl.rollout.servers.requests import ServerRequests
 from megatron_rl.rollout.servers.router import Router, command
-from megatron_rl.rollout.servers.server import Address, ServerUnavailable
-from megatron_rl.types import Generation, SamplingParams
+from megatron_rl.rollout.servers.server import ServerUnavailable
+from megatron_rl.types import Response, SamplingParams
 
 A, B = Address("http://a"), Address("http://b")
 SAMPLING = SamplingParams(n=1, max_tokens=4, temperature=1.0, stop_token_ids=(2,), seed=0)
 
 
-def test_a_missing_router_is_said_with_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_router_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # sees no installed package
     bare.chmod(0o755)
@@ -36,7 +37,7 @@ def test_a_missing_router_is_said_with_what_to_do(tmp_path: Path) -> None:
         asyncio.run(router.start())
 
 
-def test_it_listens_on_this_machine_only_and_leaves_health_to_us() -> None:
+def test_the_router_listens_on_this_machine_only_and_checks_no_health() -> None:
     line = command(ServerSettings(router="cache_aware", request_timeout_seconds=0.5), 20_000, 20_001)
     assert line[line.index("--policy") + 1] == "cache_aware"
     assert line[line.index("--request-timeout-secs") + 1] == "1"
@@ -44,70 +45,68 @@ def test_it_listens_on_this_machine_only_and_leaves_health_to_us() -> None:
     assert {"--disable-health-check", "--disable-circuit-breaker"} <= set(line)
 
 
-class Behind:
+class ServersBehind:
     """Servers behind a router. Each request meets the next fault: gone, hangs, or an answer of another version."""
 
     def __init__(self, *faults: str | int) -> None:
-        self.faults, self.urls, self.asked = deque(faults), set[str](), 0
+        self.faults, self.urls, self.requests = deque(faults), set[str](), 0
 
     async def become(self, servers: Sequence[Address]) -> set[str]:
         self.urls = {server.url for server in servers}
         return self.urls
 
     async def abort_all(self) -> None:
-        """A server that hangs does not hear it."""
+        """Does nothing: a hung server does not react."""
 
-    async def generate(
-        self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
-    ) -> list[Generation]:
-        self.asked += 1
+    async def generate(self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float) -> list[Response]:
+        self.requests += 1
         fault = self.faults.popleft() if self.faults else 3
         if fault == "gone":
             raise ServerUnavailable("status 503")
         if fault == "hangs":
             await asyncio.sleep(60)
-        return [Generation([7, 2], [-0.1, -0.1], "stop", int(fault))]
+        return [response_of([7, 2], [-0.1, -0.1], "stop", int(fault))]
 
 
 @pytest.fixture
-def routed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Behind], Router]:
+def routed(monkeypatch: pytest.MonkeyPatch) -> Callable[[ServersBehind], Router]:
     monkeypatch.setattr(requests, "FIRST_BACK_OFF_SECONDS", 0.01)
     monkeypatch.setattr(module, "LEFT_BEHIND_SECONDS", 0.2)
 
-    def make(behind: Behind) -> Router:
-        """Within an event loop."""
+    def make(behind: ServersBehind) -> Router:
+        """Must be called within an event loop."""
         settings = ServerSettings(router="round_robin", urls=[A.url, B.url])
         router, servers = Router(settings), behind
         whatever: Any = servers
         router._liveness, router._servers = Liveness(), whatever
-        router._requests = Requests(servers, settings, router._liveness, ServerUnavailable)
+        router._requests = ServerRequests(servers, settings, router._liveness, ServerUnavailable)
         return router
 
     return make
 
 
 @pytest.mark.parametrize("faults", [(), ("gone", "gone"), (2,), (2, "gone", -1)])
-def test_only_answers_of_the_weights_of_the_run_are_used(
-    routed: Callable[[Behind], Router], faults: tuple[Any]
+def test_only_answers_from_the_weights_of_the_run_are_used(
+    routed: Callable[[ServersBehind], Router], faults: tuple[Any]
 ) -> None:
-    behind = Behind(*faults)
+    behind = ServersBehind(*faults)
 
-    async def scenario() -> list[list[Generation]]:
+    async def scenario() -> list[list[Response]]:
         router = routed(behind)
         await router.serve([A, B], 3)
         return await router.generate([(1,)], SAMPLING)
 
     ((answer,),) = asyncio.run(scenario())
-    assert answer.weight_versions == [3, 3]
-    assert behind.asked == 1 + len(faults)
+    assert answer.weight_versions.tolist() == [3, 3]
+    assert behind.requests == 1 + len(faults)
 
 
-def test_what_a_server_has_that_hangs_is_asked_for_anew_when_it_is_taken_out(
-    routed: Callable[[Behind], Router],
+def test_requests_of_a_hung_server_are_made_again_when_it_is_removed(
+    routed: Callable[[ServersBehind], Router],
 ) -> None:
-    behind = Behind("hangs")
+    behind = ServersBehind("hangs")
 
-    async def scenario() -> list[list[Generation]]:
+    async def scenario() -> list[list[Response]]:
         router = routed(behind)
         await router.serve([A, B], 3)
         asking = asyncio.create_task(router.generate([(1,)], SAMPLING))
@@ -116,11 +115,11 @@ def test_what_a_server_has_that_hangs_is_asked_for_anew_when_it_is_taken_out(
         return await asyncio.wait_for(asking, 3)
 
     ((answer,),) = asyncio.run(scenario())
-    assert answer.finish_reason == "stop" and behind.asked == 2
+    assert answer.finish_reason == "stop" and behind.requests == 2
 
 
-def test_requests_wait_while_there_is_no_server(routed: Callable[[Behind], Router]) -> None:
-    behind = Behind()
+def test_requests_wait_while_there_is_no_server(routed: Callable[[ServersBehind], Router]) -> None:
+    behind = ServersBehind()
 
     async def scenario() -> None:
         router = routed(behind)
@@ -128,7 +127,7 @@ def test_requests_wait_while_there_is_no_server(routed: Callable[[Behind], Route
         await router.serve([], 3)
         asking = asyncio.create_task(router.generate([(1,)], SAMPLING))
         await asyncio.sleep(0.1)
-        assert behind.asked == 0
+        assert behind.requests == 0
         await router.serve([B], 3)
         await asyncio.wait_for(asking, 3)
 

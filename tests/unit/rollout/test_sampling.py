@@ -1,4 +1,4 @@
-"""Whether what is drawn is drawn from the distribution whose log-probs are given."""
+"""Tokens are drawn from the distribution whose log-probs are returned."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_frequencies_are_the_probabilities(temperature: float) -> None:
     torch.testing.assert_close(log_probs, log_p[drawn])
     assert not (drawn == 5).any()  # e^-30
     assert chi_square(drawn, log_p[:5].exp()) < CHI_SQUARE_5_AT_1E_6
-    # What the test could not see, it could not refuse: another temperature fails it.
+    # The test is sensitive enough: tokens at another temperature fail it.
     assert chi_square(drawn, torch.softmax(LOGITS[:5] / (temperature + 0.2), -1)) > CHI_SQUARE_5_AT_1E_6
 
 
@@ -39,11 +39,11 @@ def test_rows_and_steps_are_independent() -> None:
     assert chi_square(pairs, torch.full((4,), 0.25)) < CHI_SQUARE_5_AT_1E_6
 
 
-def test_an_engine_draws_its_first_token_from_the_model(engine: TransformersEngine) -> None:
-    """Over the whole path: prefill, repetition, and a batch for each prompt."""
+def test_an_engine_draws_the_first_token_from_the_models_distribution(engine: TransformersEngine) -> None:
+    """This covers the whole path: prefill, repetition, and a batch for each prompt."""
     prompt = [1, 2, 3]
     sampling = SamplingParams(n=512, max_tokens=1, temperature=1.0, stop_token_ids=(), seed=0)
-    drawn = torch.tensor([g.token_ids[0] for group in engine.generate([prompt] * 8, sampling) for g in group])
+    drawn = torch.tensor([int(g.token_ids[0]) for group in engine.generate([prompt] * 8, sampling) for g in group])
     with torch.inference_mode():
         p = torch.softmax(engine.model(torch.tensor([prompt])).logits[0, -1].double(), -1)
     order = p.argsort(descending=True)

@@ -24,7 +24,7 @@ def alive(pids: list[int]) -> list[int]:
 
 
 async def started(program: str) -> tuple[ServerProcess, list[int]]:
-    """It, and its processes: the two of the guard, and those of the program."""
+    """The server process, and the ids of the guard's two processes and of the program's."""
     process = await ServerProcess.start([sys.executable, "-c", program], {})
     root = psutil.Process(process._process.pid)
     while len(tree := root.children(recursive=True)) < 3:
@@ -33,7 +33,7 @@ async def started(program: str) -> tuple[ServerProcess, list[int]]:
 
 
 @pytest.mark.parametrize("program", [TREE, STUBBORN], ids=["polite", "stubborn"])
-def test_stop_ends_all_of_them(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_ends_all_processes(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         process, pids = await started(program)
         await process.stop()
@@ -42,7 +42,7 @@ def test_stop_ends_all_of_them(program: str, monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(scenario())
 
 
-def test_one_that_dies_takes_the_others_along() -> None:
+def test_a_process_that_dies_takes_the_others_along() -> None:
     async def scenario() -> None:
         process, pids = await started(TREE)
         os.kill(pids[2], signal.SIGKILL)
@@ -54,8 +54,8 @@ def test_one_that_dies_takes_the_others_along() -> None:
 
 
 @pytest.mark.parametrize("guard_as_well", [False, True])
-def test_they_end_with_an_owner_that_was_killed(guard_as_well: bool) -> None:
-    """As Ray ends a worker: with what it has started itself, but not with what that has started."""
+def test_all_processes_end_with_an_owner_that_was_killed(guard_as_well: bool) -> None:
+    """Ray ends a worker in this way: with its children, but not with their children."""
     owner = subprocess.Popen(
         [
             sys.executable,
@@ -78,7 +78,7 @@ def test_they_end_with_an_owner_that_was_killed(guard_as_well: bool) -> None:
     assert alive(pids) == []
 
 
-def test_they_end_with_the_watching_half_of_the_guard() -> None:
+def test_all_processes_end_with_the_watching_half_of_the_guard() -> None:
     async def scenario() -> None:
         process, pids = await started(TREE)
         os.kill(pids[1], signal.SIGKILL)

@@ -1,5 +1,5 @@
-"""What the middleware answers, what it leaves to vLLM's own handler, and what becomes of requests that are given up.
-vLLM itself is stood in for; that the answers are the same is tested with the real one."""
+"""The middleware's answers, the requests that it leaves to vLLM's own handler, and requests that are given up. A fake
+stands in for vLLM; tests/engines compare the answers with those of the real vLLM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 GOOD, BAD, ENDLESS = 5, 6, 7
-"""Last tokens of prompts: what the engine does with them."""
+"""Last tokens of prompts that decide what the fake engine does with them."""
 KEY = [(b"authorization", b"Bearer secret")]
 
 
@@ -26,7 +26,7 @@ class _Span:
 
 
 class Engine:
-    """Answers with two tokens, the second impossible; fails; or is never done."""
+    """Answers with two tokens, of which the second is impossible; fails; or never finishes."""
 
     def __init__(self) -> None:
         self.cancelled = 0
@@ -47,9 +47,9 @@ class Engine:
 
 
 class Call:
-    """One list of requests through the middleware, in two parts; vLLM's own application is behind it."""
+    """One batch of requests to the middleware, sent in two parts; vLLM's own application is behind the middleware."""
 
-    def __init__(self, brief_answers: Any, *ends: int, headers: Any = KEY, path: str = "/brief/generate") -> None:
+    def __init__(self, batch_endpoint: Any, *ends: int, headers: Any = KEY, path: str = "/brief/generate") -> None:
         self.passed_on, self.engine = False, Engine()
         self.sent: list[Any] = []
         body = json.dumps([{"token_ids": [1, end], "sampling_params": {"n": 1}} for end in ends]).encode()
@@ -59,16 +59,16 @@ class Call:
         ]
         state = SimpleNamespace(engine_client=self.engine, args=SimpleNamespace(api_key=None))
         scope = {"type": "http", "path": path, "headers": headers, "app": SimpleNamespace(state=state)}
-        asyncio.run(brief_answers(self.app)(scope, self.receive, self.send))
+        asyncio.run(batch_endpoint(self.app)(scope, self.receive, self.send))
 
     @property
     def choices(self) -> dict[int, Any]:
-        """Of each request, in the order in which they came."""
+        """Choices of each request, in the order of the answers."""
         lines = [json.loads(message["body"]) for message in self.sent[1:] if message["body"]]
         return {line["request"]: line["choices"] for line in lines}
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
-        assert len(self._messages) == 2, "nothing of the request has been read"
+        assert len(self._messages) == 2, "a part of the request was read"
         self.passed_on = True
 
     async def receive(self) -> Any:
@@ -82,7 +82,7 @@ class Call:
 
 
 @pytest.fixture
-def brief_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def batch_endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in ("vllm", "vllm.inputs", "vllm.sampling_params"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["vllm"].SamplingParams = lambda **fields: fields  # type: ignore[attr-defined]
@@ -96,8 +96,8 @@ def brief_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del sys.modules["megatron_rl.rollout.engines.vllm.batch_endpoint"]
 
 
-def test_each_request_has_its_answer(brief_answers: Any) -> None:
-    call = Call(brief_answers, GOOD, GOOD)
+def test_each_request_gets_its_own_answer(batch_endpoint: Any) -> None:
+    call = Call(batch_endpoint, GOOD, GOOD)
     assert not call.passed_on and call.sent[0]["status"] == 200 and not call.sent[-1].get("more_body")
     choice = {
         "index": 0,
@@ -109,14 +109,16 @@ def test_each_request_has_its_answer(brief_answers: Any) -> None:
     assert call.choices == {0: [choice], 1: [choice]}
 
 
-def test_one_that_fails_is_left_to_vllms_handler_alone(brief_answers: Any) -> None:
-    choices = Call(brief_answers, GOOD, BAD, GOOD).choices
+def test_a_failing_request_is_left_to_vllms_handler(batch_endpoint: Any) -> None:
+    choices = Call(batch_endpoint, GOOD, BAD, GOOD).choices
     assert choices.keys() == {0, 1, 2} and choices[0] and choices[1] is None and choices[2]
 
 
-def test_nobody_waits_for_the_slowest_and_what_is_given_up_leaves_the_engine(brief_answers: Any) -> None:
-    call = Call(brief_answers, ENDLESS, GOOD, ENDLESS)
-    assert call.choices.keys() == {1} and call.sent[-1]["more_body"], "the answer has no end"
+def test_answers_do_not_wait_for_the_slowest_request_and_given_up_requests_leave_the_engine(
+    batch_endpoint: Any,
+) -> None:
+    call = Call(batch_endpoint, ENDLESS, GOOD, ENDLESS)
+    assert call.choices.keys() == {1} and call.sent[-1]["more_body"], "the answer has ended"
     assert call.engine.cancelled == 2
 
 
@@ -124,6 +126,6 @@ def test_nobody_waits_for_the_slowest_and_what_is_given_up_leaves_the_engine(bri
     "changes",
     [{"path": "/inference/v1/generate"}, {"headers": []}, {"headers": [(b"authorization", b"Bearer Secret")]}],
 )
-def test_the_rest_is_vllms(brief_answers: Any, changes: dict[str, Any]) -> None:
-    call = Call(brief_answers, GOOD, **changes)
+def test_all_other_requests_are_passed_on_to_vllm(batch_endpoint: Any, changes: dict[str, Any]) -> None:
+    call = Call(batch_endpoint, GOOD, **changes)
     assert call.passed_on and not call.sent

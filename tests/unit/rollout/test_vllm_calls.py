@@ -1,4 +1,4 @@
-"""What vLLM is asked for, and in which order; that it takes it is tested with real servers."""
+"""The HTTP calls to vLLM and their order; tests/engines make them with real servers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.rollout.engines.interface import Address
 from megatron_rl.rollout.engines.vllm.server import VllmServer
-from megatron_rl.rollout.servers.server import Address, ServerUnavailable
+from megatron_rl.rollout.servers.server import ServerUnavailable
 from megatron_rl.weight_sync.transport import FolderUpdate
 
 UPDATE = FolderUpdate(4, (Path("part-0"), Path("part-1")))
-TAKEN = ["/collective_rpc end_open_update", "/start_weight_update", "/update_weights", "/update_weights"]
-TAKEN += ["/finish_weight_update", "/collective_rpc weight_failure", "/reset_prefix_cache", "/update_weight_version"]
+UPDATE_CALLS = ["/collective_rpc end_open_update", "/start_weight_update", "/update_weights", "/update_weights"]
+UPDATE_CALLS += [
+    "/finish_weight_update",
+    "/collective_rpc weight_failure",
+    "/reset_prefix_cache",
+    "/update_weight_version",
+]
 
 
-class Asked:
-    """In the place of a connection."""
+class FakeConnection:
+    """Records calls in place of a connection."""
 
     def __init__(self, server: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
@@ -32,36 +38,36 @@ class Asked:
         return {"results": [[]]}
 
 
-def test_nothing_is_begun_with_half_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_stays_paused_after_a_partial_update(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         server = VllmServer(Address("http://unused"))
-        asked = Asked(server, monkeypatch)
-        asked.fails = "/update_weights"
+        connection = FakeConnection(server, monkeypatch)
+        connection.fails = "/update_weights"
         with pytest.raises(ServerUnavailable):
             await server.load_weights(UPDATE, 1.0)
-        assert asked.calls == ["/pause?mode=abort", *TAKEN[:3]]
-        asked.fails, asked.calls = "", []
+        assert connection.calls == ["/pause?mode=abort", *UPDATE_CALLS[:3]]
+        connection.fails, connection.calls = "", []
         await server.load_weights(UPDATE, 1.0)
-        assert asked.calls == ["/pause?mode=abort", *TAKEN, "/resume"]
+        assert connection.calls == ["/pause?mode=abort", *UPDATE_CALLS, "/resume"]
         await server.close()
 
     asyncio.run(scenario())
 
 
-def test_memory_is_all_given_back_and_taken_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asleep it is paused as it is; to resume it before the cache is there would end it."""
+def test_memory_is_released_at_once_and_restored_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sleeping server is paused already, and would end if it resumed before its cache is restored."""
 
     async def scenario() -> None:
         server = VllmServer(Address("http://unused"))
-        asked = Asked(server, monkeypatch)
+        connection = FakeConnection(server, monkeypatch)
         await server.release_memory(1.0)
         await server.restore_memory("weights", 1.0)
         await server.load_weights(UPDATE, 1.0)
         await server.restore_memory("kv_cache", 1.0)
-        assert asked.calls == ["/sleep?level=2", "/wake_up?tags=weights", *TAKEN, "/wake_up?tags=kv_cache"]
-        asked.calls = []
+        assert connection.calls == ["/sleep?level=2", "/wake_up?tags=weights", *UPDATE_CALLS, "/wake_up?tags=kv_cache"]
+        connection.calls = []
         await server.load_weights(UPDATE, 1.0)
-        assert asked.calls == ["/pause?mode=abort", *TAKEN, "/resume"]
+        assert connection.calls == ["/pause?mode=abort", *UPDATE_CALLS, "/resume"]
         await server.close()
 
     asyncio.run(scenario())

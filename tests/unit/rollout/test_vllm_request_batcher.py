@@ -1,4 +1,4 @@
-"""Requests that go to vLLM as one: each has its own answer, whatever becomes of the others."""
+"""Requests that go to vLLM as one batch: each gets its own answer, whatever happens to the others."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from megatron_rl.config.rollout import ServerSettings
+from megatron_rl.rollout.engines.interface import Address, EngineLaunch
+from megatron_rl.rollout.engines.vllm.kind import KIND
 from megatron_rl.rollout.engines.vllm.request_batcher import PATH
 from megatron_rl.rollout.engines.vllm.server import VllmServer
 from megatron_rl.rollout.servers import requests
 from megatron_rl.rollout.servers.http_engine import HttpEngine
-from megatron_rl.rollout.servers.server import Address, HttpClient, ServerLaunch, ServerRefused, ServerUnavailable
-from megatron_rl.types import Generation, SamplingParams
+from megatron_rl.rollout.servers.server import HttpClient, ServerRefused, ServerUnavailable
+from megatron_rl.types import Response, SamplingParams
 
 SAMPLING = SamplingParams(n=2, max_tokens=4, temperature=1.0, stop_token_ids=(2,), seed=0)
 SLOW, BAD = 90, 91
-"""Prompts that begin so are answered when the server is told to; and by vLLM's own handler, with 400."""
+"""First tokens of prompts: the server answers when the test tells it to; vLLM's own handler answers with status 400."""
 
 
 def choices(asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """The prompt's last token, and the end, by each of the responses."""
+    """Responses that each consist of the prompt's last token and the end token."""
     choice = {
         "token_ids": [asked["token_ids"][-1], 2],
         "logprobs": {"content": [{"logprob": -0.5}] * 2},
@@ -40,12 +42,13 @@ def choices(asked: dict[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass
 class Vllm:
-    """As much of vLLM's HTTP interface as rollouts use, with our middleware or without."""
+    """The part of vLLM's HTTP interface that rollouts use, with our middleware or without it."""
 
-    brief: bool = True
+    middleware: bool = True
     faults: list[str] = field(default_factory=list)
-    """One a list of requests: error, or drop, after half of its answers; none left: it is answered."""
-    lists: list[list[Any]] = field(default_factory=list)
+    """Fault of each next batch: error, or drop, after half of the answers; once they are used up, batches are
+    answered."""
+    batches: list[list[Any]] = field(default_factory=list)
     singles: list[Any] = field(default_factory=list)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     given_up: asyncio.Event = field(default_factory=asyncio.Event)
@@ -53,9 +56,9 @@ class Vllm:
     async def weight_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": "default"})
 
-    async def together(self, request: web.Request) -> web.StreamResponse:
+    async def batch(self, request: web.Request) -> web.StreamResponse:
         asked = await request.json()
-        self.lists.append(asked)
+        self.batches.append(asked)
         fault = self.faults.pop(0) if self.faults else ""
         if fault == "error":
             return web.Response(status=500)
@@ -88,12 +91,12 @@ class Vllm:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
-        """Its URL."""
+        """Gives the server's URL."""
         app = web.Application()
         app.router.add_get("/weight_info", self.weight_info)
         app.router.add_post("/inference/v1/generate", self.single)
-        if self.brief:
-            app.router.add_post(PATH, self.together)
+        if self.middleware:
+            app.router.add_post(PATH, self.batch)
         async with TestServer(app, handler_cancellation=True) as server:
             yield str(server.make_url("")).rstrip("/")
 
@@ -108,12 +111,12 @@ async def server_of(vllm: Vllm) -> AsyncIterator[VllmServer]:
             await server.close()
 
 
-def ask(server: VllmServer, *prompts: Sequence[int]) -> list[asyncio.Task[list[Generation]]]:
+def send(server: VllmServer, *prompts: Sequence[int]) -> list[asyncio.Task[list[Response]]]:
     return [asyncio.create_task(server.generate(prompt, SAMPLING, 10.0)) for prompt in prompts]
 
 
-def first_tokens(groups: Sequence[Sequence[Generation]]) -> list[list[int]]:
-    return [[generation.token_ids[0] for generation in group] for group in groups]
+def first_tokens(groups: Sequence[Sequence[Response]]) -> list[list[int]]:
+    return [[int(response.token_ids[0]) for response in group] for group in groups]
 
 
 Scenario = Callable[[Vllm, VllmServer], Awaitable[None]]
@@ -129,20 +132,20 @@ def run(scenario: Scenario, **vllm: Any) -> Vllm:
     return asyncio.run(main())
 
 
-def test_what_is_asked_at_one_moment_goes_as_one_and_nobody_waits_for_the_slowest() -> None:
+def test_requests_of_one_moment_form_a_batch_whose_answers_do_not_wait_for_the_slowest() -> None:
     async def scenario(vllm: Vllm, server: VllmServer) -> None:
-        first, slow, last = ask(server, (1, 11), (SLOW, 12), (1, 13))
+        first, slow, last = send(server, (1, 11), (SLOW, 12), (1, 13))
         assert first_tokens([await first, await last]) == [[11, 11], [13, 13]] and not slow.done()
         vllm.go_on.set()
         assert first_tokens([await slow]) == [[12, 12]]
-        assert first_tokens(await asyncio.gather(*ask(server, (1, 14)))) == [[14, 14]]
+        assert first_tokens(await asyncio.gather(*send(server, (1, 14)))) == [[14, 14]]
 
-    assert [len(asked) for asked in run(scenario).lists] == [3, 1]
+    assert [len(asked) for asked in run(scenario).batches] == [3, 1]
 
 
-def test_one_that_fails_hears_why_from_vllms_own_handler() -> None:
+def test_vllms_own_handler_reports_why_a_request_fails() -> None:
     async def scenario(vllm: Vllm, server: VllmServer) -> None:
-        good, bad = ask(server, (1, 11), (BAD, 12))
+        good, bad = send(server, (1, 11), (BAD, 12))
         assert first_tokens([await good]) == [[11, 11]]
         with pytest.raises(ServerRefused, match="no such token"):
             await bad
@@ -150,42 +153,42 @@ def test_one_that_fails_hears_why_from_vllms_own_handler() -> None:
     assert len(run(scenario).singles) == 1
 
 
-def test_a_server_without_the_middleware_is_asked_one_by_one() -> None:
+def test_a_server_without_the_middleware_gets_requests_one_by_one() -> None:
     async def scenario(vllm: Vllm, server: VllmServer) -> None:
         for _ in range(2):
-            assert first_tokens(await asyncio.gather(*ask(server, (1, 11), (1, 12)))) == [[11, 11], [12, 12]]
+            assert first_tokens(await asyncio.gather(*send(server, (1, 11), (1, 12)))) == [[11, 11], [12, 12]]
 
-    assert len(run(scenario, brief=False).singles) == 4
+    assert len(run(scenario, middleware=False).singles) == 4
 
 
 @pytest.mark.parametrize(("fault", "answered"), [("error", 0), ("drop", 2)])
-def test_a_failure_meets_those_without_an_answer(fault: str, answered: int) -> None:
+def test_a_failed_batch_fails_the_requests_without_an_answer(fault: str, answered: int) -> None:
     async def scenario(vllm: Vllm, server: VllmServer) -> None:
-        found = await asyncio.gather(*ask(server, (1, 11), (1, 12), (1, 13), (1, 14)), return_exceptions=True)
+        found = await asyncio.gather(*send(server, (1, 11), (1, 12), (1, 13), (1, 14)), return_exceptions=True)
         assert [isinstance(one, list) for one in found] == [True] * answered + [False] * (4 - answered)
         assert all(isinstance(one, ServerUnavailable) for one in found[answered:])
-        assert first_tokens([await ask(server, (1, 15))[0]]) == [[15, 15]], "the server is well again"
+        assert first_tokens([await send(server, (1, 15))[0]]) == [[15, 15]], "the server does not answer again"
 
     assert not run(scenario, faults=[fault]).singles
 
 
-def test_what_nobody_waits_for_is_given_up() -> None:
+def test_a_batch_is_given_up_when_all_its_requests_are_cancelled() -> None:
     async def scenario(vllm: Vllm, server: VllmServer) -> None:
-        first, second, third = ask(server, (SLOW, 11), (SLOW, 12), (1, 13))
+        first, second, third = send(server, (SLOW, 11), (SLOW, 12), (1, 13))
         await third
         first.cancel()
         await asyncio.sleep(0.1)
-        assert not vllm.given_up.is_set(), "the second is waited for"
+        assert not vllm.given_up.is_set(), "the second request was given up too"
         second.cancel()
         await vllm.given_up.wait()
-        (early,) = ask(server, (SLOW, 14))
+        (early,) = send(server, (SLOW, 14))
         await asyncio.sleep(0)
         early.cancel()
 
-    assert len(run(scenario).lists) == 1, "what was given up at once was never sent"
+    assert len(run(scenario).batches) == 1, "a request that was cancelled at once was sent"
 
 
-def test_nothing_is_lost_or_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_response_is_lost_or_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "FIRST_BACK_OFF_SECONDS", 0.01)
     prompts = [(1, 10 + i) for i in range(40)]
 
@@ -193,7 +196,7 @@ def test_nothing_is_lost_or_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None
         vllm = Vllm(faults=["drop", "error", "drop", "drop"])
         async with vllm.running() as url:
             settings = ServerSettings(urls=[url], request_attempts=8)
-            engine = HttpEngine("vllm", settings, ServerLaunch(Path("unused"), "cpu", "float32", 1, 64), url)
+            engine = HttpEngine(EngineLaunch(KIND, Path("unused"), "cpu", "float32", 64, settings, url))
             await engine.start()
             await engine.resume()
             try:
@@ -204,11 +207,11 @@ def test_nothing_is_lost_or_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None
         return vllm
 
     vllm = asyncio.run(scenario())
-    assert not vllm.faults and len(vllm.lists[0]) == 40
+    assert not vllm.faults and len(vllm.batches[0]) == 40
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000])
-def test_lines_are_whole_however_they_come(size: int) -> None:
+def test_lines_are_complete_however_they_are_split(size: int) -> None:
     rows = [{"request": i, "choices": ["x" * i]} for i in range(9)]
     text = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 

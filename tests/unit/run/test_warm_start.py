@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_rl.actor.optimizer.schedule import learning_rate
+from megatron_rl.actor.optimizer.learning_rate import learning_rate
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.checkpoint.hf_shards import HfShard
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
+from megatron_rl.models.hf_shards import HfShard
 from megatron_rl.run.warm_start import _key, _read_traces, warm_start
 
 TEXT = """\
@@ -154,10 +154,10 @@ def test_traces_are_sequences_whose_response_is_trained_on() -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([], r"x\.parquet: there are no traces"),
+        ([], r"x\.parquet contains no traces"),
         ([("1", "2"), ("", "2")], r"x\.parquet: prompt of row 1 is ''; text is expected"),
         ([("1", "2"), ("1", None)], r"x\.parquet: response of row 1 is None; text is expected"),
-        ([("one", "2")], r"x\.parquet: prompt of row 0 is no token"),
+        ([("one", "2")], r"x\.parquet: prompt of row 0 gives no tokens"),
     ],
 )
 def test_traces_that_cannot_be_trained_on_are_refused(rows: list[tuple[str | None, str | None]], words: str) -> None:

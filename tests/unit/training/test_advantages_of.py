@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 
+from lpreg.advantages import ESTIMATORS
 from megatron_rl.config.algorithm import AlgorithmSettings
+from megatron_rl.errors import UserError
 from megatron_rl.rollout.buffer import Group
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.training.batch import TrainingBatch, training_batch
@@ -52,7 +56,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("estimator", get_args(AlgorithmSettings.model_fields["advantage"].annotation))
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_of_the_configuration(estimator: str) -> None:
     batch, metrics = batch_of(advantage=estimator)
     np.testing.assert_allclose(batch.advantages, BY_HAND[estimator], rtol=1e-5)
@@ -96,3 +100,15 @@ def test_fresh_tokens_are_those_that_the_weights_in_training_sampled() -> None:
         step = Rollouts(groups, np.array([True, False, True]), weight_version=version)
         batch, _ = training_batch(config, step, lambda results: [0.0] * len(results))
         assert batch.fresh.tolist() == fresh
+
+
+def test_an_estimator_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("own_advantages.py").write_text("def centred(r, g): return r - 0.5\n\ndef wrong(r, g): return r[:1]\n")
+    batch, _ = batch_of(advantage="own_advantages:centred")
+    assert batch.advantages.tolist() == [reward - 0.5 for reward in REWARDS]
+    with pytest.raises(UserError, match=r"algorithm\.advantage='own_advantages:wrong': the estimator must return"):
+        batch_of(advantage="own_advantages:wrong")
+    with pytest.raises(UserError, match=r"algorithm\.advantage='own_advantages:absent'.* has no 'absent'"):
+        batch_of(advantage="own_advantages:absent")

@@ -102,7 +102,7 @@ class Step:
             return {}, proxy
         self.asked.append(f"{weights} {rows}")
         values = {"log_probs": LOG_PROBS[::-1][place], "entropy": ENTROPY[place]}
-        return values | {"log_z": np.full(len(place), -0.5), "kept": place % 2 == 0}, proxy
+        return values | {"log_z": np.full(len(place), -0.5), "in_filter": place % 2 == 0}, proxy
 
     @property
     def values(self) -> dict[str, Array]:
@@ -135,8 +135,8 @@ def test_off_policy_one_forward_fixes_the_old_policy(score_dropped: bool, rows: 
     known = tokens_of(rows)
     assert step.values["old_log_probs"][known].tolist() == LOG_PROBS[::-1][known].tolist()
     assert step.values["old_log_z"][known].tolist() == [-0.5] * len(known)
-    assert step.values["old_kept"].dtype == bool
-    assert step.values["old_kept"][known].tolist() == [place % 2 == 0 for place in known]
+    assert step.values["old_in_filter"].dtype == bool
+    assert step.values["old_in_filter"][known].tolist() == [place % 2 == 0 for place in known]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from megatron_rl.utils.memory import Reused, fresh
 
 
-def test_each_takes_the_place_of_the_last() -> None:
+def test_reused_memory_gives_every_tensor_the_same_buffer() -> None:
     memory, like = Reused(), torch.zeros(1, dtype=torch.bfloat16)
     large = memory(like, (4, 5))
     assert (large.shape, large.dtype) == ((4, 5), torch.bfloat16) and large.is_contiguous()
@@ -17,7 +17,7 @@ def test_each_takes_the_place_of_the_last() -> None:
     assert larger.numel() == 100 and memory(like, (4, 5)).data_ptr() == larger.data_ptr()
 
 
-def test_fresh_memory_may_be_kept() -> None:
+def test_fresh_memory_gives_every_tensor_its_own_buffer() -> None:
     like = torch.zeros(2)
     first, second = fresh(like, (3,)), fresh(like, (3,))
     assert first.data_ptr() != second.data_ptr() and first.dtype == like.dtype

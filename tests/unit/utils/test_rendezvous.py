@@ -13,28 +13,28 @@ from tests.meeting import HOST
 SOON, AT_ONCE = timedelta(seconds=30), timedelta(seconds=1)
 
 
-def come(port: int, answer: Connection) -> None:
+def join(port: int, answer: Connection) -> None:
     store = store_at(HOST, port, SOON)
-    store.set("come", "yes")
-    answer.send(store.get("seen"))
+    store.set("joined", "yes")
+    answer.send(store.get("greeting"))
 
 
-def test_processes_find_each_other() -> None:
+def test_two_processes_exchange_keys_through_the_store() -> None:
     port = open_port(HOST)
     ours, theirs = multiprocessing.Pipe()
-    other = multiprocessing.get_context("spawn").Process(target=come, args=(port, theirs))
+    other = multiprocessing.get_context("spawn").Process(target=join, args=(port, theirs))
     other.start()
     try:
         store = store_at(HOST, port, SOON)
-        assert store.get("come") == b"yes"
-        store.set("seen", "you")
-        assert ours.poll(30) and ours.recv() == b"you"
+        assert store.get("joined") == b"yes"
+        store.set("greeting", "hello")
+        assert ours.poll(30) and ours.recv() == b"hello"
     finally:
         other.kill()
         other.join()
 
 
-def test_the_port_is_held_from_the_start_and_at_that_address_alone() -> None:
+def test_an_opened_port_is_in_use_at_once_and_on_that_address_only() -> None:
     port = open_port(HOST)
     with pytest.raises(OSError, match="in use"):
         socket.create_server((HOST, port))
@@ -43,8 +43,8 @@ def test_the_port_is_held_from_the_start_and_at_that_address_alone() -> None:
     store_at(HOST, port, AT_ONCE)
 
 
-def test_where_nobody_opened_a_port_it_says_so_in_time() -> None:
-    with socket.socket() as taken:  # and no one listens
+def test_joining_a_port_without_a_store_fails_within_the_timeout() -> None:
+    with socket.socket() as taken:  # bound, but not listening
         taken.bind((HOST, 0))
         with pytest.raises(DistNetworkError):
             store_at(HOST, taken.getsockname()[1], AT_ONCE)

@@ -1,6 +1,6 @@
-"""In place of CUDA's runtime, where there is no GPU: its calls for memory that processes share, with the host's memory.
+"""Stand-in for the CUDA runtime on machines without a GPU: its calls for shared memory, backed by host memory.
 
-What it is called with is real: addresses, and a handle of 64 bytes passed by value.
+The arguments of the calls are real: addresses, and a handle of 64 bytes passed by value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_rl.weight_sync import cuda_runtime
 from megatron_rl.weight_sync.cuda_runtime import _Handle
 
 FOLDER = "CUDA_STAND_IN_FOLDER"
-"""Environment variable: where its memory is, and what is mapped."""
+"""Environment variable with the folder of the memory files and of the marks of mapped memory."""
 STREAM = 77
 OUT_OF_MEMORY, INVALID_VALUE, INVALID_HANDLE = 2, 1, 400
 MESSAGE = ctypes.create_string_buffer(b"error of the stand-in")
@@ -29,7 +29,7 @@ MOST = 2**20
 
 
 class StandIn:
-    """The library, as ctypes would load it."""
+    """The library, in place of the one that ctypes would load."""
 
     def __init__(self, name: str) -> None:
         assert name == "libcudart.so.12"
@@ -53,7 +53,7 @@ class StandIn:
         return self.map(out, path, path)
 
     def map(self, out: Any, path: Path, mark: Path) -> int:
-        """mark: a file that is there as long as the map is."""
+        """Map a file. mark: a file that exists as long as the mapping does."""
         mark.touch()
         with path.open("r+b") as file:
             mapped = mmap.mmap(file.fileno(), 0)
@@ -76,7 +76,7 @@ class StandIn:
 
     def handle(self, out: Any, address: int) -> int:
         name = self.maps[address][1].name.encode()
-        out[0].reserved[:] = (b"\0\xff\0" + name).ljust(64, b"\0")  # a handle is no text
+        out[0].reserved[:] = (b"\0\xff\0" + name).ljust(64, b"\0")  # a handle is not text
         return 0
 
     def open(self, out: Any, handle: _Handle, flags: int) -> int:
@@ -91,7 +91,7 @@ class StandIn:
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process; those that it starts call `take_over` themselves."""
+    """Install the stand-in in this process. Child processes call `take_over` themselves."""
     monkeypatch.setenv(FOLDER, str(folder))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(cuda_runtime, "ctypes", SimpleNamespace(CDLL=StandIn))
@@ -103,5 +103,5 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def take_over() -> None:
-    """For the rest of this process."""
+    """Install the stand-in for the rest of this process."""
     install(Path(os.environ[FOLDER]), pytest.MonkeyPatch())

@@ -20,12 +20,12 @@ def named(shapes: list[tuple[list[int], torch.dtype]]) -> list[tuple[str, torch.
 
 
 @given(tensors, st.integers(1, 200), st.booleans())
-def test_both_sides_cut_alike_and_nothing_is_lost(
+def test_both_sides_make_the_same_buckets_and_nothing_is_lost(
     shapes: list[tuple[list[int], torch.dtype]], limit: int, reuse: bool
 ) -> None:
     sent = named(shapes)
     buckets = bucket_specs([TensorSpec.of(name, tensor) for name, tensor in sent], limit)
-    flats = flattened(in_one_place(sent), limit, Reused() if reuse else fresh)
+    flats = flattened(in_shared_memory(sent), limit, Reused() if reuse else fresh)
     received = []
     for bucket, flat in zip(buckets, flats, strict=True):
         assert len(bucket) == 1 or sum(spec.nbytes for spec in bucket) <= limit
@@ -37,14 +37,14 @@ def test_both_sides_cut_alike_and_nothing_is_lost(
         assert torch.equal(tensor, other)
 
 
-def in_one_place(tensors: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each gone when the next is drawn."""
+def in_shared_memory(tensors: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors that share memory, so that each is overwritten when the next one is drawn."""
     memory = Reused()
     for name, tensor in tensors:
         yield name, memory(tensor, tensor.shape).copy_(tensor)
 
 
-def test_a_large_tensor_goes_alone() -> None:
+def test_a_large_tensor_has_its_own_bucket() -> None:
     sizes = [1, 100, 1, 1]
     buckets = bucket_specs([TensorSpec(f"t{i}", "uint8", (size,)) for i, size in enumerate(sizes)], 8)
     assert [[spec.nbytes for spec in bucket] for bucket in buckets] == [[1], [100], [1, 1]]

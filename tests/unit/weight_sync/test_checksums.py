@@ -1,4 +1,4 @@
-"""Checksums of a server's tensors, from Hugging Face tensors that pass one at a time."""
+"""Checksums of a server's fused tensors, taken from Hugging Face tensors that pass one at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, VOCABULARY = 4, 2, 8, 32, 48, 70
 
 
 def model() -> dict[str, torch.Tensor]:
-    """In the order in which an actor sends."""
+    """Tensors in the order in which the actor sends them."""
     torch.manual_seed(0)
     shapes = {
         "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
@@ -42,7 +42,7 @@ def taken(ranks: int) -> Checksums:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_fused_tensors_are_those_of_each_rank(ranks: int) -> None:
+def test_fused_checksums_are_those_of_each_ranks_tensors(ranks: int) -> None:
     sent, w = taken(ranks), model()
     for rank in range(ranks):
         qkv = torch.cat([w[f"{LAYER}.self_attn.{n}_proj.weight"].chunk(ranks)[rank] for n in "qkv"])
@@ -64,17 +64,17 @@ def test_fused_tensors_are_those_of_each_rank(ranks: int) -> None:
         assert names == {name: value for name, value in sent.fused.items() if name.startswith(f"{rank}:")}
 
 
-def test_plain_ones_are_those_of_the_tensors() -> None:
+def test_plain_checksums_are_those_of_the_tensors() -> None:
     assert taken(1).plain == {name: sha256(tensor) for name, tensor in model().items()}
 
 
-def test_a_tensor_that_lies_anywhere_has_the_checksum_of_its_values() -> None:
-    whole = torch.arange(12.0).reshape(3, 4)
-    assert sha256(whole.T) == sha256(whole.T.contiguous()) != sha256(whole)
+def test_a_checksum_depends_on_values_not_on_strides() -> None:
+    tensor = torch.arange(12.0).reshape(3, 4)
+    assert sha256(tensor.T) == sha256(tensor.T.contiguous()) != sha256(tensor)
     assert sha256(torch.zeros(0, 3)) == hashlib.sha256().hexdigest()
 
 
-def test_one_that_differs_is_named_and_shortened_ones_count() -> None:
+def test_a_difference_is_named_and_shortened_checksums_compare() -> None:
     sent = {"a": "0123456789", "b": "abcdef"}
     assert compare(sent, {"a": "0123", "b": "abcdef", "buffer": "77"}, 4) == 2
     with pytest.raises(WeightsDamaged, match="version 4 arrived damaged: 1 of 2 tensors differ, the first is b"):
@@ -82,13 +82,13 @@ def test_one_that_differs_is_named_and_shortened_ones_count() -> None:
 
 
 @pytest.mark.parametrize("held", [{}, {"c": "1"}])
-def test_nothing_to_compare_is_no_proof(held: dict[str, str]) -> None:
-    with pytest.raises(WeightsDamaged, match="none of the names is known"):
+def test_nothing_to_compare_is_an_error(held: dict[str, str]) -> None:
+    with pytest.raises(WeightsDamaged, match="the engine knows none of the names"):
         compare({"a": "1"}, held, 1)
     with pytest.raises(WeightsDamaged, match="1 of 1"):
         compare({"a": "1"}, {"a": ""}, 1)
 
 
-def test_stages_are_merged() -> None:
+def test_checksums_of_stages_are_merged() -> None:
     merged = Checksums.merge([Checksums({"a": "1"}, {"0:a": "2"}), Checksums({"b": "3"}, {})])
     assert merged == Checksums({"a": "1", "b": "3"}, {"0:a": "2"})

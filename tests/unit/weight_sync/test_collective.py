@@ -1,4 +1,4 @@
-"""The broadcast, between a sender and engines that are processes."""
+"""The broadcast between a sender and engines in processes of their own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def member(port: int, rank: int, size: int, timeout_seconds: float) -> GroupMemb
 
 
 def engine(mine: GroupMember, buckets_to_take: int, then: str, answer: Connection) -> None:
-    """A process with a group of its own, as an engine has, that takes so many buckets of one update after the other."""
+    """A process that receives a number of buckets, update after update. Like an engine, it has a group of its own."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=120))
     group = process_group.join(mine)
     received: dict[str, str] = {}
@@ -47,7 +47,7 @@ def engine(mine: GroupMember, buckets_to_take: int, then: str, answer: Connectio
     answer.send(received)
     if then == "leave":
         process_group.leave(group)
-        del group  # its connections end with it
+        del group  # the connections close when the group is freed
     if then != "end":
         threading.Event().wait()
 
@@ -55,7 +55,7 @@ def engine(mine: GroupMember, buckets_to_take: int, then: str, answer: Connectio
 def run(
     buckets_to_take: list[int], timeout_seconds: float = 120.0, then: str = "end"
 ) -> tuple[CollectiveTransport, list[Any]]:
-    """then: what the first engine does when it has them: end, hang, or leave the group."""
+    """Start a sender and engines. then: what the first engine does afterwards: end, hang, or leave the group."""
     context = multiprocessing.get_context("spawn")
     port, size = open_port(HOST), 1 + len(buckets_to_take)
     engines = []
@@ -76,7 +76,7 @@ def end(engines: list[Any]) -> None:
         process.join()
 
 
-def test_every_engine_gets_every_tensor() -> None:
+def test_every_engine_receives_every_tensor() -> None:
     transport, engines = run([3, 3])
     try:
         pushed = transport.push(iter(tensors()), 7, ChecksumTaker(1))
@@ -89,11 +89,11 @@ def test_every_engine_gets_every_tensor() -> None:
         end(engines)
 
 
-def test_an_engine_that_dies_on_the_way_is_noticed() -> None:
+def test_an_engine_that_dies_during_an_update_is_noticed() -> None:
     transport, engines = run([3, 1])
     try:
-        with pytest.raises(WeightsNotSent, match="weights of version 7 broke off"):
-            for _ in range(50):  # what one side has sent may lie in buffers for a while
+        with pytest.raises(WeightsNotSent, match="sending weights of version 7 failed"):
+            for _ in range(50):  # sent data may stay in buffers for a while
                 transport.push(iter(tensors()), 7)
     finally:
         transport.close()
@@ -101,14 +101,14 @@ def test_an_engine_that_dies_on_the_way_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("then", ["leave", "hang"])
-def test_nobody_waits_for_one_that_has_given_up(then: str) -> None:
-    """One that hangs is waited for until the limit, one that leaves is not; the other engine learns of it too."""
+def test_no_process_waits_for_an_engine_that_gave_up(then: str) -> None:
+    """A hanging engine is waited for until the timeout, a leaving one is not. The other engine fails too."""
     transport, engines = run([1, 10_000], 300.0, then)
     try:
-        if then == "hang":  # the sender's limit, now that all have come
+        if then == "hang":  # shorten the sender's timeout, now that all have joined
             assert transport._group is not None
             transport._group.set_timeout(timedelta(seconds=1))
-        with pytest.raises(WeightsNotSent, match="weights of version 7 broke off"):
+        with pytest.raises(WeightsNotSent, match="sending weights of version 7 failed"):
             for _ in range(50):
                 transport.push(iter(tensors()), 7)
         (first, _), (second, _) = engines
@@ -119,7 +119,7 @@ def test_nobody_waits_for_one_that_has_given_up(then: str) -> None:
         end(engines)
 
 
-def test_an_engine_that_does_not_come_is_noticed() -> None:
+def test_an_engine_that_does_not_join_is_noticed() -> None:
     transport = CollectiveTransport(member(open_port(HOST), 0, 2, 1.0), 0, LIMIT)
-    with pytest.raises(WeightsNotSent, match="not all engines came"):
+    with pytest.raises(WeightsNotSent, match="not all engines joined"):
         transport.connect()

@@ -1,4 +1,4 @@
-"""What is written into a folder is what an engine reads from it."""
+"""The weights that an engine reads from a folder are those that were written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_rl.weight_sync.folder import FolderTransport
 from megatron_rl.weight_sync.transport import FolderUpdate, Pushed
 
 SMALL = 256
-"""Bytes: less than all tensors take together."""
+"""Bytes of a bucket, fewer than all tensors take together."""
 
 
 def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Signs, subnormals and infinities among them, a transposed view, and one number."""
+    """Values with signs, subnormals and infinities, a transposed view, and a scalar."""
     torch.manual_seed(0)
     values = torch.randn(64) * torch.logspace(-40, 38, 64)
     values[:3] = torch.tensor([float("inf"), -0.0, float("-inf")])
@@ -43,7 +43,7 @@ def held(stages: FolderUpdate) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_pushed_arrives_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_pushed_weights_arrive_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     pushed = push(tmp_path, dtype=dtype)
     arrived, sent = dict(update(pushed).tensors()), tensors(dtype)
     assert set(arrived) == {f"0.{name}" for name in sent}
@@ -62,8 +62,8 @@ def test_no_file_holds_more_than_a_bucket(tmp_path: Path) -> None:
     assert {path.name for path in pushed.parts} == {f"stage-00-bucket-00{i}.safetensors" for i in range(2)}
 
 
-def test_types_of_other_widths_do_not_share_a_file(tmp_path: Path) -> None:
-    """What follows an odd number of narrow values could not be mapped."""
+def test_dtypes_do_not_share_a_file(tmp_path: Path) -> None:
+    """Wider values after an odd number of narrow ones would be misaligned for mapping."""
     sent = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.bfloat16)}
     pushed = FolderTransport(tmp_path, 0, SMALL).push(sent.items(), 1)
     arrived = dict(update(pushed).tensors())
@@ -73,26 +73,26 @@ def test_types_of_other_widths_do_not_share_a_file(tmp_path: Path) -> None:
     }
 
 
-def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
     pushed = push(tmp_path)
     assert pushed.checksums
     path = pushed.parts[0]
-    whole = path.read_bytes()
+    content = path.read_bytes()
     for back in range(1, 200, 37):
-        damaged = bytearray(whole)
+        damaged = bytearray(content)
         damaged[-back] ^= 0x40
         path.write_bytes(damaged)
         with pytest.raises(WeightsDamaged, match=r"weights of version 1 arrived damaged: 1 of 3 .* first is 0\."):
             compare(pushed.checksums.plain, held(update(pushed)), 1)
 
 
-def test_the_files_of_all_stages_are_one_update(tmp_path: Path) -> None:
+def test_the_files_of_all_stages_form_one_update(tmp_path: Path) -> None:
     stages = [push(tmp_path, stage) for stage in range(3)]
     names = [name for name, _ in update(*stages).tensors()]
     assert sorted(names) == sorted(f"{stage}.{name}" for stage in range(3) for name in tensors(torch.float32))
 
 
-def test_a_later_version_replaces_the_earlier(tmp_path: Path) -> None:
+def test_a_new_version_replaces_the_previous_one(tmp_path: Path) -> None:
     transport = FolderTransport(tmp_path, 0, SMALL)
     for version in (1, 2):
         pushed = transport.push([("w", torch.full((2,), float(version)))], version)
@@ -102,7 +102,7 @@ def test_a_later_version_replaces_the_earlier(tmp_path: Path) -> None:
 
 
 def test_a_tensor_read_before_a_push_keeps_its_values(tmp_path: Path) -> None:
-    """The file is replaced, not written over: an engine may still have the old one mapped."""
+    """The file is replaced, not overwritten, as an engine may still have the old one mapped."""
     transport = FolderTransport(tmp_path, 0, SMALL)
     (_, mapped), *_ = update(transport.push([("w", torch.ones(1000))], 1)).tensors()
     transport.push([("w", torch.zeros(1000))], 2)

@@ -1,4 +1,4 @@
-"""Weights through memory that is mapped, between senders and engines that are processes; without a GPU, the host's."""
+"""Weights through mapped memory, between senders and engines in processes of their own; host memory without a GPU."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync import cuda_runtime, device_memory
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
+from megatron_rl.weight_sync.folder import PREFIX
 from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport
-from megatron_rl.weight_sync.shared_memory import PREFIX
 from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
 from tests.unit.weight_sync import cuda_stand_in
 
 HOST = "127.0.0.1"
 LIMIT = 400
-"""Bytes: of each half, and of a bucket that is not a tensor."""
+"""Bytes of each half, and of a bucket of several tensors."""
 CPU = torch.device("cpu")
 WAIT = 120
 
 
 def tensors(stage: int) -> list[tuple[str, torch.Tensor]]:
-    """In six buckets, one of them of a tensor that goes in three portions; one not contiguous, two of another type."""
+    """Tensors of six buckets. One tensor takes three portions, one is not contiguous, and two have another dtype."""
     torch.manual_seed(stage)
     shapes = [(30, 2), (31, 2), (20, 1), (20, 2), (125, 2), (3, 3)]
     named = [(f"{stage}.{i}.weight", torch.randn(shape)) for i, shape in enumerate(shapes)]
@@ -53,8 +53,8 @@ class Engine:
     answers: Connection
 
 
-def take(receivers: list[MappedReceiver], trouble: str) -> Any:
-    """An update: checksums of what came, or why it failed."""
+def take(receivers: list[MappedReceiver], failure: str) -> Any:
+    """Receive an update. Returns the checksums of the tensors, or why it failed."""
     received: dict[str, str] = {}
     try:
         for stage, receiver in enumerate(receivers):
@@ -63,21 +63,21 @@ def take(receivers: list[MappedReceiver], trouble: str) -> Any:
                     for name, tensor in coming:
                         received[name] = sha256(tensor)
                     if (stage, number) == (0, 2):
-                        if trouble == "dies":
+                        if failure == "dies":
                             os._exit(1)
-                        if trouble == "fails":
-                            raise ValueError("it does not fit")
+                        if failure == "fails":
+                            raise ValueError("the tensor does not fit")
     except (RuntimeError, ValueError) as error:
         return str(error)
     return received
 
 
-def engine(members: list[GroupMember], trouble: str, updates: int, answers: Connection) -> None:
-    """With a group of its own, as an engine has."""
+def engine(members: list[GroupMember], failure: str, updates: int, answers: Connection) -> None:
+    """A process of an engine, with a process group of its own as engines have."""
     if cuda_stand_in.FOLDER in os.environ:
         cuda_stand_in.take_over()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=WAIT))
-    if trouble == "no room":
+    if failure == "no room":
         device_memory.HostMemory.__init__ = no_room  # type: ignore[method-assign]
     try:
         receivers = [MappedReceiver(member, 0, CPU) for member in members]
@@ -85,7 +85,7 @@ def engine(members: list[GroupMember], trouble: str, updates: int, answers: Conn
         answers.send(str(error))
         return
     for _ in range(updates):
-        answers.send(take(receivers, trouble))
+        answers.send(take(receivers, failure))
     for receiver in receivers:
         receiver.close()
     answers.send("closed")
@@ -96,23 +96,23 @@ def no_room(*_: object) -> None:
 
 
 @contextmanager
-def met(
-    troubles: list[str], stages: int = 1, updates: int = 1, seconds: float = WAIT, device: torch.device = CPU
+def processes(
+    failures: list[str], stages: int = 1, updates: int = 1, seconds: float = WAIT, device: torch.device = CPU
 ) -> Iterator[tuple[list[MappedTransport], list[Engine]]]:
-    """Senders that are still to connect, and engines that wait for them."""
+    """Senders that have not connected yet, and engines that wait for them."""
     context = multiprocessing.get_context("spawn")
     ports, engines = [open_port(HOST) for _ in range(stages)], []
 
     def members(rank: int) -> list[GroupMember]:
-        size = 1 + len(troubles)
+        size = 1 + len(failures)
         return [
             GroupMember(f"mapped-{stage}-{port}", HOST, port, "gloo", size, rank, seconds, mapped=True)
             for stage, port in enumerate(ports)
         ]
 
-    for rank, trouble in enumerate(troubles, start=1):
+    for rank, failure in enumerate(failures, start=1):
         ours, theirs = context.Pipe()
-        process = context.Process(target=engine, args=(members(rank), trouble, updates, theirs))
+        process = context.Process(target=engine, args=(members(rank), failure, updates, theirs))
         process.start()
         theirs.close()
         engines.append(Engine(process, ours))
@@ -127,7 +127,7 @@ def met(
             each.process.join()
 
 
-def at_once(calls: list[Any]) -> None:
+def in_parallel(calls: list[Any]) -> None:
     threads = [Thread(target=call) for call in calls]
     for thread in threads:
         thread.start()
@@ -146,7 +146,7 @@ def mapped_folders() -> list[Path]:
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """cuda: the code for a GPU, upon a stand-in for CUDA's runtime."""
+    """The CPU, or the GPU's code on a stand-in for the CUDA runtime."""
     if request.param == "cuda":
         cuda_stand_in.install(folder, monkeypatch)
     return torch.device(request.param)
@@ -158,10 +158,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     cuda_runtime._library.cache_clear()
 
 
-def test_every_engine_gets_every_tensor_of_two_stages_twice(device: torch.device, folder: Path) -> None:
-    with met(["", ""], stages=2, updates=2, device=device) as (transports, engines):
-        at_once([transport.connect for transport in transports])
-        assert not mapped_folders(), "what is mapped needs no name, which would stay when processes are killed"
+def test_every_engine_receives_two_updates_of_two_stages(device: torch.device, folder: Path) -> None:
+    with processes(["", ""], stages=2, updates=2, device=device) as (transports, engines):
+        in_parallel([transport.connect for transport in transports])
+        assert not mapped_folders(), "mapped memory has no name, which would remain if processes are killed"
         for version in (1, 2):
             pushed: dict[int, Any] = {}
 
@@ -169,7 +169,7 @@ def test_every_engine_gets_every_tensor_of_two_stages_twice(device: torch.device
                 named = iter(tensors(transport.stage))
                 into[transport.stage] = transport.push(named, version, ChecksumTaker(1))
 
-            at_once([lambda transport=transport: push(transport) for transport in transports])
+            in_parallel([lambda transport=transport: push(transport) for transport in transports])
             sent = pushed[0].checksums.plain | pushed[1].checksums.plain
             assert len(sent) == 18
             assert pushed[1].bytes == sum(tensor.nbytes for _, tensor in tensors(1))
@@ -177,57 +177,59 @@ def test_every_engine_gets_every_tensor_of_two_stages_twice(device: torch.device
                 assert answer(each) == sent
         for each in engines:
             assert answer(each) == "closed"
-    assert not list(folder.iterdir()), "all of it was given back"
+    assert not list(folder.iterdir()), "all memory was released"
 
 
 @pytest.mark.parametrize(
-    ("trouble", "of_the_other"), [("fails", "it failed in process 1 of the engines"), ("dies", "")]
+    ("failure", "seen_by_others"), [("fails", "failure in process 1 of the engines"), ("dies", "")]
 )
-def test_an_engine_that_fails_on_the_way_stops_all(trouble: str, of_the_other: str) -> None:
-    with met([trouble, ""]) as (transports, engines):
+def test_an_engine_that_fails_during_an_update_stops_all(failure: str, seen_by_others: str) -> None:
+    with processes([failure, ""]) as (transports, engines):
         transports[0].connect()
-        with pytest.raises(WeightsNotSent, match=f"weights of version 7 broke off after 728 bytes: .*{of_the_other}"):
+        with pytest.raises(
+            WeightsNotSent, match=f"sending weights of version 7 failed after 728 bytes: .*{seen_by_others}"
+        ):
             transports[0].push(iter(tensors(0)), 7)
         other = answer(engines[1])
-        assert isinstance(other, str) and of_the_other in other
-        if trouble == "fails":
-            assert answer(engines[0]) == "it does not fit"
+        assert isinstance(other, str) and seen_by_others in other
+        if failure == "fails":
+            assert answer(engines[0]) == "the tensor does not fit"
 
 
-def test_a_death_is_noticed_by_those_who_are_not_next_to_it() -> None:
-    """In a ring of five: none waits for the limit."""
-    with met(["", "", "dies", ""], seconds=600.0) as (transports, engines):
+def test_an_engine_that_dies_is_noticed_by_processes_not_next_to_it() -> None:
+    """In a ring of five processes, none waits for the timeout."""
+    with processes(["", "", "dies", ""], seconds=600.0) as (transports, engines):
         transports[0].connect()
-        with pytest.raises(WeightsNotSent, match="weights of version 7 broke off after 728 bytes"):
+        with pytest.raises(WeightsNotSent, match="sending weights of version 7 failed after 728 bytes"):
             transports[0].push(iter(tensors(0)), 7)
         for each in engines[:2] + engines[3:]:
             assert isinstance(answer(each), str)
 
 
-def test_a_sender_that_goes_away_is_noticed() -> None:
-    with met([""]) as (transports, engines):
+def test_a_sender_that_fails_is_noticed() -> None:
+    with processes([""]) as (transports, engines):
         transports[0].connect()
 
         def broken() -> Iterator[tuple[str, torch.Tensor]]:
             yield from tensors(0)[:4]
-            raise OSError("the actor's own trouble")
+            raise OSError("the actor failed")
 
-        with pytest.raises(OSError, match="own trouble"):
+        with pytest.raises(OSError, match="the actor failed"):
             transports[0].push(broken(), 7)
         transports[0].close()
         assert isinstance(answer(engines[0]), str)
 
 
 def test_an_engine_that_cannot_map_the_memory_is_noticed() -> None:
-    with met(["no room", ""]) as (transports, engines):
-        with pytest.raises(WeightsNotSent, match="it failed in process 1 of the engines"):
+    with processes(["no room", ""]) as (transports, engines):
+        with pytest.raises(WeightsNotSent, match="failure in process 1 of the engines"):
             transports[0].connect()
         assert answer(engines[0]) == "no room to map it"
-        assert "it failed in process 1 of the engines" in answer(engines[1])
+        assert "failure in process 1 of the engines" in answer(engines[1])
     assert not mapped_folders()
 
 
-def test_what_cuda_refuses_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_cuda_are_raised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(RuntimeError, match="this torch is not built for CUDA"):
         cuda_runtime.malloc(1)
@@ -242,16 +244,16 @@ def test_what_cuda_refuses_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(folder.iterdir())
 
 
-def test_an_engine_that_does_not_come_is_noticed() -> None:
-    with met([], seconds=1.0) as (transports, _):
+def test_an_engine_that_does_not_join_is_noticed() -> None:
+    with processes([], seconds=1.0) as (transports, _):
         transports[0].member = GroupMember("mapped", HOST, open_port(HOST), "gloo", 2, 0, 1.0, mapped=True)
-        with pytest.raises(WeightsNotSent, match="not all engines came"):
+        with pytest.raises(WeightsNotSent, match="not all engines joined"):
             transports[0].connect()
 
 
-def test_a_sender_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sender_without_memory_fails_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_rl.weight_sync.mapped.allocate", no_room)
-    with met([""]) as (transports, engines):
+    with processes([""]) as (transports, engines):
         with pytest.raises(WeightsNotSent, match="no room"):
             transports[0].connect()
-        assert isinstance(answer(engines[0]), str), "the engine need not wait for the limit"
+        assert isinstance(answer(engines[0]), str), "the engine does not wait for the timeout"

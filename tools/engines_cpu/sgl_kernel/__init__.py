@@ -1,6 +1,6 @@
-"""Stands in for SGLang's CUDA kernels, of which there is no CPU build on the package index.
+"""Stands in for SGLang's CUDA kernels, which have no CPU build on the package index.
 
-SGLang imports them by name at start-up and calls none of them on CPU; one that were called would raise.
+SGLang imports them by name at start-up and calls none of them on a CPU. A call raises NotImplementedError.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,6 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
         raise AttributeError(name)
 
     def missing(*_arguments: Any, **_named: Any) -> NoReturn:
-        raise NotImplementedError(f"sgl_kernel.{name} needs a GPU; this is the stand-in for CPU")
+        raise NotImplementedError(f"sgl_kernel.{name} needs a GPU; this package is only a stand-in for CPUs")
 
     return missing

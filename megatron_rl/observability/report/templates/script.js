@@ -30,7 +30,7 @@ function traces(chart) {
   });
 }
 
-// Names that do not fit in a row go one below the other, and the plot makes room for them.
+// Names that do not fit in one row are listed below each other, and the plot leaves room for them.
 const legendRows = names => names.length < 2 ? 0 : names.join("").length > 70 ? names.length : 1;
 
 function frame(names) {
@@ -61,7 +61,7 @@ function layout(chart) {
   };
 }
 
-// ---- figures of tokens: plotly's own traces, with colours named after the page's palette
+// ---- token figures: traces in plotly's format, with colours that name entries of the page's palette
 
 function themed(value) {
   if (Array.isArray(value)) return value;
@@ -105,7 +105,7 @@ document.addEventListener("keydown", event => {
 });
 setTheme(prefersDark.matches ? "dark" : "light");
 
-// ---- responses: text goes in as text, never as markup
+// ---- responses: all text is inserted as text, never as markup
 
 function element(tag, className, text) {
   const node = document.createElement(tag);
@@ -129,7 +129,7 @@ function sampleNode(sample) {
   facts.append(element("b", "", `reward ${sample.reward ?? "none"}`),
     `, advantage ${sample.advantage}, ${sample.texts.length + sample.cut} tokens, ended by ${sample.finish}` +
     (sample.answer === null ? "" : `, answer ${sample.answer}`) + (sample.detail ? ` (${sample.detail})` : ""));
-  // Word-level vocabularies have no blanks of their own.
+  // The tokens of a word-level vocabulary contain no spaces.
   const blanks = sample.texts.some(text => /\s/.test(text)) ? "" : " ";
   sample.texts.forEach((_, index) => tokens.append(tokenNode(sample, index), blanks));
   if (sample.cut) tokens.append(element("span", "soft", ` … ${sample.cut} more tokens`));

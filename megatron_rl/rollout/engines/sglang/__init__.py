@@ -1,1 +1,1 @@
-"""SGLang: its server, and the code that runs inside it."""
+"""SGLang: the client of its server, and our code that runs inside the server."""

@@ -1,11 +1,12 @@
-"""The receiving side of mapped weights, inside an SGLang scheduler, which calls it as a loader of weights.
+"""The receiver of mapped weights, which runs inside an SGLang scheduler as a custom weight loader.
 
     --custom-weight-loader megatron_rl.rollout.engines.sglang.receiver.load
 
-What goes with `/update_weights_from_tensor` is then no weights, but a tensor of JSON: an `order`. One of `join` has the
-groups to be in, one a pipeline stage of the actor, those of before being left; one of `take` says what comes next.
+`/update_weights_from_tensor` then carries no weights, but an order: a tensor with JSON. An order of `join` lists the
+groups to join, one per pipeline stage of the actor, and leaves all earlier groups. An order of `take` describes the
+bucket that comes next.
 
-SGLang ends when a loader raises, and says that all is well when it does not. So what goes wrong is written to a file.
+SGLang ends if a loader raises an error, and reports success if not. The receiver therefore writes errors to a file.
 """
 
 from __future__ import annotations
@@ -35,23 +36,24 @@ class Model(Protocol):
 
 
 def join(members: Sequence[GroupMember], ranks: int, failures: Path) -> list[str]:
-    """The order for each of a server's ranks. failures: the file to write to."""
+    """The order for each rank of a server. failures: the file for error messages."""
     joining = [asdict(member) for member in members]
     return [_order({"members": joining, "index": index, "failures": str(failures)}) for index in range(ranks)]
 
 
 def take(group: str, bucket: Sequence[TensorSpec], ranks: int, failures: Path) -> list[str]:
+    """The order to load a bucket that comes over a group, for each rank of a server."""
     return [_order({"group": group, "bucket": [asdict(s) for s in bucket], "failures": str(failures)})] * ranks
 
 
 def _order(order: dict[str, Any]) -> str:
-    """In the form in which SGLang takes tensors: their pickle, of which it lets nothing but tensors in."""
+    """Encodes an order as SGLang takes tensors: a pickle, in which SGLang admits nothing but tensors."""
     message = torch.tensor(list(json.dumps(order).encode()), dtype=torch.uint8)
     return base64.b64encode(pickle.dumps([("order", message)])).decode()
 
 
 def load(model: Model, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """What SGLang calls."""
+    """Carries out an order; SGLang calls this."""
     ((_, message),) = named_tensors
     order = json.loads(bytes(message.tolist()))
     try:
@@ -60,7 +62,7 @@ def load(model: Model, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
             for member in (GroupMember(**fields) for fields in order["members"]):
                 _receivers[member.name] = MappedReceiver(member, order["index"], message.device)
         elif order["group"] not in _receivers:
-            raise RuntimeError(f"it is not in the group {order['group']}")
+            raise RuntimeError(f"the receiver is not in the group {order['group']}")
         else:
             with _receivers[order["group"]].bucket([TensorSpec(**spec) for spec in order["bucket"]]) as tensors:
                 model.load_weights(tensors)

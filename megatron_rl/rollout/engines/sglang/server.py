@@ -1,4 +1,4 @@
-"""SGLang: its command line and its HTTP interface, as of 0.5.23."""
+"""SGLang's command line and HTTP interface, as of release 0.5.23."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_rl.rollout.engines.interface import Address, EngineLaunch, response_of
 from megatron_rl.rollout.engines.sglang import receiver as sglang_receiver
 from megatron_rl.rollout.servers.server import (
     UNSYNCED,
-    Address,
     HttpClient,
-    ServerLaunch,
     ServerRefused,
     ServerUnavailable,
     version_of,
     versions,
 )
-from megatron_rl.types import FinishReason, Generation, SamplingParams
-from megatron_rl.utils.owned_folder import owned_folder
+from megatron_rl.types import FinishReason, Response, SamplingParams
+from megatron_rl.utils.files import owned_folder
 from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 
 CONTROL_SECONDS = 60.0
-"""Longest time for a call that computes nothing."""
+"""Time limit of a call without computation."""
 RESERVED = 8
-"""It refuses prompts within 6 tokens of its context: what is gone on with may be as long. Never used as positions."""
+"""Extra context length. SGLang refuses prompts within 6 tokens of its context length, and a prompt with a partial
+response may be that long. No token ever has one of these positions."""
 
 
-def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The command line, and the environment beside ours. The key goes into a file, as a list of processes is public."""
+def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command line, and environment variables beside this process's own. The key goes into a file, since command
+    lines are public in the list of processes."""
+    settings = launch.server
     key_file = folder / "sglang.yaml"
     key_file.touch(mode=0o600)
     key_file.write_text(f"api-key: {key}\nadmin-api-key: {key}\n")
@@ -45,7 +47,7 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--config": str(key_file),
         "--dtype": launch.dtype,
         "--context-length": str(launch.max_tokens + RESERVED),
-        "--tensor-parallel-size": str(launch.tensor_parallel),
+        "--tensor-parallel-size": str(settings.tensor_parallel),
         "--weight-version": str(UNSYNCED),
         "--custom-weight-loader": sglang_receiver.LOADER,
         "--log-level": "warning",
@@ -53,15 +55,15 @@ def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[li
     environment = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     if launch.device == "cpu":
         arguments |= {"--device": "cpu", "--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
-        arguments |= {"--max-total-tokens": str(max(16384, 4 * launch.max_tokens))}  # else it takes all free memory
+        arguments |= {"--max-total-tokens": str(max(16384, 4 * launch.max_tokens))}  # else SGLang takes all free memory
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-        all_cores = f"0-{(os.cpu_count() or 1) - 1}"  # else each rank wants a NUMA node of its own
-        environment |= {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([all_cores] * launch.tensor_parallel)}
-    line = [str(launch.python or sys.executable), "-m", "sglang.launch_server"]
+        all_cores = f"0-{(os.cpu_count() or 1) - 1}"  # else each rank needs a NUMA node of its own
+        environment |= {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([all_cores] * settings.tensor_parallel)}
+    line = [str(settings.python or sys.executable), "-m", "sglang.launch_server"]
     line += [word for pair in arguments.items() for word in pair]
     line += ["--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
     line += ["--enable-memory-saver"] if launch.colocated else []
-    return [*line, *launch.arguments], environment | launch.environment
+    return [*line, *settings.arguments], environment | settings.environment
 
 
 class SglangServer:
@@ -71,21 +73,19 @@ class SglangServer:
         self._http = HttpClient(address)
         self._groups: list[str] = []
         self._mapped = False
-        """Whether it is in groups of mapped memory, which are our own in SGLang's processes."""
+        """Whether the server is in groups of mapped memory, which our own receiver in SGLang's processes implements."""
         self._ranks = 0
         self._folder: Path | None = None
-        """Where those say what they fail with."""
+        """Folder in which the receiver leaves its error messages."""
 
     async def alive(self) -> None:
         await self._http.get("/health_generate", timeout_seconds=CONTROL_SECONDS)
 
-    async def generate(
-        self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
-    ) -> list[Generation]:
+    async def generate(self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float) -> list[Response]:
         body = {"input_ids": list(prompt), "sampling_params": _sampling(sampling), "return_logprob": True}
         answer = await self._http.post("/generate", body, timeout_seconds=timeout_seconds)
         answers = answer if isinstance(answer, list) else [answer]
-        return [_generation(answer, sampling.stop_token_ids) for answer in answers]
+        return [_response(answer, sampling.stop_token_ids) for answer in answers]
 
     async def abort_all(self) -> None:
         await self._http.post("/abort_request", {"abort_all": True}, timeout_seconds=CONTROL_SECONDS)
@@ -139,7 +139,7 @@ class SglangServer:
                 last = number == len(calls)
                 ending = {"flush_cache": last, "weight_version": str(update.version) if last else None}
                 await receive(group, bucket, ending, timeout_seconds)
-        finally:  # also after a failure: the next update begins with a session of its own
+        finally:  # also after a failure, since the next update begins a session of its own
             await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
 
     async def _receive_broadcast(
@@ -167,7 +167,7 @@ class SglangServer:
         return self._folder / "failures"
 
     async def _order(self, orders: list[str], ending: dict[str, Any], timeout_seconds: float) -> None:
-        """To our own receiver in SGLang's processes (`weight_sync/sglang_receiver.py`). Raises what it fails with."""
+        """Sends an order to our receiver in SGLang's processes (`receiver.py`). Raises the receiver's error, if any."""
         self._failures.unlink(missing_ok=True)
         body = {"serialized_named_tensors": orders, "load_format": sglang_receiver.LOADER, "selector": "target"}
         await self._http.post("/update_weights_from_tensor", body | ending, timeout_seconds=timeout_seconds)
@@ -178,12 +178,12 @@ class SglangServer:
         body = {"selector": "target"}
         try:
             await self._http.post("/begin_weight_update", body, timeout_seconds=timeout_seconds)
-        except ServerRefused:  # an update before this one is open, as its end did not get through
+        except ServerRefused:  # an earlier update is still open, since its end did not reach the server
             await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
             await self._http.post("/begin_weight_update", body, timeout_seconds=timeout_seconds)
 
     async def release_memory(self, timeout_seconds: float) -> None:
-        """It ends when it is told so while its scheduler still has to do with a request that has been answered."""
+        """Waits until the scheduler is done with all requests, even answered ones: SGLang ends if it is not."""
         wait = f"/flush_cache?timeout={timeout_seconds:g}"
         await self._http.post(wait, timeout_seconds=timeout_seconds + CONTROL_SECONDS)
         body = {"tags": ["kv_cache", "weights"]}
@@ -208,7 +208,7 @@ class SglangServer:
 
 
 def _sampling(sampling: SamplingParams) -> dict[str, Any]:
-    """Its seed is left out: it works only under deterministic inference, and there makes all n responses the same."""
+    """The seed is left out: it works only under deterministic inference, and there makes all n responses the same."""
     return {
         "n": sampling.n,
         "temperature": sampling.temperature,
@@ -218,13 +218,13 @@ def _sampling(sampling: SamplingParams) -> dict[str, Any]:
         "repetition_penalty": 1.0,
         "max_new_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": not sampling.stop_token_ids,  # it would ignore those as well
+        "ignore_eos": not sampling.stop_token_ids,  # it would ignore our stop tokens too
         "skip_special_tokens": False,
         "no_stop_trim": True,
     }
 
 
-def _generation(answer: dict[str, Any], stop_token_ids: Sequence[int]) -> Generation:
+def _response(answer: dict[str, Any], stop_token_ids: Sequence[int]) -> Response:
     meta = answer["meta_info"]
     tokens = list(answer.get("output_ids") or [])
     log_probs = [entry[0] for entry in meta.get("output_token_logprobs") or []]
@@ -233,6 +233,8 @@ def _generation(answer: dict[str, Any], stop_token_ids: Sequence[int]) -> Genera
         raise ServerUnavailable(f"/generate: {finish}")
     reason: FinishReason = finish["type"]
     if reason == "stop" and tokens[-1] not in stop_token_ids:
-        reason = "abort"  # it ends at the model's own end tokens too, which are not among ours: to be gone on with
+        reason = (
+            "abort"  # SGLang also stops at the model's own end tokens; if they are not ours, the response is continued
+        )
     version, changes = versions(meta.get("weight_versions") or [], len(tokens))
-    return Generation(tokens, log_probs[: len(tokens)], reason, version, changes)
+    return response_of(tokens, log_probs[: len(tokens)], reason, version, changes)

@@ -1,1 +1,1 @@
-"""The embedded engine: plain transformers in the engine's own process."""
+"""The embedded engine: plain transformers in a Ray process of the run."""

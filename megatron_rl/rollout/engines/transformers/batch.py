@@ -1,4 +1,4 @@
-"""What the embedded engine samples at a time: rows of several prompts."""
+"""The rows of several prompts that the embedded engine samples at a time."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_rl.types import FinishReason, Generation, SamplingParams
+from megatron_rl.rollout.engines.interface import response_of
+from megatron_rl.types import FinishReason, Response, SamplingParams
 
 
 class Batch:
-    """The unfinished responses of some groups, a row each: R rows."""
+    """The unfinished responses of several groups, one row each: R rows."""
 
     def __init__(
         self,
         prompts: Sequence[Sequence[int]],
-        groups: Sequence[Sequence[Generation]],
+        groups: Sequence[Sequence[Response]],
         sampling: SamplingParams,
         device: torch.device,
     ) -> None:
@@ -27,59 +28,58 @@ class Batch:
             for k, response in enumerate(group)
             if response.finish_reason == "abort"
         ]
-        left = [sampling.max_tokens - len(groups[g][k].token_ids) for g, k in self._places]
+        left = [sampling.max_tokens - len(groups[g][k]) for g, k in self._places]
         self.limits = torch.tensor(left, dtype=torch.int64, device=device)
-        """[R], tokens that each may yet have; 0 where it was cut when it had all."""
+        """[R], tokens that each row may still get; 0 if it was aborted right before it had all."""
         rows, longest = len(left), max(left, default=0)
         self.tokens = torch.zeros(rows, longest, dtype=torch.int64, device=device)
         self.log_probs = torch.zeros(rows, longest, device=device)
         self._lengths = [0] * rows
         self._reasons: list[FinishReason] = ["abort"] * rows
         self._open = [sum(response.finish_reason == "abort" for response in group) for group in groups]
-        self.whole = self._open.count(0)
-        """Groups without a row that has yet to end."""
+        self.complete = self._open.count(0)
+        """Number of groups all of whose responses are complete."""
 
     @property
     def rows(self) -> int:
         return len(self._places)
 
     def prefixes(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Tokens [P, L] padded on the left, 1 where they are no padding (None: everywhere), and lengths [P].
+        """Tokens [P, L] padded on the left, a mask [P, L] of 1 for tokens that are not padding (None: there is no
+        padding), and lengths [P].
 
-        P is R, or the prompts, where nothing is begun yet and the rows of each share its prefix.
+        P is R, or the number of prompts if no response has tokens yet, as the rows of a prompt then share its prefix.
         """
-        fresh = self.whole == 0 and not any(self._groups[g][k].token_ids for g, k in self._places)
+        fresh = self.complete == 0 and not any(len(self._groups[g][k]) for g, k in self._places)
         texts = (
             [list(prompt) for prompt in self._prompts]
             if fresh and len(set(self._open)) == 1
-            else [[*self._prompts[g], *self._groups[g][k].token_ids] for g, k in self._places]
+            else [[*self._prompts[g], *self._groups[g][k].token_ids.tolist()] for g, k in self._places]
         )
         longest = max(map(len, texts))
         tokens = torch.tensor([[0] * (longest - len(text)) + text for text in texts], device=self._device)
         lengths = torch.tensor([len(text) for text in texts], device=self._device)
-        there = torch.arange(longest, device=self._device) >= longest - lengths[:, None]
-        return tokens, None if bool(there.all()) else there.long(), lengths
+        mask = torch.arange(longest, device=self._device) >= longest - lengths[:, None]
+        return tokens, None if bool(mask.all()) else mask.long(), lengths
 
     def end(self, rows: Tensor, length: int, stopped: Tensor) -> None:
-        """These rows are done, `length` tokens after their prefixes: by a stop token, or at their limits."""
+        """Completes these rows `length` tokens after their prefixes: by a stop token, or at their limits."""
         for row, stop in zip(rows.tolist(), stopped.tolist(), strict=True):
             self._lengths[row], self._reasons[row] = length, "stop" if stop else "length"
             group = self._places[row][0]
             self._open[group] -= 1
-            self.whole += self._open[group] == 0
+            self.complete += self._open[group] == 0
 
-    def cut(self, rows: Tensor, length: int) -> None:
-        """These rows stop here, unfinished."""
+    def abort(self, rows: Tensor, length: int) -> None:
+        """Stops these rows unfinished, `length` tokens after their prefixes."""
         for row in rows.tolist():
             self._lengths[row] = length
 
-    def responses(self, version: int) -> list[list[Generation]]:
-        """Of each group, with what was sampled of it, by weights of this version."""
+    def responses(self, version: int) -> list[list[Response]]:
+        """The responses of each group, continued by the tokens that weights of this version sampled."""
         groups = [list(group) for group in self._groups]
-        rows = zip(
-            self._places, self.tokens.tolist(), self.log_probs.tolist(), self._lengths, self._reasons, strict=True
-        )
-        for (g, k), tokens, log_probs, length, reason in rows:
-            sampled = Generation(tokens[:length], log_probs[:length], reason, version)
-            groups[g][k] = groups[g][k].followed_by(sampled) if groups[g][k].token_ids else sampled
+        tokens, log_probs = self.tokens.int().cpu().numpy(), self.log_probs.cpu().numpy()
+        for row, ((g, k), length, reason) in enumerate(zip(self._places, self._lengths, self._reasons, strict=True)):
+            sampled = response_of(tokens[row, :length].copy(), log_probs[row, :length].copy(), reason, version)
+            groups[g][k] = groups[g][k].followed_by(sampled) if len(groups[g][k]) else sampled
         return groups

@@ -1,1 +1,1 @@
-"""vLLM: its server, and the code that runs inside it."""
+"""vLLM: the client of its server, and our code that runs inside the server."""

@@ -1,11 +1,11 @@
-"""Rollout requests answered together and briefly: a middleware of vLLM's HTTP server, named to it on its command line.
+"""A middleware of vLLM's HTTP server (`--middleware`) that answers a batch of rollout requests in a compact form.
 
-vLLM's own handler takes one prompt a request and builds several checked objects a token, either of which takes longer
-than sampling with a small model. `POST /brief/generate` takes a list of requests from `rollout/vllm_together.py`, each
-`{"token_ids": ..., "sampling_params": ...}`. The answer has a line for each, as soon as its responses are there:
-`{"request": <place>, "choices": ...}`, with what `rollout/vllm.py` reads and nothing else. Choices are null where a
-request fails: vLLM's own handler, asked for it alone, says in its own words what is wrong. That handler, and all else,
-is as it is without this middleware.
+vLLM's own handler takes one prompt per request and builds several validated objects per token; with a small model
+either takes longer than sampling. `POST /brief/generate` takes a list of requests from `request_batcher.py`, each
+`{"token_ids": ..., "sampling_params": ...}`. The answer has one line per request, sent as soon as its responses are
+complete: `{"request": <index>, "choices": ...}`, with the fields that `server.py` reads and nothing else. Choices are
+null if a request fails: vLLM's own handler then gets the request alone, and reports what is wrong. The middleware
+changes neither that handler nor anything else.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 PATH = "/brief/generate"
 LOWEST_LOG_PROB = -9999.0
-"""In the place of less, and of NaN, as in vLLM's own answers."""
+"""Replaces lower values and NaN, as in vLLM's own answers."""
 
 
 class BatchEndpoint:
-    """ASGI middleware. It stands before the one that asks for the key, so it looks at that itself."""
+    """ASGI middleware. It runs before vLLM's own check of the key, so it checks the key itself."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -52,14 +52,14 @@ class BatchEndpoint:
 
 
 def _has_key(scope: Message) -> bool:
-    """Or needs none."""
+    """Whether the request has the server's key, or the server has none."""
     keys = [key for key in scope["app"].state.args.api_key or [envs.VLLM_API_KEY] if key]
     given = dict(scope["headers"]).get(b"authorization", b"")
     return not keys or any(secrets.compare_digest(given, f"Bearer {key}".encode()) for key in keys)
 
 
 async def _body(receive: Receive) -> bytes:
-    """Of the request; not all of it, if its sender has gone."""
+    """Body of the request; incomplete if the sender has disconnected."""
     body = b""
     while True:
         message = await receive()
@@ -69,8 +69,8 @@ async def _body(receive: Receive) -> bytes:
 
 
 async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:
-    """Returns when it is done. When who asked goes away it is cancelled, which takes it from the engine, and
-    ConnectionAbortedError is raised."""
+    """Returns when the work is done. If the client disconnects, the work is cancelled, which removes its requests from
+    the engine, and ConnectionAbortedError is raised."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(receive())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -97,9 +97,9 @@ async def _choices(engine: Any, request: dict[str, Any]) -> list[dict[str, Any]]
     try:
         sampling = SamplingParams(**request["sampling_params"], output_kind=RequestOutputKind.FINAL_ONLY)
         async for answer in engine.generate(tokens_input(request["token_ids"]), sampling, f"brief-{uuid.uuid4().hex}"):
-            outputs = answer.outputs  # one answer, with all
+            outputs = answer.outputs  # the only answer has all outputs
         return [_choice(output) for output in outputs]
-    except Exception:  # vLLM's handler meets it again, and says what it is
+    except Exception:  # vLLM's own handler will meet and report the same error
         return None
 
 

@@ -1,6 +1,6 @@
-"""Makes vLLM know our weight transport. Every process of vLLM loads this, by the entry point `vllm.general_plugins`.
+"""Registers our weight transport with vLLM. Each process of vLLM loads this by the entry point `vllm.general_plugins`.
 
-A server takes part when it is started with
+A server uses the transport if it is started with
     --weight-transfer-config '{"backend": "megatron_rl"}'
     --worker-extension-cls megatron_rl.rollout.engines.vllm.receiver.Extension
 """

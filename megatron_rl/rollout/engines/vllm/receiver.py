@@ -1,4 +1,4 @@
-"""The receiving side of weight updates, inside a vLLM worker. Beside it only `rollout/vllm_brief.py` imports vLLM."""
+"""The receiver of weight updates inside a vLLM worker. Only this file and `batch_endpoint.py` import vLLM."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from megatron_rl.weight_sync.transport import GroupMember
 
 @dataclass
 class Groups:
-    """The groups to be in, one a pipeline stage of the actor; those of before are left."""
+    """The groups to join, one per pipeline stage of the actor; earlier groups are left."""
 
     members: list[dict[str, Any]]
 
 
 @dataclass
 class Portion:
-    """What comes next: a bucket over a group, or files to read."""
+    """A part of an update: a bucket that comes over a group, or files to read."""
 
     group: str = ""
     bucket: list[tuple[str, str, list[int]]] = field(default_factory=list)
@@ -40,9 +40,9 @@ class Portion:
 
 
 class Receiver(WeightTransferEngine[Groups, Portion]):
-    """Loads each tensor as it comes; vLLM turns a layer into its own format when the layer is whole.
+    """Loads each tensor as it arrives; vLLM converts a layer to its own format once the layer is complete.
 
-    A worker that raises takes vLLM down with it. So what goes wrong is kept, for `Extension` to tell who asks.
+    A worker that raises an error ends vLLM. The receiver therefore keeps errors, and `Extension` reports them.
     """
 
     init_info_cls = Groups
@@ -51,7 +51,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.received: dict[str, str] = {}
-        """Checksums of what came with the last update, where they were taken."""
+        """Checksums of the tensors received in the last update, if they were taken."""
         self.failure: str | None = None
         self.updating = False
         """Between the start and the finish of an update."""
@@ -75,7 +75,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class has it, but for a synchronisation that fails where there is no accelerator."""
+        """Does what the base class does, but without its synchronisation, which fails if there is no accelerator."""
         self.receive_weights(self.parse_update_info(update_info))
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
@@ -94,12 +94,12 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             for module in self.model.modules():
-                if isinstance(module, ParallelLMHead):  # a tied one has a packed copy, which nobody else renews
+                if isinstance(module, ParallelLMHead):  # a tied head has a packed copy that vLLM does not renew
                     module.quant_method.process_weights_after_loading(module)
 
     @contextmanager
     def _tensors(self, portion: Portion) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
-        """Each with memory of its own: a layer may keep it until the rest of the layer has come."""
+        """Gives each tensor memory of its own, which a layer may keep until the rest of the layer has arrived."""
         specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in portion.bucket]
         group = self._groups.get(portion.group)
         if isinstance(group, MappedReceiver):
@@ -128,7 +128,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
     def _keep_failure(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # any other than kept would leave an update open that vLLM holds to be over
+        except Exception as error:  # a raised error would leave an update open that vLLM considers finished
             self.failure = f"{type(error).__name__}: {error}"
 
     def shutdown(self) -> None:
@@ -138,18 +138,18 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
 
 
 class Extension:
-    """What a vLLM worker can be asked beside its own methods (`--worker-extension-cls`)."""
+    """Methods that vLLM adds to a worker (`--worker-extension-cls`)."""
 
     weight_transfer_engine: Receiver
     finish_weight_update: Callable[[], None]
-    """The worker's own."""
+    """The worker's own method."""
 
     def weight_failure(self) -> list[str]:
-        """Why the last update, or the last meeting of groups, failed here; empty when it did not."""
+        """Why the last update, or the last joining of groups, failed in this worker; empty if it did not fail."""
         return [self.weight_transfer_engine.failure] if self.weight_transfer_engine.failure else []
 
     def end_open_update(self) -> None:
-        """End an update whose sender went away in the middle: to begin another one beside it ends vLLM."""
+        """Ends an update whose sender ended in the middle: vLLM ends if another update begins while one is open."""
         if self.weight_transfer_engine.updating:
             self.finish_weight_update()
 

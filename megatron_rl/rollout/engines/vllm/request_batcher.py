@@ -1,8 +1,8 @@
-"""Requests for rollouts that are made at the same moment, sent to a vLLM server as one.
+"""Requests that are made at the same moment are sent to a vLLM server as one batch.
 
-One by one, the engine would begin with the first alone, and the others wait until the server's HTTP process has a turn
-beside it: a fifth of the time of a small model's rollouts on two cores. The server's part, and the form of requests and
-answers, is `rollout/vllm_brief.py`.
+Sent one by one, the engine would start with the first request alone, and the others would wait until the server's HTTP
+process gets a turn beside the engine: a fifth of the time of a small model's rollouts on two cores. `batch_endpoint.py`
+is the server's part, and defines the form of requests and answers.
 """
 
 from __future__ import annotations
@@ -16,55 +16,56 @@ from megatron_rl.rollout.servers.server import HttpClient, ServerRefused, Server
 
 PATH = "/brief/generate"
 GATHERING_SECONDS = 0.002
-"""How long the first waits for others. A step's requests come one by one from the run's process, within about this."""
+"""Time for which the first request waits for others. A step's requests arrive from the driver within about this
+time."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _PendingRequest:
     request: dict[str, Any]
     timeout_seconds: float
     choices: asyncio.Future[list[dict[str, Any]] | None]
 
 
 class RequestBatcher:
-    """For one event loop."""
+    """Collects requests within one event loop."""
 
     def __init__(self, http: HttpClient) -> None:
         self._http = http
-        self._gathered: list[_Asked] = []
+        self._gathered: list[_PendingRequest] = []
         self._refused = False
-        """Whether the server has not our middleware."""
+        """Whether the server lacks our middleware."""
 
-    async def ask(self, request: dict[str, Any], timeout_seconds: float) -> list[dict[str, Any]] | None:
-        """The request's choices, as soon as they are there. None: it is left to vLLM's own handler, as the server does
-        not answer briefly, or the request fails. Raises ServerUnavailable."""
+    async def send(self, request: dict[str, Any], timeout_seconds: float) -> list[dict[str, Any]] | None:
+        """Returns the request's choices as soon as they have arrived. None: the caller must use vLLM's own handler,
+        since the server lacks our middleware or the request fails. Raises ServerUnavailable."""
         if self._refused:
             return None
         loop = asyncio.get_running_loop()
-        asked = _Asked(request, timeout_seconds, loop.create_future())
+        pending = _PendingRequest(request, timeout_seconds, loop.create_future())
         if not self._gathered:
-            loop.call_later(GATHERING_SECONDS, self._send)
-        self._gathered.append(asked)
-        return await asked.choices
+            loop.call_later(GATHERING_SECONDS, self._send_batch)
+        self._gathered.append(pending)
+        return await pending.choices
 
-    def _send(self) -> None:
-        batch, self._gathered = [asked for asked in self._gathered if not asked.choices.done()], []
+    def _send_batch(self) -> None:
+        batch, self._gathered = [pending for pending in self._gathered if not pending.choices.done()], []
         if not batch:
             return
         answering = asyncio.create_task(self._answer(batch))
 
         def end(choices: asyncio.Future[Any]) -> None:
-            """When the last of those who waited has gone."""
-            if choices.cancelled() and all(asked.choices.done() for asked in batch):
+            """Cancels the batch once all of its requests are answered or cancelled."""
+            if choices.cancelled() and all(pending.choices.done() for pending in batch):
                 answering.cancel()
 
-        for asked in batch:
-            asked.choices.add_done_callback(end)
+        for pending in batch:
+            pending.choices.add_done_callback(end)
 
-    async def _answer(self, batch: list[_Asked]) -> None:
-        requests = [asked.request for asked in batch]
-        seconds = max(asked.timeout_seconds for asked in batch)
-        failure: Exception = ServerUnavailable(f"{PATH}: the answer was not whole")
+    async def _answer(self, batch: list[_PendingRequest]) -> None:
+        requests = [pending.request for pending in batch]
+        seconds = max(pending.timeout_seconds for pending in batch)
+        failure: Exception = ServerUnavailable(f"{PATH}: the answer was incomplete")
         try:
             async with aclosing(self._http.post_for_lines(PATH, requests, timeout_seconds=seconds)) as lines:
                 async for line in lines:
@@ -75,10 +76,10 @@ class RequestBatcher:
             self._refused = True
         except Exception as error:
             failure = error
-        for asked in batch:
-            if asked.choices.done():
+        for pending in batch:
+            if pending.choices.done():
                 continue
             if self._refused:
-                asked.choices.set_result(None)
+                pending.choices.set_result(None)
             else:
-                asked.choices.set_exception(failure)
+                pending.choices.set_exception(failure)

@@ -1,4 +1,4 @@
-"""vLLM: its command line and its HTTP interface, as of 0.32."""
+"""vLLM's command line and HTTP interface, as of release 0.32."""
 
 from __future__ import annotations
 
@@ -10,53 +10,47 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_rl.rollout.engines.interface import Address, EngineLaunch, response_of
 from megatron_rl.rollout.engines.vllm.plugin import BACKEND, EXTENSION
 from megatron_rl.rollout.engines.vllm.request_batcher import RequestBatcher
-from megatron_rl.rollout.servers.server import (
-    Address,
-    HttpClient,
-    ServerLaunch,
-    ServerRefused,
-    ServerUnavailable,
-    version_of,
-    versions,
-)
-from megatron_rl.types import Generation, SamplingParams
+from megatron_rl.rollout.servers.server import HttpClient, ServerRefused, ServerUnavailable, version_of, versions
+from megatron_rl.types import Response, SamplingParams
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 
-BRIEF_ANSWERS = "megatron_rl.rollout.engines.vllm.batch_endpoint.BriefAnswers"
+MIDDLEWARE = "megatron_rl.rollout.engines.vllm.batch_endpoint.BatchEndpoint"
 CONTROL_SECONDS = 60.0
-"""Longest time for a call that computes nothing."""
+"""Time limit of a call without computation."""
 
 
-def command(launch: ServerLaunch, port: int, key: str, folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The command line, and the environment beside ours; the key is in the latter."""
+def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command line, and environment variables beside this process's own; the key is among the latter."""
+    settings = launch.server
     arguments = {
         "--model": str(launch.model_folder),
         "--host": launch.host,
         "--port": str(port),
         "--dtype": launch.dtype,
         "--max-model-len": str(launch.max_tokens),
-        "--tensor-parallel-size": str(launch.tensor_parallel),
-        "--logprobs-mode": "processed_logprobs",  # those of the policy at the sampling temperature
+        "--tensor-parallel-size": str(settings.tensor_parallel),
+        "--logprobs-mode": "processed_logprobs",  # at the sampling temperature
         "--weight-transfer-config": json.dumps({"backend": BACKEND}),
         "--worker-extension-cls": EXTENSION,
-        "--middleware": BRIEF_ANSWERS,
-        "--generation-config": "vllm",  # else the model's folder may bring a top-p of its own
+        "--middleware": MIDDLEWARE,
+        "--generation-config": "vllm",  # else the model's folder may set a top-p
     }
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": key}
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # dev mode: weight updates over HTTP
-    line = [str(launch.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server"]
+    line = [str(settings.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server"]
     line += [word for pair in arguments.items() for word in pair]
     line += ["--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
     line += ["--enable-sleep-mode"] if launch.colocated else []
     if launch.device == "cpu":
-        line += ["--enforce-eager", "--disable-log-stats"]  # the numbers for /metrics take longer than the answers
-        line += ["--no-enable-chunked-prefill"]  # prompts in parts, and seeds, end it there
+        line += ["--enforce-eager", "--disable-log-stats"]  # statistics for /metrics take longer than the answers
+        line += ["--no-enable-chunked-prefill"]  # on CPU, chunked prompts with seeds end vLLM
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each rank wants a NUMA node of its own
-    return [*line, *launch.arguments], environment | launch.environment
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each rank needs a NUMA node of its own
+    return [*line, *settings.arguments], environment | settings.environment
 
 
 class VllmServer:
@@ -64,22 +58,20 @@ class VllmServer:
 
     def __init__(self, address: Address) -> None:
         self._http = HttpClient(address)
-        self._together = RequestBatcher(self._http)
+        self._batcher = RequestBatcher(self._http)
         self._took_checksums = False
         self._asleep = False
 
     async def alive(self) -> None:
-        await self.weight_version()  # /health does not notice an engine core that hangs
+        await self.weight_version()  # /health does not notice a hung engine core
 
-    async def generate(
-        self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float
-    ) -> list[Generation]:
+    async def generate(self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float) -> list[Response]:
         request = {"token_ids": list(prompt), "sampling_params": _sampling(sampling)}
-        choices = await self._together.ask(request, timeout_seconds)
+        choices = await self._batcher.send(request, timeout_seconds)
         if choices is None:
             answer = await self._http.post("/inference/v1/generate", request, timeout_seconds=timeout_seconds)
             choices = answer["choices"]
-        return [_generation(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
+        return [_response(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
 
     async def abort_all(self) -> None:
         await self._http.post("/abort_requests", {}, timeout_seconds=CONTROL_SECONDS)
@@ -112,10 +104,10 @@ class VllmServer:
         self._took_checksums = update.take_checksums
 
     async def _update(self, portions: list[dict[str, Any]], version: int, timeout_seconds: float) -> None:
-        """By our own receiver in vLLM's processes (`weight_sync/vllm_receiver.py`).
+        """Updates weights through our receiver in vLLM's processes (`receiver.py`).
 
-        A request that was given up may still be on its way here. With half of the weights it would end vLLM: until it
-        has the whole of them, it begins nothing.
+        A request that was given up may still be on its way to the server, and would end vLLM if it ran with a part of
+        the weights. vLLM is therefore paused until it has all of them.
         """
         if not self._asleep:
             await self._http.post("/pause?mode=abort", timeout_seconds=timeout_seconds)
@@ -123,7 +115,7 @@ class VllmServer:
         await self._http.post("/start_weight_update", timeout_seconds=timeout_seconds)
         for portion in portions:
             await self._http.post("/update_weights", {"update_info": portion}, timeout_seconds=timeout_seconds)
-        await self._http.post("/finish_weight_update", timeout_seconds=timeout_seconds)  # also of half an update
+        await self._http.post("/finish_weight_update", timeout_seconds=timeout_seconds)  # also after a partial update
         await self._raise_failure()
         await self._http.post("/reset_prefix_cache", timeout_seconds=timeout_seconds)
         await self._http.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=CONTROL_SECONDS)
@@ -136,34 +128,36 @@ class VllmServer:
                 raise ServerRefused(failures[0])
 
     async def _ask_workers(self, method: str, timeout_seconds: float) -> list[Any]:
-        """The answer of each."""
+        """Calls a method of each worker; returns their answers."""
         answer = await self._http.post("/collective_rpc", {"method": method}, timeout_seconds=timeout_seconds)
         results: list[Any] = answer["results"]
         return results
 
     async def release_memory(self, timeout_seconds: float) -> None:
-        self._asleep = True  # and paused, until all of its memory is back
-        await self._http.post("/sleep?level=2", timeout_seconds=timeout_seconds)  # 1 would keep the weights, on the CPU
+        self._asleep = True  # a sleeping server stays paused until all of its memory is restored
+        await self._http.post(
+            "/sleep?level=2", timeout_seconds=timeout_seconds
+        )  # level 1 would keep the weights in CPU memory
 
     async def restore_memory(self, part: Literal["weights", "kv_cache"], timeout_seconds: float) -> None:
         await self._http.post(f"/wake_up?tags={part}", timeout_seconds=timeout_seconds)
         self._asleep = part != "kv_cache"
 
     async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
-        """What came, where its checksums were taken; and what is held. On CPU the latter is embeddings, norms and head:
-        there vLLM keeps linear layers in a form of its own that cannot be read back."""
+        """Compares the weights as received, if their checksums were taken, and as held. On CPU the latter covers
+        embeddings, norms and head only, since vLLM repacks linear layers there into a form that cannot be read back."""
         if self._took_checksums:
             for received in await self._ask_workers("received_checksums", timeout_seconds):
                 compare(sent.plain, received, version)
         answer = await self._http.post("/weight_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds)
-        held = {_rank_and_name(name): value for name, value in answer["checksums"].items() if value != _OF_NOTHING}
+        held = {_rank_and_name(name): value for name, value in answer["checksums"].items() if value != _EMPTY}
         return compare(sent.fused, held, version)
 
     async def close(self) -> None:
         await self._http.close()
 
 
-_OF_NOTHING = hashlib.sha256().hexdigest()
+_EMPTY = hashlib.sha256().hexdigest()
 
 
 def _rank_and_name(name: str) -> str:
@@ -173,7 +167,7 @@ def _rank_and_name(name: str) -> str:
 
 
 def _sampling(sampling: SamplingParams) -> dict[str, Any]:
-    """No `min_tokens`: it changes the log-probs that come back."""
+    """`min_tokens` is left out: it changes the returned log-probs."""
     return {
         "n": sampling.n,
         "temperature": sampling.temperature,
@@ -183,18 +177,18 @@ def _sampling(sampling: SamplingParams) -> dict[str, Any]:
         "repetition_penalty": 1.0,
         "max_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": True,  # only our own end tokens end a response
+        "ignore_eos": True,  # only our own stop tokens end a response
         "seed": sampling.seed,
-        "logprobs": 0,  # of the sampled token
+        "logprobs": 0,  # log-probs of the sampled token only
         "detokenize": False,
     }
 
 
-def _generation(choice: dict[str, Any]) -> Generation:
+def _response(choice: dict[str, Any]) -> Response:
     tokens = list(choice["token_ids"] or [])
     entries = (choice["logprobs"] or {}).get("content") or []
     reason = choice["finish_reason"]
     if reason not in ("stop", "length", "abort"):
         raise ServerUnavailable(f"/inference/v1/generate: a response ended with {reason!r}")
     version, changes = versions(choice["weight_versions"] or [], len(tokens))
-    return Generation(tokens, [entry["logprob"] for entry in entries], reason, version, changes)
+    return response_of(tokens, [entry["logprob"] for entry in entries], reason, version, changes)

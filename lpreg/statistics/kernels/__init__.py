@@ -1,0 +1,33 @@
+"""Triton row kernels behind `lpreg.statistics.rows`: the same functions, one read of the logits each."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def usable(logits: Tensor) -> bool:
+    """Whether the kernels can read these logits: on a GPU, with Triton installed, contiguous rows, not fp64.
+
+    Triton's interpreter, which tests switch on by TRITON_INTERPRET=1, works on the CPU too.
+    """
+    if logits.dtype == torch.float64 or logits.stride(1) != 1 or not _triton():
+        return False
+    return logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def load() -> ModuleType:
+    """Returns the module of the kernels, imported on first use, because Triton is not installed on every machine."""
+    from lpreg.statistics.kernels import row_kernels
+
+    return row_kernels

@@ -1,0 +1,133 @@
+"""The sparse proxy of another policy: token ids and log q inside the filter, for the few tokens that need it.
+
+Lp-Reg's full KL against the policy that generated the batch, or a lagged one, needs q over the whole filter S, which
+holds a handful of tokens out of the vocabulary. A forward without gradients of that policy fills a store
+(`proxy_rows` of `token_stats`), and the forward of the policy in training reads it (`proxy`): it gives
+KL(q || p) = sum over S of q (log q - log p), whose gradient over the logits is p - q, bounded whatever p has become.
+
+Legend: T tokens, R of them stored, E entries of all stored tokens together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lpreg.statistics.shard import Rows, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyStore:
+    """q over S of those of the T tokens that are stored. Under tensor parallelism a rank needs only the entries of its
+    own columns: it ignores other entries, and a store that it filled holds no others."""
+
+    stored: Tensor
+    """[T] bool, tokens whose q is stored; the same on every rank."""
+    counts: Tensor
+    """[T] int64, number of entries of each token."""
+    ids: Tensor
+    """[E] int64, ids in the whole vocabulary, each at most once per token; token after token."""
+    log_q: Tensor
+    """[E] fp32 (fp64 for fp64 logits)."""
+
+    def __post_init__(self) -> None:
+        if self.stored.ndim != 1 or self.stored.dtype != torch.bool:
+            raise ValueError(f"stored must be bool of shape [T], got {self.stored.dtype} {list(self.stored.shape)}")
+        if self.counts.shape != self.stored.shape or self.counts.dtype != torch.int64:
+            raise ValueError(
+                f"counts must be int64 of shape {list(self.stored.shape)} to fit stored, "
+                f"got {self.counts.dtype} of shape {list(self.counts.shape)}"
+            )
+        entries = int(self.counts.sum())
+        if self.ids.shape != (entries,) or self.log_q.shape != (entries,) or self.ids.dtype != torch.int64:
+            raise ValueError(
+                f"ids must be int64 and log_q floating point, both of shape [{entries}] to fit counts, "
+                f"got {self.ids.dtype} {list(self.ids.shape)} and {self.log_q.dtype} {list(self.log_q.shape)}"
+            )
+
+    def split(self, sizes: Sequence[int]) -> list[ProxyStore]:
+        """Returns the stores of consecutive tokens, `sizes` tokens each."""
+        counts = self.counts.split(sizes)
+        entries = [int(part.sum()) for part in counts]
+        parts = (self.stored.split(sizes), counts, self.ids.split(entries), self.log_q.split(entries))
+        return [ProxyStore(*part) for part in zip(*parts, strict=True)]
+
+    @classmethod
+    def join(cls, stores: Sequence[ProxyStore]) -> ProxyStore:
+        """Returns one store of consecutive tokens."""
+        return cls(*(torch.cat([getattr(store, field.name) for store in stores]) for field in fields(cls)))
+
+    def shard(self, first: int, columns: int) -> ShardProxy:
+        """Returns the entries of the rank that holds the ids in [first, first + columns)."""
+        token = torch.repeat_interleave(self.counts)
+        own = (self.ids >= first) & (self.ids < first + columns)
+        counts = torch.bincount(token[own], minlength=self.counts.shape[0])
+        return ShardProxy(self.stored, counts, counts.cumsum(0) - counts, self.ids[own] - first, self.log_q[own])
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProxy:
+    """A store's entries in one rank's columns, ready to be read a few tokens at a time."""
+
+    stored: Tensor
+    """[T] bool, over all ranks."""
+    counts: Tensor
+    """[T], number of entries of each token."""
+    starts: Tensor
+    """[T], index in `columns` of each token's first entry."""
+    columns: Tensor
+    """[E] int64, columns of this rank."""
+    log_q: Tensor
+    """[E]."""
+
+    def entries(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (place of the token among `rows`, column, log q) of each entry of some tokens."""
+        counts, starts = self.counts[rows], self.starts[rows]
+        place = torch.repeat_interleave(counts)
+        begins = counts.cumsum(0) - counts
+        entry = starts[place] + torch.arange(place.shape[0], device=place.device) - begins[place]
+        return place, self.columns[entry], self.log_q[entry]
+
+    def take(self, rows: Rows) -> ShardProxy:
+        """Returns the entries of the given tokens, in the given order."""
+        counts = self.counts[rows]
+        _, columns, log_q = self.entries(rows)
+        return ShardProxy(self.stored[rows], counts, counts.cumsum(0) - counts, columns, log_q)
+
+    def divergence(self, shard: Shard, log_sum: Tensor) -> Tensor:
+        """Returns this shard's part of KL(q || p) of the stored tokens, [R]. log_sum: [T], over the whole
+        vocabulary."""
+        row, columns, log_q = self.entries(slice(None))
+        log_p = shard.logits[row, columns].to(log_sum.dtype) / shard.temperature - log_sum[row]
+        log_q = log_q.to(log_sum.dtype)
+        return torch.zeros_like(log_sum).index_add_(0, row, log_q.exp() * (log_q - log_p))[self.stored]
+
+
+def filter_entries(
+    shard: Shard, rows: Tensor | None, threshold: Tensor, log_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns counts [R], columns [E] and log q [E] of the columns inside the filter x >= threshold, in `rows` of the
+    shard or (None) all rows.
+
+    threshold, log_scale: [T], over the whole vocabulary; log q = x - log_scale, so log_scale = log sum + log Z.
+    """
+    none = shard.targets.new_zeros(0)
+    parts = [(none, none, threshold.new_zeros(0))]
+    buffer = shard.buffer()
+    for _, chunk in shard.chunks(rows):
+        x = shard.read(chunk, buffer)
+        inside = x >= threshold[chunk, None]
+        place, column = inside.nonzero().unbind(1)
+        parts.append((inside.sum(-1), column, x[inside] - log_scale[chunk][place]))
+    counts, columns, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
+    return counts, columns, log_q
+
+
+def make_store(stored: Tensor, first: int, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> ProxyStore:
+    """Returns the store of consecutive stored tokens from the results of `filter_entries`; stored: [T] bool; first: the
+    id of the shard's column 0."""
+    counts, columns, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ProxyStore(stored, stored.long().masked_scatter_(stored, counts), columns + first, log_q)

@@ -1,0 +1,110 @@
+"""The passes over one rank's rows of logits behind `token_stats` and its fused forms.
+
+Legend: T tokens, C this rank's true vocabulary columns (its padding excluded), R a subset of the rows;
+x = logits / temperature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lpreg.statistics import kernels
+from lpreg.statistics.row_gradients import RowGradients
+from lpreg.statistics.shard import Shard
+
+# exp(LOG_FLOOR) is 0 in fp64 too, and unlike -inf LOG_FLOOR may be multiplied by 0 (entropy of impossible tokens).
+LOG_FLOOR = -1e4
+
+
+def summarise(shard: Shard, with_entropy: bool) -> Tensor:
+    """Reads every row once and returns [4, T]: max x, sum e, sum e * (x - max), x of the target; e = exp(x - max).
+
+    A shard without columns, or a row that is all -inf, gives (-inf, 0, 0, -inf), which adds nothing when ranks combine.
+    """
+    tokens = shard.logits.shape[0]
+    pack = torch.zeros(4, tokens, dtype=shard.dtype, device=shard.logits.device)
+    pack[0] = pack[3] = -torch.inf
+    if shard.columns == 0 or tokens == 0:
+        return pack
+    if kernels.usable(shard.logits):
+        return kernels.load().summarise(shard)
+    shifted_buffer, exp_buffer = shard.buffer(), shard.buffer()
+    for place, rows in shard.chunks(None):
+        x = shard.read(rows, shifted_buffer)
+        high = x.amax(-1)
+        x.sub_(torch.where(high == -torch.inf, 0.0, high)[:, None])
+        if with_entropy:
+            x.clamp_min_(LOG_FLOOR)
+        e = torch.exp(x, out=exp_buffer[: x.shape[0], : shard.columns])
+        pack[0, place], pack[1, place] = high, e.sum(-1)
+        if with_entropy:
+            pack[2, place] = x.mul_(e).sum(-1)
+    own = shard.logits.gather(1, shard.target_columns[:, None]).squeeze(1).to(shard.dtype) / shard.temperature
+    pack[3] = torch.where(shard.owned, own, -torch.inf)
+    return pack
+
+
+def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum: Tensor) -> Tensor:
+    """Reads `rows` a second time and returns [2, R]: this shard's probability inside and outside the filter
+    x >= threshold.
+
+    threshold, log_sum: [T], over the whole vocabulary.
+    """
+    count = shard.logits.shape[0] if rows is None else rows.shape[0]
+    masses = torch.zeros(2, count, dtype=shard.dtype, device=shard.logits.device)
+    if shard.columns == 0 or count == 0:
+        return masses
+    if kernels.usable(shard.logits):
+        return kernels.load().filter_masses(shard, rows, threshold, log_sum)
+    buffer, inside_buffer = shard.buffer(), shard.buffer()
+    for place, chunk in shard.chunks(rows):
+        x = shard.read(chunk, buffer)
+        # 1 inside the filter and 0 outside, as floats: much faster on a CPU than a bool mask, and as exact.
+        inside = torch.ge(x, threshold[chunk, None], out=inside_buffer[: x.shape[0], : shard.columns])
+        p = x.sub_(log_sum[chunk, None]).exp_()
+        masses[0, place] = inside.mul_(p).sum(-1)
+        masses[1, place] = p.sub_(inside).sum(-1)
+    return masses
+
+
+def write_gradient(
+    out: Tensor, shard: Shard, grads: RowGradients, threshold: Tensor, log_sum: Tensor, entropy: Tensor | None
+) -> None:
+    """Fills `out` [T, V/TP], which may be the logits themselves, with d loss / d x. Rows without gradient are not
+    read."""
+    out[:, shard.columns :] = 0.0
+    if shard.columns == 0 or out.shape[0] == 0:
+        return
+    if kernels.usable(shard.logits) and kernels.usable(out):
+        # The kernels do not handle a stored proxy: the few rows that have one are written below.
+        left = torch.zeros_like(grads.active) if grads.proxy is None else grads.proxy != 0
+        kernels.load().write_gradient(out, shard, grads, threshold, log_sum, entropy, leave=left)
+        if grads.proxy is None:
+            return
+    else:
+        left = grads.active
+        out.index_fill_(0, (~left).nonzero().squeeze(1), 0.0)
+    parts = [(left, False)]
+    if grads.filtered is not None:
+        parts = [(left & ~grads.filtered, False), (left & grads.filtered, True)]
+    buffer = shard.buffer()
+    for mask, filtered in parts:
+        rows = mask.nonzero().squeeze(1)
+        every_row = rows.shape[0] == mask.shape[0]
+        for _, chunk in shard.chunks(None if every_row else rows):
+            x = shard.read(chunk, buffer)
+            coefficient = grads.dropped[chunk, None]
+            if filtered:
+                coefficient = torch.where(x >= threshold[chunk, None], grads.kept[chunk, None], coefficient)
+            x.sub_(log_sum[chunk, None])
+            if grads.entropy is not None and entropy is not None:
+                log_p = x.clamp_min(LOG_FLOOR)
+                coefficient = coefficient - grads.entropy[chunk, None] * log_p.add_(entropy[chunk, None])
+            x.exp_().mul_(coefficient)
+            onehot = torch.where(shard.owned[chunk], grads.target[chunk], 0.0)
+            x.scatter_add_(1, shard.target_columns[chunk, None], onehot[:, None])
+            if grads.proxy is not None and grads.stored is not None:
+                place, columns, log_q = grads.stored.entries(chunk)
+                x[place, columns] -= grads.proxy[chunk][place] * log_q.to(x.dtype).exp()
+            out[chunk, : shard.columns] = x.to(out.dtype)

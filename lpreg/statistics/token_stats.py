@@ -1,0 +1,179 @@
+"""Exact statistics of each token's logits for a loss, with the vocabulary split over tensor-parallel ranks.
+
+The forward reads every row once, all-gathers four floats per token and combines them in rank order, so every rank holds
+the same bits; rows that need log Z are read a second time and gathered once more. The backward is local and writes the
+gradient over the logits if asked to. The row arithmetic is in `lpreg.statistics.rows` and
+`lpreg.statistics.row_statistics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lpreg.statistics.checks import check_logits, check_row_flags, check_row_tensor
+from lpreg.statistics.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
+from lpreg.statistics.row_gradients import row_gradients
+from lpreg.statistics.row_statistics import EntropyMode, Settings, check_finite, resolve, statistics
+from lpreg.statistics.rows import write_gradient
+from lpreg.statistics.shard import Shard
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Statistics of T tokens at the sampling temperature, fp32 (fp64 for fp64 logits); the same bits on each rank."""
+
+    log_probs: Tensor
+    """[T], log-prob of the sampled token. Differentiable."""
+    entropy: Tensor | None
+    """[T], entropy in nats. Differentiable with entropy="grad"; None with entropy="none"."""
+    log_z: Tensor
+    """[T], log of the probability mass that the filter keeps, <= 0. It is 0 where log_z_rows is False and -inf where a
+    fixed_tau keeps nothing; neither has a gradient. Elsewhere d(-log_z)/d logits = p - q (times 1 / temperature), which
+    is also the gradient of KL(q || p) with q held fixed."""
+    in_filter: Tensor
+    """[T] bool, whether the sampled token passes the filter. Known for every row, whatever log_z_rows is."""
+    max_logit: Tensor
+    """[T], largest logit after the temperature."""
+    proxy_kl: Tensor | None = None
+    """[T], KL(q || p) of the stored `proxy` q over the whole vocabulary; 0 without gradient where none is stored. Its
+    gradient over the logits is p - q (times 1 / temperature). None without a proxy."""
+    proxy_store: ProxyStore | None = None
+    """This policy's own q in `proxy_rows`, for a later `proxy`: the entries of this rank's columns. None without
+    proxy_rows."""
+
+    @classmethod
+    def of(
+        cls, values: Sequence[Tensor], settings: Settings, proxy: ProxyStore | None, store: ProxyStore | None
+    ) -> TokenStats:
+        """Returns the statistics from log_probs, entropy, log_z, in_filter, max_logit and proxy_kl; those that were not
+        asked for are dropped."""
+        log_probs, entropy, log_z, in_filter, max_logit, proxy_kl = values
+        return cls(
+            log_probs,
+            entropy if settings.with_entropy else None,
+            log_z,
+            in_filter,
+            max_logit,
+            None if proxy is None else proxy_kl,
+            store,
+        )
+
+    @property
+    def proxy_log_probs(self) -> Tensor:
+        """[T], log q of the sampled token: log_probs - log_z if in_filter, otherwise -inf. Needs the row's log_z."""
+        return torch.where(self.in_filter, self.log_probs - self.log_z, -torch.inf)
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    min_p: float = 0.02,
+    fixed_tau: float | None = None,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    log_z_rows: Tensor | None = None,
+    entropy: EntropyMode = "metric",
+    inplace_backward: bool = False,
+    proxy: ProxyStore | None = None,
+    proxy_rows: Tensor | None = None,
+) -> TokenStats:
+    """Returns log-prob, entropy and filter mass of each sampled token (Lp-Reg's proxy distribution, arXiv 2510.03222).
+
+    With x = logits / temperature and p = softmax(x), the filter keeps S = {v : p_v >= min_p * max p}, or
+    {v : p_v >= fixed_tau} when fixed_tau is given; Z is the mass of S, and the proxy is q = p / Z on S, 0 elsewhere.
+
+    Args:
+        logits: [T, V/TP], raw, this rank's slice (ranks hold equal slices in rank order); bf16, fp16, fp32 or fp64.
+        targets: [T] int64, sampled tokens as ids in the whole vocabulary.
+        vocab_size: the true V; columns at or beyond it are padding. None: there is no padding.
+        tp_group: the ranks that the vocabulary is split over. None: `logits` hold the whole vocabulary.
+        log_z_rows: [T] bool, the same on every rank, the rows whose log Z is needed. None: all rows.
+        entropy: "metric" (no gradient), "grad" or "none".
+        inplace_backward: write the gradient over the logits' memory. Only for logits that are not read after the loss.
+        proxy: q of another policy for some of the T tokens, on the logits' device; gives proxy_kl.
+        proxy_rows: [T] bool, the same on every rank, the rows whose q is to be stored; their log Z is computed too.
+
+    Raises:
+        ValueError: arguments that do not fit together, a target outside the vocabulary, a row that is not finite.
+    """
+    check_logits(logits, inplace_backward)
+    check_row_tensor("targets", targets, torch.int64, logits.shape[0], logits, "logits")
+    flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
+    check_row_flags(logits.shape[0], logits, "logits", flags)
+    settings, columns_of_targets = resolve(
+        logits.shape[1], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
+    )
+    if log_z_rows is not None and proxy_rows is not None:
+        log_z_rows = log_z_rows | proxy_rows
+    *values, threshold, log_sum = _TokenStats.apply(
+        logits, columns_of_targets, log_z_rows, settings, inplace_backward, settings.shard_proxy(proxy)
+    )
+    store = None
+    if proxy_rows is not None:
+        shard = Shard(logits.detach(), columns_of_targets, settings.columns, settings.temperature)
+        rows = proxy_rows.nonzero().squeeze(1)
+        parts = filter_entries(shard, rows, threshold, log_sum + values[2].detach())
+        store = make_store(proxy_rows, settings.first, [parts])
+    return TokenStats.of(values, settings, proxy, store)
+
+
+class _TokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        columns_of_targets: Tensor,
+        log_z_rows: Tensor | None,
+        settings: Settings,
+        inplace: bool,
+        proxy: ShardProxy | None,
+    ) -> tuple[Tensor, ...]:
+        shard = Shard(logits, columns_of_targets, settings.columns, settings.temperature)
+        stats = statistics(shard, log_z_rows, settings, proxy)
+        check_finite(stats.log_sum)
+        ctx.settings, ctx.inplace, ctx.proxy = settings, inplace, proxy
+        ctx.save_for_backward(
+            logits, columns_of_targets, log_z_rows, stats.log_sum, stats.threshold, stats.entropy, stats.log_z
+        )
+        constants = [stats.in_filter, stats.max_logit, stats.threshold, stats.log_sum]
+        ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
+        ctx.set_materialize_grads(False)
+        values = stats.log_probs, stats.entropy, stats.log_z, stats.in_filter, stats.max_logit, stats.proxy_kl
+        return *values, stats.threshold, stats.log_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_log_probs: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_log_z: Tensor | None,
+        _in_filter: None,
+        _max_logit: None,
+        grad_proxy_kl: Tensor | None,
+        *_: None,
+    ) -> tuple[Tensor, None, None, None, None, None]:
+        logits, columns_of_targets, log_z_rows, log_sum, threshold, entropies, log_z = ctx.saved_tensors
+        shard = Shard(logits.detach(), columns_of_targets, ctx.settings.columns, ctx.settings.temperature)
+        gradients = row_gradients(
+            grad_log_probs,
+            grad_entropy,
+            grad_log_z,
+            log_z,
+            log_z_rows,
+            shard.temperature,
+            grad_proxy_kl,
+            ctx.proxy,
+        )
+        out = shard.logits if ctx.inplace else torch.empty_like(logits)
+        write_gradient(out, shard, gradients, threshold, log_sum, entropies)
+        return out, None, None, None, None, None

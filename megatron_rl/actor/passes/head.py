@@ -1,0 +1,90 @@
+"""Computes the loss from hidden states: applies the LM head to response positions only and evaluates the loss there.
+
+The fused head never holds all logits: `lpreg` projects one chunk of tokens at a time, in fp32, and adds the weight's
+gradient to Megatron's fp32 `main_grad`. The materialised head holds the logits of all response tokens of a micro-batch,
+in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from torch import Tensor
+from torch.nn.functional import linear
+
+import lpreg
+from lpreg import LossInputs, LossOutput, PolicyLoss, TokenStats
+from megatron_rl.actor.model.policy import PolicyModel
+from megatron_rl.actor.passes.micro_batch import MicroBatch
+from megatron_rl.actor.passes.policy_loss import loss_fields
+from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.context_statistics import gather_over_context_ranks
+
+
+class Head:
+    """The LM head of the last pipeline stage. Takes hidden states that `PolicyModel` returns with `project=False`."""
+
+    def __init__(self, model: PolicyModel, vocabulary: int, *, fused: bool) -> None:
+        self.model, self.vocabulary, self.fused = model, vocabulary, fused
+
+    def loss(
+        self, hidden: Tensor, batch: MicroBatch, loss: PolicyLoss, *, temperature: float, denominator: float
+    ) -> tuple[LossOutput, TokenStats]:
+        """Returns the policy loss of a micro-batch and the token statistics.
+
+        The statistics carry gradients only if the loss is computed from them, that is, outside `lpreg.fused_loss`.
+        """
+        fields = loss_fields(batch, denominator)
+        if self.fused and loss.token_separable and batch.places is None:
+            return lpreg.fused_loss(
+                self.predicting(hidden, batch),
+                self.model.head_weight,
+                batch.targets,
+                loss,
+                fields,
+                proxy=batch.proxy,
+                weight_grad=self._main_grad,
+                **self._common(temperature),
+            )
+        stats = self.statistics(
+            hidden, batch, batch.targets, temperature, proxy=batch.proxy, **loss.token_stats_kwargs()
+        )
+        from_model = {name: getattr(stats, name) for name in ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl")}
+        return loss(LossInputs(**from_model, **fields)), stats
+
+    def statistics(
+        self, hidden: Tensor, batch: MicroBatch, targets: Tensor, temperature: float, **settings: Any
+    ) -> TokenStats:
+        """Returns the token statistics of all T response tokens. targets: [T]; `settings` go to `lpreg.token_stats`."""
+        rows, settings = self.predicting(hidden, batch), settings | self._common(temperature)
+        if batch.places is not None:
+            targets = targets[batch.places]
+            if (wanted := settings.get("proxy_rows")) is not None:
+                settings["proxy_rows"] = wanted[batch.places]
+        if self.fused:
+            weight = self.model.head_weight
+            stats = lpreg.fused_token_stats(rows, weight, targets, weight_grad=self._main_grad, **settings)
+        else:
+            logits = self.logits(rows)
+            stats = lpreg.token_stats(logits, targets, inplace_backward=logits.requires_grad, **settings)
+        return stats if batch.places is None else gather_over_context_ranks(stats, batch.places, len(batch.targets))
+
+    def predicting(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """Selects from [s, b, d] the hidden states [T, d] that predict response tokens, in full on every TP rank."""
+        if self.model.config.sequence_parallel:
+            # Each rank's gradient already covers all columns, so each rank takes its slice and nothing is summed.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden.flatten(0, 1).index_select(0, batch.predictors)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Projects hidden states [T, d] to logits [T, padded vocabulary / TP]."""
+        return linear(copy_to_tensor_model_parallel_region(rows), self.model.head_weight)
+
+    @property
+    def _main_grad(self) -> Tensor | None:
+        grad: Tensor | None = getattr(self.model.head_weight, "main_grad", None)
+        return grad
+
+    def _common(self, temperature: float) -> dict[str, Any]:
+        return {"temperature": temperature, "vocab_size": self.vocabulary, "tp_group": process_groups.tp_group()}

@@ -1,0 +1,27 @@
+"""`megatron-rl doctor`: checks of this machine and, with a configuration, of its cluster."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .arguments import add_config
+
+
+def add(commands: Any) -> None:
+    """Declares `doctor`."""
+    parser = commands.add_parser("doctor", help="look for problems that would keep a run from starting or finishing")
+    add_config(parser, optional=True)
+    parser.add_argument("--quick", action="store_true", help="check this machine only, in about a second")
+    parser.set_defaults(command=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_rl.config import load_config
+    from megatron_rl.doctor.examine import examine
+    from megatron_rl.doctor.findings import show
+
+    config = load_config(options.config, options.overrides) if options.config else None
+    return 0 if show(examine(config, quick=options.quick), Console()) else 1

@@ -1,0 +1,76 @@
+"""The tokenizer of a model folder, and tokens that are looked up in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_rl.config.validate import TOKENIZER_FILES
+from megatron_rl.errors import UserError
+
+from .schemas import Message
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that prompts need."""
+
+    chat_template: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+    def apply_chat_template(
+        self, conversation: list[Message], *, add_generation_prompt: bool, tokenize: bool
+    ) -> Any: ...
+
+
+def load_tokenizer(model_folder: Path) -> Any:
+    """Loads the tokenizer of a Hugging Face model folder from local files. Raises UserError if it has none."""
+    if not any((model_folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{model_folder}: no tokenizer here; expected one of {', '.join(TOKENIZER_FILES)}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{model_folder}: the tokenizer cannot be loaded: {error}") from error
+
+
+def single_token(tokenizer: Any, text: str, key: str) -> int:
+    """Returns the id of the token that `text` consists of. Raises UserError if it is not exactly one known token.
+
+    `key` is the configuration key that the error names.
+    """
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises a bare Exception for a word outside the vocabulary
+        raise UserError(f"{key}: {text!r} is not in the model's vocabulary: {error}") from error
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        what = f"{len(ids)} tokens: {ids}" if len(ids) != 1 else "unknown"
+        raise UserError(f"{key}: {text!r} must be one token of the model's vocabulary; it is {what}")
+    return int(ids[0])
+
+
+def stop_token_ids(tokenizer: Any, model_folder: Path, chosen: list[int] | None) -> tuple[int, ...]:
+    """Returns the ids of the tokens that end a response.
+
+    They are the `chosen` ones if given, otherwise the end tokens of generation_config.json, otherwise that of the
+    tokenizer. Raises UserError if none of these names an end token.
+    """
+    if chosen is not None:
+        return tuple(chosen)
+    generation = model_folder / "generation_config.json"
+    try:
+        ends = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{generation} is not a JSON object: {error}") from error
+    if ends is None or ends == []:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        raise UserError(
+            f"nothing ends a response: neither {generation} nor the tokenizer names an end token; "
+            f"set rollout.stop_token_ids"
+        )
+    return tuple(ends) if isinstance(ends, list) else (int(ends),)
