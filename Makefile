@@ -104,6 +104,7 @@ benchmark: setup ## measure on the CPU: tables, and JSON in runs/benchmarks/ (so
 	$(BIN)/python benchmarks/token_stats.py --out runs/benchmarks/token_stats_cpu.json $(ARGS)
 	$(BIN)/python benchmarks/maths_reward.py --out runs/benchmarks/maths_reward.json
 	$(BIN)/python benchmarks/batching.py --out runs/benchmarks/batching.json
+	$(BIN)/python benchmarks/driver.py --out runs/benchmarks/driver.json
 	$(BIN)/python benchmarks/training_step.py --out runs/benchmarks/training_step.json
 	$(BIN)/python benchmarks/weight_sync.py --out runs/benchmarks/weight_sync.json
 	$(BIN)/python benchmarks/start_up.py --out runs/benchmarks/start_up.json

@@ -4,9 +4,10 @@
     python benchmarks/check.py --keep     # after an intended change: check the table, then commit the file
 
 The counts come from a Qwen3 of four small layers in one process: operations and calls into torch of a training step,
-bytes of a batch that is sent to the actor, bytes allocated to publish weights, modules that the command line loads to
-show its help, imbalance of 512 sequences on 64 replicas, and, on a simulated clock with made-up rates
-(`scaling_simulator.py`), the time of a step if rollouts are not synchronous. (torch counts no operations of attention
+bytes of a batch that is sent to the actor, bytes that a step at the paper's size holds and moves in the driver
+(`driver.py`), bytes allocated to publish weights, modules that the command line loads to show its help, imbalance of
+512 sequences on 64 replicas, and, on a simulated clock with made-up rates (`scaling_simulator.py`), the time of a step
+if rollouts are not synchronous. (torch counts no operations of attention
 on a CPU, so the count is smaller than the number needed.) `tests/invariance/test_methods_layouts.py` counts the passes
 through the model for every method.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import pickletools
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import driver
 from benchmarks.batching import case, draw
 from benchmarks.machine import arguments
 from benchmarks.scaling import log_normal
@@ -50,6 +53,7 @@ KEPT = Path(__file__).parent / "results/check.json"
 ROOM = 1.05
 """A count may exceed the kept one by this factor, as versions of torch differ a little."""
 ROWS, VOCABULARY = 64, 1000
+PAPER_RESPONSES, PAPER_MEAN = 2048, 4000
 MODEL: dict[str, Any] = {
     **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256},
@@ -123,10 +127,27 @@ def count() -> dict[str, float]:
     found["bytes of a batch on its way to the actor, a token"] = len(pickle.dumps(batch, 5)) / batch.lengths.sum()
     found["modules loaded to show the help"] = modules_of_help()
     found["dearest of 64 replicas over their mean, 512 rows"] = 1 + case(draw(512, 0.6, 0), 64, 3e4)["imbalance"]
+    found |= counts_of_driver()
     synchronous = simulated("synchronous")
     for mode in list(MODES)[1:]:
         found[f"a simulated step over a synchronous one, {mode}"] = simulated(mode) / synchronous
     return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def counts_of_driver() -> dict[str, float]:
+    """The arrays of a step at the paper's size, per response token, and the Python objects of an engine's answer."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        driver.write_answers(folder, PAPER_RESPONSES, PAPER_MEAN)
+        step = driver.step(PAPER_RESPONSES, PAPER_MEAN, folder)
+        opcodes = sum(1 for _ in pickletools.genops((folder / "0.pickle").read_bytes()))
+    tokens = step["response_tokens"]
+    return {
+        "bytes of an engine's answer, a token": step["answers"] / tokens,
+        "bytes of a step's arrays and texts in the driver, a token": step["arrays"] / tokens,
+        "bytes from the driver to the actor in a step, a token": step["sent"] / tokens,
+        "pickled objects of an engine's answer, a response": opcodes / driver.SAMPLES,
+    }
 
 
 def simulated(mode: str) -> float:

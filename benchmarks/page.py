@@ -93,6 +93,16 @@ def start_up(found: Found) -> str:
     return table(("", "wall s", "processor s", "target s"), rows) + f"\nOn the way to the first step: {said}.\n"
 
 
+def driver(found: Found) -> str:
+    cases = found["cases"]
+    head = ["phase", *(f"mean {case['mean']:,}: processor s" for case in cases)]
+    rows = [[name, *(f"{case['phases'][name]['seconds']:.2f}" for case in cases)] for name in cases[0]["phases"]]
+    rows.append(["all", *(f"{case['seconds']:.2f}" for case in cases)])
+    rows.append(["arrays, GiB", *(f"{case['arrays'] / 2**30:.2f}" for case in cases)])
+    rows.append(["peak above them, GiB", *(f"{case['peak_above_arrays'] / 2**30:.2f}" for case in cases)])
+    return table(head, rows)
+
+
 def scaling(found: Found) -> str:
     from benchmarks.scaling_picture import picture
 
@@ -121,7 +131,7 @@ def scaling(found: Found) -> str:
 
 
 TABLES: dict[str, Callable[[Found], str]] = {
-    f.__name__: f for f in (batching, training_step, weight_sync, start_up, scaling)
+    f.__name__: f for f in (batching, training_step, weight_sync, start_up, driver, scaling)
 }
 
 

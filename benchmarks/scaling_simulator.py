@@ -8,17 +8,16 @@ over-sampling, partial rollouts, the bound on staleness and asynchronous rollout
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from megatron_rl.config import Config
 from megatron_rl.data.cursor import Cursor
-from megatron_rl.rollout.buffer import RolloutBuffer
-from megatron_rl.rollout.collector import roll_out
+from megatron_rl.rollout.collector import RolloutCollector
+from megatron_rl.types import RewardResult
 
 STRIDE = 128
 """Largest number of tokens per response that are decoded at one rate; the rate falls as contexts grow."""
@@ -49,17 +48,20 @@ class Response:
     done: int
     weight_version: int
 
+    def __len__(self) -> int:
+        return self.done
+
     @property
-    def token_ids(self) -> range:
-        return range(self.done)
+    def sampled_mask(self) -> np.ndarray:
+        return np.broadcast_to(True, self.done)
 
     @property
     def finish_reason(self) -> str:
         return "stop" if self.done >= self.length else "abort"
 
     @property
-    def weight_versions(self) -> list[int]:
-        return [self.weight_version]
+    def version_runs(self) -> list[tuple[int, int, int]]:
+        return [(0, self.done, self.weight_version)]
 
 
 class Engine:
@@ -127,7 +129,11 @@ class Fleet:
         self.submitted = 0
 
     def submit(
-        self, prompts: Sequence[Lengths], sampling: Any, begun: Sequence[Sequence[Response]], enough: int | None = None
+        self,
+        prompts: Sequence[Lengths],
+        sampling: Any,
+        partial: Sequence[Sequence[Response]],
+        min_groups: int | None = None,
     ) -> list[int]:
         """Dispatches requests like the product: to embedded engines in turn, each of which stops at its share of
         groups, or to the server with the fewest requests.
@@ -137,11 +143,11 @@ class Fleet:
         first, self.submitted, count = self.submitted, self.submitted + len(prompts), len(self.engines)
         for i, engine in enumerate(self.engines):
             self._settle(i)
-            engine.quota = len(prompts[i::count]) if enough is None else len(range(i, enough, count))
+            engine.quota = len(prompts[i::count]) if min_groups is None else len(range(i, min_groups, count))
         load = [len(np.unique(engine.request)) for engine in self.engines]
         prefixes: list[list[int]] = [[] for _ in self.engines]
-        gone_on = {i % count for i, before in enumerate(begun) if before} if self.embedded else set()
-        for i, (length, before) in enumerate(zip(prompts, begun, strict=True)):
+        gone_on = {i % count for i, before in enumerate(partial) if before} if self.embedded else set()
+        for i, (length, before) in enumerate(zip(prompts, partial, strict=True)):
             place = i % count if self.embedded else int(np.argmin(load))
             load[place] += 1
             done = np.array([response.done for response in before] or np.zeros_like(length))
@@ -166,7 +172,7 @@ class Fleet:
     def take(self, number: int) -> list[Response]:
         return self.answers.pop(number)
 
-    def cut(self, numbers: Collection[int]) -> None:
+    def abort(self, numbers: Collection[int]) -> None:
         if not numbers:
             return
         for i, engine in enumerate(self.engines):
@@ -230,29 +236,14 @@ class Prompts:
         return self.lengths_of(row)
 
 
-class SimulatedRun:
-    """What `roll_out` asks of a `Run`."""
+class NoGrader:
+    """Gives every response the same score at once."""
 
-    replay = None
+    def grade(self, pairs: Sequence[Any]) -> list[RewardResult]:
+        return [RewardResult(0.0)] * len(pairs)
 
-    def __init__(self, config: Config, fleet: Fleet, lengths_of: LengthsOf) -> None:
-        self.config, self.engines, self.weight_version = config, fleet, 0
-        self.buffer, self.cursor = RolloutBuffer(), Cursor(2**20, seed=0, shuffle=False)
-        tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
-        self.inputs = SimpleNamespace(train=SimpleNamespace(prompts=Prompts(lengths_of)), tokenizer=tokenizer)
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def sampling(self, step: int, draw: int) -> None: ...
-
-    def grade(self, samples: Sequence[Any]) -> None: ...
-
-    def check_grades(self, samples: Sequence[Any]) -> dict[str, float]:
+    def check(self, graded: Sequence[Any]) -> dict[str, float]:
         return {}
-
-    def shaped(self, samples: Sequence[Any]) -> list[float]:
-        return [0.0] * len(samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,13 +266,24 @@ def simulate(
 
     `rest`: number of sampled tokens of a step -> seconds of each rank without rollouts.
     """
-    run, found = SimulatedRun(config, fleet, lengths_of), []
+    cursor, stub = Cursor(2**20, seed=0, shuffle=False), Prompts(lengths_of)
+    engines: Any = fleet
+    collector = RolloutCollector(
+        config,
+        engines,
+        stub,  # type: ignore[arg-type]
+        cursor,
+        NoGrader(),
+        sampling=lambda step, draw: None,  # type: ignore[arg-type,return-value]
+        phase=lambda name: nullcontext(),
+    )
+    version, found = 0, []
     for step in range(1, steps + 1):
         start = fleet.now
-        samples = roll_out(run, step).samples  # type: ignore[arg-type]
+        rollouts = collector.collect(step, version)
         sampled = fleet.now
-        fleet.train(rest(sum(len(sample.generation.token_ids) for sample in samples)))
-        run.weight_version += config.train.updates_per_rollout
-        fleet.update_weights(run.weight_version)
+        fleet.train(rest(sum(len(response) for _, response, _ in rollouts.responses)))
+        version += config.train.updates_per_rollout
+        fleet.update_weights(version)
         found.append(Step(fleet.now - start, sampled - start))
     return found

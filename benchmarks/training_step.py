@@ -127,25 +127,18 @@ def disagreement(found: Found) -> float:
 def positions(recording: Path) -> dict[str, float]:
     """Returns the mean number of positions per step: of the sequences with an advantage, with shared prefixes once
     ("ours") and packed; and of all sequences, as TRL pads them."""
-    from benchmarks.training_step_contestants import Recorded, batch_of
+    from benchmarks.training_step_contestants import Recorded, batch_of, quickstart
     from megatron_rl.batching.prefix_tree import PrefixTree
 
-    steps = Recorded(recording).steps
-    batches = [batch_of(samples)[0] for samples in steps]
-    ours = [PrefixTree.of(batch.tokens).size for batch in batches]
+    config, steps = quickstart(), Recorded(recording).steps
+    batches = [batch_of(config, rollouts)[0] for rollouts in steps]
+    ours = [PrefixTree.of(batch.sequences).size for batch in batches]
     packed = [int((batch.lengths - 1).sum()) for batch in batches]
-    padded = [
-        len(samples) * sum(max(len(part(s)) for s in samples) for part in (_prompt, _response)) for samples in steps
-    ]
+    padded = []
+    for rollouts in steps:
+        prompts, responses, _ = zip(*rollouts.responses, strict=True)
+        padded.append(len(responses) * (max(len(p.token_ids) for p in prompts) + max(map(len, responses))))
     return {name: statistics.mean(of) for name, of in (("ours", ours), ("packed", packed), ("TRL", padded))}
-
-
-def _prompt(sample: Any) -> Any:
-    return sample.prompt.token_ids
-
-
-def _response(sample: Any) -> Any:
-    return sample.generation.token_ids
 
 
 def show(title: str, rows: dict[str, Any], console: Console) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,12 @@ from torch.profiler import record_function
 
 import lpreg
 from megatron_rl.batching.partition import partition
-from megatron_rl.batching.sequences import SequenceBatch, rows_of
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.config import Config, load_config
 from megatron_rl.rollout.replay import Replay
-from megatron_rl.types import Sample
+from megatron_rl.rollout.rollouts import Rollouts
+from megatron_rl.training.batch import training_batch
+from megatron_rl.types import RewardResult
 
 QUICKSTART = Path("examples/quickstart/countdown.yaml")
 SAME = ["algorithm.name=grpo", "algorithm.advantage=dr_grpo", "actor.tensor_parallel=1", "rollout.engines=1"]
@@ -63,9 +65,9 @@ class Recorded(Replay):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.steps = [super(Recorded, self).samples(step) for step in range(1, len(self) + 1)]
+        self.steps = [super(Recorded, self).collect(step, 0) for step in range(1, len(self) + 1)]
 
-    def samples(self, step: int) -> list[Sample]:
+    def collect(self, step: int, weight_version: int) -> Rollouts:
         return self.steps[step - 1]
 
 
@@ -82,7 +84,7 @@ def ours(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
     try:
         with open_run(quickstart(*settings, "observability.view=off", "observability.rollouts_every=0")) as run:
             if not rollouts:
-                run.replay = Recorded(recording)
+                run.rollouts = Recorded(recording)
             while True:
                 pace.begin()
                 metrics = rl_step(run, run.step + 1)
@@ -96,14 +98,14 @@ def ours(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def batch_of(samples: list[Sample]) -> tuple[SequenceBatch, int]:
+def scores_of(results: Sequence[RewardResult]) -> list[float]:
+    return [result.score for result in results]
+
+
+def batch_of(config: Config, rollouts: Rollouts) -> tuple[SequenceBatch, int]:
     """Returns the sequences with an advantage, and the number of tokens that the loss is a mean over."""
-    rewards = torch.tensor([sample.reward.score for sample in samples], dtype=torch.float64)  # type: ignore[union-attr]
-    groups = torch.tensor([sample.group for sample in samples])
-    advantages = lpreg.group_advantages(rewards, groups, estimator="dr_grpo").numpy()
-    rows = rows_of(samples)
-    rows = rows.with_values(advantages=rows.per_token(advantages).astype(np.float32))
-    return rows.take(np.flatnonzero(advantages)), rows.num_sampled_tokens
+    batch, _ = training_batch(config, rollouts, scores_of)
+    return batch.sequences.take(np.flatnonzero(batch.advantages)), batch.sequences.num_sampled_tokens
 
 
 def megatron_alone(pace: Pace, recording: Path, *, rows: str = "auto") -> None:
@@ -119,8 +121,8 @@ def megatron_alone(pace: Pace, recording: Path, *, rows: str = "auto") -> None:
     worker.set_loss(LossChoice.of(config.algorithm))
     worker.build_optimizer(config.actor.optimizer)
 
-    def step(samples: list[Sample]) -> dict[str, float]:
-        rows, tokens = batch_of(samples)
+    def step(rollouts: Rollouts) -> dict[str, float]:
+        rows, tokens = batch_of(config, rollouts)
         result = worker.train(rows, config.actor.optimizer.lr, tokens, 1.0)
         assert result is not None
         return {"loss": result.loss, "grad_norm": result.grad_norm}
@@ -138,21 +140,21 @@ def plain(pace: Pace, recording: Path) -> None:
     settings, loss = config.actor.optimizer, lpreg.make_loss("grpo")
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=0.0)
 
-    def step(samples: list[Sample]) -> dict[str, float]:
-        rows, tokens = batch_of(samples)
+    def step(rollouts: Rollouts) -> dict[str, float]:
+        rows, tokens = batch_of(config, rollouts)
         optimizer.zero_grad()
         total = 0.0
         for part in partition(rows.lengths.tolist(), 1, token_budget=config.actor.micro_batch_tokens, packed=False)[0]:
             batch = rows.take(part)
             ids = torch.zeros(len(batch), int(batch.lengths.max()), dtype=torch.int64)
             predicts = torch.zeros(ids.shape, dtype=torch.bool)
-            for i, (row, start) in enumerate(zip(batch.tokens, batch.prompt_lengths, strict=True)):
+            for i, row in enumerate(batch.sequences):
                 ids[i, : len(row)] = torch.from_numpy(row)
-                predicts[i, start - 1 : len(row) - 1] = True
+                predicts[i, np.flatnonzero(batch.mask_of(i)) - 1] = True
             with record_function("forward"):  # padding is on the right, so causal attention ignores it
                 hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[predicts[:, :-1]]
             with record_function("loss"):
-                stats = lpreg.fused_token_stats(hidden, model.lm_head.weight, torch.from_numpy(batch.targets))
+                stats = lpreg.fused_token_stats(hidden, model.lm_head.weight, torch.from_numpy(batch.targets).long())
                 advantages = torch.from_numpy(batch.values["advantages"])
                 inputs = lpreg.LossInputs(log_probs=stats.log_probs, advantages=advantages, denominator=tokens)
                 output = loss(inputs).loss
@@ -166,11 +168,11 @@ def plain(pace: Pace, recording: Path) -> None:
     _walk(pace, steps, step)
 
 
-def _walk(pace: Pace, steps: Recorded, step: Callable[[list[Sample]], dict[str, float]]) -> None:
+def _walk(pace: Pace, steps: Recorded, step: Callable[[Rollouts], dict[str, float]]) -> None:
     try:
-        for samples in steps.steps:
+        for rollouts in steps.steps:
             pace.begin()
-            pace.end(**step(samples))
+            pace.end(**step(rollouts))
     except EOFError:
         pass
 
@@ -195,12 +197,12 @@ def trl(pace: Pace, recording: Path, *, rollouts: bool = False) -> None:
             seen.update({name: logs[name] for name in ("loss", "grad_norm") if name in logs})
 
     def respond(prompts: list[Any], _: Any) -> dict[str, Any]:
-        samples = next(place)
-        seen["rewards"] = [sample.reward.score for sample in samples]  # type: ignore[union-attr]
+        responses = next(place).responses
+        seen["rewards"] = [reward.score for _, _, reward in responses]
         return {
-            "prompt_ids": [list(sample.prompt.token_ids) for sample in samples],
-            "completion_ids": [list(sample.generation.token_ids) for sample in samples],
-            "logprobs": [list(sample.generation.log_probs) for sample in samples],
+            "prompt_ids": [list(prompt.token_ids) for prompt, _, _ in responses],
+            "completion_ids": [response.token_ids.tolist() for _, response, _ in responses],
+            "logprobs": [response.log_probs.tolist() for _, response, _ in responses],
         }
 
     rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
@@ -231,14 +233,14 @@ def _graded(
 ) -> list[float]:
     """Returns the scores of the task's verifier, or the recorded ones."""
     from megatron_rl.reward.countdown import verify_countdown
-    from megatron_rl.types import Generation, Prompt
+    from megatron_rl.types import Prompt, Response, Sample
 
     if not rollouts:
         return seen.pop("rewards")
     scores = []
     for answer, ids, text in zip(label, completion_ids, completions, strict=True):
-        generation = Generation(ids, [], "stop" if ids[-1] == end else "length", 0)
-        scores.append(verify_countdown(Sample(Prompt("", (), "", answer), 0, generation, text)).score)
+        sampled = Response(ids, [], "stop" if ids[-1] == end else "length", 0)
+        scores.append(verify_countdown(Sample(Prompt("", (), "", answer), sampled, text)).score)
     return scores
 
 

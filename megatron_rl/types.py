@@ -111,6 +111,17 @@ class Response:
     def num_sampled_tokens(self) -> int:
         return int(np.count_nonzero(self.sampled_mask))
 
+    def sampled(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """[n] -> the values of the sampled tokens; no copy if all tokens are sampled."""
+        return values if self.sampled_mask.all() else values[self.sampled_mask]
+
+    def sampled_by(self, version: int | None) -> npt.NDArray[np.bool_]:
+        """bool [n], True for tokens with this weight version."""
+        found = np.zeros(len(self), dtype=bool)
+        for start, end, own in self.version_runs:
+            found[start:end] = own == version
+        return found
+
     @property
     def version_runs(self) -> list[tuple[int, int, int]]:
         """(start, end, version) of each run of tokens with one weight version."""

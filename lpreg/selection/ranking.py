@@ -62,7 +62,8 @@ def select_lowest(
     values = values.detach()
     wide = values if values.dtype == torch.float64 else values.float()
     nan = eligible & wide.isnan()
-    ordered = _ordered_bits(wide[eligible & ~nan])
+    usable = eligible & ~nan
+    ordered = _ordered_bits(wide.flatten() if usable.all() else wide[usable])
 
     prefix, below, rank_of_last, population = 0, 0, 0, 0
     total_bits = torch.finfo(wide.dtype).bits
@@ -108,7 +109,7 @@ def _ordered_bits(values: Tensor) -> Tensor:
     """Returns integers that order like the floats: negative floats count down, so their magnitude bits are flipped."""
     integer, magnitude = _integer_type(values.dtype)
     bits = (values + 0.0).view(integer)  # + 0.0 turns -0.0 into 0.0
-    return torch.where(bits < 0, bits ^ magnitude, bits).long()
+    return torch.where(bits < 0, bits ^ magnitude, bits)
 
 
 def _from_ordered_bits(ordered: int, dtype: torch.dtype) -> float:

@@ -229,11 +229,10 @@ def merge_tables(batch: SequenceBatch, tables: list[Table]) -> tuple[dict[str, n
     merged: dict[str, np.ndarray] = {}
     proxies = []
     for table in tables:
-        index = batch.token_index(table.rows)
         for name, values in table.values.items():
             if name not in merged:
                 merged[name] = np.empty((batch.num_sampled_tokens, *values.shape[1:]), dtype=values.dtype)
-            merged[name][index] = values
+            batch.set_values(merged[name], table.rows, values)
         if table.proxy is not None:
-            proxies.append((index, table.proxy))
+            proxies.append((batch.token_index(table.rows), table.proxy))
     return merged, StoredProxy.join(batch.num_sampled_tokens, proxies)

@@ -64,12 +64,14 @@ def record(
     """
     groups, responses = rollouts.group_numbers, rollouts.responses
     rows = recorded_rows(groups, sequences.sampled_lengths, step, most_tokens)
-    index = sequences.token_index(rows)
-    columns = {"actor_log_probs" if name == "log_probs" else name: values[index] for name, values in scores.items()}
+    columns = {
+        "actor_log_probs" if name == "log_probs" else name: sequences.values_of(rows, values)
+        for name, values in scores.items()
+    }
     if "in_filter" in columns:  # NaN where the actor did not score, which a bool cannot say
         columns["kept"] = columns.pop("in_filter").astype(np.float32)
     if "selected" in sequences.values:
-        columns["selected"] = sequences.values["selected"][index]
+        columns["selected"] = sequences.values_of(rows, sequences.values["selected"])
     masks = [responses[row][1].sampled_mask for row in rows.tolist()]
     dumped = [
         DumpedResponse(int(groups[row]), prompt, response, reward, float(advantages[row]))

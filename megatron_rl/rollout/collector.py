@@ -195,7 +195,8 @@ class RolloutCollector:
 
     def _take_in(self, requests: Collection[int]) -> None:
         """Grades the complete groups among the answers, and sorts all of them into the buffer or out."""
-        answered = [self.buffer.in_flight.pop(number).answered(self.engines.take(number)) for number in requests]
+        with self.phase("rollout"):
+            answered = [self.buffer.in_flight.pop(number).answered(self.engines.take(number)) for number in requests]
         answered.sort(key=_number)
         complete = [group for group in answered if group.complete]
         with self.phase("reward"):

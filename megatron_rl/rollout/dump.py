@@ -84,7 +84,9 @@ def write_rollouts(
             table = table.append_column(name, column)
     path = folder / f"step_{step:06d}.parquet"
     with atomically(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+        # A dictionary does not pay for values per token, which mostly differ.
+        once = [name for name in table.column_names if not pa.types.is_list(table.schema.field(name).type)]
+        pq.write_table(table, partial, compression="zstd", use_dictionary=once)
     return path
 
 

@@ -46,11 +46,11 @@ class TrainingBatch:
 
     def with_scores(self, part: PolicyScores, rows: Indices) -> TrainingBatch:
         """Returns the batch with the scores of some of its sequences filled in."""
-        index, scores = self.sequences.token_index(rows), dict(self.scores)
+        scores = dict(self.scores)
         for name, values in part.items():
             known = scores.get(name)
             filled = np.full(len(self.fresh), np.nan, dtype=np.float32) if known is None else known.copy()
-            filled[index] = values
+            self.sequences.set_values(filled, rows, values)
             scores[name] = filled
         return replace(self, scores=scores)
 
@@ -68,11 +68,9 @@ def training_batch(
         penalty = overlong_penalty(config, sequences.sampled_lengths)
         rewards, metrics = rewards + penalty, {"reward/overlong_penalty": float(penalty.mean())}
     advantages = advantages_of(config.algorithm, rewards, groups)
-    fresh = [
-        (response.weight_versions == rollouts.weight_version)[response.sampled_mask] for _, response, _ in responses
-    ]
+    fresh = [response.sampled(response.sampled_by(rollouts.weight_version)) for _, response, _ in responses]
     batch = TrainingBatch(
-        sequences.with_values(advantages=sequences.per_token(advantages).astype(np.float32)),
+        sequences.with_values(advantages=sequences.per_token(advantages.astype(np.float32))),
         groups,
         advantages,
         np.concatenate([np.zeros(0, dtype=bool), *fresh]),

@@ -48,21 +48,32 @@ def policy_metrics(sequences: SequenceBatch, scores: Mapping[str, Array], fresh:
     if "entropy" not in scores:
         return {}
     known = np.isfinite(scores["entropy"])
-    entropy = scores["entropy"][known].astype(np.float64)
-    row_of = sequences.per_token(np.arange(len(sequences), dtype=np.int32))[known]
-    sums = np.bincount(row_of, weights=entropy, minlength=len(sequences))
-    counts = np.bincount(row_of, minlength=len(sequences))
-    engine = sequences.values["rollout_log_probs"][known]
-    gap = np.abs(scores["log_probs"][known].astype(np.float64) - engine)
-    fresh_gap = gap[fresh[known]]
+    everything = bool(known.all())
+
+    def of_known(values: Array) -> Array:
+        return values if everything else values[known]
+
+    entropy, starts = scores["entropy"], sequences.sampled_starts.tolist()
+    ends = (sequences.sampled_starts + sequences.sampled_lengths).tolist()
+    parts = (
+        of_sequence[np.isfinite(of_sequence)] for of_sequence in map(entropy.__getitem__, map(slice, starts, ends))
+    )
+    means = [part.mean(dtype=np.float64) for part in parts if len(part)]
+    gap = np.abs(of_known(scores["log_probs"]) - of_known(sequences.values["rollout_log_probs"]))
+    fresh_gap = gap if fresh.all() else gap[of_known(fresh)]
     return {
-        "entropy/token_mean": float(entropy.mean()),
-        "entropy/sequence_mean": float((sums[counts > 0] / counts[counts > 0]).mean()),
-        "lpreg/kept_fraction": float(scores["in_filter"][known].mean(dtype=np.float64)),
-        "lpreg/one_minus_z": float(-np.expm1(scores["log_z"][known].astype(np.float64)).mean()),
-        "logprob/rollout_actor_abs_diff": float(gap.mean()),
+        "entropy/token_mean": _mean(of_known(entropy)),
+        "entropy/sequence_mean": float(np.mean(means)),
+        "lpreg/kept_fraction": _mean(of_known(scores["in_filter"])),
+        "lpreg/one_minus_z": _mean(-np.expm1(of_known(scores["log_z"]))),
+        "logprob/rollout_actor_abs_diff": _mean(gap),
         "logprob/rollout_actor_max_diff": float(gap.max()),
-    } | ({"logprob/fresh_abs_diff": float(fresh_gap.mean())} if len(fresh_gap) else {})
+    } | ({"logprob/fresh_abs_diff": _mean(fresh_gap)} if len(fresh_gap) else {})
+
+
+def _mean(values: Array) -> float:
+    """The sum is in float64, whatever the values are."""
+    return float(values.mean(dtype=np.float64))
 
 
 def rate_metrics(flops: float, seconds: float, ranks: int, peak: float | None) -> dict[str, float]:

@@ -55,13 +55,12 @@ def score_lagged_policy(learner: Learner, step: int, batch: TrainingBatch) -> Tr
     asked = sequences.only(())
     if learner.passes.stores_lagged_proxy:
         asked = asked.with_values(proxy_wanted=used)
-    rows = np.unique(sequences.per_token(np.arange(len(batch)))[used])
+    rows = np.unique(sequences.per_token(np.arange(len(batch), dtype=np.int32))[used])
     log_q = np.full(len(used), -np.inf, dtype=np.float32)
     lagged, proxy = learner.actors.score_and_store(asked.take(rows), temperature=learner.temperature, weights="lagged")
     if len(rows):
-        log_q[sequences.token_index(rows)] = np.where(
-            lagged["in_filter"], lagged["log_probs"] - lagged["log_z"], -np.inf
-        )
+        found = np.where(lagged["in_filter"], lagged["log_probs"] - lagged["log_z"], -np.inf)
+        sequences.set_values(log_q, rows, found)
     if learner.passes.stores_lagged_proxy:
         batch = _with_proxy(batch, rows, proxy)
     return batch.with_values(proxy_log_probs=log_q)
@@ -75,7 +74,7 @@ def score_reference(learner: Learner, batch: TrainingBatch) -> TrainingBatch:
     part = batch.sequences.only(()).take(rows)
     scored = learner.actors.score(part, temperature=learner.temperature, weights="reference")["log_probs"]
     log_probs = np.full(batch.sequences.num_sampled_tokens, np.nan, dtype=np.float32)
-    log_probs[batch.sequences.token_index(rows)] = scored
+    batch.sequences.set_values(log_probs, rows, scored)
     return batch.with_values(reference_log_probs=log_probs)
 
 

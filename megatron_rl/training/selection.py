@@ -42,13 +42,16 @@ def select(learner: Learner, batch: TrainingBatch, seed: int) -> tuple[TrainingB
 
 def selection_overlap(learner: Learner, batch: TrainingBatch) -> dict[str, float]:
     """Returns the share of the selected tokens on which the rankings of engine and actor agree, if both are known."""
-    rule, scored = learner.loss.selection, batch.scores.get("log_probs")
+    rule, scored, values = learner.loss.selection, batch.scores.get("log_probs"), batch.sequences.values
     if rule is None or rule.kind != "lowest_log_prob" or scored is None or not np.isfinite(scored).all():
         return {}
-    eligible = torch.ones(batch.sequences.num_sampled_tokens, dtype=torch.bool)
-    sources = (batch.sequences.values["rollout_log_probs"], scored)
-    rollout, actor = (lpreg.select_lowest(_tensor(values), eligible, rule.fraction) for values in sources)
-    return {"lpreg/selection_overlap": int((rollout.mask & actor.mask).sum()) / max(rollout.count, actor.count)}
+    # The batch has the selection by one of the two already.
+    other = values["rollout_log_probs"] if learner.passes.ranked_by == "actor" else scored
+    eligible = torch.ones(len(scored), dtype=torch.bool)
+    selection = lpreg.select_lowest(_tensor(other), eligible, rule.fraction)
+    selected = values["selected"]
+    both = int((selected & selection.mask.numpy()).sum())
+    return {"lpreg/selection_overlap": both / max(int(selected.sum()), selection.count)}
 
 
 def _tensor(values: Array) -> torch.Tensor:

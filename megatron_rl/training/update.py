@@ -62,7 +62,7 @@ def update(
         learner.weight_version += 1
         results.append(result)
         if learner.passes.off_policy:
-            moved.append(result.values["log_probs"] - batch.scores["log_probs"][sequences.token_index(chosen)])
+            moved.append(result.values["log_probs"] - sequences.values_of(chosen, batch.scores["log_probs"]))
         else:
             batch = batch.with_scores(result.values, chosen)
     metrics = {"train/lr": lr, "train/row_fraction": float(trained.mean())} | update_metrics(results, tokens)
@@ -81,7 +81,7 @@ def old_policy_kl(log_ratio: Array) -> float:
 def denominator(loss: lpreg.PolicyLoss, sequences: SequenceBatch, rows: Array) -> int:
     """Returns the count that the loss of a mini-batch is a mean over, dropped sequences included."""
     if loss.denominator_counts == "selected_tokens":
-        return max(1, int(sequences.values["selected"][sequences.token_index(rows)].sum()))
+        return max(1, int(sequences.values_of(rows, sequences.values["selected"]).sum()))
     return len(rows) if loss.denominator_counts == "sequences" else int(sequences.sampled_lengths[rows].sum())
 
 

@@ -61,6 +61,17 @@ def test_a_value_per_sequence_becomes_a_value_per_sampled_token(case: tuple[Sequ
     assert sequence_of_token[batch.token_index(some)].tolist() == expected
 
 
+@given(batches_with_rows(shapes))
+def test_values_of_sequences_are_read_and_written_together(case: tuple[SequenceBatch, list[int]]) -> None:
+    batch, some = case
+    index, value = batch.token_index(some), batch.values["value"]
+    np.testing.assert_array_equal(batch.values_of(some, value), value[index])
+    written, expected = np.zeros((2, len(value)))
+    batch.set_values(written, some, value[index])
+    expected[index] = value[index]
+    np.testing.assert_array_equal(written, expected)
+
+
 @given(shapes)
 def test_adding_values_leaves_the_batch_as_it_was(shape: list[Mask]) -> None:
     batch = batch_of(shape)
