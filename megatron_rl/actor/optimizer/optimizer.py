@@ -11,10 +11,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
-from megatron_rl.actor.optimizer.host import host_copy
-
 if TYPE_CHECKING:
-    from megatron_rl.config.actor import OptimizerSettings
+    from megatron_rl.utils.memory import host_copy
+from megatron_rl.config.actor import OptimizerSettings
 
 
 class Optimizer:
