@@ -19,7 +19,7 @@ def fresh(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a copy in host memory. The memory is pinned if the copy returns to a GPU, which is then as fast as the bus."""
+    """Returns a copy in host memory, which is pinned if `device` is a GPU: the way back is then as fast as the bus."""
     return torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda").copy_(tensor)
 
 

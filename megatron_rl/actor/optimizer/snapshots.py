@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from megatron_rl.actor.optimizer.host import host_copy
 from megatron_rl.actor.passes.results import Snapshot, Weights
+from megatron_rl.utils.memory import host_copy
 
 
 class Snapshots:
