@@ -166,10 +166,10 @@ def stub_actors(meter: Meter) -> Any:
             self.sent_bytes += len(store)
             return batch
 
-        def _all(self, method: str, *args: Any) -> list[Any]:
+        def _all(self, method: Any, *args: Any, **_: Any) -> list[Any]:
             return [self._table(args[0], rank) for rank in range(RANKS)]
 
-        def _submit(self, method: str, *args: Any) -> list[Any]:
+        def submit(self, method: Any, *args: Any, **_: Any) -> list[Any]:
             sums = {"ratio": (1.0, 1.0), "selected_fraction": (1.0, 1.0)}
             tables = (self._table(args[0], rank) for rank in range(RANKS))
             return [TrainResult(table, 0.1, sums, 1.0) for table in tables]
