@@ -122,11 +122,11 @@ def count() -> dict[str, float]:
     needed = 3 * pass_flops(shape, batch.lengths.tolist(), batch.num_sampled_tokens)
     found["operations of a training step over those it needs"] = flops.get_total_flops() / needed
     found["calls into torch in a training step"] = calls.calls
-    found["bytes allocated in a training step, a token"] = calls.bytes / batch.lengths.sum()
-    found["bytes allocated to hand weights out, over their size"] = export.bytes / size
-    found["bytes of a batch on its way to the actor, a token"] = len(pickle.dumps(batch, 5)) / batch.lengths.sum()
+    found["bytes allocated in a training step per token"] = calls.bytes / batch.lengths.sum()
+    found["bytes allocated to publish weights over their size"] = export.bytes / size
+    found["bytes of a batch on its way to the actor per token"] = len(pickle.dumps(batch, 5)) / batch.lengths.sum()
     found["modules loaded to show the help"] = modules_of_help()
-    found["dearest of 64 replicas over their mean, 512 rows"] = 1 + case(draw(512, 0.6, 0), 64, 3e4)["imbalance"]
+    found["largest of 64 replicas over their mean, 512 sequences"] = 1 + case(draw(512, 0.6, 0), 64, 3e4)["imbalance"]
     found |= counts_of_driver()
     synchronous = simulated("synchronous")
     for mode in list(MODES)[1:]:
@@ -143,10 +143,10 @@ def counts_of_driver() -> dict[str, float]:
         opcodes = sum(1 for _ in pickletools.genops((folder / "0.pickle").read_bytes()))
     tokens = step["response_tokens"]
     return {
-        "bytes of an engine's answer, a token": step["answers"] / tokens,
-        "bytes of a step's arrays and texts in the driver, a token": step["arrays"] / tokens,
-        "bytes from the driver to the actor in a step, a token": step["sent"] / tokens,
-        "pickled objects of an engine's answer, a response": opcodes / driver.SAMPLES,
+        "bytes of an engine's answer per token": step["answers"] / tokens,
+        "bytes of a step's arrays and texts in the driver per token": step["arrays"] / tokens,
+        "bytes from the driver to the actor in a step per token": step["sent"] / tokens,
+        "pickled objects of an engine's answer per response": opcodes / driver.SAMPLES,
     }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import fields
 from typing import Any
 
 from megatron_rl.errors import UserError
@@ -35,6 +33,8 @@ def add(commands: Any) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     """Raises UserError if no plan can be made. A run that does not fit is no error: the plan shows it."""
+    import json
+
     from rich.console import Console
 
     from megatron_rl.config import load_config
@@ -60,6 +60,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _assumptions(texts: list[str]) -> dict[str, Any]:
     """Returns the values of `--assume` by their names in `Assumptions`."""
+    from dataclasses import fields
+
     from megatron_rl.plan.assumptions import Assumptions
 
     values: dict[str, Any] = {}
