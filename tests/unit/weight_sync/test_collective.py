@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
 from megatron_rl.weight_sync.collective import CollectiveTransport
 from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
-from tests.meeting import HOST
 
 LIMIT = 400
 NAMES = ("a.b.weight", "a.c.weight", "a.d.weight")
@@ -31,7 +31,7 @@ def tensors() -> list[tuple[str, torch.Tensor]]:
 
 
 def member(port: int, rank: int, size: int, timeout_seconds: float) -> GroupMember:
-    return GroupMember("weights-test-0", HOST, port, "gloo", size, rank, timeout_seconds)
+    return GroupMember("weights-test-0", LOOPBACK, port, "gloo", size, rank, timeout_seconds)
 
 
 def engine(mine: GroupMember, buckets_to_take: int, then: str, answer: Connection) -> None:
@@ -57,7 +57,7 @@ def run(
 ) -> tuple[CollectiveTransport, list[Any]]:
     """Start a sender and engines. then: what the first engine does afterwards: end, hang, or leave the group."""
     context = multiprocessing.get_context("spawn")
-    port, size = open_port(HOST), 1 + len(buckets_to_take)
+    port, size = open_port(LOOPBACK), 1 + len(buckets_to_take)
     engines = []
     for rank, count in enumerate(buckets_to_take, start=1):
         ours, theirs = context.Pipe()
@@ -120,6 +120,6 @@ def test_no_process_waits_for_an_engine_that_gave_up(then: str) -> None:
 
 
 def test_an_engine_that_does_not_join_is_noticed() -> None:
-    transport = CollectiveTransport(member(open_port(HOST), 0, 2, 1.0), 0, LIMIT)
+    transport = CollectiveTransport(member(open_port(LOOPBACK), 0, 2, 1.0), 0, LIMIT)
     with pytest.raises(WeightsNotSent, match="not all engines joined"):
         transport.connect()

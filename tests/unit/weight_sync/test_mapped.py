@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync import cuda_runtime, device_memory
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
@@ -27,7 +28,6 @@ from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport
 from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
 from tests.unit.weight_sync import cuda_stand_in
 
-HOST = "127.0.0.1"
 LIMIT = 400
 """Bytes of each half, and of a bucket of several tensors."""
 CPU = torch.device("cpu")
@@ -101,12 +101,12 @@ def processes(
 ) -> Iterator[tuple[list[MappedTransport], list[Engine]]]:
     """Senders that have not connected yet, and engines that wait for them."""
     context = multiprocessing.get_context("spawn")
-    ports, engines = [open_port(HOST) for _ in range(stages)], []
+    ports, engines = [open_port(LOOPBACK) for _ in range(stages)], []
 
     def members(rank: int) -> list[GroupMember]:
         size = 1 + len(failures)
         return [
-            GroupMember(f"mapped-{stage}-{port}", HOST, port, "gloo", size, rank, seconds, mapped=True)
+            GroupMember(f"mapped-{stage}-{port}", LOOPBACK, port, "gloo", size, rank, seconds, mapped=True)
             for stage, port in enumerate(ports)
         ]
 
@@ -246,7 +246,7 @@ def test_errors_of_cuda_are_raised(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_engine_that_does_not_join_is_noticed() -> None:
     with processes([], seconds=1.0) as (transports, _):
-        transports[0].member = GroupMember("mapped", HOST, open_port(HOST), "gloo", 2, 0, 1.0, mapped=True)
+        transports[0].member = GroupMember("mapped", LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, 1.0, mapped=True)
         with pytest.raises(WeightsNotSent, match="not all engines joined"):
             transports[0].connect()
 
