@@ -5,7 +5,6 @@ A slow case differs from a quick one in numbers, not in kind: another layout, an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -46,8 +45,3 @@ def chosen(request: pytest.FixtureRequest, name: str) -> set[Any]:
 def examples(most: int) -> settings:
     """Returns hypothesis settings with the profile's number of examples, but no more than `most`."""
     return settings(max_examples=min(most, settings.default.max_examples))
-
-
-def profile() -> str:
-    """Returns the name of hypothesis's profile: `quick`, unless HYPOTHESIS_PROFILE names another."""
-    return os.environ.get("HYPOTHESIS_PROFILE", "quick")

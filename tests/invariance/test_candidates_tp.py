@@ -1,4 +1,4 @@
-"""The most likely next tokens are the same with the vocabulary split over real processes as with the whole vocabulary."""
+"""The most likely next tokens are the same with the vocabulary split over real processes as with all of it."""
 
 from __future__ import annotations
 

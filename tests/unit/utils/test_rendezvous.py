@@ -9,12 +9,14 @@ from torch.distributed import DistNetworkError
 
 from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port, store_at
+from tests import ranks
+from tests.patience import wait_until
 
-SOON, AT_ONCE = timedelta(seconds=30), timedelta(seconds=1)
+LONG, AT_ONCE = timedelta(hours=1), timedelta(seconds=1)
 
 
 def join(port: int, answer: Connection) -> None:
-    store = store_at(LOOPBACK, port, SOON)
+    store = store_at(LOOPBACK, port, LONG)
     store.set("joined", "yes")
     answer.send(store.get("greeting"))
 
@@ -22,13 +24,14 @@ def join(port: int, answer: Connection) -> None:
 def test_two_processes_exchange_keys_through_the_store() -> None:
     port = open_port(LOOPBACK)
     ours, theirs = multiprocessing.Pipe()
-    other = multiprocessing.get_context("spawn").Process(target=join, args=(port, theirs))
+    other = ranks.context().Process(target=join, args=(port, theirs))
     other.start()
     try:
-        store = store_at(LOOPBACK, port, SOON)
+        store = store_at(LOOPBACK, port, LONG)
         assert store.get("joined") == b"yes"
         store.set("greeting", "hello")
-        assert ours.poll(30) and ours.recv() == b"hello"
+        wait_until(ours.poll, [other.pid or 0], "the other process's answer")
+        assert ours.recv() == b"hello"
     finally:
         other.kill()
         other.join()
