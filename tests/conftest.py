@@ -1,6 +1,7 @@
 """Settings of all tests. torch is imported only if a test needs it, so that tests without it start quickly."""
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,14 +14,33 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 # A slow example on a busy machine is no failure. In CI, the same commit always tries the same examples.
-settings.register_profile(
-    "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+for _profile, _examples in (("quick", 25), ("nightly", 500)):
+    settings.register_profile(
+        _profile,
+        max_examples=_examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        derandomize="CI" in os.environ,
+        print_blob=_profile == "nightly",
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+FIRST = (
+    *(
+        "invariance/test_methods_layouts.py",
+        "invariance/test_actor_layouts.py",
+        "invariance/test_conversion_layouts.py",
+    ),
+    *("invariance/test_megatron_matches_hf.py", "unit/plan/test_memory_of_actor.py"),
 )
-settings.load_profile("house")
+"""Files that take longest. They come first, so that no core is idle at the end while another works on one of them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` if there is no CUDA device."""
+    """Puts the longest files first, and skips tests marked `gpu` if there is no CUDA device."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(FIRST)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

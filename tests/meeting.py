@@ -18,8 +18,7 @@ from megatron_rl.actor import platform
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.layout import Layout
-
-HOST = "127.0.0.1"
+from megatron_rl.rollout.engines.interface import LOOPBACK
 
 
 @contextmanager
@@ -34,11 +33,11 @@ def only_rank() -> Iterator[None]:
 def meeting_point(worker: MegatronWorker, file: Path) -> tuple[str, int]:
     """Returns the host and port for `start` on all ranks. Rank 0 writes its open port to `file`, which is used once."""
     if worker.rank == 0:
-        file.with_suffix(".new").write_text(str(worker.open_port(HOST)))
+        file.with_suffix(".new").write_text(str(worker.open_port(LOOPBACK)))
         file.with_suffix(".new").rename(file)
     while not file.exists():
         time.sleep(0.01)
-    return HOST, int(file.read_text())
+    return LOOPBACK, int(file.read_text())
 
 
 def gathered(part: Any) -> list[Any]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rl.rollout.engines.interface import UpdateFailed, response_of
+from megatron_rl.rollout.engines.interface import LOOPBACK, UpdateFailed, response_of
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.rollout.servers.server import ServerUnavailable
 from megatron_rl.types import Response
@@ -35,7 +35,6 @@ from megatron_rl.weight_sync.transport import (
 )
 from tests.engines.conftest import Run
 from tests.engines.test_generate import PROMPTS, SAMPLING, largest_gap
-from tests.meeting import HOST
 
 BUCKET = 300_000
 """Bytes of a bucket: an eighth of the model."""
@@ -87,7 +86,9 @@ class Sender:
     def __init__(self, model: Path, group: str, *, mapped: bool = False) -> None:
         """mapped: whether weights go through mapped memory, which on a GPU is the GPU's and here the host's."""
         self.model = model
-        self.member = GroupMember(group, HOST, open_port(HOST), "gloo", 2, 0, timeout_seconds=20.0, mapped=mapped)
+        self.member = GroupMember(
+            group, LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, timeout_seconds=20.0, mapped=mapped
+        )
         self.transport: WeightTransport = CollectiveTransport(self.member, 0, BUCKET)
         if mapped:
             self.transport = MappedTransport(self.member, 0, BUCKET, torch.device("cpu"))

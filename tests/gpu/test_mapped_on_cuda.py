@@ -13,12 +13,12 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
+from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
 from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport
 from megatron_rl.weight_sync.transport import GroupMember
-from tests.meeting import HOST
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,8 +95,8 @@ def test_weights_arrive_unchanged_through_mapped_memory(
     torch.cuda.set_device(0)
     weights = tensors()
     specs = [TensorSpec.of(name, tensor) for name, tensor in weights]
-    port = open_port(HOST)
-    members = [GroupMember("mapped", HOST, port, "gloo", 2, rank, 120.0, mapped=True) for rank in range(2)]
+    port = open_port(LOOPBACK)
+    members = [GroupMember("mapped", LOOPBACK, port, "gloo", 2, rank, 120.0, mapped=True) for rank in range(2)]
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=engine, args=(members[1], specs, device, theirs))

@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
 from megatron_rl.weight_sync.collective import CollectiveTransport
 from megatron_rl.weight_sync.transport import GroupMember
-from tests.meeting import HOST
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,8 +69,8 @@ def test_weights_arrive_unchanged_through_a_broadcast(record_property: Callable[
     torch.cuda.set_device(0)
     weights = tensors()
     specs = [TensorSpec.of(name, tensor) for name, tensor in weights]
-    port = open_port(HOST)
-    members = [GroupMember("weights", HOST, port, "nccl", 2, rank, timeout_seconds=60.0) for rank in range(2)]
+    port = open_port(LOOPBACK)
+    members = [GroupMember("weights", LOOPBACK, port, "nccl", 2, rank, timeout_seconds=60.0) for rank in range(2)]
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=engine, args=(members[1], specs, theirs))

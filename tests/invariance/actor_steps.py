@@ -1,13 +1,10 @@
 """The processes of `test_actor_layouts.py`: every rank of one layout takes the same RL steps under several settings.
 
-Run as: actor_steps.py LAYOUT VARIANTS FOLDER, the first two as JSON. Writes the results of all ranks together to
-FOLDER/<variant>.pt. The script imports once, then forks.
+`run_rank` writes the results of all ranks together to FOLDER/<variant>.pt.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from megatron_rl.actor import platform
 from megatron_rl.actor.optimizer.state import read_state
@@ -100,7 +96,7 @@ def steps(rank: int, layout: Layout, variant: dict[str, Any], meeting: Path, fol
 
 
 def run_rank(rank: int, layout: Layout, variants: dict[str, dict[str, Any]], folder: Path) -> None:
-    torch.set_num_threads(1)
+    platform.prepare("cpu")
     for name, variant in variants.items():
         found = steps(rank, layout, variant, folder / f"{name}.port", folder)
         if found is not None:
@@ -111,14 +107,3 @@ def as_tensors(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: as_tensors(item) for name, item in value.items()}
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
-
-def main() -> None:
-    layout, variants, folder = Layout(**json.loads(sys.argv[1])), json.loads(sys.argv[2]), Path(sys.argv[3])
-    platform.prepare("cpu")
-    arguments = (layout, variants, folder)
-    torch.multiprocessing.start_processes(run_rank, arguments, layout.world_size, start_method="fork")
-
-
-if __name__ == "__main__":
-    main()

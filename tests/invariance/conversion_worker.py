@@ -1,19 +1,13 @@
-"""The processes of `test_conversion_layouts.py`: load weights into Megatron and export them, in every supported way.
-
-Run as: conversion_worker.py FOLDER CASE... Writes FOLDER/<rank>.json. The script imports once, then forks.
-"""
+"""The processes of `test_conversion_layouts.py`: load weights into Megatron and export them, in every supported way."""
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
@@ -32,8 +26,8 @@ from megatron_rl.parallel.layout import Layout
 from tests.hf_models import config_json, hf_model
 
 SIZES = (1, 2, 3, 4)
-LAYOUTS = [(tensor, pipeline) for tensor, pipeline in product(SIZES, SIZES)]
-SAVED = [(1, 1), (2, 1), (3, 2), (1, 4), (4, 1)]
+LAYOUTS = {f"tp{tensor}-pp{pipeline}": (tensor, pipeline) for tensor, pipeline in product(SIZES, SIZES)}
+SAVED = ("tp1-pp1", "tp2-pp1", "tp3-pp2", "tp1-pp4", "tp4-pp1")
 """Layouts under which Megatron itself writes a checkpoint, with stacked layers and with separate layers."""
 SHAPE = dict(
     vocab_size=53,  # prime, so every degree above 1 needs padding
@@ -51,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"model_type": "qwen3_moe", "mlp_only_layers": [2]},
 }
 CPU = torch.device("cpu")
+Differences = dict[str, dict[str, dict[str, float]]]
+"""Layout -> case -> way -> largest difference on one rank."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def measure(model: Model, layout: Layout, folder: Path) -> dict[str, float]:
     loaded = build_model(model.hf_config, layout=layout, dtype=torch.float32, device=CPU)
     fill_by_megatron(model.folder)(loaded)
     found["Megatron reads ours"] = difference(dict(loaded.named_parameters()), dict(expected.named_parameters()))
-    if (layout.tensor, layout.pipeline) in SAVED:
+    if f"tp{layout.tensor}-pp{layout.pipeline}" in SAVED:
         for name, by_layer in (("stacked", False), ("by layer", True)):
             found[f"we read Megatron's, {name}"] = round_trip(
                 model, expected, folder / name.replace(" ", "-"), by_layer
@@ -125,30 +121,20 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((tensor - expected[name]).abs().max()) for name, tensor in found.items())
 
 
-def run_rank(rank: int, models: dict[str, Model], folder: Path) -> None:
+def run_rank(rank: int, models: dict[str, Model], names: list[str], folder: Path) -> Differences:
+    """Returns the differences under each of the layouts that this rank is part of."""
+    platform.prepare("cpu")
     torch.cuda.synchronize = torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment]  # for Megatron's writer
-    measured: dict[str, dict[str, dict[str, float]]] = {}
-    for tensor, pipeline in LAYOUTS:
+    measured: Differences = {}
+    for name in names:
+        tensor, pipeline = LAYOUTS[name]
         layout = Layout(tensor=tensor, pipeline=pipeline, sequence_parallel=tensor > 1)
         if rank >= layout.world_size:
             continue
-        name = f"tp{tensor}-pp{pipeline}"
         meeting = torch.distributed.FileStore(f"{folder}/{name}")
         process_groups.init_process_groups(layout, rank=rank, store=meeting, device=CPU)
         measured[name] = {
             case: measure(model, layout, folder / "saved" / name / case) for case, model in models.items()
         }
         process_groups.destroy()
-    (folder / f"{rank}.json").write_text(json.dumps(measured))
-
-
-def main(folder: Path, cases: list[str]) -> None:
-    torch.set_num_threads(1)
-    platform.prepare("cpu")
-    models = {case: prepare(case, folder / "ours") for case in cases}
-    ranks = max(tensor * pipeline for tensor, pipeline in LAYOUTS)
-    torch.multiprocessing.start_processes(run_rank, (models, folder), ranks, start_method="fork")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    return measured

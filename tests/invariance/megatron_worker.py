@@ -1,20 +1,13 @@
-"""The processes of `test_megatron_matches_hf.py`: each rank measures how far Megatron deviates from Hugging Face.
-
-Run as: megatron_worker.py LAYOUT FOLDER CASE..., the layout as JSON. Writes FOLDER/<rank>.json. The script imports
-once, then forks.
-"""
+"""The processes of `test_megatron_matches_hf.py`: each rank measures how far Megatron deviates from Hugging Face."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -211,19 +204,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return difference(found, expected) / expected.abs().max().item()
 
 
-def run_rank(rank: int, layout: Layout, folder: Path, cases: list[str]) -> None:
-    meeting = torch.distributed.FileStore(f"{folder}/meeting")
-    process_groups.init_process_groups(layout, rank=rank, store=meeting, device=DEVICE)
-    measured = {case: measure(case, layout) for case in cases}
-    (folder / f"{rank}.json").write_text(json.dumps(measured))
-    process_groups.destroy()
-
-
-def main(layout: Layout, folder: Path, cases: list[str]) -> None:
-    torch.set_num_threads(1)
+def run_rank(rank: int, layout: Layout, meeting: Path, cases: list[str]) -> dict[str, dict[str, Any]]:
+    """Returns the measurements of each case on this rank."""
     platform.prepare("cpu")
-    torch.multiprocessing.start_processes(run_rank, (layout, folder, cases), layout.world_size, start_method="fork")
-
-
-if __name__ == "__main__":
-    main(Layout(**json.loads(sys.argv[1])), Path(sys.argv[2]), sys.argv[3:])
+    store = torch.distributed.FileStore(str(meeting))
+    process_groups.init_process_groups(layout, rank=rank, store=store, device=DEVICE)
+    measured = {case: measure(case, layout) for case in cases}
+    process_groups.destroy()
+    return measured

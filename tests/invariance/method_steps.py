@@ -1,20 +1,14 @@
 """The processes of `test_methods_layouts.py`: the driver's own functions take a step with every method, under every
-layout, through real Megatron ranks.
-
-Run as: method_steps.py FOLDER. Four processes are forked once and go through all layouts; what they found together is
-FOLDER/<layout>.pt. Every rank runs the driver, with the answers of all ranks.
-"""
+layout, through real Megatron ranks. Every rank runs the driver, with the answers of all ranks."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from megatron_rl.actor import platform
 from megatron_rl.actor.optimizer.state import read_state
@@ -37,7 +31,6 @@ from megatron_rl.training.selection import select
 from megatron_rl.training.update import update
 from tests.meeting import gathered, meeting_point
 
-RANKS = 4
 VOCABULARY = 51  # odd: tensor parallelism pads it
 
 TEMPERATURE = 0.9
@@ -242,19 +235,7 @@ def find(rank: int, name: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def run_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    for name, (layout, _) in VARIANTS.items():
-        if rank < layout.world_size:
-            found = find(rank, name, folder)
-            if rank == 0:
-                torch.save(found, folder / f"{name}.pt")
-
-
-def main() -> None:
+def run_rank(rank: int, names: list[str], folder: Path) -> dict[str, Any]:
+    """Returns, by name of a layout, what every method did under it."""
     platform.prepare("cpu")
-    torch.multiprocessing.start_processes(run_rank, (Path(sys.argv[1]),), RANKS, start_method="fork")
-
-
-if __name__ == "__main__":
-    main()
+    return {name: find(rank, name, folder) for name in names if rank < VARIANTS[name][0].world_size}

@@ -1,7 +1,4 @@
-"""The most likely next tokens are the same with the vocabulary split over real processes as with the whole vocabulary.
-
-As a script, this file runs one rank.
-"""
+"""The most likely next tokens are the same with the vocabulary split over real processes as with all of it."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.actor.passes.candidates import top_candidates
-from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
+from tests.invariance.ranks import RANKS, Results, run_ranks, split
 
 SPLITS = (1, 2, 4)
 VOCABULARY, COLUMNS, COUNT, TEMPERATURE = 83, 96, 30, 0.8
@@ -33,7 +30,7 @@ def work(rank: int) -> Results:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return run_ranks(__file__, tmp_path_factory.mktemp("candidates"))
+    return run_ranks(work, tmp_path_factory.mktemp("candidates"))
 
 
 @pytest.mark.parametrize("size", SPLITS)
@@ -44,7 +41,3 @@ def test_candidates_equal_those_of_the_whole_vocabulary(found: list[Results], si
         ids, values = found[rank][size]
         assert torch.equal(ids, expected_ids)
         torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-if __name__ == "__main__":
-    one_rank(work)

@@ -1,20 +1,12 @@
-"""A checkpoint stays bit-identical from layout to layout: weights, moments and snapshot.
-
-As a script, this file runs all journeys and writes them to a folder. The script imports once, then forks the ranks of
-each layout in turn.
-"""
+"""A checkpoint stays bit-identical from layout to layout: weights, moments and snapshot."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor
 
 from megatron_rl.actor import platform
@@ -38,6 +30,7 @@ from megatron_rl.checkpoint.shards import ShardTensors
 from megatron_rl.config.actor import OptimizerSettings
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.layout import Layout
+from tests import ranks
 from tests.hf_models import config_json
 
 DENSE = (
@@ -62,11 +55,9 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq", "lagged")
 def journeys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with one subfolder per journey, each with one numbered subfolder per layout."""
     folder = tmp_path_factory.mktemp("journeys")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    for name, (_, _, itinerary) in JOURNEYS.items():
+        for stop, where in enumerate(itinerary):
+            ranks.run_ranks(load_and_write, where.world_size, stop, name, folder / name)
     return folder
 
 
@@ -128,11 +119,3 @@ def complete(folder: Path, layout: Layout, parts: list[RankPart]) -> None:
     files[RNG] = write_rng(folder, RandomStates({}, [part.rng for part in parts]))
     origin = Origin({}, asdict(layout), "", {})
     write_manifest(folder, Manifest(FORMAT, DriverState(0, 0, {}), {}, origin, parts[0].optimizer_steps, files))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name, (_, _, itinerary) in JOURNEYS.items():
-        for stop, where in enumerate(itinerary):
-            arguments = (stop, name, Path(sys.argv[1], name))
-            torch.multiprocessing.start_processes(load_and_write, arguments, where.world_size, start_method="fork")

@@ -12,7 +12,7 @@ from lpreg import LossInputs, TokenStats, make_loss, token_stats
 from megatron_rl.batching.context import held_by
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.context_statistics import gather_over_context_ranks
-from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks
+from tests.invariance.ranks import RANKS, Results, run_ranks
 
 LENGTHS = (8, 24, 16)
 TOKENS, WIDTH, VOCABULARY = sum(LENGTHS), 6, 11
@@ -65,7 +65,7 @@ def work(rank: int) -> Results:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return run_ranks(__file__, tmp_path_factory.mktemp("context"))
+    return run_ranks(work, tmp_path_factory.mktemp("context"))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -74,7 +74,3 @@ def test_loss_and_gradient_are_those_of_one_rank(ranks: list[Results], name: str
     assert expected["gradient"].abs().max() > 0
     for found in ranks:
         torch.testing.assert_close(found[name], expected, atol=1e-12, rtol=1e-10)
-
-
-if __name__ == "__main__":
-    one_rank(work)

@@ -1,6 +1,6 @@
 """The fused forms over real processes: the same bits on every rank, the numbers of one process, few collectives.
 
-Run as a script this file is one rank; the tests start four of them once and look at what they saved.
+The tests start four ranks once and look at what these return.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lpreg import LossInputs, fused_loss, fused_token_stats, make_loss
-from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
+from tests.invariance.ranks import RANKS, Results, run_ranks, split
 
 SPLITS = (2, 4)
 TOKENS, WIDTH, CHUNK = 28, 6, 8
@@ -132,7 +132,7 @@ def work(rank: int) -> Results:
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
+    return run_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("ranks", SPLITS)
@@ -187,7 +187,3 @@ def test_the_number_of_collectives_is_as_documented(by_rank: list[Results], name
 def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[Results], form: str, ranks: int) -> None:
     for results in by_rank:
         assert "rows hold NaN" in results[ranks, form, "refusal"]
-
-
-if __name__ == "__main__":
-    one_rank(work)

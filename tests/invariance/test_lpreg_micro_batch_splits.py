@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lpreg import LossInputs, LossOutput, PolicyLoss, apply_rule, make_loss, token_stats
 from lpreg.losses.registry import METHODS
+from tests.tiers import examples
 
 LENGTHS, VOCAB = (5, 1, 9, 3, 7, 2, 8, 4, 6, 11), 20
 TOKENS = sum(LENGTHS)
@@ -142,7 +143,7 @@ def splits(draw: st.DrawFn) -> Split:
 WHOLE = places_of([list(range(RESPONSES))])
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(split=splits())
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_split_adds_up_to_the_batch(name: str, split: Split) -> None:

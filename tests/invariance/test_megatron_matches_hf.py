@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_rl.parallel.layout import Layout
+from tests import ranks
+from tests.invariance.megatron_worker import run_rank
+from tests.tiers import chosen, slow
 
-WORKER = Path(__file__).parent / "megatron_worker.py"
 DENSE = ("qwen3", "qwen3-tied", "qwen2", "qwen2-tied", "llama", "llama-tied-biased")
 SPARSE = ("qwen3-moe", "qwen3-moe-mixed")
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -39,40 +33,37 @@ def cases(layout: dict[str, Any]) -> tuple[str, ...]:
     return (() if "expert" in layout else DENSE) + (SPARSE if sparse else ())
 
 
+QUICK = ("tp2-pp2", "tp2-sp-dp2", "tp2-sp-ep2", "ep2", "pp2-ep2")
+"""Each of the other layouts is part of one of these."""
+
+Measured = list[dict[str, Any]]
 every_case = pytest.mark.parametrize(
-    ("measured", "case"),
-    [(name, case) for name, layout in LAYOUTS.items() for case in cases(layout)],
-    indirect=["measured"],
+    ("layout", "case"),
+    [
+        pytest.param(name, case, marks=() if name in QUICK else slow)
+        for name, degrees in LAYOUTS.items()
+        for case in cases(degrees)
+    ],
 )
 
 
 @pytest.fixture(scope="module")
-def measure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
-    """Returns a function that measures all cases on every rank of a layout, in one start of the processes."""
-
-    @cache
-    def run(name: str) -> list[dict[str, Any]]:
-        layout, folder = Layout(**LAYOUTS[name]), tmp_path_factory.mktemp(name)
-        done = subprocess.run(
-            [sys.executable, str(WORKER), json.dumps(asdict(layout)), str(folder), *cases(LAYOUTS[name])],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-        assert done.returncode == 0, done.stderr[-5000:]
-        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(layout.world_size)]
-
-    return run
+def measured_by_layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
+    """Returns the measurements of every rank, in one start of the processes per layout."""
+    folder, found = tmp_path_factory.mktemp("meetings"), {}
+    for name in chosen(request, "layout"):
+        layout = Layout(**LAYOUTS[name])
+        found[name] = ranks.run_ranks(run_rank, layout.world_size, layout, folder / name, list(cases(LAYOUTS[name])))
+    return found
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest, measure: Callable[[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return measure(request.param)
+def measured(layout: str, measured_by_layout: dict[str, Measured]) -> Measured:
+    return measured_by_layout[layout]
 
 
 @every_case
-def test_logits_and_loss_match_transformers(measured: list[dict[str, Any]], case: str) -> None:
+def test_logits_and_loss_match_transformers(measured: Measured, case: str) -> None:
     last = [rank[case] for rank in measured if rank[case]["is_last_stage"]]
     assert max(rank["logits_error"] for rank in last) < TOLERANCE
     # Each data-parallel rank holds a part of the loss; tensor-parallel ranks hold the same part.
@@ -81,7 +72,7 @@ def test_logits_and_loss_match_transformers(measured: list[dict[str, Any]], case
 
 
 @every_case
-def test_every_gradient_matches_transformers(measured: list[dict[str, Any]], case: str) -> None:
+def test_every_gradient_matches_transformers(measured: Measured, case: str) -> None:
     errors: dict[str, float] = {}
     for rank in measured:
         for name, error in rank[case]["gradient_errors"].items():
@@ -91,13 +82,13 @@ def test_every_gradient_matches_transformers(measured: list[dict[str, Any]], cas
 
 
 @every_case
-def test_the_gradient_norm_counts_every_parameter_once(measured: list[dict[str, Any]], case: str) -> None:
+def test_the_gradient_norm_counts_every_parameter_once(measured: Measured, case: str) -> None:
     for rank in measured:
         assert rank[case]["grad_norm"] == pytest.approx(rank[case]["expected_grad_norm"], rel=TOLERANCE)
 
 
 @every_case
-def test_weights_survive_the_round_trip_exactly(measured: list[dict[str, Any]], case: str) -> None:
+def test_weights_survive_the_round_trip_exactly(measured: Measured, case: str) -> None:
     ranks = [rank[case] for rank in measured]
     assert sorted({name for rank in ranks for name in rank["exported"]}) == ranks[0]["expected_names"]
     assert sorted(name for rank in ranks for name in rank["published"]) == ranks[0]["expected_names"]

@@ -6,9 +6,6 @@ The driver's own functions over real Megatron ranks; only Ray is left out. fp32.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tests import ranks
 from tests.hf_models import hf_model
 from tests.invariance.method_steps import (
     DRAWN_BY_PLACE,
@@ -29,15 +27,12 @@ from tests.invariance.method_steps import (
     VARIANTS,
     VOCABULARY,
     prompts,
+    run_rank,
 )
+from tests.tiers import chosen, quick_of
 
-TIMEOUT = 900
-"""Seconds for all layouts: two minutes on two quiet cores, many more on busy ones."""
-pytestmark = pytest.mark.timeout(TIMEOUT)
-
-ROOT = Path(__file__).parents[2]
 REFERENCE = "one rank"
-OTHERS = [name for name in VARIANTS if name != REFERENCE]
+OTHERS = quick_of((name for name in VARIANTS if name != REFERENCE), (ROW_BY_ROW, "dp2", "tp2-pp2"))
 LOSS, METRIC, GRADIENT = 1e-6, 2e-5, 1e-5
 """Largest differences. Of a loss: absolute, a mean of token losses of about 1 that mostly cancel. Of another metric:
 relative to it, or to a tenth. Of a gradient: relative to the largest element of its tensor."""
@@ -81,19 +76,14 @@ def sample(model: PreTrainedModel, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     """Results of every method under every layout, from one start of the processes."""
     folder = tmp_path_factory.mktemp("methods")
     sample(write_models(folder), folder)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/invariance/method_steps.py"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT - 20,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in VARIANTS}
+    needed = {REFERENCE, ROW_BY_ROW, *chosen(request, "variant")}
+    names = [name for name in VARIANTS if name in needed]
+    count = max(VARIANTS[name][0].world_size for name in names)
+    return ranks.run_ranks(run_rank, count, names, folder)[0]
 
 
 def cases(variant: str) -> list[tuple[str, int]]:

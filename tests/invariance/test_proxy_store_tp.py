@@ -1,7 +1,7 @@
 """The sparse store of another policy's proxy with the vocabulary split over real processes: each rank stores and reads
 its own columns, and the KL and its gradient are those of the whole vocabulary.
 
-Run as a script this file is one rank; the tests start four of them once and look at what they saved.
+The tests start four ranks once and look at what these return.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lpreg import ProxyStore, fused_token_stats, token_stats
-from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
+from tests.invariance.ranks import RANKS, Results, run_ranks, split
 
 SPLITS = (2, 4)
 TOKENS, WIDTH = 37, 8
@@ -94,7 +94,7 @@ def work(rank: int) -> Results:
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
+    return run_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
@@ -128,7 +128,3 @@ def test_each_rank_stores_its_own_columns_of_the_filter(by_rank: list[Results], 
     assert [[number for number, _ in token] for token in found] == [[number for number, _ in token] for token in want]
     both = [torch.tensor([log_q for token in entries for _, log_q in token]) for entries in (found, want)]
     torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)
-
-
-if __name__ == "__main__":
-    one_rank(work)

@@ -2,7 +2,7 @@
 
 Nor does any rule of `apply_rule`: each selects what it selects on one process.
 
-Run as a script this file is one rank; the tests start four of them once and look at what they saved.
+The tests start four ranks once and look at what these return.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lpreg import Selection, SelectionRule, apply_rule, select_highest, select_lowest
-from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
+from tests.invariance.ranks import RANKS, Results, run_ranks, split
 
 SPLITS = (1, 2, 4)
 QUESTIONS = (("lowest", 0.01), ("lowest", 0.3), ("highest", 0.05))
@@ -104,7 +104,7 @@ def work(rank: int) -> Results:
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
+    return run_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 def sorted_out(values: Tensor, eligible: Tensor, fraction: float, selector: str) -> Selection:
@@ -148,7 +148,3 @@ def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[Results], ranks: int)
     for rank, results in enumerate(by_rank):
         where = "the first on this rank at [0, 1, 2]" if rank % ranks == 1 else "none of them on this rank"
         assert results[ranks, "refusal"].startswith("values: 3 eligible tokens are NaN, " + where)
-
-
-if __name__ == "__main__":
-    one_rank(work)

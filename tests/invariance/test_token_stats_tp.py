@@ -1,7 +1,7 @@
 """token_stats with the vocabulary split over real processes: the same bits on every rank, the same numbers as unsplit,
 few and small collectives.
 
-Run as a script this file is one rank; the tests start four of them once and look at what they saved.
+The tests start four ranks once and look at what these return.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lpreg import token_stats
-from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks, split
+from tests.invariance.ranks import RANKS, Results, run_ranks, split
 
 SPLITS = (2, 4)
 TOKENS = 37
@@ -115,7 +115,7 @@ def work(rank: int) -> Results:
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
+    return run_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("ranks", SPLITS)
@@ -164,7 +164,3 @@ def test_the_only_collectives_are_two_small_gathers_in_the_forward(
 def test_a_nan_on_one_rank_is_refused_on_all(by_rank: list[Results], ranks: int) -> None:
     for results in by_rank:
         assert "1 of 3 rows" in results[ranks, "refusal"] and "[2]" in results[ranks, "refusal"]
-
-
-if __name__ == "__main__":
-    one_rank(work)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lpreg import PolicyLoss, make_loss
-from tests.invariance.ranks import RANKS, Results, one_rank, run_ranks
+from tests.invariance.ranks import RANKS, Results, run_ranks
+from tests.tiers import chosen, quick_of
 from tests.trl_runs import EQUALLY_LONG, run
 
 LOSSES: dict[str, PolicyLoss] = {
@@ -28,22 +29,23 @@ def gradients(name: str, folder: Path, **layout: int) -> list[dict[str, torch.Te
     return [update.gradient for update in run(LOSSES[name], folder / name, prompts=EQUALLY_LONG, **layout).updates]
 
 
-def work(rank: int, folder: Path) -> Results:
+def work(rank: int, folder: Path, names: list[str]) -> Results:
     from accelerate import PartialState
 
     # As a launcher sets it. The processes are already joined, so the address is never used.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     PartialState(cpu=True)
-    return {name: gradients(name, folder, per_device_train_batch_size=3) for name in LOSSES}
+    return {name: gradients(name, folder, per_device_train_batch_size=3) for name in names}
 
 
 @pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return run_ranks(__file__, tmp_path_factory.mktemp("trl"))
+def on_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    folder = tmp_path_factory.mktemp("trl")
+    return run_ranks(work, folder, folder, sorted(chosen(request, "name")))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", quick_of(LOSSES, ("lp_reg", "lagged", "gspo", "clip_cov")))
 def test_four_ranks_make_the_update_of_one_rank(name: str, on_ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     alone = gradients(name, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3)
     for updates in (results[name] for results in on_ranks):
@@ -51,9 +53,3 @@ def test_four_ranks_make_the_update_of_one_rank(name: str, on_ranks: list[dict[s
         for got, want in zip(updates, alone, strict=True):
             for parameter in want:
                 torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-7, atol=1e-10)
-
-
-if __name__ == "__main__":
-    import sys
-
-    one_rank(lambda rank: work(rank, Path(sys.argv[2])))

@@ -19,7 +19,9 @@ GRACE_SECONDS = 5.0
 
 
 def main(command: list[str]) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the guard itself sends one to its group below
+    # The guard sends SIGTERM to its own group below. A signal that is ignored stays ignored in the command, which could
+    # then not end in order; a handler does not outlive the start of another program.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends the guard in order
     if watcher := os.fork():
         os.waitpid(watcher, 0)

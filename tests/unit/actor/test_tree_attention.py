@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -44,7 +44,6 @@ def attend_separately(tree: PrefixTree, query: torch.Tensor, key: torch.Tensor, 
     return out
 
 
-@settings(max_examples=40, deadline=None)
 @given(rows_lists, RUN_KEYS, st.integers(0, 5))
 def test_a_sequence_attends_to_itself_only(rows: list[list[int]], run_keys: int, padding: int) -> None:
     tree = PrefixTree.of([np.array(row, dtype=np.int64) for row in rows])

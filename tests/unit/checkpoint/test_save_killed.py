@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 from megatron_rl.checkpoint import save
 from megatron_rl.checkpoint.manifest import PARTIAL, checkpoints, read_checkpoint
+from tests import ranks
 from tests.unit.checkpoint.conftest import FILES, FakeRanks, Saving, state
 
 MOMENTS = ("within a file", "before the manifest", "before the rename")
@@ -43,11 +42,10 @@ def die_at(moment: str, ranks: FakeRanks) -> None:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_remains_of_a_killed_save_are_not_a_checkpoint(saving: Saving, moment: str) -> None:
-    killed = subprocess.run(
-        [sys.executable, __file__, str(saving.folder), moment],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert killed.returncode == -signal.SIGKILL
+    killed = ranks.context().Process(target=save_and_die, args=(saving.folder, moment))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     (left,) = saving.folder.glob(f"*{PARTIAL}")
     assert any(left.iterdir())
     assert [path.name for path in checkpoints(saving.folder)] == ["step_000001"]
@@ -58,10 +56,10 @@ def test_remains_of_a_killed_save_are_not_a_checkpoint(saving: Saving, moment: s
     assert read_checkpoint(saving.folder / "step_000002").state == state(2)
 
 
-if __name__ == "__main__":
-    doomed = Saving(Path(sys.argv[1]))
+def save_and_die(folder: Path, moment: str) -> None:
+    doomed = Saving(folder)
     doomed.save(1)
-    die_at(sys.argv[2], doomed.ranks)
+    die_at(moment, doomed.ranks)
     with doomed.saver() as saver:
         saver.save(state(2), {}, background=True)
         time.sleep(60)

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
+from megatron_rl.conversion.convert import convert
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.families import entries, parameters
+from tests import ranks
 from tests.hf_models import config_json
+from tests.tiers import slow
 
 MIB = 2**20
 SHARD = 16 * MIB
 LAYERS = 16
-CONVERT = """
-import resource, sys
-from pathlib import Path
-from rich.console import Console
-from megatron_rl.conversion.convert import convert
+
 
 def peak() -> int:
+    """Returns the most memory in bytes that this process has had, after its fork from the server."""
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
-before = peak()
-source, target, size = sys.argv[1:]
-convert(Path(source), Path(target), max_shard_bytes=int(size), logits=False, console=Console(quiet=True))
-print(peak() - before)
-"""
+
+def convert_it(rank: int, source: Path, target: Path) -> int:
+    before = peak()
+    convert(source, target, max_shard_bytes=SHARD, logits=False, console=Console(quiet=True))
+    return peak() - before
 
 
 def write_model(folder: Path) -> int:
@@ -61,18 +59,11 @@ def write_model(folder: Path) -> int:
     return 2 * parameters(architecture)
 
 
+@slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory is read from Linux's /proc")
 def test_a_model_is_converted_in_a_fraction_of_its_size(tmp_path: Path) -> None:
     size = write_model(tmp_path / "hf")
     assert size > 320 * MIB
-    repository = str(Path(__file__).parents[3])
     for source, target in (("hf", "megatron"), ("megatron", "back")):
-        done = subprocess.run(
-            [sys.executable, "-c", CONVERT, tmp_path / source, tmp_path / target, str(SHARD)],
-            env={**os.environ, "PYTHONPATH": repository},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert int(done.stdout) < 6 * SHARD, f"{source} to {target}: {int(done.stdout) / MIB:.0f} MiB"
+        (used,) = ranks.run_ranks(convert_it, 1, tmp_path / source, tmp_path / target)
+        assert used < 6 * SHARD, f"{source} to {target}: {used / MIB:.0f} MiB"

@@ -172,7 +172,7 @@ LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=12)
 
 
 @given(lengths=LENGTHS, limit=st.integers(1, 6))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_long_prompts_are_dropped_cut_or_refused(read, lengths, limit):
     rows = [{"prompt": " ".join("x" * (word + 1) for word in range(length)), "label": 1} for length in lengths]
     too_long = sum(length > limit for length in lengths)

@@ -41,7 +41,7 @@ def cases(draw: st.DrawFn) -> dict:
     }
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_kernels_match_the_definition_in_values_and_gradients(dense: Callable, case: dict) -> None:
     generator = torch.Generator().manual_seed(case["seed"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -49,7 +49,6 @@ cases = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60)
 @given(cases)
 def test_equals_token_stats_and_dense_autograd(dense: Callable, case: dict[str, Any]) -> None:
     hidden, true_weight, targets = random_case(case["tokens"], case["vocab"], seed=case["seed"])

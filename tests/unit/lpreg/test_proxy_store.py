@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -55,7 +55,6 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_value_and_gradient_match_the_definition(dense: Callable, case: dict[str, Any]) -> None:
     data = two_policies(case["seed"], case["tokens"], case["vocab"])

@@ -15,6 +15,7 @@ from lpreg.integrations._trl_batch import loss_inputs, loss_mask
 from lpreg.integrations.causal_lm import Wanted, add_token_stats, plain_head
 from lpreg.integrations.trl import GRPOTrainer
 from tests.hf_models import hf_model
+from tests.tiers import quick_of
 from tests.trl_runs import CPU, EQUALLY_LONG, VOCAB, Recorder, reward, run, tiny_model, tokenizer
 
 LP_REG = make_loss("lp_reg", rho=0.4, min_p=0.1)
@@ -76,7 +77,7 @@ def gradients(seen: Recorder) -> list[dict[str, torch.Tensor]]:
     return [update.gradient for update in seen.updates]
 
 
-@pytest.mark.parametrize("head", ["gemma2", "granite"])
+@pytest.mark.parametrize("head", quick_of(["gemma2", "granite"], ["gemma2"]))
 def test_micro_batches_and_activation_checkpointing_do_not_change_the_update(head: str, tmp_path: Path) -> None:
     models = [model_with(head).double() for _ in range(2)]
     want = gradients(run(LP_REG, tmp_path, model=models[0], prompts=EQUALLY_LONG))
@@ -187,7 +188,7 @@ def test_another_release_series_of_trl_is_refused(monkeypatch: pytest.MonkeyPatc
         check_version()
 
 
-@pytest.mark.parametrize("loss", ["lp_reg", "gspo"])
+@pytest.mark.parametrize("loss", quick_of(["lp_reg", "gspo"], ["lp_reg"]))
 def test_a_short_training_raises_the_reward(loss: str, tmp_path: Path) -> None:
     """The model generates: the test uses TRL's own rollouts, rewards, optimizer and logs."""
 

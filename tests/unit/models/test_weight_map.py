@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -134,7 +134,6 @@ def test_a_value_of_the_wrong_shape_is_refused() -> None:
         list(export_hf_weights(model, config, values))
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     tensor=st.sampled_from([1, 2, 4]),
     kv_per_rank=st.integers(1, 2),

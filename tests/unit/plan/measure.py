@@ -1,13 +1,7 @@
-"""Measures the allocations of a real actor. Run as `measure.py RANK FOLDER` with the cases in FOLDER/cases.json.
-
-For each case, FOLDER/<case>-<rank>.json gets the bytes of the state and of the peak of each pass, as torch's allocator
-reports them. All cases have as many ranks as processes run this.
-"""
+"""Measures the allocations of a real actor."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_rl.actor import platform
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.sequences import SequenceBatch
@@ -88,14 +83,13 @@ def rows(count: int, prompt: int, response: int, vocabulary: int) -> SequenceBat
     )
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    cases: dict[str, dict[str, Any]] = json.loads((folder / "cases.json").read_text())
-    for name, case in cases.items():
-        settings = ActorSettings.model_validate(case["actor"])
-        found = measure(settings, rows(**case["rows"]), folder / name, rank)
-        (folder / f"{name}-{rank}.json").write_text(json.dumps(found))
+def run_rank(rank: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, int]]:
+    """Returns, per case, the bytes of the state and of the peak of each pass, as torch's allocator reports them.
 
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    A case has `actor`, its settings, and `rows`, the arguments of `rows`; FOLDER/<case> holds its model.
+    """
+    platform.prepare("cpu")
+    return {
+        name: measure(ActorSettings.model_validate(case["actor"]), rows(**case["rows"]), folder / name, rank)
+        for name, case in cases.items()
+    }

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +15,11 @@ from megatron_rl.plan.memory import kept_state, stage_memory
 from megatron_rl.plan.parameters import rank_parameters
 from megatron_rl.plan.setup import Setup
 from megatron_rl.utils.hardware import GPUS
+from tests import ranks
 from tests.hf_models import config_json
+from tests.tiers import chosen, quick_of
+from tests.unit.plan.measure import run_rank
 
-pytestmark = pytest.mark.timeout(3600)  # a busy machine may be slow; `wait` notices a process that hangs
-STALLED_SECONDS = 600
-SCRIPT = Path(__file__).with_name("measure.py")
 PROMPT, RESPONSE, VOCABULARY = 32, 224, 1024
 SHAPE = dict(
     vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
@@ -81,11 +77,22 @@ TWO_RANKS = {
     ),
 }
 CASES = ONE_RANK | TWO_RANKS
+QUICK = (
+    "fp32",
+    "bf16",
+    "tied, large vocabulary",
+    "recompute all",
+    "experts",
+    "tensor and sequence",
+    "pipeline",
+    "replicas",
+)
+every_case = pytest.mark.parametrize("name", quick_of(CASES, QUICK))
 
 Measured = dict[str, list[dict[str, int]]]
 
 
-def run(cases: dict[str, Case], ranks: int, folder: Path) -> Measured:
+def run(cases: dict[str, Case], count: int, folder: Path) -> Measured:
     for name, case in cases.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(case.hf_config))
@@ -96,39 +103,17 @@ def run(cases: dict[str, Case], ranks: int, folder: Path) -> Measured:
         }
         for name, case in cases.items()
     }
-    (folder / "cases.json").write_text(json.dumps(plain))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    log = folder / "errors.log"
-    with log.open("w") as errors:
-        processes = [
-            subprocess.Popen([sys.executable, str(SCRIPT), str(rank), str(folder)], env=environment, stderr=errors)
-            for rank in range(ranks)
-        ]
-    try:
-        wait(processes, folder)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert all(process.returncode == 0 for process in processes), log.read_text()[-4000:]
-    return {name: [json.loads((folder / f"{name}-{r}.json").read_text()) for r in range(ranks)] for name in cases}
-
-
-def wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    """Wait until a process fails or all end. Raises TimeoutError if no case is measured for a long time."""
-    count, since = 0, time.monotonic()
-    while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
-        measured = len(list(folder.glob("*-[0-9].json")))
-        if measured > count:
-            count, since = measured, time.monotonic()
-        if time.monotonic() - since > STALLED_SECONDS:
-            raise TimeoutError(f"no case was measured for {STALLED_SECONDS} s: {count} are done")
-        time.sleep(0.1)
+    found = ranks.run_ranks(run_rank, count, plain, folder)
+    return {name: [of_rank[name] for of_rank in found] for name in cases}
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    return run(ONE_RANK, 1, tmp_path_factory.mktemp("alone")) | run(TWO_RANKS, 2, tmp_path_factory.mktemp("together"))
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    needed, found = chosen(request, "name"), {}
+    for count, cases in ((1, ONE_RANK), (2, TWO_RANKS)):
+        mine = {name: case for name, case in cases.items() if name in needed}
+        found |= run(mine, count, tmp_path_factory.mktemp(f"ranks-{count}"))
+    return found
 
 
 def planned(case: Case, folder: Path) -> Setup:
@@ -148,7 +133,7 @@ def planned(case: Case, folder: Path) -> Setup:
     return Setup.of(config, GPUS["h100"], Assumptions(mean_prompt=PROMPT, mean_response=RESPONSE - 0.01))
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_state_is_exact_to_the_byte(measured: Measured, tmp_path: Path, name: str) -> None:
     setup = planned(CASES[name], tmp_path)
     for rank, found in enumerate(measured[name]):
@@ -161,7 +146,7 @@ def test_state_is_exact_to_the_byte(measured: Measured, tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("phase", ["log-probs", "forward and backward", "optimizer"])
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_passes_are_within_a_tenth(measured: Measured, tmp_path: Path, name: str, phase: str) -> None:
     setup = planned(CASES[name], tmp_path)
     for rank, found in enumerate(measured[name]):
@@ -172,7 +157,7 @@ def test_passes_are_within_a_tenth(measured: Measured, tmp_path: Path, name: str
         assert memory.total(phase) == pytest.approx(state + found[phase], rel=0.1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_activations_alone_are_within_a_tenth(measured: Measured, tmp_path: Path, name: str) -> None:
     setup = planned(CASES[name], tmp_path)
     for rank, found in enumerate(measured[name]):

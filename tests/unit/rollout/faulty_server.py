@@ -37,6 +37,10 @@ class Script:
     control: list[tuple[str, Any]] = field(default_factory=list)
     """Path and body of each call about memory or weights."""
     abort: threading.Event = field(default_factory=threading.Event)
+    answered: int = 0
+    """Number of requests to /generate whose answer has been written."""
+    looks: int = 0
+    """Number of times that the weight version was asked for."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -50,11 +54,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {})
         else:
             self._answer(200, {"weight_version": self.script.version})
+            self.script.looks += 1
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         if self.path == "/generate":
             self._generate(body)
+            self.script.answered += 1
         elif self.path == "/abort_request" and self.script.abort_faults:
             self.script.abort_faults -= 1
             self._answer(500, {"error": "told to fail"})

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.checkpoint.rollout_buffer import BUFFER_FILE, read_buffer, write_buffer
@@ -18,6 +18,7 @@ from megatron_rl.rollout.buffer import Group, RolloutBuffer
 from megatron_rl.rollout.collector import RolloutCollector
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.types import Prompt, Response, RewardResult
+from tests.tiers import examples
 from tests.unit.rollout.fake_engines import FakeEngines
 from tests.unit.rollout.test_collector import collector_of
 
@@ -69,7 +70,7 @@ def killed_and_resumed(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("embedded", [True, False], ids=["embedded", "servers"])
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=st.integers(0, 2**16), dynamic=st.booleans(), killed_after=st.integers(1, STEPS))
 def test_no_prompt_is_lost_or_used_twice(
     tmp_path_factory: pytest.TempPathFactory, mode: str, embedded: bool, seed: int, dynamic: bool, killed_after: int
@@ -107,7 +108,7 @@ def test_no_prompt_is_lost_or_used_twice(
 
 
 @pytest.mark.parametrize("mode", [name for name in MODES if "max_staleness" in MODES[name]])
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=st.integers(0, 2**16))
 def test_groups_in_flight_are_waited_for_before_they_are_too_old(mode: str, seed: int) -> None:
     """Without dynamic sampling, no token is ever sampled in vain."""

@@ -102,6 +102,6 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_runtime._library.cache_clear()
 
 
-def take_over() -> None:
+def take_over(folder: Path) -> None:
     """Install the stand-in for the rest of this process."""
-    install(Path(os.environ[FOLDER]), pytest.MonkeyPatch())
+    install(folder, pytest.MonkeyPatch())

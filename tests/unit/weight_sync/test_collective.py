@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from datetime import timedelta
 from itertools import cycle, islice
@@ -13,15 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
 from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
 from megatron_rl.weight_sync.collective import CollectiveTransport
 from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
-from tests.meeting import HOST
+from tests import ranks
+from tests.patience import wait_until
 
 LIMIT = 400
+LONG = timedelta(hours=1)
+"""Limit of what must not depend on how busy the machine is."""
 NAMES = ("a.b.weight", "a.c.weight", "a.d.weight")
 
 
@@ -31,12 +34,12 @@ def tensors() -> list[tuple[str, torch.Tensor]]:
 
 
 def member(port: int, rank: int, size: int, timeout_seconds: float) -> GroupMember:
-    return GroupMember("weights-test-0", HOST, port, "gloo", size, rank, timeout_seconds)
+    return GroupMember("weights-test-0", LOOPBACK, port, "gloo", size, rank, timeout_seconds)
 
 
 def engine(mine: GroupMember, buckets_to_take: int, then: str, answer: Connection) -> None:
     """A process that receives a number of buckets, update after update. Like an engine, it has a group of its own."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=LONG)
     group = process_group.join(mine)
     received: dict[str, str] = {}
     specs = [TensorSpec.of(name, tensor) for name, tensor in tensors()]
@@ -53,11 +56,11 @@ def engine(mine: GroupMember, buckets_to_take: int, then: str, answer: Connectio
 
 
 def run(
-    buckets_to_take: list[int], timeout_seconds: float = 120.0, then: str = "end"
+    buckets_to_take: list[int], timeout_seconds: float = LONG.total_seconds(), then: str = "end"
 ) -> tuple[CollectiveTransport, list[Any]]:
     """Start a sender and engines. then: what the first engine does afterwards: end, hang, or leave the group."""
-    context = multiprocessing.get_context("spawn")
-    port, size = open_port(HOST), 1 + len(buckets_to_take)
+    context = ranks.context()
+    port, size = open_port(LOOPBACK), 1 + len(buckets_to_take)
     engines = []
     for rank, count in enumerate(buckets_to_take, start=1):
         ours, theirs = context.Pipe()
@@ -82,8 +85,9 @@ def test_every_engine_receives_every_tensor() -> None:
         pushed = transport.push(iter(tensors()), 7, ChecksumTaker(1))
         assert pushed.bytes == sum(tensor.nbytes for _, tensor in tensors())
         assert pushed.checksums and len(pushed.checksums.plain) == len(NAMES)
-        for _, answer in engines:
-            assert answer.poll(120) and answer.recv() == pushed.checksums.plain
+        for process, answer in engines:
+            wait_until(answer.poll, [process.pid], "the engine's answer")
+            assert answer.recv() == pushed.checksums.plain
     finally:
         transport.close()
         end(engines)
@@ -103,7 +107,7 @@ def test_an_engine_that_dies_during_an_update_is_noticed() -> None:
 @pytest.mark.parametrize("then", ["leave", "hang"])
 def test_no_process_waits_for_an_engine_that_gave_up(then: str) -> None:
     """A hanging engine is waited for until the timeout, a leaving one is not. The other engine fails too."""
-    transport, engines = run([1, 10_000], 300.0, then)
+    transport, engines = run([1, 10_000], then=then)
     try:
         if then == "hang":  # shorten the sender's timeout, now that all have joined
             assert transport._group is not None
@@ -112,7 +116,7 @@ def test_no_process_waits_for_an_engine_that_gave_up(then: str) -> None:
             for _ in range(50):
                 transport.push(iter(tensors()), 7)
         (first, _), (second, _) = engines
-        second.join(60)
+        wait_until(lambda: not second.is_alive(), [second.pid], "the end of the second engine")
         assert second.exitcode and first.is_alive()  # an exception ended it
     finally:
         transport.close()
@@ -120,6 +124,6 @@ def test_no_process_waits_for_an_engine_that_gave_up(then: str) -> None:
 
 
 def test_an_engine_that_does_not_join_is_noticed() -> None:
-    transport = CollectiveTransport(member(open_port(HOST), 0, 2, 1.0), 0, LIMIT)
+    transport = CollectiveTransport(member(open_port(LOOPBACK), 0, 2, 1.0), 0, LIMIT)
     with pytest.raises(WeightsNotSent, match="not all engines joined"):
         transport.connect()

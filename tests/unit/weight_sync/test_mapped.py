@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync import cuda_runtime, device_memory
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
@@ -25,13 +25,15 @@ from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
 from megatron_rl.weight_sync.folder import PREFIX
 from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport
 from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
+from tests import ranks
+from tests.patience import wait_until
 from tests.unit.weight_sync import cuda_stand_in
 
-HOST = "127.0.0.1"
 LIMIT = 400
 """Bytes of each half, and of a bucket of several tensors."""
 CPU = torch.device("cpu")
-WAIT = 120
+WAIT = 3600.0
+"""Limit in seconds of what must not depend on how busy the machine is."""
 
 
 def tensors(stage: int) -> list[tuple[str, torch.Tensor]]:
@@ -49,7 +51,7 @@ def specs(stage: int) -> tuple[tuple[TensorSpec, ...], ...]:
 
 @dataclass
 class Engine:
-    process: SpawnProcess
+    process: BaseProcess
     answers: Connection
 
 
@@ -72,10 +74,10 @@ def take(receivers: list[MappedReceiver], failure: str) -> Any:
     return received
 
 
-def engine(members: list[GroupMember], failure: str, updates: int, answers: Connection) -> None:
+def engine(members: list[GroupMember], failure: str, updates: int, stand_in: str | None, answers: Connection) -> None:
     """A process of an engine, with a process group of its own as engines have."""
-    if cuda_stand_in.FOLDER in os.environ:
-        cuda_stand_in.take_over()
+    if stand_in is not None:
+        cuda_stand_in.take_over(Path(stand_in))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=WAIT))
     if failure == "no room":
         device_memory.HostMemory.__init__ = no_room  # type: ignore[method-assign]
@@ -100,19 +102,19 @@ def processes(
     failures: list[str], stages: int = 1, updates: int = 1, seconds: float = WAIT, device: torch.device = CPU
 ) -> Iterator[tuple[list[MappedTransport], list[Engine]]]:
     """Senders that have not connected yet, and engines that wait for them."""
-    context = multiprocessing.get_context("spawn")
-    ports, engines = [open_port(HOST) for _ in range(stages)], []
+    context, stand_in = ranks.context(), os.environ.get(cuda_stand_in.FOLDER)
+    ports, engines = [open_port(LOOPBACK) for _ in range(stages)], []
 
     def members(rank: int) -> list[GroupMember]:
         size = 1 + len(failures)
         return [
-            GroupMember(f"mapped-{stage}-{port}", HOST, port, "gloo", size, rank, seconds, mapped=True)
+            GroupMember(f"mapped-{stage}-{port}", LOOPBACK, port, "gloo", size, rank, seconds, mapped=True)
             for stage, port in enumerate(ports)
         ]
 
     for rank, failure in enumerate(failures, start=1):
         ours, theirs = context.Pipe()
-        process = context.Process(target=engine, args=(members(rank), failure, updates, theirs))
+        process = context.Process(target=engine, args=(members(rank), failure, updates, stand_in, theirs))
         process.start()
         theirs.close()
         engines.append(Engine(process, ours))
@@ -136,7 +138,7 @@ def in_parallel(calls: list[Any]) -> None:
 
 
 def answer(engine: Engine) -> Any:
-    assert engine.answers.poll(WAIT)
+    wait_until(engine.answers.poll, [engine.process.pid or 0], "the engine's answer")
     return engine.answers.recv()
 
 
@@ -198,7 +200,7 @@ def test_an_engine_that_fails_during_an_update_stops_all(failure: str, seen_by_o
 
 def test_an_engine_that_dies_is_noticed_by_processes_not_next_to_it() -> None:
     """In a ring of five processes, none waits for the timeout."""
-    with processes(["", "", "dies", ""], seconds=600.0) as (transports, engines):
+    with processes(["", "", "dies", ""]) as (transports, engines):
         transports[0].connect()
         with pytest.raises(WeightsNotSent, match="sending weights of version 7 failed after 728 bytes"):
             transports[0].push(iter(tensors(0)), 7)
@@ -246,7 +248,7 @@ def test_errors_of_cuda_are_raised(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_engine_that_does_not_join_is_noticed() -> None:
     with processes([], seconds=1.0) as (transports, _):
-        transports[0].member = GroupMember("mapped", HOST, open_port(HOST), "gloo", 2, 0, 1.0, mapped=True)
+        transports[0].member = GroupMember("mapped", LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, 1.0, mapped=True)
         with pytest.raises(WeightsNotSent, match="not all engines joined"):
             transports[0].connect()
 

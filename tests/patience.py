@@ -1,0 +1,76 @@
+"""Waits for processes as long as they move, however busy the machine is.
+
+A fixed number of seconds fails tests on a busy machine, where processes are slow but not stuck. A stuck process uses no
+processor time, and an endless loop uses more of it than a test takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+import psutil
+
+from megatron_rl.cluster.hang import examine
+
+WINDOW_SECONDS = 180.0
+MOVING_SECONDS = 0.5
+"""Processes move if they have used this much processor time within the window."""
+CEILING_SECONDS = 1800.0
+"""Processor time that only an endless loop uses up."""
+
+
+class Stuck(AssertionError):
+    """The processes that a test waits for do not get anywhere."""
+
+
+class Patience:
+    """Follows the processor time of processes and of all their descendants."""
+
+    def __init__(self, pids: Callable[[], Iterable[int]], what: str, ceiling: float = CEILING_SECONDS) -> None:
+        self.pids, self.what, self.ceiling = pids, what, ceiling
+        self._used: dict[psutil.Process, float] = {}
+        self._mark, self._since = 0.0, time.monotonic()
+
+    def check(self) -> None:
+        """Raises Stuck, with the stacks of the processes, if they have not moved or have used too much."""
+        for process in self._processes():
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                self._used[process] = times.user + times.system
+        used = sum(self._used.values())
+        if used >= self._mark + MOVING_SECONDS:
+            self._mark, self._since = used, time.monotonic()
+        elif time.monotonic() - self._since > WINDOW_SECONDS:
+            raise Stuck(self._report(f"used {used - self._mark:.1f} s of processor time in {WINDOW_SECONDS:.0f} s"))
+        if used > self.ceiling:
+            raise Stuck(self._report(f"used {used:.0f} s of processor time"))
+
+    def _processes(self) -> set[psutil.Process]:
+        found: set[psutil.Process] = set()
+        for pid in self.pids():
+            with suppress(psutil.Error):
+                root = psutil.Process(pid)
+                found |= {root, *root.children(recursive=True)}
+        return found
+
+    def _report(self, reason: str) -> str:
+        stacks = []
+        for process in self._processes():
+            evidence = examine(process.pid)
+            stacks.append(f"process {process.pid}, {evidence.state}\n{evidence.stack}")
+        return "\n\n".join([f"{self.what}: the processes {reason}", *stacks])
+
+
+def wait_until(
+    done: Callable[[], bool], pids: Iterable[int], what: str, *, ceiling: float = CEILING_SECONDS, every: float = 0.1
+) -> None:
+    """Blocks until `done()`. Raises Stuck if the processes do not move."""
+    roots = list(pids)
+    patience, checked = Patience(lambda: roots, what, ceiling), time.monotonic()
+    while not done():
+        if time.monotonic() - checked > 2.0:
+            patience.check()
+            checked = time.monotonic()
+        time.sleep(every)
