@@ -102,7 +102,7 @@ POLICIES = ("lagged", "reference", "old", "new")
 
 
 def prompts() -> list[tuple[Array, int]]:
-    """Returns the prompt and the number of response tokens of each row, group after group."""
+    """Returns the prompt and the number of sampled tokens of each sequence, group after group."""
     random = np.random.default_rng(5)
     of_groups = [random.integers(0, VOCABULARY, random.integers(1, 6)) for _ in range(GROUPS)]
     return [(prompt, int(random.integers(1, 13))) for prompt in of_groups for _ in range(SAMPLES)]
