@@ -101,8 +101,8 @@ def _per_response(values: Array, masks: list[Array]) -> list[Array]:
 
 
 def recorded_rows(groups: Array, lengths: Array, step: int, most_tokens: int) -> Array:
-    """Returns the indices of the responses of some complete groups with at most `most_tokens` tokens, or of the smallest
-    group. Every step draws other groups."""
+    """Returns the indices of the responses of some complete groups with at most `most_tokens` tokens in all, or of the
+    smallest group. Every step draws other groups."""
     number = np.asarray(groups)
     if lengths.sum() <= most_tokens:
         return np.arange(len(number))
