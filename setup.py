@@ -1,4 +1,4 @@
-"""For tools that still want a setup.py; everything is in pyproject.toml."""
+"""For tools that still need a setup.py; the settings are in pyproject.toml."""
 
 from setuptools import setup
 

@@ -40,7 +40,7 @@ class Pace:
         self.answers = answers
 
     def begin(self) -> None:
-        """Waits for the next request. Raises EOFError if no more steps are wanted."""
+        """Waits for the next request. Raises EOFError if there are no more requests."""
         if not sys.stdin.readline():
             raise EOFError
         self.cpu, self.clock = processor_seconds(), time.perf_counter()

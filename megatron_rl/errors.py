@@ -1,5 +1,5 @@
-"""The one exception that reaches a user as plain words."""
+"""The exception whose message is shown to the user."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong, where, and what to do; it is printed bare."""
+    """An error that the user can fix. The message says what is wrong, where, and what to do; no traceback is shown."""

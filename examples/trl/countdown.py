@@ -1,4 +1,4 @@
-"""Countdown under TRL: a supervised warm start, then GRPO with Lp-Reg. Some seven minutes of one core, no GPU.
+"""Countdown under TRL: a supervised warm start, then GRPO with Lp-Reg. Takes some seven minutes on one core.
 
 pip install -e '.[trl]' && python examples/trl/countdown.py
 """
@@ -22,7 +22,7 @@ tokenizer = AutoTokenizer.from_pretrained(TASK / "model")
 
 
 def reward(completions, completion_ids, label, **_):
-    """1 for a response that ends by itself in a right attempt, else 0."""
+    """Returns 1 for a response that ends by itself with a right attempt, otherwise 0."""
     ends = ["stop" if ids[-1] == tokenizer.eos_token_id else "length" for ids in completion_ids]
     rows = zip(label, completion_ids, ends, completions, strict=True)
     samples = [Sample(Prompt("", (), "", x), Response(ids, [], end, 0), text) for x, ids, end, text in rows]

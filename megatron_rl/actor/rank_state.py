@@ -42,7 +42,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class HeldState:
-    """A copy of a rank's state in CPU memory, to be written while training goes on."""
+    """A copy of a rank's state in CPU memory, to be written while training continues."""
 
     shards: list[Shard]
     rng: RandomState

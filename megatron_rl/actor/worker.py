@@ -120,7 +120,7 @@ class MegatronWorker:
     # ------------------------------------------------------------------ passes
 
     def train(self, batch: SequenceBatch, lr: float, denominator: float, temperature: float) -> TrainResult | None:
-        """Takes one optimizer step. `denominator`: response tokens of the global batch, including dropped sequences."""
+        """Takes one optimizer step. `denominator`: sampled tokens of the global batch, including dropped sequences."""
         self.optimizer.zero_grad()
         result = self.passes.gradients(batch, self.loss, denominator, temperature)
         with record_function("optimizer"):

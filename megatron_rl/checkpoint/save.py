@@ -197,5 +197,5 @@ def _mib(size: int) -> str:
 def _full_disk(target: Path, what: str) -> str:
     return (
         f"no room for the checkpoint {target} ({what}). Nothing was half-written and earlier checkpoints are intact: "
-        f"free some space, then go on with resume=auto"
+        f"free some space, then continue with resume=auto"
     )

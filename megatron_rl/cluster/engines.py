@@ -117,7 +117,7 @@ class Engines:
         """Requests `sampling.n` responses for each prompt. Returns an id for each prompt, for `wait` and `take`.
 
         partial: for each prompt, the partial responses to continue, or none. min_groups: the number of complete groups
-        after which embedded engines stop; servers go on until `abort`.
+        after which embedded engines stop; servers continue until `abort`.
         """
         ids = range(self._submitted, self._submitted + len(prompts))
         self._submitted += len(prompts)

@@ -159,7 +159,7 @@ class Hosted:
 
     @ray.method(concurrency_group=BACKGROUND)
     def call_beside(self, method: str, *arguments: Any, **named: Any) -> Any:
-        """Calls the method in a thread of its own, while other calls go on one after another."""
+        """Calls the method in a thread of its own, while other calls still run one after another."""
         return getattr(self.object, method)(*arguments, **named)
 
     def node_address(self) -> str:
@@ -191,7 +191,7 @@ class HostedProcess(Generic[T]):
     def submit_beside(
         self, method: Callable[Concatenate[T, P], R], *arguments: P.args, **named: P.kwargs
     ) -> ObjectRef[R]:
-        """As `submit`, in a thread of its own, while other calls go on one after another."""
+        """As `submit`, in a thread of its own, while other calls still run one after another."""
         ref: ObjectRef[R] = self._actor.call_beside.remote(method.__name__, *arguments, **named)
         return ref
 

@@ -88,8 +88,8 @@ class ActorSettings(Section):
     computed once; not available with Transformer Engine. packed: sequences follow each other without padding. padded:
     one row per sequence, padded to the same length. auto: prefix_tree, or packed with Transformer Engine."""
     lm_head: Literal["fused", "materialised"] = "fused"
-    """fused: the loss projects one chunk of response tokens at a time and keeps no logits. materialised: the logits of
-    all response tokens of a micro-batch are held in memory: response tokens x vocabulary / tensor_parallel values."""
+    """fused: the loss projects one chunk of sampled tokens at a time and keeps no logits. materialised: the logits of
+    all sampled tokens of a micro-batch are held in memory: sampled tokens x vocabulary / tensor_parallel values."""
     recompute: RecomputeSettings = RecomputeSettings()
     """Activations that the backward pass recomputes instead of keeping."""
     distributed_optimizer: bool = True

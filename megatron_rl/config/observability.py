@@ -77,7 +77,7 @@ class ObservabilitySettings(Section):
     profile: list[PositiveInt] = Field(default_factory=list)
     """Steps at which every actor rank writes a torch-profiler trace and tables to `profile` in the run folder."""
     rollouts_tokens: PositiveInt = 2_000_000
-    """Most response tokens in a dump. For a larger step, some complete groups are recorded. The metric
+    """Most sampled tokens in a dump. For a larger step, some complete groups are recorded. The metric
     perf/record_seconds is the time this takes."""
     hang_seconds: NonNegative = 1800.0
     """Longest time without progress in any process. After it, the run reports which process waits for which, writes the

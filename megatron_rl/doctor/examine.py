@@ -18,7 +18,7 @@ LEAST_BYTES = 5 * 2**30
 
 
 def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
-    """Check this machine and, unless `quick`, the cluster that the configuration asks for."""
+    """Check this machine and, unless `quick`, the cluster that the configuration needs."""
     device = config.actor.device if config else "auto"
     if device == "auto":  # asking torch would take seconds
         device = "cuda" if shutil.which("nvidia-smi") else "cpu"

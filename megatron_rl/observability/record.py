@@ -1,4 +1,4 @@
-"""Records of a step's rollouts: all of them, or some whole groups of a large step."""
+"""Records of a step's rollouts: all of them, or some complete groups of a large step."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def _per_response(values: Array, masks: list[Array]) -> list[Array]:
 
 
 def recorded_rows(groups: Array, lengths: Array, step: int, most_tokens: int) -> Array:
-    """Indices of the responses of some whole groups with at most `most_tokens` tokens, or of the smallest group. Every
-    step draws its groups anew."""
+    """Returns the indices of the responses of some complete groups with at most `most_tokens` tokens in all, or of the
+    smallest group. Every step draws other groups."""
     number = np.asarray(groups)
     if lengths.sum() <= most_tokens:
         return np.arange(len(number))

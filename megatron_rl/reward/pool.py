@@ -110,7 +110,7 @@ class RewardPool:
             # Spawn, because a fork would copy the driver's threads and memory.
             context=multiprocessing.get_context("spawn"),
         )
-        # The first task starts the processes, which then load while the caller goes on.
+        # The first task starts the processes, which then load while the caller continues.
         pool.schedule(_score_chunk, args=([],))
         return pool
 

@@ -41,7 +41,7 @@ class Replay:
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{path}: not a readable rollout dump ({error})") from error
         if rows and "prompt_token_ids" not in rows[0]:
-            raise UserError(f"{path} (step {recorded}) has no column prompt_token_ids: record the rollouts anew")
+            raise UserError(f"{path} (step {recorded}) has no column prompt_token_ids: record the rollouts again")
         parts = groupby(sorted(rows, key=_group_of), key=_group_of)
         groups = [_group(number, list(part)) for number, part in parts]
         return Rollouts(groups, np.ones(len(groups), dtype=bool), weight_version=None)

@@ -216,7 +216,7 @@ def _contract(config: Config, inputs: Inputs, view: View) -> Contract:
 
 
 def _replay(config: Config) -> Replay | None:
-    """Raises UserError if there are fewer recorded steps than the configuration asks for."""
+    """Raises UserError if there are fewer recorded steps than the configuration needs."""
     if config.rollout.replay is None:
         return None
     replay = Replay(config.rollout.replay)

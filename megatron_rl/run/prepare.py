@@ -1,4 +1,4 @@
-"""Writes a built-in task before training, if the configuration asks for one."""
+"""Writes a built-in task before training, if the configuration names one."""
 
 from __future__ import annotations
 

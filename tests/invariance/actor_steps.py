@@ -38,9 +38,11 @@ OPTIMIZER = OptimizerSettings(lr=LEARNING_RATE, eps=1.0, clip_grad=0.5, weight_d
 
 
 def batch() -> SequenceBatch:
-    """Groups of a prompt and three responses, which begin alike; one ends within another, two are the same. The longest
-    response of the first group has a tool's tokens in it, and the first response of the second group ends in some: the
-    model reads these, and no loss counts them."""
+    """Returns groups of a prompt and three responses, which share a prefix: one is a prefix of another, two are equal.
+
+    The longest response of the first group contains tokens of a tool, and the first response of the second group ends
+    in some: the model reads these, and no loss counts them.
+    """
     random = np.random.default_rng(5)
     shape = [(3, (9, 2, 12)), (1, (6, 7, 5)), (6, (1, 10, 10))]
     tokens, masks = [], []

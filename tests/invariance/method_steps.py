@@ -76,16 +76,16 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """The `algorithm` section of each method. The published rule that ranks within a micro-batch is left out on purpose."""
 DRAWN_BY_PLACE = ("clip_cov", "lp_reg, random")
-"""Methods that draw by a token's index in the batch, so that another order of rows gives another draw."""
+"""Methods that draw by a token's index in the batch, so that another order of sequences gives another draw."""
 
-ROW_BY_ROW = "one rank, a row at a time"
+SEQUENCE_BY_SEQUENCE = "one rank, one sequence at a time"
 PLAIN: dict[str, Any] = {"rows": "padded", "lm_head": "materialised"}
 VARIANTS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "one rank": (Layout(), PLAIN),
     "one rank, fused": (Layout(), {}),
     "one rank, packed": (Layout(), {"rows": "packed", "lm_head": "materialised", "micro_batch_tokens": 60}),
     "one rank, rows shuffled": (Layout(), {}),
-    ROW_BY_ROW: (Layout(), {"micro_batch_tokens": 1}),
+    SEQUENCE_BY_SEQUENCE: (Layout(), {"micro_batch_tokens": 1}),
     "tp2, padded and materialised": (Layout(tensor=2), PLAIN),
     "tp2": (Layout(tensor=2), {}),
     "tp4": (Layout(tensor=4), {"micro_batch_tokens": 40}),
@@ -102,7 +102,7 @@ POLICIES = ("lagged", "reference", "old", "new")
 
 
 def prompts() -> list[tuple[Array, int]]:
-    """Returns the prompt and the number of response tokens of each row, group after group."""
+    """Returns the prompt and the number of sampled tokens of each sequence, group after group."""
     random = np.random.default_rng(5)
     of_groups = [random.integers(0, VOCABULARY, random.integers(1, 6)) for _ in range(GROUPS)]
     return [(prompt, int(random.integers(1, 13))) for prompt in of_groups for _ in range(SAMPLES)]

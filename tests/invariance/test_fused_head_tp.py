@@ -1,6 +1,6 @@
 """The fused forms over real processes: the same bits on every rank, the numbers of one process, few collectives.
 
-The tests start four ranks once and look at what these return.
+The tests start four ranks once and compare what these return.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
 @dataclass(frozen=True)
 class Case:
     columns: int
-    """Of all ranks together, padding included."""
+    """Number of columns of all ranks together, padding included."""
     dtype: torch.dtype = torch.float64
     settings: dict[str, Any] = field(default_factory=dict)
     some_rows: bool = True
@@ -104,7 +104,7 @@ def run(case: Case, form: str, group: dist.ProcessGroup | None, rank: int, ranks
 
 
 def refusal(form: str, group: dist.ProcessGroup, rank: int) -> str:
-    """What a rank says when the weight of another one holds a NaN."""
+    """Returns the error of a rank if the weight of another rank holds a NaN."""
     case = Case(16)
     with mock.patch(f"{__name__}.inputs", wraps=inputs) as patched:
         hidden, weight, targets, fields = inputs(case)

@@ -1,7 +1,7 @@
-"""However a batch is cut into micro-batches, shuffled and shared out over ranks, every method adds up to the same.
+"""Every method gives the same result for any partition of a batch into micro-batches and ranks, in any order.
 
-A split deals whole responses out, in any order. The selected set must be the same exactly; loss, gradient and metrics
-to rounding. Ranks that each hold a part of the batch and select together are in `test_selection_splits`.
+A split distributes complete responses. The selected set must be exactly equal; loss, gradient and metrics must be equal
+up to rounding. `test_selection_splits` covers ranks that each hold a part of the batch and select together.
 """
 
 from __future__ import annotations

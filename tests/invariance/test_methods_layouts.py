@@ -1,7 +1,8 @@
-"""Every method takes the same step under every layout, on-policy and off: the same tokens selected exactly, the same
-loss, metrics and gradient to rounding; and it takes no more passes through the model than it must.
+"""Every method takes the same step under every layout, on-policy and off-policy.
 
-The driver's own functions over real Megatron ranks; only Ray is left out. fp32.
+The selected tokens are exactly equal; loss, metrics and gradient are equal up to rounding; and a step runs no
+superfluous pass through the model. The tests run the driver's own functions over real Megatron ranks, in fp32 and
+without Ray.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from tests.invariance.method_steps import (
     GROUPS,
     METHODS,
     POLICIES,
-    ROW_BY_ROW,
     SAMPLED,
     SAMPLES,
+    SEQUENCE_BY_SEQUENCE,
     TEMPERATURE,
     VARIANTS,
     VOCABULARY,
@@ -32,10 +33,10 @@ from tests.invariance.method_steps import (
 from tests.tiers import chosen, quick_of
 
 REFERENCE = "one rank"
-OTHERS = quick_of((name for name in VARIANTS if name != REFERENCE), (ROW_BY_ROW, "dp2", "tp2-pp2"))
+OTHERS = quick_of((name for name in VARIANTS if name != REFERENCE), (SEQUENCE_BY_SEQUENCE, "dp2", "tp2-pp2"))
 LOSS, METRIC, GRADIENT = 1e-6, 2e-5, 1e-5
-"""Largest differences. Of a loss: absolute, a mean of token losses of about 1 that mostly cancel. Of another metric:
-relative to it, or to a tenth. Of a gradient: relative to the largest element of its tensor."""
+"""Largest differences. Loss: absolute, as it is a mean of token losses of about 1 that mostly cancel. Other metrics:
+relative to the metric, or to a tenth. Gradients: relative to the largest element of the tensor."""
 ENTROPY_RANKED = ("high_entropy", "high_entropy, reference k1", "lp_reg, highest entropy")
 LAGGED = ("lp_reg, lagged", "lp_reg, paper, lagged", "lp_reg, no tau")
 
@@ -80,14 +81,14 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Results of every method under every layout, from one start of the processes."""
     folder = tmp_path_factory.mktemp("methods")
     sample(write_models(folder), folder)
-    needed = {REFERENCE, ROW_BY_ROW, *chosen(request, "variant")}
+    needed = {REFERENCE, SEQUENCE_BY_SEQUENCE, *chosen(request, "variant")}
     names = [name for name in VARIANTS if name in needed]
     count = max(VARIANTS[name][0].world_size for name in names)
     return ranks.run_ranks(run_rank, count, names, folder)[0]
 
 
 def cases(variant: str) -> list[tuple[str, int]]:
-    """Pairs (method, updates), without methods that depend on the order of rows if the rows are shuffled."""
+    """Pairs (method, updates). If sequences are shuffled, methods that depend on their order are left out."""
     drawn = DRAWN_BY_PLACE if "shuffled" in variant else ()
     return [(method, updates) for method in METHODS if method not in drawn for updates in (1, 2)]
 
@@ -126,8 +127,8 @@ def test_the_gradient_is_the_same(found: dict[str, Found], variant: str) -> None
 
 
 def test_methods_have_different_gradients(found: dict[str, Found]) -> None:
-    """Else the tests above would hold for nothing: no two methods have the same gradient off-policy, but for those that
-    rank the same tokens by two sources."""
+    """Otherwise the tests above would prove nothing. Off-policy only those methods agree that rank the same tokens by
+    two sources."""
     same = {("lp_reg", "lp_reg, ranked by the engine")}
     gradients = {method: found[REFERENCE][method, 2]["gradient"]["lm_head.weight"] for method in METHODS}
     names = list(METHODS)
@@ -137,27 +138,27 @@ def test_methods_have_different_gradients(found: dict[str, Found]) -> None:
                 assert (gradients[first] - gradients[second]).abs().max() > 1e-4, (first, second)
 
 
-def expected_passes(method: str, updates: int, rows: int, acting: int) -> dict[str, int]:
-    """Rows through the model: what a step cannot do without.
+def expected_passes(method: str, updates: int, sequences: int, trained: int) -> dict[str, int]:
+    """Returns the number of sequences in each pass that a step cannot do without. `trained`: those with an advantage.
 
-    On-policy every row has one forward, with a backward where it acts; without one, for the metrics, where it does not.
-    Off-policy one forward without gradient comes before. So it does on-policy where entropies rank, for the engine
-    reports none. A reference is asked of the rows that act; a lagged policy of those with a token it may act on.
+    On-policy every trained sequence has a forward and a backward, and every other one a forward without gradient, for
+    the metrics. Off-policy, a forward of all sequences without gradient comes first. The same holds on-policy if tokens
+    are ranked by entropy, which the engine does not report. The reference scores the trained sequences.
     """
     if method in ("kl_cov", "entropy_bonus", "grpo, reference", "high_entropy, reference k1"):
-        acting = rows
-    first = rows if updates > 1 or method in ENTROPY_RANKED else rows - acting
-    passes = {"current": first, "train": acting}
+        trained = sequences
+    first = sequences if updates > 1 or method in ENTROPY_RANKED else sequences - trained
+    passes = {"current": first, "train": trained}
     if "reference" in method:
-        passes["reference"] = acting
+        passes["reference"] = trained
     return {what: count for what, count in passes.items() if count}
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_no_pass_through_the_model_is_superfluous(found: dict[str, Found], method: str, updates: int) -> None:
-    """Each micro-batch is one row here, so that forwards and backwards count rows."""
-    ran = found[ROW_BY_ROW][method, updates]["passes"]
+    """Each micro-batch is one sequence here, so that forwards and backwards count sequences."""
+    ran = found[SEQUENCE_BY_SEQUENCE][method, updates]["passes"]
     for one in ran:
         assert one["forwards"] == one["rows"], one
         assert one["backwards"] == (one["rows"] if one["what"] == "train" else 0), one

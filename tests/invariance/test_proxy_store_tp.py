@@ -1,7 +1,7 @@
 """The sparse store of another policy's proxy with the vocabulary split over real processes: each rank stores and reads
 its own columns, and the KL and its gradient are those of the whole vocabulary.
 
-The tests start four ranks once and look at what these return.
+The tests start four ranks once and compare what these return.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKENS, WIDTH = 37, 8
 @dataclass(frozen=True)
 class Case:
     columns: int = 96
-    """Of all ranks together, padding included."""
+    """Number of columns of all ranks together, padding included."""
     vocab: int = 96
     dtype: torch.dtype = torch.float64
     settings: dict[str, Any] = field(default_factory=dict)

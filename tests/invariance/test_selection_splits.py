@@ -2,7 +2,7 @@
 
 Nor does any rule of `apply_rule`: each selects what it selects on one process.
 
-The tests start four ranks once and look at what these return.
+The tests start four ranks once and compare what these return.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tests.invariance.ranks import RANKS, Results, run_ranks, split
 
 SPLITS = (1, 2, 4)
 QUESTIONS = (("lowest", 0.01), ("lowest", 0.3), ("highest", 0.05))
-# Where the tokens are cut between four ranks; between two, at the middle cut.
+# Positions at which the tokens are cut between four ranks; two ranks use the middle cut.
 SHARES = {"even": (0.25, 0.5, 0.75), "one rank holds all": (0.0, 1.0, 1.0), "uneven": (0.6, 0.6, 0.61)}
 SELECTORS = {"lowest": select_lowest, "highest": select_highest}
 
 
 def populations() -> dict[str, tuple[Tensor, Tensor]]:
-    """Values and who is eligible, over all ranks."""
+    """Values, and which of them are eligible, over all ranks."""
     generator = torch.Generator().manual_seed(0)
     heavy_tail = -(torch.randn(3001, generator=generator).abs() ** 3)
     ties = -torch.randint(0, 7, (500,), generator=generator).float()
@@ -38,7 +38,7 @@ def populations() -> dict[str, tuple[Tensor, Tensor]]:
         "ties": (ties, torch.ones(500, dtype=torch.bool)),
         "signed zeros": (zeros, torch.ones(100, dtype=torch.bool)),
         "minus infinity": (holes, torch.rand(400, generator=generator) < 0.5),
-        "nobody eligible": (ties, torch.zeros(500, dtype=torch.bool)),
+        "none eligible": (ties, torch.zeros(500, dtype=torch.bool)),
         "nothing": (torch.zeros(0), torch.zeros(0, dtype=torch.bool)),
     }
 
@@ -57,7 +57,7 @@ RULES = {
 
 
 def response_tokens() -> dict[str, Tensor]:
-    """Everything a rule may ask for, over all ranks."""
+    """Every input that a rule may need, over all ranks."""
     generator = torch.Generator().manual_seed(2)
     return {
         "eligible": torch.rand(2000, generator=generator) < 0.9,
@@ -108,7 +108,7 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 
 
 def sorted_out(values: Tensor, eligible: Tensor, fraction: float, selector: str) -> Selection:
-    """The definition."""
+    """Selects by the definition."""
     ranked = values[eligible].sort(descending=selector == "highest").values
     if len(ranked) == 0:
         return Selection(math.inf if selector == "highest" else -math.inf, torch.zeros_like(eligible), 0, 0)

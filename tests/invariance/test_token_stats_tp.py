@@ -1,7 +1,7 @@
 """token_stats with the vocabulary split over real processes: the same bits on every rank, the same numbers as unsplit,
 few and small collectives.
 
-The tests start four ranks once and look at what these return.
+The tests start four ranks once and compare what these return.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_sca
 @dataclass(frozen=True)
 class Case:
     columns: int
-    """Of all ranks together, padding included."""
+    """Number of columns of all ranks together, padding included."""
     dtype: torch.dtype = torch.float64
     settings: dict[str, Any] = field(default_factory=dict)
     some_rows: bool = True
@@ -84,7 +84,7 @@ def run(case: Case, group: dist.ProcessGroup | None, rank: int, ranks: int) -> d
     mock.patch.stopall()
     assert leaf.grad is not None
     saved = {name: getattr(stats, name) for name in (*FLOATS, "in_filter")}
-    # all_gather(parts, local): what this rank sends.
+    # all_gather(parts, local): the parts that this rank sends.
     sent = [part.numel() for _, part in forward.pop("all_gather")]
     others = sum(len(calls) for calls in forward.values())
     backward = sum(spy.call_count for spy in spies.values()) - len(sent) - others
@@ -93,7 +93,7 @@ def run(case: Case, group: dist.ProcessGroup | None, rank: int, ranks: int) -> d
 
 
 def refusal(group: dist.ProcessGroup, rank: int) -> str:
-    """What a rank says when the logits of another one hold a NaN."""
+    """Returns the error of a rank if the logits of another rank hold a NaN."""
     logits = torch.zeros(3, 4)
     if rank == 1:
         logits[2, 0] = torch.nan
@@ -151,7 +151,7 @@ def test_the_split_does_not_change_the_results(by_rank: list[Results], name: str
 def test_the_only_collectives_are_two_small_gathers_in_the_forward(
     by_rank: list[Results], name: str, ranks: int
 ) -> None:
-    """Four numbers a token, and two for each one whose log Z is wanted; whatever the vocabulary."""
+    """A rank sends four numbers per token, and two more per token that needs log Z, for any size of the vocabulary."""
     _, _, rows, _ = inputs(CASES[name])
     wanted = TOKENS if rows is None else int(rows.sum())
     for results in by_rank:

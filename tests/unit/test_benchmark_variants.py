@@ -1,4 +1,4 @@
-"""What the token-statistics benchmark compares does the same work, where it says so."""
+"""Variants of the token-statistics benchmark that are said to be equal compute the same loss and gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAME = (
 
 
 @pytest.mark.parametrize("variant", SAME)
-def test_these_compute_one_loss_and_gradient(variant: str) -> None:
+def test_variants_compute_the_same_loss_and_gradient(variant: str) -> None:
     def run(name: str) -> tuple[float, Problem]:
         problem = Problem.random(64, 101, 16, torch.float32)
         refill, step = VARIANTS[name](problem)
@@ -38,7 +38,7 @@ def test_every_variant_is_in_a_group() -> None:
     assert {variant for variants in GROUPS.values() for variant in variants} == set(VARIANTS)
 
 
-def test_what_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_that_cannot_run_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "liger_kernel" else object())
     assert why_not("head, Liger, cross-entropy", "cuda") == "not installed: liger_kernel"
     assert why_not("naive", "cpu") is None and why_not("head, TRL", "cpu") is None

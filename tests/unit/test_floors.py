@@ -27,7 +27,7 @@ FILES = {
 
 
 def imports_of(module: str, source: str) -> set[str]:
-    """The modules of this repository that the source imports anywhere: at import, in functions, for type checking."""
+    """Returns the modules of this repository that the source imports: at import, in functions, for type checking."""
     is_package = FILES.get(module, Path("x.py")).name == "__init__.py"
     package = module.removesuffix(".__init__") if is_package else module.rpartition(".")[0]
     found: set[str] = set()
@@ -51,7 +51,7 @@ GRAPH = {module: imports_of(module, path.read_text(encoding="utf-8")) for module
 
 
 def floor(module: str) -> int | None:
-    """The number of the module's floor; None if floors.toml does not name its room."""
+    """Returns the number of the module's floor; None if floors.toml does not name its room."""
     parts = module.split(".")
     names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next((FLOOR_OF[name] for name in names if name in FLOOR_OF), None)

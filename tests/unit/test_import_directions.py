@@ -1,4 +1,4 @@
-"""The house holds: imports point one way, files and functions stay short."""
+"""Rooms import only what they may, and files and functions stay short."""
 
 import ast
 import subprocess
@@ -15,7 +15,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 79
 
 HEAVY = {"torch", "ray", "megatron", "transformers"}
-# Rooms a login node can import. Their functions may import torch; importing the room may not.
+# Rooms that a login node uses. Their functions may import torch; importing the room must not.
 LIGHT = [
     "cli.py",
     "parallel/placement.py",
@@ -30,7 +30,7 @@ LIGHT = [
     "reward",
     "types.py",
 ]
-# Who alone may import a library, anywhere in a file.
+# The only rooms that may import a library, anywhere in a file.
 OWNERS = {"megatron": ["actor", "conversion", "models", "parallel"], "ray": ["cluster", "loop.py"]}
 
 
@@ -47,7 +47,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def walk(node: ast.AST, *, at_import: bool) -> Iterator[ast.AST]:
-    """Every node below; with `at_import` only what runs when the module is imported."""
+    """Yields every node below; with `at_import` only nodes that run when the module is imported."""
     for child in ast.iter_child_nodes(node):
         if at_import and (isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(child)):
             continue
@@ -56,7 +56,7 @@ def walk(node: ast.AST, *, at_import: bool) -> Iterator[ast.AST]:
 
 
 def imported(source: str, package: str = "", *, at_import: bool = False) -> set[str]:
-    """Absolute dotted names that `source`, a module of `package`, imports."""
+    """Returns the absolute dotted names that `source`, a module of `package`, imports."""
     names: set[str] = set()
     for node in walk(ast.parse(source), at_import=at_import):
         if isinstance(node, ast.Import):
@@ -77,7 +77,7 @@ def tops(names: set[str]) -> set[str]:
     return {dotted.split(".")[0] for dotted in names}
 
 
-def test_the_checker_sees_what_it_must() -> None:
+def test_imports_of_every_kind_are_found() -> None:
     source = """
 import megatron.core as mc
 from ..actor import build
@@ -98,10 +98,10 @@ def f():
 def test_lpreg_imports_torch_only() -> None:
     allowed = sys.stdlib_module_names | {"torch", "lpreg"}
     files = [path for path in SOURCES if name(path).startswith("lpreg/")]
-    # An adapter may import the library it is named after, and nobody imports an adapter.
+    # An adapter may import the library that it is named after, and no other module imports an adapter.
     adapters = {name(path): {"trl"} for path in files if path.stem.removeprefix("_").startswith("trl")}
     assert all(file.startswith("lpreg/integrations/") for file in adapters)
-    # Imported only where Triton is there.
+    # This module is imported only if Triton is installed.
     adapters["lpreg/statistics/kernels/row_kernels.py"] = {"triton"}
     strays = {
         name(path): found
@@ -120,7 +120,7 @@ def test_light_rooms_import_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("library", OWNERS)
-def test_only_its_owners_import(library: str) -> None:
+def test_only_its_owners_import_a_library(library: str) -> None:
     strays = [name(p) for p in SOURCES if library in tops(imports_of(p)) and not in_rooms(p, OWNERS[library])]
     assert strays == []
 
@@ -139,8 +139,8 @@ def test_no_room_imports_the_loop_or_the_command_line() -> None:
 
 
 @pytest.mark.parametrize("room", [room.removesuffix(".py") for room in LIGHT])
-def test_importing_it_loads_nothing_heavy(room: str) -> None:
-    """The whole chain of imports, not just the file's own."""
+def test_importing_a_light_room_loads_nothing_heavy(room: str) -> None:
+    """This covers the whole chain of imports, not only those of the room's own files."""
     module = room.replace("/", ".")
     program = f"import sys, megatron_rl.{module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)

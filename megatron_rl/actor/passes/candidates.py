@@ -19,7 +19,7 @@ def top_candidates(
 
     Args:
         logits: [n, V / TP], this rank's columns of the raw logits, padding of the vocabulary included.
-        count: Number of candidates wanted.
+        count: Number of candidates per position.
         temperature: Temperature of the log-probs.
         vocabulary: V, without padding.
         group: Process group of the ranks that share the vocabulary.

@@ -1,7 +1,7 @@
 """Computes the loss from hidden states: applies the LM head to response positions only and evaluates the loss there.
 
 The fused head never holds all logits: `lpreg` projects one chunk of tokens at a time, in fp32, and adds the weight's
-gradient to Megatron's fp32 `main_grad`. The materialised head holds the logits of all response tokens of a micro-batch,
+gradient to Megatron's fp32 `main_grad`. The materialised head holds the logits of all sampled tokens of a micro-batch,
 in the model's dtype.
 """
 
@@ -56,7 +56,7 @@ class Head:
     def statistics(
         self, hidden: Tensor, batch: MicroBatch, targets: Tensor, temperature: float, **settings: Any
     ) -> TokenStats:
-        """Returns the token statistics of all T response tokens. targets: [T]; `settings` go to `lpreg.token_stats`."""
+        """Returns the token statistics of all T sampled tokens. targets: [T]; `settings` go to `lpreg.token_stats`."""
         rows, settings = self.predicting(hidden, batch), settings | self._common(temperature)
         if batch.places is not None:
             targets = targets[batch.places]
@@ -71,7 +71,7 @@ class Head:
         return stats if batch.places is None else gather_over_context_ranks(stats, batch.places, len(batch.targets))
 
     def predicting(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """Selects from [s, b, d] the hidden states [T, d] that predict response tokens, in full on every TP rank."""
+        """Selects from [s, b, d] the hidden states [T, d] that predict sampled tokens, in full on every TP rank."""
         if self.model.config.sequence_parallel:
             # Each rank's gradient already covers all columns, so each rank takes its slice and nothing is summed.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)

@@ -161,7 +161,7 @@ def _delta(rows: Sequence[Row]) -> Chart:
 def _selected(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Selected tokens",
-        "Share of response tokens that the regulariser protects. Zero means that the regulariser has no effect.",
+        "Share of sampled tokens that the regulariser protects. Zero means that the regulariser has no effect.",
         _train(rows, "selected", "lpreg/selected_fraction"),
     )
 

@@ -169,7 +169,7 @@ class ClassCurves:
 
 
 def frequency(ids_of_steps: Iterable[tuple[int, Array]], vocabulary: Vocabulary, classes: Classes) -> ClassCurves:
-    """Returns the share of response tokens in each class. ids_of_steps: (step, [T] token ids)."""
+    """Returns the share of sampled tokens in each class. ids_of_steps: (step, [T] token ids)."""
     curves = ClassCurves()
     for step, ids in ids_of_steps:
         member = class_of_tokens(ids, vocabulary, classes)
@@ -193,7 +193,7 @@ def candidate_probability(
 
 
 def frequency_figure(runs: Sequence[tuple[str, ClassCurves]]) -> Figure:
-    caption = "Share of response tokens, from the rollout dumps."
+    caption = "Share of sampled tokens, from the rollout dumps."
     return Figure("Frequency of word classes", caption, _class_lines(runs))
 
 

@@ -1,4 +1,4 @@
-"""Rollout dumps as flat arrays, and token ids as text. T is the number of response tokens in one dump."""
+"""Rollout dumps as flat arrays, and token ids as text. T is the number of sampled tokens in one dump."""
 
 from __future__ import annotations
 

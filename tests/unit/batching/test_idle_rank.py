@@ -1,4 +1,4 @@
-"""A replica that got no rows in a share-out must not leave the others waiting."""
+"""A replica without sequences must not leave the others waiting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_rl.batching.partition import partition
 
 
 @pytest.mark.parametrize("backward", [True, False])
-def test_a_replica_without_rows_still_adds_its_gradients(backward: bool) -> None:
+def test_a_replica_without_sequences_still_adds_its_gradients(backward: bool) -> None:
     shares = partition([5, 4], 4, token_budget=100)
     assert [len(share) for share in shares].count(0) == 2
     reduced: list[Any] = []

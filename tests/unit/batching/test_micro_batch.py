@@ -147,7 +147,7 @@ def test_context_ranks_together_predict_every_token_once(case: Case, ranks: int,
         assert batch.packing is not None and batch.places is not None
         bounds = batch.packing.cu_seqlens_q.diff().tolist()
         assert all(length % chunk_multiple(ranks) == 0 for length in bounds)
-        # This rank's tokens are those it holds of the rows as they would be on one rank.
+        # This rank's tokens are its part of the sequences as one rank would hold them.
         held = held_by(rank, ranks, bounds)
         assert batch.tokens.shape == (1, len(held))
         assert (len(held) * ranks) % (ranks * multiple) == 0

@@ -1,4 +1,4 @@
-"""Rows into micro-batches, micro-batches to ranks: nothing lost, within the budget, balanced, always the same."""
+"""The partition into micro-batches per rank: complete, within the budget, balanced and deterministic."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load(share: MicroBatches, lengths: list[int]) -> int:
 
 
 @given(lengths_lists, st.integers(1, 6), plans)
-def test_every_row_is_in_one_micro_batch_within_the_budget(
+def test_every_sequence_is_in_one_micro_batch_within_the_budget(
     lengths: list[int], ranks: int, plan: dict[str, Any]
 ) -> None:
     shares = partition(lengths, ranks, **plan)
@@ -48,7 +48,7 @@ def test_every_row_is_in_one_micro_batch_within_the_budget(
 
 
 @given(lengths_lists, st.integers(1, 6), plans)
-def test_counts_are_the_wanted_ones_and_the_largest_come_first(
+def test_counts_are_as_requested_and_the_largest_micro_batches_come_first(
     lengths: list[int], ranks: int, plan: dict[str, Any]
 ) -> None:
     shares = partition(lengths, ranks, **plan)
@@ -61,18 +61,18 @@ def test_counts_are_the_wanted_ones_and_the_largest_come_first(
 
 
 @given(lengths_lists, st.integers(1, 6), plans)
-def test_the_same_lengths_are_always_shared_alike(lengths: list[int], ranks: int, plan: dict[str, Any]) -> None:
+def test_equal_lengths_give_equal_partitions(lengths: list[int], ranks: int, plan: dict[str, Any]) -> None:
     assert partition(lengths, ranks, **plan) == partition(tuple(lengths), ranks, **plan)
 
 
 @given(lengths_lists, budgets, st.integers(1, 6))
-def test_no_rank_has_more_than_one_row_too_many(lengths: list[int], budget: int, ranks: int) -> None:
+def test_loads_of_ranks_differ_by_at_most_one_sequence(lengths: list[int], budget: int, ranks: int) -> None:
     loads = [load(share, lengths) for share in partition(lengths, ranks, token_budget=budget)]
     assert max(loads) - min(loads) <= max(lengths, default=0)
 
 
 @given(lengths_lists, budgets, st.integers(1, 6))
-def test_padded_no_rank_has_more_than_one_micro_batch_too_many(lengths: list[int], budget: int, ranks: int) -> None:
+def test_padded_loads_of_ranks_differ_by_at_most_one_micro_batch(lengths: list[int], budget: int, ranks: int) -> None:
     shares = partition(lengths, ranks, token_budget=budget, packed=False)
     loads = [sum(size(rows, lengths, packed=False) for rows in share) for share in shares]
     largest = max((size(rows, lengths, packed=False) for share in shares for rows in share), default=0)
@@ -80,12 +80,12 @@ def test_padded_no_rank_has_more_than_one_micro_batch_too_many(lengths: list[int
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_batch_that_fits_into_one_micro_batch_is_shared_all_the_same(packed: bool) -> None:
+def test_a_batch_that_fits_into_one_micro_batch_is_still_partitioned(packed: bool) -> None:
     shares = partition([10] * 8, 4, token_budget=1000, packed=packed)
     assert [sum(len(rows) for rows in share) for share in shares] == [2, 2, 2, 2]
 
 
-def test_long_rows_count_for_more_where_attention_does() -> None:
+def test_attention_makes_long_sequences_cost_more() -> None:
     lengths = [100, 50, 50, 50]
     by_length = partition(lengths, 2, token_budget=1000)
     assert sorted(load(share, lengths) for share in by_length) == [100, 150]
@@ -98,7 +98,7 @@ def test_long_rows_count_for_more_where_attention_does() -> None:
 def test_a_rank_has_as_few_micro_batches_as_first_fit(lengths: list[int], budget: int) -> None:
     (share,) = partition(lengths, 1, token_budget=budget)
     assert len(share) == len(first_fit(np.array(lengths, dtype=np.int64), budget))
-    # A new bin is opened only for what fits into none: all but one are at least half full.
+    # A new bin is opened only for a sequence that fits into no other: all bins but one are at least half full.
     half_empty = [rows for rows in share if size(rows, lengths, packed=True) * 2 < min(budget, max(lengths))]
     assert len(half_empty) <= 1
 
@@ -135,7 +135,7 @@ def rows_of_groups(groups: list[tuple[list[int], list[int]]]) -> list[np.ndarray
 
 
 @given(groups, st.integers(1, 5), budgets, st.integers(1, 3), st.booleans())
-def test_rows_that_share_positions_are_in_one_micro_batch_each(
+def test_every_sequence_that_shares_positions_is_in_one_micro_batch(
     groups: list[tuple[list[int], list[int]]], ranks: int, budget: int, count_multiple: int, same_count: bool
 ) -> None:
     rows = rows_of_groups(groups)
@@ -149,11 +149,11 @@ def test_rows_that_share_positions_are_in_one_micro_batch_each(
         assert PrefixTree.of([rows[i] for i in part]).size <= max(budget, max((len(rows[i]) for i in part), default=0))
 
 
-def test_a_group_stays_together_where_ranks_have_several() -> None:
+def test_a_group_stays_together_if_ranks_have_several_groups() -> None:
     random = np.random.default_rng(1)
     rows = [np.concatenate([[group] * 20, random.integers(0, 50, 10)]) for group in range(4 * PARTS) for _ in range(8)]
     shares = partition_trees(rows, 4, token_budget=10_000)
     sizes = [PrefixTree.of([rows[i] for part in share for i in part]).size for share in shares]
     whole = PrefixTree.of(rows).size
-    assert sum(sizes) <= 1.1 * whole  # each alone they would be 2.9 times as much
+    assert sum(sizes) <= 1.1 * whole  # without sharing it would be 2.9 times as much
     assert max(sizes) <= 1.05 * sum(sizes) / 4

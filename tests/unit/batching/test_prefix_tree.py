@@ -1,4 +1,4 @@
-"""The tree of rows that begin alike, against the set of their prefixes."""
+"""The tree of sequences with common prefixes, compared with the set of their prefixes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_rl.batching.prefix_tree import PrefixTree
 Row = tuple[int, ...]
 
 rows_lists = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple), max_size=12)
-"""Of few different tokens, so that many begin alike, some are the start of others, and some are the same."""
+"""Sequences of few different tokens: many share a prefix, some are a prefix of another, and some are equal."""
 
 
 def tree_of(rows: list[Row]) -> PrefixTree:
@@ -19,7 +19,7 @@ def tree_of(rows: list[Row]) -> PrefixTree:
 
 
 def prefixes(row: Row) -> list[Row]:
-    """Of what is not only a target."""
+    """The prefixes that end in an input token; the last token is a target only."""
     return [row[: i + 1] for i in range(len(row) - 1)]
 
 
@@ -38,7 +38,7 @@ def test_every_prefix_has_one_position(rows: list[Row]) -> None:
 
 
 @given(rows_lists)
-def test_a_position_is_seen_by_those_up_to_its_end(rows: list[Row]) -> None:
+def test_a_position_is_seen_by_the_positions_up_to_its_end(rows: list[Row]) -> None:
     tree = tree_of(rows)
     seen = {(int(q), int(k)) for path in tree.paths for i, q in enumerate(path) for k in path[: i + 1]}
     by_ends = {(q, k) for k in range(tree.size) for q in range(k, int(tree.ends[k]))}
@@ -46,7 +46,7 @@ def test_a_position_is_seen_by_those_up_to_its_end(rows: list[Row]) -> None:
 
 
 @given(rows_lists, st.integers(1, 20))
-def test_runs_are_neighbours_that_share_and_see_little(rows: list[Row], longest: int) -> None:
+def test_runs_are_adjacent_sequences_that_share_a_prefix_within_the_limit(rows: list[Row], longest: int) -> None:
     tree = tree_of(rows)
     runs = tree.runs(longest)
     assert [i for run in runs for i in run] == list(range(len(rows)))
@@ -57,7 +57,7 @@ def test_runs_are_neighbours_that_share_and_see_little(rows: list[Row], longest:
 
 
 @given(st.lists(st.integers(0, 9), max_size=8))
-def test_separate_rows_share_nothing(lengths: list[int]) -> None:
+def test_separate_sequences_share_nothing(lengths: list[int]) -> None:
     tree = PrefixTree.separate(np.array(lengths, dtype=np.int32))
     assert tree.size == sum(lengths)
     assert [path.tolist() for path in tree.paths] == [

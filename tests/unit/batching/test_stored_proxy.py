@@ -15,7 +15,7 @@ Lists = list[list[int]]
 
 
 def store(entries: Lists) -> StoredProxy:
-    """Of the ids of each token; log q is minus the id."""
+    """Returns a proxy with these ids for each token; log q is minus the id."""
     ids = np.array([number for token in entries for number in token], dtype=np.int32)
     counts = np.array([len(token) for token in entries], dtype=np.int64)
     return StoredProxy(counts, ids, -ids.astype(np.float32))
@@ -40,8 +40,8 @@ def test_take_and_where(entries: Lists, data: st.DataObject) -> None:
 
 
 @given(entries=entries, data=st.data())
-def test_join_undoes_any_deal_over_ranks(entries: Lists, data: st.DataObject) -> None:
-    """Tokens dealt to data-parallel ranks, and each one's entries cut at an id between two tensor-parallel ranks."""
+def test_join_undoes_any_distribution_over_ranks(entries: Lists, data: st.DataObject) -> None:
+    """Data-parallel ranks hold different tokens, tensor-parallel ranks different ids of a token's entries."""
     entries = [sorted(token) for token in entries]
     cut = data.draw(st.integers(0, 100))
     rank_of = np.array(data.draw(st.lists(st.integers(0, 1), min_size=len(entries), max_size=len(entries))))

@@ -14,14 +14,14 @@ from tests.unit.evaluation.conftest import problem, response
 
 
 @pytest.mark.parametrize("samples", range(1, 7))
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(samples: int) -> None:
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_response(samples: int) -> None:
     for right in range(samples + 1):
         for k in range(1, samples + 1):
             subsets = list(combinations([i < right for i in range(samples)], k))
             assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
 
 
-def test_more_than_there_are_cannot_be_drawn() -> None:
+def test_pass_at_k_needs_at_least_k_samples() -> None:
     with pytest.raises(ValueError, match="pass@3 needs at least 3 samples, there are 2"):
         pass_at_k(2, 1, 3)
 
@@ -67,7 +67,7 @@ def test_one_response_has_no_majority() -> None:
         ([(1, None), (0, "3")], 0.5),
     ],
 )
-def test_majority(responses: list[tuple[float, str | None]], right: float) -> None:
+def test_the_majority_with_ties_and_missing_answers(responses: list[tuple[float, str | None]], right: float) -> None:
     assert majority_is_right(problem(*(response(*pair) for pair in responses))) == pytest.approx(right)
 
 
@@ -81,13 +81,13 @@ def test_the_interval_is_that_of_the_bootstrap() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_an_interval_holds_its_value(values: list[float]) -> None:
+def test_an_interval_contains_its_value(values: list[float]) -> None:
     found = estimate([np.array(values)])
     assert found.low - 1e-9 <= found.value <= found.high + 1e-9
     assert estimate([np.array(values)]) == found, "the same random numbers every time"
 
 
-def test_the_macro_mean_weighs_suites_alike() -> None:
+def test_the_macro_mean_gives_suites_equal_weight() -> None:
     large = Measures([problem(response(1)) for _ in range(90)])
     small = Measures([problem(response(0)) for _ in range(10)])
     assert macro([large, small]).value == 0.5

@@ -1,4 +1,4 @@
-"""Where probes look."""
+"""The positions at which probes measure."""
 
 from __future__ import annotations
 

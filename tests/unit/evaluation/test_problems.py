@@ -35,7 +35,7 @@ def test_a_sample_without_a_result_is_refused() -> None:
         problems_of([sample(1)], [])
 
 
-def test_a_damaged_file_is_a_plain_error(tmp_path: Path) -> None:
+def test_a_damaged_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"is damaged .*: remove it"):
         read_problems(tmp_path / "x.parquet")

@@ -32,14 +32,14 @@ def test_a_suite_is_a_path_or_a_section(write) -> None:
     assert (b.samples_per_prompt, b.temperature, b.max_response_tokens) == (16, 0.6, 8192)
 
 
-def test_some_suites_from_another_folder(write, tmp_path: Path) -> None:
+def test_selected_suites_are_read_from_another_folder(write, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/b.parquet").write_text("")
     protocol = load_protocol(write(GOOD), Path("data"), ["b"])
     assert list(protocol.suites) == ["b"] and protocol.suites["b"].data == Path("data/b.parquet")
 
 
-def test_the_papers_protocol(tmp_path: Path) -> None:
+def test_the_suite_file_of_the_paper(tmp_path: Path) -> None:
     for name in ("aime-2024", "aime-2025", "math-500", "minerva", "olympiadbench"):
         (tmp_path / f"{name}.parquet").write_text("")
     suites = load_protocol("paper", tmp_path).suites
@@ -67,12 +67,12 @@ def test_the_papers_protocol(tmp_path: Path) -> None:
         ("- a", "the file: "),
     ],
 )
-def test_what_is_wrong_is_said(write, text: str, words: str) -> None:
+def test_an_invalid_suite_file_is_refused_with_the_reason(write, text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_protocol(write(text))
 
 
-def test_wrong_names(write) -> None:
+def test_unknown_names_are_refused(write) -> None:
     with pytest.raises(UserError, match="no suite file papr; built in: paper"):
         load_protocol("papr")
     with pytest.raises(UserError, match="has no suite c; it has a, b"):

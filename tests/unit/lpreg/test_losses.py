@@ -12,7 +12,7 @@ from torch import Tensor
 from lpreg import LossInputs, make_loss, select_lowest, token_stats
 
 TOKENS, VOCAB = 80, 12
-# Regularised, with nothing to speak of from the policy term.
+# These tokens are regularised, and the policy term is negligible.
 BARELY_NEGATIVE = -1e-300
 
 

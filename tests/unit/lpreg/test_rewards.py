@@ -18,7 +18,7 @@ def test_the_penalty_grows_linearly_over_the_buffer() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0.0, 1.0, 0.1])), max_size=30))
-def test_uninformative_groups_are_those_without_an_advantage(responses: list[tuple[int, float]]) -> None:
+def test_groups_without_signal_are_those_without_an_advantage(responses: list[tuple[int, float]]) -> None:
     ids = torch.tensor([group for group, _ in responses], dtype=torch.int64)
     rewards = torch.tensor([reward for _, reward in responses])
     got = uninformative(rewards, ids)

@@ -85,7 +85,7 @@ def test_rows_without_gradient_are_set_to_zero_without_being_read() -> None:
 
 def test_a_loss_does_not_keep_the_logits_alive() -> None:
     class Memory(bytearray):
-        """Of a tensor, and can be watched."""
+        """Memory of a tensor that weak references can watch."""
 
     class Model(torch.autograd.Function):
         @staticmethod

@@ -1,5 +1,7 @@
-"""An engine whose log-probs are not the actor's is found, and the cause is named. The engine is real, its faults are
-made; the actor is a plain forward."""
+"""An engine whose log-probs differ from the actor's is found, and the cause is named.
+
+The engine is real and gets artificial faults; the actor is a forward pass of plain transformers.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,14 @@ Fault = Callable[["Policy", Sequence[int], Response], Response]
 
 
 class Policy:
-    """Plain transformers."""
+    """Stands in for the actor: log-probs by plain transformers."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     @torch.inference_mode()
     def log_p(self, tokens: Sequence[int], start: int, temperature: float) -> torch.Tensor:
-        """[tokens from `start`, V]."""
+        """Returns the log-probs [tokens from `start`, V]."""
         logits = self.model(torch.tensor([list(tokens)])).logits[0, start - 1 : -1]
         return torch.log_softmax(logits / temperature, -1)
 
@@ -55,7 +57,7 @@ class Process:
 
 
 class Engines:
-    """One or more, of which the last has a fault."""
+    """One or more engines, of which the last has a fault."""
 
     def __init__(self, engine: TransformersEngine, policy: Policy, count: int = 1) -> None:
         self.engine, self.policy = engine, policy
@@ -77,7 +79,7 @@ class Engines:
 
 
 def reporting(log_probs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], temperature: float) -> Fault:
-    """Other log-probs of the same tokens: log p [T, V], tokens [T, 1] -> [T, 1]."""
+    """Returns a fault that reports other log-probs of the same tokens: log p [T, V], tokens [T, 1] -> [T, 1]."""
 
     def fault(policy: Policy, prompt: Sequence[int], response: Response) -> Response:
         log_p = policy.log_p([*prompt, *response.token_ids], len(prompt), temperature)
@@ -88,7 +90,7 @@ def reporting(log_probs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], t
 
 
 def renormalised(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Over the likeliest fifth of the vocabulary: top-k; over more where a token that was sampled is not among them."""
+    """Log-probs under top-k with a fifth of the vocabulary, or with more if the sampled token is not in it."""
     chosen = log_p.gather(1, tokens)
     least = torch.minimum(log_p.topk(log_p.shape[1] // 5).values[:, -1:], chosen)
     return chosen - torch.logsumexp(log_p.masked_fill(log_p < least, -torch.inf), 1, keepdim=True)
@@ -116,7 +118,7 @@ def contract(dtype: str = "float32", said: list[str] | None = None, **settings: 
     return Contract(ContractSettings(**settings), dtype, PROMPTS, SAMPLING, notify)
 
 
-def test_an_engine_that_agrees(engines: Engines) -> None:
+def test_an_engine_that_agrees_passes(engines: Engines) -> None:
     said: list[str] = []
     metrics = contract(said=said).check(engines, engines.policy.score)
     assert 0 <= metrics["logprob/contract_abs_diff"] <= metrics["logprob/contract_max_diff"] < 1e-4
@@ -143,22 +145,24 @@ def test_the_cause_is_named(engines: Engines, fault: Fault, cause: str) -> None:
     assert not engines.running[0].agrees
 
 
-def test_an_engine_that_samples_at_another_temperature(engines: Engines) -> None:
-    """And says so."""
+def test_an_engine_that_samples_at_another_temperature_is_refused(engines: Engines) -> None:
+    """The engine reports log-probs at the temperature at which it samples."""
     engines.temperature = 1.3
     with pytest.raises(UserError, match=r"wrong temperature: they are those at 1\.3, not at 0\.7"):
         contract().check(engines, engines.policy.score)
 
 
-def test_every_engine_is_asked(engine: TransformersEngine, model_folder: Path) -> None:
+def test_every_engine_is_checked(engine: TransformersEngine, model_folder: Path) -> None:
     engines = Engines(engine, Policy(model_folder), count=3)
     engines.fault = reporting(plain, 1.0)
     with pytest.raises(UserError, match="engine 2 and the actor disagree"):
         contract().check(engines, engines.policy.score)
 
 
-def test_weights_that_never_arrive(engine: TransformersEngine, model_folders: tuple[Path, Path]) -> None:
-    """The engine goes on with those of the start; the actor has new ones."""
+def test_weights_that_never_arrive_are_named_as_the_cause(
+    engine: TransformersEngine, model_folders: tuple[Path, Path]
+) -> None:
+    """The engine keeps its first weights; the actor has new ones."""
     folder, trained = model_folders
     engines = Engines(TransformersEngine(folder, "cpu", "float32"), Policy(folder))
     ours = contract()
@@ -185,8 +189,8 @@ def test_bounds_are_settings(engines: Engines) -> None:
     assert contract(max_difference=0.05, mean_difference=0.02).check(engines, engines.policy.score)
 
 
-def test_when_it_looks(engines: Engines) -> None:
-    """After the first sync, the first update, every fifth sync, and the replacement of an engine."""
+def test_when_the_contract_is_checked(engines: Engines) -> None:
+    """Checks follow the first sync, the first update, every fifth sync, and the replacement of an engine."""
     ours = contract(every=5)
     looked = [bool(ours.check(engines, engines.policy.score)) for _ in range(6)]
     assert looked == [True, True, False, False, True, False]
@@ -196,7 +200,7 @@ def test_when_it_looks(engines: Engines) -> None:
     assert engines.probes == 4
 
 
-def test_without_any_engine_nothing_is_claimed(engines: Engines) -> None:
+def test_without_engines_there_are_no_metrics(engines: Engines) -> None:
     engines.running = []
     engines.probe = lambda prompts, sampling: {}  # type: ignore[method-assign]
     assert contract().check(engines, engines.policy.score) == {}

@@ -67,7 +67,7 @@ def test_a_dump_without_mask_is_sampled_throughout(tmp_path: Path) -> None:
 def test_a_dump_without_prompt_tokens_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
     pq.write_table(pq.ParquetFile(path).read().drop_columns(["prompt_token_ids"]), path)
-    with pytest.raises(UserError, match="has no column prompt_token_ids: record the rollouts anew"):
+    with pytest.raises(UserError, match="has no column prompt_token_ids: record the rollouts again"):
         Replay(tmp_path).collect(1, 0)
 
 

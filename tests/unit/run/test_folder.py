@@ -44,7 +44,7 @@ def checkpoint_to_resume(settings: Config) -> Path | None:
 
 
 def damage(checkpoint: Path) -> Path:
-    """Cut one of its files short."""
+    """Truncates a file of the checkpoint."""
     path = checkpoint / next(iter(FILES))
     path.write_bytes(path.read_bytes()[:-1])
     return path
@@ -53,7 +53,7 @@ def damage(checkpoint: Path) -> Path:
 @pytest.mark.parametrize("resume", ["never", "auto"])
 def test_a_new_run_starts_from_step_0(resume: str) -> None:
     assert checkpoint_to_resume(config(f"resume={resume}")) is None
-    Path("runs/mine").mkdir(parents=True)  # empty is as good as absent
+    Path("runs/mine").mkdir(parents=True)  # an empty folder is treated like a missing one
     assert checkpoint_to_resume(config(f"resume={resume}")) is None
 
 
@@ -71,7 +71,7 @@ def test_auto_takes_the_newest_checkpoint() -> None:
     assert checkpoint_to_resume(config("resume=auto")) == Path("runs/mine/checkpoints/step_1000000")
 
 
-def test_auto_passes_over_damaged_checkpoints_and_says_so() -> None:
+def test_auto_skips_damaged_checkpoints_and_reports_them() -> None:
     folder = run_with("runs/mine", 5, 10, 15, 20) / "checkpoints"
     damaged = [damage(folder / f"step_{step:06d}") for step in (20, 15)]
     found = run_folder.checkpoint_to_resume(config("resume=auto"))
@@ -80,7 +80,7 @@ def test_auto_passes_over_damaged_checkpoints_and_says_so() -> None:
     assert [str(path) in problem for path, problem in zip(damaged, found.damaged, strict=True)] == [True, True]
 
 
-def test_auto_does_not_start_over_where_every_checkpoint_is_damaged() -> None:
+def test_auto_does_not_start_over_if_every_checkpoint_is_damaged() -> None:
     folder = run_with("runs/mine", 5, 10) / "checkpoints"
     damaged = [damage(folder / f"step_{step:06d}") for step in (5, 10)]
     with pytest.raises(UserError, match="none of the run's checkpoints can be used") as caught:
@@ -88,14 +88,14 @@ def test_auto_does_not_start_over_where_every_checkpoint_is_damaged() -> None:
     assert all(str(path) in str(caught.value) for path in damaged)
 
 
-def test_a_damaged_checkpoint_that_was_asked_for_is_refused() -> None:
+def test_a_damaged_checkpoint_that_is_named_is_refused() -> None:
     checkpoint = run_with("runs/mine", 5, 10) / "checkpoints/step_000010"
     path = damage(checkpoint)
     with pytest.raises(UserError, match=rf"{path} is damaged"):
         checkpoint_to_resume(config(f"resume={checkpoint}"))
 
 
-def test_the_best_and_the_latest_can_be_asked_for() -> None:
+def test_the_latest_checkpoint_can_be_named() -> None:
     folder = run_with("runs/mine", 5, 10)
     found = run_folder.checkpoint_to_resume(config(f"resume={folder / 'checkpoints/latest'}"))
     assert found is not None and found.manifest.state.step == 10
@@ -125,13 +125,13 @@ def test_a_path_is_a_checkpoint_or_the_folder_of_a_run() -> None:
     assert checkpoint_to_resume(config("resume=runs/other")) == older.with_name("step_000010")
 
 
-def test_a_run_may_go_on_from_an_older_checkpoint_of_its_own() -> None:
+def test_a_run_may_resume_from_an_older_checkpoint_of_its_own() -> None:
     folder = run_with("runs/mine", 5, 10).resolve()
     older = folder / "checkpoints" / "step_000005"
     assert checkpoint_to_resume(config(f"resume={older}")) == older
 
 
-def test_a_checkpoint_of_one_run_does_not_go_into_the_folder_of_another() -> None:
+def test_a_checkpoint_of_one_run_is_not_resumed_in_the_folder_of_another() -> None:
     run_with("runs/other", 5)
     run_with("runs/mine", 3)
     for resume in ("runs/other", "runs/other/checkpoints/step_000005"):

@@ -15,7 +15,9 @@ def handlers() -> list[object]:
 
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("second", SIGNALS)
-def test_the_first_asks_and_the_second_ends(first: signal.Signals, second: signal.Signals) -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_ends_the_run(
+    first: signal.Signals, second: signal.Signals
+) -> None:
     before = handlers()
     with pytest.raises(KeyboardInterrupt), stop_on_interrupt() as stop:
         assert not stop.requested
@@ -25,7 +27,7 @@ def test_the_first_asks_and_the_second_ends(first: signal.Signals, second: signa
     assert handlers() == before
 
 
-def test_handlers_come_back_after_an_error_or_none() -> None:
+def test_handlers_are_restored_with_and_without_an_error() -> None:
     before = handlers()
     with stop_on_interrupt() as stop:
         assert handlers() != before

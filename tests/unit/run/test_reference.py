@@ -1,4 +1,4 @@
-"""The reference model of a resumed run is the one it was started with, wherever it lies now."""
+"""A resumed run uses the reference model that it was started with, even if its folder has moved."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def model(folder: Path, value: float) -> Path:
 
 
 def not_asked() -> Path:
-    raise AssertionError("the policy's own start is not wanted")
+    raise AssertionError("the policy's initial weights must not be used")
 
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> ModelFolder:
-    """Of a run that took the policy it started from."""
+    """The recorded reference of a run that uses the policy's initial weights."""
     found = find_reference(config(tmp_path, coefficient=0.1), None, lambda: model(tmp_path / "start", 1.0))
     assert found is not None and found.path == str(tmp_path / "start")
     return found
@@ -55,7 +55,7 @@ def test_a_resumed_run_reads_the_recorded_folder(tmp_path: Path, recorded: Model
     assert find_reference(config(tmp_path, coefficient=0.1), recorded, not_asked) == recorded
 
 
-def test_a_changed_one_is_refused(tmp_path: Path, recorded: ModelFolder) -> None:
+def test_a_changed_reference_is_refused(tmp_path: Path, recorded: ModelFolder) -> None:
     shutil.rmtree(recorded.path)
     model(Path(recorded.path), 2.0)
     with pytest.raises(UserError, match=r"reference model in .*start is not the one .*reference_kl\.model=FOLDER"):
@@ -65,13 +65,13 @@ def test_a_changed_one_is_refused(tmp_path: Path, recorded: ModelFolder) -> None
         find_reference(config(tmp_path, coefficient=0.1, model=other), recorded, not_asked)
 
 
-def test_one_that_was_moved_can_be_named(tmp_path: Path, recorded: ModelFolder) -> None:
+def test_a_moved_reference_can_be_named(tmp_path: Path, recorded: ModelFolder) -> None:
     moved = Path(recorded.path).rename(tmp_path / "moved")
     found = find_reference(config(tmp_path, coefficient=0.1, model=moved), recorded, not_asked)
     assert found == ModelFolder(str(moved), recorded.sha256)
 
 
-def test_one_that_is_gone_is_made_again_and_compared(tmp_path: Path, recorded: ModelFolder) -> None:
+def test_a_missing_reference_is_written_again_and_compared(tmp_path: Path, recorded: ModelFolder) -> None:
     shutil.rmtree(recorded.path)
     again = find_reference(config(tmp_path, coefficient=0.1), recorded, lambda: model(tmp_path / "again", 1.0))
     assert again == ModelFolder(str(tmp_path / "again"), recorded.sha256)

@@ -43,7 +43,7 @@ def write_traces(path: str, *rows: tuple[str | None, str | None]) -> Path:
 
 @pytest.fixture(autouse=True)
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model folder, which nothing here loads, and the traces of two phases."""
+    """Writes a model folder, which no test loads, and the traces of two phases."""
     monkeypatch.chdir(tmp_path)
     Path("example.yaml").write_text(TEXT)
     Path("model").mkdir()
@@ -64,7 +64,7 @@ def key(*overrides: str, phases: int = 2) -> str:
 
 
 class Tokenizer:
-    """A number is its own token; nothing else is one."""
+    """A tokenizer in which each number is its own token, and other words give none."""
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
         assert not add_special_tokens
@@ -87,7 +87,7 @@ def change_a_trace() -> None:
 
 
 @pytest.mark.parametrize("change", [change_a_byte, add_a_file, change_a_trace])
-def test_the_key_changes_with_every_file_that_goes_in(change: Callable[[], None]) -> None:
+def test_the_key_changes_with_every_input_file(change: Callable[[], None]) -> None:
     before = key()
     assert key() == before
     change()
@@ -108,7 +108,7 @@ def test_the_key_changes_with_every_file_that_goes_in(change: Callable[[], None]
         "warm_start.phases.0.data=b.parquet",
     ],
 )
-def test_the_key_changes_with_every_setting_that_shapes_the_result(override: str) -> None:
+def test_the_key_changes_with_every_setting_that_affects_the_result(override: str) -> None:
     assert key(override) != key()
 
 
@@ -122,22 +122,22 @@ def test_the_key_changes_with_every_setting_that_shapes_the_result(override: str
         "actor.micro_batch_tokens=77",
         "actor.optimizer.lr=1",
         "train.steps=11",
-        "seed=1",  # nothing in a warm start is drawn
+        "seed=1",  # a warm start draws no random numbers
         "run.name=other",
     ],
 )
-def test_the_key_does_not_change_with_the_layout_nor_with_what_comes_later(override: str) -> None:
+def test_the_key_does_not_change_with_the_layout_or_with_later_settings(override: str) -> None:
     assert key(override) == key()
 
 
-def test_a_later_phase_leaves_the_key_of_an_earlier_one_alone() -> None:
+def test_a_later_phase_does_not_change_the_key_of_an_earlier_one() -> None:
     before = key(phases=1)
     assert before != key(phases=2)
     change_a_trace()
     assert key("warm_start.phases.1.lr=2e-3", phases=1) == before
 
 
-def test_the_key_does_not_depend_on_where_the_files_lie() -> None:
+def test_the_key_does_not_depend_on_the_location_of_the_files() -> None:
     before = key()
     Path("moved").mkdir()
     shutil.move("model", "moved/model")
@@ -178,7 +178,7 @@ class Step:
 
 
 class FakeActors:
-    """Notes what it is asked to do."""
+    """Records the calls."""
 
     def __init__(self, loss: float = 1.0) -> None:
         self.loss = loss
@@ -221,7 +221,7 @@ def start(actors: Any, view: Any, *overrides: str) -> Path:
     return warm_start(config(*overrides), actors, TOKENIZER, view)
 
 
-def test_a_run_without_a_warm_start_takes_the_model_as_it_is() -> None:
+def test_a_run_without_a_warm_start_uses_the_model_unchanged() -> None:
     assert start(None, None, "warm_start=null").resolve() == Path("model").resolve()
 
 
@@ -240,7 +240,7 @@ def test_the_steps_of_each_phase() -> None:
         [two, three],
         [other, other],
         [other, other],
-    ]  # round and round each phase's rows
+    ]  # each phase repeats its traces
     assert [rows for rows, _, _ in actors.steps] == wanted
     assert [denominator for _, _, denominator in actors.steps] == [3, 2, 3, 4, 4]
     rates = [
@@ -261,20 +261,20 @@ def test_the_steps_of_each_phase() -> None:
     assert (folder / "model.safetensors").read_text() == "trained"
 
 
-def test_a_second_run_takes_it_from_the_cache() -> None:
+def test_a_second_run_takes_the_warm_start_from_the_cache() -> None:
     first = start(FakeActors(), FakeView())
     actors = FakeActors()
     assert start(actors, FakeView(), "actor.tensor_parallel=2") == first
     assert not actors.steps and not actors.calls
 
 
-def test_a_spoilt_warm_start_is_not_kept() -> None:
+def test_a_warm_start_with_a_loss_of_nan_is_not_cached() -> None:
     with pytest.raises(UserError, match=r"warm start: the loss is nan at step 1.*lr"):
         start(FakeActors(loss=float("nan")), FakeView())
     assert not Path("runs/cache").exists()
 
 
-def test_a_warm_start_that_dies_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_warm_start_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -284,7 +284,7 @@ def test_a_warm_start_that_dies_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     assert not list(Path("runs/cache").iterdir())
 
 
-def test_another_second_phase_starts_from_the_first_in_the_cache() -> None:
+def test_another_second_phase_starts_from_the_cached_first_phase() -> None:
     start(FakeActors(), FakeView())
     actors = FakeActors()
     start(actors, FakeView(), "warm_start.phases.1.lr=2e-3")

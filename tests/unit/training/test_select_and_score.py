@@ -1,4 +1,4 @@
-"""What a step asks of the actor before its first update, and which tokens it marks, for each kind of rule."""
+"""The forwards that a step runs before its first update, and the tokens that it selects, for each kind of rule."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Step:
     def score(
         self, batch: SequenceBatch, temperature: float, weights: str = "current"
     ) -> tuple[dict[str, Array], StoredProxy]:
-        """Where the proxy is wanted, the answer has an entry whose id is the token's place in the whole step."""
+        """Stores one proxy entry per token that needs one; its id is the index of the token in the step."""
         rows = [int(ids[0]) for ids in batch.sequences]
         place = np.array(tokens_of(rows), dtype=np.int64)
         wanted = batch.values.get("proxy_wanted", np.zeros(len(place), dtype=bool))
@@ -125,7 +125,7 @@ def test_on_policy_only_the_dropped_sequences_are_scored() -> None:
     assert np.isnan(step.batch.scores["entropy"]).tolist() == [True] * 8 + [False] * 2
     assert set(step.values) == {"rollout_log_probs", "advantages"}
     assert Step("grpo", score_dropped=False).asked == []
-    assert Step("kl_cov", settings={"share": 0.1}).asked == []  # acts without an advantage: nothing is dropped
+    assert Step("kl_cov", settings={"share": 0.1}).asked == []  # a gradient without advantage: none is dropped
 
 
 @pytest.mark.parametrize(("score_dropped", "rows"), [(True, [0, 1, 2]), (False, [0, 1])])
