@@ -16,12 +16,12 @@ ENGINES_PIN := -c constraints-engines.txt
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark benchmark-check reproduce test test-browser test-slurm window test-megatron-window engines test-engines image-test lint clean
+.PHONY: help setup quickstart benchmark benchmark-check reproduce dev test test-all test-browser test-slurm window test-megatron-window engines test-engines image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-setup: $(VENV)/.stamp ## make .venv with the pinned dependencies
+setup: $(VENV)/.stamp ## make .venv with what running takes, in pinned versions
 
 # torch comes first and alone: it is most of the download, and brings the setuptools that builds this package.
 $(VENV)/.stamp: pyproject.toml setup.py constraints-cpu.txt
@@ -32,24 +32,41 @@ $(VENV)/.stamp: pyproject.toml setup.py constraints-cpu.txt
 	@echo '[2/3] installing torch (the larger half)'
 	@$(PIP) install --quiet $(PIN) torch
 	@echo '[3/3] installing everything else'
-	@$(PIP) install --quiet $(PIN) --no-build-isolation -e '.[dev,trl]'
+	@$(PIP) install --quiet $(PIN) --no-build-isolation -e .
 	@touch $@
 	@echo 'ready: $(BIN)/megatron-rl'
+
+dev: $(VENV)/.stamp-dev ## add to .venv what tests and linters take
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp
+	@echo 'installing what tests and linters take'
+	@$(PIP) install --quiet $(PIN) --no-build-isolation -e '.[dev,trl]'
+	@touch $@
 
 quickstart: setup ## train the Countdown example: make quickstart ARGS="algorithm.name=grpo"
 	$(BIN)/megatron-rl train examples/quickstart/countdown.yaml $(ARGS)
 
-# Unit tests share the cores, a file at a time: what a file prepares is then prepared once. A whole run starts several
-# processes of its own, so those go one at a time.
-test: setup ## every test that needs no GPU
-	$(BIN)/pytest -m "not gpu and not e2e and not browser and not slurm and not engines and not image" -n 2 --dist loadfile
-	$(BIN)/pytest -m "not gpu and e2e"
+# Unit tests share the cores, a file at a time: what a file prepares is then prepared once. They start in the order in
+# which tests/conftest.py puts them. A whole run starts several processes of its own, so those go one at a time.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
-test-browser: setup ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
+test: dev ## unit and invariance tests, and one whole run
+	$(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser and not slow" $(SHARED)
+	$(BIN)/pytest tests/e2e_cpu -m "not slow"
+
+test-all: dev ## every test that needs no GPU, with more cases and examples than `make test`
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser" $(SHARED)
+	$(BIN)/pytest tests/e2e_cpu
+	$(MAKE) test-browser
+	$(MAKE) test-engines
+	$(MAKE) test-slurm
+	$(MAKE) test-megatron-window
+
+test-browser: dev ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }
 	$(BIN)/pytest -m browser
 
-test-slurm: setup ## train on a real Slurm (on Debian, as root, it is installed where missing)
+test-slurm: dev ## train on a real Slurm (on Debian, as root, it is installed where missing)
 	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
 	  slurmctld slurmd slurm-client munge iproute2; } || echo 'Slurm could not be installed' >&2
 	$(BIN)/pytest -m slurm tests/slurm
@@ -74,7 +91,7 @@ WINDOW_TESTS := tests/unit/actor tests/unit/checkpoint tests/unit/conversion tes
   $(addprefix tests/invariance/test_,megatron_matches_hf.py actor_layouts.py checkpoint_layouts.py conversion_layouts.py)
 
 test-megatron-window: window ## the actor's and checkpoints' tests against the newest megatron-core
-	$(WINDOW)/bin/python -m pytest -m "not gpu" -n 2 --dist loadfile $(WINDOW_TESTS)
+	$(WINDOW)/bin/python -m pytest -m "not gpu" $(SHARED) $(WINDOW_TESTS)
 
 engines: $(ENGINES)/.stamp ## make .venv-engines: SGLang and vLLM on CPU beside the rest (4 GB)
 
@@ -100,7 +117,7 @@ test-engines: engines ## everything that needs real SGLang and vLLM servers, on 
 	$(ENGINES)/bin/python -m pytest -m engines tests/engines
 
 # Kept results, in benchmarks/results/, are written by the commands their files name, on a quiet machine.
-benchmark: setup ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes)
+benchmark: dev ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes)
 	$(BIN)/python benchmarks/token_stats.py --out runs/benchmarks/token_stats_cpu.json $(ARGS)
 	$(BIN)/python benchmarks/maths_reward.py --out runs/benchmarks/maths_reward.json
 	$(BIN)/python benchmarks/batching.py --out runs/benchmarks/batching.json
@@ -116,12 +133,12 @@ benchmark-check: setup ## costs that no machine changes, against the kept ones (
 reproduce: setup ## GRPO beside Lp-Reg on the quickstart, three seeds each: the table of the README (half an hour on two cores)
 	$(BIN)/python benchmarks/countdown_seeds.py --out runs/benchmarks/countdown_seeds.json $(ARGS)
 
-image-test: setup ## build the CPU image and start it, without Docker (on Debian, as root, buildah is installed where missing)
+image-test: dev ## build the CPU image and start it, without Docker (on Debian, as root, buildah is installed where missing)
 	@which buildah debootstrap >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
 	  buildah debootstrap; } || echo 'buildah could not be installed' >&2
 	$(BIN)/pytest -m image -rs tests/image
 
-lint: setup ## ruff, mypy, shellcheck and hadolint
+lint: dev ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy lpreg megatron_rl

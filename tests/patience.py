@@ -6,6 +6,9 @@ processor time, and an endless loop uses more of it than a test takes.
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -15,10 +18,14 @@ import psutil
 from megatron_rl.cluster.hang import examine
 
 WINDOW_SECONDS = 180.0
-MOVING_SECONDS = 0.5
-"""Processes move if they have used this much processor time within the window."""
+MOVING_SECONDS = 2.0
+"""Processes move if they have used this much processor time within the window. A single process does even if a hundred
+others want the same two cores; deadlocked ranks and servers without requests do not."""
 CEILING_SECONDS = 1800.0
 """Processor time that only an endless loop uses up."""
+CHECK_SECONDS = 2.0
+RAY = ("/ray/core/src/", "/ray/dashboard/", "/ray/_private/")
+"""Parts of the command lines of Ray's own processes, which use processor time even if nothing moves."""
 
 
 class Stuck(AssertionError):
@@ -28,8 +35,15 @@ class Stuck(AssertionError):
 class Patience:
     """Follows the processor time of processes and of all their descendants."""
 
-    def __init__(self, pids: Callable[[], Iterable[int]], what: str, ceiling: float = CEILING_SECONDS) -> None:
-        self.pids, self.what, self.ceiling = pids, what, ceiling
+    def __init__(
+        self,
+        pids: Callable[[], Iterable[int]],
+        what: str,
+        *,
+        window: float = WINDOW_SECONDS,
+        ceiling: float = CEILING_SECONDS,
+    ) -> None:
+        self.pids, self.what, self.window, self.ceiling = pids, what, window, ceiling
         self._used: dict[psutil.Process, float] = {}
         self._mark, self._since = 0.0, time.monotonic()
 
@@ -42,8 +56,8 @@ class Patience:
         used = sum(self._used.values())
         if used >= self._mark + MOVING_SECONDS:
             self._mark, self._since = used, time.monotonic()
-        elif time.monotonic() - self._since > WINDOW_SECONDS:
-            raise Stuck(self._report(f"used {used - self._mark:.1f} s of processor time in {WINDOW_SECONDS:.0f} s"))
+        elif time.monotonic() - self._since > self.window:
+            raise Stuck(self._report(f"used {used - self._mark:.1f} s of processor time in {self.window:.0f} s"))
         if used > self.ceiling:
             raise Stuck(self._report(f"used {used:.0f} s of processor time"))
 
@@ -53,7 +67,7 @@ class Patience:
             with suppress(psutil.Error):
                 root = psutil.Process(pid)
                 found |= {root, *root.children(recursive=True)}
-        return found
+        return {process for process in found if not _of_ray(process)}
 
     def _report(self, reason: str) -> str:
         stacks = []
@@ -63,14 +77,37 @@ class Patience:
         return "\n\n".join([f"{self.what}: the processes {reason}", *stacks])
 
 
-def wait_until(
-    done: Callable[[], bool], pids: Iterable[int], what: str, *, ceiling: float = CEILING_SECONDS, every: float = 0.1
-) -> None:
+def _of_ray(process: psutil.Process) -> bool:
+    try:
+        line = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return any(part in line for part in RAY)
+
+
+def wait_until(done: Callable[[], bool], pids: Iterable[int], what: str) -> None:
     """Blocks until `done()`. Raises Stuck if the processes do not move."""
     roots = list(pids)
-    patience, checked = Patience(lambda: roots, what, ceiling), time.monotonic()
+    patience, checked = Patience(lambda: roots, what), time.monotonic()
     while not done():
-        if time.monotonic() - checked > 2.0:
+        if time.monotonic() - checked > CHECK_SECONDS:
             patience.check()
             checked = time.monotonic()
-        time.sleep(every)
+        time.sleep(0.1)
+
+
+def output_of(process: subprocess.Popen[str], what: str) -> str:
+    """Returns all that a process prints until its end. Kills its process group and raises Stuck if it does not move.
+
+    The process must have been started in a session of its own.
+    """
+    patience = Patience(lambda: [process.pid], what)
+    while True:
+        try:
+            return process.communicate(timeout=CHECK_SECONDS)[0]
+        except subprocess.TimeoutExpired:
+            try:
+                patience.check()
+            except Stuck:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise

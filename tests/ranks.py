@@ -67,7 +67,7 @@ def start(work: Callable[..., None], count: int, *arguments: Any) -> ProcessCont
 
 def wait(started: ProcessContext, what: str, ceiling: float = CEILING_SECONDS) -> None:
     """Blocks until all processes have ended. Raises Stuck if they do not move, ProcessRaisedException if one failed."""
-    patience = Patience(started.pids, what, ceiling)
+    patience = Patience(started.pids, what, ceiling=ceiling)
     try:
         while not started.join(timeout=2.0):
             patience.check()

@@ -1,6 +1,6 @@
 """Two tiers of tests: `make test` leaves out what is marked `slow`, `make test-all` runs all.
 
-A slow case differs from a quick one in numbers, not in kind: another layout, another shape, another loss formula.
+Most slow tests are further cases of what a quick one proves: another layout, another shape, another loss formula.
 """
 
 from __future__ import annotations

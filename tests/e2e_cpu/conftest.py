@@ -20,9 +20,12 @@ import pytest
 
 from megatron_rl.data.countdown import write_task
 from megatron_rl.observability.metrics import read_metrics
+from tests.patience import Patience, output_of
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples/quickstart/countdown.yaml"
+STEPS = 40
+"""Steps of `learned`."""
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Processes of Ray that outlive a killed driver: they try for 60 s, a constant of Ray, to report that it is gone."""
 
@@ -57,8 +60,27 @@ class Descendants(threading.Thread):
                 self.seen.update(root.children(recursive=True))
                 time.sleep(0.25)
 
-    def alive(self) -> list[str]:
-        return [title for process in {*self.seen, *psutil.process_iter()} if (title := self._title(process))]
+    def alive(self) -> dict[int, str]:
+        """Returns the titles of the processes that have not ended, by process id."""
+        return {
+            process.pid: title for process in {*self.seen, *psutil.process_iter()} if (title := self._title(process))
+        }
+
+    def wait_for_end(self, lingering: tuple[str, ...]) -> None:
+        """Blocks until all have ended but those whose titles begin in a given way. They may take their time as long as
+        they become fewer or work at their end."""
+
+        def left() -> list[int]:
+            return [pid for pid, title in self.alive().items() if not title.startswith(lingering)]
+
+        count = 0
+        patience = Patience(left, "processes that outlive their run", window=30.0, ceiling=60.0)
+        while pids := left():
+            if len(pids) != count:
+                count = len(pids)
+                patience = Patience(left, "processes that outlive their run", window=30.0, ceiling=60.0)
+            patience.check()
+            time.sleep(0.2)
 
     def _title(self, process: psutil.Process) -> str:
         """Returns the process's command line; "" if it has ended or is not of this run.
@@ -99,18 +121,10 @@ class CommandLine:
 
     def finish(self, process: subprocess.Popen[str], name: str) -> Finished:
         """Waits for the end of a run. No process of the run may outlive it by more than a few seconds."""
-        try:
-            output, _ = process.communicate(timeout=280)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        output = output_of(process, name)
         descendants = self.started.pop(process.pid)
         descendants.join()
-        lingering = AGENTS if process.returncode == -signal.SIGKILL else ()
-        deadline = time.monotonic() + 10
-        while left := [title for title in descendants.alive() if not title.startswith(lingering)]:
-            assert time.monotonic() < deadline, left
-            time.sleep(0.2)
+        descendants.wait_for_end(AGENTS if process.returncode == -signal.SIGKILL else ())
         return Finished(self.folder / "runs" / name, process.returncode, output)
 
 
@@ -141,6 +155,14 @@ def quickstart(command_line: CommandLine) -> Callable[..., Finished]:
         return finished
 
     return run
+
+
+@pytest.fixture(scope="session")
+def learned(quickstart: Callable[..., Finished]) -> Finished:
+    """The one complete run of `make test`: TP 2, two engines, evaluation, checkpoints, a profile, export and report."""
+    return quickstart(
+        "learned", f"train.steps={STEPS}", "evaluation.every=20", "train.save_every=20", "observability.profile=[2]"
+    )
 
 
 def values(finished: Finished, metric: str) -> list[float]:

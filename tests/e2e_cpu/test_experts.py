@@ -10,8 +10,9 @@ import pytest
 from megatron_rl.data.countdown.model import MAX_POSITIONS, VOCABULARY
 from tests.e2e_cpu.conftest import CommandLine, Finished
 from tests.hf_models import write_hf_model
+from tests.tiers import slow
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, slow]
 
 LAYOUTS = {"experts": (), "expert_parallel": ("actor.data_parallel=2", "actor.expert_parallel=2")}
 REWARD = """

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.e2e_cpu.conftest import REPOSITORY, CommandLine, values
 from tests.hf_models import write_hf_model
+from tests.tiers import slow
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, slow]
 
 PROBLEMS = REPOSITORY / "tests/fixtures/maths_verl.parquet"
 TEMPLATE = "{% for message in messages %}<user>{{ message.content }}{% endfor %}<assistant>"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.e2e_cpu.conftest import QUICKSTART, SHORT_WARM_START, CommandLine, Finished, values
+from tests.tiers import slow
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, slow]
 
 SHORT = (*SHORT_WARM_START, "evaluation.suites={}", "evaluation.probes={}", "actor.tensor_parallel=1", "train.steps=2")
 

@@ -12,8 +12,9 @@ import pytest
 
 from megatron_rl.checkpoint.manifest import read_manifest
 from tests.e2e_cpu.conftest import QUICKSTART, SHORT_WARM_START, CommandLine, Finished
+from tests.tiers import slow
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # several runs per test
+pytestmark = [pytest.mark.e2e, slow]
 
 SHORT = (
     *SHORT_WARM_START,

@@ -18,8 +18,9 @@ from megatron_rl.rollout.dump import dumps
 from megatron_rl.types import Prompt
 from tests.e2e_cpu.conftest import CommandLine, Finished
 from tests.e2e_cpu.test_resume import SHORT, assert_same_end, interrupt
+from tests.tiers import slow
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, slow]
 
 STEPS, PROMPTS = 4, 16
 STALE = (

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import output_of
+from tests.tiers import slow
+
 ROOT = Path(__file__).parents[2]
 SHORTER = {
     "write_task(TASK)": "write_task(TASK, warm_start_traces=(256, 128))",
@@ -19,6 +22,7 @@ SHORTER = {
 }
 
 
+@slow
 @pytest.mark.e2e
 def test_the_trl_example_trains(tmp_path: Path) -> None:
     code = (ROOT / "examples" / "trl" / "countdown.py").read_text()
@@ -27,10 +31,17 @@ def test_the_trl_example_trains(tmp_path: Path) -> None:
         code = code.replace(original, shorter)
     (tmp_path / "countdown.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "countdown.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250
+    process = subprocess.Popen(
+        [sys.executable, "countdown.py"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr
-    evaluations = re.findall(r"'eval_reward': '([\d.e-]+)'", done.stdout)
+    output = output_of(process, "the example for TRL")
+    assert process.returncode == 0, output
+    evaluations = re.findall(r"'eval_reward': '([\d.e-]+)'", output)
     assert len(evaluations) == 2
-    assert len(re.findall(r"'lpreg/selected_fraction': '([\d.e-]+)'", done.stdout)) == 2
+    assert len(re.findall(r"'lpreg/selected_fraction': '([\d.e-]+)'", output)) == 2

@@ -33,7 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not item.path.is_relative_to(here):
             continue  # pytest passes the whole collection
         item.add_marker(pytest.mark.engines)
-        item.add_marker(pytest.mark.timeout(600))
         if not all(importlib.util.find_spec(kind) for kind in KINDS):
             item.add_marker(pytest.mark.skip(reason="SGLang and vLLM are not installed: make test-engines"))
 

@@ -12,7 +12,7 @@ from megatron_rl.data.countdown import write_task
 from megatron_rl.observability.metrics import read_metrics
 from tests.slurm.cluster import REPOSITORY, SlurmCluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slurm
 
 STEPS = 8
 SETTINGS = (
@@ -56,7 +56,7 @@ class Workplace:
 
     def completed(self, job: str) -> None:
         """Wait until the job is completed. If it fails, the test fails with the job's output."""
-        state = self.cluster.finish(job, 400)
+        state = self.cluster.finish(job)
         assert state == "COMPLETED", self.output_of(job)
 
     def output_of(self, job: str) -> str:
@@ -112,7 +112,7 @@ def test_two_nodes_train(workplace: Workplace, undisturbed: str) -> None:
     logs = next(workplace.folder.glob("runs/slurm/undisturbed-*-0"))
     assert (logs / "ray-token").stat().st_mode & 0o077 == 0
     for node in workplace.cluster.nodes[:2]:
-        workplace.cluster.wait_for(f"{node} is empty", lambda node=node: not workplace.cluster.processes_of(node), 20)
+        workplace.cluster.wait_for(f"{node} is empty", lambda node=node: not workplace.cluster.processes_of(node))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from megatron_rl.evaluation.evaluate import Evaluation, Progress
 from megatron_rl.evaluation.problems import read_problems
 from megatron_rl.evaluation.table import table_of
 from megatron_rl.types import Prompt, Sample, SamplingParams
+from tests.tiers import quick_of
 from tests.unit.evaluation.conftest import ScriptedSource
 
 
@@ -61,7 +62,7 @@ class Dies(ScriptedSource):
         return super().sample(prompts, sampling)
 
 
-@pytest.mark.parametrize("batches", range(5))
+@pytest.mark.parametrize("batches", quick_of(range(5), (0, 3)))
 def test_an_interrupted_evaluation_goes_on(protocol: ProtocolSettings, tmp_path: Path, batches: int) -> None:
     run(protocol, ScriptedSource(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

@@ -63,7 +63,7 @@ def server() -> Iterator[Server]:
 
 
 def connect(url: str, model: str | None = None) -> CompletionServer:
-    return CompletionServer(url, model=model, tokenizer=None, concurrency=4, timeout=5.0)
+    return CompletionServer(url, model=model, tokenizer=None, concurrency=4, timeout=600.0)
 
 
 PROMPTS = [Prompt("s:0", (0,), "abc", None), Prompt("s:1", (0,), "defg", None)]

@@ -30,18 +30,34 @@ RIGHT = "def add(a, b):\n    print('noise')\n    return a + b"
 
 @pytest.fixture(scope="module")
 def reward() -> CodeReward:
-    return CodeReward(RewardSettings(name="code", code=CodeSettings(test_seconds=5.0, memory_mb=256)))
+    """A verifier whose time limit no program reaches that ends by itself, however busy the machine is."""
+    return CodeReward(RewardSettings(name="code", code=CodeSettings(test_seconds=300.0, memory_mb=256)))
 
 
-@pytest.fixture
-def grade(reward: CodeReward, make_sample: MakeSample) -> Callable[[Any, str], RewardResult]:
+@pytest.fixture(scope="module")
+def impatient_reward() -> CodeReward:
+    """A verifier for programs that never end."""
+    return CodeReward(RewardSettings(name="code", code=CodeSettings(test_seconds=1.0, memory_mb=256)))
+
+
+Grade = Callable[[Any, str], RewardResult]
+
+
+def grade_with(reward: CodeReward, make_sample: MakeSample) -> Grade:
     def grade(label: Any, source: str) -> RewardResult:
         return reward(make_sample(f"Like this:\n```python\n{textwrap.dedent(source)}\n```\n", label))
 
     return grade
 
 
-Grade = Callable[[Any, str], RewardResult]
+@pytest.fixture
+def grade(reward: CodeReward, make_sample: MakeSample) -> Grade:
+    return grade_with(reward, make_sample)
+
+
+@pytest.fixture
+def grade_impatiently(impatient_reward: CodeReward, make_sample: MakeSample) -> Grade:
+    return grade_with(impatient_reward, make_sample)
 
 
 @pytest.mark.parametrize("label", [SUM, json.dumps(SUM)])
@@ -64,8 +80,6 @@ def test_a_method_of_class_solution_scores_1(grade: Grade) -> None:
         (SUM, "print(7)", "test 2 of 2: wrong output"),
         (SUM, "print(", "test 1 of 2: SyntaxError: '(' was never closed"),
         (SUM, "1 / 0", "test 1 of 2: ZeroDivisionError: division by zero"),
-        (SUM, "while True: pass", "test 1 of 2: too slow"),
-        (SUM, "import time; time.sleep(60)", "test 1 of 2: too slow"),
         (SUM, "x = bytearray(10**9)", "test 1 of 2: MemoryError"),
         (SUM, "import ctypes; ctypes.string_at(0)", "test 1 of 2: killed by SIGSEGV"),
         (SUM, "while True: print('x' * 10**6)", "test 1 of 2: OSError: [Errno 27] File too large"),
@@ -80,6 +94,12 @@ def test_a_method_of_class_solution_scores_1(grade: Grade) -> None:
 def test_a_wrong_program_scores_0_with_the_reason(grade: Grade, label: Any, source: str, detail: str) -> None:
     result = grade(label, source)
     assert (result.score, result.outcome, result.detail) == (0.0, "score", detail)
+
+
+@pytest.mark.parametrize("source", ["while True: pass", "import time; time.sleep(3600)"])
+def test_an_endless_program_is_too_slow(grade_impatiently: Grade, source: str) -> None:
+    result = grade_impatiently(SUM, source)
+    assert (result.score, result.outcome, result.detail) == (0.0, "score", "test 1 of 2: too slow")
 
 
 PRINT_SEVEN = {"inputs": [""], "outputs": ["7"]}
@@ -136,9 +156,11 @@ def test_ordinary_operations_work_in_the_sandbox(grade: Grade) -> None:
     assert grade(PRINT_SEVEN, source).detail == "correct"
 
 
-def test_the_sandbox_removes_its_files(grade: Grade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sandbox_removes_its_files(
+    grade_impatiently: Grade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    grade(SUM, "import time; open('left', 'w').write('x'); time.sleep(60)")
+    grade_impatiently(SUM, "import time; open('left', 'w').write('x'); time.sleep(60)")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,10 +214,8 @@ def test_a_candidate_dies_with_its_pool_worker(make_sample: MakeSample) -> None:
     text = "```python\nimport time\nopen('here', 'w')\ntime.sleep(60)\n```"
     with RewardPool(settings) as pool:
         results = pool.score([make_sample(text, SUM)])
-        deadline = time.monotonic() + 5
-        while jailed() and time.monotonic() < deadline:
+        while jailed():
             time.sleep(0.05)
-        assert jailed() == []
     assert [result.outcome for result in results] == ["timeout"]
 
 

@@ -34,15 +34,17 @@ def pairs(group: dict[str, Any]) -> list[tuple[float, Any, Any]]:
 def graded(make_sample: Callable[..., Sample]) -> dict[str, list[tuple[float, str, RewardResult]]]:
     """Returns (verdict, description, result) of each pair by group.
 
-    One pool grades all pairs, because a hostile answer must not affect other samples.
+    Hostile answers that count as wrong may run until their time limit, which is short. Nothing else needs a limit.
     """
     entries = [(group["group"], *pair) for group in GROUPS for pair in pairs(group)]
-    samples = [make_sample(response(content)[0], label, response(content)[1]) for _, _, label, content in entries]
-    with RewardPool(RewardSettings(name="math", workers=2, timeout_seconds=5.0)) as pool:
-        results = pool.score(samples)
     found: dict[str, list[tuple[float, str, RewardResult]]] = {}
-    for (group, verdict, label, content), result in zip(entries, results, strict=True):
-        found.setdefault(group, []).append((verdict, f"{label!r} and {str(content)[:80]!r}", result))
+    for runs_away, seconds in ((False, 600.0), (True, 2.0)):
+        mine = [entry for entry in entries if (entry[:2] == ("hostile", VERDICTS["unequal"])) is runs_away]
+        samples = [make_sample(response(content)[0], label, response(content)[1]) for _, _, label, content in mine]
+        with RewardPool(RewardSettings(name="math", workers=2, timeout_seconds=seconds)) as pool:
+            results = pool.score(samples)
+        for (group, verdict, label, content), result in zip(mine, results, strict=True):
+            found.setdefault(group, []).append((verdict, f"{label!r} and {str(content)[:80]!r}", result))
     return found
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward import RewardPool, outcome_rates
 from megatron_rl.types import Outcome, RewardResult, Sample
+from tests.tiers import slow
 
 MISBEHAVING = """
 import ctypes, os, sys, time
@@ -48,6 +50,9 @@ def score(sample):
             print("a verifier speaks")
         case "slow":
             time.sleep(0.3)
+        case "signal":
+            open(sample.prompt.label, "w").close()
+            time.sleep(3600)
         case "nan":
             return RewardResult(float("nan"))
         case "number":
@@ -58,6 +63,10 @@ def score(sample):
             os.kill(os.getpid(), 2)
     return RewardResult(1.0, sample.text)
 """
+
+PATIENT_SECONDS = 600.0
+"""Time limit that no sample reaches, however busy the machine is."""
+ENDLESS = ("sleep", "stuck in C")
 
 MakeSample = Callable[..., Sample]
 
@@ -84,13 +93,26 @@ def verifiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def pool(verifiers: Path) -> Iterator[RewardPool]:
-    with make_pool("misbehaving:score", workers=2, timeout_seconds=0.5) as pool:
+    """A pool for samples that all end by themselves."""
+    with make_pool("misbehaving:score", workers=2, timeout_seconds=PATIENT_SECONDS) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def impatient_pool(verifiers: Path) -> Iterator[RewardPool]:
+    """A pool for samples that never end, beside good ones."""
+    with make_pool("misbehaving:score", workers=2, timeout_seconds=2.0) as pool:
         yield pool
 
 
 def workers() -> list[psutil.Process]:
     """The workers of all pools. Python's own resource tracker stays as long as the process that uses it."""
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def wait_for_end(processes: list[psutil.Process]) -> None:
+    while psutil.wait_procs(processes, timeout=1.0)[1]:
+        pass
 
 
 def test_results_keep_the_order(pool: RewardPool, make_sample: MakeSample) -> None:
@@ -114,32 +136,33 @@ def test_results_keep_the_order(pool: RewardPool, make_sample: MakeSample) -> No
     ],
 )
 def test_a_misbehaving_sample_costs_only_itself(
-    pool: RewardPool, make_sample: MakeSample, text: str, outcome: Outcome, detail: str
+    pool: RewardPool, impatient_pool: RewardPool, make_sample: MakeSample, text: str, outcome: Outcome, detail: str
 ) -> None:
     samples = [make_sample("good") for _ in range(20)]
     samples[7] = make_sample(text)
-    results = pool.score(samples)
+    results = (impatient_pool if text in ENDLESS else pool).score(samples)
     assert results.pop(7) == RewardResult(0.0, None, detail, outcome, text)
     assert results == [passed("good")] * 19
 
 
-def test_several_samples_misbehave_at_once(pool: RewardPool, make_sample: MakeSample) -> None:
-    results = pool.score([make_sample(text) for text in ["sleep", "exit", "good"] * 2])
+def test_several_samples_misbehave_at_once(impatient_pool: RewardPool, make_sample: MakeSample) -> None:
+    results = impatient_pool.score([make_sample(text) for text in ["sleep", "exit", "good"] * 2])
     assert [result.score for result in results] == [0, 0, 1] * 2
     rates = outcome_rates(results)
     assert rates == {"reward/timeout_fraction": 2 / 6, "reward/error_fraction": 2 / 6}
 
 
+@slow
 def test_slow_samples_do_not_add_up_to_a_timeout(
     verifiers: Path, make_sample: MakeSample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk of 12 takes longer than a chunk may, no sample does: nothing is killed."""
+    """A chunk of 24 takes longer than a chunk may, no sample does: nothing is killed."""
     monkeypatch.setattr("megatron_rl.reward.pool.CHUNKS_PER_WORKER", 1)
     before = workers()
-    with make_pool("misbehaving:score", workers=1, timeout_seconds=2) as pool:
+    with make_pool("misbehaving:score", workers=1, timeout_seconds=5) as pool:
         pool.score([make_sample("good")])
         ours = [worker for worker in workers() if worker not in before]
-        assert pool.score([make_sample("slow")] * 12) == [passed("slow")] * 12
+        assert pool.score([make_sample("slow")] * 24) == [passed("slow")] * 24
         assert [worker for worker in workers() if worker not in before] == ours
 
 
@@ -151,19 +174,20 @@ def test_workers_ignore_ctrl_c(pool: RewardPool, make_sample: MakeSample) -> Non
     assert pool.score([make_sample("interrupt")]) == [passed("interrupt")]
 
 
+@slow
 def test_a_leaking_worker_is_replaced_without_cost_to_a_sample(verifiers: Path, make_sample: MakeSample) -> None:
     """Forty times 64 MB under a limit of 512 MB: workers are replaced in time."""
     before = workers()
-    with make_pool("misbehaving:score", workers=1, timeout_seconds=10, memory_mb=512) as pool:
+    with make_pool("misbehaving:score", workers=1, timeout_seconds=PATIENT_SECONDS, memory_mb=512) as pool:
         pool.score([make_sample("good")])
         ours = [worker for worker in workers() if worker not in before]
         assert pool.score([make_sample("leak")] * 40) == [passed("leak")] * 40
-        assert psutil.wait_procs(ours, timeout=10)[1] == []
+        wait_for_end(ours)
 
 
 def test_prints_go_to_the_log(verifiers: Path, make_sample: MakeSample, tmp_path: Path) -> None:
     log_file = tmp_path / "logs" / "reward.log"
-    with make_pool("misbehaving:score", workers=1, timeout_seconds=10, log_file=log_file) as pool:
+    with make_pool("misbehaving:score", workers=1, timeout_seconds=PATIENT_SECONDS, log_file=log_file) as pool:
         pool.score([make_sample("print")])
     assert "a verifier speaks" in log_file.read_text()
 
@@ -183,7 +207,7 @@ def test_killed_idle_workers_are_replaced(pool: RewardPool, make_sample: MakeSam
     ("name", "text", "label"), [("countdown", "1 + 1 = 2 + 1 = 3 ok", "1 1 1 > 3"), ("math", "\\boxed{3}", "3")]
 )
 def test_built_in_rewards_run_in_a_pool(make_sample: MakeSample, name: str, text: str, label: str) -> None:
-    with make_pool(name, workers=1, timeout_seconds=20) as pool:
+    with make_pool(name, workers=1, timeout_seconds=PATIENT_SECONDS) as pool:
         results = pool.score([make_sample(text, label), make_sample(text, None)])
     assert results[0].detail == "correct"
     assert results[1].outcome == "error" and results[1].detail.startswith("ValueError: ")
@@ -214,17 +238,26 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_busy_workers(verifiers: Path, make_sample: MakeSample) -> None:
+def test_ctrl_c_ends_busy_workers(verifiers: Path, make_sample: MakeSample, tmp_path: Path) -> None:
     before = workers()
     with pytest.raises(KeyboardInterrupt), make_pool("misbehaving:score", workers=2, timeout_seconds=600) as pool:
         pool.score([make_sample("good")])
         ours = [worker for worker in workers() if worker not in before]
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-        pool.score([make_sample("sleep"), make_sample("stuck in C")])
+        reached = tmp_path / "reached"
+        threading.Thread(target=interrupt_at, args=(reached,), daemon=True).start()
+        pool.score([make_sample("signal", str(reached)), make_sample("stuck in C")])
     assert len(ours) == 2
-    assert psutil.wait_procs(ours, timeout=10)[1] == []
+    wait_for_end(ours)
 
 
+def interrupt_at(file: Path) -> None:
+    """Sends Ctrl-C to this process once the file exists."""
+    while not file.exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@slow
 def test_workers_end_with_their_parent(verifiers: Path) -> None:
     """They are idle or stuck, and the parent had no chance to stop them."""
     script = textwrap.dedent("""
@@ -255,4 +288,4 @@ def test_workers_end_with_their_parent(verifiers: Path) -> None:
         children = psutil.Process(parent.pid).children(recursive=True)
         assert len(children) >= 2
         parent.kill()
-    assert psutil.wait_procs(children, timeout=30)[1] == []
+    wait_for_end(children)

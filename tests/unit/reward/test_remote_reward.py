@@ -67,7 +67,7 @@ def server() -> Iterator[Server]:
 
 
 def settings(url: str, **more: Any) -> RewardSettings:
-    remote = {"url": url, "batch_size": 4, "timeout_seconds": 5.0, "retries": 3, "backoff_seconds": 0.01} | more
+    remote = {"url": url, "batch_size": 4, "timeout_seconds": 600.0, "retries": 3, "backoff_seconds": 0.01} | more
     return RewardSettings(name="remote", remote=RemoteSettings(**remote))
 
 
