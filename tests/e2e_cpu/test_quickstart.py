@@ -156,13 +156,13 @@ def test_the_checkpoint_converts_to_the_same_export(learned: Finished, command_l
 def test_every_layout_takes_the_same_first_step(
     learned: Finished, quickstart: Callable[..., Finished], name: str, overrides: list[str]
 ) -> None:
-    """The same weights and seed give the same samples, and so the same loss and gradient under every layout, however
-    many engines sample. `test_resume.py` moves a run to pipeline stages."""
+    """The same weights and seed give the same samples, and so the same loss and gradient under every layout.
+
+    `test_resume.py` moves a run to pipeline stages."""
     other = quickstart(
         name,
         *overrides,
         "train.steps=2",
-        "rollout.engines=1",
         "observability.rollouts_every=1",
         "evaluation.suites={}",
         "evaluation.probes={}",
