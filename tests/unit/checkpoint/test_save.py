@@ -52,7 +52,7 @@ class Gate:
         write = saving.ranks.write_held
 
         def wait_and_write(folder: Path) -> Any:
-            assert self.opened.wait(60)
+            assert self.opened.wait(600)
             return write(folder)
 
         saving.ranks.write_held = wait_and_write  # type: ignore[method-assign]

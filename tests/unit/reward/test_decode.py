@@ -108,7 +108,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardPool]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         with RewardPool(
-            RewardSettings(name="by_word:score", workers=2, timeout_seconds=0.5), folder / "log", decode
+            RewardSettings(name="by_word:score", workers=2, timeout_seconds=3.0), folder / "log", decode
         ) as pool:
             yield pool
 

@@ -101,7 +101,7 @@ def pool(verifiers: Path) -> Iterator[RewardPool]:
 @pytest.fixture(scope="module")
 def impatient_pool(verifiers: Path) -> Iterator[RewardPool]:
     """A pool for samples that never end, beside good ones."""
-    with make_pool("misbehaving:score", workers=2, timeout_seconds=2.0) as pool:
+    with make_pool("misbehaving:score", workers=2, timeout_seconds=3.0) as pool:
         yield pool
 
 
