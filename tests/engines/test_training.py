@@ -211,7 +211,7 @@ def test_a_run_without_engines_stops_with_a_checkpoint_and_can_be_resumed(comman
     last = stopped.metrics[-1]["step"]
     assert "no engine could be brought back for 5 s (rollout.server.outage_seconds)" in stopped.output
     assert f"checkpoint: {Path('runs/outage/checkpoints')}/step_{last:06d}" in stopped.output
-    assert f"go on after step {last}" in stopped.output
+    assert f"continue after step {last}" in stopped.output
     assert "Traceback" not in stopped.output
 
     resumed = Training(command_line, "sglang", "outage", *settings, "resume=auto")
