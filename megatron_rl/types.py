@@ -138,13 +138,15 @@ class Response:
         return versions
 
     def followed_by(self, rest: Response) -> Response:
-        """Returns this unfinished response continued by `rest`, which the same or newer weights sampled."""
+        """Returns this unfinished response continued by `rest`, which the same or newer weights sampled. The result
+        has no log-probs if one of the two has tokens without log-probs."""
         shifted = [(len(self) + start, len(self) + end, version) for start, end, version in rest.version_runs]
         runs = [run for run in [*self.version_runs, *shifted] if run[0] < run[1]]
         changes = [(after[0], after[2]) for before, after in pairwise(runs) if before[2] != after[2]]
+        known = all(len(part.log_probs) == len(part) for part in (self, rest))
         return Response(
             token_ids=np.concatenate([self.token_ids, rest.token_ids]),
-            log_probs=np.concatenate([self.log_probs, rest.log_probs]),
+            log_probs=np.concatenate([self.log_probs, rest.log_probs] if known else [np.zeros(0, np.float32)]),
             finish_reason=rest.finish_reason,
             weight_version=runs[0][2] if runs else rest.weight_version,
             version_changes=tuple(changes),

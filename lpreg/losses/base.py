@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mean:
     """A mean as its sum and count: parts from micro-batches and ranks add up to the exact mean."""
 
@@ -39,7 +39,7 @@ class Mean:
         return float(self.total) / float(self.count) if float(self.count) else float("nan")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossInputs:
     """One micro-batch on one rank; all tensors are [T]. A method raises ValueError for a field that it needs and that
     is missing.
@@ -118,7 +118,7 @@ class LossInputs:
         return self.log_ratio.exp()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LossOutput:
     """What a policy loss returns for one micro-batch."""
 

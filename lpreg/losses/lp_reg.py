@@ -117,7 +117,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Proxy:
     """The filtered distribution at the sampled tokens; all [T], detached."""
 

@@ -12,7 +12,7 @@ import math
 import textwrap
 import types
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -42,10 +42,10 @@ class Setting:
 
     name: str
     kind: Any
-    """float, int, bool, str, or a Literal."""
+    """float, int, bool, str, or a Literal. The values of any other type are not checked."""
     range: Range | None
     optional: bool
-    """Whether None is a value of the setting, with a meaning of its own."""
+    """Whether None is a value of the setting, with a meaning of its own: the annotation or the default says so."""
     default: Any
     """dataclasses.MISSING if the setting must be given."""
     doc: str
@@ -82,9 +82,13 @@ def settings_of(cls: Any) -> tuple[Setting, ...]:
 @cache
 def _settings_of(cls: Any) -> tuple[Setting, ...]:
     hints, docs = get_type_hints(cls, include_extras=True), _docs_of(cls)
-    return tuple(
-        Setting(item.name, *_parts(hints[item.name]), item.default, docs.get(item.name, "")) for item in fields(cls)
-    )
+    return tuple(_setting(item, hints[item.name], docs.get(item.name, "")) for item in fields(cls))
+
+
+def _setting(item: Field[Any], annotation: Any, doc: str) -> Setting:
+    default = item.default if item.default_factory is MISSING else item.default_factory()
+    kind, bounds, optional = _parts(annotation)
+    return Setting(item.name, kind, bounds, optional or default is None, default, doc)
 
 
 def _parts(annotation: Any) -> tuple[Any, Range | None, bool]:
@@ -131,6 +135,8 @@ def _check(setting: Setting, value: Any) -> None:
         check_range(setting.name, value, bounds.low, bounds.high, open_low=bounds.open_low)
         if setting.kind is int and not isinstance(value, int):
             raise ValueError(f"{setting.name} must be a whole number, got {value!r}")
+    elif setting.kind is str and not isinstance(value, str):
+        raise ValueError(f"{setting.name} must be text, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:

@@ -19,7 +19,7 @@ DIGIT_BITS = 16
 DIGITS = 1 << DIGIT_BITS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Selection:
     """The chosen tokens of this rank, and counts over all ranks."""
 

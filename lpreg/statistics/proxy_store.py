@@ -19,7 +19,7 @@ from torch import Tensor
 from lpreg.statistics.shard import Rows, Shard
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ProxyStore:
     """q over S of those of the T tokens that are stored. Under tensor parallelism a rank needs only the entries of its
     own columns: it ignores other entries, and a store that it filled holds no others."""
@@ -68,7 +68,7 @@ class ProxyStore:
         return ShardProxy(self.stored, counts, counts.cumsum(0) - counts, self.ids[own] - first, self.log_q[own])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ShardProxy:
     """A store's entries in one rank's columns, ready to be read a few tokens at a time."""
 

@@ -14,7 +14,7 @@ from lpreg.statistics.proxy_store import ShardProxy
 from lpreg.statistics.shard import Rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RowGradients:
     """The factors of d loss / d x = p * (coefficient - entropy * (log p + H)) + target * onehot - proxy * q; all
     [T]."""

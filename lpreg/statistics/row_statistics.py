@@ -79,7 +79,7 @@ def ranks_of(tp_group: dist.ProcessGroup | None) -> int:
     return 1 if tp_group is None else dist.get_world_size(tp_group)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Totals:
     """The results of one read of the rows, combined over ranks; all [T]."""
 
@@ -94,7 +94,7 @@ class Totals:
     """The filter keeps x >= threshold."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RowStatistics:
     """Everything that the caller or the backward needs of each row; all [T]."""
 

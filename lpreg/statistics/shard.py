@@ -20,7 +20,7 @@ GPU_WORK_ELEMENTS = 2**25
 Rows = slice | Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """One rank's slice of the vocabulary and how to scale it."""
 

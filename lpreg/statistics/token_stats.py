@@ -25,7 +25,7 @@ from lpreg.statistics.rows import write_gradient
 from lpreg.statistics.shard import Shard
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenStats:
     """Statistics of T tokens at the sampling temperature, fp32 (fp64 for fp64 logits); the same bits on each rank."""
 

@@ -31,7 +31,7 @@ class PackingSpec:
     context_rank: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PackedInputs:
     """Sequences as the arrays of one forward pass. The last token of a sequence is only a target, so a sequence of n
     tokens takes n - 1 positions."""
@@ -94,8 +94,8 @@ def _packed(batch: SequenceBatch, spec: PackingSpec, length: int) -> PackedInput
 
 
 def _padded(batch: SequenceBatch, spec: PackingSpec, length: int) -> PackedInputs:
-    longest = int(batch.lengths.max() - 1) if len(batch) else 1
-    width = max(length, _rounded_up(longest, spec.length_multiple))
+    longest = int(batch.lengths.max(initial=0)) - 1
+    width = max(length, _rounded_up(max(1, longest), spec.length_multiple))
     tokens = np.zeros((max(1, len(batch)), width), dtype=np.int64)
     for i, sequence in enumerate(batch.sequences):
         tokens[i, : len(sequence) - 1] = sequence[:-1]

@@ -22,7 +22,7 @@ from megatron_rl.batching.arrays import Indices
 from megatron_rl.types import Ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrefixTree:
     """Prefix tree of N sequences. All arrays are in the sorted order, not in that of the batch."""
 

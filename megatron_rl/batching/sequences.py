@@ -18,7 +18,7 @@ from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.types import Ids, Response
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SequenceBatch:
     """N sequences of prompt, response and possibly tool tokens, with a mask of the tokens that the policy sampled.
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from megatron_rl.batching.arrays import Indices
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredProxy:
     """log q of the vocabulary entries inside the filter, for each sampled token that has it stored."""
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.checkpoint.manifest import ShardFile
+from megatron_rl.reward.decode import text_of
 from megatron_rl.rollout.buffer import Group
-from megatron_rl.types import Decode, Prompt, Response, RewardResult
+from megatron_rl.types import Decode, Prompt, Response, RewardResult, Sample
 
 BUFFER_FILE = "backlog.parquet"
 
@@ -67,7 +68,10 @@ def _response_rows(responses: Sequence[Response]) -> pa.StructArray:
     return pa.StructArray.from_arrays(
         [
             _lists(lengths, _flat([response.token_ids for response in responses], np.int32)),
-            _lists(lengths, _flat([response.log_probs for response in responses], np.float64)),
+            _lists(
+                [len(response.log_probs) for response in responses],  # 0 if the source reports none
+                _flat([response.log_probs for response in responses], np.float64),
+            ),
             _lists(lengths, _flat([response.sampled_mask for response in responses], np.bool_)),
             pa.array([response.finish_reason for response in responses], pa.string()),
             pa.array([response.weight_version for response in responses], pa.int64()),
@@ -98,11 +102,22 @@ def _group(row: dict[str, Any], prompts: Sequence[Prompt], decode: Decode) -> Gr
         for response in row["responses"]
     )
     graded = zip(row["rewards"], responses, strict=False)
+    prompt = prompts[row["row"]]
     return Group(
         number=row["number"],
         row=row["row"],
-        prompt=prompts[row["row"]],
+        prompt=prompt,
         since=row["since"],
         responses=responses,
-        rewards=tuple(RewardResult(**reward, text=decode(response.token_ids)) for reward, response in graded),
+        rewards=tuple(
+            RewardResult(**reward, text=_text(Sample(prompt, response), decode)) for reward, response in graded
+        ),
     )
+
+
+def _text(sample: Sample, decode: Decode) -> str:
+    """Returns the response's text; empty if it cannot be decoded, as in its grading."""
+    try:
+        return text_of(sample, decode)
+    except ValueError:
+        return ""

@@ -155,7 +155,7 @@ class Saver:
         finally:
             for left in (fresh, replaced):
                 shutil.rmtree(left, ignore_errors=True)
-        # Later checkpoints belong to the course that the run left when it resumed from an older one.
+        # Later checkpoints belong to the part of the run that was abandoned when it resumed from an older one.
         for path in checkpoints(self._folder):
             if step_of(path) > step_of(target):
                 shutil.rmtree(path)

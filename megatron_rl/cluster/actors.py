@@ -40,7 +40,7 @@ SETTLE_SECONDS = 60
 """Time that the other ranks get to finish a call after one rank has failed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
     """Result of an optimizer step over all data-parallel replicas."""
 

@@ -1,6 +1,6 @@
 """One engine's place in a run: the process that is there, and the process that replaces it once it is lost.
 
-The router (`rollout.server.router`) is looked after in the same way."""
+The router (`rollout.server.router`) is supervised in the same way."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLOSE_SECONDS = 15.0
 class EngineProcess(Generic[E]):
     """starting -> awaiting_weights -> serving -> lost -> starting ... Only a serving engine gets requests.
 
-    awaiting_weights: the engine has started, but has not got the weights of the run yet.
+    awaiting_weights: the engine has started, but does not have the weights of the run yet.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial as bound
 from pathlib import Path
@@ -31,7 +31,7 @@ RouterProcess = EngineProcess[RequestRouter]
 
 POLL_SECONDS = 1.0
 HALF_UPDATED = (UpdateFailed, WeightsDamaged)
-"""Errors of an engine that works, but has not got a weight update completely."""
+"""Errors of an engine that works, but does not have a weight update completely."""
 
 
 class EnginesLost(UserError):
@@ -51,7 +51,7 @@ class PromptRequest:
 
 @dataclass(frozen=True, slots=True)
 class CallUnderWay:
-    """A call of `generate` that has not been answered, and the requests in it."""
+    """A call of `generate` that has no answer yet, and the requests in it."""
 
     process: Engine | RouterProcess
     requests: list[PromptRequest]
@@ -143,7 +143,8 @@ class Engines:
         return self._answers.pop(request)
 
     def abort(self, ids: Iterable[int]) -> None:
-        """Stops all requests under way, these and others; `take` then gives the responses as far as they are."""
+        """Stops all requests under way, these and others; `take` then returns the responses with the tokens sampled so
+        far."""
         missing = set(ids) - self._answers.keys()
         self._aborting = True
         while missing:
@@ -232,6 +233,7 @@ class Engines:
             self._lose(call.process, error)
             self._queue += call.requests
             return
+        _check_answer(call.process, groups, [request.sampling.n for request in call.requests])
         for request, group in zip(call.requests, groups, strict=True):
             self._answers[request.number] = group
 
@@ -308,9 +310,12 @@ class Engines:
             self._started(process)
 
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> dict[Engine, Groups]:
-        """Asks each serving engine for the same responses, beside its other requests."""
+        """Requests the same responses from each serving engine, in addition to its other requests."""
         answers = self.ask(self._serving, Responder.generate, [prompt.token_ids for prompt in prompts], sampling)
-        return {engine: groups for engine, groups in answers.items() if not isinstance(groups, Exception)}
+        found = {engine: groups for engine, groups in answers.items() if not isinstance(groups, Exception)}
+        for engine, groups in found.items():
+            _check_answer(engine, groups, [sampling.n] * len(prompts))
+        return found
 
     # ------------------------------------------------------------------ weights
 
@@ -380,3 +385,24 @@ class Engines:
     def close(self) -> None:
         for process in self._processes:
             process.end()
+
+
+def _check_answer(process: EngineProcess[Any], groups: Sequence[Sequence[Response]], sizes: Sequence[int]) -> None:
+    """Raises UserError unless there is a group of each size and every token has a log-prob. An engine that breaks the
+    interface is not asked again, because its next answer would be no better."""
+    if fault := next(_faults(groups, sizes), None):
+        raise UserError(
+            f"{process.name} returned {fault}. The method `generate` of the engine (rollout.engine) is wrong: it must "
+            "return sampling.n responses to each prompt, with a log-prob for every token"
+        )
+
+
+def _faults(groups: Sequence[Sequence[Response]], sizes: Sequence[int]) -> Iterator[str]:
+    if len(groups) != len(sizes):
+        yield f"{len(groups)} groups for {len(sizes)} prompts"
+    for group, size in zip(groups, sizes, strict=False):
+        if len(group) != size:
+            yield f"{len(group)} responses to a prompt, but sampling.n is {size}"
+        for response in group:
+            if len(response.log_probs) != len(response):
+                yield f"{len(response.log_probs)} log-probs for a response of {len(response)} tokens"

@@ -30,7 +30,7 @@ class Routing:
     def __init__(self, router: EngineProcess[RequestRouter], ask: Ask) -> None:
         self.router, self._ask = router, ask
         self._resumed: set[EngineProcess[RolloutEngine]] = set()
-        """Engines that are not paused, as far as they serve."""
+        """Serving engines that are not paused."""
         self._version = 0
         self._reached: set[str] = set()
         """URLs of the servers that the router passes requests on to."""

@@ -80,14 +80,14 @@ class Nodes:
 
 @contextmanager
 def ray_runtime(placement: Placement, watch: Watch | None = None) -> Iterator[Nodes]:
-    """Gives Ray and its nodes for this run for as long as the block lasts. A Ray that is started here ends with it.
+    """Provides Ray and its nodes to this run while the block runs. If this function starts Ray, it also ends it.
 
     watch: bounds every wait for Ray's processes. Raises UserError if there are too few nodes or GPUs.
     """
     global _watch
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Calls to a lost engine are made again elsewhere and their errors are not read; Ray would print them.
+    # The run repeats the calls to a lost engine on another and does not read their errors, which Ray would print.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not os.environ.get("RAY_ADDRESS"):
@@ -263,7 +263,7 @@ def as_done(refs: Collection[ObjectRef[R]]) -> Iterator[ObjectRef[R]]:
 def results(refs: Sequence[ObjectRef[R]]) -> list[R]:
     """`ray.get`, but a process's UserError or OSError is raised as the original error: Ray's copy lacks the errno.
 
-    Within `ray_runtime` it does not wait for ever: it raises UserError when no process makes progress any more.
+    Within `ray_runtime` the wait is bounded: UserError is raised when no process makes progress any more.
     """
     try:
         found: list[R] = _watch.results(list(refs)) if _watch else ray.get(list(refs))

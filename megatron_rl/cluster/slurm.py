@@ -90,7 +90,8 @@ def _check(config: Config, placement: Placement, seeds: str | None) -> None:
         raise UserError(f"--seeds {seeds}: expected indices of a job array, such as 0-3 or 0,2,5 or 0-9%2")
     if len(placement.nodes) < cluster.nodes:
         raise UserError(
-            f"cluster.nodes: {cluster.nodes} are asked for, but actor ranks and engines use only {len(placement.nodes)}"
+            f"cluster.nodes: {cluster.nodes} nodes are given, but actor ranks and engines use only "
+            f"{len(placement.nodes)}"
         )
     if (slurm.container == "none") != (slurm.image is None):
         raise UserError("cluster.slurm.container and cluster.slurm.image go together: set both or neither")

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_rl.errors import UserError
+
 from .arguments import add_config
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def _train(options: argparse.Namespace) -> None:
         check_inputs(config, prepared=False, weights=False)
         check_layout(config)
         _show_prompt(config)
+        _show_passes(config)
         print(f"# {options.config}: nothing wrong found", file=sys.stderr)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of a run share the machine
@@ -75,3 +78,13 @@ def _show_prompt(config: Config) -> None:
         text = first_prompt(config.data.train, model_folder=config.model.path, settings=config.data)
         print(f"# first prompt, as the model will see it (data.template: {config.data.template}):", file=sys.stderr)
         print(text, file=sys.stderr)
+
+
+def _show_passes(config: Config) -> None:
+    """Prints which forwards a step runs, unless they depend on a user's own loss that cannot be imported here."""
+    from megatron_rl.config.passes import passes_of
+
+    try:
+        print(f"# {passes_of(config)}", file=sys.stderr)
+    except UserError as error:
+        print(f"# forwards of a step: not known here: {error}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 
 from lpreg.advantages import ESTIMATORS
 from lpreg.losses.registry import METHODS
@@ -13,11 +12,9 @@ from megatron_rl.rollout.engines.kind import ServerKind, engine_kind, supporting
 from .algorithm import CorrectionSettings
 from .methods import method_problems, method_settings
 from .passes import passes_of
+from .reward import REMOTE
 from .rollout import ServerSettings
 from .schema import Config
-
-REWARDS = ("countdown", "math", "code", "remote")
-"""Built-in verifiers. Any other name must be an import path."""
 
 
 def contradictions(config: Config) -> list[str]:
@@ -221,13 +218,7 @@ def _cuda_ipc(config: Config) -> Iterator[str]:
 
 def _reward(config: Config) -> Iterator[str]:
     name = config.reward.name
-    module, colon, function = name.partition(":")
-    own = colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
-    if name not in REWARDS and not own:
-        near = get_close_matches(name, REWARDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield f"reward.name: {name!r} is neither one of {', '.join(REWARDS)} nor package.module:function{hint}"
-    if (name == "remote") != (config.reward.remote is not None):
+    if (name == REMOTE) != (config.reward.remote is not None):
         yield "reward.name: remote and reward.remote.url: URL go together; give both or neither"
     if name == "code" and config.reward.timeout_seconds <= config.reward.code.test_seconds:
         yield (

@@ -71,7 +71,7 @@ def effective_values(method: type[PolicyLoss], preset: str | None, given: Mappin
             continue
         value = given.get(setting.name, from_preset.get(setting.name, setting.default))
         if value is not dataclasses.MISSING:
-            values[setting.name] = "none" if value is None else value
+            values[setting.name] = "none" if value is None and setting.optional else value
     replaced = method.Settings.replaced(plain_values(method, given))
     return {name: value for name, value in values.items() if name in given or name not in replaced} | {
         name: value for name, value in given.items() if name not in values

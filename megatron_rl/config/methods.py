@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
-from lpreg import MethodNeeds, MethodSettings, PolicyLoss
+from lpreg import LossInputs, LossOutput, MethodNeeds, MethodSettings, PolicyLoss
 from lpreg.losses.corrected import CorrectionSettings
 from lpreg.losses.reference_kl import ReferenceKLSettings
 from lpreg.losses.registry import METHODS, unknown
 from lpreg.losses.settings import settings_of
 from megatron_rl.errors import UserError
-from megatron_rl.utils.import_path import import_object, is_import_path
+from megatron_rl.utils.import_path import call_own, import_object, is_import_path
 
 from .algorithm import AlgorithmSettings
 from .method_sections import BESIDE, MethodSection, effective_values, plain_values
 
 
 def method_class(name: str) -> type[PolicyLoss]:
-    """Returns the class of a method of lpreg, or of a user's own from its import path.
+    """Returns the class of a method of lpreg, or of a user's own from its import path. An exception that a user's own
+    method raises becomes a UserError that names the key.
 
     Raises UserError for an unknown name and an import path that leads to no policy loss.
     """
@@ -40,7 +42,18 @@ def method_class(name: str) -> type[PolicyLoss]:
             f"algorithm.name={name!r}: {method.__name__}.Settings must be a dataclass with the base "
             "lpreg.MethodSettings, the settings of the method"
         )
-    return method
+    return _naming_errors(method, name)
+
+
+@cache
+def _naming_errors(method: type[PolicyLoss], name: str) -> type[PolicyLoss]:
+    """Returns a subclass whose calls raise errors that name the key."""
+
+    def call(self: PolicyLoss, inputs: LossInputs) -> LossOutput:
+        output: LossOutput = call_own(name, "algorithm.name", method.__call__, self, inputs)
+        return output
+
+    return type(method.__name__, (method,), {"__call__": call, "__module__": method.__module__})
 
 
 def section_key(algorithm: AlgorithmSettings) -> str:

@@ -42,8 +42,24 @@ class Passes:
 
     @property
     def forwards(self) -> int:
-        """Number of forwards without gradients over the trained sequences."""
+        """Number of forwards without gradients over the trained sequences. A forward over dropped sequences does not
+        count."""
         return self.old_policy + self.lagged_proxy + self.reference
+
+    def __str__(self) -> str:
+        """The forwards of a step, in one line."""
+        forwards = []
+        if self.ranked_by == "actor" or (self.off_policy and self.scores_dropped):
+            forwards.append("current weights (all sequences)")
+        elif self.off_policy:
+            forwards.append("current weights (trained sequences)")
+        elif self.scores_dropped:
+            forwards.append("current weights (dropped sequences, for metrics)")
+        if self.lagged_proxy:
+            forwards.append("lagged snapshot (sequences with a token that its proxy can affect)")
+        if self.reference:
+            forwards.append("reference model (trained sequences)")
+        return f"forwards without gradient: {', '.join(forwards) or 'none'}"
 
 
 def passes_of(config: Config) -> Passes:

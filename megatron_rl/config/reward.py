@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from .fields import Count, Positive, PositiveInt, Section, ShareOrZero, Text
+from .fields import Count, NameOrPath, Positive, PositiveInt, Section, ShareOrZero, Text
+
+VERIFIERS = {
+    "countdown": "megatron_rl.reward.countdown:verify_countdown",
+    "math": "megatron_rl.reward.maths:verify_maths",
+    "code": "megatron_rl.reward.code:CodeReward",
+}
+"""Name -> import path of each built-in verifier."""
+REMOTE = "remote"
+"""Name of a reward that a server computes."""
 
 
 class CodeSettings(Section):
@@ -50,7 +61,7 @@ class FormatSettings(Section):
 class RewardSettings(Section):
     """The verifier and its processes."""
 
-    name: Text
+    name: Annotated[str, NameOrPath((*VERIFIERS, REMOTE), "package.module:function")]
     """countdown, math, code, remote, or a function of your own as `package.module:function`."""
     workers: PositiveInt = 2
     """Number of verifier processes. remote uses none."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rl.errors import UserError
-from megatron_rl.utils.import_path import import_object, is_import_path
+from megatron_rl.utils.import_path import import_callable, is_import_path
 
 from .methods import method_settings
 from .schema import Config
@@ -45,8 +45,7 @@ def _check_own(config: Config) -> Iterator[str]:
     for key, path in functions.items():
         if is_import_path(path):
             try:
-                if not callable(import_object(path, key)):
-                    yield f"{key}={path!r} names an object that is no function"
+                import_callable(path, key)
             except UserError as error:
                 yield str(error)
 

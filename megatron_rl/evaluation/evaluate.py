@@ -95,7 +95,7 @@ class Evaluation:
         samples = self.source.sample(prompts, sampling)
         results = grader.score(samples)
         graded = [(sample.prompt, result) for sample, result in zip(samples, results, strict=True)]
-        check_failures(graded, self.protocol.reward.max_failed_fraction)
+        check_failures(graded, self.protocol.reward)
         return problems_of(samples, results)
 
     def _sampling(self, suite: SuiteSettings, first: int) -> SamplingParams:

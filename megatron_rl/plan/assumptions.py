@@ -1,4 +1,4 @@
-"""What a plan assumes because no configuration says it: shares of published rates, and how long responses are."""
+"""Assumptions of a plan that no configuration states: shares of published rates, and the lengths of responses."""
 
 from __future__ import annotations
 

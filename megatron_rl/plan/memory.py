@@ -177,7 +177,7 @@ def _backward(setup: Setup, stage: int) -> Parts:
 
 
 def _head(setup: Setup, *, training: bool) -> Parts:
-    """Bytes of the last norm, of the response tokens' hidden states and their gradient, and of the logits.
+    """Bytes of the last norm, of the sampled tokens' hidden states and their gradient, and of the logits.
 
     The fused LM head holds the logits of one chunk of tokens, the materialised one those of all tokens.
     """

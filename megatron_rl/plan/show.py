@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.config.passes import passes_of
 from megatron_rl.plan.memory import host_bytes
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.plan import Plan
@@ -63,6 +64,7 @@ def _show_run(plan: Plan, console: Console) -> None:
         f"{plan.gpus} x {setup.gpu.name} on {setup.config.cluster.nodes} nodes\n"
         f"each step: {setup.sequences} responses, {setup.step_tokens / 1e6:.2f} M tokens, "
         f"{flops:.2e} operations of the actor\n"
+        f"{passes_of(setup.config)}\n"
         f"{setup.config.train.steps} steps of {duration(plan.step_seconds)}: "
         f"{duration(plan.step_seconds * setup.config.train.steps)}, {plan.gpu_hours:,.0f} GPU hours; "
         f"a checkpoint takes {checkpoint_bytes(setup) / GIB:.0f} GiB",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_rl.types import Decode, Ids
+from megatron_rl.types import Decode, Ids, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,3 +29,18 @@ def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Decode:
     # The backend alone does not know the clean-up of spaces, which old tokenizers ask for.
     plain = backend is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", False)
     return _Decoder(backend if plain else tokenizer)
+
+
+def text_of(sample: Sample, decode: Decode | None) -> str:
+    """Returns the text of the sample's response; `decode` None: the sample has its text already.
+
+    Raises ValueError if the token ids cannot be decoded.
+    """
+    if decode is None:
+        return sample.text
+    try:
+        return decode(sample.response.token_ids)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the response cannot be decoded: {type(error).__name__}: {error}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from megatron_rl.config.reward import RewardSettings
+from megatron_rl.config.reward import REMOTE, RewardSettings
 from megatron_rl.types import Decode, RewardResult, Sample
 
 from .pool import RewardPool
@@ -31,7 +31,7 @@ class Grader(Protocol):
 
 def check_reward(settings: RewardSettings) -> None:
     """Raises UserError for a reward that cannot be used here. Nothing stays running."""
-    if settings.name == "remote":
+    if settings.name == REMOTE:
         RemoteReward(settings)
     else:
         load_reward(settings)
@@ -44,6 +44,6 @@ def open_grader(settings: RewardSettings, log_file: Path | None = None, decode: 
         log_file: receives the output of verifiers.
         decode: turns responses into text; None: every sample already has its text.
     """
-    if settings.name == "remote":
+    if settings.name == REMOTE:
         return RemoteReward(settings, decode)
     return RewardPool(settings, log_file, decode)

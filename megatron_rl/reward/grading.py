@@ -23,7 +23,7 @@ class Grading:
 
     def check(self, graded: Sequence[tuple[Prompt, RewardResult]]) -> dict[str, float]:
         """Returns metrics of how grading went. Raises UserError if too many responses could not be graded."""
-        check_failures(graded, self.settings.max_failed_fraction)
+        check_failures(graded, self.settings)
         results = [result for _, result in graded]
         rates = outcome_rates(results)
         if self.settings.format:

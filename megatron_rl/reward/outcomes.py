@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.types import Prompt, RewardResult
 
@@ -21,9 +22,10 @@ def outcome_rates(results: Sequence[RewardResult]) -> dict[str, float]:
     }
 
 
-def check_failures(graded: Sequence[tuple[Prompt, RewardResult]], limit: float) -> None:
-    """Raises UserError with examples if more than `limit` of the responses have no score: training on such a batch
-    would reinforce false rewards."""
+def check_failures(graded: Sequence[tuple[Prompt, RewardResult]], settings: RewardSettings) -> None:
+    """Raises UserError with examples if more than `max_failed_fraction` of the responses have no score: training on
+    such a batch would reinforce false rewards."""
+    limit = settings.max_failed_fraction
     failed = [(prompt, result) for prompt, result in graded if result.outcome != "score"]
     if len(failed) <= limit * len(graded):
         return
@@ -37,6 +39,6 @@ def check_failures(graded: Sequence[tuple[Prompt, RewardResult]], limit: float) 
                 f"    label {str(prompt.label)[:EXCERPT]!r}, response ends in {result.text[-EXCERPT:]!r}"
             )
     raise UserError(
-        f"{len(failed)} of {len(graded)} samples could not be graded and would count as wrong; "
-        f"reward.max_failed_fraction is {limit:g}. Examples:\n" + "\n".join(lines)
+        f"{len(failed)} of {len(graded)} samples could not be graded by reward.name: {settings.name} and would count "
+        f"as wrong; reward.max_failed_fraction is {limit:g}. Examples:\n" + "\n".join(lines)
     )

@@ -19,6 +19,7 @@ from typing import Self
 from pebble import ProcessExpired, ProcessPool
 
 from megatron_rl.config.reward import RewardSettings
+from megatron_rl.reward.decode import text_of
 from megatron_rl.reward.resolve import load_reward
 from megatron_rl.types import Decode, Reward, RewardResult, Sample
 from megatron_rl.utils.files import redirect_output
@@ -87,7 +88,12 @@ class RewardPool:
 
     def _with_text(self, result: RewardResult, sample: Sample) -> RewardResult:
         """The worker of a failed sample may have died before it could return the text."""
-        return result if result.text else replace(result, text=text_of(sample, self._decode))
+        if result.text:
+            return result
+        try:
+            return replace(result, text=text_of(sample, self._decode))
+        except ValueError as error:
+            return result if result.outcome != "score" else _failure(error)
 
     def close(self) -> None:
         """Ends the workers, whether busy or not. Calling it again is harmless."""
@@ -183,10 +189,6 @@ def _score_chunk(samples: list[Sample]) -> list[RewardResult]:
             break
     signal.setitimer(signal.ITIMER_REAL, 0)
     return results
-
-
-def text_of(sample: Sample, decode: Decode | None) -> str:
-    return sample.text if decode is None else decode(sample.response.token_ids)
 
 
 def _score(sample: Sample) -> RewardResult:

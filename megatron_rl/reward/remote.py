@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from megatron_rl.config.reward import RemoteSettings, RewardSettings
 from megatron_rl.errors import UserError
+from megatron_rl.reward.decode import text_of
 from megatron_rl.types import Decode, RewardResult, Sample
 from megatron_rl.utils.web import EXCERPT, RequestFailed, ask
 
@@ -43,13 +44,20 @@ class RemoteReward:
         self._threads = ThreadPoolExecutor(settings.remote.concurrency, thread_name_prefix="remote-reward")
 
     def score(self, samples: Sequence[Sample]) -> list[RewardResult]:
-        """One result per sample, in order."""
-        if self._decode is not None:
-            samples = [replace(sample, text=self._decode(sample.response.token_ids)) for sample in samples]
-        size = self._settings.batch_size
-        batches = [samples[first : first + size] for first in range(0, len(samples), size)]
-        results = [result for part in self._threads.map(self._score_batch, batches) for result in part]
-        return [replace(result, text=sample.text) for result, sample in zip(results, samples, strict=True)]
+        """One result per sample, in order. A response that cannot be decoded is not posted: its outcome is "error"."""
+        results: dict[int, RewardResult] = {}
+        posted: dict[int, Sample] = {}
+        for i, sample in enumerate(samples):
+            try:
+                posted[i] = replace(sample, text=text_of(sample, self._decode))
+            except ValueError as error:
+                results[i] = RewardResult(0.0, detail=str(error), outcome="error")
+        size, texts = self._settings.batch_size, list(posted.values())
+        batches = [texts[first : first + size] for first in range(0, len(texts), size)]
+        scored = (result for part in self._threads.map(self._score_batch, batches) for result in part)
+        for (i, sample), result in zip(posted.items(), scored, strict=True):
+            results[i] = replace(result, text=sample.text)
+        return [results[i] for i in range(len(samples))]
 
     def __enter__(self) -> Self:
         return self

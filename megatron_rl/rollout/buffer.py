@@ -61,13 +61,13 @@ class RolloutBuffer:
     waiting: list[Group] = field(default_factory=list)
     """Incomplete groups that no engine is working on."""
     in_flight: dict[int, Group] = field(default_factory=dict)
-    """Request number -> group, as it was when the engines were asked for the rest."""
+    """Request number -> group, with the responses that it had when the rest was requested from the engines."""
     complete: list[Group] = field(default_factory=list)
     """Graded groups that are worth training on."""
 
     @classmethod
     def of(cls, groups: Iterable[Group]) -> RolloutBuffer:
-        """Returns the buffer that a checkpoint describes: nothing is in flight."""
+        """Returns a buffer with the groups of a checkpoint, of which none is in flight."""
         buffer = cls()
         for group in groups:
             buffer.put(group)

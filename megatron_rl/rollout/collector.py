@@ -231,11 +231,7 @@ class RolloutCollector:
         chosen, surplus = buffer.complete[: settings.prompts_per_step], buffer.complete[settings.prompts_per_step :]
         buffer.complete = surplus
         if not chosen:
-            raise UserError(
-                f"step {self.step}: all responses to a prompt had the same score, for each of {self._drawn} prompts in "
-                f"{self._draws} draws: the task is too easy or too hard for this policy, or the verifier is at fault. "
-                "Look at the responses with rollout.dynamic_sampling=false observability.rollouts_every=1"
-            )
+            raise UserError(self._nothing_to_train_on())
         keeps = self.config.keeps_rollouts
         # A surplus group counts as sampled in the step that uses it; if none is kept, it counts now.
         sampled = sorted([*chosen, *self._left_out, *([] if keeps else surplus)], key=lambda group: group.age)
@@ -254,12 +250,25 @@ class RolloutCollector:
             self._ask()
         return rollouts
 
+    def _nothing_to_train_on(self) -> str:
+        """A message for a step whose groups were all left out."""
+        filtered, drawn = self.settings.group_filter, f"each of {self._drawn} prompts in {self._draws} draws"
+        if filtered:
+            cause = f"rollout.group_filter ({filtered}) left out the group of {drawn}"
+        else:
+            cause = (
+                f"all responses to a prompt had the same score, for {drawn}: the task is too easy or too hard for this "
+                "policy, or the verifier is wrong"
+            )
+        without = "rollout.group_filter=null" if filtered else "rollout.dynamic_sampling=false"
+        return f"step {self.step}: {cause}. Look at the responses with {without} observability.rollouts_every=1"
+
     def _check_grades(self) -> dict[str, float]:
         return self.grader.check([(group.prompt, reward) for group in self._graded for reward in group.rewards])
 
     def _metrics(self, chosen: list[Group]) -> dict[str, float]:
         settings = self.settings
-        counts = tokens_per_version(chosen) or {0: 1}
+        counts = tokens_per_version(chosen) or {self.weight_version: 1}
         mean = sum(version * count for version, count in counts.items()) / sum(counts.values())
         found = {
             "rollout/staleness_max": float(self.weight_version - min(counts)),

@@ -1,8 +1,8 @@
 """The log-prob contract: an engine's log-probs of the tokens that it sampled are those of the actor.
 
-Losses compare an engine's log-probs with the actor's. An engine can get its log-probs subtly wrong in many ways, and
-training then goes astray without an error. So every engine samples a few responses to real prompts, the actor scores
-them, and training stops if the log-probs differ.
+Losses compare an engine's log-probs with the actor's. An engine can report slightly wrong log-probs for many reasons,
+and training then goes wrong without an error. Every engine therefore samples a few responses to real prompts, the actor
+scores them, and training stops if the log-probs differ.
 """
 
 from __future__ import annotations
@@ -110,6 +110,11 @@ class Contract:
             batch = self._batch(groups)
             actors = score(batch, self._sampling.temperature)
             gap = np.abs(batch.values["rollout_log_probs"] - actors)
+            if not len(gap):
+                raise UserError(
+                    f"engine {engine.number} sampled no token in response to {len(self._prompts)} prompts, so its "
+                    "log-probs cannot be compared with the actor's (rollout.contract)"
+                )
             if not self.bounds.hold(gap):
                 raise UserError(self._refusal(engine.number, batch, actors, score))
             engine.agrees = True
@@ -136,8 +141,8 @@ class Contract:
             batch, actors, score, temperature=self._sampling.temperature, hold=self.bounds.hold, before=self._before
         )
         return (
-            f"engine {engine} and the actor disagree: log-probs of its {len(gap)} sampled tokens differ by "
+            f"engine {engine} and the actor disagree: the log-probs of its {len(gap)} sampled tokens differ by "
             f"{gap.max():.2g} at most and by {gap.mean():.2g} on average; {self.bounds.largest:g} and "
-            f"{self.bounds.mean:g} are allowed (rollout.contract). Training on them would go astray.\n"
+            f"{self.bounds.mean:g} are allowed (rollout.contract). Training on these tokens would go wrong.\n"
             f"Likely cause: {cause}"
         )

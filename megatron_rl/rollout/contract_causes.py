@@ -48,11 +48,12 @@ def likely_cause(
     """
     engines = rows.values["rollout_log_probs"].astype(np.float64)
     if not np.isfinite(engines).all():
-        return "some of the engine's log-probs are no numbers: see the engine's log."
+        return "some of the engine's log-probs are NaN or infinite. The engine's log may show why."
     if _are_those_of(rows, engines, before, hold):
         return (
-            "weights not synced: the engine's are those of the actor before the last updates. Do other processes load "
-            "weights into this server, or does the server ignore new ones? See its log; try weight_sync.transport=disk."
+            "weights not synced: the engine has the weights that the actor had before the last updates. Do other "
+            "processes load weights into this server, or does the server ignore new ones? The engine's log may show "
+            "why; weight_sync.transport=disk is another way to send weights."
         )
     if temperature != 1 and hold(np.abs(engines - score(rows, 1.0))):
         remedies = ", or ".join(kind.processed_log_probs for kind in server_kinds())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.rollout.buffer import Group
 from megatron_rl.rollout.collector import GroupFilter
-from megatron_rl.utils.import_path import import_object
+from megatron_rl.utils.import_path import own_function
 
 if TYPE_CHECKING:
     from megatron_rl.config.rollout import RolloutSettings
@@ -20,6 +20,5 @@ def has_signal(group: Group) -> bool:
 def group_filter_of(settings: RolloutSettings) -> GroupFilter | None:
     """Returns the configured filter, or None if every group is kept. Raises UserError if it cannot be imported."""
     if settings.group_filter:
-        found: GroupFilter = import_object(settings.group_filter, "rollout.group_filter")
-        return found
+        return own_function(settings.group_filter, "rollout.group_filter")
     return has_signal if settings.dynamic_sampling else None

@@ -40,7 +40,9 @@ class Replay:
             rows = pq.ParquetFile(path).read().to_pylist()
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{path}: not a readable rollout dump ({error})") from error
-        if rows and "prompt_token_ids" not in rows[0]:
+        if not rows:
+            raise UserError(f"{path} (step {recorded}) holds no responses")
+        if "prompt_token_ids" not in rows[0]:
             raise UserError(f"{path} (step {recorded}) has no column prompt_token_ids: record the rollouts again")
         parts = groupby(sorted(rows, key=_group_of), key=_group_of)
         groups = [_group(number, list(part)) for number, part in parts]

@@ -13,7 +13,7 @@ from megatron_rl.rollout.buffer import Group
 from megatron_rl.types import Prompt, Response, RewardResult
 
 
-@dataclass
+@dataclass(eq=False)
 class Rollouts:
     """Legend: G groups that were sampled, N responses of the groups to train on."""
 
@@ -49,7 +49,7 @@ class Rollouts:
         with_signal = set(self.group_numbers[advantages != 0].tolist())
         if self.drops_groups:
             with_signal |= {number for number, group in enumerate(self.sampled) if group.has_signal}
-        return len(with_signal) / len(self.sampled)
+        return len(with_signal) / max(1, len(self.sampled))
 
 
 class RolloutSource(Protocol):

@@ -10,7 +10,7 @@ import torch
 import lpreg
 from megatron_rl.batching.arrays import Array, Indices
 from megatron_rl.errors import UserError
-from megatron_rl.utils.import_path import import_object, is_import_path
+from megatron_rl.utils.import_path import is_import_path, own_function
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -29,10 +29,10 @@ def overlong_penalty(config: Config, lengths: Indices) -> Array:
 def advantages_of(algorithm: AlgorithmSettings, rewards: Array, groups: Indices) -> Array:
     """Returns float64 [N], from rewards float64 [N] and the group [N] of each response.
 
-    Raises UserError if the user's own estimator cannot be imported or returns something else.
+    Raises UserError if the user's own estimator cannot be imported, fails, or returns something else.
     """
     name = algorithm.advantage
-    own = import_object(name, "algorithm.advantage") if is_import_path(name) else None
+    own = own_function(name, "algorithm.advantage") if is_import_path(name) else None
     try:
         values = lpreg.group_advantages(
             torch.from_numpy(rewards), torch.from_numpy(groups), estimator=name if own is None else own

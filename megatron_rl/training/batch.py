@@ -23,7 +23,7 @@ PolicyScores = dict[str, Array]
 first update; NaN where the actor did not score the token."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingBatch:
     """Everything that a step knows about the sequences that it trains on."""
 

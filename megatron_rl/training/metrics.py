@@ -40,7 +40,7 @@ def rollout_metrics(rollouts: Rollouts, advantages: Array) -> dict[str, float]:
 
 def policy_metrics(sequences: SequenceBatch, scores: Mapping[str, Array], fresh: Mask) -> dict[str, float]:
     """Entropy, the share of tokens in the filter, and the gap between engine and actor, over the tokens that the actor
-    scored (the scores are NaN elsewhere).
+    scored (the scores are NaN elsewhere); empty if it scored none.
 
     `fresh` [T]: tokens that the weights in training sampled. Their gap should be 0; the gap of other tokens also shows
     how far the policy has moved.
@@ -48,6 +48,8 @@ def policy_metrics(sequences: SequenceBatch, scores: Mapping[str, Array], fresh:
     if "entropy" not in scores:
         return {}
     known = np.isfinite(scores["entropy"])
+    if not known.any():
+        return {}
     everything = bool(known.all())
 
     def of_known(values: Array) -> Array:
@@ -86,7 +88,9 @@ def rate_metrics(flops: float, seconds: float, ranks: int, peak: float | None) -
 
 
 def selection_metrics(rule: SelectionRule, selection: Selection) -> dict[str, float]:
-    """The threshold of the selection; a random rule has none."""
+    """The threshold of the selection; a random rule has none, nor has a selection from no tokens."""
+    if not selection.population:
+        return {}
     if rule.kind == "lowest_log_prob":
         return {
             "lpreg/delta": float(np.exp(selection.threshold)),

@@ -51,7 +51,7 @@ def selection_overlap(learner: Learner, batch: TrainingBatch) -> dict[str, float
     selection = lpreg.select_lowest(_tensor(other), eligible, rule.fraction)
     selected = values["selected"]
     both = int((selected & selection.mask.numpy()).sum())
-    return {"lpreg/selection_overlap": both / max(int(selected.sum()), selection.count)}
+    return {"lpreg/selection_overlap": both / max(int(selected.sum()), selection.count, 1)}
 
 
 def _tensor(values: Array) -> torch.Tensor:

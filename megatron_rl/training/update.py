@@ -73,21 +73,24 @@ def update(
 
 def old_policy_kl(log_ratio: Array) -> float:
     """Returns KL(old || new) in nats per token, never negative, from log(new / old) of tokens that the old policy
-    sampled."""
+    sampled; 0 without tokens."""
     log_ratio = log_ratio.astype(np.float64)
-    return float((np.expm1(log_ratio) - log_ratio).mean())
+    return float((np.expm1(log_ratio) - log_ratio).sum() / max(1, len(log_ratio)))
 
 
 def denominator(loss: lpreg.PolicyLoss, sequences: SequenceBatch, rows: Array) -> int:
-    """Returns the count that the loss of a mini-batch is a mean over, dropped sequences included."""
+    """Returns the count that the loss of a mini-batch is a mean over, dropped sequences included; at least 1."""
     if loss.denominator_counts == "selected_tokens":
-        return max(1, int(sequences.values_of(rows, sequences.values["selected"]).sum()))
-    return len(rows) if loss.denominator_counts == "sequences" else int(sequences.sampled_lengths[rows].sum())
+        count = sequences.values_of(rows, sequences.values["selected"]).sum()
+    else:
+        count = len(rows) if loss.denominator_counts == "sequences" else sequences.sampled_lengths[rows].sum()
+    return max(1, int(count))
 
 
 def _check_finite(step: int, result: StepResult) -> None:
     if not np.isfinite([result.loss, result.grad_norm]).all():
         raise UserError(
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}. The weights are spoilt and were "
-            f"not saved: continue from the last checkpoint with resume=auto and a lower actor.optimizer.lr"
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}. The update has damaged the "
+            "weights, which were not saved: continue from the last checkpoint with resume=auto and a lower "
+            "actor.optimizer.lr"
         )

@@ -6,6 +6,9 @@ import importlib
 import os
 import re
 import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron_rl.errors import UserError
@@ -40,3 +43,31 @@ def import_object(path: str, key: str) -> Any:
     if not hasattr(module, attribute):
         raise UserError(f"{key}={path!r}: module {module_name!r} has no {attribute!r}.")
     return getattr(module, attribute)
+
+
+def import_callable(path: str, key: str) -> Any:
+    """Returns the function or class that `path` names. Raises UserError as `import_object` does, and for any other
+    object."""
+    found = import_object(path, key)
+    if not callable(found):
+        attribute = path.rpartition(":")[2]
+        raise UserError(f"{key}={path!r}: {attribute!r} is a {type(found).__name__}, not a function or class.")
+    return found
+
+
+def own_function(path: str, key: str) -> Callable[..., Any]:
+    """Returns the function that `path` names, such that its exceptions become UserErrors; see `call_own`."""
+    return partial(call_own, path, key, import_callable(path, key))
+
+
+def call_own(path: str, key: str, function: Callable[..., Any], /, *arguments: Any) -> Any:
+    """Calls a function of the user's own code. Its exceptions become UserErrors that name the key and the line."""
+    try:
+        return function(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        own = [frame for frame in frames if frame.filename == frames[0].filename]
+        place = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+        raise UserError(f"{key}={path!r}: {type(error).__name__}{place}: {error}") from error

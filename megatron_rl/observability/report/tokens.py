@@ -18,7 +18,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 TOKENIZER = "tokenizer.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenTable:
     """The sampled tokens of one dump. Values that the run did not record are NaN, and such flags are False."""
 

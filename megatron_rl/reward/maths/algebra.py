@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -36,7 +35,6 @@ _READING = [
         )
     )
 ]
-_IMAGINARY = re.compile(r"(?<![a-zA-Z\\])i(?![a-zA-Z])")
 
 
 class TooLarge(ValueError):

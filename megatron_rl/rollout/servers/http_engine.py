@@ -27,8 +27,8 @@ from megatron_rl.weight_sync.transport import FolderUpdate, GroupMember, WeightU
 T = TypeVar("T")
 
 Command = Callable[[EngineLaunch, int, str, Path], tuple[list[str], dict[str, str]]]
-"""From (launch, port, key, folder for files that the server reads at its start) to the command line, and to the
-environment variables beside this process's own."""
+"""(launch, port, key, folder for files that the server reads at its start) -> the command line, and environment
+variables to add to those of this process."""
 FOLDER_PREFIX = "megatron-rl-server-"
 IN_GROUP = 2
 """Factor on the time limit of a broadcast: a healthy engine that is blocked by a hung peer must answer once the
@@ -87,7 +87,8 @@ class HttpEngine:
         await self._liveness.until_lost()
 
     async def _sign_of_life(self) -> None:
-        """Waits for a sign of life, and gives the server up if it lost its weights in a restart by somebody else."""
+        """Waits for a sign of life. Gives the server up if another process restarted it, so that it lost its
+        weights."""
         async with self._examined:
             if self._released:  # a sign of life may be a token, and for that the memory is missing
                 await self._server.weight_version()

@@ -16,12 +16,13 @@ from lpreg import LossInputs
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.config import check_inputs, effective, expand
 from megatron_rl.config.methods import method_needs, method_settings
+from megatron_rl.config.passes import passes_of
 from megatron_rl.errors import UserError
 
 from .conftest import MINIMAL
 
 OWN = """\
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -47,6 +48,20 @@ class Scaled(PolicyLoss):
     def __call__(self, inputs):
         losses = -self.settings.scale * inputs.advantages * inputs.log_probs
         return LossOutput(self.aggregate(losses, inputs), {"ratio": Mean.of(inputs.ratio, inputs.counted)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherSettings(MethodSettings):
+    words: list[str] = field(default_factory=lambda: ["wait"])
+    label: str = None
+
+
+class Failing(Scaled):
+    Settings = OtherSettings
+    presets = {"unlabelled": {"label": 3}}
+
+    def __call__(self, inputs):
+        self.need(inputs.entropy, "entropy")
 
 
 def function(inputs):
@@ -116,6 +131,8 @@ def test_another_process_makes_the_loss_from_the_choice(load, module):
         ("{m}:Scaled", ["algorithm.settings={scal: 1.0}"], "unknown key algorithm.settings.scal: .* mean 'scale'"),
         ("{m}:Scaled", ["algorithm.settings={scale: -1.0}"], r"algorithm.settings.scale must lie in \(0, inf\], got"),
         ("{m}:Scaled", ["algorithm.settings={scale: big}"], "algorithm.settings.scale must be a number, got 'big'"),
+        ("{m}:Failing", ["algorithm.settings={label: 3}"], "algorithm.settings.label must be text, got 3"),
+        ("{m}:Failing", ["algorithm.preset=unlabelled"], "algorithm.settings.label must be text, got 3"),
         ("{m}:Scaled", ["algorithm.preset=weak"], "algorithm.preset: 'weak' given; presets of .*: strong"),
     ],
 )
@@ -149,13 +166,23 @@ def test_an_advantage_by_import_path_may_have_groups_of_one(load):
     assert load("algorithm.advantage=mine:advantages", "rollout.samples_per_prompt=1", text=MINIMAL).algorithm
 
 
-def test_the_example_of_the_page_has_the_gradient_it_states(load, tmp_path, monkeypatch):
-    page = (Path(__file__).parents[3] / "docs/methods.md").read_text()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    Path("my_losses.py").write_text(page.split("```python\n")[1].split("```")[0])
-    command = page.split("megatron-rl train my_run.yaml ")[1].splitlines()[0].split()
-    loss = LossChoice.of(load(*command).algorithm).make()
-    log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
-    old = torch.tensor([-3.0, -2.0])
-    loss(LossInputs(log_probs=log_probs, old_log_probs=old, advantages=torch.ones(2), denominator=2)).loss.backward()
-    assert log_probs.grad.tolist() == [-1.5, -0.5]
+def test_an_error_of_an_own_loss_names_the_setting_and_the_line(load, module):
+    loss = LossChoice.of(load(f"algorithm.name={module}:Failing").algorithm).make()
+    inputs = LossInputs(log_probs=torch.zeros(2), advantages=torch.ones(2), denominator=2)
+    words = rf"algorithm\.name='{module}:Failing': ValueError in .*{module}\.py, line \d+: scaled needs .*entropy"
+    with pytest.raises(UserError, match=words):
+        loss(inputs)
+
+
+def test_the_passes_of_an_own_loss_are_known(load, module):
+    assert str(passes_of(load(f"algorithm.name={module}:Scaled"))).startswith("forwards without gradient: ")
+
+
+def test_default_factories_and_none_as_a_default(load, module):
+    config = load(f"algorithm.name={module}:Failing")
+    settings = LossChoice.of(config.algorithm).make().settings
+    assert (settings.words, settings.label) == (["wait"], None)
+    shown = {item.key: item.value for item in effective(config)}
+    assert shown["algorithm.settings.words"] == ["wait"] and shown["algorithm.settings.label"] == "none"
+    given = load(f"algorithm.name={module}:Failing", "algorithm.settings={label: mine, words: [so]}")
+    assert LossChoice.of(given.algorithm).make().settings.label == "mine"

@@ -194,6 +194,25 @@ def test_a_step_without_any_group_with_signal_is_an_error() -> None:
         collector_of(set(), max_draws=2).collect(7, 0)
 
 
+def test_a_group_filter_that_leaves_out_everything_is_named() -> None:
+    collector = collector_of({0}, max_draws=2, group_filter=lambda group: False)
+    collector.settings.group_filter = "mine:none"
+    words = r"step 7: rollout\.group_filter \(mine:none\) left out the group of each of 8 prompts in 2 draws"
+    with pytest.raises(UserError, match=rf"{words}.*rollout\.group_filter=null"):
+        collector.collect(7, 0)
+
+
+def test_groups_without_tokens_have_no_staleness() -> None:
+    engines: Any = Engines()
+    engines.take = lambda number: [Response([], [], "stop", 5)] * 2
+    grader: Any = SimpleNamespace(
+        grade=lambda pairs: [RewardResult(0.0)] * len(pairs), check=lambda graded: {"reward/timeout_fraction": 0.0}
+    )
+    collector = collector_of({0}, engines=engines, dynamic_sampling=False)
+    collector.grader = grader
+    assert collector.collect(1, 5).metrics == {"reward/timeout_fraction": 0.0} | FRESH
+
+
 def test_a_resumed_run_draws_the_same() -> None:
     """A draw depends on the cursor, the step and the seed alone."""
     with_signal = set(range(0, PROMPTS, 3))
@@ -216,6 +235,18 @@ def test_a_group_filter_decides_which_groups_are_trained_on() -> None:
 
 def only_even(group: Any) -> bool:
     return bool(group.prompt.token_ids[0] % 2 == 0)
+
+
+def fails(group: Any) -> bool:
+    raise KeyError("no such label")
+
+
+def test_an_error_of_an_own_group_filter_names_the_setting_and_the_line() -> None:
+    settings: Any = SimpleNamespace(group_filter=f"{__name__}:fails", dynamic_sampling=False)
+    collector = collector_of(set(), group_filter=group_filter_of(settings))
+    words = r"rollout\.group_filter='.*:fails': KeyError in .*test_collector\.py, line \d+: 'no such label'"
+    with pytest.raises(UserError, match=words):
+        collector.collect(1, 0)
 
 
 def test_the_group_filter_is_dynamic_sampling_or_an_imported_function() -> None:

@@ -134,7 +134,7 @@ def test_an_engine_that_agrees_passes(engines: Engines) -> None:
         (reporting(plain, TEMPERATURE**2), r"wrong temperature: they are those at 0\.49,"),
         (reporting(renormalised, TEMPERATURE), r"truncated sampling .* had been cut off"),
         (reporting(rounded, TEMPERATURE), "another precision"),
-        (reporting(no_number, TEMPERATURE), "some of .* are no numbers"),
+        (reporting(no_number, TEMPERATURE), "some of .* are NaN or infinite"),
     ],
     ids=["raw", "temperature", "twice", "top-k", "bf16", "nan"],
 )
@@ -143,6 +143,12 @@ def test_the_cause_is_named(engines: Engines, fault: Fault, cause: str) -> None:
     with pytest.raises(UserError, match=rf"(?s)engine 0 and the actor disagree.*Likely cause: {cause}"):
         contract().check(engines, engines.policy.score)
     assert not engines.running[0].agrees
+
+
+def test_an_engine_that_samples_nothing_is_refused(engines: Engines) -> None:
+    engines.fault = lambda _policy, _prompt, _response: Response([], [], "stop", 0)
+    with pytest.raises(UserError, match=r"engine 0 sampled no token in response to 8 prompts.*rollout\.contract"):
+        contract().check(engines, engines.policy.score)
 
 
 def test_an_engine_that_samples_at_another_temperature_is_refused(engines: Engines) -> None:

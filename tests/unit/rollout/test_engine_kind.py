@@ -41,6 +41,7 @@ TOY = '''\
 
 from megatron_rl.rollout.engines.interface import RolloutEngine, response_of
 from megatron_rl.rollout.engines.kind import EngineKind
+from megatron_rl.types import Response
 
 KIND = EngineKind(name="echo", engine="toy_engine:EchoEngine", memory_share=0.5, remedy="ask its author")
 NO_KIND = 3
@@ -51,6 +52,10 @@ class EchoEngine(RolloutEngine):
         self.limit, self.version = launch.max_tokens, 0
 
     def generate(self, prompts, sampling, partial=(), min_groups=None):
+        if prompts[0][-1] == 0:  # breaks the interface in the way that the prompt's first token says
+            return {1: [[]] * len(prompts), 2: [], 3: [[response_of([1], [0.0], "stop", 0)] * 3] * len(prompts)}.get(
+                prompts[0][0], [[Response([5, 6], [], "stop", 0)] * sampling.n] * len(prompts)
+            )
         lengths = [min(sampling.max_tokens, self.limit - len(prompt)) for prompt in prompts]
         return [
             [response_of([prompt[-1]] * length, [0.0] * length, "length", self.version)] * sampling.n
@@ -166,7 +171,18 @@ def test_an_engine_that_cannot_be_imported_is_an_error(load: Load, engine: str, 
     assert [word for word in ["rollout.engine", *words] if word not in message] == [] and "\n" not in message
 
 
-def test_an_engine_from_another_package_starts_and_answers(load: Load, tmp_path: Path) -> None:
+BREACHES = {
+    1: "0 responses to a prompt, but sampling.n is 2",
+    2: "0 groups for 1 prompts",
+    3: "3 responses to a prompt, but sampling.n is 2",
+    4: "0 log-probs for a response of 2 tokens",
+}
+"""First token of a prompt that ends in 0 -> what is wrong with the toy engine's answer to it."""
+
+
+def test_an_engine_from_another_package_starts_answers_and_is_stopped_if_it_breaks_the_interface(
+    load: Load, tmp_path: Path
+) -> None:
     config = load("rollout.engine='toy_engine:KIND'", "rollout.engines=2")
     write_hf_model(tmp_path / "model")
     kind = engine_kind("toy_engine:KIND")
@@ -178,6 +194,10 @@ def test_an_engine_from_another_package_starts_and_answers(load: Load, tmp_path:
     with ray_runtime(placement_of(config)) as nodes:
         engines = Engines(config.rollout, launch, tmp_path / "logs", nodes)
         groups = engines.generate(prompts, sampling)
+        for first, words in BREACHES.items():
+            for ask in (engines.generate, engines.probe):
+                with pytest.raises(UserError, match=rf"engine 0 returned {words}.*rollout\.engine"):
+                    ask([Prompt("0", (first, 0), "", None)], sampling)
         engines.close()
         finding = check_engines(config, nodes, tmp_path / "logs")
     assert [[response.token_ids.tolist() for response in group] for group in groups] == [

@@ -105,10 +105,15 @@ def test_fresh_tokens_are_those_that_the_weights_in_training_sampled() -> None:
 def test_an_estimator_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    Path("own_advantages.py").write_text("def centred(r, g): return r - 0.5\n\ndef wrong(r, g): return r[:1]\n")
+    Path("own_advantages.py").write_text(
+        "def centred(r, g): return r - 0.5\n\ndef wrong(r, g): return r[:1]\n\ndef fails(r, g): return r / None\n"
+    )
     batch, _ = batch_of(advantage="own_advantages:centred")
     assert batch.advantages.tolist() == [reward - 0.5 for reward in REWARDS]
     with pytest.raises(UserError, match=r"algorithm\.advantage='own_advantages:wrong': the estimator must return"):
         batch_of(advantage="own_advantages:wrong")
+    words = r"algorithm\.advantage='own_advantages:fails': TypeError in .*own_advantages\.py, line 5: unsupported"
+    with pytest.raises(UserError, match=words):
+        batch_of(advantage="own_advantages:fails")
     with pytest.raises(UserError, match=r"algorithm\.advantage='own_advantages:absent'.* has no 'absent'"):
         batch_of(advantage="own_advantages:absent")

@@ -99,7 +99,7 @@ async def _choices(engine: Any, request: dict[str, Any]) -> list[dict[str, Any]]
         async for answer in engine.generate(tokens_input(request["token_ids"]), sampling, f"brief-{uuid.uuid4().hex}"):
             outputs = answer.outputs  # the only answer has all outputs
         return [_choice(output) for output in outputs]
-    except Exception:  # vLLM's own handler will meet and report the same error
+    except Exception:  # vLLM's own handler gets the request next, and reports the error
         return None
 
 
