@@ -25,7 +25,7 @@ class Passes:
     """Whose log-probs or entropies select tokens: those of the rollout engine, which cost no forward, or those of the
     actor before the first update, over all sequences. None: the method selects no tokens."""
     scores_dropped: bool
-    """Whether sequences that no update trains are scored for the metrics."""
+    """Whether sequences that no update trains are scored for the metrics. False if every sequence is trained."""
     stores_old_proxy: bool
     """Whether the forward of the old policy also stores that policy's sparse proxy."""
     lagged_proxy: bool
@@ -67,13 +67,14 @@ def passes_of(config: Config) -> Passes:
     algorithm = config.algorithm
     needs = method_needs(algorithm)
     off_policy = config.train.updates_per_rollout > 1 or config.keeps_rollouts
+    drops = config.train.drop_zero_advantage and not needs.acts_without_advantage
     rule, source = needs.selection, algorithm.selection_log_probs
     by_actor = rule is not None and (rule.needs_entropy or source == "actor" or (source == "auto" and off_policy))
     lagged = needs.proxy_source == "lagged"
     return Passes(
         off_policy=off_policy,
         ranked_by=None if rule is None else "actor" if by_actor else "rollout",
-        scores_dropped=config.train.drop_zero_advantage and config.train.score_dropped,
+        scores_dropped=drops and config.train.score_dropped,
         stores_old_proxy=off_policy and needs.proxy_source == "old" and needs.needs_proxy_kl,
         lagged_proxy=lagged,
         stores_lagged_proxy=lagged and needs.needs_proxy_kl,

@@ -84,6 +84,28 @@ def test_versions_of_a_response_sampled_by_two() -> None:
     assert joined.weight_versions.tolist() == [3, 3, 5, 5, 5]
 
 
+WITH, WITHOUT, EMPTY = Response([1], [-0.5], "abort", 0), Response([2], [], "stop", 0), Response([], [], "abort", 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "rest", "log_probs"),
+    [
+        (WITH, WITH, [-0.5, -0.5]),
+        (WITH, WITHOUT, []),
+        (WITHOUT, WITH, []),
+        (WITHOUT, WITHOUT, []),
+        (WITH, EMPTY, [-0.5]),
+        (EMPTY, WITH, [-0.5]),
+    ],
+)
+def test_a_joined_response_has_log_probs_if_both_parts_have(
+    first: Response, rest: Response, log_probs: list[float]
+) -> None:
+    joined = first.followed_by(rest)
+    assert joined.log_probs.tolist() == log_probs and joined.log_probs.dtype == np.float32
+    assert len(joined) == len(first) + len(rest)
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.booleans(), max_size=4)), min_size=1, max_size=6))
 def test_pieces_add_up_whatever_their_lengths_and_masks(parts: list[tuple[int, list[bool]]]) -> None:
     joined, expected = piece(*parts[0], first=0), [parts[0][0]] * len(parts[0][1])

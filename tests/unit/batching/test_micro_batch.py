@@ -191,6 +191,13 @@ def test_tokens_of_a_tool_are_inputs_and_no_targets_in_every_form() -> None:
         assert inputs <= set(packed.tokens.flatten().tolist()), "the model also reads the tool's tokens"
 
 
+def test_every_form_of_one_token_sequences_has_a_position() -> None:
+    whole = SequenceBatch.joined([np.array([4]), np.array([5])], [[False], [False]])
+    for rows in FORMS:
+        batch = micro_batch(whole, [0, 1], CPU, PackingSpec(rows=rows))
+        assert batch.tokens.shape[1] == 1 and not batch.tokens.any(), rows
+
+
 def test_forms_without_sampled_tokens_have_no_predictors() -> None:
     whole = SequenceBatch.joined([np.arange(1, 4), np.arange(1, 3)], [[False] * 3, [False] * 2])
     for rows in FORMS:

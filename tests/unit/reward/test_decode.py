@@ -132,3 +132,24 @@ def test_every_result_has_the_text_of_its_response(pool: RewardPool, word: str, 
     results = pool.score([sample("good"), sample("good", word), sample()])
     assert [result.text for result in results] == ["good", f"good {word}", ""]
     assert [result.outcome for result in results] == ["score", outcome, "score"]
+
+
+class Refuses:
+    """A decoder that knows the token 0 only."""
+
+    def __call__(self, token_ids: Any) -> str:
+        if list(token_ids) != [0]:
+            raise OverflowError("no such token")
+        return "fine"
+
+
+def test_a_response_that_cannot_be_decoded_costs_only_itself() -> None:
+    settings = RewardSettings(name="countdown", workers=1, timeout_seconds=600.0)
+    samples = [
+        Sample(Prompt("p:0", (1,), "", "3 5 7 > 22"), Response([token], [], "stop", 0), text="") for token in (0, -1)
+    ]
+    with RewardPool(settings, decode=Refuses()) as pool:
+        fine, refused = pool.score(samples)
+    assert (fine.outcome, fine.text) == ("score", "fine")
+    assert (refused.outcome, refused.text, refused.score) == ("error", "", 0.0)
+    assert refused.detail == "ValueError: the response cannot be decoded: OverflowError: no such token"

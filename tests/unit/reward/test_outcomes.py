@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.config.reward import FormatSettings
+from megatron_rl.config.reward import FormatSettings, RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward import check_failures, outcome_rates
 from megatron_rl.reward.shaping import format_penalties, well_formed
@@ -29,12 +29,15 @@ def test_too_many_failures_stop_with_examples() -> None:
     prompts = [Prompt("test:0", (1,), "", f"label {i}") for i in range(5)]
     results = [replace(r, text=f"response {i}") for i, r in enumerate([GOOD, GOOD, LATE, BROKEN, BROKEN])]
     graded = list(zip(prompts, results, strict=True))
-    check_failures(graded, 0.6)
-    check_failures([], 0.0)
+    check_failures(graded, RewardSettings(name="mine:score", max_failed_fraction=0.6))
+    check_failures([], RewardSettings(name="mine:score", max_failed_fraction=0.0))
     with pytest.raises(UserError) as caught:
-        check_failures(graded, 0.5)
+        check_failures(graded, RewardSettings(name="mine:score", max_failed_fraction=0.5))
     message = str(caught.value)
-    assert "3 of 5 samples could not be graded" in message and "reward.max_failed_fraction is 0.5" in message
+    assert (
+        "3 of 5 samples could not be graded by reward.name: mine:score" in message
+        and "reward.max_failed_fraction is 0.5" in message
+    )
     assert message.count("KeyError: 'label'") == 1, "one example of each kind"
     assert "'label 2'" in message and "'response 2'" in message
 

@@ -158,3 +158,17 @@ def test_responses_are_decoded_before_they_are_sent(server: Server) -> None:
         results = grader.score(samples)
     assert [sample["response"] for request in server.requests for sample in request["samples"]] == ["4+5", "4+6"]
     assert [(result.score, result.text) for result in results] == [(1.0, "4+5"), (0.0, "4+6")]
+
+
+def test_a_response_that_cannot_be_decoded_is_not_posted(server: Server) -> None:
+    def decode(token_ids: Any) -> str:
+        if list(token_ids) == [9]:
+            raise OverflowError("no such token")
+        return "1"
+
+    samples = [Sample(Prompt("p", (1,), "", "1"), Response([token], [], "stop", 0)) for token in (9, 1, 9)]
+    with open_grader(settings(server.url), decode=decode) as grader:
+        results = grader.score(samples)
+    failed = RewardResult(0.0, detail="the response cannot be decoded: OverflowError: no such token", outcome="error")
+    assert results == [failed, RewardResult(1.0, "1", text="1"), failed]
+    assert [len(request["samples"]) for request in server.requests] == [1]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
@@ -31,20 +32,31 @@ def test_a_custom_reward_is_found_in_the_working_folder(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("countdwon", "unknown reward 'countdwon'. Did you mean 'countdown'"),
-        ("maths", "Did you mean 'math'"),
-        ("zzz", "unknown reward 'zzz'. Known: 'countdown', 'math', 'code'"),
-        ("", "unknown reward ''"),
-        ("math:", "unknown reward 'math:'"),
-        (":score", "unknown reward ':score'"),
         ("no_such_package.rewards:score", "No module named 'no_such_package'"),
         ("math:no_such_function", "has no 'no_such_function'"),
         ("math:pi", "'pi' is a float, not a function"),
     ],
 )
-def test_a_wrong_name_is_an_error_with_a_hint(name: str, words: str) -> None:
+def test_a_path_that_names_no_verifier_is_an_error(name: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         named(name)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("countdwon", "did you mean countdown?"),
+        ("maths", "did you mean math?"),
+        ("zzz", "one of countdown, math, code, remote, or package.module:function"),
+        ("", "package.module:function"),
+        ("math:", "package.module:function"),
+        (":score", "package.module:function"),
+    ],
+)
+def test_a_name_that_is_neither_known_nor_an_import_path_is_refused(name: str, words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        RewardSettings(name=name)
     assert words in str(caught.value)
 
 

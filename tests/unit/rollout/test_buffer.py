@@ -162,9 +162,21 @@ def test_a_buffer_file_restores_the_groups_bit_for_bit(tmp_path: Path) -> None:
         Group(3, 1, PROMPTS[1], 7),
         Group(4, 2, PROMPTS[2], 5, (partial, masked)),
         Group(9, 0, PROMPTS[0], 7, (Response([4, 5], [-0.5, -0.25], "stop", 7),), (GRADED,)),
+        Group(10, 0, PROMPTS[0], 7, (Response([4, 5], [], "abort", 7), partial)),
     ]
     write_buffer(tmp_path, groups)
     assert read_buffer(tmp_path, PROMPTS, decode) == groups
+
+
+def test_a_graded_response_that_cannot_be_decoded_is_restored_without_text(tmp_path: Path) -> None:
+    failed = RewardResult(0.0, detail="the response cannot be decoded", outcome="error")
+    groups = [Group(3, 1, PROMPTS[1], 7, (Response([4, 5], [-0.5, -0.25], "stop", 7),), (failed,))]
+    write_buffer(tmp_path, groups)
+    assert read_buffer(tmp_path, PROMPTS, refuse) == groups
+
+
+def refuse(token_ids: object) -> str:
+    raise OverflowError("no such token")
 
 
 GRADED = RewardResult(1.0, "42", "correct", text="4 5")

@@ -196,7 +196,7 @@ def test_an_engine_from_another_package_starts_answers_and_is_stopped_if_it_brea
         groups = engines.generate(prompts, sampling)
         for first, words in BREACHES.items():
             for ask in (engines.generate, engines.probe):
-                with pytest.raises(UserError, match=rf"engine 0 returned {words}.*rollout\.engine"):
+                with pytest.raises(UserError, match=rf"engine \d returned {words}.*rollout\.engine"):
                     ask([Prompt("0", (first, 0), "", None)], sampling)
         engines.close()
         finding = check_engines(config, nodes, tmp_path / "logs")

@@ -71,6 +71,12 @@ def test_a_dump_without_prompt_tokens_is_refused(tmp_path: Path) -> None:
         Replay(tmp_path).collect(1, 0)
 
 
+def test_a_dump_without_responses_is_refused(tmp_path: Path) -> None:
+    write_rollouts(tmp_path, 3, [])
+    with pytest.raises(UserError, match=r"step_000003\.parquet \(step 3\) holds no responses"):
+        Replay(tmp_path).collect(1, 0)
+
+
 def test_a_folder_without_dumps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no rollout dumps .*rollouts_every=1"):
         Replay(tmp_path)

@@ -99,8 +99,11 @@ def test_tokens_that_the_actor_did_not_score_do_not_count() -> None:
     )
 
 
+@pytest.mark.filterwarnings("error")
 def test_without_scores_there_are_no_policy_metrics() -> None:
     assert policy_metrics(batch(), {}, np.zeros(6, dtype=bool)) == {}
+    unknown = dict.fromkeys(("entropy", "log_probs", "in_filter", "log_z"), np.full(6, NAN, dtype=np.float32))
+    assert policy_metrics(batch(), unknown, np.ones(6, dtype=bool)) == {}
 
 
 def test_older_tokens_alone_have_no_fresh_gap() -> None:
@@ -140,3 +143,9 @@ def test_loss_metrics() -> None:
 def test_selection_metrics(kind: SelectionKind, want: dict[str, float]) -> None:
     selection = Selection(math.log(0.25), torch.ones(2, dtype=torch.bool), count=2, population=20)
     assert selection_metrics(SelectionRule(kind=kind, fraction=0.1), selection) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("kind", ["lowest_log_prob", "highest_entropy", "highest_covariance", "random"])
+def test_a_selection_from_no_tokens_has_no_metrics(kind: SelectionKind) -> None:
+    nothing = Selection(-math.inf, torch.zeros(0, dtype=torch.bool), count=0, population=0)
+    assert selection_metrics(SelectionRule(kind=kind, fraction=0.1), nothing) == {}

@@ -107,6 +107,28 @@ def test_a_step_scores_what_the_passes_state(overrides: list[str], forwards: int
     assert (set(TRAINED) <= set(current)) == passes_of(config).old_policy
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["algorithm.name=grpo", "train.score_dropped=false"], "none"),
+        (["algorithm.name=grpo"], "current weights (dropped sequences, for metrics)"),
+        (["algorithm.name=entropy_bonus"], "none"),  # every sequence is trained
+        (["algorithm.name=high_entropy"], "current weights (all sequences)"),
+        (["train.updates_per_rollout=4", "algorithm.name=grpo"], "current weights (all sequences)"),
+        (
+            ["train.updates_per_rollout=4", "algorithm.name=grpo", "train.score_dropped=false"],
+            "current weights (trained sequences)",
+        ),
+        (
+            ["algorithm.proxy_source=lagged", "algorithm.reference_kl.coefficient=0.1"],
+            "lagged snapshot (sequences with a token that its proxy can affect), reference model (trained sequences)",
+        ),
+    ],
+)
+def test_the_forwards_of_a_configuration_in_one_line(overrides: list[str], words: str) -> None:
+    assert str(passes_of(configured(*overrides))) == f"forwards without gradient: {words}"
+
+
 def test_lagged_and_reference_policies_score_only_what_the_loss_reads() -> None:
     config = configured("algorithm.proxy_source=lagged", "algorithm.reference_kl.coefficient=0.1")
     passes, found = passes_of(config), scored(config)

@@ -239,3 +239,13 @@ def test_the_reference_scores_the_trained_sequences() -> None:
     values, known = step.values["reference_log_probs"], tokens_of([0, 1])
     assert values[known].tolist() == LOG_PROBS[::-1][known].tolist() and np.isnan(values[tokens_of([2])]).all()
     assert "reference_log_probs" not in Step("grpo").values
+
+
+@pytest.mark.filterwarnings("error")
+def test_rankings_of_no_tokens_overlap_in_nothing() -> None:
+    loss, nothing = make_loss("lp_reg"), np.zeros(0, dtype=np.float32)
+    sequences = SequenceBatch.of([[1]], [1]).with_values(rollout_log_probs=nothing, selected=nothing.astype(bool))
+    batch = TrainingBatch(sequences, np.zeros(1, np.int64), np.ones(1), np.zeros(0, bool), {"log_probs": nothing})
+    config: Any = SimpleNamespace()
+    learner = Learner(config, config, loss, passes(loss, updates=1, source="auto", score_dropped=True))
+    assert selection_overlap(learner, batch) == {"lpreg/selection_overlap": 0.0}

@@ -144,10 +144,21 @@ def test_denominators(name: str, settings: dict[str, Any], counts: list[int]) ->
     assert [denominator(loss, batch(), np.array(rows)) for rows in ([0, 1], [2, 3])] == counts
 
 
-def test_weights_that_are_no_numbers_end_the_run() -> None:
+def test_a_loss_that_is_not_finite_ends_the_run() -> None:
     with pytest.raises(UserError, match=r"step 3: loss nan.*resume=auto"):
         stepped(Actors(loss=np.nan), updates=2)
 
 
 def test_the_old_policys_divergence_is_never_negative() -> None:
     assert old_policy_kl(np.array([-1.0, 0.0, 1.0])) > 0 == old_policy_kl(np.zeros(3))
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_old_policys_divergence_over_no_tokens_is_0() -> None:
+    assert old_policy_kl(np.zeros(0, dtype=np.float32)) == 0
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "high_entropy"])
+def test_a_mini_batch_without_sampled_tokens_has_a_denominator(name: str) -> None:
+    nothing = SequenceBatch.of([[1], [2]], [1, 1]).with_values(selected=np.zeros(0, dtype=bool))
+    assert denominator(make_loss(name), nothing, np.array([0])) == 1
