@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -112,6 +112,14 @@ class RowStatistics:
     def join(cls, parts: Sequence[RowStatistics]) -> RowStatistics:
         """Returns the statistics of consecutive chunks of rows as one."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def outputs(self, ctx: Any, settings: Settings) -> tuple[Tensor, ...]:
+        """Returns the outputs of an autograd function, and marks in its context those that have no gradient."""
+        constants = [self.in_filter, self.max_logit, self.threshold, self.log_sum]
+        ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [self.entropy]))
+        ctx.set_materialize_grads(False)
+        values = self.log_probs, self.entropy, self.log_z, self.in_filter, self.max_logit, self.proxy_kl
+        return *values, self.threshold, self.log_sum
 
 
 def statistics(

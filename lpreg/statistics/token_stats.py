@@ -144,11 +144,7 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(
             logits, columns_of_targets, log_z_rows, stats.log_sum, stats.threshold, stats.entropy, stats.log_z
         )
-        constants = [stats.in_filter, stats.max_logit, stats.threshold, stats.log_sum]
-        ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
-        ctx.set_materialize_grads(False)
-        values = stats.log_probs, stats.entropy, stats.log_z, stats.in_filter, stats.max_logit, stats.proxy_kl
-        return *values, stats.threshold, stats.log_sum
+        return stats.outputs(ctx, settings)
 
     @staticmethod
     @once_differentiable
