@@ -60,7 +60,7 @@ def weight_files(checkpoint: Path) -> dict[str, str]:
 
 
 def link_as_model(checkpoint: Path, folder: Path, base: Path | None = None) -> None:
-    """Make `folder` a Hugging Face folder: links to the checkpoint's weights, copies of the base model's small files.
+    """Makes `folder` a Hugging Face folder: links to the checkpoint's weights, copies of the base model's small files.
 
     base: the model that was trained; by default the one that the run's config.yaml names. Raises UserError if the base
     model is not found or a weight file is damaged.

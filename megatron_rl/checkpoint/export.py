@@ -19,7 +19,7 @@ from megatron_rl.models.hf_shards import HfShard, finish_hf_folder
 
 
 def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[HfShard]]) -> None:
-    """Write a Hugging Face folder: the weights of all pipeline stages, their index, and all other files of `source`.
+    """Writes a Hugging Face folder: the weights of all pipeline stages, their index, and all other files of `source`.
 
     The folder appears complete or not at all. Raises UserError if it cannot be written.
     """
@@ -39,7 +39,7 @@ def export_hf(folder: Path, source: Path, write_shards: Callable[[Path], list[Hf
 
 @torch.inference_mode()
 def largest_logit_difference(folder: Path, batch: SequenceBatch, actor_logits: Array, dtype: str) -> float:
-    """Reload the export with plain transformers and compare its logits with the actor's.
+    """Reloads the export with plain transformers and compares its logits with the actor's.
 
     actor_logits: [T, V], the actor's logits of the T sampled tokens. Returns the largest absolute difference.
     """

@@ -161,7 +161,7 @@ def read_rng(folder: Path) -> RandomStates:
 
 
 def verify(folder: Path, manifest: Manifest, *, hashes: bool = True, watch: Watch = iter) -> None:
-    """Check every file of a checkpoint against its manifest.
+    """Checks every file of a checkpoint against its manifest.
 
     hashes: compare SHA-256 as well as existence and size. watch: iterates over the file names while the files are
     hashed, for a progress bar. Raises UserError naming the first file that is missing or damaged.

@@ -22,7 +22,7 @@ class Retention:
 
 
 def prune(folder: Path, retention: Retention) -> None:
-    """Remove all checkpoints except the newest `retention.last` and the best ones."""
+    """Removes all checkpoints except the newest `retention.last` and the best ones."""
     if retention.last:
         kept = {*checkpoints(folder)[-retention.last :], *best(folder, retention.best)}
         for path in checkpoints(folder):
@@ -47,7 +47,7 @@ def _metric(path: Path, name: str) -> float | None:
 
 
 def link(folder: Path, retention: Retention, announce: Callable[[str], None]) -> None:
-    """Point the links `latest` and `best` in the folder to those checkpoints.
+    """Points the links `latest` and `best` in the folder to those checkpoints.
 
     The links are for users; no code reads them. A file system without links is announced and is no error.
     """

@@ -31,7 +31,7 @@ def capture(tracker: dict[str, Tensor] | None = None) -> RandomState:
 
 
 def restore(state: RandomState) -> dict[str, Tensor]:
-    """Restore what `capture` returned. Returns the tracker's states, which the caller must set."""
+    """Restores what `capture` returned. Returns the tracker's states, which the caller must set."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(_unpacked(words, np.uint32).tolist()), gauss))
     legacy = state["numpy"]

@@ -47,13 +47,13 @@ class Ranks(Protocol):
         """Returns the size of a checkpoint in bytes."""
 
     def write_state(self, folder: Path) -> list[RankPart]:
-        """Write the state now, one file at a time."""
+        """Writes the state now, one file at a time."""
 
     def hold_state(self) -> None:
-        """Copy the state to CPU memory."""
+        """Copies the state to CPU memory."""
 
     def write_held(self, folder: Path) -> list[RankPart]:
-        """Write the state that `hold_state` copied; the ranks may train meanwhile."""
+        """Writes the state that `hold_state` copied; the ranks may train meanwhile."""
 
 
 class Saver:
@@ -85,7 +85,7 @@ class Saver:
     def save(
         self, state: DriverState, metrics: dict[str, float], groups: Sequence[Group] = (), *, background: bool
     ) -> None:
-        """Save a checkpoint of the step that ended with `metrics`. Waits for the previous save first.
+        """Saves a checkpoint of the step that ended with `metrics`. Waits for the previous save first.
 
         groups: the groups in the rollout buffer. background: return as soon as the state is copied to CPU memory;
         `poll` and `wait` report the outcome. Raises UserError if the disk is full; then nothing half-written is left
@@ -123,7 +123,7 @@ class Saver:
         return {} if seconds is None else {"perf/checkpoint_background_seconds": seconds}
 
     def wait(self) -> None:
-        """Wait for the save under way. Raises UserError if the save failed."""
+        """Waits for the save under way. Raises UserError if the save failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._seconds = pending.result()
@@ -137,7 +137,7 @@ class Saver:
         needed: int,
         write_ranks: Callable[[Path], list[RankPart]],
     ) -> float:
-        """Write, rename and prune. Returns the seconds that took."""
+        """Writes, renames and prunes. Returns the seconds that took."""
         start = time.perf_counter()
         fresh, replaced = _unique(target), _unique(target)
         try:
@@ -168,7 +168,7 @@ class Saver:
 def _complete(
     folder: Path, manifest: Manifest, driver: RandomState, groups: Sequence[Group], parts: list[RankPart]
 ) -> None:
-    """Add the driver's files and the manifest to the files of the ranks."""
+    """Adds the driver's files and the manifest to the files of the ranks."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
     files[RNG] = write_rng(folder, RandomStates(driver, [part.rng for part in parts]))
     if groups:
@@ -182,7 +182,7 @@ def _unique(target: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
+    """Flushes a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,7 +18,7 @@ FILE_BYTES = 2 * 2**30
 
 
 def write_shard(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> ShardFile:
-    """Write CPU tensors to a file, which is on disk (fsync) when this returns. Returns its entry in the manifest."""
+    """Writes CPU tensors to a file, which is on disk (fsync) when this returns. Returns its entry in the manifest."""
     size, sha256 = write_safetensors(path, tensors)
     return ShardFile(kind, size, sha256, tuple(tensors))
 

@@ -97,7 +97,7 @@ class EngineProcess(Generic[E]):
 
 
 def failure_reason(error: Exception) -> str | None:
-    """Why the engine is lost, if a failed call's error says that it is; None for any other error."""
+    """Returns the reason if a failed call's error means that the engine is lost; None for any other error."""
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, EngineLost):
         return str(error.cause)
     if isinstance(error, ray.exceptions.RayActorError):

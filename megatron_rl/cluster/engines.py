@@ -31,7 +31,7 @@ RouterProcess = EngineProcess[RequestRouter]
 
 POLL_SECONDS = 1.0
 HALF_UPDATED = (UpdateFailed, WeightsDamaged)
-"""Errors of an engine that works, but does not have a weight update completely."""
+"""Errors of an engine that works, but has only a part of a weight update."""
 
 
 class EnginesLost(UserError):
@@ -89,7 +89,7 @@ class Engines:
         ]
         self._routing: Routing | None = None
         self._losses: dict[ObjectRef[None], Engine] = {}
-        """Answers of `until_lost`, with a router: an engine behind it may get no other call for a long time."""
+        """Calls of `until_lost`, if there is a router: an engine behind a router may get no other call for long."""
         if rollout.server.router:
             router: RouterProcess = EngineProcess(
                 len(self._engines), bound(host_router, rollout.server, logs, nodes), notify, "the router"
@@ -285,12 +285,12 @@ class Engines:
 
     @property
     def _processes(self) -> list[Engine | RouterProcess]:
-        """The router comes first: it starts within a moment, or not at all."""
+        """All processes, the router first: it starts or fails at once."""
         return [*([self._routing.router] if self._routing else []), *self._engines]
 
     @property
     def _routed(self) -> bool:
-        """Whether requests can be sent as far as the router is concerned, if there is one."""
+        """Whether the router accepts requests; True without a router."""
         return self._routing is None or self._routing.router.state == "serving"
 
     @property

@@ -21,7 +21,7 @@ LOG_FOLDER = "runs/slurm"
 def write_script(
     path: Path, overrides: list[str], *, output: Path | None, seeds: str | None, doctor: bool = False
 ) -> Path:
-    """Write the script that trains the configuration at `path` with the overrides.
+    """Writes the script that trains the configuration at `path` with the overrides.
 
     output: by default `<run.name>.sbatch`. seeds: indices of a job array, such as 0-3; each task is a run with its
     index as the seed. doctor: the job runs `megatron-rl doctor` on its nodes and trains nothing. Raises UserError if
@@ -58,7 +58,7 @@ def write_script(
 
 
 def submit(script: Path) -> str:
-    """Submit the script and return the job's number. Raises UserError with the message of sbatch if it refuses."""
+    """Submits the script and returns the job's number. Raises UserError with the message of sbatch if it refuses."""
     try:
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     except FileNotFoundError:

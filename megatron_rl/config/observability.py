@@ -81,7 +81,7 @@ class ObservabilitySettings(Section):
     perf/record_seconds is the time this takes."""
     hang_seconds: NonNegative = 1800.0
     """Longest time without progress in any process. After it, the run reports which process waits for which, writes the
-    stacks of all processes to logs/stacks, and stops. 0 waits for ever."""
+    stacks of all processes to logs/stacks, and stops. 0: no limit."""
     diagnosis: DiagnosisSettings = DiagnosisSettings()
     """Thresholds of the warnings in warnings.jsonl, on the terminal and in the report."""
     word_classes: dict[Name, Annotated[list[Text], Field(min_length=1)]] = WORD_CLASSES

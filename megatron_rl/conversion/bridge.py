@@ -14,7 +14,7 @@ from megatron_rl.models.architecture import SUPPORTED
 
 
 def convert(source: Path, hf_folder: Path, partial: Path, *, to_hf: bool, family: str) -> None:
-    """Convert with megatron-bridge. Raises UserError if the package is not installed or does not know the family."""
+    """Converts with megatron-bridge. Raises UserError if the package is not installed or does not know the family."""
     bridge = _auto_bridge(family)
     try:
         if to_hf:

@@ -42,7 +42,7 @@ def convert(
     logits: bool = True,
     console: Console | None = None,
 ) -> None:
-    """Write the model in `source` to `target`, which must not exist, and prove that both are the same model.
+    """Writes the model in `source` to `target`, which must not exist, and proves that both are the same model.
 
     to: by default torch_dist for a Hugging Face folder and hf for anything else. model: the Hugging Face folder that
     describes `source`, needed if no config.json is found beside it. dtype: by default that of the source, and for a

@@ -39,7 +39,7 @@ HEADROOM = 1.5
 def compare_tensors(
     written: Mapping[str, int], architecture: Architecture, weights: Weights, advance: Callable[[int], None]
 ) -> int:
-    """Read all tensors back and compare their checksums.
+    """Reads all tensors back and compares their checksums.
 
     advance: called with the bytes of each tensor. Returns the number of tensors; raises UserError if some differ.
     """

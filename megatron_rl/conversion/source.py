@@ -130,7 +130,7 @@ HF_FILES = "hf"
 
 
 def open_source(folder: Path, hf_folder: Path) -> Source:
-    """Open and check a model. Raises UserError for an unknown family, and for missing, damaged or misshapen files."""
+    """Opens and checks a model. Raises UserError for an unknown family, and for missing, damaged or misshapen files."""
     hf_config = read_config(hf_folder)
     architecture = Architecture.from_hf(hf_config)
 

@@ -32,7 +32,7 @@ class HfShard:
 def write_hf_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int = MAX_SHARD_BYTES, part: int = 0
 ) -> list[HfShard]:
-    """Write files of at most `max_bytes`, or of one larger tensor. At most one file's tensors are in memory at a time.
+    """Writes files of at most `max_bytes`, or of one larger tensor. At most one file's tensors are in memory at a time.
 
     part: distinguishes and orders the files of several processes that write into one folder.
     """
@@ -58,7 +58,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], size: int, part: int, numbe
 
 
 def finish_hf_folder(folder: Path, shards: Iterable[HfShard]) -> None:
-    """Give the files of all processes their final names and write the index if there are several.
+    """Gives the files of all processes their final names and writes the index if there are several.
 
     If all tensors have one dtype, it is recorded in config.json.
     """

@@ -17,7 +17,7 @@ Parts = dict[str, float]
 """Name of a part -> bytes."""
 
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
-"""Response tokens that the fused LM head projects at a time, by default in lpreg, on CPU and GPU."""
+"""Sampled tokens that the fused LM head projects at a time, by default in lpreg, on CPU and GPU."""
 CPU_STATISTICS_BYTES = 4 * 2**20
 """Work space of lpreg's token statistics on the CPU; the GPU kernels need none."""
 

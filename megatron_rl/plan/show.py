@@ -20,7 +20,7 @@ from megatron_rl.utils.hardware import GIB
 
 
 def show_plan(plan: Plan, alternatives: Sequence[tuple[Choice, Plan]], console: Console) -> None:
-    """Print a plan. alternatives: layouts that fit, if this one does not."""
+    """Prints a plan. alternatives: layouts that fit, if this one does not."""
     _show_run(plan, console)
     console.print(_placement(plan), _actor(plan))
     _show_engine(plan, console)

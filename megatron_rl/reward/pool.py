@@ -62,7 +62,7 @@ class RewardPool:
             try:
                 return self._score(samples)
             except BrokenProcessPool:
-                # A worker died between two samples, for an outside reason: no sample is to blame.
+                # A worker died between two samples, for an outside reason: no sample caused it.
                 self.close()
                 self._pool = self._start()
         raise RuntimeError(f"the reward workers died {ATTEMPTS} times in a row; is the machine out of memory?")
@@ -87,7 +87,7 @@ class RewardPool:
         return [self._with_text(results[i], samples[i]) for i in range(len(samples))]
 
     def _with_text(self, result: RewardResult, sample: Sample) -> RewardResult:
-        """The worker of a failed sample may have died before it could return the text."""
+        """Returns the result with the response's text, which a worker that died could not return."""
         if result.text:
             return result
         try:

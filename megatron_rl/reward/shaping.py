@@ -1,4 +1,4 @@
-"""Shaping of rewards by the form of the response. Evaluation does not use it, but the verifier's score."""
+"""Shaping of rewards by the form of the response. Evaluation uses the verifier's score alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_rl.config.reward import FormatSettings
 
 
 def well_formed(text: str, tags: Sequence[str]) -> bool:
-    """Whether each tag appears exactly once, in the given order. Plain search, which no response can make slow."""
+    """Whether each tag appears exactly once, in the given order. No response can make the search slow."""
     position = 0
     for tag in tags:
         found = text.find(tag)

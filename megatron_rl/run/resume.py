@@ -48,7 +48,7 @@ def check_resumption(config: Config, resumption: Resumption) -> None:
 
 
 def resume(run: Run, resumption: Resumption) -> None:
-    """Restores all state but the cursor, which the run was opened with."""
+    """Restores all state except the cursor, with which the run was opened."""
     checkpoint, manifest = resumption.checkpoint, resumption.manifest
     run.actors.load(checkpoint)
     rng.restore(read_rng(checkpoint).driver)

@@ -74,7 +74,7 @@ def policy_metrics(sequences: SequenceBatch, scores: Mapping[str, Array], fresh:
 
 
 def _mean(values: Array) -> float:
-    """The sum is in float64, whatever the values are."""
+    """Returns the mean, computed in float64."""
     return float(values.mean(dtype=np.float64))
 
 
@@ -88,7 +88,7 @@ def rate_metrics(flops: float, seconds: float, ranks: int, peak: float | None) -
 
 
 def selection_metrics(rule: SelectionRule, selection: Selection) -> dict[str, float]:
-    """The threshold of the selection; a random rule has none, nor has a selection from no tokens."""
+    """The threshold of the selection. A random rule has no threshold, and neither has a selection from no tokens."""
     if not selection.population:
         return {}
     if rule.kind == "lowest_log_prob":

@@ -31,7 +31,7 @@ _DTYPES = {
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write CPU tensors to a file, which is on disk (fsync) when this returns.
+    """Writes CPU tensors to a file, which is on disk (fsync) when this returns.
 
     Returns the file's size in bytes and its SHA-256 in hexadecimal.
     """
@@ -63,13 +63,13 @@ class SafetensorsWriter:
         self._file.seek(HEADER_BYTES)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor from any device. The tensor may change when this returns."""
+        """Writes a tensor from any device. The tensor may change when this returns."""
         self._entries[name] = _entry(tensor, self.size)
         self._file.write(_bytes(tensor.cpu()))
         self.size += tensor.nbytes
 
     def close(self) -> None:
-        """Write the header and move the file to `path`. Raises ValueError if the header does not hold all names."""
+        """Writes the header and moves the file to `path`. Raises ValueError if the header does not hold all names."""
         with self._file as file:
             file.seek(0)
             file.write(_header(self._entries, HEADER_BYTES))

@@ -45,7 +45,7 @@ def test_a_dry_run_prints_the_configuration_and_writes_nothing(empty_folder: Pat
     assert train("--dry-run") == 0
     assert list(empty_folder.iterdir()) == []
     out, err = capsys.readouterr()
-    assert f"{EXAMPLE}: nothing wrong found" in err and "\n# forwards without gradient: " in err
+    assert f"{EXAMPLE}: nothing wrong found" in err and "# forwards without gradient: " in err
     (empty_folder / "expanded.yaml").write_text(out)
     expanded = load_config(empty_folder / "expanded.yaml", [])
     assert expanded == load_config(EXAMPLE, [f"run.name={expanded.run.name}"])

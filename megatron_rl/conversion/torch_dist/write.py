@@ -39,7 +39,7 @@ def write_torch_dist(
     read: Callable[[Entry], Tensor],
     max_file_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a Megatron-LM save folder with one checkpoint, `release`.
+    """Writes a Megatron-LM save folder with one checkpoint, `release`.
 
     read: returns the complete Megatron tensor of an entry. A file holds at most `max_file_bytes`, or one larger tensor;
     at most one file's tensors are in memory at a time.

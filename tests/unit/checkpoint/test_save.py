@@ -58,7 +58,7 @@ class Gate:
         saving.ranks.write_held = wait_and_write  # type: ignore[method-assign]
 
 
-def test_training_goes_on_during_a_background_save(saving: Saving) -> None:
+def test_training_continues_during_a_background_save(saving: Saving) -> None:
     gate = Gate(saving)
     with saving.saver() as saver:
         saver.save(state(1), {}, background=True)

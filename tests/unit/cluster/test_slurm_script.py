@@ -109,7 +109,7 @@ def test_a_doctor_job_trains_nothing(write: Write) -> None:
     ("overrides", "words"),
     [
         (["run.name=a b"], "run.name: 'a b' becomes the job's name"),
-        (["cluster.nodes=3"], "cluster.nodes: 3 are asked for, but actor ranks and engines use only 2"),
+        (["cluster.nodes=3"], "cluster.nodes: 3 nodes are given, but actor ranks and engines use only 2"),
         (["cluster.nodes=1"], "need more GPUs than cluster.nodes: 1"),
         (["cluster.slurm.container=pyxis"], "cluster.slurm.container and cluster.slurm.image go together"),
         (["cluster.slurm.image=x.sif"], "go together"),

@@ -1,4 +1,4 @@
-"""An evaluation from its protocol to its summary, and over an interruption."""
+"""An evaluation from its protocol to its summary, with and without an interruption."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def run(protocol: ProtocolSettings, source: Any, folder: Path, **more: Any) -> l
     return seen
 
 
-def test_suites_are_sampled_as_they_say(protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path) -> None:
+def test_each_suite_is_sampled_with_its_own_settings(
+    protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path
+) -> None:
     seen = run(protocol, source, tmp_path / "out")
     assert [len(batch) for batch in source.asked] == [3, 3, 1, 3, 1]
     assert [(s.n, s.temperature, s.max_tokens) for s in source.samplings] == [(2, 1.0, 8192)] * 3 + [(4, 0.5, 8192)] * 2
@@ -49,7 +51,7 @@ def test_suites_are_sampled_as_they_say(protocol: ProtocolSettings, source: Scri
 
 
 class Dies(ScriptedSource):
-    """After some batches."""
+    """Raises KeyboardInterrupt after some batches."""
 
     def __init__(self, batches: int) -> None:
         super().__init__()
@@ -63,7 +65,9 @@ class Dies(ScriptedSource):
 
 
 @pytest.mark.parametrize("batches", quick_of(range(5), (0, 3)))
-def test_an_interrupted_evaluation_goes_on(protocol: ProtocolSettings, tmp_path: Path, batches: int) -> None:
+def test_an_interrupted_evaluation_continues_where_it_stopped(
+    protocol: ProtocolSettings, tmp_path: Path, batches: int
+) -> None:
     run(protocol, ScriptedSource(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(protocol, Dies(batches), tmp_path / "cut")
@@ -77,7 +81,7 @@ def test_an_interrupted_evaluation_goes_on(protocol: ProtocolSettings, tmp_path:
     assert again.asked == []
 
 
-def test_another_evaluation_does_not_go_on_here(
+def test_a_folder_of_another_evaluation_is_refused(
     protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path
 ) -> None:
     run(protocol, source, tmp_path / "out")
@@ -93,7 +97,7 @@ def test_another_evaluation_does_not_go_on_here(
         run(protocol, source, tmp_path / "full")
 
 
-def test_a_verifier_that_fails_stops_it(
+def test_a_verifier_that_fails_stops_the_evaluation(
     protocol: ProtocolSettings, source: ScriptedSource, sums: Callable[[str, int], Path], tmp_path: Path
 ) -> None:
     reward = protocol.reward.model_copy(update={"name": "countdown"})

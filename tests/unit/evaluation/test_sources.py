@@ -1,4 +1,4 @@
-"""Models behind a server, against one that answers as OpenAI's completions do; and what tells folders apart."""
+"""A model behind a server with OpenAI's completions API, and the fingerprints of model folders."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_every_response_has_its_own_request(server: Server, suffix: str) -> None
     }
 
 
-def test_several_models_must_be_told_apart(server: Server) -> None:
+def test_a_server_with_several_models_needs_a_name(server: Server) -> None:
     server.models = ["one", "two"]
     with pytest.raises(UserError, match="serves one, two: choose one with --model-name"):
         connect(server.url)
@@ -105,7 +105,7 @@ def test_a_server_that_fails_stops_the_evaluation(server: Server, answer: tuple[
         connect(server.url).sample(PROMPTS, SAMPLING)
 
 
-def test_model_folders_differ_by_their_weights(tmp_path: Path) -> None:
+def test_folders_with_different_weights_have_different_fingerprints(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no weights"):
         _fingerprint(tmp_path)

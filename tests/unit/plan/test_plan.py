@@ -250,7 +250,14 @@ def test_the_command_loads_neither_torch_nor_ray(run_file: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stderr.strip() == ""
-    for words in ("placement", "forwards without gradient: ", "forward and backward", "GPU hours", "Estimated, not measured", "fits"):
+    for words in (
+        "placement",
+        "forwards without gradient: ",
+        "forward and backward",
+        "GPU hours",
+        "Estimated, not measured",
+        "fits",
+    ):
         assert words in done.stdout
 
 
