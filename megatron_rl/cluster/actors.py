@@ -14,7 +14,7 @@ from ray import ObjectRef
 
 from megatron_rl.actor.interface import ActorRank
 from megatron_rl.actor.passes.policy_loss import LossChoice
-from megatron_rl.actor.passes.results import Snapshot, Sums, Table, TrainResult, Weights, add_up
+from megatron_rl.actor.passes.results import Snapshot, Sums, TrainResult, Weights, add_up, merge_tables
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint.manifest import RankPart
@@ -222,17 +222,3 @@ def _when_all_are_done(refs: list[ObjectRef[R]]) -> list[R]:
         return results(refs)
     finally:
         ray.wait(refs, num_returns=len(refs), timeout=SETTLE_SECONDS)
-
-
-def merge_tables(batch: SequenceBatch, tables: list[Table]) -> tuple[dict[str, np.ndarray], StoredProxy]:
-    """Merges tables that cover some sequences each into flat values [T] and one proxy store, in the batch's order."""
-    merged: dict[str, np.ndarray] = {}
-    proxies = []
-    for table in tables:
-        for name, values in table.values.items():
-            if name not in merged:
-                merged[name] = np.empty((batch.num_sampled_tokens, *values.shape[1:]), dtype=values.dtype)
-            batch.set_values(merged[name], table.rows, values)
-        if table.proxy is not None:
-            proxies.append((batch.token_index(table.rows), table.proxy))
-    return merged, StoredProxy.join(batch.num_sampled_tokens, proxies)

@@ -135,6 +135,7 @@ def test_grouped_experts_on_two_gpus_match_those_on_one(tmp_path: Path, sparse: 
     assert_alike(run(tmp_path / "two", sparse, BF16 | layout), run(tmp_path / "one", sparse, BF16), 3e-2)
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("change", [{}, {"offload_optimizer": True}, {"recompute": {"granularity": "full"}}], ids=str)
 def test_a_billion_parameters_use_the_memory_that_plan_predicts(tmp_path: Path, change: dict[str, Any]) -> None:
     shape = dict(
