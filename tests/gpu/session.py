@@ -2,7 +2,7 @@
 
     python -m tests.gpu.kit --transformer-engine ARCHIVE    where there is a network: collects what the machine lacks
     python -m tests.gpu.session --out FOLDER                on the GPU machine, in the root of the repository
-    python -m tests.gpu.session --out FOLDER --dry          on a CPU, over the rehearsal's stand-ins
+    make rehearse-session                                   on a CPU, over the rehearsal's stand-ins (--dry)
 
 The session writes FOLDER/session.json after every step, so that a session that is cut off leaves what it has found;
 FOLDER/session.md, the same as a section of a page; and FOLDER/log.txt, the output of all steps. Its exit status is 0
@@ -169,10 +169,12 @@ def describe(paths: Paths, dry: bool) -> dict[str, Any]:
 
 
 def rehearsed() -> Paths:
-    """Returns the paths of the rehearsal, in which CUDA is the CPU."""
-    from tests.rehearsal.environment import session_paths
+    """Returns the paths of the rehearsal, in which CUDA is the CPU. Run the session with its Python."""
+    from tests.rehearsal.__main__ import environment
+    from tests.rehearsal.versions import NEWEST
 
-    return Paths(*session_paths())
+    engine, megatron = NEWEST
+    return Paths(sys.executable, environment(None, megatron), environment(engine, megatron))
 
 
 if __name__ == "__main__":
