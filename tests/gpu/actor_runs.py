@@ -30,6 +30,8 @@ ROWS = {"count": 8, "prompt": 20, "response": 40, "vocabulary": 512}
 ENGINE = importlib.util.find_spec("transformer_engine") is not None
 needs_engine = pytest.mark.skipif(not ENGINE, reason="needs Transformer Engine")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+LOUD = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "2"}
+"""Transformer Engine then logs which attention kernel it chooses."""
 BF16 = {"device": "cuda", "dtype": "bfloat16"}
 
 

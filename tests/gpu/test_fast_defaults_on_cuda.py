@@ -1,4 +1,4 @@
-"""What is fast by default on GPUs changes no result beyond rounding, saves time, and the host does not wait for the GPU.
+"""What is fast by default on GPUs changes no result beyond rounding, saves time and keeps the host from waiting.
 
 Time is compared in pairs on the same machine, as a ratio.
 """
