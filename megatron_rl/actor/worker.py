@@ -139,6 +139,10 @@ class MegatronWorker:
     def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
         return self.passes.candidates(batch, temperature, count)
 
+    def release_memory(self) -> None:
+        """Gives back GPU memory that torch has cached."""
+        platform.release_memory()
+
     def snapshot(self, name: Snapshot) -> None:
         """Copies the current weights to CPU memory under this name."""
         self.snapshots.keep(name, dict(self.model.named_parameters()))

@@ -32,7 +32,9 @@ def validate_layout(hf_config: Mapping[str, Any], layout: Layout, pad_vocabulary
         raise UserError(f"actor.pipeline_parallel is {layout.pipeline}, but the model has only {model.layers} layers.")
     _check_chunks(model, layout)
     if not pad_vocabulary and model.vocabulary != padded_vocabulary(model.vocabulary, layout.tensor):
-        fitting = {n for n in _divisors(_head_unit(model)) if padded_vocabulary(model.vocabulary, n) == model.vocabulary}
+        fitting = {
+            n for n in _divisors(_head_unit(model)) if padded_vocabulary(model.vocabulary, n) == model.vocabulary
+        }
         raise UserError(
             f"actor.tensor_parallel is {layout.tensor}, and the vocabulary of {model.vocabulary} tokens is no multiple "
             f"of {VOCABULARY_UNIT} x tensor_parallel. Set actor.pad_vocabulary to true, or change tensor_parallel. "

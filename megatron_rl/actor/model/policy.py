@@ -240,6 +240,6 @@ def mark_shards(model: GPTModel, architecture: Architecture) -> None:
     """
     for name, parameter in model.named_parameters():
         kind = kind_of(model, architecture, name)
-        parameter.tensor_model_parallel = kind != "replicated"  # type: ignore[attr-defined]
-        parameter.partition_dim = {"replicated": -1, "row": 1}.get(kind, 0)  # type: ignore[attr-defined]
-        parameter.partition_stride = 1  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = kind != "replicated"
+        parameter.partition_dim = {"replicated": -1, "row": 1}.get(kind, 0)
+        parameter.partition_stride = 1

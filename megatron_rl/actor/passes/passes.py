@@ -201,7 +201,10 @@ def _train_result(parts: Sequence[_Part]) -> TrainResult:
     return TrainResult(
         table=_table([(part.rows, dict(zip(TABLE, islice(columns, len(TABLE)), strict=True))) for part in parts]),
         loss=sum(float(found[0]) for found in numbers),
-        metrics=add_up(dict(zip(names, found[1:].reshape(-1, 2).tolist(), strict=True)) for found in numbers),
+        metrics=add_up(
+            {name: (float(found[1 + 2 * i]), float(found[2 + 2 * i])) for i, name in enumerate(names)}
+            for found in numbers
+        ),
         grad_norm=float("nan"),
     )
 

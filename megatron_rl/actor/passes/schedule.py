@@ -28,7 +28,11 @@ OnHidden = Callable[[Tensor, MicroBatch], tuple[Tensor, Result]]
 
 
 def run_schedule(
-    chunks: Sequence[DistributedDataParallel], micro_batches: list[MicroBatch], on_hidden: OnHidden[Result], *, backward: bool
+    chunks: Sequence[DistributedDataParallel],
+    micro_batches: list[MicroBatch],
+    on_hidden: OnHidden[Result],
+    *,
+    backward: bool,
 ) -> list[Result]:
     """Returns the results of `on_hidden` for each micro-batch, on the last pipeline stage; an empty list on the others.
 

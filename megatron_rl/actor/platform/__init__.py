@@ -73,7 +73,10 @@ def fusions(settings: ActorSettings, device: torch.device, *, experts: bool) -> 
     Raises UserError if a setting asks for a kernel that this machine or this actor cannot have.
     """
     return gpu.fusions(
-        settings.fusions, device, engine=uses_transformer_engine(device, getattr(torch, settings.dtype)), experts=experts
+        settings.fusions,
+        device,
+        engine=uses_transformer_engine(device, getattr(torch, settings.dtype)),
+        experts=experts,
     )
 
 
@@ -116,7 +119,9 @@ def describe(settings: ActorSettings, *, experts: bool = False) -> str:
     apex = "Apex" if importlib.util.find_spec("apex") else "no Apex"
     lines = [f"{_device}, megatron-core {megatron_version()}, {layers}, {apex}"]
     if _device.type == "cuda":
-        lines.append(f"torch {torch.__version__}, Transformer Engine {versions.installed('transformer-engine') or 'none'}")
+        lines.append(
+            f"torch {torch.__version__}, Transformer Engine {versions.installed('transformer-engine') or 'none'}"
+        )
         lines.append(f"attention: {settings.attention_backend if engine else 'scaled dot product of torch'}")
         lines += fusions(settings, _device, experts=experts).lines()
         overlap = overlaps_grad_reduce(settings, _device)

@@ -100,6 +100,7 @@ CPU_TWINS: dict[str, Callable[..., Any]] = {
 }
 """Functions of megatron.core whose entire body is replaced."""
 
+
 def _local(name: str) -> Callable[[], Any]:
     return lambda: getattr(importlib.import_module("megatron.core.utils"), name)
 
