@@ -28,8 +28,8 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Size of Ray's object store on a machine without GPUs. With GPUs batches have gigabytes, and Ray chooses a share of the
-memory."""
+"""Size of Ray's object store on a machine without GPUs. With GPUs, batches have gigabytes, and Ray chooses a share of
+the memory."""
 BACKGROUND = "background"
 CALLS_AT_A_TIME = 100_000
 """Concurrent calls of a process with coroutines: more than a run has requests under way, since a pause must not queue

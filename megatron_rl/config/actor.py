@@ -56,8 +56,8 @@ class RecomputeSettings(Section):
 
 
 class FusionSettings(Section):
-    """Fused kernels on GPUs. auto: used if the device and the installed packages have them; the first lines of a run say
-    which. true: refused without. false: not used. A CPU has none of them."""
+    """Fused kernels on GPUs. auto: used if device and packages have them; the first lines of a run say which. true: the
+    run is refused without. false: not used. A CPU has none of them."""
 
     rope: Switch = "auto"
     """Rotary embeddings of packed sequences in one kernel of Transformer Engine; otherwise the host waits for the GPU

@@ -16,7 +16,7 @@ from megatron_rl.plan.setup import Setup
 Parts = dict[str, float]
 """Name of a part -> bytes."""
 
-CHECKED_TOKENS = 4 * 64
+TOKENS_OF_EXPORT_CHECK = 256
 """Tokens whose logits `run/finish.py` compares at the end of a run."""
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
 """Response tokens that the fused LM head projects at a time, by default in lpreg, on CPU and GPU."""
@@ -127,8 +127,8 @@ def _largest_tensor(setup: Setup) -> float:
 
 
 def _gathered_tensor(setup: Setup) -> float:
-    """Peak bytes while the largest tensor of the model is gathered in fp32 for a checkpoint: this rank's part, the parts
-    of all ranks, and these joined. The gate and up matrices of a layer are gathered together and joined one by one."""
+    """Peak bytes while the largest tensor is gathered in fp32 for a checkpoint: this rank's part, those of all ranks,
+    and these joined. The gate and up matrices of a layer are gathered together and joined one by one."""
     model, t = setup.model, setup.layout.tensor
     if t == 1:
         return float(FP32 * model.hidden * max(model.vocabulary, 2 * model.ffn))
@@ -137,7 +137,7 @@ def _gathered_tensor(setup: Setup) -> float:
 
 def _checked_logits(setup: Setup) -> Parts:
     """Logits of the tokens by which the export is compared: this rank's part, the parts of all ranks, and in fp32."""
-    size = CHECKED_TOKENS * setup.model.vocabulary * (2 * setup.element + FP32)
+    size = TOKENS_OF_EXPORT_CHECK * setup.model.vocabulary * (2 * setup.element + FP32)
     return {"logits of the checked tokens": float(size)}
 
 

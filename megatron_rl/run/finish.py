@@ -10,14 +10,16 @@ import numpy as np
 from megatron_rl.batching.sequences import sequences_of
 from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
 from megatron_rl.observability.report import write_report
+from megatron_rl.plan.memory import TOKENS_OF_EXPORT_CHECK
 from megatron_rl.run.sampling import evaluation_sampling
 
 if TYPE_CHECKING:
     from megatron_rl.run.run import Run
 
-CHECKED_PROMPTS, CHECKED_TOKENS = 4, 64
-"""Number of prompts, and tokens of the response to each, at which logits are compared. Logits of whole responses would
-not fit into memory: a token takes half a megabyte."""
+CHECKED_PROMPTS = 4
+CHECKED_TOKENS = TOKENS_OF_EXPORT_CHECK // CHECKED_PROMPTS
+"""Tokens of the response to each prompt at which logits are compared. Those of whole responses would not fit into
+memory: a token takes half a megabyte."""
 TOLERANCE = {"float32": (1e-5, 1e-6)}
 """Largest allowed difference of a logit between the actor and its export: absolute, or as a share of the largest logit,
 because rounding errors grow with it; the larger of the two holds. bf16 has no limit: it rounds every layer's output."""

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from megatron_rl.actor import platform
-from megatron_rl.actor.platform.gpu import Fusions, fuse_gradient_accumulation
 from megatron_rl.actor.model.layers import stage_layers
 from megatron_rl.actor.model.rope import ScaledRope
 from megatron_rl.actor.model.tree_attention import TreePacking
+from megatron_rl.actor.platform.gpu import NO_FUSIONS, Fusions, fuse_gradient_accumulation
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.layout_check import validate_layout
 from megatron_rl.models.weight_map import kind_of
@@ -75,7 +75,7 @@ class Kernels:
     fp8: Fp8 = "none"
     expert_gemm: ExpertGemm = "auto"
     attention: AttentionBackend = "auto"
-    fusions: Fusions = Fusions()
+    fusions: Fusions = NO_FUSIONS
     deterministic: bool = False
 
     @classmethod

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 Place = tuple[Tensor, str | None]
-"""Where a tensor of the state is: a weight that is stepped and the name of its moment, or None for the weight itself."""
+"""A tensor of the state: a weight that is stepped and the name of its moment, or None for the weight itself."""
 
 
 class Optimizer:

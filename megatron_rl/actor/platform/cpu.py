@@ -134,7 +134,7 @@ names hold without them; a function makes the value."""
 
 @cache
 def run_on_cpu() -> None:
-    """Retargets megatron-core. A second call does nothing: there would be nothing left to replace, which is an error."""
+    """Retargets megatron-core, once per process: a second time nothing would be left to replace, which is an error."""
     newer = [sites for since, sites in NEWER_SITES.items() if _release_line() >= since]
     for site in itertools.chain(*CUDA_SITES.values(), *newer):
         _retarget(_find(site))

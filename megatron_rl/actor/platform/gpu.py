@@ -60,6 +60,9 @@ class Fusions:
         return [f"actor.fusions.{name}: {'on' if getattr(self, name) else 'off'}" for name in self.__slots__]
 
 
+NO_FUSIONS = Fusions()
+
+
 def fusions(settings: FusionSettings, device: torch.device, *, engine: bool, experts: bool) -> Fusions:
     """Returns the fused kernels to use. engine: whether layers come from Transformer Engine.
 
