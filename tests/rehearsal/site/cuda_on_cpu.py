@@ -147,8 +147,10 @@ def _everywhere() -> None:
 
 
 def _type(self: torch.Tensor, *args: Any, **settings: Any) -> Any:
-    answer = _TYPE(self, *args, **settings)
-    return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) and of_cuda(self) else answer
+    answer = _TYPE(self, *args, **settings)  # within the mode, torch finds this function again by its name
+    if not isinstance(answer, str) or "cuda" in answer or not of_cuda(self):
+        return answer
+    return answer.replace("torch.", "torch.cuda.")
 
 
 _TYPE = torch.Tensor.type

@@ -48,6 +48,11 @@ def _extension(common: ModuleType) -> None:
     common.load_framework_extension = lambda framework: importlib.import_module(f"transformer_engine_{framework}")
 
 
+def _names(extensions: ModuleType) -> None:
+    """This module has the extension's names by `import *`, which finds only those that have a stand-in."""
+    extensions.__getattr__ = importlib.import_module("transformer_engine_torch").__getattr__  # type: ignore
+
+
 def _permutation(kernels: ModuleType) -> None:
     import moe_permutation
 
@@ -58,6 +63,7 @@ if os.environ.get("MEGATRON_RL_REHEARSAL"):
     for _module, _action in {
         "torch": _cuda,
         "transformer_engine.common": _extension,
+        "transformer_engine.pytorch.cpp_extensions": _names,
         "transformer_engine.pytorch.triton.permutation": _permutation,
     }.items():
         sys.meta_path.insert(0, _AfterImport(_module, _action))
