@@ -20,7 +20,10 @@ R = TypeVar("R")
 Sums = dict[str, tuple[tuple[int, ...], float]]
 """Name of a process group -> its ranks, and the seconds of a sum over them."""
 
-TIMEOUT_SECONDS = 180.0
+SILENCE_SECONDS = 180.0
+"""A check fails if none of the processes that it waits for answers for this long."""
+START_SECONDS = 900.0
+"""The same while processes start, which import torch and Megatron: a busy node takes its time over that."""
 ROUND_TRIPS = 3
 
 
@@ -73,12 +76,12 @@ def collectives(nodes: Nodes, device: str, layout: Layout, logs: Path) -> Collec
         for rank, node in enumerate(nodes.placement.actors)
     ]
     try:
+        hosts = _answers([rank.node_address() for rank in ranks], START_SECONDS)
+        libraries = _answers([rank.submit(RankCheck.library) for rank in ranks], START_SECONDS)
         if nodes.placement.shared:
             nodes.rank_devices = _answers([rank.devices() for rank in ranks])
-        host = _answers([ranks[0].node_address()])[0]
-        port = _answers([ranks[0].submit(RankCheck.open_port, host)])[0]
-        libraries = _answers([rank.submit(RankCheck.library) for rank in ranks])
-        return Collectives(libraries, _answers([rank.submit(RankCheck.run, host, port) for rank in ranks]))
+        port = _answers([ranks[0].submit(RankCheck.open_port, hosts[0])])[0]
+        return Collectives(libraries, _answers([rank.submit(RankCheck.run, hosts[0], port) for rank in ranks]))
     finally:
         for rank in ranks:
             rank.kill()
@@ -100,10 +103,13 @@ def _now() -> float:
     return time.time()
 
 
-def _answers(refs: list[ObjectRef[R]]) -> list[R]:
-    _, late = ray.wait(refs, num_returns=len(refs), timeout=TIMEOUT_SECONDS)
-    if late:
-        numbers = [index for index, ref in enumerate(refs) if ref in late]
-        raise UserError(f"no answer within {TIMEOUT_SECONDS:.0f} s from {numbers} of {len(refs)}")
+def _answers(refs: list[ObjectRef[R]], silence: float = SILENCE_SECONDS) -> list[R]:
+    """Returns the answers. Raises UserError if no further answer comes for `silence` seconds."""
+    waiting = refs
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=silence)
+        if not done:
+            numbers = [index for index, ref in enumerate(refs) if ref in waiting]
+            raise UserError(f"no answer within {silence:.0f} s from {numbers} of {len(refs)}")
     answers: list[R] = ray.get(refs)
     return answers

@@ -10,6 +10,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,9 @@ import torch
 import torch.multiprocessing
 
 from megatron_rl.actor.passes.policy_loss import LossChoice
+from megatron_rl.actor.passes.results import merge_tables
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.parallel.layout import layout_of
@@ -48,7 +52,7 @@ def run_rank(rank: int, folder: Path) -> None:
     prompt = case["rows"]["prompt"]
     for row, tokens in enumerate(batch.sequences):  # groups of four, so that local layers have positions to share
         tokens[:prompt] = batch.sequence(row - row % 4)[:prompt]
-    found |= steps(worker, batch, case["steps"])
+    found |= steps(worker, batch, case["steps"], case.get("watch", False))
     if case.get("logits", True):
         logits = gathered(worker.logits(batch))
         if rank == 0:
@@ -58,18 +62,37 @@ def run_rank(rank: int, folder: Path) -> None:
     worker.close()
 
 
-def steps(worker: MegatronWorker, batch: SequenceBatch, count: int) -> dict[str, Any]:
-    losses, norms = [], []
+def steps(worker: MegatronWorker, batch: SequenceBatch, count: int, watch: bool) -> dict[str, Any]:
+    """Takes `count` steps. `watch`: the host's waits for the GPU are then counted over one further step."""
+    losses, norms, seconds = [], [], []
+    on_gpu = worker.device.type == "cuda"
     for _ in range(count):
+        start = time.perf_counter()
         parts = gathered(worker.train(batch, LEARNING_RATE, batch.num_sampled_tokens, TEMPERATURE))
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
         losses.append(sum(part.loss for part in parts))
         norms.append(parts[0].grad_norm)
-    on_gpu = worker.device.type == "cuda"
-    return {
-        "losses": losses,
-        "grad_norms": norms,
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-    }
+    found = {"losses": losses, "grad_norms": norms, "seconds": seconds}
+    if watch:
+        found["synchronisations"] = synchronisations(
+            lambda: worker.train(batch, LEARNING_RATE, batch.num_sampled_tokens, TEMPERATURE)
+        )
+    return found | {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None}
+
+
+def synchronisations(work: Callable[[], object]) -> dict[str, int]:
+    """Returns how often the host waits for the GPU during `work`, by file and line, as CUDA builds of torch report."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    return dict(Counter(f"{Path(warning.filename)}:{warning.lineno}" for warning in waits).most_common())
 
 
 def main(folder: Path) -> None:

@@ -1,88 +1,23 @@
-"""The actor on CUDA takes the same steps as on CPU, with Transformer Engine or local layers, on one GPU or several.
-
-Each case runs in separate processes: on a CPU the platform module changes megatron-core for the whole process.
-"""
+"""The actor on CUDA takes the same steps as on CPU, with Transformer Engine or local layers, on one GPU or several."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_rl.config import load_config
 from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.memory import stage_memory
 from megatron_rl.plan.setup import Setup
 from megatron_rl.utils.hardware import GPUS
-from tests.hf_models import config_json, write_hf_model
+from tests.gpu.actor_runs import BF16, ENGINE, assert_alike, needs_engine, needs_two, run
+from tests.hf_models import config_json
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
-
-SCRIPT = Path(__file__).with_name("actor_on.py")
-ROOT = Path(__file__).parents[2]
-SHAPE: dict[str, Any] = dict(
-    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=64,
-)  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
-ROWS = {"count": 8, "prompt": 20, "response": 40, "vocabulary": 512}
-ENGINE = importlib.util.find_spec("transformer_engine") is not None
-needs_engine = pytest.mark.skipif(not ENGINE, reason="needs Transformer Engine")
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-BF16 = {"device": "cuda", "dtype": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class Found:
-    description: str
-    losses: list[float]
-    grad_norms: list[float]
-    peak_bytes: int | None
-    logits: Tensor | None
-    """Logits after the last step."""
-
-
-def run(folder: Path, model: Path, actor: dict[str, Any], **case: Any) -> Found:
-    folder.mkdir()
-    settings = {"model": str(model), "actor": {"micro_batch_tokens": 256} | actor, "rows": ROWS, "steps": 3} | case
-    (folder / "case.json").write_text(json.dumps(settings))
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    logits = torch.load(folder / "logits.pt") if (folder / "logits.pt").exists() else None
-    return Found(**json.loads((folder / "found.json").read_text()), logits=logits)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_hf_model(tmp_path_factory.mktemp("dense") / "model", "qwen3", noise=0.02, **SHAPE)
-
-
-@pytest.fixture(scope="module")
-def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_hf_model(tmp_path_factory.mktemp("sparse") / "model", "qwen3_moe", noise=0.02, **(SHAPE | EXPERTS))
-
-
-def assert_alike(found: Found, expected: Found, tolerance: float) -> None:
-    """tolerance: relative for losses and norms; for logits, relative to the largest."""
-    assert found.losses == pytest.approx(expected.losses, rel=tolerance, abs=tolerance)
-    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=tolerance)
-    assert found.logits is not None and expected.logits is not None
-    assert (found.logits - expected.logits).abs().max() < tolerance * expected.logits.abs().max()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2)])
@@ -135,6 +70,7 @@ def test_grouped_experts_on_two_gpus_match_those_on_one(tmp_path: Path, sparse: 
     assert_alike(run(tmp_path / "two", sparse, BF16 | layout), run(tmp_path / "one", sparse, BF16), 3e-2)
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("change", [{}, {"offload_optimizer": True}, {"recompute": {"granularity": "full"}}], ids=str)
 def test_a_billion_parameters_use_the_memory_that_plan_predicts(tmp_path: Path, change: dict[str, Any]) -> None:
     shape = dict(

@@ -13,6 +13,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "token_stats.py"
 
 
 @pytest.mark.gpu
+@pytest.mark.measured
 def test_the_token_statistics_benchmark_runs_on_cuda(tmp_path: Path) -> None:
     sizes = ["--tokens", "128", "--vocab", "1024", "--width", "64", "--dtype", "bfloat16", "--rounds", "1"]
     out = tmp_path / "results.json"

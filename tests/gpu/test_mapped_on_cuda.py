@@ -22,6 +22,7 @@ from megatron_rl.weight_sync.transport import GroupMember
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.measured,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 

@@ -24,6 +24,7 @@ from megatron_rl.weight_sync.transport import GroupMember
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.measured,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL allows one process per GPU: needs two GPUs"),
 ]
 

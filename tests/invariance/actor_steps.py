@@ -16,9 +16,9 @@ import torch.distributed as dist
 from megatron_rl.actor import platform
 from megatron_rl.actor.optimizer.state import read_state
 from megatron_rl.actor.passes.policy_loss import LossChoice
+from megatron_rl.actor.passes.results import merge_tables
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.models.weight_map import export_hf_weights

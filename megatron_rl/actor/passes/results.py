@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 
 Snapshot = Literal["lagged", "reference"]
@@ -49,3 +50,17 @@ class TrainResult:
     metrics: Sums
     grad_norm: float
     """Norm of the whole gradient before clipping, the same on every rank."""
+
+
+def merge_tables(batch: SequenceBatch, tables: list[Table]) -> tuple[dict[str, np.ndarray], StoredProxy]:
+    """Merges tables that cover some sequences each into flat values [T] and one proxy store, in the batch's order."""
+    merged: dict[str, np.ndarray] = {}
+    proxies = []
+    for table in tables:
+        for name, values in table.values.items():
+            if name not in merged:
+                merged[name] = np.empty((batch.num_sampled_tokens, *values.shape[1:]), dtype=values.dtype)
+            batch.set_values(merged[name], table.rows, values)
+        if table.proxy is not None:
+            proxies.append((batch.token_index(table.rows), table.proxy))
+    return merged, StoredProxy.join(batch.num_sampled_tokens, proxies)

@@ -155,7 +155,7 @@ def test_no_responses_are_an_empty_batch() -> None:
 def test_the_answers_of_the_ranks_are_put_back_in_the_order_of_the_batch(
     shape: list[Mask], budget: int, ranks: int
 ) -> None:
-    from megatron_rl.cluster.actors import merge_tables
+    from megatron_rl.actor.passes.results import merge_tables
 
     batch = batch_of(shape)
     tables = []
