@@ -17,8 +17,8 @@ from torch.profiler import record_function
 
 import lpreg
 from megatron_rl.actor import platform
-from megatron_rl.actor.model.policy import build_model
-from megatron_rl.actor.optimizer.distributed import wrap_chunks
+from megatron_rl.actor.model.policy import Kernels, build_model
+from megatron_rl.actor.optimizer.distributed import announcer, wrap_chunks
 from megatron_rl.actor.optimizer.optimizer import Optimizer
 from megatron_rl.actor.optimizer.snapshots import Snapshots
 from megatron_rl.actor.passes.head import Head
@@ -67,7 +67,7 @@ class MegatronWorker:
 
         Returns a description of the platform for the log.
         """
-        self.device = platform.prepare(self.settings.device)
+        self.device = platform.prepare(self.settings.device, deterministic=self.settings.deterministic)
         platform.require(self.device, self.settings)
         if self.device.type == "cpu":
             torch.set_num_threads(1)
@@ -79,6 +79,7 @@ class MegatronWorker:
         )
         self.dtype = getattr(torch, self.settings.dtype)
         self.hf_config = read_config(model_folder)
+        architecture = Architecture.from_hf(self.hf_config)
         chunks = [
             build_model(
                 self.hf_config,
@@ -86,21 +87,21 @@ class MegatronWorker:
                 dtype=self.dtype,
                 device=self.device,
                 pad_vocabulary=self.settings.pad_vocabulary,
-                recompute=self.settings.recompute,
-                fp8=self.settings.fp8,
-                expert_gemm=self.settings.expert_gemm,
+                kernels=Kernels.of(self.settings, self.device, architecture),
                 chunk=chunk,
             )
             for chunk in range(self.layout.virtual_pipeline)
         ]
         self.model: nn.Module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
-        architecture = Architecture.from_hf(self.hf_config)
         self.snapshots = Snapshots(self.model)
-        head = Head(chunks[-1], architecture.vocabulary, fused=self.settings.lm_head == "fused")
         spread = self.settings.distributed_optimizer and self.layout.data * self.layout.context > 1
-        self.chunks = wrap_chunks(chunks, distributed_optimizer=spread)
+        overlap = platform.overlaps_grad_reduce(self.settings, self.device)
+        self.chunks = wrap_chunks(chunks, distributed_optimizer=spread, overlap_grad_reduce=overlap)
+        head = Head(chunks[-1], architecture.vocabulary, fused=self.settings.lm_head == "fused")
+        if overlap and head.owns_weight:
+            head.announce = announcer(self.chunks[-1], chunks[-1].head_weight)
         self.passes = Passes(self.chunks, head, architecture, self.settings, self.layout, self.device)
-        return platform.describe(self.dtype)
+        return platform.describe(self.settings, experts=architecture.experts is not None)
 
     def device_name(self) -> str:
         """Returns the name of this rank's device."""
@@ -137,6 +138,10 @@ class MegatronWorker:
 
     def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
         return self.passes.candidates(batch, temperature, count)
+
+    def release_memory(self) -> None:
+        """Gives back GPU memory that torch has cached."""
+        platform.release_memory()
 
     def snapshot(self, name: Snapshot) -> None:
         """Copies the current weights to CPU memory under this name."""

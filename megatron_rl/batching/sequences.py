@@ -132,8 +132,10 @@ class SequenceBatch:
         return np.repeat(per_sequence, self.sampled_lengths)
 
     def take(self, rows: Sequence[int] | Indices) -> SequenceBatch:
-        """Returns the given sequences, in the given order, with their values."""
+        """Returns the given sequences, in the given order, with their values; this batch itself if it is the same."""
         rows = np.asarray(rows, dtype=np.int64)
+        if np.array_equal(rows, np.arange(len(self))):
+            return self
         tokens = _spans(self.starts, self.lengths, rows)
         return SequenceBatch(
             token_ids=_gathered(self.token_ids, tokens),

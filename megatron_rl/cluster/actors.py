@@ -15,6 +15,7 @@ from ray import ObjectRef
 from megatron_rl.actor.interface import ActorRank
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import Snapshot, Sums, Table, TrainResult, Weights, add_up
+from megatron_rl.actor.platform import environment
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint.manifest import RankPart
@@ -57,6 +58,8 @@ class Actors:
 
     def __init__(self, settings: ActorSettings, layout: Layout, model_folder: Path, logs: Path, nodes: Nodes) -> None:
         self.stages = layout.pipeline
+        self._shares_gpus = bool(nodes.placement.shared)
+        variables = environment.rank_environment(settings) if nodes.placement.on_gpu else {}
         self.ranks = [
             host_process(
                 partial(_worker, settings, layout, rank),
@@ -64,6 +67,7 @@ class Actors:
                 nodes=nodes,
                 node=node,
                 gpus=int(nodes.placement.on_gpu),
+                variables=variables,
             )
             for rank, node in enumerate(nodes.placement.actors)
         ]
@@ -72,6 +76,8 @@ class Actors:
         host = results([self.ranks[0].node_address()])[0]
         port = results([self.ranks[0].submit(ActorRank.open_port, host)])[0]
         self.description: str = self._all(ActorRank.start, host, port, model_folder)[0]
+        if variables:
+            self.description += f"\n  {environment.describe(variables)}"
         self.gpu = known_gpu(results([self.ranks[0].submit(ActorRank.device_name)])[0])
         """The actor's GPU; None on a CPU, and for a GPU of unknown rate."""
         self._model = Architecture.from_hf(read_config(model_folder))
@@ -170,6 +176,11 @@ class Actors:
     def snapshot(self, name: Snapshot) -> None:
         """Keeps a copy of the present weights under that name."""
         self._all(ActorRank.snapshot, name)
+
+    def release_memory(self) -> None:
+        """Makes the ranks leave to the engines all GPU memory that they do not use, if they share GPUs."""
+        if self._shares_gpus:
+            self._all(ActorRank.release_memory)
 
     def publishers(self) -> list[tuple[str, int]]:
         """Returns (address, open port) of the rank that sends the weights of each pipeline stage, in stage order."""

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
@@ -28,6 +28,8 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 OBJECT_STORE_BYTES = 256 * 2**20
+"""Size of Ray's object store on a machine without GPUs. With GPUs, batches have gigabytes, and Ray chooses a share of
+the memory."""
 BACKGROUND = "background"
 CALLS_AT_A_TIME = 100_000
 """Concurrent calls of a process with coroutines: more than a run has requests under way, since a pause must not queue
@@ -99,7 +101,9 @@ def ray_runtime(placement: Placement, watch: Watch | None = None) -> Iterator[No
         processes = sum(placement.processes(node) for node in placement.nodes)
         # "local": starts a Ray of its own, even if another one runs on this machine.
         options |= {"address": "local", "num_cpus": processes}
-        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        options |= {"include_dashboard": False}
+        if not placement.on_gpu:
+            options["object_store_memory"] = OBJECT_STORE_BYTES
     try:
         ray.init(**options)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
@@ -227,13 +231,15 @@ def host_process(
     cpus: int = 1,
     devices: str | None = None,
     hosted: type[Hosted] = Hosted,
+    variables: Mapping[str, str] | None = None,
 ) -> HostedProcess[T]:
     """Starts a process that holds one object; one thread each on CPU, since several processes share a machine.
 
     make: makes the object in that process; it is pickled, so it imports heavy modules itself. devices: GPUs of another
-    process to share; Ray then reserves none.
+    process to share; Ray then reserves none. variables: further environment variables.
     """
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+    environment |= variables or {}
     if devices is not None:
         gpus = 0
         environment |= {"CUDA_VISIBLE_DEVICES": devices, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}

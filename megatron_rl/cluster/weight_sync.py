@@ -63,6 +63,7 @@ class WeightSync(ABC):
         verify: whether to compare the checksums of all weights, as sent and as held.
         """
         self.version, self.sent_bytes, self.checksums, self.released = version, 0, None, False
+        self.actors.release_memory()  # before engines that share its GPUs take memory for weights
         self._prepare(verify)
         paused = time.perf_counter()
         self._bring(self.engines.running, verify)
@@ -118,6 +119,7 @@ class WeightSync(ABC):
             updated = [engine for engine, answer in answers.items() if not isinstance(answer, Exception)]
             answers |= self.engines.ask(updated, RolloutEngine.verify_weights, self.version, self.checksums)
         failed = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
+        self.actors.release_memory()  # before they take memory for their caches
         self.engines.resume([engine for engine in answers if engine not in failed], self.version)
         for engine, failure in failed.items():
             self.notify(f"engine {engine.number} did not get weight version {self.version} completely: {failure}")

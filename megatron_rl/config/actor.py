@@ -12,6 +12,11 @@ Fp8 = Literal["none", "blockwise", "tensorwise"]
 
 ExpertGemm = Literal["auto", "grouped", "sequential"]
 
+AttentionBackend = Literal["auto", "flash", "fused", "unfused", "local"]
+"""Attention kernels, by Megatron's names."""
+
+Switch = Literal["auto"] | bool
+
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 """Parts of a layer that Megatron can recompute, by Megatron's names."""
 
@@ -48,6 +53,21 @@ class RecomputeSettings(Section):
     modules: list[RecomputeModule] = Field(default_factory=_MLP.copy, min_length=1)
     """Parts to recompute with `granularity: selective`. The MLP holds most of a dense layer's activations. core_attn
     pays off only if the attention implementation keeps its probabilities."""
+
+
+class FusionSettings(Section):
+    """Fused kernels on GPUs. auto: used if device and packages have them; the first lines of a run say which. true: the
+    run is refused without. false: not used. A CPU has none of them."""
+
+    rope: Switch = "auto"
+    """Rotary embeddings of packed sequences in one kernel of Transformer Engine; otherwise the host waits for the GPU
+    several times per layer."""
+    swiglu: Switch = "auto"
+    """SwiGLU in one kernel, which torch compiles. Saves one feed-forward tensor per layer."""
+    gradient_accumulation: Switch = "auto"
+    """Transformer Engine's matrix products add weight gradients to the fp32 sum directly, without rounding to bf16."""
+    expert_permutation: Switch = "auto"
+    """Tokens are sorted by expert in one kernel of Transformer Engine."""
 
 
 class ActorSettings(Section):
@@ -90,6 +110,17 @@ class ActorSettings(Section):
     lm_head: Literal["fused", "materialised"] = "fused"
     """fused: the loss projects one chunk of sampled tokens at a time and keeps no logits. materialised: the logits of
     all sampled tokens of a micro-batch are held in memory: sampled tokens x vocabulary / tensor_parallel values."""
+    attention_backend: AttentionBackend = "auto"
+    """Attention kernel of Transformer Engine's layers. auto: Transformer Engine chooses. flash: FlashAttention. fused:
+    cuDNN. unfused: plain matrix products. local: for layers without Transformer Engine, whose attention is torch's."""
+    fusions: FusionSettings = FusionSettings()
+    """Fused kernels on GPUs."""
+    overlap_grad_reduce: Switch = "auto"
+    """Sum gradients over replicas while the last micro-batch's backward pass goes on. auto: on GPUs. No effect with one
+    replica."""
+    deterministic: bool = False
+    """Use only kernels and sums on GPUs that give the same bits when a run is repeated, so that a resumed run equals an
+    uninterrupted one exactly. Slower. A CPU always does."""
     recompute: RecomputeSettings = RecomputeSettings()
     """Activations that the backward pass recomputes instead of keeping."""
     distributed_optimizer: bool = True
@@ -98,7 +129,8 @@ class ActorSettings(Section):
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory except during the optimizer step. No effect on a CPU."""
     pad_vocabulary: bool = True
-    """Pad the vocabulary to a multiple of tensor_parallel. false: refuse a vocabulary that is not such a multiple."""
+    """With tensor_parallel above 1, pad the vocabulary to a multiple of 16 x tensor_parallel, so that every rank's part
+    has a size that GPUs read fast. false: refuse a vocabulary that is not such a multiple."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Optimizer of the RL phase. warm_start has its own settings."""
 

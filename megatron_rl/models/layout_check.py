@@ -10,7 +10,7 @@ from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import read_config
-from megatron_rl.parallel.layout import Layout, layout_of
+from megatron_rl.parallel.layout import VOCABULARY_UNIT, Layout, layout_of, padded_vocabulary
 
 
 def check_layout(config: Config) -> None:
@@ -31,11 +31,14 @@ def validate_layout(hf_config: Mapping[str, Any], layout: Layout, pad_vocabulary
     if layout.pipeline > model.layers:
         raise UserError(f"actor.pipeline_parallel is {layout.pipeline}, but the model has only {model.layers} layers.")
     _check_chunks(model, layout)
-    if not pad_vocabulary and model.vocabulary % layout.tensor:
-        fitting = set(_divisors(model.vocabulary)) & set(_divisors(_head_unit(model)))
+    if not pad_vocabulary and model.vocabulary != padded_vocabulary(model.vocabulary, layout.tensor):
+        fitting = {
+            n for n in _divisors(_head_unit(model)) if padded_vocabulary(model.vocabulary, n) == model.vocabulary
+        }
         raise UserError(
-            f"actor.tensor_parallel is {layout.tensor}, which does not divide the vocabulary of {model.vocabulary} "
-            f"tokens. Set actor.pad_vocabulary to true, or change tensor_parallel. {_nearest(layout.tensor, fitting)}"
+            f"actor.tensor_parallel is {layout.tensor}, and the vocabulary of {model.vocabulary} tokens is no multiple "
+            f"of {VOCABULARY_UNIT} x tensor_parallel. Set actor.pad_vocabulary to true, or change tensor_parallel. "
+            f"{_nearest(layout.tensor, fitting)}"
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.families import EMBEDDING, HEAD, Entry, Shape, entries, rule_of
+from megatron_rl.models.families import EMBEDDING, HEAD, Entry, Kind, Shape, entries, rule_of
 from megatron_rl.models.fusion import join, split
 from megatron_rl.parallel import process_groups
 from megatron_rl.utils.memory import Memory, Reused, fresh
@@ -132,6 +132,11 @@ def _local_shards(
             yield name, split(entry.rule.kind, list(tensors.values()), architecture, group.size(), group.rank())
     if problems:
         raise UserError("The weights do not fit the model's config.json:\n  " + "\n  ".join(problems))
+
+
+def kind_of(model: Stage, architecture: Architecture, name: str) -> Kind:
+    """Returns how one of this rank's parameters is split over ranks."""
+    return _entry(model, architecture, name).rule.kind
 
 
 def _entry(model: Stage, architecture: Architecture, name: str) -> Entry:

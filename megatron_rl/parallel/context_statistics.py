@@ -1,4 +1,4 @@
-"""Gathers token statistics over context-parallel ranks. Each rank has only those of the tokens that it predicts."""
+"""Gathers what context-parallel ranks know of tokens. Each rank has only those of the tokens that it predicts."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def gather_over_context_ranks(stats: TokenStats, places: Tensor, tokens: int) ->
         proxy_kl=None if stats.proxy_kl is None else gather(stats.proxy_kl),
         proxy_store=None if store is None else _spread_store(store, places, tokens),
     )
+
+
+def gather_rows(local: Tensor, places: Tensor | None, tokens: int) -> Tensor:
+    """Turns rows of the tokens at `places` (None: all) into rows of all `tokens`, equal on every context-parallel rank.
+
+    No gradient.
+    """
+    if places is None:
+        return local
+    rows = local.new_zeros(tokens, *local.shape[1:]).index_copy_(0, places, local)
+    dist.all_reduce(rows, group=process_groups.cp_group())
+    return rows
 
 
 def _spread_store(store: ProxyStore, places: Tensor, tokens: int) -> ProxyStore:

@@ -50,14 +50,21 @@ def layout_of(actor: ActorSettings) -> Layout:
     )
 
 
+VOCABULARY_UNIT = 16
+"""Each rank's part of the vocabulary is a multiple of this: GPUs read rows of other lengths in smaller pieces."""
+
+
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
-    """Returns the padded vocabulary size: the smallest multiple of `tensor` that is at least `vocabulary`.
+    """Returns the padded vocabulary size: the smallest multiple of 16 x `tensor` that is at least `vocabulary`.
+
+    One rank holds the vocabulary as it is, without padding.
 
     `build_model` builds the embedding and the LM head of this size. `models/fusion.py` adds the padding, which is rows
     of zeros, when it loads weights, and removes it when it exports them. The loss and `top_candidates` ignore the
     logits of padding.
     """
-    return -(-vocabulary // tensor) * tensor
+    unit = VOCABULARY_UNIT * tensor if tensor > 1 else 1
+    return -(-vocabulary // unit) * unit
 
 
 def last_stage_layers(layers: int, pipeline: int) -> int:

@@ -63,12 +63,25 @@ class Layer:
 
 
 def layer_bytes(
-    model: Architecture, layout: Layout, layer: int, *, b: int, recompute: RecomputeSettings, transformer_engine: bool
+    model: Architecture,
+    layout: Layout,
+    layer: int,
+    *,
+    b: int,
+    recompute: RecomputeSettings,
+    transformer_engine: bool,
+    fused_swiglu: bool = False,
 ) -> Layer:
-    """Returns the activation bytes of a layer on one rank. b: bytes per element."""
+    """Returns the activation bytes of a layer on one rank. b: bytes per element.
+
+    SwiGLU reads 2 tensors of the feed-forward width and the next product reads its result. Without the fused kernel the
+    factors of its product are kept too.
+    """
     w = Widths.of(model, layout, layer)
     experts = model.experts if model.is_sparse(layer) else None
     parts = (_te_parts if transformer_engine else _local_parts)(model, w, b)
+    swiglu = 3 if fused_swiglu else 5
+    parts["mlp"] = b * swiglu * w.ffn
     if experts:  # a copy of the token per expert, before and after the MLP, and the router's scores
         copies = experts.per_token
         parts["mlp"] += b * 2 * copies * w.shared + 3 * FP32 * experts.count
@@ -79,7 +92,7 @@ def layer_bytes(
         kept=kept,
         recomputed=dropped,
         backward=b * (2 * w.ffn + w.hidden),
-        forward=b * (5 * w.ffn + 4 * w.shared),
+        forward=b * (swiglu * w.ffn + 4 * w.shared),
     )
 
 
@@ -94,7 +107,6 @@ def _local_parts(model: Architecture, w: Widths, b: int) -> dict[str, float]:
         "qk_norm": qk_norm,
         "rope": 4 * b * model.head_dim,
         "core_attn": b * (2 * w.query + 2 * w.key) + FP32 * w.heads + 17,
-        "mlp": b * 5 * w.ffn,
     }
 
 
@@ -106,7 +118,6 @@ def _te_parts(model: Architecture, w: Widths, b: int) -> dict[str, float]:
         "qk_norm": b * (w.query + w.key) + FP32 * (w.heads + w.key_heads) if model.qk_norm else 0,
         "rope": 4 * b * model.head_dim,
         "core_attn": b * (2 * w.query + 2 * w.key) + FP32 * w.heads,
-        "mlp": b * 5 * w.ffn,
     }
 
 

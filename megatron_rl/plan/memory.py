@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from megatron_rl.config.passes import passes_of
 from megatron_rl.config.transport import transport_of
 from megatron_rl.plan.activations import FP32, layer_bytes
-from megatron_rl.plan.parameters import rank_parameters, stage_layers
+from megatron_rl.plan.parameters import rank_parameters, stage_layers, stage_tables
 from megatron_rl.plan.setup import Setup
 
 Parts = dict[str, float]
 """Name of a part -> bytes."""
 
+TOKENS_OF_EXPORT_CHECK = 256
+"""Tokens whose logits `run/finish.py` compares at the end of a run."""
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
 """Response tokens that the fused LM head projects at a time, by default in lpreg, on CPU and GPU."""
 CPU_STATISTICS_BYTES = 4 * 2**20
@@ -65,7 +67,8 @@ def stage_memory(setup: Setup, stage: int) -> RankMemory:
         "forward and backward": kept | _backward(setup, stage),
         "optimizer": kept | _optimizer(setup, stage),
         "weight sync": kept | passing,
-        "checkpoint": dict(kept),
+        "checkpoint": kept | {"a gathered fp32 tensor": _gathered_tensor(setup)},
+        "check of the export": kept | _checked_logits(setup),
     }
     if _other_policy(setup):
         phases["other policy's log-probs"] = kept | {"the other policy's weights": weights} | forward
@@ -77,9 +80,14 @@ def stage_memory(setup: Setup, stage: int) -> RankMemory:
 
 
 def kept_state(setup: Setup, stage: int) -> Parts:
-    """Returns the memory held in all phases: weights, gradient buffers, and optimizer state unless it is offloaded."""
+    """Returns the memory held in all phases: weights, gradient buffers, and optimizer state unless it is offloaded.
+
+    Under FP8, Transformer Engine keeps each matrix of the layers twice in one byte per element, by rows and by columns.
+    """
     count = rank_parameters(setup.model, setup.layout, stage)
     state: Parts = {"weights": setup.element * count.total, "gradients": FP32 * count.total}
+    if setup.config.actor.fp8 != "none":
+        state["weights in FP8"] = 2.0 * (count.total - stage_tables(setup.model, setup.layout, stage))
     if not (setup.config.actor.offload_optimizer and setup.config.actor.device != "cpu"):
         state |= optimizer_state(setup, stage)
     return state
@@ -101,7 +109,10 @@ def optimizer_state(setup: Setup, stage: int) -> Parts:
 
 
 def host_bytes(setup: Setup, stage: int) -> float:
-    """Bytes of host memory for one rank: offloaded optimizer state, other policies, a checkpoint being written."""
+    """Bytes of host memory for one rank: offloaded optimizer state, other policies, a checkpoint being written.
+
+    Copies of weights and state keep their place, and their pinned memory has their size (`utils/host_memory.py`).
+    """
     weights = setup.element * rank_parameters(setup.model, setup.layout, stage).total
     state = sum(optimizer_state(setup, stage).values())
     passes, settings = passes_of(setup.config), setup.config.actor
@@ -113,6 +124,21 @@ def host_bytes(setup: Setup, stage: int) -> float:
 def _largest_tensor(setup: Setup) -> float:
     """Bytes of the largest tensor in the Hugging Face folder."""
     return setup.element * setup.model.hidden * max(setup.model.vocabulary, setup.model.ffn)
+
+
+def _gathered_tensor(setup: Setup) -> float:
+    """Peak bytes while the largest tensor is gathered in fp32 for a checkpoint: this rank's part, those of all ranks,
+    and these joined. The gate and up matrices of a layer are gathered together and joined one by one."""
+    model, t = setup.model, setup.layout.tensor
+    if t == 1:
+        return float(FP32 * model.hidden * max(model.vocabulary, 2 * model.ffn))
+    return FP32 * model.hidden * max(model.vocabulary * (2 + 1 / t), model.ffn * (3 + 2 / t))
+
+
+def _checked_logits(setup: Setup) -> Parts:
+    """Logits of the tokens by which the export is compared: this rank's part, the parts of all ranks, and in fp32."""
+    size = TOKENS_OF_EXPORT_CHECK * setup.model.vocabulary * (2 * setup.element + FP32)
+    return {"logits of the checked tokens": float(size)}
 
 
 def _bucket(setup: Setup, weights: float) -> float:
@@ -146,6 +172,7 @@ def _layers(setup: Setup, stage: int) -> list[tuple[float, float, float, float]]
                 b=setup.element,
                 recompute=setup.config.actor.recompute,
                 transformer_engine=setup.transformer_engine,
+                fused_swiglu=setup.fused_swiglu,
             )
             for number in stage_layers(setup.model, setup.layout)[stage]
         )
@@ -202,12 +229,17 @@ def _head(setup: Setup, *, training: bool) -> Parts:
 def _optimizer(setup: Setup, stage: int) -> Parts:
     """Further memory of the optimizer step.
 
-    On a GPU that is offloaded state, which is copied to the GPU for the step. On the CPU torch's Adam needs a root and
-    a quotient of the largest weight, and gloo gathers a distributed optimizer's weights into a copy.
+    On a GPU that is offloaded state, which is copied to the GPU for the step, and without Transformer Engine the roots
+    that torch's Adam takes of all second moments at once. On the CPU torch's Adam needs a root and a quotient of the
+    largest weight, and gloo gathers a distributed optimizer's weights into a copy.
     """
     if setup.config.actor.device != "cpu":
-        offloaded = sum(optimizer_state(setup, stage).values()) if setup.config.actor.offload_optimizer else 0.0
-        return {"optimizer state from the host": offloaded} if offloaded else {}
+        state, parts = optimizer_state(setup, stage), dict[str, float]()
+        if setup.config.actor.offload_optimizer:
+            parts["optimizer state from the host"] = sum(state.values())
+        if not setup.assumed.transformer_engine:
+            parts["roots of the second moments"] = state["moments"] / 2
+        return parts
     layout = setup.layout
     copies = layout.data * layout.context if setup.config.actor.distributed_optimizer else 1
     largest = setup.model.hidden * max(setup.vocabulary_part, 2 * setup.model.ffn / layout.tensor)

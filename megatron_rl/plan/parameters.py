@@ -33,10 +33,8 @@ def stage_layers(model: Architecture, layout: Layout) -> list[range]:
 def rank_parameters(model: Architecture, layout: Layout, stage: int) -> Parameters:
     """Returns the parameters of a tensor-parallel rank in a pipeline stage; all have the same number."""
     layers = stage_layers(model, layout)[stage]
-    vocabulary = padded_vocabulary(model.vocabulary, layout.tensor) // layout.tensor * model.hidden
-    first, last = stage == 0, stage == layout.pipeline - 1
-    tables = first + last - (model.tied and first and last)
-    dense = tables * vocabulary + model.hidden * last  # the last norm
+    last = stage == layout.pipeline - 1
+    dense = stage_tables(model, layout, stage) + model.hidden * last  # the last norm
     experts = 0
     for layer in layers:
         dense += _attention(model, layout.tensor) + 2 * model.hidden
@@ -47,6 +45,13 @@ def rank_parameters(model: Architecture, layout: Layout, stage: int) -> Paramete
         else:
             dense += 3 * model.hidden * model.ffn // layout.tensor
     return Parameters(dense, experts)
+
+
+def stage_tables(model: Architecture, layout: Layout, stage: int) -> int:
+    """Returns the parameters of embedding and LM head on a tensor-parallel rank in a pipeline stage."""
+    first, last = stage == 0, stage == layout.pipeline - 1
+    tables = first + last - (model.tied and first and last)
+    return tables * (padded_vocabulary(model.vocabulary, layout.tensor) // layout.tensor) * model.hidden
 
 
 def model_parameters(model: Architecture) -> int:

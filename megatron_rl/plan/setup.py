@@ -54,6 +54,11 @@ class Setup:
         actor = self.config.actor
         return actor.device != "cpu" and actor.dtype != "float32" and self.assumed.transformer_engine
 
+    @property
+    def fused_swiglu(self) -> bool:
+        """Whether SwiGLU is one kernel, as it is on GPUs unless the configuration turns it off."""
+        return self.config.actor.device != "cpu" and self.config.actor.fusions.swiglu is not False
+
     @cached_property
     def layout(self) -> Layout:
         return layout_of(self.config.actor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,12 +10,16 @@ import numpy as np
 from megatron_rl.batching.sequences import sequences_of
 from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
 from megatron_rl.observability.report import write_report
+from megatron_rl.plan.memory import TOKENS_OF_EXPORT_CHECK
 from megatron_rl.run.sampling import evaluation_sampling
 
 if TYPE_CHECKING:
     from megatron_rl.run.run import Run
 
 CHECKED_PROMPTS = 4
+CHECKED_TOKENS = TOKENS_OF_EXPORT_CHECK // CHECKED_PROMPTS
+"""Tokens of the response to each prompt at which logits are compared. Those of whole responses would not fit into
+memory: a token takes half a megabyte."""
 TOLERANCE = {"float32": (1e-5, 1e-6)}
 """Largest allowed difference of a logit between the actor and its export: absolute, or as a share of the largest logit,
 because rounding errors grow with it; the larger of the two holds. bf16 has no limit: it rounds every layer's output."""
@@ -46,7 +51,9 @@ def check_export(run: Run) -> str:
     config = run.config
     assert run.engines, "only a run with engines is exported"
     prompts = run.inputs.train.prompts[:CHECKED_PROMPTS]
-    answers = run.engines.generate(prompts, evaluation_sampling(config, run.inputs.stop_token_ids))
+    sampling = evaluation_sampling(config, run.inputs.stop_token_ids)
+    sampling = replace(sampling, n=1, max_tokens=min(sampling.max_tokens, CHECKED_TOKENS))
+    answers = run.engines.generate(prompts, sampling)
     rows = sequences_of(
         (prompt.token_ids, response) for prompt, group in zip(prompts, answers, strict=True) for response in group
     )

@@ -1,4 +1,4 @@
-"""Allocation of temporary tensors, and copies of tensors in host memory."""
+"""Allocation of temporary tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,6 @@ Memory: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]
 def fresh(like: Tensor, shape: Sequence[int]) -> Tensor:
     """A `Memory` that allocates each tensor anew, so that callers may keep the tensors."""
     return like.new_empty(shape)
-
-
-def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a copy in host memory, which is pinned if `device` is a GPU: the way back is then as fast as the bus."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda").copy_(tensor)
 
 
 class Reused:

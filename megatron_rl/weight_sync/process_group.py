@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
@@ -25,7 +26,7 @@ def join(member: GroupMember, index: int = 0) -> dist.ProcessGroup:
         [],
         c10d.Backend(member.backend),
         c10d.PrefixStore(member.name, store),
-        group_name=c10d.GroupName(member.name),
+        group_name=cast(Any, member.name),  # newer releases of torch give this string a type of its own
         timeout=timeout,
     )
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(member.size)}

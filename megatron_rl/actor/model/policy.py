@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -21,13 +17,15 @@ from megatron_rl.actor import platform
 from megatron_rl.actor.model.layers import stage_layers
 from megatron_rl.actor.model.rope import ScaledRope
 from megatron_rl.actor.model.tree_attention import TreePacking
+from megatron_rl.actor.platform.gpu import NO_FUSIONS, Fusions, fuse_gradient_accumulation
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.layout_check import validate_layout
+from megatron_rl.models.weight_map import kind_of
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.layout import Layout, last_stage_layers, padded_vocabulary
 
 if TYPE_CHECKING:
-    from megatron_rl.config.actor import ExpertGemm, Fp8, RecomputeSettings
+    from megatron_rl.config.actor import ActorSettings, AttentionBackend, ExpertGemm, Fp8, RecomputeSettings
 
 
 class PolicyModel(GPTModel):
@@ -69,6 +67,30 @@ class PolicyModel(GPTModel):
         return weight
 
 
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """How the layers compute. The defaults run on every device."""
+
+    recompute: RecomputeSettings | None = None
+    fp8: Fp8 = "none"
+    expert_gemm: ExpertGemm = "auto"
+    attention: AttentionBackend = "auto"
+    fusions: Fusions = NO_FUSIONS
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, settings: ActorSettings, device: torch.device, model: Architecture) -> Kernels:
+        """Returns what the settings ask for on this device. Raises UserError as `platform.fusions` does."""
+        return cls(
+            recompute=settings.recompute,
+            fp8=settings.fp8,
+            expert_gemm=settings.expert_gemm,
+            attention=settings.attention_backend,
+            fusions=platform.fusions(settings, device, experts=model.experts is not None),
+            deterministic=settings.deterministic and device.type == "cuda",
+        )
+
+
 def build_model(
     hf_config: Mapping[str, Any],
     *,
@@ -76,9 +98,7 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     pad_vocabulary: bool = True,
-    recompute: RecomputeSettings | None = None,
-    fp8: Fp8 = "none",
-    expert_gemm: ExpertGemm = "auto",
+    kernels: Kernels | None = None,
     chunk: int = 0,
 ) -> PolicyModel:
     """Returns this rank's pipeline stage on `device`, or under the interleaved schedule its `chunk`, counted from 0.
@@ -92,7 +112,8 @@ def build_model(
     """
     validate_layout(hf_config, layout, pad_vocabulary)
     model = Architecture.from_hf(hf_config)
-    config = transformer_config(model, layout, dtype, device, recompute, fp8, expert_gemm)
+    kernels = kernels or Kernels()
+    config = transformer_config(model, layout, dtype, device, kernels)
     rope = None if model.rope_type == "default" else ScaledRope.of(hf_config, model.rope_type)
     if rope:
         rope.scale_attention(config)
@@ -110,7 +131,9 @@ def build_model(
     )
     if rope:
         rope.set_frequencies(gpt)
-    _mark_shards(gpt)
+    mark_shards(gpt, model)
+    if kernels.fusions.gradient_accumulation:
+        fuse_gradient_accumulation(gpt)
     return gpt.to(device)
 
 
@@ -119,9 +142,7 @@ def transformer_config(
     layout: Layout,
     dtype: torch.dtype,
     device: torch.device,
-    recompute: RecomputeSettings | None = None,
-    fp8: Fp8 = "none",
-    expert_gemm: ExpertGemm = "auto",
+    kernels: Kernels,
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=model.layers,
@@ -137,7 +158,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
-        **_moe_settings(model, expert_gemm, platform.uses_transformer_engine(device, dtype)),
+        **_moe_settings(model, kernels.expert_gemm, platform.uses_transformer_engine(device, dtype)),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -158,14 +179,13 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
-        **_recompute_settings(recompute),
-        **_FP8[fp8],
-        # Fusions need CUDA, and some also need Apex.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        **_recompute_settings(kernels.recompute),
+        **_FP8[kernels.fp8],
+        **kernels.fusions.config,
+        attention_backend=AttnBackend[kernels.attention],
+        deterministic_mode=kernels.deterministic,
+        masked_softmax_fusion=False,  # for attention with a mask, which no layer here uses
+        bias_dropout_fusion=False,  # there is neither a bias nor dropout
     )
 
 
@@ -212,14 +232,14 @@ def _recompute_settings(recompute: RecomputeSettings | None) -> dict[str, Any]:
     return dict(recompute_granularity="selective", recompute_modules=list(recompute.modules))
 
 
-def _mark_shards(model: GPTModel) -> None:
-    """Marks the weights that are shards; without the mark the gradient norm counts them on the first TP rank only.
+def mark_shards(model: GPTModel, architecture: Architecture) -> None:
+    """Marks the weights that are shards, and only these: the gradient norm counts the others on the first TP rank only.
 
-    Megatron's weight initialisation, which is skipped here, would set these marks (newer megatron-core always does).
+    Which weights are shards follows from the weight map, because marks differ between releases: megatron-core marks
+    weights when it initialises them, which is skipped here, and Transformer Engine marks grouped experts or not.
     """
-    split_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
-    for module in model.modules():
-        dim = next((dim for kind, dim in split_dim.items() if isinstance(module, kind)), None)
-        weight = getattr(module, "weight", None)
-        if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, True, dim, 1)
+    for name, parameter in model.named_parameters():
+        kind = kind_of(model, architecture, name)
+        parameter.tensor_model_parallel = kind != "replicated"
+        parameter.partition_dim = {"replicated": -1, "row": 1}.get(kind, 0)
+        parameter.partition_stride = 1

@@ -11,9 +11,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
+from megatron_rl.utils.host_memory import HostCopies
+
 if TYPE_CHECKING:
-    from megatron_rl.utils.memory import host_copy
-from megatron_rl.config.actor import OptimizerSettings
+    from megatron_rl.config.actor import OptimizerSettings
+
+
+Place = tuple[Tensor, str | None]
+"""A tensor of the state: a weight that is stepped and the name of its moment, or None for the weight itself."""
 
 
 class Optimizer:
@@ -36,6 +41,7 @@ class Optimizer:
         self.distributed: bool = chunks[0].ddp_config.use_distributed_optimizer
         self._state_device = torch.device("cpu") if offload else self.device
         self._has_main_weights = dtype != torch.float32
+        self._memory: HostCopies[Place] = HostCopies()
         config = OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -74,25 +80,34 @@ class Optimizer:
         self._move(self._state_device)
 
     def _move(self, device: torch.device) -> None:
-        """Moves the state to a device, unless it is there already."""
-        for part in self.parts:
-            for state in part.optimizer.state.values():
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and value.ndim:  # Adam decides where the step count stays
-                        state[name] = _moved(value, device)
-        for weight in self._main_weights():
-            weight.data = _moved(weight.data, device)
+        """Moves the state to a device, unless it is there already. Host memory is used again at every step."""
+        places = {key: tensor for key, tensor in self._tensors().items() if tensor.device.type != device.type}
+        if not places:
+            return
+        if device.type == "cpu":
+            moved = self._memory.copy(places)
+        else:
+            moved = {key: tensor.to(device, non_blocking=True) for key, tensor in places.items()}
+        states = {weight: state for part in self.parts for weight, state in part.optimizer.state.items()}
+        for (weight, name), tensor in moved.items():
+            if name is None:
+                weight.data = tensor
+            else:
+                states[weight][name] = tensor
+
+    def _tensors(self) -> dict[Place, Tensor]:
+        """Returns the tensors of the state."""
+        moments: dict[Place, Tensor] = {
+            (weight, name): value
+            for part in self.parts
+            for weight, state in part.optimizer.state.items()
+            for name, value in state.items()
+            if isinstance(value, Tensor) and value.ndim  # Adam decides where the step count stays
+        }
+        return moments | {(weight, None): weight.data for weight in self._main_weights()}
 
     def _main_weights(self) -> Iterator[Tensor]:
         """Yields the fp32 copies of the model's weights. An fp32 model has none: its own weights are stepped."""
         for part in self.parts if self._has_main_weights else ():
             for group in part.optimizer.param_groups:
                 yield from group["params"]
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    if tensor.device.type == device.type:
-        return tensor
-    if device.type != "cpu":
-        return tensor.to(device, non_blocking=True)
-    return host_copy(tensor, tensor.device)

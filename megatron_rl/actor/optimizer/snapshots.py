@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from megatron_rl.actor.passes.results import Snapshot, Weights
-from megatron_rl.utils.memory import host_copy
+from megatron_rl.utils.host_memory import HostCopies
 
 
 class Snapshots:
@@ -17,11 +17,12 @@ class Snapshots:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._kept: dict[Snapshot, dict[str, Tensor]] = {}
+        self._memory: HostCopies[tuple[Snapshot, str]] = HostCopies()
 
     def keep(self, name: Snapshot, weights: Mapping[str, Tensor]) -> None:
-        """Stores a copy of the weights, given by parameter name, as this snapshot."""
-        device = next(self._model.parameters()).device
-        self._kept[name] = {parameter: host_copy(weight.detach(), device) for parameter, weight in weights.items()}
+        """Stores a copy of the weights, given by parameter name, as this snapshot, in the memory of the one before."""
+        copies = self._memory.copy({(name, parameter): weight.detach() for parameter, weight in weights.items()})
+        self._kept[name] = {parameter: copies[name, parameter] for parameter in weights}
 
     def get(self, name: Snapshot) -> Mapping[str, Tensor]:
         """Returns a snapshot by parameter name; empty if there is none."""

@@ -7,8 +7,10 @@ in the model's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn.functional import linear
@@ -27,6 +29,19 @@ class Head:
 
     def __init__(self, model: PolicyModel, vocabulary: int, *, fused: bool) -> None:
         self.model, self.vocabulary, self.fused = model, vocabulary, fused
+        self.announce: Callable[[], None] | None = None
+        """Called in the backward pass once the fused head has added the weight's gradient to `main_grad`."""
+
+    @property
+    def owns_weight(self) -> bool:
+        """Whether the last stage's weight belongs to the head alone, so that the head's gradient completes it.
+
+        A weight that is also this stage's embedding is complete only after the embedding's backward pass.
+        """
+        model = self.model
+        return bool(self.fused and model.post_process) and not (
+            model.share_embeddings_and_output_weights and model.pre_process
+        )
 
     def loss(
         self, hidden: Tensor, batch: MicroBatch, loss: PolicyLoss, *, temperature: float, denominator: float
@@ -38,8 +53,8 @@ class Head:
         fields = loss_fields(batch, denominator)
         if self.fused and loss.token_separable and batch.places is None:
             return lpreg.fused_loss(
-                self.predicting(hidden, batch),
-                self.model.head_weight,
+                self._announced(self.predicting(hidden, batch)),
+                self._weight,
                 batch.targets,
                 loss,
                 fields,
@@ -63,7 +78,7 @@ class Head:
             if (wanted := settings.get("proxy_rows")) is not None:
                 settings["proxy_rows"] = wanted[batch.places]
         if self.fused:
-            weight = self.model.head_weight
+            rows, weight = self._announced(rows), self._weight
             stats = lpreg.fused_token_stats(rows, weight, targets, weight_grad=self._main_grad, **settings)
         else:
             logits = self.logits(rows)
@@ -81,6 +96,19 @@ class Head:
         """Projects hidden states [T, d] to logits [T, padded vocabulary / TP]."""
         return linear(copy_to_tensor_model_parallel_region(rows), self.model.head_weight)
 
+    def _announced(self, rows: Tensor) -> Tensor:
+        if self.announce is None:
+            return rows
+        announced: Tensor = _Announced.apply(rows, self.announce)
+        return announced
+
+    @property
+    def _weight(self) -> Tensor:
+        """The head's weight. If its gradient goes to `main_grad`, autograd gets a leaf of its own: DDP would take the
+        missing gradient of the parameter for an error."""
+        weight = self.model.head_weight
+        return weight if self._main_grad is None else weight.detach().requires_grad_(torch.is_grad_enabled())
+
     @property
     def _main_grad(self) -> Tensor | None:
         grad: Tensor | None = getattr(self.model.head_weight, "main_grad", None)
@@ -88,3 +116,17 @@ class Head:
 
     def _common(self, temperature: float) -> dict[str, Any]:
         return {"temperature": temperature, "vocab_size": self.vocabulary, "tp_group": process_groups.tp_group()}
+
+
+class _Announced(torch.autograd.Function):
+    """The identity, whose backward runs after everything that uses the result has been differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, announce: Callable[[], None]) -> Tensor:
+        ctx.announce = announce
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.announce()
+        return grad, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lpreg import ProxyStore
 from megatron_rl.actor.model.tree_attention import tree_packing
+from megatron_rl.actor.passes.copies import to_device
 from megatron_rl.batching.arrays import Indices
 from megatron_rl.batching.context import held_by
 from megatron_rl.batching.packing import PackingSpec, pack
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.batching.stored_proxy import StoredProxy
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,8 @@ class MicroBatch:
     rows: tuple[int, ...]
     """Indices in the batch of these sequences."""
     proxy: ProxyStore | None = None
-    """Sparse proxy distribution of another policy for the T tokens, if the batch has one."""
+    """Sparse proxy distribution of another policy for the T tokens (those in `places` under context parallelism), if
+    the batch has one."""
 
 
 def micro_batch(
@@ -56,32 +57,38 @@ def micro_batch(
     """Packs the given sequences of the batch on the device; s is at least `length`."""
     part = batch.take(rows)
     packed = pack(part, spec, length)
-    tokens, positions, predictors = packed.tokens, packed.positions, packed.predictors
-
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.tensor(array, device=device)
-
-    places = packing = None
-    if packed.tree is not None:
-        packing = tree_packing(packed.tree, device, tokens.shape[1] - packed.tree.size)
-    elif packed.bounds is not None:
-        packing = _packing(tensor(packed.bounds.astype(np.int32)), spec.context_ranks > 1)
+    tokens, positions, predictors, proxy = packed.tokens, packed.positions, packed.predictors, part.proxy
+    arrays: dict[str, np.ndarray] = {}
     if spec.context_ranks > 1:
         assert packed.bounds is not None, "only packed sequences can be shared"
         held = held_by(spec.context_rank, spec.context_ranks, np.diff(packed.bounds).tolist())
-        tokens, positions, predictors, mine = _held_part(tokens, positions, predictors, held)
-        places = tensor(mine)
+        tokens, positions, predictors, places = _held_part(tokens, positions, predictors, held)
+        arrays["places"] = places
+        proxy = None if proxy is None else proxy.take(places)
+    if packed.tree is None and packed.bounds is not None:
+        arrays["bounds"] = packed.bounds.astype(np.int32)
+    if proxy is not None:
+        arrays |= {"proxy counts": proxy.counts, "proxy ids": proxy.ids.astype(np.int64), "proxy log_q": proxy.log_q}
+    arrays |= {"tokens": tokens, "positions": positions, "predictors": predictors}
+    arrays |= {"targets": part.targets.astype(np.int64)}
+    arrays |= {"sequence ids": part.per_token(np.asarray(rows, dtype=np.int64))}
+    there = to_device(arrays | {f"value {name}": value for name, value in part.values.items()}, device)
+    packing = None
+    if packed.tree is not None:
+        packing = tree_packing(packed.tree, device, tokens.shape[1] - packed.tree.size)
+    elif packed.bounds is not None:
+        packing = _packing(there["bounds"], int(np.diff(packed.bounds).max()), spec.context_ranks > 1)
     return MicroBatch(
-        tokens=tensor(tokens),
-        positions=tensor(positions),
+        tokens=there["tokens"],
+        positions=there["positions"],
         packing=packing,
-        predictors=tensor(predictors),
-        places=places,
-        targets=tensor(part.targets.astype(np.int64)),
-        sequence_ids=tensor(part.per_token(np.asarray(rows, dtype=np.int64))),
-        values={name: tensor(value) for name, value in part.values.items()},
+        predictors=there["predictors"],
+        places=there.get("places"),
+        targets=there["targets"],
+        sequence_ids=there["sequence ids"],
+        values={name: there[f"value {name}"] for name in part.values},
         rows=tuple(rows),
-        proxy=None if part.proxy is None else _proxy_store(part.proxy, device),
+        proxy=None if proxy is None else _proxy_store(there),
     )
 
 
@@ -95,12 +102,12 @@ def _held_part(
     return tokens[:, held], positions[:, held], local[local >= 0], np.flatnonzero(local >= 0)
 
 
-def _packing(bounds: Tensor, shared: bool) -> PackedSeqParams:
+def _packing(bounds: Tensor, longest: int, shared: bool) -> PackedSeqParams:
     """Returns Megatron's description of packed sequences.
 
-    `shared`: context-parallel ranks share each sequence; the bounds then include the padding of each sequence.
+    `longest`: length of the longest. `shared`: context-parallel ranks share each sequence; the bounds then include the
+    padding of each sequence.
     """
-    longest = int(bounds.diff().max())
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -112,7 +119,6 @@ def _packing(bounds: Tensor, shared: bool) -> PackedSeqParams:
     )
 
 
-def _proxy_store(proxy: StoredProxy, device: torch.device) -> ProxyStore:
-    counts = torch.tensor(proxy.counts, device=device)
-    ids = torch.tensor(proxy.ids, device=device, dtype=torch.int64)
-    return ProxyStore(counts > 0, counts, ids, torch.tensor(proxy.log_q, device=device))
+def _proxy_store(there: Mapping[str, Tensor]) -> ProxyStore:
+    counts = there["proxy counts"]
+    return ProxyStore(counts > 0, counts, there["proxy ids"], there["proxy log_q"])

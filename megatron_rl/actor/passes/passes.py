@@ -6,8 +6,9 @@ None. Legend: T sampled tokens of the batch, V vocabulary size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 import lpreg
 from megatron_rl.actor import platform
 from megatron_rl.actor.passes.candidates import top_candidates
+from megatron_rl.actor.passes.copies import to_host
 from megatron_rl.actor.passes.head import Head
 from megatron_rl.actor.passes.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.passes.results import Table, TrainResult, add_up
@@ -29,6 +31,7 @@ from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.parallel import process_groups
+from megatron_rl.parallel.context_statistics import gather_rows
 from megatron_rl.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -83,18 +86,12 @@ class Passes:
                 value, metrics = -stats.log_probs.sum() / denominator, {}
             else:
                 output, stats = self.head.loss(hidden, part, loss, temperature=temperature, denominator=denominator)
-                value, metrics = output.loss, {k: (float(m.total), float(m.count)) for k, m in output.metrics.items()}
-            return value, (part.rows, float(value.detach()), metrics, _columns(stats))
+                value, metrics = output.loss, output.metrics
+            # Megatron divides the loss in place by the number of micro-batches, which is right for none of the copies.
+            return value, _Part(part.rows, [getattr(stats, name) for name in TABLE], value.detach().clone(), metrics)
 
         results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=True)
-        if not self.reports:
-            return None
-        return TrainResult(
-            table=_table([(rows, columns) for rows, _, _, columns in results]),
-            loss=sum(value for _, value, _, _ in results),
-            metrics=add_up(part for _, _, part, _ in results),
-            grad_norm=float("nan"),
-        )
+        return _train_result(results) if self.reports else None
 
     def score(self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, temperature: float) -> Table | None:
         """Returns log-prob, entropy, log Z and filter membership of every sampled token, without gradients.
@@ -110,50 +107,58 @@ class Passes:
             targets, wanted = part.values.get("probe_targets", part.targets), part.values.get("proxy_wanted")
             settings = loss.token_stats_kwargs() if loss else {}
             stats = self.head.statistics(hidden, part, targets, temperature, proxy_rows=wanted, **settings)
-            return stats.log_probs.sum(), ((part.rows, _columns(stats)), stats.proxy_store)
+            columns = [getattr(stats, name) for name in TABLE] if self.reports else []
+            store = stats.proxy_store
+            entries = [] if store is None else [store.counts, store.ids.int(), store.log_q.float()]
+            return stats.log_probs.sum(), (part.rows, columns, entries)
 
         results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
-        table = _table([part for part, _ in results])
-        stores = [store for _, store in results if store is not None]
-        if stores:
-            return replace(table, values=table.values if self.reports else {}, proxy=_stored_proxy(stores))
-        return table if self.reports else None
+        stored = any(entries for *_, entries in results)
+        if not self.reports and not stored:
+            return None
+        arrays = iter(to_host([tensor for _, columns, entries in results for tensor in (*columns, *entries)]))
+        tables, proxies = [], []
+        for rows, columns, entries in results:
+            tables.append((rows, dict(zip(TABLE, islice(arrays, len(columns)), strict=False))))
+            proxies.append(tuple(islice(arrays, len(entries))))
+        table = _table(tables)
+        return replace(table, proxy=_stored_proxy(proxies)) if stored else table
 
     def logits(self, batch: SequenceBatch) -> Table | None:
         """Returns gathered logits [T, V] of the sampled tokens, for checks on a few sequences."""
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
             logits = self.head.logits(self.head.predicting(hidden, part))
-            whole = process_groups.gather_vocabulary(logits)[:, : self.architecture.vocabulary]
-            return logits.new_zeros(()), (part.rows, {"logits": whole.float().cpu().numpy()})
+            whole = process_groups.gather_vocabulary(logits)[:, : self.architecture.vocabulary].float()
+            return logits.new_zeros(()), (part.rows, {"logits": gather_rows(whole, part.places, len(part.targets))})
 
         results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
-        return _table(results) if self.reports else None
+        return _table_of(results) if self.reports else None
 
     def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
         """Returns `candidate_ids` and `candidate_log_probs` [T, count]: the likeliest next tokens at each sampled token
         that the batch marks as `wanted`, the likeliest first; -1 and NaN at the others."""
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
-            wanted = part.values["wanted"]
-            logits = self.head.logits(self.head.predicting(hidden, part)[wanted])
+            wanted = mine = part.values["wanted"]
+            if part.places is not None:
+                mine = wanted[part.places]
             ids, log_probs = top_candidates(
-                logits,
+                self.head.logits(self.head.predicting(hidden, part)[mine]),
                 count,
                 temperature=temperature,
                 vocabulary=self.architecture.vocabulary,
                 group=process_groups.tp_group(),
             )
-            table = {
-                "candidate_ids": ids.new_full((len(wanted), count), -1),
-                "candidate_log_probs": log_probs.new_full((len(wanted), count), torch.nan),
-            }
-            for name, values in (("candidate_ids", ids), ("candidate_log_probs", log_probs)):
-                table[name][wanted, : values.shape[1]] = values
-            return logits.new_zeros(()), (part.rows, {name: value.cpu().numpy() for name, value in table.items()})
+            table = {}
+            for name, values, nothing in (("candidate_ids", ids, -1), ("candidate_log_probs", log_probs, torch.nan)):
+                rows = values.new_full((len(mine), count), nothing)
+                rows[mine, : values.shape[1]] = values
+                table[name] = gather_rows(rows, part.places, len(wanted))
+            return log_probs.new_zeros(()), (part.rows, table)
 
         results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
-        return _table(results) if self.reports else None
+        return _table_of(results) if self.reports else None
 
     def _share(self, batch: SequenceBatch) -> list[MicroBatch]:
         """Returns the micro-batches of this data-parallel replica."""
@@ -173,16 +178,51 @@ class Passes:
         return [micro_batch(batch, rows, self.device, self.spec, length) for rows in own]
 
 
-def _columns(stats: lpreg.TokenStats) -> dict[str, np.ndarray]:
-    return {name: getattr(stats, name).detach().cpu().numpy() for name in TABLE}
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a micro-batch of a training step leaves on the device."""
+
+    rows: tuple[int, ...]
+    columns: list[Tensor]
+    """The columns of TABLE."""
+    loss: Tensor
+    metrics: Mapping[str, lpreg.Mean]
 
 
-def _stored_proxy(stores: list[lpreg.ProxyStore]) -> StoredProxy:
-    """Joins the stores of consecutive micro-batches."""
-    counts, ids, log_q = (
-        torch.cat([getattr(store, name) for store in stores]).cpu() for name in ("counts", "ids", "log_q")
+def _train_result(parts: Sequence[_Part]) -> TrainResult:
+    """Copies everything to the host at once. The gradient norm is not known yet."""
+    names = list(parts[0].metrics) if parts else []
+    scalars = [
+        torch.stack([part.loss.double(), *(value for name in names for value in _sums(part.metrics[name]))])
+        for part in parts
+    ]
+    arrays = to_host([*scalars, *(column for part in parts for column in part.columns)])
+    numbers, columns = arrays[: len(parts)], iter(arrays[len(parts) :])
+    return TrainResult(
+        table=_table([(part.rows, dict(zip(TABLE, islice(columns, len(TABLE)), strict=True))) for part in parts]),
+        loss=sum(float(found[0]) for found in numbers),
+        metrics=add_up(
+            {name: (float(found[1 + 2 * i]), float(found[2 + 2 * i])) for i, name in enumerate(names)}
+            for found in numbers
+        ),
+        grad_norm=float("nan"),
     )
-    return StoredProxy(counts.numpy(), ids.int().numpy(), log_q.float().numpy())
+
+
+def _sums(mean: lpreg.Mean) -> tuple[Tensor, Tensor]:
+    return mean.total.double(), mean.count.double()
+
+
+def _stored_proxy(parts: Sequence[tuple[np.ndarray, ...]]) -> StoredProxy:
+    """Joins the stores of consecutive micro-batches."""
+    counts, ids, log_q = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return StoredProxy(counts, ids, log_q)
+
+
+def _table_of(parts: Sequence[tuple[tuple[int, ...], Mapping[str, Tensor]]]) -> Table:
+    """Returns a table of tensors that are still on the device."""
+    arrays = iter(to_host([column for _, columns in parts for column in columns.values()]))
+    return _table([(rows, {name: next(arrays) for name in columns}) for rows, columns in parts])
 
 
 def _table(parts: list[tuple[tuple[int, ...], dict[str, np.ndarray]]]) -> Table:

@@ -12,11 +12,13 @@ from itertools import count
 from typing import Any, TypeVar
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
+from megatron_rl.actor.optimizer.distributed import finish_without_backward
 from megatron_rl.actor.passes.micro_batch import MicroBatch
 from megatron_rl.utils import heartbeat
 
@@ -26,7 +28,11 @@ OnHidden = Callable[[Tensor, MicroBatch], tuple[Tensor, Result]]
 
 
 def run_schedule(
-    chunks: Sequence[nn.Module], micro_batches: list[MicroBatch], on_hidden: OnHidden[Result], *, backward: bool
+    chunks: Sequence[DistributedDataParallel],
+    micro_batches: list[MicroBatch],
+    on_hidden: OnHidden[Result],
+    *,
+    backward: bool,
 ) -> list[Result]:
     """Returns the results of `on_hidden` for each micro-batch, on the last pipeline stage; an empty list on the others.
 
@@ -45,10 +51,10 @@ def run_schedule(
         raise ValueError("interleaved with batched messages, gradients are wrong: only overlap_p2p_comm is allowed")
     if not micro_batches:
         if backward:  # this replica adds nothing, but the collectives of the others wait for this rank
-            config.finalize_model_grads_func(list(chunks))
+            finish_without_backward(chunks)
         return []
 
-    def forward(batches: Iterator[MicroBatch], stage: nn.Module) -> tuple[Tensor, Any]:
+    def forward(batches: Iterator[MicroBatch], stage: DistributedDataParallel) -> tuple[Tensor, Any]:
         batch = next(batches)
         heartbeat.notify(f"micro-batch {next(number)} of {len(micro_batches)}")
         with record_function("forward"):

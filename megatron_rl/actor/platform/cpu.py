@@ -1,4 +1,4 @@
-"""The device that the actor runs on. Only this module makes megatron-core, which is written for CUDA, run on CPU.
+"""Makes megatron-core, which is written for CUDA, run on a CPU, whatever else is installed.
 
 `torch.cpu` mirrors the part of `torch.cuda` that megatron-core calls (current_device, synchronize), and tensors have
 `.cpu()` as they have `.cuda()`. One mechanism therefore covers nearly everything: in the functions listed in
@@ -11,26 +11,16 @@ raises an error.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 import inspect
 import itertools
-import os
 from collections.abc import Callable
 from functools import cache
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from megatron_rl.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_rl.batching.packing import PackingForm
-    from megatron_rl.config.actor import ActorSettings
-
-SUPPORTED = ((0, 16), (0, 19))
-"""Oldest and newest release line of megatron-core whose uses of CUDA are exactly those listed below."""
+from megatron_rl.utils import versions
 
 CUDA_SITES = {
     "rotary embedding": ("models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.get_emb",),
@@ -110,114 +100,41 @@ CPU_TWINS: dict[str, Callable[..., Any]] = {
 }
 """Functions of megatron.core whose entire body is replaced."""
 
-_device: torch.device | None = None
-"""The device that `prepare` chose."""
+
+def _local(name: str) -> Callable[[], Any]:
+    return lambda: getattr(importlib.import_module("megatron.core.utils"), name)
 
 
-def prepare(device: str) -> torch.device:
-    """Returns the device that this process trains on, with megatron-core prepared for it. Call before building a model.
-
-    `device` is "auto" (CUDA if available), "cpu" or "cuda". On CUDA the process uses the GPU that LOCAL_RANK names.
-    Raises UserError if CUDA is requested but absent, or if this version of megatron-core is not known to run on CPU.
-    """
-    global _device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        _check_version()
-        _run_on_cpu()
-        _device = torch.device("cpu")
-        return _device
-    if not torch.cuda.is_available():
-        raise UserError("actor.device is 'cuda', but torch sees no GPU. Use 'cpu' or 'auto', or a CUDA build of torch.")
-    _device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(_device)
-    return _device
-
-
-def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether layers come from Transformer Engine, which runs on CUDA only.
-
-    In fp32 they do not, because Transformer Engine has no fp32 attention for packed sequences.
-    """
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    return device.type == "cuda" and dtype != torch.float32 and installed
-
-
-def packing_form(settings: ActorSettings, device: torch.device) -> PackingForm:
-    """Returns how the sequences of a micro-batch are packed. Transformer Engine's attention supports no prefix tree."""
-    if settings.rows != "auto":
-        return settings.rows
-    return "packed" if uses_transformer_engine(device, getattr(torch, settings.dtype)) else "prefix_tree"
-
-
-def require(device: torch.device, settings: ActorSettings) -> None:
-    """Raises UserError if the settings need Transformer Engine without it, or do not work with it."""
-    wanted = {
-        f"actor.context_parallel: {settings.context_parallel}": settings.context_parallel > 1,
-        f"actor.fp8: {settings.fp8}": settings.fp8 != "none",
-        f"actor.expert_gemm: {settings.expert_gemm}": settings.expert_gemm == "grouped",
-    }
-    engine = uses_transformer_engine(device, getattr(torch, settings.dtype))
-    if engine and settings.rows == "prefix_tree":
-        raise UserError(
-            "actor.rows: prefix_tree does not work with Transformer Engine, which is installed: its attention does not "
-            "support sequences that share positions. Set actor.rows to auto or packed"
-        )
-    for key, asked in wanted.items():
-        if asked and not engine:
-            raise UserError(
-                f"{key} needs Transformer Engine, which must be installed and is used on CUDA only and in bfloat16. "
-                "Install it and set actor.dtype to bfloat16, or set context_parallel to 1, fp8 to none and expert_gemm "
-                "to auto"
-            )
-
-
-def describe(dtype: torch.dtype) -> str:
-    """Returns one line for the log about a model of this dtype. Call after `prepare`."""
-    if _device is None:
-        raise RuntimeError("call prepare() first")
-    layers = "Transformer Engine layers" if uses_transformer_engine(_device, dtype) else "local layers"
-    apex = "Apex" if importlib.util.find_spec("apex") else "no Apex"
-    return f"{_device}, megatron-core {megatron_version()}, {layers}, {apex}"
-
-
-def device_name() -> str:
-    """Returns the driver's name of the GPU, or "cpu". Call after `prepare`."""
-    if _device is None:
-        raise RuntimeError("call prepare() first")
-    return torch.cuda.get_device_name(_device) if _device.type == "cuda" else "cpu"
-
-
-def megatron_version() -> str:
-    """Returns the installed version. Raises UserError if megatron-core is not installed."""
-    try:
-        return importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"megatron-core is not installed. Run: {_install()}") from None
-
-
-def _install() -> str:
-    (first, newest), (_, last) = SUPPORTED
-    return f'pip install "megatron-core>={first}.{newest},<{first}.{last + 1}"'
-
-
-def _release_line() -> tuple[int, ...]:
-    return tuple(int(part) for part in megatron_version().split(".")[:2])
-
-
-def _check_version() -> None:
-    oldest, newest = SUPPORTED
-    if not oldest <= _release_line() <= newest:
-        raise UserError(
-            f"megatron-core {megatron_version()} is not known to run on CPU; known are {'.'.join(map(str, oldest))} to "
-            f"{'.'.join(map(str, newest))}. Run: {_install()}, or use actor.device: cuda"
-        )
+TORCH_TWINS: dict[str, dict[str, Any]] = {
+    "optimizer": {
+        "Adam": lambda: torch.optim.AdamW,
+        "SGD": lambda: torch.optim.SGD,
+        "USING_PYTORCH_OPTIMIZER": True,
+    },
+    "optimizer.optimizer": {
+        "multi_tensor_applier": _local("local_multi_tensor_applier"),
+        "multi_tensor_scale_impl": _local("local_multi_tensor_scale"),
+    },
+    "optimizer.clip_grads": {
+        "multi_tensor_applier": _local("local_multi_tensor_applier"),
+        "multi_tensor_scale_impl": _local("local_multi_tensor_scale"),
+        "l2_norm_impl": _local("local_multi_tensor_l2_norm"),
+    },
+    "optimizer.distrib_optimizer": {
+        "HAVE_APEX_OR_TE": False,
+        "USING_TE_OPTIMIZER": False,
+        "USING_APEX_OPTIMIZER": False,
+    },
+    "transformer.moe.moe_utils": {"te_general_gemm": None},
+    "transformer.attention": {"SplitAlongDim": None},
+}
+"""Module of megatron.core -> names that hold kernels of Transformer Engine or Apex if these are installed, and what the
+names hold without them; a function makes the value."""
 
 
 @cache
-def _run_on_cpu() -> None:
-    """Runs once per process: a second time there would be nothing left to replace, which is an error."""
+def run_on_cpu() -> None:
+    """Retargets megatron-core, once per process: a second time nothing would be left to replace, which is an error."""
     newer = [sites for since, sites in NEWER_SITES.items() if _release_line() >= since]
     for site in itertools.chain(*CUDA_SITES.values(), *newer):
         _retarget(_find(site))
@@ -225,22 +142,37 @@ def _run_on_cpu() -> None:
         _retarget(_find(site), twin="random")
     for site, twin in CPU_TWINS.items():
         _replace(_find(site), twin)
+    _use_torch()
     _adapt_experts()
 
 
-def _adapt_experts() -> None:
-    """Adds two names that the expert code needs on CPU.
+def _release_line() -> tuple[int, ...]:
+    return tuple(int(part) for part in (versions.installed("megatron-core") or "0.0").split(".")[:2])
 
-    The expert dispatcher waits for an event of its stream, but `torch.cpu.Stream` has no events. The router tests
-    whether `te_general_gemm` is None, but 0.16 defines that name only with Transformer Engine.
-    """
+
+def _use_torch() -> None:
+    """Makes megatron-core use torch where it would use kernels of Transformer Engine or Apex, which need a GPU."""
+    for module, names in TORCH_TWINS.items():
+        found = importlib.import_module(f"megatron.core.{module}")
+        for name, twin in names.items():
+            if not hasattr(found, name):
+                raise RuntimeError(f"megatron.core.{module} has no {name}: megatron-core changed")
+            setattr(found, name, twin() if callable(twin) else twin)
+
+
+def name_general_gemm() -> None:
+    """Defines `te_general_gemm`: the router tests whether it is None, but 0.16 lacks it without Transformer Engine."""
     from megatron.core.transformer.moe import moe_utils
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     if "te_general_gemm" not in moe_utils.RouterGatingLinearFunction.forward.__code__.co_names:
         raise RuntimeError("the router of megatron.core no longer uses te_general_gemm: megatron-core changed")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _adapt_experts() -> None:
+    """Gives the expert dispatcher a stream with events, for which it waits: `torch.cpu.Stream` has none."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     class Stream(torch.cpu.Stream):
         def record_event(self) -> torch.cpu.Event:  # type: ignore[override]

@@ -1,0 +1,152 @@
+"""The fused kernels of a GPU, and how the process uses it. Each choice is `auto` in the configuration and can be off.
+
+No choice changes what is computed beyond rounding. tests/rehearsal runs them without a GPU, as far as that goes; their
+speed has not been measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_rl.config.actor import AttentionBackend, FusionSettings
+
+NEEDS_ENGINE = "Transformer Engine layers, which CUDA and bfloat16 have if transformer-engine is installed"
+NEEDS_TRITON = "CUDA and Triton, which compiles the kernel"
+NEEDS_EXPERTS = f"a model with experts, and {NEEDS_ENGINE}"
+
+ATTENTION = {"auto": "111", "flash": "100", "fused": "010", "unfused": "001", "local": "000"}
+"""Backend -> values of ATTENTION_VARIABLES that megatron-core sets, and insists on if they are set already."""
+ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "cuda"}
+"""Environment variable -> subfolder for code that is compiled while a run goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fusions:
+    """Fused kernels, by the names of `FusionSettings`."""
+
+    rope: bool = False
+    swiglu: bool = False
+    gradient_accumulation: bool = False
+    expert_permutation: bool = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of TransformerConfig.
+
+        `gradient_accumulation_fusion` stays off there: the LM head would insist on Apex, though its forward never runs.
+        `fuse_gradient_accumulation` sets it in the layers.
+        """
+        return {
+            "apply_rope_fusion": self.rope,
+            "bias_activation_fusion": self.swiglu,
+            "moe_permute_fusion": self.expert_permutation,
+            "gradient_accumulation_fusion": False,
+        }
+
+    def lines(self) -> list[str]:
+        """Returns one line per kernel for the log."""
+        return [f"actor.fusions.{name}: {'on' if getattr(self, name) else 'off'}" for name in self.__slots__]
+
+
+NO_FUSIONS = Fusions()
+
+
+def fusions(settings: FusionSettings, device: torch.device, *, engine: bool, experts: bool) -> Fusions:
+    """Returns the fused kernels to use. engine: whether layers come from Transformer Engine.
+
+    Raises UserError if a setting is true and its kernel is not available.
+    """
+    compiles = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    there = {
+        "rope": (engine, NEEDS_ENGINE),
+        "swiglu": (compiles, NEEDS_TRITON),
+        "gradient_accumulation": (engine, NEEDS_ENGINE),
+        "expert_permutation": (engine and experts, NEEDS_EXPERTS),
+    }
+    chosen = {}
+    for name, (available, needs) in there.items():
+        wanted = getattr(settings, name)
+        if wanted is True and not available:
+            raise UserError(f"actor.fusions.{name}: true needs {needs}. Set it to auto or false")
+        chosen[name] = available if wanted == "auto" else wanted
+    return Fusions(**chosen)
+
+
+def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
+    """Makes Transformer Engine's layers add weight gradients to the fp32 `main_grad` within their matrix products.
+
+    Raises RuntimeError if no layer knows this, as Transformer Engine must have changed then.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "fuse_wgrad_accumulation")]
+    if not layers:
+        raise RuntimeError("no layer has fuse_wgrad_accumulation: Transformer Engine changed")
+    for layer in layers:
+        layer.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+
+
+def check_attention(backend: AttentionBackend, *, engine: bool, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises UserError if the attention backend does not suit the layers, or if environment variables contradict it."""
+    if not engine:
+        if backend not in ("auto", "local"):
+            raise UserError(
+                f"actor.attention_backend: {backend} chooses among the attentions of Transformer Engine, which this "
+                "actor does not use: they need CUDA, bfloat16 and transformer-engine. Set it to auto or local"
+            )
+        return
+    if backend == "local":
+        raise UserError(
+            "actor.attention_backend: local means attention without Transformer Engine, whose layers this actor uses. "
+            "Set it to auto, flash, fused or unfused"
+        )
+    for name, value in zip(ATTENTION_VARIABLES, ATTENTION[backend], strict=True):
+        if environment.get(name, value) != value:
+            raise UserError(
+                f"{name}={environment[name]} is set in the environment, but actor.attention_backend: {backend} needs "
+                f"{value}, and megatron-core refuses the difference. Unset {', '.join(ATTENTION_VARIABLES)} and choose "
+                "with actor.attention_backend: auto, flash, fused or unfused"
+            )
+
+
+def prepare(deterministic: bool) -> None:
+    """Sets up this process. Call before kernels are compiled.
+
+    NVIDIA's container turns TF32 on for fp32 products (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), and fp32 here means fp32.
+    """
+    torch.set_float32_matmul_precision("highest")
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+    if not _usable(os.environ.get("HOME")):
+        folder = _own_folder()
+        for name, part in CACHES.items():
+            os.environ.setdefault(name, str(folder / part))
+
+
+def deterministic_line(deterministic: bool) -> list[str]:
+    return ["deterministic: kernels and sums give the same bits when a run is repeated"] if deterministic else []
+
+
+def _usable(home: str | None) -> bool:
+    """Returns whether compiled code can be kept in the home folder, which a container may lack."""
+    return bool(home) and Path(str(home)).is_dir() and os.access(str(home), os.W_OK)
+
+
+def _own_folder() -> Path:
+    """Returns a folder on this node's disk that only this user can write: code is loaded from it."""
+    folder = Path(tempfile.gettempdir(), f"megatron-rl-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if folder.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        return Path(tempfile.mkdtemp(prefix="megatron-rl-"))
+    return folder
