@@ -11,12 +11,14 @@ WINDOW_PIP := $(WINDOW)/bin/python -m pip --disable-pip-version-check --no-input
 ENGINES := .venv-engines
 ENGINES_PIP := $(ENGINES)/bin/python -m pip --disable-pip-version-check --no-input
 ENGINES_PIN := -c constraints-engines.txt
+REHEARSAL := .venv-rehearsal
+REHEARSAL_PIP := $(REHEARSAL)/bin/python -m pip --disable-pip-version-check --no-input
 
 # Ranks share the cores: more threads each would only make them wait for one another.
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark benchmark-check reproduce dev test test-all test-browser test-slurm window test-megatron-window engines test-engines image-test lint clean
+.PHONY: help setup quickstart benchmark benchmark-check reproduce dev test test-all test-browser test-slurm window test-megatron-window engines test-engines rehearsal rehearse image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -61,6 +63,7 @@ test-all: dev ## every test that needs no GPU, with more cases and examples than
 	$(MAKE) test-engines
 	$(MAKE) test-slurm
 	$(MAKE) test-megatron-window
+	$(MAKE) rehearse
 
 test-browser: dev ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }
@@ -92,6 +95,26 @@ WINDOW_TESTS := tests/unit/actor tests/unit/checkpoint tests/unit/conversion tes
 
 test-megatron-window: window ## the actor's and checkpoints' tests against the newest megatron-core
 	$(WINDOW)/bin/python -m pytest -m "not gpu" $(SHARED) $(WINDOW_TESTS)
+
+rehearsal: $(REHEARSAL)/.stamp ## make .venv-rehearsal: Transformer Engine's Python and megatron-core in several versions
+
+# Nothing of Transformer Engine is compiled: its wheel is Python only, and tests/rehearsal/stand_ins takes the place of its
+# C extension. pip is told not to look at the Python that megatron-core asks for, as above.
+$(REHEARSAL)/.stamp: pyproject.toml setup.py constraints-cpu.txt constraints-rehearsal.txt tests/rehearsal/versions.py
+	@echo '[1/4] making $(REHEARSAL)'
+	@$(PYTHON) -m venv --clear $(REHEARSAL)
+	@echo '[2/4] installing torch'
+	@$(REHEARSAL_PIP) install --quiet $(PIN) torch
+	@echo '[3/4] installing this project and what Transformer Engine imports'
+	@$(REHEARSAL_PIP) install --quiet $(PIN) -c constraints-rehearsal.txt --no-build-isolation -e . \
+	  pytest pytest-timeout pytest-xdist hypothesis triton einops nvdlfw-inspect onnxscript
+	@echo '[4/4] installing the versions of Transformer Engine and megatron-core'
+	@$(REHEARSAL)/bin/python -m tests.rehearsal.versions | while read folder requirement; do \
+	  $(REHEARSAL_PIP) install --quiet --no-deps --ignore-requires-python --target $$folder $$requirement || exit 1; done
+	@touch $@
+
+rehearse: rehearsal ## the actor's GPU path on a CPU: docs/rehearsal.md
+	$(REHEARSAL)/bin/python -m pytest -m rehearsal tests/rehearsal
 
 engines: $(ENGINES)/.stamp ## make .venv-engines: SGLang and vLLM on CPU beside the rest (4 GB)
 
@@ -146,5 +169,5 @@ lint: dev ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) $(WINDOW) $(ENGINES) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(WINDOW) $(ENGINES) $(REHEARSAL) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lpreg megatron_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +
