@@ -107,7 +107,7 @@ $(REHEARSAL)/.stamp: pyproject.toml setup.py constraints-cpu.txt constraints-reh
 	@$(REHEARSAL_PIP) install --quiet $(PIN) torch
 	@echo '[3/4] installing this project and what Transformer Engine imports'
 	@$(REHEARSAL_PIP) install --quiet $(PIN) -c constraints-rehearsal.txt --no-build-isolation -e . \
-	  pytest pytest-timeout hypothesis triton einops nvdlfw-inspect onnxscript
+	  pytest pytest-timeout pytest-xdist hypothesis triton einops nvdlfw-inspect onnxscript
 	@echo '[4/4] installing the versions of Transformer Engine and megatron-core'
 	@$(REHEARSAL)/bin/python -m tests.rehearsal.versions | while read folder requirement; do \
 	  $(REHEARSAL_PIP) install --quiet --no-deps --ignore-requires-python --target $$folder $$requirement || exit 1; done

@@ -26,6 +26,8 @@ SELECTIVE = {"recompute": {"granularity": "selective", "modules": ["core_attn", 
 SP = {"sequence_parallel": True}
 TIED = {"model": "tied"}
 EXPERTS = {"model": "experts"}
+OVERLAPPED = {"overlap_grad_reduce": True}
+"""Without this setting a CPU sums gradients over replicas after the backward pass."""
 LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
     "one rank": (
         {},
@@ -73,6 +75,9 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
             "dp2, plain": PLAIN | {"distributed_optimizer": False},
             "dp2, distributed optimizer": {},
             "dp2, packed": PACKED,
+            "dp2, overlapped sum": OVERLAPPED,
+            "tied, dp2, overlapped sum": TIED | OVERLAPPED,
+            "experts, dp2, overlapped sum": EXPERTS | OVERLAPPED,
         },
     ),
     "tp2-pp2": (
@@ -92,7 +97,13 @@ LOSSES = ("supervised", "lp_reg", "entropy_bonus", "gspo")
 QUICK = {
     *LAYOUTS["one rank"][1],
     *("tp2, sp, fused", "tp2, sp, packed, fused", "tied, tp2, sp, fused", "tp2, sp, plain"),
-    *("tied, pp2, packed, interleaved", "dp2, distributed optimizer", "tied, tp2-pp2, sp, interleaved"),
+    *(
+        "tied, pp2, packed, interleaved",
+        "dp2, distributed optimizer",
+        "tied, dp2, overlapped sum",
+        "dp2, overlapped sum",
+        "tied, tp2-pp2, sp, interleaved",
+    ),
     *("experts, dp2-ep2", "experts, tp2-ep2, sp"),
 }
 """One variant or more of every kind of parallelism and of every setting; the others combine the same in other ways."""

@@ -8,7 +8,7 @@ that it starts in turn is rehearsed too: all of it is in the environment (`envir
     .venv-rehearsal/bin/python -m tests.rehearsal --print
 
 writes as lines `export NAME=value` for `eval "$(...)"` in a shell. `--engine none` leaves Transformer Engine out. `--plain`
-runs the same megatron-core on the CPU as what it is, for comparison.
+runs on the CPU as what it is, for comparison; Transformer Engine is there or not as `--engine` says.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ def environment(engine: str | None, megatron: str, *, plain: bool = False) -> di
     """Returns the environment variables of a rehearsal, beside those that are set already."""
     paths = [folder_of("megatron-core", megatron), ROOT]
     settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if not plain:
+    if not plain or engine is not None:
         paths = [HERE / "site", *paths]
-        settings |= {"MEGATRON_RL_REHEARSAL": "1"}
-        if engine is not None:
-            paths += [folder_of("transformer-engine", engine), HERE / "stand_ins"]
-            # Nothing of Transformer Engine is compiled, and nothing is compiled while it runs.
-            settings |= {"NVTE_PROJECT_BUILDING": "1", "NVTE_TORCH_COMPILE": "0", "TORCH_COMPILE_DISABLE": "1"}
+        settings |= {"MEGATRON_RL_REHEARSAL": "cpu" if plain else "cuda", "TORCH_COMPILE_DISABLE": "1"}
+    if engine is not None:
+        paths += [folder_of("transformer-engine", engine), HERE / "stand_ins"]
+        settings |= {"NVTE_PROJECT_BUILDING": "1", "NVTE_TORCH_COMPILE": "0"}  # nothing of it is compiled
     return settings | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 

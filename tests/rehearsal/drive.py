@@ -7,7 +7,6 @@ Run as: drive.py FOLDER. Every folder in FOLDER that has a case.json is a case: 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from tests.rehearsal.works import WORKS
 
 
 def main(folder: Path) -> None:
-    if os.environ.get("MEGATRON_RL_REHEARSAL"):
-        import megatron.core.extensions.transformer_engine  # noqa: F401
+    import megatron.core.extensions.transformer_engine  # noqa: F401 (it can be imported without Transformer Engine)
+
     torch.set_num_threads(1)
     for case in sorted(path.parent for path in folder.glob("*/case.json")):
         settings = json.loads((case / "case.json").read_text())

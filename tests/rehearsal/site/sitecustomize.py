@@ -59,9 +59,11 @@ def _permutation(kernels: ModuleType) -> None:
     moe_permutation.replace(kernels)
 
 
-if os.environ.get("MEGATRON_RL_REHEARSAL"):
+DEVICE = os.environ.get("MEGATRON_RL_REHEARSAL")
+"""`cuda`, or `cpu` to leave torch as it is."""
+if DEVICE:
     for _module, _action in {
-        "torch": _cuda,
+        **({"torch": _cuda} if DEVICE == "cuda" else {}),
         "transformer_engine.common": _extension,
         "transformer_engine.pytorch.cpp_extensions": _names,
         "transformer_engine.pytorch.triton.permutation": _permutation,

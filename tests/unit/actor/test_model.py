@@ -10,11 +10,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from megatron_rl.actor.model.attention import SDPAttention
 from megatron_rl.actor.model.layers import RMSNorm
-from megatron_rl.actor.model.policy import build_model
+from megatron_rl.actor.model.policy import build_model, mark_shards
 from megatron_rl.actor.optimizer.distributed import wrap_ddp
+from megatron_rl.models.architecture import Architecture
 from megatron_rl.parallel.layout import Layout
 from tests.hf_models import config_json
 from tests.meeting import only_rank
@@ -84,6 +86,37 @@ def test_all_parameters_of_a_stage_have_one_dtype() -> None:
 def test_matrices_are_marked_as_shards_and_norms_are_not() -> None:
     marks = {name: getattr(p, "tensor_model_parallel", False) for name, p in stage().named_parameters()}
     assert {name for name, sharded in marks.items() if not sharded} == {name for name in marks if "norm" in name}
+
+
+def grouped_experts() -> GPTModel:
+    """A stand-in for a layer of Transformer Engine's grouped experts: all weights of a rank's experts in one module."""
+    model, layer, mlp, experts = (nn.Module() for _ in range(4))
+    for name in ("linear_fc1", "linear_fc2"):
+        linear = nn.Module()
+        for expert in range(2):
+            linear.register_parameter(f"weight{expert}", nn.Parameter(torch.zeros(2, 2)))
+        experts.register_module(name, linear)
+    mlp.router = nn.Linear(2, 4, bias=False)
+    mlp.router.weight.tensor_model_parallel = True  # a mark that is wrong
+    mlp.experts, layer.mlp, layer.layer_number = experts, mlp, 1  # type: ignore[assignment]
+    decoder: Any = nn.Module()
+    decoder.layers = nn.ModuleList([layer])
+    model.decoder = decoder
+    return model  # type: ignore[return-value]
+
+
+def test_grouped_experts_are_marked_as_shards_whatever_marked_them_before() -> None:
+    model = grouped_experts()
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    mark_shards(model, Architecture.from_hf(config_json("qwen3_moe", **experts)))
+    marks: dict[str, Any] = {name.removeprefix("decoder.layers.0.mlp."): p for name, p in model.named_parameters()}
+    assert {name: (p.tensor_model_parallel, p.partition_dim) for name, p in marks.items()} == {
+        "experts.linear_fc1.weight0": (True, 0),
+        "experts.linear_fc1.weight1": (True, 0),
+        "experts.linear_fc2.weight0": (True, 1),
+        "experts.linear_fc2.weight1": (True, 1),
+        "router.weight": (False, -1),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

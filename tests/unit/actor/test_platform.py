@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from types import FunctionType
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from megatron_rl.actor import platform
+from megatron_rl.actor.platform import cpu
 from megatron_rl.config.actor import ActorSettings
 from megatron_rl.errors import UserError
 
@@ -17,45 +20,104 @@ from megatron_rl.errors import UserError
 def retargeted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Records the functions that `prepare` would change, as in a process where none has been changed yet."""
     found: list[str] = []
-    monkeypatch.setattr(platform, "_run_on_cpu", platform._run_on_cpu.__wrapped__)
-    monkeypatch.setattr(platform, "_retarget", lambda function, twin="cpu": found.append(function.__qualname__))
-    monkeypatch.setattr(platform, "_replace", lambda function, twin: found.append(function.__qualname__))
+    monkeypatch.setattr(cpu, "run_on_cpu", cpu.run_on_cpu.__wrapped__)
+    monkeypatch.setattr(cpu, "_retarget", lambda function, twin="cpu": found.append(function.__qualname__))
+    monkeypatch.setattr(cpu, "_replace", lambda function, twin: found.append(function.__qualname__))
     monkeypatch.setattr(platform, "_device", None)
     return found
 
 
-def test_an_unknown_megatron_version_is_refused_on_cpu(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
-    monkeypatch.setattr(platform, "megatron_version", lambda: "0.99.0")
-    with pytest.raises(UserError, match=r"0\.99\.0.*known are 0\.16 to 0\.19.*megatron-core>=0\.16,<0\.20"):
-        platform.prepare("cpu")
-    assert retargeted == []
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Makes torch see a GPU, and records the devices that are selected."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+def have(monkeypatch: pytest.MonkeyPatch, **given: str) -> None:
+    """Makes the packages have these versions; an underscore stands for a hyphen."""
+    real, fakes = importlib.metadata.version, {name.replace("_", "-"): version for name, version in given.items()}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: fakes.get(name) or real(name))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("package", "version", "remedy"),
+    [
+        ("megatron_core", "0.99.0", r"megatron-core 0\.99\.0 is installed.*'megatron-core>=0\.16\.1,<0\.20'"),
+        ("torch", "2.8.0a0+34c6371d24.nv25.8", r"torch 2\.8\.0a0.*'torch>=2\.8'"),
+        ("transformer_engine", "2.1.0", r"transformer-engine 2\.1\.0.*>=2\.4.*or uninstall"),
+    ],
+)
+def test_a_version_outside_the_window_is_named_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+    retargeted: list[str],
+    one_gpu: list[torch.device],
+    device: str,
+    package: str,
+    version: str,
+    remedy: str,
+) -> None:
+    have(monkeypatch, **{package: version})
+    if package == "transformer_engine" and device == "cpu":
+        assert platform.prepare(device).type == "cpu"  # a CPU does not use the package
+        return
+    with pytest.raises(UserError, match=remedy):
+        platform.prepare(device)
+    assert retargeted == [] and one_gpu == []
 
 
 def test_the_error_for_a_missing_megatron_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
-        raise platform.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(platform.importlib.metadata, "version", absent)
+    monkeypatch.setattr(importlib.metadata, "version", absent)
     with pytest.raises(UserError, match=r"not installed.*pip install"):
         platform.megatron_version()
 
 
 def test_preparing_for_cpu_changes_every_listed_function(retargeted: list[str]) -> None:
     assert platform.prepare("cpu") == torch.device("cpu")
-    at_least = sum(map(len, [*platform.CUDA_SITES.values(), platform.RANDOM_SITES, platform.CPU_TWINS]))
+    at_least = sum(map(len, [*cpu.CUDA_SITES.values(), cpu.RANDOM_SITES, cpu.CPU_TWINS]))
     assert len(retargeted) >= at_least
     assert {"RotaryEmbedding.get_emb", "P2PCommunicator._communicate", "get_grad_norm_fp32"} <= set(retargeted)
 
 
-def test_preparing_for_cuda_only_selects_the_local_gpu(monkeypatch: pytest.MonkeyPatch, retargeted: list[str]) -> None:
-    chosen: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(platform, "megatron_version", lambda: "0.99.0")
+def test_kernels_of_transformer_engine_give_way_to_torch_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, retargeted: list[str]
+) -> None:
+    """megatron-core takes these names from Transformer Engine or Apex where it finds one of them."""
+    for module, names in cpu.TORCH_TWINS.items():
+        for name in names:
+            monkeypatch.setattr(f"megatron.core.{module}.{name}", "a kernel for GPUs", raising=False)
+    platform.prepare("cpu")
+    found = importlib.import_module("megatron.core.optimizer")
+    assert found.Adam is torch.optim.AdamW and found.USING_PYTORCH_OPTIMIZER is True
+    for module, names in cpu.TORCH_TWINS.items():
+        for name in names:
+            assert getattr(importlib.import_module(f"megatron.core.{module}"), name) != "a kernel for GPUs"
+
+
+def test_preparing_for_cuda_only_selects_the_local_gpu(
+    monkeypatch: pytest.MonkeyPatch, retargeted: list[str], one_gpu: list[torch.device]
+) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert platform.prepare("auto") == torch.device("cuda", 3)
-    assert chosen == [torch.device("cuda", 3)]
+    assert one_gpu == [torch.device("cuda", 3)]
     assert retargeted == []
+
+
+def test_the_router_finds_its_matrix_product_on_every_device(
+    monkeypatch: pytest.MonkeyPatch, retargeted: list[str], one_gpu: list[torch.device]
+) -> None:
+    """Without Transformer Engine megatron-core 0.16 tests a name that it never defined."""
+    from megatron.core.transformer.moe import moe_utils
+
+    monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
+    platform.prepare("cuda")
+    assert moe_utils.te_general_gemm is None
 
 
 def test_without_a_gpu_auto_means_cpu_and_cuda_is_refused(
@@ -71,7 +133,7 @@ def test_preparing_twice_is_harmless() -> None:
     platform.prepare("cpu")
     platform.prepare("cpu")
     assert (
-        platform.describe(torch.float32) == f"cpu, megatron-core {platform.megatron_version()}, local layers, no Apex"
+        platform.describe(ActorSettings()) == f"cpu, megatron-core {platform.megatron_version()}, local layers, no Apex"
     )
 
 
@@ -119,7 +181,7 @@ def test_retargeting_changes_names_constants_and_inner_functions() -> None:
             "cudagraph",
         )
 
-    platform._retarget(cast(FunctionType, outer))
+    cpu._retarget(cast(FunctionType, outer))
     assert outer(torch.zeros(1).half()) == ("cpu", "cpu", True, "cudagraph")
 
 
@@ -128,27 +190,27 @@ def nothing_to_do() -> str:
 
 
 @pytest.mark.parametrize(
-    ("place", "name"),
+    ("place", "name", "adapt"),
     [
-        ("moe_utils.RouterGatingLinearFunction", "forward"),
-        ("token_dispatcher.MoEAlltoAllTokenDispatcher", "_maybe_dtoh_and_synchronize"),
+        ("moe_utils.RouterGatingLinearFunction", "forward", cpu.name_general_gemm),
+        ("token_dispatcher.MoEAlltoAllTokenDispatcher", "_maybe_dtoh_and_synchronize", cpu._adapt_experts),
     ],
 )
 def test_a_changed_expert_layer_in_megatron_raises_an_error(
-    monkeypatch: pytest.MonkeyPatch, place: str, name: str
+    monkeypatch: pytest.MonkeyPatch, place: str, name: str, adapt: Callable[[], None]
 ) -> None:
     monkeypatch.setattr(f"megatron.core.transformer.moe.{place}.{name}", lambda: None)
     with pytest.raises(RuntimeError, match="megatron-core changed"):
-        platform._adapt_experts()
+        adapt()
 
 
 @pytest.mark.parametrize(
     "break_in",
     [
-        lambda: platform._retarget(cast(FunctionType, nothing_to_do)),
-        lambda: platform._replace(cast(FunctionType, nothing_to_do), lambda device: device),
-        lambda: platform._find("utils:no_such_function"),
-        lambda: platform._find("optimizer.optimizer:FP32Optimizer.no_such_method"),
+        lambda: cpu._retarget(cast(FunctionType, nothing_to_do)),
+        lambda: cpu._replace(cast(FunctionType, nothing_to_do), lambda device: device),
+        lambda: cpu._find("utils:no_such_function"),
+        lambda: cpu._find("optimizer.optimizer:FP32Optimizer.no_such_method"),
     ],
 )
 def test_a_changed_function_in_megatron_raises_an_error(break_in: Callable[[], object]) -> None:

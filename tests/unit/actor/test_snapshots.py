@@ -45,6 +45,15 @@ def test_a_snapshot_does_not_change_while_training_continues(worker: MegatronWor
     np.testing.assert_array_equal(log_probs(worker), after)
 
 
+def test_a_newer_snapshot_takes_the_memory_of_the_older_one(worker: MegatronWorker) -> None:
+    worker.snapshot("lagged")
+    places = {name: tensor.data_ptr() for name, tensor in worker.snapshots.get("lagged").items()}
+    worker.train(BATCH, 0.1, BATCH.num_sampled_tokens, 1.0)
+    worker.snapshot("lagged")
+    assert {name: tensor.data_ptr() for name, tensor in worker.snapshots.get("lagged").items()} == places
+    np.testing.assert_array_equal(log_probs(worker, "lagged"), log_probs(worker))
+
+
 def test_a_missing_snapshot_raises_an_error(worker: MegatronWorker) -> None:
     with pytest.raises(RuntimeError, match=r"no reference snapshot yet: call snapshot\('reference'\)"):
         worker.score(BATCH, 1.0, "reference")

@@ -19,6 +19,7 @@ def test_a_replica_without_sequences_still_adds_its_gradients(backward: bool) ->
     assert [len(share) for share in shares].count(0) == 2
     reduced: list[Any] = []
     model = nn.Module()
+    model.ddp_config = SimpleNamespace(overlap_grad_reduce=False)  # type: ignore[assignment]
     model.config = SimpleNamespace(finalize_model_grads_func=reduced.extend)  # type: ignore[assignment]
     assert run_schedule([model], [], lambda *_: (torch.zeros(()), None), backward=backward) == []
     assert reduced == ([model] if backward else [])

@@ -103,7 +103,7 @@ class Actors:
     stages = 2
 
     def __init__(self) -> None:
-        self.pushes = 0
+        self.pushes = self.released = 0
 
     def submit(self, method: Callable[..., Any], *arguments: Any) -> list[Any]:
         if method is not ActorRank.push_weights:
@@ -111,6 +111,9 @@ class Actors:
         self.pushes += 1
         checksums = Checksums({"w": "ab"}, {"0:w": "ab"}) if arguments[1] else None
         return [Pushed(stage, 10, (Path(f"stage-{stage}"),), checksums) for stage in range(self.stages)]
+
+    def release_memory(self) -> None:
+        self.released += 1
 
     def publishers(self) -> list[tuple[str, int]]:
         return [("127.0.0.1", 1), ("127.0.0.1", 2)]
@@ -167,6 +170,17 @@ def test_every_engine_gets_the_update_while_paused(opened: Open) -> None:
     for engine in engines.all:
         order = [call for call in engine.calls if call != "join_groups"]
         assert order == ["pause", "update_weights", "verify_weights", "resume"]
+
+
+def test_the_actor_frees_memory_before_engines_take_it_for_weights_and_for_caches(opened: Open) -> None:
+    sync, engines = opened(1)
+    actors: Any = sync.actors
+    seen: dict[str, int] = {}
+    (engine,) = engines.all
+    answer = engine.answer
+    engine.answer = lambda method, *rest: (seen.setdefault(method, actors.released), answer(method, *rest))[1]
+    sync.sync(1, verify=False)
+    assert (seen["update_weights"], seen["resume"]) == (1, 2)
 
 
 @pytest.mark.parametrize("failures", [1, ATTEMPTS - 1])

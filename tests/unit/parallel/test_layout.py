@@ -7,10 +7,13 @@ from megatron_rl.parallel.layout import last_stage_layers, padded_vocabulary
 
 
 @given(st.integers(1, 200_000), st.integers(1, 64))
-def test_the_padded_vocabulary_is_the_smallest_multiple(vocabulary: int, tensor: int) -> None:
+def test_the_padded_vocabulary_is_the_smallest_whose_parts_gpus_read_fast(vocabulary: int, tensor: int) -> None:
     padded = padded_vocabulary(vocabulary, tensor)
-    assert padded % tensor == 0
-    assert 0 <= padded - vocabulary < tensor
+    if tensor == 1:
+        assert padded == vocabulary
+        return
+    assert padded % tensor == 0 and padded // tensor % 16 == 0
+    assert 0 <= padded - vocabulary < 16 * tensor
 
 
 @given(layers=st.integers(1, 80), pipeline=st.integers(1, 16))

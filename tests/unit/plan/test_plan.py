@@ -20,6 +20,7 @@ from megatron_rl.plan.assumptions import lengths
 from megatron_rl.plan.engines import engine_memory, rollout_seconds
 from megatron_rl.plan.memory import host_bytes
 from megatron_rl.plan.parameters import model_parameters, rank_parameters
+from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.search import Choice, layouts, nearest
 from megatron_rl.plan.times import step_flops
 from tests.unit.plan.conftest import MODELS, Make
@@ -304,3 +305,44 @@ def test_invalid_input_is_an_error(run_file: Path, capsys: Output, arguments: li
 def test_a_mean_response_beyond_the_limit_is_refused(make: Make) -> None:
     with pytest.raises(UserError, match="mean_response"):
         make(mean_response=8192)
+
+
+def test_the_fused_swiglu_saves_two_feed_forward_tensors_per_layer(make: Make) -> None:
+    """Qwen3-14B: 40 layers of width 17,408 over 4 ranks, in bf16."""
+    keep = "actor.recompute.granularity=none"
+    (fused,), (plain,) = make(keep).actor, make(keep, "actor.fusions.swiglu=false").actor
+    tokens = make().setup.micro_batch_tokens
+    phase = "forward and backward"
+    saved = plain.phases[phase]["activations"] - fused.phases[phase]["activations"]
+    assert saved == pytest.approx(2 * 2 * tokens * 40 * 17408 / 4, rel=1e-6)
+
+
+def test_a_checkpoint_gathers_the_embedding_in_fp32(make: Make) -> None:
+    """Qwen3-14B: 151,936 x 5,120 numbers, a quarter of which is on each rank."""
+    (rank,) = make().actor
+    gathered = rank.phases["checkpoint"]["a gathered fp32 tensor"]
+    assert gathered == pytest.approx(4 * 151936 * 5120 * 2.25, rel=1e-6)
+
+
+def test_fp8_keeps_two_copies_of_the_layers_weights(make: Make) -> None:
+    (rank,) = make("actor.fp8=blockwise").actor
+    layers = 14.768e9 - 2 * 151936 * 5120
+    assert rank.phases["rollout"]["weights in FP8"] == pytest.approx(2 * layers / 4, rel=1e-3)
+    assert "weights in FP8" not in make().actor[0].phases["rollout"]
+
+
+def test_torchs_adam_needs_roots_of_the_second_moments(make: Make) -> None:
+    from megatron_rl.plan.setup import setup_of
+
+    config = make().setup.config
+    without, (rank,) = setup_of(config, transformer_engine=False), make().actor
+    phase = Plan(without).actor[0].phases["optimizer"]
+    assert phase["roots of the second moments"] == rank.phases["optimizer"]["moments"] / 2
+    assert "roots of the second moments" not in rank.phases["optimizer"]
+
+
+def test_the_check_of_the_export_needs_little_beside_the_state(make: Make) -> None:
+    (rank,) = make().actor
+    logits = rank.phases["check of the export"]["logits of the checked tokens"]
+    assert logits == 256 * 151936 * 8
+    assert rank.total("check of the export") < rank.total("forward and backward")

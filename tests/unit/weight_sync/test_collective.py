@@ -127,3 +127,11 @@ def test_an_engine_that_does_not_join_is_noticed() -> None:
     transport = CollectiveTransport(member(open_port(LOOPBACK), 0, 2, 1.0), 0, LIMIT)
     with pytest.raises(WeightsNotSent, match="not all engines joined"):
         transport.connect()
+
+
+def test_a_group_forms_on_the_oldest_torch_that_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.9 the name of a group had no type of its own."""
+    monkeypatch.delattr("torch.distributed.distributed_c10d.GroupName", raising=False)
+    group = process_group.join(member(open_port(LOOPBACK), 0, 1, 60.0))
+    assert group.size() == 1
+    process_group.leave(group)
