@@ -116,7 +116,13 @@ class WeightSync(ABC):
         answers = self._transfer(paused, verify) if paused else {}
         if self.checksums:
             updated = [engine for engine, answer in answers.items() if not isinstance(answer, Exception)]
-            answers |= self.engines.ask(updated, RolloutEngine.verify_weights, self.version, self.checksums)
+            compared = self.engines.ask(updated, RolloutEngine.verify_weights, self.version, self.checksums)
+            for engine in (engine for engine, count in compared.items() if count == 0):
+                self.notify(
+                    f"engine {engine.number} could not compare weight version {self.version} with what was sent; its "
+                    "log says why. The log-prob contract still checks what it computes with them"
+                )
+            answers |= compared
         failed = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
         self.engines.resume([engine for engine in answers if engine not in failed], self.version)
         for engine, failure in failed.items():

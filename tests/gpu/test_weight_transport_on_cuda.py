@@ -18,8 +18,9 @@ from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
-from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
+from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.collective import CollectiveTransport
+from megatron_rl.weight_sync.digest import digest
 from megatron_rl.weight_sync.transport import GroupMember
 
 pytestmark = [
@@ -50,7 +51,7 @@ def engine(member: GroupMember, specs: list[TensorSpec], answer: Connection) -> 
     torch.cuda.set_device(1)
     group = process_group.join(member)
     received = receive(group, specs)
-    answer.send({name: sha256(tensor) for name, tensor in received.items()})
+    answer.send({name: digest(tensor) for name, tensor in received.items()})
     flat = torch.empty(sum(spec.nbytes for spec in specs), dtype=torch.uint8, device="cuda")
     dist.broadcast(flat, group=group, group_src=0)
     receive(group, specs)

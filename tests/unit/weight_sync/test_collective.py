@@ -16,8 +16,9 @@ from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
-from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
+from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.collective import CollectiveTransport
+from megatron_rl.weight_sync.digest import digest
 from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
 from tests import ranks
 from tests.patience import wait_until
@@ -46,7 +47,7 @@ def engine(mine: GroupMember, buckets_to_take: int, then: str, answer: Connectio
     for bucket in islice(cycle(bucket_specs(specs, LIMIT)), buckets_to_take):
         flat = torch.empty(sum(spec.nbytes for spec in bucket), dtype=torch.uint8)
         dist.broadcast(flat, group=group, group_src=0)
-        received |= {name: sha256(tensor) for name, tensor in unflatten(flat, bucket)}
+        received |= {name: digest(tensor) for name, tensor in unflatten(flat, bucket)}
     answer.send(received)
     if then == "leave":
         process_group.leave(group)
@@ -110,8 +111,8 @@ def test_no_process_waits_for_an_engine_that_gave_up(then: str) -> None:
     transport, engines = run([1, 10_000], then=then)
     try:
         if then == "hang":  # shorten the sender's timeout, now that all have joined
-            assert transport._group is not None
-            transport._group.set_timeout(timedelta(seconds=1))
+            assert transport._group is not None and transport._group._group is not None
+            transport._group._group.set_timeout(timedelta(seconds=1))
         with pytest.raises(WeightsNotSent, match="sending weights of version 7 failed"):
             for _ in range(50):
                 transport.push(iter(tensors()), 7)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -149,21 +148,11 @@ class VllmServer:
         if self._took_checksums:
             for received in await self._ask_workers("received_checksums", timeout_seconds):
                 compare(sent.plain, received, version)
-        answer = await self._http.post("/weight_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds)
-        held = {_rank_and_name(name): value for name, value in answer["checksums"].items() if value != _EMPTY}
-        return compare(sent.fused, held, version)
+        of_workers = await self._ask_workers("held_checksums", timeout_seconds)
+        return compare(sent.fused, {name: value for held in of_workers for name, value in held.items()}, version)
 
     async def close(self) -> None:
         await self._http.close()
-
-
-_EMPTY = hashlib.sha256().hexdigest()
-
-
-def _rank_and_name(name: str) -> str:
-    """`dp0:pp0:pcp0:tp1:model.norm.weight` -> `1:model.norm.weight`."""
-    *_, rank, tensor = name.split(":")
-    return f"{rank.removeprefix('tp')}:{tensor}"
 
 
 def _sampling(sampling: SamplingParams) -> dict[str, Any]:
