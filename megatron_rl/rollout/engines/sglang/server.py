@@ -22,6 +22,7 @@ from megatron_rl.rollout.servers.server import (
 )
 from megatron_rl.types import FinishReason, Response, SamplingParams
 from megatron_rl.utils.files import owned_folder
+from megatron_rl.utils.nccl import agreed_environment
 from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import Checksums, NotComparable, compare
 from megatron_rl.weight_sync.digest import algorithm_on
@@ -56,7 +57,9 @@ def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--log-level": "warning",
     }
     environment = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
-    if launch.device == "cpu":
+    if launch.device == "cuda":
+        environment |= agreed_environment()
+    else:
         arguments |= {"--device": "cpu", "--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
         arguments |= {"--max-total-tokens": str(max(16384, 4 * launch.max_tokens))}  # else SGLang takes all free memory
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}

@@ -14,10 +14,14 @@ from megatron_rl.rollout.engines.vllm.plugin import BACKEND, EXTENSION
 from megatron_rl.rollout.engines.vllm.request_batcher import RequestBatcher
 from megatron_rl.rollout.servers.server import HttpClient, ServerRefused, ServerUnavailable, version_of, versions
 from megatron_rl.types import Response, SamplingParams
+from megatron_rl.utils.nccl import agreed_environment
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 
-MIDDLEWARE = "megatron_rl.rollout.engines.vllm.batch_endpoint.BatchEndpoint"
+MIDDLEWARE = (
+    "megatron_rl.rollout.engines.vllm.batch_endpoint.BatchEndpoint",
+    "megatron_rl.rollout.engines.vllm.key_check.KeyCheck",  # last: it runs before all others
+)
 CONTROL_SECONDS = 60.0
 """Time limit of a call without computation."""
 
@@ -35,16 +39,18 @@ def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--logprobs-mode": "processed_logprobs",  # at the sampling temperature
         "--weight-transfer-config": json.dumps({"backend": BACKEND}),
         "--worker-extension-cls": EXTENSION,
-        "--middleware": MIDDLEWARE,
         "--generation-config": "vllm",  # else the model's folder may set a top-p
     }
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": key}
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # dev mode: weight updates over HTTP
     line = [str(settings.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server"]
     line += [word for pair in arguments.items() for word in pair]
+    line += [word for name in MIDDLEWARE for word in ("--middleware", name)]
     line += ["--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
     line += ["--enable-sleep-mode"] if launch.colocated else []
-    if launch.device == "cpu":
+    if launch.device == "cuda":
+        environment |= agreed_environment()
+    else:
         line += ["--enforce-eager", "--disable-log-stats"]  # statistics for /metrics take longer than the answers
         line += ["--no-enable-chunked-prefill"]  # on CPU, chunked prompts with seeds end vLLM
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
