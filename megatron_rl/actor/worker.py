@@ -197,6 +197,11 @@ class MegatronWorker:
             for _ in tensors:  # the gathers are collective: ranks that do not send, or failed to, must take part
                 pass
 
+    def stop_weights(self) -> None:
+        """Makes a `push_weights` that is under way in another thread fail: an engine has failed."""
+        if (transport := self.transport) is not None:
+            transport.stop()
+
     def disconnect_weights(self) -> None:
         if self.transport is not None:
             self.transport.close()

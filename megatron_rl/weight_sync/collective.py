@@ -44,6 +44,7 @@ class CollectiveTransport:
         return Pushed(self.stage, total, checksums=taker.result() if taker else None)
 
     def stop(self) -> None:
+        """See `WeightTransport`."""
         if self._group is not None:
             self._group.stop()
 

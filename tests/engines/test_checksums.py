@@ -21,7 +21,11 @@ def printed(word: str, *command: str) -> Any:
     """Returns what a module of these tests prints after the word, run in a process of its own: the servers' packages
     change the process that imports them."""
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     output = output_of(process, command[0])
     assert process.returncode == 0, output
