@@ -94,7 +94,6 @@ def test_the_router_takes_its_command_line(policy: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_an_unknown_argument_is_noticed(name: str, tmp_path: Path) -> None:
-    """The beginning of an option's name would be taken for the option."""
-    for wrong in ("--no-such-option", "--tensor-parallel"):
-        with pytest.raises(AssertionError, match=f"unknown options.*{wrong}"):
-            parsed(name, [(["python", "-m", "server", wrong, "1"], {})], tmp_path)
+    """argparse takes the beginning of an option's name for the option: a removed option could pass for another one."""
+    with pytest.raises(AssertionError, match=r"unknown options.*--tensor-parallel"):
+        parsed(name, [(["python", "-m", "server", "--tensor-parallel", "1"], {})], tmp_path)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import aiohttp
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from tests.engines.conftest import Run, server_processes
@@ -53,6 +55,8 @@ def test_no_route_answers_without_the_key(engine: HttpEngine, run: Run[Any], hea
 
 
 def test_other_ports_of_a_server_are_closed_to_other_machines(engine: HttpEngine) -> None:
+    """One kind of port cannot be closed, and docs/engines.md says so: the store by which a server's ranks find each
+    other. torch gives it no address to listen on."""
     assert engine._process is not None
     processes = server_processes(psutil.Process(engine._process._process.pid))
     assert processes
@@ -64,4 +68,6 @@ def test_other_ports_of_a_server_are_closed_to_other_machines(engine: HttpEngine
     }
     ours = int(engine._server._http.address.url.rpartition(":")[2])  # type: ignore[attr-defined]
     assert ours in {port for _, port, _ in listening}
-    assert {entry for entry in listening if entry[0] not in ("127.0.0.1", "::1")} == set()
+    for _, port, _ in (entry for entry in listening if entry[0] not in ("127.0.0.1", "::1")):
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+        assert engine.kind.name == "sglang" and store.num_keys(), "this port is no store of torch"

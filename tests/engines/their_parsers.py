@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,24 @@ def known(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 
 def sglang(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    from sglang.srt.environ import envs
     from sglang.srt.server_args import ServerArgs, prepare_server_args
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     known(parser, [word for word in arguments if word != "--config"])
-    if lacking := [name for name in environment if name.startswith("SGLANG_") and not hasattr(envs, name)]:
+    if lacking := [name for name in environment if name.startswith("SGLANG_") and not read_by_sglang(name)]:
         raise ValueError(f"unknown environment variables: {lacking}")
     return vars(prepare_server_args(arguments))
+
+
+@cache
+def read_by_sglang(variable: str) -> bool:
+    """Whether SGLang's sources have the name: SGLang has no complete list of its environment variables."""
+    import sglang
+
+    folder = Path(sglang.__path__[0]) / "srt"
+    sources = (path.read_text() for path in folder.rglob("*.py"))
+    return any(f'"{variable}"' in source or f"{variable} =" in source for source in sources)
 
 
 def vllm(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
