@@ -26,13 +26,15 @@ def known(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 def sglang(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
     from sglang.srt.server_args import ServerArgs, prepare_server_args
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     known(parser, [word for word in arguments if word != "--config"])
     if lacking := [name for name in environment if name.startswith("SGLANG_") and not read_by_sglang(name)]:
         raise ValueError(f"unknown environment variables: {lacking}")
-    return vars(prepare_server_args(arguments))
+    prepare_server_args(arguments)
+    return vars(parser.parse_args(ConfigArgumentMerger(parser).merge_config_with_args(arguments)))
 
 
 @cache
