@@ -21,7 +21,8 @@ POLL_SECONDS, STORE_SECONDS = 0.001, 1.0
 """Intervals at which a member looks at a broadcast over NCCL, and at which it asks whether another member stopped."""
 STOPPED = "stopped"
 """Key in the group's store by which a member tells the others that it has stopped."""
-NEVER = timedelta(days=365)
+ABORT_FACTOR = 2
+"""Torch's own limit for NCCL, in multiples of ours, which comes first. An abort may take as long as torch's limit."""
 _UNWATCHED = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
@@ -47,7 +48,7 @@ def join(member: GroupMember, index: int = 0) -> dist.ProcessGroup:
             c10d.Backend(member.backend),
             c10d.PrefixStore(member.name, store),
             group_name=name,
-            timeout=NEVER if member.backend == "nccl" else timeout,
+            timeout=ABORT_FACTOR * timeout if member.backend == "nccl" else timeout,
         )
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(member.size)}
     return group
@@ -91,13 +92,13 @@ class BroadcastGroup:
             assert work is not None
             if self._nccl:
                 self._await(work)
-            work.wait()
+            work.wait()  # raises the error of work that has failed
         except RuntimeError as error:
             return str(error) or type(error).__name__
         return ""
 
     def _await(self, work: dist.Work) -> None:
-        """Blocks until the work is done. Raises RuntimeError if it is stopped or takes too long."""
+        """Blocks until the work is done or has failed. Raises RuntimeError if it is stopped or takes too long."""
         deadline, ask = time.monotonic() + self._limit, time.monotonic() + STORE_SECONDS
         while not work.is_completed():
             now = time.monotonic()
@@ -110,8 +111,6 @@ class BroadcastGroup:
                 if self._store.check([STOPPED]):
                     raise RuntimeError("another member of the broadcast has failed")
             time.sleep(POLL_SECONDS)
-        if not work.is_success():
-            raise RuntimeError(f"NCCL: {work.exception()}")
 
     def stop(self) -> None:
         """Make a broadcast that is under way in another thread fail; gloo notices by itself that a member failed."""

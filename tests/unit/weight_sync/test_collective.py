@@ -146,12 +146,12 @@ class Work:
         return self.looks < 0
 
     def is_success(self) -> bool:
-        return self.success
-
-    def exception(self) -> str:
-        return "unhandled system error"
+        raise NotImplementedError("WorkNCCL::isSuccess() is deprecated")  # as torch's class does
 
     def wait(self) -> None:
+        assert self.looks is not None and self.looks < 0, "it would wait for ever"
+        if not self.success:
+            raise RuntimeError("NCCL error: unhandled system error")
         self.waited = True
 
 
@@ -181,7 +181,7 @@ def test_a_broadcast_over_nccl_ends_when_its_work_is_done(nccl: Any) -> None:
 
 @pytest.mark.parametrize(
     ("work", "message"),
-    [(Work(None), r"took longer than 0\.05 s: a member hangs"), (Work(0, success=False), "NCCL: unhandled system")],
+    [(Work(None), r"took longer than 0\.05 s: a member hangs"), (Work(0, success=False), "NCCL error: unhandled")],
     ids=["hangs", "fails"],
 )
 def test_a_broadcast_over_nccl_that_cannot_end_is_aborted(nccl: Any, work: Work, message: str) -> None:
@@ -224,5 +224,5 @@ def test_torchs_watchdog_does_not_end_the_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(process_group.c10d, "_new_process_group_helper", made)
     monkeypatch.setattr(process_group, "store_at", lambda *_: dist.HashStore())
     process_group.join(replace(member(1, 0, 2, 5.0), backend="nccl"))
-    assert seen.items() >= process_group._UNWATCHED.items() and seen["timeout"] == process_group.NEVER
+    assert seen.items() >= process_group._UNWATCHED.items() and seen["timeout"] > timedelta(seconds=5)
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3" and "TORCH_NCCL_ENABLE_MONITORING" not in os.environ
