@@ -1,7 +1,8 @@
 """Digests of tensors, computed where a tensor lies: SHA-256 of a tensor on a CPU, tile hashes of a tensor on a GPU.
 
-SGLang makes the same distinction when it reports the digests of its weights (`mm_utils.tensor_hash`). A GPU hashes the
-weights of a 32B model in a few seconds; SHA-256 takes minutes and needs the weights in host memory.
+SGLang makes the same distinction when it reports the digests of its weights (`mm_utils.tensor_hash`). SHA-256 of the
+weights of a 32B model takes minutes, and needs them in host memory; tile hashes are some eighty elementwise operations
+on the GPU, which has not been run on one yet.
 
 A digest is a text `algorithm:hexadecimal digits`, so that digests of different algorithms are never compared.
 """
