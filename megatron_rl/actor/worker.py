@@ -195,10 +195,17 @@ class MegatronWorker:
         try:
             if self.transport is None:
                 return None
-            return self.transport.push(tensors, version, ChecksumTaker(checksums_for) if checksums_for else None)
+            kv_heads = Architecture.from_hf(self.hf_config).kv_heads
+            taker = ChecksumTaker(checksums_for, kv_heads) if checksums_for else None
+            return self.transport.push(tensors, version, taker)
         finally:
             for _ in tensors:  # the gathers are collective: ranks that do not send, or failed to, must take part
                 pass
+
+    def stop_weights(self) -> None:
+        """Makes a `push_weights` that is under way in another thread fail: an engine has failed."""
+        if (transport := self.transport) is not None:
+            transport.stop()
 
     def disconnect_weights(self) -> None:
         if self.transport is not None:

@@ -89,6 +89,11 @@ class Actors:
         """Calls a method on all ranks without waiting, such as `submit(ActorRank.push_weights, version, 0)`."""
         return [rank.submit(method, *arguments, **named) for rank in self.ranks]
 
+    def stop_weights(self) -> None:
+        """Makes a `push_weights` under way fail, while the ranks are still busy with it."""
+        for rank in self.ranks:
+            rank.submit_beside(ActorRank.stop_weights)
+
     def _all(self, method: Callable[Concatenate[ActorRank, P], R], *arguments: P.args, **named: P.kwargs) -> list[R]:
         return results(self.submit(method, *arguments, **named))
 

@@ -346,7 +346,8 @@ class Engines:
         """Waits for submitted calls. The answer of a process that is lost meanwhile is missing; the answer of an engine
         that has only a part of an update is one of HALF_UPDATED. Raises any other error of a call.
 
-        failed: receives an engine as soon as its answer is an exception, while others may still be at work.
+        failed: receives an engine as soon as it is lost or its answer is an exception, while others may still be at
+        work.
         """
         processes = {ref: process for process, ref in calls.items()}
         answers: dict[EngineProcess[E], R | Exception] = {}
@@ -357,10 +358,10 @@ class Engines:
             except Exception as error:
                 if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, HALF_UPDATED):
                     answers[process] = error.cause
-                    if failed:
-                        failed(process)
                 else:
                     self._lose(process, error)
+                if failed:
+                    failed(process)
         return answers
 
     def pause(self, engines: Iterable[Engine]) -> list[Engine]:

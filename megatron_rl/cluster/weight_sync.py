@@ -117,7 +117,13 @@ class WeightSync(ABC):
         answers = self._transfer(paused, verify) if paused else {}
         if self.checksums:
             updated = [engine for engine, answer in answers.items() if not isinstance(answer, Exception)]
-            answers |= self.engines.ask(updated, RolloutEngine.verify_weights, self.version, self.checksums)
+            compared = self.engines.ask(updated, RolloutEngine.verify_weights, self.version, self.checksums)
+            for engine in (engine for engine, count in compared.items() if count == 0):
+                self.notify(
+                    f"engine {engine.number} could not compare weight version {self.version} with what was sent; its "
+                    "log says why. The log-prob contract still checks what it computes with them"
+                )
+            answers |= compared
         failed = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
         self.actors.release_memory()  # before they take memory for their caches
         self.engines.resume([engine for engine in answers if engine not in failed], self.version)
@@ -218,10 +224,7 @@ class CollectiveSync(WeightSync):
         update = CollectiveUpdate(self.version, self._stages, take_checksums=verify)
         pushing = self._push(verify)
         updates = {engine: engine.submit(RolloutEngine.update_weights, update) for engine in engines}
-        # A failed engine leaves its groups at once: a sender that waits for it notices, and then so do the others.
-        answers = dict(
-            self.engines.answers(updates, lambda engine: self.engines.ask([engine], RolloutEngine.join_groups, []))
-        )
+        answers = dict(self.engines.answers(updates, self._release))
         failure = _failure(engines, answers)
         broken = _broken(pushing)
         if not broken:
@@ -230,6 +233,16 @@ class CollectiveSync(WeightSync):
             self._members = set()
             return dict.fromkeys(answers, failure)
         return answers
+
+    def _release(self, failed: Engine) -> None:
+        """Releases those that wait for a failed engine in a broadcast.
+
+        The engine leaves its groups at once, if it is not lost: over gloo, a sender that waits for it notices, and then
+        so do the others. Over NCCL nobody notices, and the sender is told.
+        """
+        self.actors.stop_weights()
+        if failed.state != "lost":
+            self.engines.ask([failed], RolloutEngine.join_groups, [])
 
     def _needed_for(self, awaiting: list[Engine]) -> list[Engine]:
         return self.engines.running if awaiting else []  # a group cannot grow

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-from torch import Tensor
-
+from megatron_rl.utils import heartbeat
 from megatron_rl.utils.memory import Reused
-from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import flattened
 from megatron_rl.weight_sync.checksums import ChecksumTaker
+from megatron_rl.weight_sync.process_group import BroadcastGroup
 from megatron_rl.weight_sync.transport import GroupMember, NamedTensors, Pushed, WeightsNotSent
 
 
@@ -20,14 +18,14 @@ class CollectiveTransport:
 
     def __init__(self, member: GroupMember, stage: int, bucket_bytes: int) -> None:
         self.member, self.stage, self.bucket_bytes = member, stage, bucket_bytes
-        self._group: dist.ProcessGroup | None = None
+        self._group: BroadcastGroup | None = None
         self._memory = Reused()
         """Memory of the buckets on a CPU. On a GPU torch's allocator caches freed memory and lends it to training."""
 
     def connect(self) -> None:
         """Blocks until all engines have joined. Raises WeightsNotSent if one does not join."""
         try:
-            self._group = process_group.join(self.member)
+            self._group = BroadcastGroup(self.member)
         except RuntimeError as error:
             raise WeightsNotSent(f"not all engines joined the group {self.member.name}: {error}") from error
 
@@ -35,24 +33,22 @@ class CollectiveTransport:
         assert self._group is not None, "connect() was not called"
         total, memory = 0, self._memory if self.member.backend == "gloo" else Reused()
         for flat in flattened(taker.watch(tensors) if taker else tensors, self.bucket_bytes, memory):
-            if failure := self._broadcast(flat):
-                self.close()  # engines that wait for the rest then see that the update is over
-                raise WeightsNotSent(f"sending weights of version {version} failed after {total} bytes: {failure}")
+            heartbeat.notify(f"sending weights, {total} bytes so far")
+            try:
+                self._group.broadcast(flat)
+            except RuntimeError as error:  # the group is closed: engines that wait for the rest see that it is over
+                raise WeightsNotSent(
+                    f"sending weights of version {version} failed after {total} bytes: {error}"
+                ) from error
             total += flat.nbytes
         return Pushed(self.stage, total, checksums=taker.result() if taker else None)
 
-    def _broadcast(self, flat: Tensor) -> str | None:
-        """Returns the failure's message, if any.
-
-        The exception itself would keep the group alive, and gloo closes its connections only when the group is freed.
-        """
-        try:
-            dist.broadcast(flat, group=self._group, group_src=0)
-        except RuntimeError as error:
-            return str(error)
-        return None
+    def stop(self) -> None:
+        """See `WeightTransport`."""
+        if self._group is not None:
+            self._group.stop()
 
     def close(self) -> None:
         if self._group is not None:
-            process_group.leave(self._group)
+            self._group.leave()
             self._group = None

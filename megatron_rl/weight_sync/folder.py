@@ -56,5 +56,8 @@ class FolderTransport:
     def _path(self, number: int) -> Path:
         return self.folder / f"stage-{self.stage:02}-bucket-{number:03}.safetensors"
 
+    def stop(self) -> None:
+        """Does nothing: writing files waits for no engine."""
+
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

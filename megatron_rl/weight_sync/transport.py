@@ -107,4 +107,8 @@ class WeightTransport(Protocol):
         """Send this stage's tensors and let `taker` take their checksums. Raises WeightsNotSent."""
         ...
 
+    def stop(self) -> None:
+        """Makes a `push` that waits for a failed engine in another thread fail, unless it fails by itself."""
+        return None
+
     def close(self) -> None: ...

@@ -16,7 +16,8 @@ import torch
 from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
-from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
+from megatron_rl.weight_sync.checksums import ChecksumTaker
+from megatron_rl.weight_sync.digest import digest
 from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport
 from megatron_rl.weight_sync.transport import GroupMember
 
@@ -51,7 +52,7 @@ def engine(member: GroupMember, specs: list[TensorSpec], device: str, answer: Co
                 for name, tensor in incoming:
                     held[name].copy_(tensor)
                 torch.cuda.synchronize(own)
-        answer.send({name: sha256(tensor) for name, tensor in held.items()} if update == 0 else "done")
+        answer.send({name: digest(tensor) for name, tensor in held.items()} if update == 0 else "done")
     receiver.close()
     answer.send("closed")
 

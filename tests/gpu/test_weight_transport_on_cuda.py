@@ -6,21 +6,22 @@ This test has not been run yet.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
-from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
-from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
+from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.collective import CollectiveTransport
-from megatron_rl.weight_sync.transport import GroupMember
+from megatron_rl.weight_sync.digest import digest
+from megatron_rl.weight_sync.process_group import BroadcastGroup
+from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,22 +39,22 @@ def tensors() -> list[tuple[str, torch.Tensor]]:
     return [(f"layers.{i}.weight", torch.randn(WIDTH, WIDTH, device="cuda").bfloat16()) for i in range(LAYERS)]
 
 
-def receive(group: dist.ProcessGroup, specs: list[TensorSpec]) -> dict[str, torch.Tensor]:
+def receive(group: BroadcastGroup, specs: list[TensorSpec]) -> dict[str, torch.Tensor]:
     received = {}
     for bucket in bucket_specs(specs, BUCKET):
         flat = torch.empty(sum(spec.nbytes for spec in bucket), dtype=torch.uint8, device="cuda")
-        dist.broadcast(flat, group=group, group_src=0)
+        group.broadcast(flat)
         received |= {name: tensor.clone() for name, tensor in unflatten(flat, bucket)}
     return received
 
 
 def engine(member: GroupMember, specs: list[TensorSpec], answer: Connection) -> None:
     torch.cuda.set_device(1)
-    group = process_group.join(member)
+    group = BroadcastGroup(member)
     received = receive(group, specs)
-    answer.send({name: sha256(tensor) for name, tensor in received.items()})
+    answer.send({name: digest(tensor) for name, tensor in received.items()})
     flat = torch.empty(sum(spec.nbytes for spec in specs), dtype=torch.uint8, device="cuda")
-    dist.broadcast(flat, group=group, group_src=0)
+    group.broadcast(flat)
     receive(group, specs)
     torch.cuda.synchronize()
 
@@ -83,7 +84,8 @@ def test_weights_arrive_unchanged_through_a_broadcast(record_property: Callable[
         assert pushed.checksums and ours.poll(120)
         assert ours.recv() == pushed.checksums.plain
         flat = torch.empty(pushed.bytes, dtype=torch.uint8, device="cuda")
-        link = seconds(lambda: dist.broadcast(flat, group=transport._group, group_src=0))
+        assert transport._group is not None
+        link = seconds(lambda: transport._group.broadcast(flat))  # type: ignore[union-attr]
         ours_took = seconds(lambda: transport.push(iter(weights), 2))
         process.join(60)
         for name, took in (("link", link), ("transport", ours_took)):
@@ -92,3 +94,30 @@ def test_weights_arrive_unchanged_through_a_broadcast(record_property: Callable[
     finally:
         process.kill()
         transport.close()
+
+
+def dying_engine(member: GroupMember, specs: list[TensorSpec]) -> None:
+    """Ends in the middle of an update, without a word."""
+    torch.cuda.set_device(1)
+    group = BroadcastGroup(member)
+    receive(group, specs[: len(specs) // 2])
+    os._exit(1)
+
+
+def test_the_actor_survives_an_engine_that_dies_in_a_broadcast() -> None:
+    """NCCL's kernel would wait on the GPU for ever. After the abort the GPU computes again."""
+    torch.cuda.set_device(0)
+    weights = tensors()
+    specs = [TensorSpec.of(name, tensor) for name, tensor in weights]
+    port = open_port(LOOPBACK)
+    members = [GroupMember("dying", LOOPBACK, port, "nccl", 2, rank, timeout_seconds=20.0) for rank in range(2)]
+    process = multiprocessing.get_context("spawn").Process(target=dying_engine, args=(members[1], specs))
+    process.start()
+    transport = CollectiveTransport(members[0], 0, BUCKET)
+    transport.connect()
+    with pytest.raises(WeightsNotSent, match="sending weights of version 1 failed"):
+        transport.push(iter(weights), 1)
+    process.join(60)
+    transport.close()
+    assert process.exitcode == 1
+    assert torch.ones(1000, device="cuda").sum().item() == 1000

@@ -124,7 +124,8 @@ class RolloutEngine(Responder, Protocol):
 
     @abstractmethod
     def verify_weights(self, version: int, sent: Checksums) -> int:
-        """Compares the engine's weights with those sent; returns the number of tensors. Raises WeightsDamaged."""
+        """Compares the engine's weights with those sent. Returns the number of tensors; 0: they cannot be compared, and
+        the log says why. Raises WeightsDamaged."""
         ...
 
     def join_groups(self, members: Sequence[GroupMember]) -> None:

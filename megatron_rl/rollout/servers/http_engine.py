@@ -21,7 +21,7 @@ from megatron_rl.rollout.servers.server_process import ServerProcess, free_port
 from megatron_rl.types import Response, SamplingParams
 from megatron_rl.utils.files import owned_folder
 from megatron_rl.utils.import_path import import_object
-from megatron_rl.weight_sync.checksums import Checksums
+from megatron_rl.weight_sync.checksums import Checksums, NotComparable
 from megatron_rl.weight_sync.transport import FolderUpdate, GroupMember, WeightUpdate
 
 T = TypeVar("T")
@@ -158,7 +158,12 @@ class HttpEngine:
         self._requests.version = update.version
 
     async def verify_weights(self, version: int, sent: Checksums) -> int:
-        return await self._control(bound(self._server.verify_weights, version, sent), self._update_seconds)
+        """See `RolloutEngine`. Returns 0 and says why in the log if this server's weights cannot be compared."""
+        try:
+            return await self._control(bound(self._server.verify_weights, version, sent), self._update_seconds)
+        except NotComparable as error:
+            log(f"not verified: {error}")
+            return 0
 
     async def join_groups(self, members: Sequence[GroupMember]) -> None:
         await self._make_room()  # SGLang allocates memory for weights before its other calls

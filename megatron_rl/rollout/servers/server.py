@@ -74,7 +74,8 @@ class Server(RequestServer, Protocol):
         ...
 
     async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
-        """Compares the model's weights with those sent; returns the number of tensors. Raises WeightsDamaged."""
+        """Compares the model's weights with those sent; returns the number of tensors. Raises WeightsDamaged, and
+        NotComparable if the server reports other checksums or holds other tensors than the sender expects."""
         ...
 
     async def close(self) -> None: ...

@@ -18,6 +18,7 @@ from megatron_rl.weight_sync.checksums import Checksums, WeightsDamaged
 from megatron_rl.weight_sync.transport import CollectiveUpdate, Pushed
 
 LOST = object()
+LOST_ERROR = RuntimeError("lost")
 ATTEMPTS = TOGETHER + ALONE
 
 
@@ -83,7 +84,7 @@ class Engines:
             if answers[engine] is LOST:
                 engine.state = "lost"
                 del answers[engine]
-            elif failed and isinstance(answers[engine], Exception):
+            if failed and isinstance(answers.get(engine, LOST_ERROR), Exception):
                 failed(engine)
         return answers
 
@@ -103,7 +104,7 @@ class Actors:
     stages = 2
 
     def __init__(self) -> None:
-        self.pushes = self.released = 0
+        self.pushes = self.released = self.stops = 0
 
     def submit(self, method: Callable[..., Any], *arguments: Any) -> list[Any]:
         if method is not ActorRank.push_weights:
@@ -114,6 +115,9 @@ class Actors:
 
     def release_memory(self) -> None:
         self.released += 1
+
+    def stop_weights(self) -> None:
+        self.stops += 1
 
     def publishers(self) -> list[tuple[str, int]]:
         return [("127.0.0.1", 1), ("127.0.0.1", 2)]
@@ -292,6 +296,33 @@ def test_a_failed_engine_leaves_its_groups_at_once() -> None:
     sync.sync(1, verify=False)
     assert groups[0] == [] and len(groups[1]) == 2
     assert versions(engines) == [1, 1]
+
+
+@pytest.mark.parametrize("failure", [UpdateFailed("broke off"), LOST], ids=["fails", "dies"])
+def test_a_sender_that_waits_for_a_failed_engine_is_told(failure: Any) -> None:
+    """Over NCCL the sender would wait for ever. A lost engine is asked for nothing more."""
+    engines: Any = Engines(2)
+    actors: Any = Actors()
+    sync = CollectiveSync(actors, engines, 1, print, backend="nccl", bucket_bytes=9, update_seconds=lambda nbytes: 1.0)
+    engines.all[0].updates.append(failure)
+    sync.sync(1, verify=False)
+    assert actors.stops == 1
+    assert engines.all[1].version == 1
+    if failure is LOST:
+        assert engines.all[0].calls == ["pause", "join_groups", "update_weights"]
+    sync.sync(2, verify=False)
+    assert actors.stops == 1
+
+
+def test_an_engine_whose_weights_cannot_be_compared_serves_and_the_user_is_told(
+    opened: Open, messages: list[str]
+) -> None:
+    sync, engines = opened(2)
+    engines.all[1].checks.append(0)
+    sync.sync(4, verify=True)
+    assert versions(engines) == [4, 4]
+    (message,) = messages
+    assert "engine 1 could not compare weight version 4" in message and "log says why" in message
 
 
 def test_all_engines_may_die_in_an_update(opened: Open) -> None:

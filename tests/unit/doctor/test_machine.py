@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import socket
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,17 @@ def test_shared_memory_and_disk_space(tmp_path: Path) -> None:
     assert machine.check_disk(tmp_path / "not/there/yet", 1, "a run").state == "ok"
     full = machine.check_disk(tmp_path, 1e18, "a run")
     assert full.state == "failure" and "train.keep_checkpoints" in full.remedy
+
+
+def test_a_ray_that_ignores_its_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray knows RAY_AUTH_MODE=token since 2.52; an earlier one leaves a cluster open without a word."""
+    declared = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["dependencies"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: declared)
+    real = versions._version
+    for installed, state in (("2.51.2", "failure"), ("2.52.0", None)):
+        monkeypatch.setattr(versions, "_version", lambda name, ray=installed: ray if name == "ray" else real(name))
+        found = {finding.check: finding.state for finding in versions.check_versions("cpu")}
+        assert found.get("ray") == state
 
 
 def test_unsupported_versions_are_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

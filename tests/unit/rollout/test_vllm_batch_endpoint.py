@@ -86,7 +86,7 @@ def batch_endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in ("vllm", "vllm.inputs", "vllm.sampling_params"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["vllm"].SamplingParams = lambda **fields: fields  # type: ignore[attr-defined]
-    sys.modules["vllm"].envs = SimpleNamespace(VLLM_API_KEY="secret")  # type: ignore[attr-defined]
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
     sys.modules["vllm.inputs"].tokens_input = list  # type: ignore[attr-defined]
     sys.modules["vllm.sampling_params"].RequestOutputKind = SimpleNamespace(FINAL_ONLY=2)  # type: ignore[attr-defined]
     monkeypatch.delitem(sys.modules, "megatron_rl.rollout.engines.vllm.batch_endpoint", raising=False)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.weight_sync.checksums import ChecksumTaker, WeightsDamaged, compare, sha256
+from megatron_rl.weight_sync.checksums import ChecksumTaker, WeightsDamaged, compare
+from megatron_rl.weight_sync.digest import digest
 from megatron_rl.weight_sync.folder import FolderTransport
 from megatron_rl.weight_sync.transport import FolderUpdate, Pushed
 
@@ -39,7 +40,7 @@ def update(*stages: Pushed) -> FolderUpdate:
 
 
 def held(stages: FolderUpdate) -> dict[str, str]:
-    return {name: sha256(tensor) for name, tensor in stages.tensors()}
+    return {name: digest(tensor) for name, tensor in stages.tensors()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,7 +21,8 @@ from megatron_rl.rollout.engines.interface import LOOPBACK
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync import cuda_runtime, device_memory
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
-from megatron_rl.weight_sync.checksums import ChecksumTaker, sha256
+from megatron_rl.weight_sync.checksums import ChecksumTaker
+from megatron_rl.weight_sync.digest import digest
 from megatron_rl.weight_sync.folder import PREFIX
 from megatron_rl.weight_sync.mapped import MappedReceiver, MappedTransport
 from megatron_rl.weight_sync.transport import GroupMember, WeightsNotSent
@@ -63,7 +64,7 @@ def take(receivers: list[MappedReceiver], failure: str) -> Any:
             for number, bucket in enumerate(specs(stage)):
                 with receiver.bucket(bucket) as coming:
                     for name, tensor in coming:
-                        received[name] = sha256(tensor)
+                        received[name] = digest(tensor)
                     if (stage, number) == (0, 2):
                         if failure == "dies":
                             os._exit(1)

@@ -22,8 +22,10 @@ from megatron_rl.rollout.servers.server import (
 )
 from megatron_rl.types import FinishReason, Response, SamplingParams
 from megatron_rl.utils.files import owned_folder
+from megatron_rl.utils.nccl import agreed_environment
 from megatron_rl.weight_sync.buckets import TensorSpec
-from megatron_rl.weight_sync.checksums import Checksums, compare
+from megatron_rl.weight_sync.checksums import Checksums, NotComparable, compare
+from megatron_rl.weight_sync.digest import algorithm_on
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 
 CONTROL_SECONDS = 60.0
@@ -31,6 +33,8 @@ CONTROL_SECONDS = 60.0
 RESERVED = 8
 """Extra context length. SGLang refuses prompts within 6 tokens of its context length, and a prompt with a partial
 response may be that long. No token ever has one of these positions."""
+OTHER_LAYOUTS = ("quantization", "enable_dp_attention")
+"""Settings with which SGLang's ranks hold other tensors than `weight_sync/checksums.py` expects."""
 
 
 def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -53,7 +57,9 @@ def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--log-level": "warning",
     }
     environment = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
-    if launch.device == "cpu":
+    if launch.device == "cuda":
+        environment |= agreed_environment()
+    else:
         arguments |= {"--device": "cpu", "--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
         arguments |= {"--max-total-tokens": str(max(16384, 4 * launch.max_tokens))}  # else SGLang takes all free memory
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
@@ -193,9 +199,13 @@ class SglangServer:
         await self._http.post("/resume_memory_occupation", {"tags": [part]}, timeout_seconds=timeout_seconds)
 
     async def verify_weights(self, version: int, sent: Checksums, timeout_seconds: float) -> int:
+        info = await self._http.get("/server_info", timeout_seconds=CONTROL_SECONDS)
+        if others := [f"{name}={info[name]}" for name in OTHER_LAYOUTS if info.get(name)]:
+            raise NotComparable(f"weights of version {version} cannot be compared: SGLang has {', '.join(others)}")
         answer = await self._http.post("/weights_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds)
+        algorithm = algorithm_on(info["device"])  # the answer does not say which one SGLang used
         held = {
-            f"{rank['parallelism_info'][0]['tp_rank']}:{name}": value
+            f"{rank['parallelism_info'][0]['tp_rank']}:{name}": f"{algorithm}:{value}"
             for rank in answer["ranks"]
             for name, value in rank["checksums"].items()
         }

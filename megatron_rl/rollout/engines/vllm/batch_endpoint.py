@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import asdict
 from typing import Any
 
-from vllm import SamplingParams, envs
+from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+from megatron_rl.rollout.engines.vllm.key_check import App, Message, Receive, Send, has_key
 
 PATH = "/brief/generate"
 LOWEST_LOG_PROB = -9999.0
@@ -33,13 +29,13 @@ LOWEST_LOG_PROB = -9999.0
 
 
 class BatchEndpoint:
-    """ASGI middleware. It runs before vLLM's own check of the key, so it checks the key itself."""
+    """ASGI middleware. It runs before vLLM's own check of the key, and may run without `KeyCheck`."""
 
     def __init__(self, app: App) -> None:
         self._app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != PATH or not _has_key(scope):
+        if scope["type"] != "http" or scope["path"] != PATH or not has_key(scope):
             return await self._app(scope, receive, send)
         requests = json.loads(await _body(receive))
         headers = [(b"content-type", b"application/x-ndjson")]
@@ -49,13 +45,6 @@ class BatchEndpoint:
         except ConnectionAbortedError:
             return None
         await send({"type": "http.response.body", "body": b""})
-
-
-def _has_key(scope: Message) -> bool:
-    """Whether the request has the server's key, or the server has none."""
-    keys = [key for key in scope["app"].state.args.api_key or [envs.VLLM_API_KEY] if key]
-    given = dict(scope["headers"]).get(b"authorization", b"")
-    return not keys or any(secrets.compare_digest(given, f"Bearer {key}".encode()) for key in keys)
 
 
 async def _body(receive: Receive) -> bytes:

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, unflatten
-from megatron_rl.weight_sync.checksums import sha256
+from megatron_rl.weight_sync.digest import digest
 from megatron_rl.weight_sync.mapped import MappedReceiver
+from megatron_rl.weight_sync.process_group import BroadcastGroup
 from megatron_rl.weight_sync.transport import GroupMember
 
 
@@ -40,7 +40,7 @@ class Portion:
 
 
 class Receiver(WeightTransferEngine[Groups, Portion]):
-    """Loads each tensor as it arrives; vLLM converts a layer to its own format once the layer is complete.
+    """Loads each bucket as it arrives; vLLM converts a layer to its own format once the layer is complete.
 
     A worker that raises an error ends vLLM. The receiver therefore keeps errors, and `Extension` reports them.
     """
@@ -55,7 +55,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
         self.failure: str | None = None
         self.updating = False
         """Between the start and the finish of an update."""
-        self._groups: dict[str, dist.ProcessGroup | MappedReceiver] = {}
+        self._groups: dict[str, BroadcastGroup | MappedReceiver] = {}
 
     def init_transfer_engine(self, init_info: Groups) -> None:
         self.shutdown()
@@ -65,10 +65,10 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
             for member in members:
                 self._groups[member.name] = self._join(member)
 
-    def _join(self, member: GroupMember) -> dist.ProcessGroup | MappedReceiver:
+    def _join(self, member: GroupMember) -> BroadcastGroup | MappedReceiver:
         if member.mapped:
             return MappedReceiver(member, self.parallel_config.rank, self.device)
-        return process_group.join(member, self.parallel_config.rank)
+        return BroadcastGroup(member, self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
         self.failure, self.received, self.updating = None, {}, True
@@ -84,10 +84,13 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
         if self.failure:
             return
         with self._keep_failure(), self._tensors(update_info) as tensors:
-            for name, tensor in tensors:
-                if update_info.take_checksums:
-                    self.received[name] = sha256(tensor)
-                self.model.load_weights([(name, tensor)])
+            # One call for all tensors: each call of vLLM lists the parameters of the whole model.
+            self.model.load_weights(self._watched(tensors) if update_info.take_checksums else tensors)
+
+    def _watched(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            self.received[name] = digest(tensor)
+            yield name, tensor
 
     def finish_weight_update(self) -> None:
         self.updating = False
@@ -118,9 +121,9 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
                 for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                     yield name, tensors.get_tensor(name)
 
-    def _broadcast(self, specs: Sequence[TensorSpec], group: dist.ProcessGroup) -> Iterator[tuple[str, torch.Tensor]]:
+    def _broadcast(self, specs: Sequence[TensorSpec], group: BroadcastGroup) -> Iterator[tuple[str, torch.Tensor]]:
         flat = torch.empty(sum(spec.nbytes for spec in specs), dtype=torch.uint8, device=self.device)
-        dist.broadcast(flat, group=group, group_src=0)
+        group.broadcast(flat)
         for name, tensor in unflatten(flat, specs):
             yield name, tensor.clone()
 
@@ -134,13 +137,14 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
     def shutdown(self) -> None:
         groups, self._groups = self._groups, {}
         for group in groups.values():
-            group.close() if isinstance(group, MappedReceiver) else process_group.leave(group)
+            group.close() if isinstance(group, MappedReceiver) else group.leave()
 
 
 class Extension:
     """Methods that vLLM adds to a worker (`--worker-extension-cls`)."""
 
     weight_transfer_engine: Receiver
+    model_runner: Any
     finish_weight_update: Callable[[], None]
     """The worker's own method."""
 
@@ -155,3 +159,16 @@ class Extension:
 
     def received_checksums(self) -> dict[str, str]:
         return self.weight_transfer_engine.received
+
+    def held_checksums(self) -> dict[str, str]:
+        """Checksums of this worker's parameters by `rank:name`, taken where the parameters lie: vLLM's own
+        `/weight_checker` copies all of them to the host. Left out are modules that hold quantised weights, and
+        parameters that vLLM has emptied because it has repacked them."""
+        rank = get_tensor_model_parallel_rank()
+        return {
+            f"{rank}:{module_name}.{name}": digest(parameter)
+            for module_name, module in self.model_runner.get_model().named_modules()
+            if not any("scale" in name for name, _ in module.named_parameters(recurse=False))
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.numel()
+        }

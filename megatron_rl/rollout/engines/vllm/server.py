@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -15,10 +14,14 @@ from megatron_rl.rollout.engines.vllm.plugin import BACKEND, EXTENSION
 from megatron_rl.rollout.engines.vllm.request_batcher import RequestBatcher
 from megatron_rl.rollout.servers.server import HttpClient, ServerRefused, ServerUnavailable, version_of, versions
 from megatron_rl.types import Response, SamplingParams
+from megatron_rl.utils.nccl import agreed_environment
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 
-MIDDLEWARE = "megatron_rl.rollout.engines.vllm.batch_endpoint.BatchEndpoint"
+MIDDLEWARE = (
+    "megatron_rl.rollout.engines.vllm.batch_endpoint.BatchEndpoint",
+    "megatron_rl.rollout.engines.vllm.key_check.KeyCheck",  # last: it runs before all others
+)
 CONTROL_SECONDS = 60.0
 """Time limit of a call without computation."""
 
@@ -36,16 +39,18 @@ def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--logprobs-mode": "processed_logprobs",  # at the sampling temperature
         "--weight-transfer-config": json.dumps({"backend": BACKEND}),
         "--worker-extension-cls": EXTENSION,
-        "--middleware": MIDDLEWARE,
         "--generation-config": "vllm",  # else the model's folder may set a top-p
     }
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": key}
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # dev mode: weight updates over HTTP
     line = [str(settings.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server"]
     line += [word for pair in arguments.items() for word in pair]
+    line += [word for name in MIDDLEWARE for word in ("--middleware", name)]
     line += ["--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
     line += ["--enable-sleep-mode"] if launch.colocated else []
-    if launch.device == "cpu":
+    if launch.device == "cuda":
+        environment |= agreed_environment()
+    else:
         line += ["--enforce-eager", "--disable-log-stats"]  # statistics for /metrics take longer than the answers
         line += ["--no-enable-chunked-prefill"]  # on CPU, chunked prompts with seeds end vLLM
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
@@ -149,21 +154,11 @@ class VllmServer:
         if self._took_checksums:
             for received in await self._ask_workers("received_checksums", timeout_seconds):
                 compare(sent.plain, received, version)
-        answer = await self._http.post("/weight_checker", {"action": "checksum"}, timeout_seconds=timeout_seconds)
-        held = {_rank_and_name(name): value for name, value in answer["checksums"].items() if value != _EMPTY}
-        return compare(sent.fused, held, version)
+        of_workers = await self._ask_workers("held_checksums", timeout_seconds)
+        return compare(sent.fused, {name: value for held in of_workers for name, value in held.items()}, version)
 
     async def close(self) -> None:
         await self._http.close()
-
-
-_EMPTY = hashlib.sha256().hexdigest()
-
-
-def _rank_and_name(name: str) -> str:
-    """`dp0:pp0:pcp0:tp1:model.norm.weight` -> `1:model.norm.weight`."""
-    *_, rank, tensor = name.split(":")
-    return f"{rank.removeprefix('tp')}:{tensor}"
 
 
 def _sampling(sampling: SamplingParams) -> dict[str, Any]:
