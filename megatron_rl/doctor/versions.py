@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform as python
 import subprocess
 import sys
 from collections.abc import Iterator
 
-from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_rl.config.rollout import RolloutSettings
-from megatron_rl.doctor.findings import Finding, judged
+from megatron_rl.doctor.findings import Finding, State, judged
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
+from megatron_rl.utils.versions import TRANSFORMER_ENGINE, installed, problems, requirements
 
-PACKAGE = "megatron-rl"
 OPTIONAL = {
-    "transformer_engine": "the actor uses Megatron's local layers, which are slower on GPUs",
+    TRANSFORMER_ENGINE.name: "the actor uses Megatron's local layers, which are slower on GPUs",
     "apex": "the actor does not use Apex's fused kernels",
+    "flash-attn": "Transformer Engine's attention uses cuDNN or its own kernels",
 }
 
 _ASK = """
@@ -58,35 +56,25 @@ def check_server(rollout: RolloutSettings) -> Finding | None:
 
 
 def check_versions(device: str) -> Iterator[Finding]:
-    """Yields a finding for Python, one per required package that is missing or unsupported, and one for the rest."""
+    """Yields a finding for Python, one per package outside its window, one for the rest, and on GPUs optional ones."""
     new = sys.version_info >= (3, 11)
     yield judged("Python", new, python.python_version(), "use Python 3.11 or newer: make setup PYTHON=...")
-    right: list[str] = []
-    for requirement in _requirements():
-        installed = _version(requirement.name)
-        if installed is None:
-            yield Finding(requirement.name, "failure", "not installed", f"pip install '{requirement}'")
-        elif not requirement.specifier.contains(installed, prereleases=True):
-            found = f"{installed}; {requirement.specifier} is required"
-            yield Finding(requirement.name, "failure", found, f"pip install '{requirement}'")
-        else:
-            right.append(f"{requirement.name} {installed}")
-    main = [text for text in right if text.split()[0] in ("torch", "megatron-core", "transformers", "ray")]
+    wrong = problems(device)
+    for problem in wrong:
+        found = f"{problem.found or 'not installed'}; {problem.requirement.specifier} is supported"
+        state: State = "warning" if problem.misfit == "too new" else "failure"
+        yield Finding(problem.requirement.name, state, found, problem.remedy)
+    names = {problem.requirement.name for problem in wrong}
+    right = {item.name: installed(item.name) for item in requirements() if item.name not in names}
+    main = [f"{name} {right[name]}" for name in ("torch", "megatron-core", "transformers", "ray") if name in right]
     yield Finding("packages", "ok", f"{', '.join(main)} and {len(right) - len(main)} others have supported versions")
     if device != "cpu":
-        for module, without in OPTIONAL.items():
-            there = importlib.util.find_spec(module) is not None
-            remedy = f"optional: without it {without}; NVIDIA's PyTorch images include it"
-            yield judged(module, there, "installed" if there else "not installed", remedy, otherwise="warning")
+        for name, without in OPTIONAL.items():
+            if name not in names:
+                yield _check_optional(name, without)
 
 
-def _requirements() -> list[Requirement]:
-    declared = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or ()]
-    return [item for item in declared if item.marker is None or item.marker.evaluate({"extra": ""})]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _check_optional(name: str, without: str) -> Finding:
+    version = installed(name)
+    remedy = f"optional: without it {without}; NVIDIA's PyTorch images include it"
+    return judged(name, version is not None, version or "not installed", remedy, otherwise="warning")

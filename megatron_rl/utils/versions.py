@@ -41,14 +41,14 @@ class Problem:
 
     def __str__(self) -> str:
         have = f"is {self.found}" if self.found else "is not installed"
-        return f"{self.requirement.name} {have}; {self.requirement.specifier} is supported. {self.remedy}"
+        return f"{self.requirement.name} {have}; {self.requirement.specifier} is supported: {self.remedy}"
 
     @property
     def remedy(self) -> str:
         """What to install."""
         if self.requirement.name in ("torch", TRANSFORMER_ENGINE.name):
-            return f"Install '{self.requirement}' for the CUDA of this driver, or use {BASE_IMAGES}"
-        return f"Run: pip install '{self.requirement}'"
+            return f"install '{self.requirement}' for the CUDA of this driver, or use {BASE_IMAGES}"
+        return f"pip install '{self.requirement}'"
 
 
 def requirements() -> list[Requirement]:
@@ -87,7 +87,7 @@ def problem(requirement: Requirement, found: str | None) -> Problem | None:
 def problems(device: str) -> list[Problem]:
     """Returns the packages of this environment that are outside their windows.
 
-    Transformer Engine counts on GPUs only, and only if it is installed: without it the actor uses Megatron's own layers.
+    Transformer Engine counts on GPUs only, and only if it is installed: without it the actor uses Megatron's layers.
     """
     wanted = requirements()
     if device != "cpu" and installed(TRANSFORMER_ENGINE.name):
