@@ -61,7 +61,8 @@ def check_versions(device: str) -> Iterator[Finding]:
     yield judged("Python", new, python.python_version(), "use Python 3.11 or newer: make setup PYTHON=...")
     wrong = problems(device)
     for problem in wrong:
-        found = f"{problem.found or 'not installed'}; {problem.requirement.specifier} is supported"
+        supported = f"{problem.found}; {problem.requirement.specifier} is supported"
+        found = supported if problem.found else "not installed"
         state: State = "warning" if problem.misfit == "too new" else "failure"
         yield Finding(problem.requirement.name, state, found, problem.remedy)
     names = {problem.requirement.name for problem in wrong}

@@ -52,7 +52,7 @@ def test_a_driver_follows_from_the_version_of_cuda() -> None:
 
 
 def test_bounds_of_the_package_allow_what_is_promised() -> None:
-    """Ray has token authentication since 2.52, and torch and megatron-core are those of the images and the rehearsal."""
+    """Ray has token authentication since 2.52; torch and megatron-core are those of the image and the rehearsal."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     bounds = {item.name: item.specifier for item in versions.applicable(declared)}
     assert bounds["ray"] == SpecifierSet(">=2.52")
