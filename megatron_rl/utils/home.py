@@ -31,7 +31,7 @@ def provide_home() -> Path | None:
 
 
 def _private_folder() -> Path:
-    """Returns this user's folder among the temporary ones. Nobody else can write to it, since its content is executed."""
+    """Returns this user's folder among the temporary ones. Nobody else can write to it: its content is executed."""
     try:
         folder = Path(tempfile.gettempdir()) / f"megatron-rl-home-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
