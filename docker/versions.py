@@ -10,14 +10,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_rl.errors import UserError
 from megatron_rl.utils.environments import Environment, Question, nccl_problem
-from megatron_rl.utils.versions import BASE_IMAGES, TRANSFORMER_ENGINE, applicable, installed, problem, problems
+from megatron_rl.utils.versions import BASE_IMAGES, SUPPORTED, all_outside, installed
 
 ACTOR = ("transformer-engine", "apex", "flash-attn", "megatron-core", "transformers", "ray", "numpy", "triton")
 ENGINE = ("sglang", "vllm", "sglang-router", "transformers", "flashinfer-python", "nvidia-nccl-cu13", "numpy", "triton")
@@ -26,17 +25,17 @@ _LIST = "import importlib.metadata as m; [print(d.name, d.version) for d in m.di
 
 
 def check_base() -> None:
-    """Raises UserError if the base image has a torch or a Transformer Engine outside the windows, or lacks one."""
-    declared = applicable(tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"])
-    torch = next(item for item in declared if item.name == "torch")
-    if wrong := [found for item in (torch, TRANSFORMER_ENGINE) if (found := problem(item, installed(item.name)))]:
-        raise UserError(f"BASE: {'; '.join(map(str, wrong))}. Known to suit: {BASE_IMAGES}")
+    """Raises UserError if torch or Transformer Engine of the base image is missing or has an unsupported version."""
+    brought = ("torch", "transformer-engine")
+    wrong = [f"{name} is not installed" for name in brought if installed(name) is None] + all_outside(brought)
+    if wrong:
+        raise UserError(f"BASE: {'; '.join(wrong)}. Known to suit: {BASE_IMAGES}")
 
 
 def list_image(folder: Path) -> None:
-    """Prints both environments. Raises UserError if packages are outside their windows or if NCCL differs."""
-    if wrong := problems("cuda"):
-        raise UserError("\n".join(map(str, wrong)))
+    """Prints both environments. Raises UserError if a version is not supported or if NCCL differs."""
+    if wrong := all_outside(SUPPORTED):
+        raise UserError("\n".join(wrong))
     actor = Question(sys.executable, {}).answer()
     _show("actor", actor, ACTOR)
     if folder.is_dir():

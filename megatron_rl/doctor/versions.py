@@ -7,15 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from packaging.specifiers import SpecifierSet
-
 from megatron_rl.config.rollout import RolloutSettings
-from megatron_rl.doctor.findings import Finding, State, judged
+from megatron_rl.doctor.findings import Finding, judged
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
-from megatron_rl.utils.versions import TRANSFORMER_ENGINE, installed, problems, requirements
+from megatron_rl.utils.versions import SUPPORTED, fits, installed, remedy, requirements
 
 OPTIONAL = {
-    TRANSFORMER_ENGINE.name: "the actor uses Megatron's local layers, which are slower on GPUs",
+    "transformer-engine": "the actor uses Megatron's local layers, which are slower on GPUs",
     "apex": "the actor does not use Apex's fused kernels",
     "flash-attn": "Transformer Engine's attention uses cuDNN or its own kernels",
 }
@@ -47,35 +45,37 @@ def check_server(rollout: RolloutSettings) -> Finding | None:
         )
     version = done.stdout.strip()
     if not version:
-        remedy = f"install {name} there, or set rollout.server.python to the interpreter of an environment that has it"
-        return Finding(name, "failure", f"not installed ({where})", remedy)
-    releases = SpecifierSet(kind.releases)
-    known = releases.contains(version, prereleases=True)
-    remedy = f"this project supports {releases}; other versions may work"
-    return judged(name, known, f"{version} ({where})", remedy, otherwise="warning")
+        missing = f"install {name} there, or set rollout.server.python to the interpreter of an environment that has it"
+        return Finding(name, "failure", f"not installed ({where})", missing)
+    other = f"this project supports {kind.releases}; other versions may work"
+    return judged(name, fits(version, kind.releases), f"{version} ({where})", other, otherwise="warning")
 
 
 def check_versions(device: str) -> Iterator[Finding]:
-    """Yields a finding for Python, one per package outside its window, one for the rest, and on GPUs optional ones."""
+    """Yields a finding for Python, one per required package that is missing or unsupported, one for the rest, and on
+    GPUs one per optional package."""
     new = sys.version_info >= (3, 11)
     yield judged("Python", new, python.python_version(), "use Python 3.11 or newer: make setup PYTHON=...")
-    wrong = problems(device)
-    for problem in wrong:
-        supported = f"{problem.found}; {problem.requirement.specifier} is supported"
-        found = supported if problem.found else "not installed"
-        state: State = "warning" if problem.misfit == "too new" else "failure"
-        yield Finding(problem.requirement.name, state, found, problem.remedy)
-    names = {problem.requirement.name for problem in wrong}
-    right = {item.name: installed(item.name) for item in requirements() if item.name not in names}
+    right: dict[str, str] = {}
+    for requirement in requirements():
+        name, version = requirement.name, installed(requirement.name)
+        if version is None:
+            yield Finding(name, "failure", "not installed", f"pip install '{requirement}'")
+        elif not fits(version, str(requirement.specifier)):
+            found = f"{version}; {requirement.specifier} is required"
+            yield Finding(name, "failure", found, f"pip install '{requirement}'")
+        else:
+            right[name] = version
     main = [f"{name} {right[name]}" for name in ("torch", "megatron-core", "transformers", "ray") if name in right]
     yield Finding("packages", "ok", f"{', '.join(main)} and {len(right) - len(main)} others have supported versions")
     if device != "cpu":
         for name, without in OPTIONAL.items():
-            if name not in names:
-                yield _check_optional(name, without)
+            yield _check_optional(name, without)
 
 
 def _check_optional(name: str, without: str) -> Finding:
     version = installed(name)
-    remedy = f"optional: without it {without}; NVIDIA's PyTorch images include it"
-    return judged(name, version is not None, version or "not installed", remedy, otherwise="warning")
+    if name in SUPPORTED and version and not fits(version, SUPPORTED[name]):
+        return Finding(name, "failure", f"{version}; {SUPPORTED[name]} is supported", remedy(name))
+    missing = f"optional: without it {without}; NVIDIA's PyTorch images include it"
+    return judged(name, version is not None, version or "not installed", missing, otherwise="warning")

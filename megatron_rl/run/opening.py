@@ -107,11 +107,9 @@ def open_run(config: Config) -> Iterator[Run]:
     choice = LossChoice.of(config.algorithm)
     loss = choice.make()
     placement = placement_of(config)
-    notes = check_stack(config)
+    check_stack(config)
     with ExitStack() as stack:
         view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
-        for note in notes:
-            view.message(note)
         prepare(config, view)
         inputs = load_inputs(config)
         if resumption:

@@ -10,23 +10,18 @@ from megatron_rl.config.transport import transport_of
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
 from megatron_rl.utils.environments import Environment, Mismatch, Question, driver_problem, nccl_problem
-from megatron_rl.utils.versions import problems
+from megatron_rl.utils.versions import SUPPORTED, all_outside
 
 ACTOR, ENGINE = "the actor", "the engine"
 
 
-def check_stack(config: Config) -> list[str]:
-    """Returns notes about packages that are newer than the supported ones.
-
-    `actor.device` must be decided. Raises UserError, with what to install, for packages that are missing or too old and
-    for environments that do not go together.
-    """
-    found = problems(config.actor.device)
-    if wrong := [str(problem) for problem in found if problem.misfit != "too new"]:
+def check_stack(config: Config) -> None:
+    """Raises UserError, with what to install, for versions that are not supported and environments that do not go
+    together. `actor.device` must be decided."""
+    if wrong := all_outside(SUPPORTED if config.actor.device != "cpu" else ("torch", "megatron-core")):
         raise UserError("\n".join(wrong))
     if faults := [str(fault) for fault in faults_of(config, environments_of(config)).values()]:
         raise UserError("\n".join(faults))
-    return [f"not tested with this version: {problem}" for problem in found]
 
 
 def environments_of(config: Config) -> dict[str, Environment]:

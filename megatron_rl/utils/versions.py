@@ -1,101 +1,67 @@
-"""The versions that this project supports: one table for doctor, the start of a run, the actor and the images.
+"""Versions that this release works with: one table for the start of a run, its ranks, doctor and the image.
 
-Bounds of packages that pip installs with this one are in `pyproject.toml` and are read from the installed metadata.
-This module adds the packages and the driver that come with GPUs. It loads none of these packages.
+The table has what decides on GPUs. `tests/unit/utils/test_versions.py` holds it to pyproject.toml, whose other bounds
+are read from the metadata of the installed package. This module loads none of the packages.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 from packaging.requirements import Requirement
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 
-PACKAGE = "megatron-rl"
-
-TRANSFORMER_ENGINE = Requirement("transformer-engine>=2.4,<2.17")
-"""The oldest release whose parameter names were compared with the weight map on a CPU, and the newest release line that
-megatron-core 0.18 is built with (its pyproject.toml pins 2.16)."""
+SUPPORTED = {"torch": ">=2.8", "megatron-core": ">=0.16.1,<0.20", "transformer-engine": ">=2.4"}
+"""Package -> releases that work. `transformer-engine` is optional; tests/rehearsal runs the oldest and newest."""
 
 DRIVERS = {12: 525, 13: 580}
 """Major version of CUDA -> oldest driver. Source: NVIDIA, CUDA Compatibility, Minor Version Compatibility, table 1."""
 
-BASE_IMAGES = "nvcr.io/nvidia/pytorch:25.09-py3 to 26.06-py3"
-"""Images of NVIDIA whose torch and Transformer Engine are in the windows. 25.06 has torch 2.8.0a0, which PEP 440 orders
-below 2.8."""
-
-Misfit = Literal["absent", "too old", "too new"]
+BASE_IMAGES = "nvcr.io/nvidia/pytorch:25.09-py3 or newer"
+"""NVIDIA's images whose torch and Transformer Engine work. 25.06 has torch 2.8.0a0, which is older than 2.8."""
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A package outside its window."""
-
-    requirement: Requirement
-    found: str | None
-    """The installed version; None if the package is not installed."""
-    misfit: Misfit
-
-    def __str__(self) -> str:
-        have = f"is {self.found}" if self.found else "is not installed"
-        return f"{self.requirement.name} {have}; {self.requirement.specifier} is supported: {self.remedy}"
-
-    @property
-    def remedy(self) -> str:
-        """What to install."""
-        if self.requirement.name in ("torch", TRANSFORMER_ENGINE.name):
-            return f"install '{self.requirement}' for the CUDA of this driver, or use {BASE_IMAGES}"
-        return f"pip install '{self.requirement}'"
-
-
-def requirements() -> list[Requirement]:
-    """Returns the packages that this package requires, with their bounds."""
-    return applicable(importlib.metadata.requires(PACKAGE) or ())
-
-
-def applicable(texts: Iterable[str]) -> list[Requirement]:
-    """Returns the requirements that hold in this interpreter without extras."""
-    declared = [Requirement(text) for text in texts]
-    return [item for item in declared if item.marker is None or item.marker.evaluate({"extra": ""})]
-
-
-def installed(name: str) -> str | None:
-    """Returns the version of an installed package, or None."""
+def installed(package: str) -> str | None:
+    """Returns the installed version, or None if the package is missing."""
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def problem(requirement: Requirement, found: str | None) -> Problem | None:
-    """Returns what is wrong with the version `found` of a package, or None if it is supported.
+def fits(version: str, releases: str) -> bool:
+    """Returns whether a version is among the releases. A pre-release counts by its number: 2.8.0a0 comes before 2.8."""
+    return SpecifierSet(releases).contains(version, prereleases=True)
 
-    A pre-release is judged like any other version: 2.13.0a0 fits `>=2.8`, and 2.8.0a0 does not.
-    """
-    if found is None:
-        return Problem(requirement, None, "absent")
-    if requirement.specifier.contains(found, prereleases=True):
+
+def outside(package: str) -> str | None:
+    """Returns why the installed version is not supported and what to install; None if it is, or none is installed."""
+    version, releases = installed(package), SUPPORTED[package]
+    if version is None or fits(version, releases):
         return None
-    ceilings = [bound for bound in requirement.specifier if bound.operator in ("<", "<=", "==")]
-    above = any(Version(found) >= Version(bound.version.removesuffix(".*")) for bound in ceilings)
-    return Problem(requirement, found, "too new" if above else "too old")
+    return f"{package} {version} is installed, but this release works with {releases}: {remedy(package)}"
 
 
-def problems(device: str) -> list[Problem]:
-    """Returns the packages of this environment that are outside their windows.
+def all_outside(packages: Iterable[str]) -> list[str]:
+    """Returns what `outside` says about each package that is not supported."""
+    return [problem for package in packages if (problem := outside(package))]
 
-    Transformer Engine counts on GPUs only, and only if it is installed: without it the actor uses Megatron's layers.
-    """
-    wanted = requirements()
-    if device != "cpu" and installed(TRANSFORMER_ENGINE.name):
-        wanted.append(TRANSFORMER_ENGINE)
-    return [found for item in wanted if (found := problem(item, installed(item.name)))]
+
+def remedy(package: str) -> str:
+    """Returns how to install a supported version."""
+    if package == "transformer-engine":
+        install = f"pip install --no-build-isolation 'transformer-engine[pytorch]{SUPPORTED[package]}'"
+        return f"{install}, or uninstall it, or use {BASE_IMAGES}"
+    return f"pip install '{package}{SUPPORTED[package]}'"
+
+
+def requirements() -> list[Requirement]:
+    """Returns what this package, which must be installed, requires without extras."""
+    declared = [Requirement(text) for text in importlib.metadata.requires("megatron-rl") or ()]
+    return [item for item in declared if item.marker is None or item.marker.evaluate({"extra": ""})]
 
 
 def oldest_driver(cuda: str) -> int:
-    """Returns the oldest driver that runs a program built for this version of CUDA, such as "13.0"."""
-    major = int(cuda.split(".")[0])
-    return DRIVERS.get(major, max(DRIVERS.values()))
+    """Returns the oldest driver for programs that were built for this version of CUDA, such as "13.0"."""
+    return DRIVERS.get(int(cuda.split(".")[0]), max(DRIVERS.values()))
