@@ -165,7 +165,7 @@ lint: dev ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy lpreg megatron_rl
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run docker/*.sh
 	$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the environment and the caches; runs/ stays

@@ -22,6 +22,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.parallel.placement import Placement
 from megatron_rl.utils import heartbeat
 from megatron_rl.utils.files import redirect_output
+from megatron_rl.utils.home import provide_home
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -87,6 +88,7 @@ def ray_runtime(placement: Placement, watch: Watch | None = None) -> Iterator[No
     watch: bounds every wait for Ray's processes. Raises UserError if there are too few nodes or GPUs.
     """
     global _watch
+    provide_home()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The run repeats the calls to a lost engine on another and does not read their errors, which Ray would print.
@@ -144,6 +146,7 @@ class Hosted:
 
     def __init__(self, make: Callable[[], Any], log_file: Path, many_nodes: bool, driver_folder: Path) -> None:
         redirect_output(log_file)
+        provide_home()
         if driver_folder.is_dir():  # relative paths start there; Ray on another node may have been started anywhere
             os.chdir(driver_folder)
         # Ctrl-C is for the driver, which stops this process in order. Python's signal() works in the main thread only.

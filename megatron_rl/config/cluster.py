@@ -25,6 +25,9 @@ class SlurmSettings(Section):
     """Slurm partition. Default: that of the site."""
     account: Text | None = None
     """Slurm account. Default: that of the user."""
+    gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    """How the job asks for cluster.gpus_per_node GPUs: by --gpus-per-node, by --gres=gpu:N, or not at all, for sites
+    whose nodes come whole or that want another form in `options`, such as --gres=gpu:h100:8."""
     options: list[Option] = Field(default_factory=list)
     """Further options for `sbatch`, such as --constraint=h100."""
     setup: list[Text] = Field(default_factory=list)
@@ -35,6 +38,8 @@ class SlurmSettings(Section):
     """Container image: a .sqsh or .sif file, or anything that pyxis can import."""
     mounts: list[Mount] = Field(default_factory=list)
     """Folders to mount, as /host/path[:/path/inside][:ro]. The working folder is always mounted."""
+    mount_home: bool = False
+    """Whether a container sees the home folder. Without it, caches of compiled kernels go to the node's own disk."""
     port: Annotated[int, Field(ge=1024, le=60000)] = 6379
     """Port of the Ray head. Ray also uses the six ports above it, and its workers use 1000 ports from port + 2000."""
 

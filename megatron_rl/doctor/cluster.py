@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
 from megatron_rl.doctor.engines import check_engines
+from megatron_rl.doctor.environments import PREFIX, check_environments
 from megatron_rl.doctor.findings import Finding, judged
 from megatron_rl.doctor.machine import check_gpus, check_limits, check_shared_memory
 from megatron_rl.doctor.versions import check_versions
 from megatron_rl.errors import UserError
+from megatron_rl.run.stack import ACTOR, ENGINE
 
 if TYPE_CHECKING:
     from megatron_rl.cluster.runtime import Nodes
 
 SKEW_SECONDS = 5.0
 """Largest difference of clocks. More makes logs hard to compare; a few minutes make Slurm's nodes reject each other."""
-ALIKE = ("Python", "packages", "GPUs")
+ALIKE = ("Python", "packages", "GPUs", f"{PREFIX}{ACTOR}", f"{PREFIX}{ENGINE}")
 """Checks whose findings must be equal on all nodes."""
 
 Report = tuple[str, bool, list[Finding]]
@@ -58,14 +60,14 @@ def check_cluster(config: Config) -> Iterator[Finding]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def look_around(device: str, folder: Path) -> Report:
+def look_around(config: Config, folder: Path) -> Report:
     """Check the node that this runs on. If the token is visible in `folder`, the node adds a file of its own."""
-    host = socket.gethostname()
+    host, device = socket.gethostname(), config.actor.device
     seen = (folder / TOKEN).is_file()
     if seen:
         (folder / host).touch()
     findings = [*check_versions(device), *check_limits(device), check_shared_memory(device), *check_gpus(device)]
-    return host, seen, findings
+    return host, seen, [*findings, *check_environments(config)]
 
 
 TOKEN = "token"
@@ -75,7 +77,7 @@ def _check_nodes(config: Config, nodes: Nodes, folder: Path) -> Iterator[Finding
     from megatron_rl.cluster.probe import clock_skews, on_every_node
 
     (folder / TOKEN).touch()
-    reports: list[Report] = on_every_node(nodes, look_around, config.actor.device, folder)
+    reports: list[Report] = on_every_node(nodes, look_around, config, folder)
     apart = [host for host, seen, _ in reports if not (seen and (folder / host).is_file())]
     yield judged(
         "file system",

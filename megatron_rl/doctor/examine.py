@@ -35,7 +35,10 @@ def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
         first = config.cluster.slurm.port
         yield check_ports(range(first, first + 7))
     from megatron_rl.doctor.cluster import check_cluster
+    from megatron_rl.doctor.environments import check_environments
 
+    decided = config.actor.model_copy(update={"device": device})
+    yield from check_environments(config.model_copy(update={"actor": decided}))
     yield from check_cluster(config)
 
 

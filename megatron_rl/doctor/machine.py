@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from megatron_rl.doctor.findings import Finding, judged
+from megatron_rl.utils.versions import DRIVERS
 
 GIB = 2**30
 OPEN_FILES = 65536
@@ -92,6 +93,12 @@ def _is_free(port: int) -> bool:
 QUERY = ("index", "name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
 USED_MIB = 1024
 """An idle GPU uses less memory than this."""
+ENGINES_CUDA = max(DRIVERS)
+"""Major version of CUDA that the supported releases of SGLang and vLLM are built for."""
+OLD_DRIVER = (
+    "install a newer driver: SGLang, vLLM and the image are built for this CUDA. An older driver of a data-centre GPU "
+    "works only with NVIDIA's forward compatibility libraries (cuda-compat), which the image has"
+)
 
 
 def check_gpus(device: str) -> Iterator[Finding]:
@@ -113,6 +120,9 @@ def check_gpus(device: str) -> Iterator[Finding]:
     kinds = sorted({f"{name} ({float(total) / 1024:.0f} GiB), driver {driver}" for _, name, driver, total, *_ in rows})
     found = f"{len(rows)} x {'; '.join(kinds)}"
     yield judged("GPUs", len(kinds) == 1, found, "use GPUs of one kind for a run", otherwise="warning")
+    if old := sorted({driver for _, _, driver, *_ in rows if int(driver.split(".")[0]) < DRIVERS[ENGINES_CUDA]}):
+        found = f"{', '.join(old)}; CUDA {ENGINES_CUDA} needs {DRIVERS[ENGINES_CUDA]} or newer"
+        yield Finding("driver", "warning", found, OLD_DRIVER)
     for number, _, _, _, used, errors in rows:
         if errors.isdigit() and int(errors):
             found = f"{errors} uncorrected memory errors"

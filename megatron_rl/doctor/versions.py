@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform as python
 import subprocess
 import sys
 from collections.abc import Iterator
 
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.doctor.findings import Finding, judged
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
+from megatron_rl.utils.versions import SUPPORTED, fits, installed, remedy, requirements
 
-PACKAGE = "megatron-rl"
 OPTIONAL = {
-    "transformer_engine": "the actor uses Megatron's local layers, which are slower on GPUs",
+    "transformer-engine": "the actor uses Megatron's local layers, which are slower on GPUs",
     "apex": "the actor does not use Apex's fused kernels",
+    "flash-attn": "Transformer Engine's attention uses cuDNN or its own kernels",
 }
 
 _ASK = """
@@ -49,44 +45,37 @@ def check_server(rollout: RolloutSettings) -> Finding | None:
         )
     version = done.stdout.strip()
     if not version:
-        remedy = f"install {name} there, or set rollout.server.python to the interpreter of an environment that has it"
-        return Finding(name, "failure", f"not installed ({where})", remedy)
-    releases = SpecifierSet(kind.releases)
-    known = releases.contains(version, prereleases=True)
-    remedy = f"this project supports {releases}; other versions may work"
-    return judged(name, known, f"{version} ({where})", remedy, otherwise="warning")
+        missing = f"install {name} there, or set rollout.server.python to the interpreter of an environment that has it"
+        return Finding(name, "failure", f"not installed ({where})", missing)
+    other = f"this project supports {kind.releases}; other versions may work"
+    return judged(name, fits(version, kind.releases), f"{version} ({where})", other, otherwise="warning")
 
 
 def check_versions(device: str) -> Iterator[Finding]:
-    """Yields a finding for Python, one per required package that is missing or unsupported, and one for the rest."""
+    """Yields a finding for Python, one per required package that is missing or unsupported, one for the rest, and on
+    GPUs one per optional package."""
     new = sys.version_info >= (3, 11)
     yield judged("Python", new, python.python_version(), "use Python 3.11 or newer: make setup PYTHON=...")
-    right: list[str] = []
-    for requirement in _requirements():
-        installed = _version(requirement.name)
-        if installed is None:
-            yield Finding(requirement.name, "failure", "not installed", f"pip install '{requirement}'")
-        elif not requirement.specifier.contains(installed, prereleases=True):
-            found = f"{installed}; {requirement.specifier} is required"
-            yield Finding(requirement.name, "failure", found, f"pip install '{requirement}'")
+    right: dict[str, str] = {}
+    for requirement in requirements():
+        name, version = requirement.name, installed(requirement.name)
+        if version is None:
+            yield Finding(name, "failure", "not installed", f"pip install '{requirement}'")
+        elif not fits(version, str(requirement.specifier)):
+            found = f"{version}; {requirement.specifier} is required"
+            yield Finding(name, "failure", found, f"pip install '{requirement}'")
         else:
-            right.append(f"{requirement.name} {installed}")
-    main = [text for text in right if text.split()[0] in ("torch", "megatron-core", "transformers", "ray")]
+            right[name] = version
+    main = [f"{name} {right[name]}" for name in ("torch", "megatron-core", "transformers", "ray") if name in right]
     yield Finding("packages", "ok", f"{', '.join(main)} and {len(right) - len(main)} others have supported versions")
     if device != "cpu":
-        for module, without in OPTIONAL.items():
-            there = importlib.util.find_spec(module) is not None
-            remedy = f"optional: without it {without}; NVIDIA's PyTorch images include it"
-            yield judged(module, there, "installed" if there else "not installed", remedy, otherwise="warning")
+        for name, without in OPTIONAL.items():
+            yield _check_optional(name, without)
 
 
-def _requirements() -> list[Requirement]:
-    declared = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or ()]
-    return [item for item in declared if item.marker is None or item.marker.evaluate({"extra": ""})]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _check_optional(name: str, without: str) -> Finding:
+    version = installed(name)
+    if name in SUPPORTED and version and not fits(version, SUPPORTED[name]):
+        return Finding(name, "failure", f"{version}; {SUPPORTED[name]} is supported", remedy(name))
+    missing = f"optional: without it {without}; NVIDIA's PyTorch images include it"
+    return judged(name, version is not None, version or "not installed", missing, otherwise="warning")

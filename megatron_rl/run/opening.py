@@ -50,6 +50,7 @@ from megatron_rl.run.reference import find_reference
 from megatron_rl.run.resume import check_resumption, origin_of, resume
 from megatron_rl.run.run import Inputs, Run
 from megatron_rl.run.sampling import rollout_sampling, step_sampling
+from megatron_rl.run.stack import check_stack
 from megatron_rl.run.warm_start import warm_start
 from megatron_rl.run.weights import open_weight_sync
 from megatron_rl.training.learner import Learner
@@ -106,6 +107,7 @@ def open_run(config: Config) -> Iterator[Run]:
     choice = LossChoice.of(config.algorithm)
     loss = choice.make()
     placement = placement_of(config)
+    check_stack(config)
     with ExitStack() as stack:
         view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
         prepare(config, view)

@@ -1,5 +1,8 @@
-"""Builds and starts the CPU target without a Docker engine, with buildah on a base made by debootstrap.
+"""Builds both targets without a Docker engine, with buildah, and starts the CPU target.
 
+The CPU target gets a base made by debootstrap. The GPU target gets a stand-in for NVIDIA's image: the CPU image with
+some names of what NVIDIA's has. The steps of its build are run, but nothing of NVIDIA's image is, and no engine is
+installed.
 Layers are cached in ~/.cache/megatron-rl/image, so a second build takes seconds.
 """
 
@@ -92,6 +95,59 @@ def test_the_images_configuration(container: str) -> None:
 def test_the_image_is_healthy_and_does_not_run_as_root(container: str) -> None:
     assert inside(container, "id", "-u").strip() == "10001"
     assert "nothing found that would stop a run" in inside(container, "megatron-rl", "doctor", "--quick")
+
+
+STAND_IN = """
+set -e
+site=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+te=$site/transformer_engine-2.16.0+4220403e.dist-info
+mkdir "$te"
+printf 'Metadata-Version: 2.1\\nName: transformer-engine\\nVersion: 2.16.0+4220403e\\n' >"$te/METADATA"
+install -D -m 755 /dev/stdin /opt/nvidia/nvidia_entrypoint.sh <<'END'
+#!/bin/sh
+exec "$@"
+END
+pip uninstall --yes --quiet megatron-rl
+userdel --remove trainer
+rm -rf /opt/megatron-rl
+"""
+
+
+@pytest.fixture(scope="module")
+def gpu_container(container: str) -> Iterator[str]:
+    """A container of the GPU image without an engine, built over the stand-in."""
+    base = buildah("from", "cpu").strip()
+    buildah("run", "--user", "root", "--isolation", "chroot", base, "--", "bash", "-c", STAND_IN)
+    buildah("config", "--user", "root", "--entrypoint", "[]", "--env", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1", base)
+    buildah("commit", base, "stand-in")
+    buildah("rm", base)
+    # megatron-core 0.18 needs the Python 3.12 of NVIDIA's image.
+    arguments = ["BASE=localhost/stand-in", "ENGINE=none", "MEGATRON_CORE=0.16.1"]
+    options = ["--format", "docker", "--isolation", "chroot", "--target", "cuda", "--tag", "gpu"]
+    given = [word for argument in arguments for word in ("--build-arg", argument)]
+    buildah("bud", *options, *given, *machine_mounts(), "--file", "docker/Dockerfile", ".")
+    name = buildah("from", "gpu").strip()
+    yield name
+    buildah("rm", name)
+
+
+def test_the_gpu_target_builds_over_a_stand_in(gpu_container: str) -> None:
+    config = json.loads(buildah("inspect", "--type", "image", "gpu"))["Docker"]["config"]
+    assert config["User"] == "10001" and config["Entrypoint"][-1] == "megatron-rl"
+    environment = dict(entry.split("=", 1) for entry in config["Env"])
+    assert environment["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] == "0"
+    assert environment["LD_LIBRARY_PATH"].split(":")[0] == "/opt/nccl"
+    listed = inside(gpu_container, "cat", "/opt/megatron-rl/VERSIONS")
+    assert "transformer-engine 2.16.0+4220403e" in listed and "megatron-core 0.16.1" in listed
+    assert inside(gpu_container, "stat", "-c", "%U", "/home/trainer/runs").strip() == "trainer"
+    assert "usage" in inside(gpu_container, *config["Entrypoint"], "--help")
+
+
+def test_a_process_without_a_home_gets_one(container: str) -> None:
+    program = "from megatron_rl.utils.home import provide_home; print(provide_home())"
+    options = ["--user", "54321", "--env", "HOME=/", "--isolation", "chroot"]
+    found = buildah("run", *options, container, "--", "python3", "-c", program).strip()
+    assert found == "/tmp/megatron-rl-home-54321"
 
 
 def test_the_quickstart_starts(container: str) -> None:

@@ -32,6 +32,8 @@ VARIANTS = {
         "cluster.slurm={partition: gpu, account: me, options: [--constraint=h100]}",
         "cluster.slurm.setup=['module load x', source .venv/bin/activate]",
     ],
+    "gres": ["cluster.slurm={gpu_request: gres}"],
+    "home": ["cluster.slurm={container: pyxis, image: x.sqsh, mount_home: true}"],
     "quoting": [NEEDS_QUOTING],
 }
 
@@ -69,6 +71,30 @@ def test_options_follow_the_configuration(write: Write) -> None:
     assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--time=1-12:00:00"} <= {*given}
     assert {"--signal=B:USR1@1800", "--requeue", "--constraint=h100", "--dependency=singleton"} <= {*given}
     assert "--output=%x-%j.out" in given
+
+
+@pytest.mark.parametrize(
+    ("request_", "given"), [("gpus-per-node", "--gpus-per-node=8"), ("gres", "--gres=gpu:8"), ("none", None)]
+)
+def test_gpus_are_asked_for_as_the_site_wants_it(write: Write, request_: str, given: str | None) -> None:
+    text = write(f"cluster.slurm.gpu_request={request_}")
+    assert [option for option in options(text) if "gpu" in option] == ([given] if given else [])
+    assert "--num-gpus=8" in text, "Ray has the GPUs however they were asked for"
+
+
+@pytest.mark.parametrize(
+    ("container", "without", "with_it"),
+    [("pyxis", "--no-container-mount-home", "--container-mount-home"), ("apptainer", "--no-home", None)],
+)
+def test_containers_see_the_home_folder_only_if_asked(
+    write: Write, container: str, without: str, with_it: str | None
+) -> None:
+    settings = f"container: {container}, image: /x.sqsh"
+    words = write(f"cluster.slurm={{{settings}}}").split()
+    assert without in words and with_it not in words and "PYTHONNOUSERSITE=1" in words
+    words = write(f"cluster.slurm={{{settings}, mount_home: true}}").split()
+    assert without not in words and (with_it is None or with_it in words)
+    assert "PYTHONNOUSERSITE=1" not in write().split()
 
 
 def test_each_task_of_an_array_has_its_own_folder_and_log(write: Write) -> None:

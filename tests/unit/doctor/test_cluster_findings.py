@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_rl.config import Config, load_config
 from megatron_rl.doctor import cluster
 from megatron_rl.doctor.findings import Finding
 from tests.unit.doctor.test_doctor_command import CONFIG
+from tests.unit.utils.test_environments import ACTOR, ENGINE, interpreter
 
 
 @pytest.fixture
@@ -58,6 +60,20 @@ def test_nodes_that_differ_are_reported(config: Config, tmp_path: Path, monkeypa
     assert result["nodes alike"].state == "failure" and "torch 2.8" in result["nodes alike"].found
     assert result["b: clock"].state == "warning" and "+60.00 s" in result["b: clock"].found
     assert all(result[name].remedy for name in ("file system", "nodes alike", "b: clock"))
+
+
+def test_a_node_compares_the_environments_of_actor_and_engine(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(interpreter(tmp_path / "actor", ACTOR)))
+    server = config.rollout.server.model_copy(update={"python": interpreter(tmp_path / "engine", ENGINE)})
+    rollout = config.rollout.model_copy(update={"engine": "sglang", "server": server})
+    actor = config.actor.model_copy(update={"device": "cuda"})
+    on_gpus = config.model_copy(update={"rollout": rollout, "actor": actor})
+    _, _, findings = cluster.look_around(on_gpus, tmp_path)
+    result = by_check(findings)
+    assert result["NCCL of both sides"].state == "failure" and "2.30.7" in result["NCCL of both sides"].remedy
+    assert set(cluster.ALIKE) <= result.keys(), "nodes are compared by these"
 
 
 def test_ranks_that_cannot_communicate_are_reported(

@@ -32,22 +32,22 @@ def set_output(program: Path, *lines: str, status: int = 0) -> None:
     program.chmod(0o755)
 
 
-HEALTHY = "NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 0"
+HEALTHY = "NVIDIA H100 80GB HBM3, 580.95.05, 81559, 4, 0"
 
 
 def test_healthy_gpus_are_one_finding(nvidia_smi: Path) -> None:
     set_output(nvidia_smi, *(f"{number}, {HEALTHY}" for number in range(8)))
     (finding,) = machine.check_gpus("cuda")
     assert finding.state == "ok"
-    assert finding.found == "8 x NVIDIA H100 80GB HBM3 (80 GiB), driver 550.54.15"
+    assert finding.found == "8 x NVIDIA H100 80GB HBM3 (80 GiB), driver 580.95.05"
 
 
 def test_memory_errors_used_gpus_and_mixed_kinds_are_reported(nvidia_smi: Path) -> None:
     set_output(
         nvidia_smi,
         f"0, {HEALTHY}",
-        "1, NVIDIA A100-SXM4-80GB, 550.54.15, 81920, 70000, [N/A]",
-        "2, NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 3",
+        "1, NVIDIA A100-SXM4-80GB, 580.95.05, 81920, 70000, [N/A]",
+        "2, NVIDIA H100 80GB HBM3, 580.95.05, 81559, 4, 3",
     )
     found = {finding.check: finding for finding in machine.check_gpus("cuda")}
     assert {name: finding.state for name, finding in found.items()} == {
@@ -56,6 +56,13 @@ def test_memory_errors_used_gpus_and_mixed_kinds_are_reported(nvidia_smi: Path) 
         "GPU 2": "failure",
     }
     assert "68.4 GiB" in found["GPU 1"].found and "3 uncorrected" in found["GPU 2"].found
+
+
+def test_a_driver_below_the_engines_cuda_is_named(nvidia_smi: Path) -> None:
+    set_output(nvidia_smi, "0, NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 0")
+    found = {finding.check: finding for finding in machine.check_gpus("cuda")}
+    assert found["driver"].state == "warning" and "550.54.15; CUDA 13 needs 580 or newer" in found["driver"].found
+    assert "install a newer driver" in found["driver"].remedy
 
 
 def test_a_driver_that_does_not_respond_is_a_failure(nvidia_smi: Path) -> None:
@@ -111,8 +118,8 @@ def test_a_ray_that_ignores_its_token_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_unsupported_versions_are_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"ray": "1.13", "rich": None}
-    real = versions._version
-    monkeypatch.setattr(versions, "_version", lambda name: installed.get(name, real(name)))
+    real = versions.installed
+    monkeypatch.setattr(versions, "installed", lambda name: installed.get(name, real(name)))
     found: dict[str, Finding] = {finding.check: finding for finding in versions.check_versions("cpu")}
     assert found["ray"].state == found["rich"].state == "failure"
     assert found["ray"].found.startswith("1.13; >=") and found["ray"].remedy.startswith("pip install 'ray")
@@ -146,5 +153,17 @@ def test_the_engine_is_checked_in_its_own_environment(
 
 
 def test_optional_gpu_packages_are_checked_on_gpus_only() -> None:
-    assert {"transformer_engine", "apex"} <= states(versions.check_versions("cuda")).keys()
-    assert not {"transformer_engine", "apex"} & states(versions.check_versions("cpu")).keys()
+    optional = {"transformer-engine", "apex", "flash-attn"}
+    assert optional <= states(versions.check_versions("cuda")).keys()
+    assert not optional & states(versions.check_versions("cpu")).keys()
+
+
+def test_transformer_engine_outside_its_window_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = versions.installed
+    for version, state in (("2.3.0", "failure"), ("2.16.0+4220403e", "ok")):
+        monkeypatch.setattr(
+            versions, "installed", lambda name, v=version: v if name == "transformer-engine" else real(name)
+        )
+        found = {finding.check: finding for finding in versions.check_versions("cuda")}["transformer-engine"]
+        assert found.state == state and version in found.found
+        assert state == "ok" or "nvcr.io/nvidia/pytorch" in found.remedy
