@@ -200,7 +200,7 @@ def _same_ratio(gold: Part, answer: Part) -> bool:
     one, other = _terms(gold), _terms(answer)
     if one is None or other is None:
         return False
-    if isinstance(gold, Clock) or isinstance(answer, Clock):
+    if isinstance(gold, Clock):
         return list(one) == list(other)
     numbers = [[term.value for term in terms if isinstance(term, Number)] for terms in (one, other)]
     if len(numbers[0]) == len(one) and len(numbers[1]) == len(other):
@@ -246,7 +246,7 @@ def _same_words(gold: Part, answer: Part) -> bool:
     if isinstance(other, Words):
         return words.text.replace(" ", "") == other.text.replace(" ", "")
     # `C` is a choice on one side and a variable on the other.
-    return isinstance(other, Expression) and re.sub(r"\\text|[{} ]", "", other.latex).casefold() == words.text.replace(" ", "")
+    return isinstance(other, Expression) and re.sub(r"\\text|[{} ]", "", other.latex) == words.text.replace(" ", "")
 
 
 def _may_be_sets(gold: Part, answer: Part) -> bool:

@@ -15,7 +15,7 @@ _NAMES = {
 }  # fmt: skip
 _BASED = re.compile(
     r"(?P<sign>[+-]?)(?P<open>\(?)(?P<sign_within>[+-]?)(?:\\text\{)?(?P<digits>[0-9A-Fa-f]*\d[0-9A-Fa-f]*|[A-Fa-f]+|[0-9A-Fa-f]*\.[0-9A-Fa-f]+|[0-9A-Fa-f]+\.[0-9A-Fa-f]*)\}?"
-    r"(?P<close>\)?)(?:_\{?\(?(?:\\text\{)?(?P<base>\d{1,2}|[a-z]+)\}?\)?\}?|\s*\\text\{\s*(?:\(?in )?base (?P<worded>\w+)\)?\s*\})"
+    r"(?P<close>\)?)(?:_\{?\(?(?:\\text\{)?(?P<base>\d{1,2}|[a-z]+)\}?\)?\}?|\s*\\text\{\s*(?:\(?(?:in )?)?base (?P<worded>\w+)\)?\s*\})"
 )
 _RATIO_WORD = re.compile(r"\\text\{ ?to ?\}| to |(?<=\d)\\to(?=\d)")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .notations import Based, Clock
 from .numbers import Number
@@ -45,6 +45,8 @@ class Bracket:
     left: str
     right: str
     items: tuple[Part, ...]
+    joint: str = field(default=",", compare=False)
+    """What stands between the items of a list: a comma, `and` or `or`."""
 
 
 @dataclass(frozen=True)

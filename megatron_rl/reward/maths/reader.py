@@ -30,7 +30,7 @@ _CONDITION = re.compile(
     r"[,;]? ?(?:\\text\s*\{[ ,;]*(?P<inside>(?:for|where|with|when|if|unless|provided)\b[^{}]*)\}|\\forall|"
     r"(?<![a-zA-Z\\])(?:for (?:all|any|every|some)|where|when|if|unless) )(?P<rest>.*)$"
 )
-_ALL_REALS = re.compile(r"(?:all|any|every|real|reals|numbers?|in|where|for|is|a|an|arbitrary|[a-z]|\\in|\\forall|\\mathbb\{r\}|[ ,.])+")
+_ALL_REALS = re.compile(r"(?:(?:all|any|every|real|reals|numbers?|in|where|for|is|an|arbitrary|[a-z]|\\in|\\forall|\\mathbb\{r\})(?: |,|$))+")
 _MATRIX = re.compile(r"[(\[]?\\begin\{(?P<kind>[pbvVB]?matrix|array)\}(?:\{[clr|]+\})?(?P<rows>.*)\\end\{(?P=kind)\}[)\]]?")
 _SET_WORDS = re.compile(r"(?:the |set of |all )*(?P<name>real numbers?|reals|integers|rational numbers|natural numbers|complex numbers)"
                         r"(?: (?:except|other than|but|not equal to|excluding)(?: for)? (?P<without>.+))?")  # fmt: skip
@@ -43,8 +43,15 @@ def readings(text: str) -> list[Part]:
     """Returns the readings of a normalised text: one, or two if `70,110` can be a number and a list."""
     if match := _SPACED.fullmatch(text):
         text = match[1].replace(" ", "") + match[2]
-    joined = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
+    joined = _GROUPED.sub(_without_commas, text)
     return [read(joined)] if joined == text else [read(joined), read(text)]
+
+
+def _without_commas(match: re.Match[str]) -> str:
+    """Brackets around one such number make it a tuple: `(100,200)`."""
+    around = match.string[match.start() - 1 : match.start()] + match.string[match.end() : match.end() + 1]
+    is_tuple = around in ("()", "[]", "(]", "[)") or around == "{\\"
+    return match[0] if is_tuple else match[0].replace(",", "")
 
 
 def read(text: str) -> Part:
@@ -66,9 +73,9 @@ def read(text: str) -> Part:
 
 def _words(text: str) -> Part | None:
     r"""Reads an answer without mathematics: `\text{Tuesday}`, `even`, the choice `(B)`, `no solution`."""
-    plain = " ".join(_TEXT.sub(r"\1", text).split())
-    if choice := _CHOICE.fullmatch(plain):
-        return Words(choice[1].lower())
+    plain = " ".join(_TEXT.sub(r" \1 ", text).split())
+    if choice := _CHOICE.fullmatch(plain.replace(" ", "")):
+        return Words(choice[1])
     spoken = _TEXT.search(text) is not None
     if re.search(r"[\\=<>^_+*/{}\[\]|]", plain.replace("'", "")) or not re.search(r"[^\W\d_]", plain):
         return _whole_text(text)
@@ -103,13 +110,14 @@ def _whole_text(text: str) -> Part | None:
 
 
 def _list(text: str) -> Part:
-    text = _AND_OR.sub(r"\\and ", text) if _AND_OR.search(text) else text
-    parts, _ = split(text, lambda token: token in (",", ";", r"\and"))
+    text = _AND_OR.sub(lambda match: r"\or " if "or" in match[0] else r"\and ", text)
+    parts, found = split(text, lambda token: token in (",", ";", r"\and", r"\or"))
     parts = [part for part in parts if part]
     items = [item for part in parts for item in without_plus_minus(part)]
     if len(items) == 1:
         return _relation(items[0])
-    return Bracket("", "", tuple(_relation(item) for item in items)) if items else Unreadable(text)
+    joint = "or" if r"\or" in found else "and" if r"\and" in found else ","
+    return Bracket("", "", tuple(_relation(item) for item in items), joint) if items else Unreadable(text)
 
 
 def _relation(text: str) -> Part:

@@ -11,7 +11,6 @@ import sympy
 from .algebra import Unparsable, read
 from .compare import latex_of, with_dots
 from .parts import Bracket, Builder, Chain, Expression, NamedSet, Number, Operation, Part
-from .relations import is_name
 
 _NAMED = {"R": sympy.S.Reals, "Z": sympy.S.Integers, "Q": sympy.S.Rationals, "N": sympy.S.Naturals, "C": sympy.S.Complexes}
 _OPERATIONS = {r"\cup": sympy.Union, r"\cap": sympy.Intersection, r"\setminus": sympy.Complement}
@@ -58,7 +57,7 @@ def _set(part: Part) -> sympy.Set:
         return _NAMED[part.name]
     if isinstance(part, Operation):
         return _OPERATIONS[part.sign](_set(part.left), _set(part.right))
-    if isinstance(part, Chain):
+    if isinstance(part, Chain) and part.signs != ("=",):
         return _solutions(part, None)
     if isinstance(part, Builder):
         return _built(part)
@@ -69,8 +68,9 @@ def _set(part: Part) -> sympy.Set:
     if part.left in ("(", "[") and part.right in (")", "]") and len(part.items) == 2:
         start, end = map(_number, part.items)
         return sympy.Interval(start, end, left_open=part.left == "(", right_open=part.right == ")")
-    if part.left == "" and part.items and all(isinstance(item, Chain) for item in part.items):
-        return sympy.Union(*(_solutions(item, None) for item in part.items if isinstance(item, Chain)))
+    if part.left == "" and part.joint != "," and all(isinstance(item, Chain) for item in part.items) and len(_variables(part)) == 1:
+        join = sympy.Union if part.joint == "or" else sympy.Intersection
+        return join(*(_solutions(item, None) for item in part.items if isinstance(item, Chain)))
     raise NoSet
 
 
@@ -87,7 +87,7 @@ def _built(part: Builder) -> sympy.Set:
 def _solutions(chain: Chain, variable: str | None) -> sympy.Set:
     """Returns the real numbers that satisfy a relation in one variable."""
     names = _variables(chain)
-    if "=" in chain.signs and (len(chain.signs) > 1 or not is_name(chain.texts[0])):
+    if "=" in chain.signs and (len(chain.signs) > 1 or not re.fullmatch(r"[a-zA-Z]", chain.texts[0])):
         raise NoSet  # equations are compared as they stand, not by their solutions
     if len(names) != 1 or (variable and names != {variable}) or not set(chain.signs) <= set(_RELATIONS):
         raise NoSet

@@ -28,7 +28,7 @@ _CELSIUS, _FAHRENHEIT = Unit({"celsius": 1}), Unit({"fahrenheit": 1})
 _PERCENT = re.compile(r" ?(?:\\?%|\\text\{ ?per ?cent ?\}| ?\bper ?cent)$")
 _DEGREES = re.compile(r"\^\\circ ?(?:(?P<scale>[CFK])|\\text\{ ?(?P<worded>[CFK]) ?\})?$")
 _ARGUMENT = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d+\})?[({]?[\d.]+$")
-_FACTOR = re.compile(r"(?P<name>\\mu ?[a-zA-Z]+|\\Omega|\\\$|[^\W\d_]+\.?|[€£¥₹¢])(?:\^\{(?P<power>-?\d+)\})?")
+_FACTOR = re.compile(r"(?P<name>\\mu ?[a-zA-Z]+|[a-zA-Z]?\\Omega|\\\$|[^\W\d_]+\.?|[€£¥₹¢])(?:\^\{(?P<power>-?\d+)\})?")
 _PLAIN_NUMBER = re.compile(r"[+-]?[\d.,]+(?:/\d+)?|[+-]?\d*\\frac\{\d+\}\{\d+\}")
 _MIXED_PART = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:/\d+)?|\\frac\{\d+\}\{\d+\}) ?(?P<unit>[^\d\\]+|\\text\{[^\d}]+\}|\^\\circ|['\"])")
 _NOUN = re.compile(r"[^\W\d_]{3,}(?:['\u2019-][^\W\d_]+)*")
@@ -84,7 +84,7 @@ def read_unit(text: str) -> Unit | None:
     """Reads a unit such as `square cm`, `kg/m^{3}` or `dollars per hour`, or things such as `red apples`."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\s+", " ", re.sub(r"\\cdot|\\times|[*·]|(?<=[a-zA-Z])-(?=[a-zA-Z])", " ", text)).strip(" .")
-    text = re.sub(r" +(?=\^)", "", text)
+    text = re.sub(r" +(?=\^)|(?<=\b[a-zA-Z]) +(?=\\Omega)", "", text)
     scale = Fraction(1)
     while (word := text.partition(" ")[0].lower()) in MULTIPLES or word.removesuffix("s") in SHARES or word in SHARES:
         singular = word.removesuffix("s")
@@ -131,7 +131,7 @@ def _known(text: str) -> Unit | None:
     factor = Fraction(1)
     for index, side in enumerate(re.sub(r"\bper\b|(?<=\w) a (?=\w)", "/", text).split("/")):
         pending = 1
-        words = [word for word in side.strip().split(" ") if word]
+        words = side.strip(" ()" if index else " ").split()
         if not words:
             return None
         for position, word in enumerate(words):
@@ -152,7 +152,8 @@ def _known(text: str) -> Unit | None:
             factor *= entry.factor**power
         if pending != 1:
             return None
-    return Unit({kind: power for kind, power in sorted(kinds.items()) if power}, factor)
+    kinds = {kind: power for kind, power in sorted(kinds.items()) if power}
+    return Unit(kinds, factor) if kinds else None
 
 
 def _lookup(name: str) -> Unit | None:
