@@ -12,10 +12,10 @@ from megatron_rl.utils.import_path import import_object, is_import_path
 
 BUILT_IN = {
     "countdown": "megatron_rl.reward.countdown:verify_countdown",
-    "math": "megatron_rl.reward.maths:verify_maths",
+    "math": "megatron_rl.reward.maths:MathsReward",
     "code": "megatron_rl.reward.code:CodeReward",
 }
-TAKES_SETTINGS = ("code",)
+TAKES_SETTINGS = ("math", "code")
 """Names of verifiers that are classes and are constructed from the settings."""
 
 

@@ -60,7 +60,7 @@ def _same_expressions(gold: Part, answer: Part, scale: Fraction) -> bool:
     one, other = latex_of(gold), latex_of(answer)
     if one is None or other is None:
         return False
-    from .algebra import Unparsable, same_expression  # sympy takes a second to import; `prepare` imports it first
+    from .algebra import Unparsable, same_expression  # sympy takes a second to import; workers import it when they start
 
     try:
         return same_expression(one, other, scale)
