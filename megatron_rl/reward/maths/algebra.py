@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -32,6 +33,8 @@ MOST_TERMS = 2_000
 """Most terms of an expanded power of a sum."""
 DIGITS = 60
 AGREEING_DIGITS = 50
+_MISREAD = re.compile(r"!!|\\pmod|[\d)]_\{")
+"""What the parser reads as something else: double factorials, congruences, indices of numbers."""
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _WHOLE = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit)
 """Operators that are computed before the comparison."""
@@ -55,7 +58,7 @@ def read(text: str) -> Any:
         raise TooLarge("too long or too deeply nested")
     if _depth(text, "([", ")]") > DEEPEST_PARENTHESES:
         raise TooLarge("too deeply nested")
-    if "!!" in text or r"\mod" in text and "pmod" in text:
+    if _MISREAD.search(text):
         raise Unparsable(text)
     try:
         expression = latex2sympy(

@@ -197,6 +197,10 @@ def _same_rows(gold: Matrix, answer: Matrix) -> bool:
 def _same_ratio(gold: Part, answer: Part) -> bool:
     if isinstance(gold, Clock) and isinstance(answer, Clock):
         return gold.equals(answer)
+    for clock, other_part in ((gold, answer), (answer, gold)):
+        if isinstance(clock, Clock) and isinstance(other_part, Number):
+            if clock.half and clock.numbers == (other_part.value,):
+                return True  # `9` for `9 a.m.`
     one, other = _terms(gold), _terms(answer)
     if one is None or other is None:
         return False
@@ -205,7 +209,16 @@ def _same_ratio(gold: Part, answer: Part) -> bool:
     numbers = [[term.value for term in terms if isinstance(term, Number)] for terms in (one, other)]
     if len(numbers[0]) == len(one) and len(numbers[1]) == len(other):
         return proportional(*numbers)
-    return _pairwise(one, other)
+    return len(one) == len(other) and all(_same_cross(a, b, one[0], other[0]) for a, b in zip(one, other, strict=True))
+
+
+def _same_cross(a: Part, b: Part, first: Part, other_first: Part) -> bool:
+    """Returns whether a : first = b : other_first."""
+    texts = [latex_of(part) for part in (a, other_first, b, first)]
+    if None in texts:
+        return same(a, b) and same(first, other_first)
+    left, right = (Expression(rf"({texts[index]})\cdot({texts[index + 1]})") for index in (0, 2))
+    return _same_expressions(left, right, Fraction(1))
 
 
 def _terms(part: Part) -> tuple[Part, ...] | None:

@@ -53,7 +53,7 @@ class Based:
 
 def read_clock(text: str) -> Clock | None:
     """Reads `4:30`, `16:30:05`, `9 a.m.` or noon. A number alone is no time."""
-    plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().lower()
+    plain = " ".join(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).lower().split())
     if plain in _WORDS:
         hours, half = _WORDS[plain]
         return Clock(hours * 3600, half, (hours,))

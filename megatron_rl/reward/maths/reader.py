@@ -36,7 +36,7 @@ _SET_WORDS = re.compile(r"(?:the |set of |all )*(?P<name>real numbers?|reals|int
                         r"(?: (?:except|other than|but|not equal to|excluding)(?: for)? (?P<without>.+))?")  # fmt: skip
 _SET_NAMES = {"real": "R", "inte": "Z", "rati": "Q", "natu": "N", "comp": "C"}
 _NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|(?:the )?(?:empty|null) set")
-_CHOICE = re.compile(r"\(?([A-Z])[).:]?")
+_CHOICE = re.compile(r"\(?([A-Z]|[IVX]{1,4})[).:]?")
 
 
 def readings(text: str) -> list[Part]:
@@ -44,7 +44,9 @@ def readings(text: str) -> list[Part]:
     if match := _SPACED.fullmatch(text):
         text = match[1].replace(" ", "") + match[2]
     joined = _GROUPED.sub(_without_commas, text)
-    return [read(joined)] if joined == text else [read(joined), read(text)]
+    # A list has no item such as 000.
+    is_number = joined == text or re.search(r",0\d", text) is not None
+    return [read(joined)] if is_number else [read(joined), read(text)]
 
 
 def _without_commas(match: re.Match[str]) -> str:
@@ -110,7 +112,7 @@ def _whole_text(text: str) -> Part | None:
 
 
 def _list(text: str) -> Part:
-    text = _AND_OR.sub(lambda match: r"\or " if "or" in match[0] else r"\and ", text)
+    text = _AND_OR.sub(_joint, text)
     parts, found = split(text, lambda token: token in (",", ";", r"\and", r"\or"))
     parts = [part for part in parts if part]
     items = [item for part in parts for item in without_plus_minus(part)]
@@ -118,6 +120,10 @@ def _list(text: str) -> Part:
         return _relation(items[0])
     joint = "or" if r"\or" in found else "and" if r"\and" in found else ","
     return Bracket("", "", tuple(_relation(item) for item in items), joint) if items else Unreadable(text)
+
+
+def _joint(match: re.Match[str]) -> str:
+    return r"\or " if "or" in match[0] else r"\and "
 
 
 def _relation(text: str) -> Part:
@@ -187,11 +193,12 @@ def _builder(inside: str) -> Builder | None:
     parts, _ = split(inside, lambda token: token in ("|", ":"))
     if len(parts) != 2 or not all(parts):
         return None
-    head, domain = parts[0], None
+    head, domain = parts[0].replace(" ", ""), None
     sides, signs = split(head, lambda token: token == r"\in")
     if signs:
-        head, domain = sides[0], read(sides[1])
-    conditions, _ = split(_AND_OR.sub(",", parts[1]), lambda token: token == ",")
+        head, domain = sides[0].replace(" ", ""), read(sides[1])
+    condition_text = _AND_OR.sub(_joint, parts[1])
+    conditions, joints = split(condition_text, lambda token: token in (",", ";", r"\and", r"\or"))
     kept = []
     for condition in conditions:
         sides, signs = split(condition, lambda token: token == r"\in")
@@ -199,7 +206,8 @@ def _builder(inside: str) -> Builder | None:
             domain = read(sides[1])
         elif condition:
             kept.append(_relation(condition))
-    return Builder(head, domain, kept[0] if len(kept) == 1 else Bracket("", "", tuple(kept)))
+    joint = "or" if r"\or" in joints else "and"
+    return Builder(head, domain, kept[0] if len(kept) == 1 else Bracket("", "", tuple(kept), joint))
 
 
 def _matrix(rows: str) -> Part:

@@ -21,13 +21,18 @@ _NAME = re.compile(
     r"[_^']?\{[a-zA-Z0-9, \\+]*\}|_\w|['|]|\\max|\\min|\s|\((?:[a-zA-Z0-9_,{}\\ '.+-]|\\[a-zA-Z]+)*\))+"
 )
 _QUOTIENT = re.compile(r"\\frac\{(?P<over>[^{}]+|[^{}]*_\{[^{}]*\}[^{}]*)\}\{(?P<under>[^{}]+|[^{}]*_\{[^{}]*\}[^{}]*)\}|(?P<one>[^/]+)/(?P<other>[^/]+)")
+_DERIVATIVE = re.compile(r"\\frac\{(?:d|\\partial)(?:\^\{\d\})? ?\\?[a-zA-Z]*\}\{(?:(?:d|\\partial) ?\\?[a-zA-Z]+(?:\^\{\d\})? ?)+\}")
+_BINDS = re.compile(r"\\(?:lim|sum|prod|int)(?![a-zA-Z])")
 _OPERATORS = re.compile(r"\\(?:sqrt|frac|log|ln|sin|cos|tan|pi|sum|int|prod|cdot|times|binom|infty|pm|mod|pmod|exp|cup)(?![a-zA-Z])")
 
 
 def is_name(text: str) -> bool:
     r"""Returns whether a text names something, as x, f(x), `\angle ABC`, `v_{max}` and a quotient of names do."""
+    if _DERIVATIVE.fullmatch(text):
+        return True
     if match := _QUOTIENT.fullmatch(text):
         return all(is_name(side) for side in match.groups() if side)
+    text = text.replace("^{-1}", "")
     head = re.sub(r"_\{[^{}]*\}|\([^()]*\)", "", text)
     if "^" in head or re.search(r"\d", head) or _OPERATORS.search(head):
         return False
@@ -47,7 +52,7 @@ def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
     if is_name(texts[0]) or _is_tuple_of_names(texts[0]):
         sides, texts, links = sides[1:], texts[1:], list(chain.signs[1:])
     else:
-        if any(_has_names(text) for text in texts):
+        if any(_has_names(text) for text in texts if not _BINDS.match(text)):
             return
         links = list(chain.signs)
         if len({text.replace(" ", "") for text in texts}) < len(texts):
@@ -92,6 +97,7 @@ def bare_values(listing: Bracket, by_name: bool) -> tuple[Part, ...]:
 
 def same_chain(gold: Chain, answer: Chain, same: Same) -> bool:
     """Returns whether two relations say the same: side by side in either direction, or as multiples of one another."""
+    answer = _with_arguments_of(gold, answer)
     for chain in (answer, _reversed(answer)):
         if chain is not None and chain.signs == gold.signs and _same_sides(gold, chain, same):
             return True
@@ -104,6 +110,16 @@ def same_chain(gold: Chain, answer: Chain, same: Same) -> bool:
     if not {*gold.signs, *answer.signs} <= set(_NUMERIC):
         return False
     return _are_multiples(gold, answer)
+
+
+def _with_arguments_of(gold: Chain, answer: Chain) -> Chain:
+    """Renames the variable of `f(t)=t^2` to that of the label's `f(x)=x^2`."""
+    calls = [re.fullmatch(r"(\\?[a-zA-Z]+'*)\(([a-zA-Z])\)", chain.texts[0]) for chain in (gold, answer)]
+    if calls[0] and calls[1] and calls[0][1] == calls[1][1] and calls[0][2] not in "".join(answer.texts[1:]):
+        changed = renamed(answer, calls[1][2], calls[0][2])
+        assert isinstance(changed, Chain)
+        return changed
+    return answer
 
 
 def _same_sides(gold: Chain, answer: Chain, same: Same) -> bool:
@@ -183,11 +199,17 @@ def same_builder(gold: Builder, answer: Builder, same: Same) -> bool:
     reals = NamedSet("R")
     if not same(gold.domain or reals, answer.domain or reals):
         return False
-    if gold.head == answer.head:
-        return same(gold.conditions, answer.conditions)
-    if not (re.fullmatch(r"[a-zA-Z]", gold.head) and re.fullmatch(r"[a-zA-Z]", answer.head)):
-        return False
-    return same(gold.conditions, renamed(answer.conditions, answer.head, gold.head))
+    conditions = answer.conditions
+    if gold.head != answer.head:
+        names = [set(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", re.sub(r"(?<=\d)(?=[a-zA-Z])", " ", head))) for head in (gold.head, answer.head)]
+        if len(names[0]) != 1 or len(names[1]) != 1:
+            return False
+        old, new = names[1].pop(), names[0].pop()
+        if re.sub(rf"(?<![a-zA-Z\\]){old}(?![a-zA-Z])", new, answer.head) != gold.head:
+            return False
+        conditions = renamed(conditions, old, new)
+    joints = [part.joint for part in (gold.conditions, conditions) if isinstance(part, Bracket)]
+    return len(set(joints)) < 2 and same(gold.conditions, conditions)
 
 
 def renamed(part: Part, old: str, new: str) -> Part:
@@ -198,5 +220,5 @@ def renamed(part: Part, old: str, new: str) -> Part:
         texts = tuple(re.sub(rf"(?<![a-zA-Z\\]){old}(?![a-zA-Z])", new, text) for text in part.texts)
         return Chain(tuple(read(text) for text in texts), part.signs, texts)
     if isinstance(part, Bracket):
-        return Bracket(part.left, part.right, tuple(renamed(item, old, new) for item in part.items))
+        return Bracket(part.left, part.right, tuple(renamed(item, old, new) for item in part.items), part.joint)
     return part

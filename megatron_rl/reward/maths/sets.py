@@ -81,7 +81,9 @@ def _built(part: Builder) -> sympy.Set:
     found = [_solutions(item, part.head) for item in conditions if isinstance(item, Chain)]
     if len(found) != len(conditions):
         raise NoSet
-    return reduce(sympy.Intersection, found, _set(part.domain) if part.domain else sympy.S.Reals)
+    is_either = isinstance(part.conditions, Bracket) and part.conditions.joint == "or"
+    solutions = reduce(sympy.Union if is_either else sympy.Intersection, found)
+    return sympy.Intersection(solutions, _set(part.domain) if part.domain else sympy.S.Reals)
 
 
 def _solutions(chain: Chain, variable: str | None) -> sympy.Set:

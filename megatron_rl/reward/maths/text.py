@@ -17,7 +17,8 @@ _CHARACTERS = {
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/",
     "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
     "≡": r"\equiv ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ",
-    "∖": r"\setminus ", "…": r"\dots ", "⋯": r"\dots ", "→": r"\to ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
+    "∖": r"\setminus ", "。": ".", "•": r"\cdot ", "∙": r"\cdot ", "˚": r"^\circ ", "⩽": r"\le ", "⩾": r"\ge ", "«": '"', "»": '"',
+    "…": r"\dots ", "⋯": r"\dots ", "→": r"\to ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
     "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "∠": r"\angle ", "℃": r"^\circ C", "℉": r"^\circ F",
     "Ω": r"\Omega ", "µ": r"\mu ", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
     "⌈": r"\lceil ", "⌉": r"\rceil ", "∧": r"\text{and}", "∨": r"\text{or}", "％": r"\%", "√": r"\sqrt", "∛": r"\sqrt[3]",
@@ -33,6 +34,9 @@ _RULES = [
         (r"(?<=\d)(?:\\,|\\ |~|\\;|\\thinspace)(?=\d{3}(?!\d))", ""),
         (r"\{([,:;])\}", r"\1"),
         (r"\\!", ""),
+        (r"^(.*\\in ?)?\\mathbf\s*\{R\}$", r"\1\\mathbb{R}"),
+        (r"\\imath(?![a-zA-Z])", "i"),
+        (r"\\(?:text|mathrm)\s*\{ ?(Rs\.?|USD|EUR|GBP) ?\} ?(?=\d)", r"\1 "),
         (r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|thinspace|enspace|hfill|newline)(?![a-zA-Z]))|~", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
@@ -57,6 +61,10 @@ _RULES = [
         (r"\\div(?![a-zA-Z])", "/"),
         (r"\\(?:bmod|mod)(?![a-zA-Z])", r"\\mod "),
         (r"\\(?:dfrac|qed|blacksquare|square|checkmark)\s*$", ""),
+        (r"\\(?:pounds|textsterling)(?![a-zA-Z])", "£"),
+        (r"\\(?:texteuro|euro)(?![a-zA-Z])", "€"),
+        (r"\\textdollar(?![a-zA-Z])", r"\\$"),
+        (r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}(\^\{?\d\}?)?\s*\}", r"\\text{\1/\2}\3"),
         (r"\\infin(?![a-zA-Z])", r"\\infty"),
         (r"\\(?:Reals|reals|R)(?![a-zA-Z])|\\Bbb\s*\{?\s*R\s*\}?|\\mathbb\s+R|\\mathbb\s*\{\s*R\s*\}|\\mathbf\s*\{\s*R\s*\}",
          r"\\mathbb{R}"),
@@ -73,11 +81,15 @@ _RULES = [
         (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"^(.*)\\over(?![a-zA-Z])(.*)$", r"\\frac{\1}{\2}"),
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"^\\begin\{cases\}([^&]*?)(?:\\\\)?\s*\\end\{cases\}$", lambda match: match[1].replace(r"\\", ", ")),
         # Recurring decimals in one spelling.
         (r"(?<=\.)(\d*)\\(?:overline|bar|dot|overset\{\.\})\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
         (r"(?<=\.)(\d*)\((\d+)\)(?!\d)", r"\1\\overline{\2}"),
-        (r"(?<![a-zA-Z\\])\\?sqrt\s*\(([^()]*)\)|\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1\2}"),
+        (r"(?<![a-zA-Z\\])\\?sqrt\s*\(([^()]*)\)|\\sqrt\s*\(([^()]*)\)|(?<![a-zA-Z\\])sqrt(\d+)", r"\\sqrt{\1\2\3}"),
         (r"\\sqrt(\[\d+\])?\s*(\d+|[a-zA-Z])", r"\\sqrt\1{\2}"),
+        (r"(?<=[\w)}]) ?\*\* ?(?=[\w({\\-])", "^"),
+        (r"\^ ?\(([^()]*)\)", r"^{\1}"),
+        (r"\\(max|min|gcd|lcm) ?\\\{([^{}]*)\\\}", r"\\\1(\2)"),
         (r"\s+", " "),
         (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
         (r" ?([=<>+\-*/(){}\[\]^&|]) ?", r"\1"),
@@ -88,6 +100,8 @@ _STRAY = [
     for pattern in (
         r"\*\*(?P<inside>[^*]+)\*\*",
         r"__(?P<inside>[^_]+)__",
+        r"\*(?P<inside>[^*]+)\*",
+        r"_(?P<inside>[^_{]+)_",
         r"`+(?P<inside>[^`]+)`+",
         r"(?P<quote>[\"'])(?P<inside>[^\"']+)(?P=quote)",
         r"(?:=|\\approx|\\therefore|\\Rightarrow|\\implies|:)\s*(?P<inside>[^=].*)",
@@ -100,11 +114,11 @@ _EMPTY_GROUP = re.compile(r"(?<![\^_}a-zA-Z])\{\}|^\{\}|\{\}$")
 
 def normalise(latex: str) -> str:
     """Returns the same mathematics in one spelling of characters, fonts, spaces, signs and arguments."""
-    text = plain_characters(latex)
-    for pattern, replacement in _RULES[:9]:
+    text = bare_answer(plain_characters(latex), with_braces=True)
+    for pattern, replacement in _RULES[:12]:
         text = pattern.sub(replacement, text)
     text = plain_fonts(text)
-    for pattern, replacement in _RULES[9:]:
+    for pattern, replacement in _RULES[12:]:
         text = pattern.sub(replacement, text)
     return bare_answer(braced(text))
 
@@ -171,14 +185,14 @@ def braced(text: str) -> str:
     return "".join(found)
 
 
-def bare_answer(text: str) -> str:
+def bare_answer(text: str, with_braces: bool = False) -> str:
     """Removes what may surround an answer: spaces, a leading equals sign, a final full stop, quotes, braces, asterisks."""
     while True:
         before, text = text, _EMPTY_GROUP.sub("", text.strip())
         for pattern in _STRAY:
             if match := pattern.fullmatch(text):
                 text = match["inside"].strip()
-        group = argument(text, 0) if text.startswith("{") else None
+        group = argument(text, 0) if text.startswith("{") and not with_braces else None
         if group and group[1] == len(text):
             text = group[0]
         if text == before:

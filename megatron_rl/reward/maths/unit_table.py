@@ -84,6 +84,8 @@ _PLAIN: list[tuple[str, dict[str, int], str]] = [
     ("£ gbp GBP", {"sterling": 1}, "1"),
     ("¥ yen yuan", {"yen": 1}, "1"),
     ("₹ rupee Rs Rs.", {"rupee": 1}, "1"),
+    ("celsius", {"celsius": 1}, "1"),
+    ("fahrenheit", {"fahrenheit": 1}, "1"),
     ("month", {"month": 1}, "1"),
     ("year yr yrs", {"month": 1}, "12"),
     ("unit", {"unit": 1}, "1"),

@@ -28,11 +28,14 @@ _CELSIUS, _FAHRENHEIT = Unit({"celsius": 1}), Unit({"fahrenheit": 1})
 _PERCENT = re.compile(r" ?(?:\\?%|\\text\{ ?per ?cent ?\}| ?\bper ?cent)$")
 _DEGREES = re.compile(r"\^\\circ ?(?:(?P<scale>[CFK])|\\text\{ ?(?P<worded>[CFK]) ?\})?$")
 _ARGUMENT = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d+\})?[({]?[\d.]+$")
-_FACTOR = re.compile(r"(?P<name>\\mu ?[a-zA-Z]+|[a-zA-Z]?\\Omega|\\\$|[^\W\d_]+\.?|[€£¥₹¢])(?:\^\{(?P<power>-?\d+)\})?")
+_FACTOR = re.compile(r"(?P<name>\\mu[a-zA-Z]+|[a-zA-Z]?\\Omega|\\\$|[^\W\d_]+\.?|[€£¥₹¢])(?:\^\{(?P<power>-?\d+)\})?")
 _PLAIN_NUMBER = re.compile(r"[+-]?[\d.,]+(?:/\d+)?|[+-]?\d*\\frac\{\d+\}\{\d+\}")
-_MIXED_PART = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:/\d+)?|\\frac\{\d+\}\{\d+\}) ?(?P<unit>[^\d\\]+|\\text\{[^\d}]+\}|\^\\circ|['\"])")
+_MIXED_PART = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:/\d+)?|\\frac\{\d+\}\{\d+\}) ?(?P<unit>\^\\circ|['\"]|[^\d\\^]+) ?")
 _NOUN = re.compile(r"[^\W\d_]{3,}(?:['\u2019-][^\W\d_]+)*")
-_SHORT = re.compile(r"(?:in (?:total|all)|total|altogether)$")
+_NUMERAL = re.compile(r"(?:teen|tie|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|llion)ths?$|llions?$|teens?$")
+_CURRENCY_OF = {"USD": r"\$", r"US\$": r"\$", "EUR": "€", "GBP": "£", "Rs": "₹"}
+_NAMED_CURRENCY = re.compile(r"(?:\\text\{ ?)?(?P<name>USD|US\\\$|EUR|GBP|Rs\.?) ?\}? ?(?=[\d.])")
+_SHORT = re.compile(r"(?: (?:in (?:total|all)|total|altogether|old|each|apiece|long|wide|tall|high|deep|away))$")
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
@@ -48,14 +51,17 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
         scale = match["scale"] or match["worded"]
         unit = {"C": _CELSIUS, "F": _FAHRENHEIT, "K": Unit({"temperature": 1})}.get(scale, DEGREE)
         return text[: match.start()].strip(), unit
+    if match := _NAMED_CURRENCY.match(text):
+        return split_unit(rf"{_CURRENCY_OF[match['name'].rstrip('.')]}{text[match.end() :]}")
     for sign in CURRENCY_SIGNS:
         if text.startswith(sign) or text.startswith(f"-{sign}"):
             minus, rest = ("-", text[1:]) if text.startswith("-") else ("", text)
             value, unit = split_unit(rest.removeprefix(sign).strip())
             if unit is None or unit.kinds == UNITS[sign].kinds or not unit.kinds:
                 return minus + value, Unit(UNITS[sign].kinds, UNITS[sign].factor, unit.scale if unit else Fraction(1))
-            joined = _product(Unit(*UNITS[sign]), unit)
-            return minus + value, joined
+            if all(power < 0 for power in unit.kinds.values()):
+                return minus + value, _product(Unit(*UNITS[sign]), unit)
+            return text, None
     return _trailing_unit(text)
 
 
@@ -83,6 +89,8 @@ def mixed_quantity(text: str) -> tuple[Fraction, Unit] | None:
 def read_unit(text: str) -> Unit | None:
     """Reads a unit such as `square cm`, `kg/m^{3}` or `dollars per hour`, or things such as `red apples`."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\bdegrees? (?=celsius|fahrenheit)", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"\\mu\s+", r"\\mu", text)
     text = re.sub(r"\s+", " ", re.sub(r"\\cdot|\\times|[*·]|(?<=[a-zA-Z])-(?=[a-zA-Z])", " ", text)).strip(" .")
     text = re.sub(r" +(?=\^)|(?<=\b[a-zA-Z]) +(?=\\Omega)", "", text)
     scale = Fraction(1)
@@ -92,6 +100,7 @@ def read_unit(text: str) -> Unit | None:
         text = text.partition(" ")[2].removeprefix("of a ").removeprefix("of ")
     if not text:
         return Unit(scale=scale) if scale != 1 else None
+    text = _SHORT.sub("", text)
     unit = _known(text) or _things(text)
     return Unit(unit.kinds, unit.factor, scale) if unit else None
 
@@ -167,10 +176,10 @@ def _lookup(name: str) -> Unit | None:
 
 def _things(text: str) -> Unit | None:
     """Reads the things that a number counts, in the plural: `apples`, `possible values`, `apples per day`."""
-    counted, *rest = re.sub(r"\bper\b|/", "/", _SHORT.sub("", text).strip()).split("/")
+    counted, *rest = re.sub(r"\bper\b|/", "/", text).split("/")
     words = counted.strip().lower().split(" ")
     is_plural = words[-1] in PEOPLE or (words[-1].endswith("s") and not words[-1].endswith("ss"))
-    if not all(_NOUN.fullmatch(word) and word not in CHANGING for word in words) or len(words) > 4:
+    if not all(_NOUN.fullmatch(word) and word not in CHANGING and not _NUMERAL.search(word) for word in words) or len(words) > 4:
         return None
     if not is_plural:
         return None
