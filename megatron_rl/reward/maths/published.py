@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import sympy
 from latex2sympy2_extended import latex2sympy
-from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex, units
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from megatron_rl.types import RewardResult, Sample
@@ -24,14 +24,19 @@ from .verifier import HOPELESS, LONGEST_KEPT, read_label
 for _name in ("math_verify", "math_verify.parser", "math_verify.grader"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-_MATH = NormalizationConfig(basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none")
+_MATH = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+_UNIT_WORDS = [re.compile(rf"(^|\W){unit}s?($|\W)") for unit in [*units, "a", "percent"]]
+"""The words that the published code removes wherever they stand, variables named like one included."""
 _UNITS = re.compile(
     r"(?:degree|centimeter|meter|cm|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)(?:es)?s? *(?:\^\d+)?"
 )
 _MULTIPLES = {"trillion": r"\cdot 10^{12}", "billion": r"\cdot 10^{9}", "million": r"\cdot 10^{6}"}
 _FRACTION = re.compile(r"-?\d+/0*[1-9]\d*")
 _GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
+_IGNORED = "text|textbf|textit|textrm|textsf|textsc|texttt|emph|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|underline|lbrace|rbrace"
+_INTEGER_WITHIN = 1e-7
+"""The published code takes a number so close to an integer for that integer; `1e-9` is 0."""
 _INTEGER = re.compile(r"[+-]?\d+(?:\.0*)?")
 
 
@@ -65,9 +70,12 @@ def as_in_math(text: str) -> str:
     text = re.sub(r"\\begin\{array\}\{.*?\}", r"\\begin{pmatrix}", text).replace(r"\end{array}", r"\end{pmatrix}")
     text = text.replace("bmatrix", "pmatrix").replace(r"\neq", r"\ne").replace(r"\leq", r"\le").replace(r"\geq", r"\ge")
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", text)
-    without_unit = re.sub(r"\\text\{.*?\}$", "", text).strip()
-    name, equals, value = (without_unit or text).partition("=")
-    text = value if equals and "=" not in value and len(name.strip()) <= 2 else without_unit or text
+    text = re.sub(r"\\text\{.*?\}$", "", text).strip() or text
+    for pattern in _UNIT_WORDS * 2:
+        text = pattern.sub(r"\1\2", text) or text
+    text = text.partition(r"\text{ ")[0]
+    name, equals, value = text.partition("=")
+    text = value if equals and "=" not in value and len(name.strip()) <= 2 else text
     return normalize_latex(text, _MATH).replace(" ", "")
 
 
@@ -79,11 +87,15 @@ def as_in_prm800k(text: str) -> str:
     for word, factor in _MULTIPLES.items():
         text = text.replace(word, factor)
     text = _UNITS.sub("", text)
+    text = re.sub(rf"\\(?:{_IGNORED})(?![a-zA-Z])|(?<=\\sqrt)\[\d+\]", "", text)
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2", text)
     text = re.sub(r"(?<=\d) +(?=\d)", "+", text.strip().strip("{}"))
-    text = re.sub(r"\\(?:left|right|text|mathrm|mbox|[,;!: ])(?![a-z])|[{} ]", "", text).lower()
-    plain = text.replace(",", "")
-    return str(int(float(plain))) if _INTEGER.fullmatch(plain) and _GROUPED.sub("", text) == plain else text
+    text = re.sub(r"\\(?:left|right|[,;!: ()])(?![a-z])|\\?[{} ]", "", text).lower()
+    try:
+        value = float(_GROUPED.sub("", text))
+    except ValueError:
+        return text
+    return str(round(value)) if abs(value) < 1e15 and abs(value - round(value)) <= _INTEGER_WITHIN else text
 
 
 def _same_expressions(gold: str, answer: str) -> bool:

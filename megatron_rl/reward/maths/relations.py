@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .parts import Bracket, Builder, Chain, Expression, Matrix, Number, Part
+from .leaves import latex_of
+from .numbers import Number
+from .parts import Bracket, Builder, Chain, Expression, Matrix, NamedSet, Part
+from .reader import read
 
 Same = Callable[[Part, Part], bool]
 FLIPPED = {
@@ -171,14 +174,14 @@ def _are_multiples(gold: Chain, answer: Chain) -> bool:
 
 
 def _difference(chain: Chain) -> Any:
-    from .algebra import Unparsable, read
-    from .compare import latex_of
+    from .algebra import Unparsable
+    from .algebra import read as parse
 
     sides = [latex_of(side) if isinstance(side, Expression | Number | Matrix) else None for side in chain.sides]
     if None in sides:
         return None
     try:
-        left, right = (read(str(side)) for side in sides)
+        left, right = (parse(str(side)) for side in sides)
     except Unparsable:
         return None
     return None if left.is_Matrix or right.is_Matrix else left - right
@@ -194,8 +197,6 @@ def _constant_ratio(one: Any, other: Any) -> Any:
 
 def same_builder(gold: Builder, answer: Builder, same: Same) -> bool:
     """Compares two sets by their conditions, whatever the bound variable is called. R is the domain if none is named."""
-    from .parts import NamedSet
-
     reals = NamedSet("R")
     if not same(gold.domain or reals, answer.domain or reals):
         return False
@@ -214,8 +215,6 @@ def same_builder(gold: Builder, answer: Builder, same: Same) -> bool:
 
 def renamed(part: Part, old: str, new: str) -> Part:
     """Returns the relations with another name for a variable."""
-    from .reader import read
-
     if isinstance(part, Chain):
         texts = tuple(re.sub(rf"(?<![a-zA-Z\\]){old}(?![a-zA-Z])", new, text) for text in part.texts)
         return Chain(tuple(read(text) for text in texts), part.signs, texts)

@@ -9,8 +9,10 @@ from typing import Any
 import sympy
 
 from .algebra import Unparsable, read
-from .compare import latex_of, with_dots
-from .parts import Bracket, Builder, Chain, Expression, NamedSet, Number, Operation, Part
+from .items import with_dots
+from .leaves import latex_of
+from .numbers import Number
+from .parts import Bracket, Builder, Chain, Expression, NamedSet, Operation, Part
 
 _NAMED = {"R": sympy.S.Reals, "Z": sympy.S.Integers, "Q": sympy.S.Rationals, "N": sympy.S.Naturals, "C": sympy.S.Complexes}
 _OPERATIONS = {r"\cup": sympy.Union, r"\cap": sympy.Intersection, r"\setminus": sympy.Complement}
