@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -10,7 +10,7 @@ from .fields import Count, NameOrPath, Positive, PositiveInt, Section, ShareOrZe
 
 VERIFIERS = {
     "countdown": "megatron_rl.reward.countdown:verify_countdown",
-    "math": "megatron_rl.reward.maths:verify_maths",
+    "math": "megatron_rl.reward.maths:MathsReward",
     "code": "megatron_rl.reward.code:CodeReward",
 }
 """Name -> import path of each built-in verifier."""
@@ -28,6 +28,14 @@ class CodeSettings(Section):
     require_landlock: bool = True
     """Refuse to start if the kernel cannot keep the candidate away from other files (Linux before 5.13, or Landlock
     disabled). false: run the candidate anyway, with read and write access to every file that the user can access."""
+
+
+class MathSettings(Section):
+    """Verdicts of `reward.name: math`."""
+
+    grader: Literal["standard", "published"] = "standard"
+    """standard: compares the parts of an answer as mathematics. published: grades as the paper's code did, which also
+    accepts wrong answers and refuses right ones; for comparing absolute scores with the paper only."""
 
 
 class RemoteSettings(Section):
@@ -73,6 +81,7 @@ class RewardSettings(Section):
     max_failed_fraction: ShareOrZero = 0.2
     """Largest fraction of a batch that may end without a score (time-out or error). Above it, the run stops and shows
     examples, because such samples count as 0."""
+    math: MathSettings = MathSettings()
     code: CodeSettings = CodeSettings()
     remote: RemoteSettings | None = None
     format: FormatSettings | None = None

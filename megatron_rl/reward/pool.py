@@ -171,6 +171,8 @@ def _prepare_worker(settings: RewardSettings, log_file: Path | None, decode: Dec
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _reward, _decode = load_reward(settings), decode
+    if prepare := getattr(_reward, "prepare", None):
+        prepare()  # slow imports must not count as the time of the first sample
     _patience = 2 * settings.timeout_seconds + CHUNK_SECONDS
     _memory = MemoryLimit(settings.memory_mb)
 

@@ -8,7 +8,7 @@ from megatron_rl.config.reward import VERIFIERS, RewardSettings
 from megatron_rl.types import Reward
 from megatron_rl.utils.import_path import import_callable
 
-TAKES_SETTINGS = ("code",)
+TAKES_SETTINGS = ("math", "code")
 """Names of verifiers that are classes and are constructed from the settings."""
 
 

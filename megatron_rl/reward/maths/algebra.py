@@ -1,4 +1,7 @@
-"""Comparison of two expressions: numbers to fifty digits, everything else by math-verify."""
+"""Comparison of two expressions: numbers to fifty digits, expressions with variables at many points.
+
+The parser is that of math-verify (latex2sympy2-extended); math-verify itself compares what has no value at points.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ from functools import lru_cache
 from typing import Any
 
 import sympy
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from math_verify import verify
+from sympy.core.function import AppliedUndef
 
+from .names import plain_names
 from .numbers import close
+from .points import Unsupported, same_at_points
 
 # math-verify warns once per process that its timeouts are off. They are off here on purpose.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -26,47 +32,93 @@ MOST_TERMS = 2_000
 """Most terms of an expanded power of a sum."""
 DIGITS = 60
 AGREEING_DIGITS = 50
-
-# Units are removed before parsing: with math-verify's own units, `2c` is 2, and `5 \text{ km}` equals `5 \text{ m}`.
-_READING = [
-    LatexExtractionConfig(
-        normalization_config=NormalizationConfig(
-            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
-        )
-    )
-]
+_MISREAD = re.compile(r"!!|\\pmod|[\d)]_\{")
+"""What the parser reads as something else: double factorials, congruences, indices of numbers."""
+_CONVERSION = ConversionConfig(lowercase_symbols=False)
+_WHOLE = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit)
+"""Operators that are computed before the comparison."""
 
 
 class TooLarge(ValueError):
     """An expression that would take too long to parse or to evaluate."""
 
 
+class Unparsable(ValueError):
+    """A text that the parser cannot read as an expression."""
+
+
 @lru_cache(maxsize=4096)
 def read(text: str) -> Any:
-    """Parses a text with math-verify and returns the expression, or the text itself if it finds none.
+    """Parses normalised LaTeX into an expression or a matrix.
 
-    Raises TooLarge if parsing or evaluating the text would take too long.
+    Raises TooLarge if parsing or evaluating the text would take too long, and Unparsable if it is no expression.
     """
     if len(text) > LONGEST or _depth(text, "{", "}") > DEEPEST_BRACES:
         raise TooLarge("too long or too deeply nested")
     if _depth(text, "([", ")]") > DEEPEST_PARENTHESES:
         raise TooLarge("too deeply nested")
-    found = parse(rf"\boxed{{{text}}}", _READING, parsing_timeout=None)
-    expression = found[0] if found else text
-    if isinstance(expression, sympy.Basic):
-        size(expression)
-    return expression
+    if _MISREAD.search(text):
+        raise Unparsable(text)
+    try:
+        expression = latex2sympy(
+            plain_names(text), is_real=True, normalization_config=None, conversion_config=_CONVERSION
+        )
+    except Exception as error:  # the parser raises plain Exception, and conversions raise whatever sympy does
+        raise Unparsable(text) from error
+    if isinstance(expression, sympy.MatrixBase):
+        return expression
+    if not isinstance(expression, sympy.Expr | sympy.MatrixExpr):
+        raise Unparsable(text)
+    size(expression)
+    return _with_plain_symbols(expression)
 
 
-def same_expression(gold: Any, answer: Any, scale: Fraction) -> bool:
-    """Returns whether `answer` times `scale` equals `gold`. Both are results of `read`."""
-    a, b = _as_number(gold), _as_number(answer)
-    if a is not None and b is not None:
-        return _same_value(a, b * sympy.Rational(scale.numerator, scale.denominator))
-    if scale != 1:
+def same_expression(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
+    """Returns whether `answer` times `scale` equals `gold`. Both are normalised LaTeX.
+
+    Raises TooLarge or Unparsable.
+    """
+    return same_value(read(gold), read(answer), scale)
+
+
+def same_value(a: Any, b: Any, scale: Fraction = Fraction(1)) -> bool:
+    """Returns whether `b` times `scale` equals `a`. Both are results of `read`."""
+    if isinstance(a, sympy.MatrixBase | sympy.MatrixExpr) or isinstance(b, sympy.MatrixBase | sympy.MatrixExpr):
+        return _same_matrix(a, b)
+    factor = sympy.Rational(scale.numerator, scale.denominator)
+    a, b = _computed(a), _computed(b) * factor
+    if not a.free_symbols and not b.free_symbols:
+        return _same_number(a, b)
+    try:
+        return same_at_points(a, b)
+    except Unsupported:
+        return bool(verify(a, b, timeout_seconds=None))
+
+
+def _same_matrix(a: Any, b: Any) -> bool:
+    if not all(isinstance(side, sympy.MatrixBase | sympy.MatrixExpr) for side in (a, b)):
         return False
-    # The order matters: the label decides between the meanings of a pair, an interval or an equation.
-    return bool(verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None))
+    a, b = a.doit(), b.doit()
+    if not (isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase) and a.shape == b.shape):
+        return bool(a == b)
+    return all(same_value(one, other) for one, other in zip(a.flat(), b.flat(), strict=True))
+
+
+def _with_plain_symbols(expression: Any) -> Any:
+    """Reads `i` as the imaginary unit, and calls of unknown functions and derivatives as names of their own."""
+    bound = {str(name) for limits in expression.atoms(*_WHOLE) for name in getattr(limits, "variables", ())}
+    named = {
+        part: sympy.Symbol(f"name {sympy.srepr(part)}", real=True)
+        for part in expression.atoms(AppliedUndef, sympy.Derivative)
+    }
+    expression = expression.xreplace(named)
+    if "i" in bound:
+        return expression
+    return expression.xreplace({name: sympy.I for name in expression.free_symbols if str(name) == "i"})
+
+
+def _computed(expression: Any) -> Any:
+    return expression.doit() if expression.has(*_WHOLE) else expression
 
 
 def size(expression: sympy.Basic) -> float:
@@ -107,24 +159,7 @@ def _power_bits(power: sympy.Pow, base_bits: float, exponent_bits: float) -> flo
     return base_bits if exponent.free_symbols else base_bits + math.log2(max(times, 1.0))
 
 
-def _as_number(expression: Any) -> sympy.Expr | None:
-    """Returns the expression if it is a number, and None otherwise.
-
-    The parser reads `i` as a variable; it counts as the imaginary unit if it is the only one.
-    """
-    if isinstance(expression, sympy.Equality) and isinstance(expression.lhs, sympy.Symbol):
-        return None
-    if not isinstance(expression, sympy.Expr):
-        return None
-    names = expression.free_symbols
-    if not names:
-        return expression
-    if {str(name) for name in names} == {"i"}:
-        return expression.subs(dict.fromkeys(names, sympy.I))
-    return None
-
-
-def _same_value(a: sympy.Expr, b: sympy.Expr) -> bool:
+def _same_number(a: sympy.Expr, b: sympy.Expr) -> bool:
     a, b = a.doit(), b.doit()
     if isinstance(a, sympy.Rational) and isinstance(b, sympy.Rational):
         return bool(a == b)
@@ -135,7 +170,7 @@ def _same_value(a: sympy.Expr, b: sympy.Expr) -> bool:
     if difference <= larger * sympy.Float(10, DIGITS) ** -AGREEING_DIGITS:
         return True
     rounded = a.has(sympy.Float) or b.has(sympy.Float)
-    return rounded and x.is_real and y.is_real and close(Fraction(str(x)), Fraction(str(y)))
+    return bool(rounded and x.is_real and y.is_real and close(Fraction(str(x)), Fraction(str(y))))
 
 
 def _depth(text: str, opening: str, closing: str) -> int:

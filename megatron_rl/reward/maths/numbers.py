@@ -6,23 +6,23 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .text import ungrouped
-
 TOLERANCE = Fraction(1, 10**6)
 """Tolerance for decimals: one unit of the sixth decimal, or of the sixth significant digit below 0.1."""
 _LARGEST_EXPONENT = 400
-_DECIMAL = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+_SIGN = r"(?P<sign>[+-]?)"
+_DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 _FORMS = [
-    re.compile(pattern)
+    re.compile(_SIGN + pattern)
     for pattern in (
         rf"(?P<decimal>{_DECIMAL})",
-        r"(?P<sign>[+-]?)\\frac\{(?P<over>[+-]?\d+)\}\{(?P<under>[+-]?\d+)\}",
-        r"(?P<sign>[+-]?)(?P<over>\d+)/(?P<under>\d+)",
-        r"(?P<sign>[+-]?)(?P<whole>\d+) ?\\frac\{(?P<over>\d+)\}\{(?P<under>\d+)\}",
+        r"\\frac\{(?P<over>[+-]?\d+\.?)\}\{(?P<under>[+-]?\d+\.?)\}",
+        r"(?P<over>\d+\.?)/(?P<under>\d+\.?)",
+        r"(?P<whole>\d+) ?\\frac\{(?P<over>\d+)\}\{(?P<under>\d+)\}",
+        r"(?P<whole>\d+) (?P<over>\d+)/(?P<under>\d+)",
         rf"(?P<decimal>{_DECIMAL})[eE](?P<exponent>[+-]?\d+)",
-        r"(?P<sign>[+-]?)(?P<power>10)\^(?:\{(?P<exponent>[+-]?\d+)\}|(?P<digit>\d))",
-        rf"(?P<decimal>{_DECIMAL}) ?(?:\\times|\\cdot|\*) ?10\^(?:\{{(?P<exponent>[+-]?\d+)\}}|(?P<digit>\d))",
-        r"(?P<sign>[+-]?)(?P<decimal>\d*\.\d*)\\overline\{(?P<period>\d+)\}",
+        r"(?P<decimal>10)\^\{(?P<power>[+-]?\d+)\}",
+        rf"(?P<decimal>{_DECIMAL}) ?(?:\\times|\\cdot|\*) ?10\^\{{(?P<exponent>[+-]?\d+)\}}",
+        r"(?P<decimal>\d*\.\d*)\\overline\{(?P<period>\d+)\}",
     )
 ]
 
@@ -38,11 +38,11 @@ class Number:
 
 def read_number(text: str) -> Number | None:
     """Reads an integer, decimal, fraction, mixed number or power of ten. Returns None for anything else."""
-    text = ungrouped(text)
     for form in _FORMS:
         if match := form.fullmatch(text):
             parts = match.groupdict()
-            return _recurring(parts) if parts.get("period") else _plain(parts)
+            number = _recurring(parts) if parts.get("period") else _plain(parts)
+            return Number(-number.value, number.is_decimal) if number and parts["sign"] == "-" else number
     return None
 
 
@@ -61,22 +61,22 @@ def close(a: Fraction, b: Fraction) -> bool:
 
 def _plain(parts: dict[str, str | None]) -> Number | None:
     decimal, under = parts.get("decimal"), parts.get("under")
-    if parts.get("power"):
-        decimal = f"{parts['sign']}1"
     if decimal is not None:
-        exponent = int(parts.get("exponent") or parts.get("digit") or 0)
+        power, exponent = parts.get("power"), int(parts.get("exponent") or 0)
+        exponent = exponent if power is None else int(power) - 1
         if abs(exponent) > _LARGEST_EXPONENT:
             return None
         return Number(Fraction(decimal) * Fraction(10) ** exponent, "." in decimal)
-    if not under or int(under) == 0:
+    if not under or Fraction(under.rstrip(".")) == 0:
         return None
-    value = int(parts.get("whole") or 0) + Fraction(int(parts["over"] or 0), int(under))
-    return Number(-value if parts["sign"] == "-" else value, False)
+    over = Fraction(str(parts["over"]).rstrip("."))
+    return Number(int(parts.get("whole") or 0) + over / Fraction(under.rstrip(".")), False)
 
 
 def _recurring(parts: dict[str, str | None]) -> Number:
     whole, _, tail = str(parts["decimal"]).partition(".")
     period = str(parts["period"])
     unit = Fraction(1, 10 ** len(tail))
-    value = Fraction(int((whole + tail) or "0")) * unit + unit * Fraction(int(period), 10 ** len(period) - 1)
-    return Number(-value if parts["sign"] == "-" else value, False)
+    return Number(
+        Fraction(int((whole + tail) or "0")) * unit + unit * Fraction(int(period), 10 ** len(period) - 1), False
+    )

@@ -1,4 +1,4 @@
-"""Units of answers: separation of the number from its unit, and conversion between units of the same kind."""
+"""Units of answers: separation of a number from its unit, and conversion between units of the same kind."""
 
 from __future__ import annotations
 
@@ -6,111 +6,199 @@ import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-_KINDS: dict[str, dict[str, str]] = {
-    "length": {
-        "mm": "1/1000", "cm": "1/100", "dm": "1/10", "m": "1", "km": "1000", "inch": "0.0254", "in": "0.0254",
-        "foot": "0.3048", "ft": "0.3048", "yard": "0.9144", "yd": "0.9144", "mile": "1609.344", "mi": "1609.344",
-        "millimeter": "1/1000", "centimeter": "1/100", "meter": "1", "kilometer": "1000",
-    },
-    "time": {
-        "ms": "1/1000", "s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "h": "3600", "hr": "3600",
-        "hour": "3600", "day": "86400", "week": "604800",
-    },
-    "mass": {"mg": "1/1000000", "g": "1/1000", "kg": "1", "gram": "1/1000", "kilogram": "1", "lb": "0.45359237",
-             "pound": "0.45359237", "oz": "0.028349523125", "ounce": "0.028349523125"},
-    "money": {"dollar": "1", r"\$": "1", "cent": "1/100"},
-    "volume": {"ml": "1/1000", "l": "1", "liter": "1", "litre": "1", "milliliter": "1/1000"},
-}  # fmt: skip
-_TABLE = {name: (kind, Fraction(factor)) for kind, names in _KINDS.items() for name, factor in names.items()}
-_SPELLINGS = {"feet": "foot", "inches": "inch", "metre": "meter", "mph": "mile/hour", "kph": "km/hour"}
-_BARE = [name for name in (*_TABLE, *_SPELLINGS, "degree", "unit") if name.isalpha() and len(name) > 1 and name != "in"]
-
-_TEXT_UNIT = re.compile(r"\\(?:text|mathrm|mbox|textrm|rm)\s*\{(?P<unit>[^{}\\\d]*)\}(?P<power>\^\{?[23]\}?)?$")
-_BARE_UNIT = re.compile(rf"(?<=[\d}}) ])\s*(?P<unit>(?:{'|'.join(sorted(_BARE, key=len, reverse=True))})e?s?)"
-                        r"(?P<power>\^\{?[23]\}?)?$")  # fmt: skip
-_PERCENT = re.compile(r"(?:\\?%|\\text\s*\{ ?percent ?\}| percent)$")
-_DEGREE = re.compile(r"\^ ?\{? ?\\circ ?\}?$")
-_BASE = re.compile(r"(?<=[0-9A-Fa-f])_ ?\{? ?(?P<base>[2-9]|1\d|two|three|eight|sixteen)\}?$")
-_NOT_A_UNIT = re.compile(r"\b(?:or|and|not|no|more|less|least|most|than|about|between|if|for|when|where|mod|is|th)\b")
+from .scan import tokens
+from .unit_table import CHANGING, CURRENCY_SIGNS, MULTIPLES, PEOPLE, SHARES, UNITS
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The unit of an answer."""
+    """The unit of an answer, or the things that it counts."""
 
-    name: str
     kinds: dict[str, int] = field(default_factory=dict)
-    """Power of each kind of quantity; empty for a word that is no known unit."""
+    """Power of each basic quantity. A thing that is counted is a quantity of its own."""
     factor: Fraction = Fraction(1)
-    """Size of the unit in base units of its kinds."""
+    """Size of the unit in basic units."""
+    scale: Fraction = Fraction(1)
+    """Factor that a word such as `million` applies to the number itself."""
 
 
-PERCENT = Unit("percent", {"share": 1}, Fraction(1, 100))
-DEGREE = Unit("degree", {"angle": 1})
+PERCENT = Unit({"percent": 1}, Fraction(1, 100))
+DEGREE = Unit({"angle": 1})
+_CELSIUS, _FAHRENHEIT = Unit({"celsius": 1}), Unit({"fahrenheit": 1})
+_PERCENT = re.compile(r" ?(?:\\?%|\\text\{ ?per ?cent ?\}| ?\bper ?cent)$")
+_DEGREES = re.compile(r"\^\\circ ?(?:(?P<scale>[CFK])|\\text\{ ?(?P<worded>[CFK]) ?\})?$")
+_ARGUMENT = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d+\})?[({]?[\d.]+$")
+_FACTOR = re.compile(r"(?P<name>\\mu[a-zA-Z]+|[a-zA-Z]?\\Omega|\\\$|[^\W\d_]+\.?|[€£¥₹¢])(?:\^\{(?P<power>-?\d+)\})?")
+_PLAIN_NUMBER = re.compile(r"[+-]?[\d.,]+(?:/\d+)?|[+-]?\d*\\frac\{\d+\}\{\d+\}")
+_MIXED_PART = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:/\d+)?|\\frac\{\d+\}\{\d+\}) ?(?P<unit>\^\\circ|['\"]|[^\d\\^]+) ?")
+_NOUN = re.compile(r"[^\W\d_]{3,}(?:['\u2019-][^\W\d_]+)*")
+_NUMERAL = re.compile(r"(?:teen|tie|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|llion)ths?$|llions?$|teens?$")
+_CURRENCY_OF = {"USD": r"\$", r"US\$": r"\$", "EUR": "€", "GBP": "£", "Rs": "₹"}
+_NAMED_CURRENCY = re.compile(r"(?:\\text\{ ?)?(?P<name>USD|US\\\$|EUR|GBP|Rs\.?) ?\}? ?(?=[\d.])")
+_SHORT = re.compile(r"(?: (?:in (?:total|all)|total|altogether|old|each|apiece|long|wide|tall|high|deep|away))$")
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
-    r"""Separates a text from its unit: `5 \text{ cm}` -> `5` and centimetres.
+    r"""Separates a text from its unit: `5\text{ cm}` -> `5` and centimetres.
 
-    Percent signs (`9\%`), degrees (`90^\circ`), currencies (`\$5`) and number bases (`101_2`) count as units. A text
-    without a unit is returned unchanged with None.
+    Percent signs (`9\%`), degrees (`90^\circ`), currencies (`\$5`) and things that are counted (`36 apples`) are units. A
+    text without a unit, or whose words may change the number (`34 or more`), is returned unchanged with None.
     """
-    for pattern, unit in ((_PERCENT, PERCENT), (_DEGREE, DEGREE)):
-        if (match := pattern.search(text)) and match.start():
-            return text[: match.start()].strip(), unit
-    if (match := _BASE.search(text)) and text[: match.start()].isalnum():
-        return text[: match.start()], Unit(f"base {match['base']}", {f"base {match['base']}": 1})
-    if text.startswith(r"\$"):
-        return split_unit(text[2:].strip())[0], read_unit(r"\$", "")
-    if text.endswith(r"\$"):
-        return text[:-2].strip(), read_unit(r"\$", "")
-    match = _TEXT_UNIT.search(text) or _BARE_UNIT.search(text)
-    if match and text[: match.start()].strip() and not _NOT_A_UNIT.search(match["unit"].lower()):
-        return text[: match.start()].strip(), read_unit(match["unit"], match["power"] or "")
+    text = text.strip()
+    if (match := _PERCENT.search(text)) and match.start():
+        return text[: match.start()].strip(), PERCENT
+    if (match := _DEGREES.search(text)) and match.start() and not _ARGUMENT.search(text[: match.start()]):
+        scale = match["scale"] or match["worded"]
+        unit = {"C": _CELSIUS, "F": _FAHRENHEIT, "K": Unit({"temperature": 1})}.get(scale, DEGREE)
+        return text[: match.start()].strip(), unit
+    if match := _NAMED_CURRENCY.match(text):
+        return split_unit(rf"{_CURRENCY_OF[match['name'].rstrip('.')]}{text[match.end() :]}")
+    for sign in CURRENCY_SIGNS:
+        if text.startswith(sign) or text.startswith(f"-{sign}"):
+            minus, rest = ("-", text[1:]) if text.startswith("-") else ("", text)
+            value, unit = split_unit(rest.removeprefix(sign).strip())
+            if unit is None or unit.kinds == UNITS[sign].kinds or not unit.kinds:
+                return minus + value, Unit(UNITS[sign].kinds, UNITS[sign].factor, unit.scale if unit else Fraction(1))
+            if all(power < 0 for power in unit.kinds.values()):
+                return minus + value, _product(Unit(*UNITS[sign]), unit)
+            return text, None
+    return _trailing_unit(text)
+
+
+def mixed_quantity(text: str) -> tuple[Fraction, Unit] | None:
+    r"""Reads quantities of one kind in falling units, such as `1\text{ h }30\text{ min}`, in the units of the last."""
+    text = re.sub(r"\\text\{ ?and ?\}| and |, ?", " ", re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)).strip()
+    text = re.sub(r" +", " ", text)
+    found, end = [], 0
+    while match := _MIXED_PART.match(text, end):
+        unit = {"^\\circ": DEGREE, "'": Unit({"angle": 1}, Fraction(1, 60)), '"': Unit({"angle": 1}, Fraction(1, 3600))}.get(
+            match["unit"].strip(), None
+        ) or read_unit(match["unit"].strip())
+        if unit is None or unit.scale != 1:
+            return None
+        found.append((_fraction(match["number"]), unit))
+        end = match.end()
+    if end != len(text) or len(found) < 2 or len({tuple(unit.kinds.items()) for _, unit in found}) > 1:
+        return None
+    sizes = [unit.factor for _, unit in found]
+    if len(found[0][1].kinds) != 1 or any(one <= other for one, other in zip(sizes, sizes[1:], strict=False)):
+        return None
+    return sum((number * unit.factor for number, unit in found), Fraction(0)) / sizes[-1], found[-1][1]
+
+
+def read_unit(text: str) -> Unit | None:
+    """Reads a unit such as `square cm`, `kg/m^{3}` or `dollars per hour`, or things such as `red apples`."""
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\bdegrees? (?=celsius|fahrenheit)", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"\\mu\s+", r"\\mu", text)
+    text = re.sub(r"\s+", " ", re.sub(r"\\cdot|\\times|[*·]|(?<=[a-zA-Z])-(?=[a-zA-Z])", " ", text)).strip(" .")
+    text = re.sub(r" +(?=\^)|(?<=\b[a-zA-Z]) +(?=\\Omega)", "", text)
+    scale = Fraction(1)
+    while (word := text.partition(" ")[0].lower()) in MULTIPLES or word.removesuffix("s") in SHARES or word in SHARES:
+        singular = word.removesuffix("s")
+        scale *= MULTIPLES[word] if word in MULTIPLES else Fraction(1, SHARES.get(word) or SHARES[singular])
+        text = text.partition(" ")[2].removeprefix("of a ").removeprefix("of ")
+    if not text:
+        return Unit(scale=scale) if scale != 1 else None
+    text = _SHORT.sub("", text)
+    unit = _known(text) or _things(text)
+    return Unit(unit.kinds, unit.factor, scale) if unit else None
+
+
+def _trailing_unit(text: str) -> tuple[str, Unit | None]:
+    for token in tokens(text):
+        if token.depth or not token.start or not (token.text == r"\text" or token.text.isalpha() or token.text in "€£¥₹¢"
+                                                  or token.text in (r"\$", r"\mu", r"\Omega")):  # fmt: skip
+            continue
+        value, tail = text[: token.start].rstrip(), text[token.start :]
+        if value.endswith((r"\cdot", r"\times")) or value[-1] in "^_+-*/=<>,":
+            continue
+        if value[-1].isalpha() and not re.search(r"\\[a-zA-Z]+$", value) and token.text != r"\text":
+            continue
+        is_bare = token.text.isalpha()
+        if is_bare and not _may_be_bare(value, tail, spaced=text[token.start - 1] == " "):
+            continue
+        if (unit := read_unit(tail)) is not None:
+            return value, unit
+        if token.text == r"\text":
+            break
     return text, None
 
 
-def in_radians(
-    gold: tuple[str, Unit | None], answer: tuple[str, Unit | None]
-) -> tuple[tuple[str, Unit | None], tuple[str, Unit | None]]:
-    r"""Converts the side in degrees to radians if the other side contains \pi and has no unit.
-
-    Otherwise both sides are returned unchanged.
-    """
-    if gold[1] == DEGREE and not answer[1] and r"\pi" in answer[0]:
-        return (rf"\frac{{\pi}}{{180}}\cdot({gold[0]})", None), answer
-    if answer[1] == DEGREE and not gold[1] and r"\pi" in gold[0]:
-        return gold, (rf"\frac{{\pi}}{{180}}\cdot({answer[0]})", None)
-    return gold, answer
+def _may_be_bare(value: str, tail: str, spaced: bool) -> bool:
+    """Letters without \\text are a product of variables, unless a plain number and a space, or a longer word, say no."""
+    first = re.match(r"[^\W\d_]+", tail)
+    assert first is not None
+    if len(first[0]) == 1:
+        return spaced and bool(_PLAIN_NUMBER.fullmatch(value))
+    plain = bool(_PLAIN_NUMBER.fullmatch(value))
+    return plain or first[0] in UNITS or len(first[0]) > 3
 
 
-def read_unit(name: str, power: str) -> Unit | None:
-    """Reads a unit such as `square cm`, `cm` with power `^2` or `m/s`. An unknown word becomes a unit without kinds."""
-    text = name.strip().lower().rstrip(".")
-    exponent = int(power.strip("^{} ") or 1)
-    for word, meant in (("square", 2), ("sq", 2), ("cubic", 3)):
-        if text.startswith(f"{word} "):
-            text, exponent = text.removeprefix(word).strip(), meant
+def _known(text: str) -> Unit | None:
     kinds: dict[str, int] = {}
     factor = Fraction(1)
-    for index, part in enumerate(_spelled(text).replace(" per ", "/").split("/")):
-        known = _lookup(part.strip())
-        if known is None:
-            return DEGREE if _singular(text) == "degree" else Unit(_singular(text))
-        sign = exponent if index == 0 else -1
-        kinds[known[0]] = kinds.get(known[0], 0) + sign
-        factor *= known[1] ** sign
-    return Unit(text, kinds, factor)
+    for index, side in enumerate(re.sub(r"\bper\b|(?<=\w) a (?=\w)", "/", text).split("/")):
+        pending = 1
+        words = side.strip(" ()" if index else " ").split()
+        if not words:
+            return None
+        for position, word in enumerate(words):
+            if word.lower() in ("square", "sq", "sq.", "cubic", "cu"):
+                pending = 2 if word.lower().startswith("sq") else 3
+                continue
+            if word.lower() in ("squared", "cubed"):
+                continue
+            match = _FACTOR.fullmatch(word)
+            entry = _lookup(match["name"]) if match else None
+            if match is None or entry is None:
+                return None
+            following = words[position + 1].lower() if position + 1 < len(words) else ""
+            power = int(match["power"] or {"squared": 2, "cubed": 3}.get(following, pending)) * (-1 if index else 1)
+            pending = 1
+            for kind, exponent in entry.kinds.items():
+                kinds[kind] = kinds.get(kind, 0) + exponent * power
+            factor *= entry.factor**power
+        if pending != 1:
+            return None
+    kinds = {kind: power for kind, power in sorted(kinds.items()) if power}
+    return Unit(kinds, factor) if kinds else None
 
 
-def _lookup(name: str) -> tuple[str, Fraction] | None:
-    return _TABLE.get(name) or _TABLE.get(_singular(name))
+def _lookup(name: str) -> Unit | None:
+    name = name.replace(" ", "")
+    for spelled in (name, name.rstrip("."), name.lower() if len(name) > 2 else name):
+        for singular in (spelled, spelled.removesuffix("s") if len(spelled) > 3 else spelled):
+            if singular in UNITS:
+                return Unit(UNITS[singular].kinds, UNITS[singular].factor)
+    return None
 
 
-def _singular(name: str) -> str:
-    name = _SPELLINGS.get(name, name)
-    return name.removesuffix("s") if len(name) > 2 and name.endswith("s") else name
+def _things(text: str) -> Unit | None:
+    """Reads the things that a number counts, in the plural: `apples`, `possible values`, `apples per day`."""
+    counted, *rest = re.sub(r"\bper\b|/", "/", text).split("/")
+    words = counted.strip().lower().split(" ")
+    is_plural = words[-1] in PEOPLE or (words[-1].endswith("s") and not words[-1].endswith("ss"))
+    if not all(_NOUN.fullmatch(word) and word not in CHANGING and not _NUMERAL.search(word) for word in words) or len(words) > 4:
+        return None
+    if not is_plural:
+        return None
+    kinds = {f"thing {words[-1].removesuffix('s')}": 1}
+    unit = Unit(kinds)
+    for side in rest:
+        below = _known(side.strip()) or (Unit({f"thing {side.strip().lower()}": 1}) if _NOUN.fullmatch(side.strip()) else None)
+        if below is None:
+            return None
+        unit = _product(unit, Unit({kind: -power for kind, power in below.kinds.items()}, 1 / below.factor))
+    return unit
 
 
-def _spelled(name: str) -> str:
-    return _SPELLINGS.get(name) or _SPELLINGS.get(name.removesuffix("s")) or name
+def _product(one: Unit, other: Unit) -> Unit:
+    kinds = {kind: one.kinds.get(kind, 0) + other.kinds.get(kind, 0) for kind in {*one.kinds, *other.kinds}}
+    kinds = {kind: power for kind, power in sorted(kinds.items()) if power}
+    return Unit(kinds, one.factor * other.factor, one.scale * other.scale)
+
+
+def _fraction(text: str) -> Fraction:
+    match = re.fullmatch(r"\\frac\{(\d+)\}\{(\d+)\}", text)
+    return Fraction(int(match[1]), int(match[2])) if match else Fraction(text)

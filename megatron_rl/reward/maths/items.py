@@ -1,0 +1,81 @@
+"""Comparison of lists, sets and tuples item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from .numbers import Number
+from .parts import Bracket, Chain, Expression, Part
+from .relations import Same, bare_values
+
+LONGEST_WRITTEN_OUT = 1000
+"""Terms that dots may stand for."""
+
+
+def same_items(gold: Bracket, answer: Bracket, same: Same) -> bool:
+    """Compares two lists, sets, tuples or intervals.
+
+    In parentheses the order matters. A list without brackets may have any order, but every item counts; it equals a tuple of
+    the same order, and a set with the same elements. A label that names each value (`a=1, b=2`) fixes the order of bare
+    values.
+    """
+    if not {gold.left, answer.left} <= {"", r"\{"}:
+        return _same_tuple(gold, answer, same)
+    named = bare_values(gold, by_name=False)
+    if gold.left == "" and named != gold.items and not any(isinstance(item, Chain) for item in answer.items):
+        return pairwise(named, answer.items, same)
+    one, other = with_dots(gold.items), with_dots(answer.items)
+    if gold.left == answer.left == "":
+        return _matched(one, other, same)
+    return _covered(one, other, same) and _covered(other, one, lambda given, label: same(label, given))
+
+
+def _same_tuple(gold: Bracket, answer: Bracket, same: Same) -> bool:
+    if (gold.left, gold.right) == (answer.left, answer.right):
+        return pairwise(gold.items, answer.items, same)
+    listing, ordered = (gold, answer) if gold.left == "" else (answer, gold)
+    if listing.left != "" or (ordered.left, ordered.right) != ("(", ")"):
+        return False
+    values = bare_values(listing, by_name=listing is answer)
+    return pairwise(*((values, answer.items) if listing is gold else (gold.items, values)), same)
+
+
+def pairwise(gold: Sequence[Part], answer: Sequence[Part], same: Same) -> bool:
+    """Returns whether the items are equal in this order."""
+    return len(gold) == len(answer) and all(same(a, b) for a, b in zip(gold, answer, strict=True))
+
+
+def _matched(gold: Sequence[Part], answer: Sequence[Part], same: Same) -> bool:
+    """Returns whether the items can be paired off, whatever their order."""
+    if len(gold) != len(answer):
+        return False
+    remaining = list(answer)
+    for item in gold:
+        partner = next((index for index, other in enumerate(remaining) if same(item, other)), None)
+        if partner is None:
+            return False
+        del remaining[partner]
+    return True
+
+
+def _covered(items: Sequence[Part], others: Sequence[Part], same: Same) -> bool:
+    return all(any(same(item, other) for other in others) for item in items)
+
+
+def with_dots(items: tuple[Part, ...]) -> tuple[Part, ...]:
+    r"""Writes out `1,2,\dots,10`, if the terms before the dots are steps of one, or at least three steps of one size."""
+    dots = [index for index, item in enumerate(items) if item == Expression(r"\dots")]
+    if len(dots) != 1:
+        return items
+    before, after = ([item.value for item in part if isinstance(item, Number)] for part in (items[: dots[0]], items[dots[0] + 1 :]))
+    steps = {b - a for a, b in zip(before, before[1:], strict=False)}
+    is_clear = len(before) > 2 or steps == {Fraction(1)}
+    if len(before) + len(after) + 1 != len(items) or len(after) != 1 or len(steps) != 1 or not is_clear or steps == {0}:
+        return items
+    step = steps.pop()
+    count = (after[0] - before[-1]) / step
+    if count.denominator != 1 or not 0 < count < LONGEST_WRITTEN_OUT:
+        return items
+    values = [*before, *(before[-1] + step * (index + 1) for index in range(int(count)))]
+    return tuple(Number(value, False) for value in values)

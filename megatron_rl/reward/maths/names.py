@@ -1,0 +1,88 @@
+r"""Names in expressions: whatever the parser would read in a way of its own becomes a plain symbol.
+
+The parser of math-verify reads `I` as the imaginary unit and `\gamma` as Euler's constant, drops primes, and cannot read
+many indices. Every such name is replaced by `\Upsilon_{...}` with a number that stands for the name.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .numbers import read_number
+from .scan import argument
+
+_GREEK = (
+    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|omicron|rho|varrho|sigma|"
+    "varsigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Upsilon|Phi|Psi|Omega|hbar|ell|pi|mho"
+)
+_ACCENTS = (
+    "hat|widehat|vec|overrightarrow|overline|bar|dot|ddot|tilde|widetilde|mathcal|mathbb|mathfrak|mathscr|text|overarc|wideparen"
+)
+_NAME = re.compile(rf"\\(?P<accent>{_ACCENTS})(?![a-zA-Z])|\\(?P<greek>{_GREEK})(?![a-zA-Z])|(?P<letter>(?<![a-zA-Z\\])[a-zA-Z])"
+                   r"|\\(?P<figure>angle|triangle|odot|nabla|parallel|overset)(?![a-zA-Z]) ?[A-Z]*|\\[a-zA-Z]+|(?P<more>[a-zA-Z])")  # fmt: skip
+_CALLED = ("f", "g", "h", "F", "G", "H")
+"""Letters that name a function if parentheses follow."""
+_READ_OTHERWISE = ("I", "E", r"\gamma", r"\Gamma", r"\mho")
+_PLAIN_WORDS = re.compile(
+    r"(?<![a-zA-Z\\])(?:np\.|math\.)?(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|pi)(?![a-zA-Z])"
+)
+_DEGREES = re.compile(
+    r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d+\})?)[({]*(\d+(?:\.\d+)?)\^\\circ[)}]*"
+)
+_RECURRING = re.compile(r"\d*\.\d*\\overline\{\d+\}")
+_TIMES = re.compile(r"(?<=[\d)])(?=\()|(?<=\))(?=\\frac|\d)")
+
+
+def plain_names(text: str) -> str:
+    """Returns the expression with multiplication signs where a number meets a parenthesis, and with plain names only."""
+    text = _PLAIN_WORDS.sub(r"\\\1 ", text)
+    text = _DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", text).replace(r"^\circ", "")
+    text = _RECURRING.sub(_as_fraction, text)
+    text = _TIMES.sub(r"\\cdot ", text)
+    found, index = [], 0
+    while match := _NAME.search(text, index):
+        found.append(text[index : match.start()])
+        name, index = _whole_name(text, match)
+        found.append(name)
+    return "".join(found) + text[index:]
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    number = read_number(match[0])
+    return rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}" if number else match[0]
+
+
+def _whole_name(text: str, match: re.Match[str]) -> tuple[str, int]:
+    """Returns the name at `match`, as it is or replaced, and where it ends."""
+    name, index = match[0].strip(), match.end()
+    if not (match["accent"] or match["greek"] or match["letter"] or match["figure"] or match["more"]):
+        return match[0], index
+    if match["accent"] and (group := argument(text, index)):
+        name, index = f"{name}{{{group[0].strip()}}}", group[1]
+    is_plain = not match["accent"] and not match["figure"] and name not in _READ_OTHERWISE
+    if text.startswith("'", index) and name != "e":
+        end = re.compile("'+").match(text, index).end()  # type: ignore[union-attr]
+        name, index, is_plain = name + text[index:end], end, False
+    if text.startswith("_{", index) and (group := argument(text, index + 1)):
+        name, index, is_plain = f"{name}_{group[0].replace(' ', '')}", group[1], False
+        if text.startswith("'", index):
+            name, index = name + "'", index + 1
+    if power := re.compile(r"\^\{(?:T|\\top|\\dagger|\*|\\ast|c|C)\}").match(text, index) if name.isupper() else None:
+        name, index, is_plain = name + power[0], power.end(), False
+    if name.rstrip("'")[:1] in _CALLED and text.startswith("(", index) and (end := _closing(text, index)):
+        name, index, is_plain = name + text[index:end].replace(" ", ""), end, False
+    return (match[0] if is_plain else alias(name)), index
+
+
+def _closing(text: str, start: int) -> int | None:
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if depth == 0:
+            return index + 1
+    return None
+
+
+def alias(name: str) -> str:
+    """Returns a symbol that stands for the name."""
+    return rf"\Upsilon_{{{int.from_bytes(name.encode(), 'big')}}} "
