@@ -156,6 +156,87 @@ def high_entropy(data: Batch, on_policy: bool) -> Tensor:
     return torch.stack([ppo(r[t], a[t], 0.2, 0.28) for t in counted(data) if t in chosen]).mean()
 
 
+def probabilities(data: Batch, on_policy: bool) -> tuple[list[Tensor], list[float]]:
+    """Returns the probability of each sampled token now, and under the policy that generated the batch."""
+    old, _ = old_values(data, on_policy)
+    return [x.exp() for x in data.of_targets(data.log_p())], [math.exp(x) for x in old]
+
+
+def dppo(divergence: str, low: float, high: float, bound: float) -> Definition:
+    def definition(data: Batch, on_policy: bool) -> Tensor:
+        (p, p_old), a, new = probabilities(data, on_policy), data.advantages.tolist(), data.of_targets(data.log_p())
+
+        def term(t: int) -> Tensor:
+            now, before = float(p[t].detach()), p_old[t]
+            far = abs(now - before)
+            if divergence == "kl":
+                far = before * math.log(before / now) + (1 - before) * math.log((1 - before) / (1 - now))
+            stopped = (a[t] > 0 and now > before and far > high) or (a[t] < 0 and now < before and far > low)
+            return 0 * new[t] if stopped else -a[t] * min(now / before, bound) * new[t]
+
+        return token_mean(data, term)
+
+    return definition
+
+
+def drpo(data: Batch, on_policy: bool) -> Tensor:
+    """By its gradient: -A r (1 - sign(A) (p - p_old) / bound) per log-prob; the value is the paper's."""
+    r, a, (p, p_old) = ratios(data, on_policy), data.advantages.tolist(), probabilities(data, on_policy)
+
+    def term(t: int) -> Tensor:
+        d = 0.1 if a[t] > 0 else 0.05
+        value = float(-(a[t] * r[t] - abs(a[t]) * (p[t] - p_old[t]) ** 2 / (2 * d * p_old[t])).detach())
+        weight = float((r[t] * (a[t] - abs(a[t]) * (p[t] - p_old[t]) / d)).detach())
+        return value - weight * (p[t].log() - p[t].log().detach())
+
+    return token_mean(data, term)
+
+
+def sapo(data: Batch, on_policy: bool) -> Tensor:
+    r, a = ratios(data, on_policy), data.advantages.tolist()
+
+    def term(t: int) -> Tensor:
+        tau = 1.3 if a[t] > 0 else 2.0
+        return -a[t] * 4 / tau / (1 + (-tau * (r[t] - 1)).exp())
+
+    return over_sequences(data, lambda ts: torch.stack([term(t) for t in ts]).mean())
+
+
+def up(data: Batch, on_policy: bool) -> Tensor:
+    """The negative branch as published: -max(min(r A, clip(r) A), c A)."""
+    r, a, (p, _) = ratios(data, on_policy), data.advantages.tolist(), probabilities(data, on_policy)
+
+    def term(t: int) -> Tensor:
+        if a[t] > 0:
+            return -a[t] * p[t] / p[t].detach()
+        return ppo(r[t], a[t], 0.2, 0.2).clamp(max=-1.3 * a[t])
+
+    return token_mean(data, term)
+
+
+def vespo(data: Batch, on_policy: bool) -> Tensor:
+    r, a, new = ratios(data, on_policy), data.advantages.tolist(), data.of_targets(data.log_p())
+    ids, places = data.sequence_ids.tolist(), counted(data)
+
+    def term(t: int) -> Tensor:
+        w = math.prod(float(r[other].detach()) for other in places if ids[other] == ids[t])
+        k, decay = (2, 3) if a[t] > 0 else (3, 2)
+        return -math.exp(decay) * w**k * math.exp(-decay * w) * a[t] * new[t]
+
+    return token_mean(data, term)
+
+
+def stapo(data: Batch, on_policy: bool) -> Tensor:
+    r, a = ratios(data, on_policy), data.advantages.tolist()
+    old, entropy = old_values(data, on_policy)
+    low = top({t: -entropy[t] for t in ranked(data)}, 0.5)
+    staying = [t for t in counted(data) if not (a[t] > 0 and math.exp(old[t]) < 0.3 and t in low)]
+    total = 0 * data.logits.sum()
+    for t in staying:
+        total = total + ppo(r[t], a[t], 0.2, 0.2) / len(staying)
+    return total
+
+
 def entropy_bonus(data: Batch, on_policy: bool) -> Tensor:
     r, a, log_p = ratios(data, on_policy), data.advantages.tolist(), data.log_p()
     entropy = -(log_p.exp() * log_p).sum(-1)
@@ -259,4 +340,11 @@ DEFINITIONS: dict[str, tuple[PolicyLoss, Definition]] = {
     "clip_cov": (make_loss("clip_cov", clip_low=0.9, clip_high=0.5, share=1.0, cov_low=0.1, cov_high=1.0), clip_cov),
     "high_entropy": (make_loss("high_entropy", share=0.4), high_entropy),
     "entropy_bonus": (make_loss("entropy_bonus", coefficient=0.3), entropy_bonus),
+    "dppo, tv": (make_loss("dppo", bound_low=0.05, bound_high=0.1, weight_bound=1.5), dppo("tv", 0.05, 0.1, 1.5)),
+    "dppo, kl": (make_loss("dppo", divergence="kl", bound_low=0.01, bound_high=0.02), dppo("kl", 0.01, 0.02, 20)),
+    "drpo": (make_loss("drpo", bound_low=0.05, bound_high=0.1), drpo),
+    "sapo": (make_loss("sapo", tau_positive=1.3, tau_negative=2.0), sapo),
+    "up": (make_loss("up", clip_dual=1.3), up),
+    "vespo": (make_loss("vespo"), vespo),
+    "stapo": (make_loss("stapo", tau_p=0.3, entropy_share=0.5), stapo),
 }

@@ -1,6 +1,7 @@
 """Policy losses: one file per method, found by name through `make_loss`. Importing them needs no torch."""
 
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss
+from lpreg.losses.inputs import LossInputs
 from lpreg.losses.corrected import with_correction
 from lpreg.losses.reference_kl import reference_kl, with_reference_kl
 from lpreg.losses.registry import make_loss

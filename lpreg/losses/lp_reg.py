@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lpreg._torch import torch
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss
+from lpreg.losses.inputs import LossInputs
 from lpreg.losses.settings import MethodSettings, NonNegative, Positive, Share, ShareOrZero
 from lpreg.needs import MethodNeeds, ProxySource, SelectionKind, SelectionRule, StatsSettings
 from lpreg.selection.ranking import select_lowest

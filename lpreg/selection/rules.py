@@ -5,6 +5,7 @@ Legend: T tokens of this rank; together the ranks of `group` hold the global bat
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lpreg._torch import torch
@@ -35,9 +36,9 @@ def apply_rule(
 
     Args:
         eligible: [T] bool, the response tokens.
-        log_probs: [T], of the sampled tokens; for "lowest_log_prob" and both covariance rules.
-        entropy: [T], nats; for "highest_entropy".
-        advantages: [T]; for both covariance rules.
+        log_probs: [T], of the sampled tokens; for "lowest_log_prob", "not_spurious" and both covariance rules.
+        entropy: [T], nats; for "highest_entropy" and "not_spurious".
+        advantages: [T]; for "not_spurious" and both covariance rules.
         token_ids: [T] int64, a different id for every token of the global batch, independent of the layout; for both
             random rules. None, only without a group: the token's index in this call.
         seed: for both random rules; a different seed for every batch.
@@ -54,6 +55,8 @@ def apply_rule(
         return select_lowest(_need(rule, log_probs, "log_probs"), eligible, rule.fraction, group=group)
     if rule.kind == "highest_entropy":
         return select_highest(_need(rule, entropy, "entropy"), eligible, rule.fraction, group=group)
+    if rule.kind == "not_spurious":
+        return _not_spurious(rule, eligible, log_probs, entropy, advantages, group)
     if rule.kind == "random":
         return select_lowest(_draw(rule, eligible, token_ids, seed, group), eligible, rule.fraction, group=group)
     covariance = _covariance(
@@ -70,6 +73,23 @@ def apply_rule(
     chosen = select_lowest(draw, eligible, rule.fraction, group=group)
     mask = chosen.mask & inside
     return Selection(chosen.threshold, mask, _count(mask, group), chosen.population)
+
+
+def _not_spurious(
+    rule: SelectionRule,
+    eligible: Tensor,
+    log_probs: Tensor | None,
+    entropy: Tensor | None,
+    advantages: Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> Selection:
+    """Returns all eligible tokens but the spurious ones; the threshold is the highest entropy that counts as low."""
+    if rule.probability is None:
+        raise ValueError("probability: not_spurious needs one")
+    low = select_lowest(_need(rule, entropy, "entropy"), eligible, rule.fraction, group=group)
+    rare = _need(rule, log_probs, "log_probs").detach() < math.log(rule.probability)
+    mask = eligible & ~(low.mask & rare & (_need(rule, advantages, "advantages") > 0))
+    return Selection(low.threshold, mask, _count(mask, group), low.population)
 
 
 def _need(rule: SelectionRule, value: Tensor | None, name: str) -> Tensor:

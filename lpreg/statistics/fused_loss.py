@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss
+from lpreg.losses.inputs import LossInputs
 from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
 from lpreg.statistics.head import Head, HeadGradient, compact, gather_sequence, sum_over_ranks
 from lpreg.statistics.proxy_store import ProxyStore, ShardProxy

@@ -83,8 +83,8 @@ class _AlgorithmKeys(Section):
     proxy_refresh_steps: PositiveInt = 25
     """Steps between refreshes of the lagged snapshot; read only with `proxy_source: lagged`."""
     advantage: AdvantageName = "grpo"
-    """How rewards become advantages: within a prompt's group, for reinforce_plus_plus within the step; or the import
-    path of a function (rewards [N], group_ids [N]) -> advantages [N], all torch tensors."""
+    """How rewards become advantages: within a prompt's group, for reinforce_plus_plus within the step; maxrl takes no
+    negative rewards. Or the import path of a function (rewards [N], group_ids [N]) -> advantages [N], all torch tensors."""
     selection_log_probs: Literal["auto", "rollout", "actor"] = "auto"
     """Log-probs that rank the tokens: the engine's, or the actor's before the first update. auto: the actor's if they
     are computed anyway (several updates per rollout), otherwise the engine's, which cost no forward. Entropies are

@@ -48,6 +48,11 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"algorithm.overlong.buffer_tokens: {algorithm.overlong.buffer_tokens} is more than "
             f"rollout.max_response_tokens: {config.rollout.max_response_tokens}"
         )
+    if algorithm.advantage == "maxrl" and algorithm.overlong.buffer_tokens:
+        yield (
+            "algorithm.advantage: maxrl takes no negative rewards, which algorithm.overlong.buffer_tokens: "
+            f"{algorithm.overlong.buffer_tokens} would cause; set it to 0"
+        )
     correction = list(_correction(algorithm.correction))
     yield from correction
     if not correction:  # the method's passes cannot be stated for a correction that is wrong

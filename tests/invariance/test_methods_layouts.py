@@ -37,7 +37,7 @@ OTHERS = quick_of((name for name in VARIANTS if name != REFERENCE), (SEQUENCE_BY
 LOSS, METRIC, GRADIENT = 1e-6, 2e-5, 1e-5
 """Largest differences. Loss: absolute, as it is a mean of token losses of about 1 that mostly cancel. Other metrics:
 relative to the metric, or to a tenth. Gradients: relative to the largest element of the tensor."""
-ENTROPY_RANKED = ("high_entropy", "high_entropy, reference k1", "lp_reg, highest entropy")
+ENTROPY_RANKED = ("high_entropy", "stapo", "high_entropy, reference k1", "lp_reg, highest entropy")
 LAGGED = ("lp_reg, lagged", "lp_reg, paper, lagged", "lp_reg, no tau")
 
 Found = dict[tuple[str, int], dict[str, Any]]

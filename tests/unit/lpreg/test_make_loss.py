@@ -26,7 +26,7 @@ def test_both_presets_of_every_method_build(name: str) -> None:
 
 def test_methods_are_found_by_file() -> None:
     files = {path.stem for path in Path(losses.__file__).parent.glob("*.py")}
-    others = {"__init__", "base", "corrected", "ppo", "reference_kl", "registry", "settings"}
+    others = {"__init__", "base", "corrected", "inputs", "ppo", "reference_kl", "registry", "settings"}
     assert set(METHODS) == files - others
 
 

@@ -55,7 +55,7 @@ def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
     counts = {
         "tokens": int(data.mask.sum()),
         "sequences": len(data.sequence_ids.unique()),
-        "selected_tokens": 0 if selection is None else int(selection.sum()),
+        "selected_tokens": 0 if selection is None else max(1, int(selection.sum())),
     }
     return loss(
         LossInputs(
@@ -115,18 +115,20 @@ def gradient(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
     return torch.autograd.grad(run(loss, data, on_policy=on_policy), data.logits)[0]
 
 
-@pytest.mark.parametrize("name", ["clip_higher", "dual_clip", "cispo", "kl_cov"])
+@pytest.mark.parametrize("name", ["clip_higher", "dual_clip", "cispo", "kl_cov", "dppo", "drpo", "up", "vespo"])
 def test_on_policy_methods_equal_the_plain_policy_gradient(name: str) -> None:
     data = make_batch([8, 5, 9], 0.5, 2)
+    data.advantages[8:] *= -1
     want = gradient(make_loss("grpo"), data, on_policy=True)
     torch.testing.assert_close(gradient(make_loss(name), data, on_policy=True), want)
     assert not torch.allclose(gradient(make_loss(name), data, on_policy=False), want)
 
 
-def test_gspo_on_policy_is_the_policy_gradient_averaged_over_responses() -> None:
+@pytest.mark.parametrize("name", ["gspo", "sapo"])
+def test_on_policy_it_is_the_policy_gradient_averaged_over_responses(name: str) -> None:
     data = make_batch([8, 5, 9], 0.5, 2)
     want = gradient(make_loss("grpo", aggregation="sequence_mean_token_mean"), data, on_policy=True)
-    torch.testing.assert_close(gradient(make_loss("gspo"), data, on_policy=True), want)
+    torch.testing.assert_close(gradient(make_loss(name), data, on_policy=True), want)
 
 
 def test_gspo_in_its_token_form_gives_each_token_its_own_advantage() -> None:
@@ -189,6 +191,9 @@ def test_the_entropy_must_carry_its_gradient() -> None:
     ("name", "missing"),
     [
         ("gspo", "sequence_ids"),
+        ("sapo", "sequence_ids"),
+        ("vespo", "sequence_ids"),
+        ("stapo", "selection"),
         ("kl_cov", "selection"),
         ("clip_cov", "selection"),
         ("high_entropy", "selection"),
