@@ -77,8 +77,8 @@ def _check_not_negative(rewards: Tensor) -> None:
     negative = (rewards < 0).nonzero().squeeze(1)
     if negative.numel():
         raise ValueError(
-            f"rewards[{int(negative[0])}] is {float(rewards[negative[0]])}, but maxrl divides by the mean of a group and "
-            "takes no negative rewards"
+            f"rewards[{int(negative[0])}] is {float(rewards[negative[0]])}, but maxrl takes no negative rewards: it "
+            "divides by the mean of a group"
         )
 
 

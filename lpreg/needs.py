@@ -44,8 +44,14 @@ class StatsSettings(TypedDict, total=False):
     """The relative threshold of the filter; this or fixed_tau."""
     fixed_tau: float
     """The absolute threshold of the filter."""
+    top_k: int
+    """The filter keeps the k likeliest tokens."""
+    top_p: float
+    """The filter keeps the likeliest tokens that together have this probability."""
     entropy: Literal["grad"]
     """Given if the loss has a gradient through the entropy."""
+    filter_entropy: bool
+    """Given if the loss has a gradient through the entropy of the filtered distribution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

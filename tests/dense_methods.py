@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpreg import PolicyLoss, make_loss
+from lpreg import PolicyLoss, make_loss, with_lp_reg
 
 Definition = Callable[["Batch", bool], Tensor]
 """(batch, on-policy) -> the loss, a mean over the whole batch. On-policy: the current policy generated the batch."""
@@ -243,6 +244,26 @@ def entropy_bonus(data: Batch, on_policy: bool) -> Tensor:
     return token_mean(data, lambda t: ppo(r[t], a[t], 0.2, 0.2) - 0.3 * entropy[t])
 
 
+def tre(region: str) -> Definition:
+    def definition(data: Batch, on_policy: bool) -> Tensor:
+        r, a, log_p = ratios(data, on_policy), data.advantages.tolist(), data.log_p()
+
+        def bonus(t: int) -> Tensor:
+            ranked_p, order = log_p[t].detach().exp().sort(descending=True)
+            kept = order[:3]
+            if region == "top_p":
+                kept = order[: 1 + int((ranked_p.cumsum(0) < 0.8).sum())]
+            if region == "min_p":
+                kept = order[ranked_p >= 0.2 * ranked_p[0]]
+            log_q = torch.log_softmax(log_p[t, kept], 0)
+            entropy = -(log_q.exp() * log_q).sum()
+            return entropy * math.log(log_p.shape[1]) / math.log(len(kept)) if len(kept) > 1 else 0 * entropy
+
+        return token_mean(data, lambda t: ppo(r[t], a[t], 0.2, 0.2) - 0.3 * bonus(t))
+
+    return definition
+
+
 def lp_reg(
     estimator: str = "k3",
     source: str = "current",
@@ -257,9 +278,10 @@ def lp_reg(
     upper_for_negatives: bool = True,
     below: bool = False,
     clamp: float = math.inf,
+    surrogate: bool = True,
 ) -> Definition:
-    """Equation 6 and its variations. share None: all tokens; by "negatives": the current policy's lowest of those of
-    negative advantage."""
+    """Equation 6 and its variations, without its first term if `surrogate` is False. share None: all tokens; by
+    "negatives": the current policy's lowest of those of negative advantage."""
 
     def definition(data: Batch, on_policy: bool) -> Tensor:
         old, entropy = old_values(data, on_policy)
@@ -280,6 +302,7 @@ def lp_reg(
 
         def term(t: int) -> Tensor:
             bounded = r[t].clamp(min=bounds[0]) if a[t] < 0 else r[t]
+            bounded = bounded if surrogate else 0 * bounded
             if a[t] >= 0 or upper_for_negatives:
                 bounded = bounded.clamp(max=bounds[1])
             v = int(data.targets[t])
@@ -298,7 +321,11 @@ def lp_reg(
     return definition
 
 
-LP_REG = {"rho": 0.4, "beta": 0.7, "min_p": 0.1}
+def added(*parts: Definition) -> Definition:
+    return lambda data, on_policy: sum((part(data, on_policy) for part in parts), torch.zeros((), dtype=torch.float64))
+
+
+LP_REG: dict[str, Any] = {"rho": 0.4, "beta": 0.7, "min_p": 0.1}
 
 DEFINITIONS: dict[str, tuple[PolicyLoss, Definition]] = {
     "lp_reg, paper": (make_loss.preset("lp_reg", "paper", **LP_REG), lp_reg("full")),
@@ -329,6 +356,26 @@ DEFINITIONS: dict[str, tuple[PolicyLoss, Definition]] = {
         make_loss("lp_reg", rho=0.4, beta=0.7, min_p=0, proxy_source="lagged"),
         lp_reg(source="lagged", min_p=0),
     ),
+    "lp_reg on dppo": (
+        with_lp_reg(make_loss("dppo", bound_low=0.05, bound_high=0.1, weight_bound=1.5), **LP_REG),
+        added(dppo("tv", 0.05, 0.1, 1.5), lp_reg(surrogate=False)),
+    ),
+    "lp_reg on clip_higher, full, lagged": (
+        with_lp_reg(make_loss("clip_higher"), **LP_REG, kl_estimator="full", proxy_source="lagged"),
+        added(clipped(0.2, 0.28), lp_reg("full", "lagged", surrogate=False)),
+    ),
+    "lp_reg on cispo, full, old": (
+        with_lp_reg(make_loss("cispo", clip_low=0.3, clip_high=0.2), **LP_REG, kl_estimator="full", proxy_source="old"),
+        added(cispo, lp_reg("full", "old", surrogate=False)),
+    ),
+    "lp_reg on entropy_bonus": (
+        with_lp_reg(make_loss("entropy_bonus", coefficient=0.3), **LP_REG, select_by="entropy"),
+        added(entropy_bonus, lp_reg(by="entropy", surrogate=False)),
+    ),
+    "lp_reg on tre, all": (
+        with_lp_reg(make_loss("tre", coefficient=0.3, region="min_p", min_p=0.2), beta=0.7, min_p=0.2, select_by="all"),
+        added(tre("min_p"), lp_reg(share=None, min_p=0.2, surrogate=False)),
+    ),
     "grpo": (make_loss("grpo"), clipped(0.2, 0.2)),
     "grpo, mean of sequences": (make_loss("grpo", aggregation="sequence_mean_token_mean"), sequence_mean),
     "dr. grpo": (make_loss("grpo", aggregation="constant_length", constant_length=12), dr_grpo),
@@ -346,5 +393,8 @@ DEFINITIONS: dict[str, tuple[PolicyLoss, Definition]] = {
     "sapo": (make_loss("sapo", tau_positive=1.3, tau_negative=2.0), sapo),
     "up": (make_loss("up", clip_dual=1.3), up),
     "vespo": (make_loss("vespo"), vespo),
+    "tre, top-k": (make_loss("tre", coefficient=0.3, top_k=3), tre("top_k")),
+    "tre, top-p": (make_loss("tre", coefficient=0.3, region="top_p", top_p=0.8), tre("top_p")),
+    "tre, min-p": (make_loss("tre", coefficient=0.3, region="min_p", min_p=0.2), tre("min_p")),
     "stapo": (make_loss("stapo", tau_p=0.3, entropy_share=0.5), stapo),
 }

@@ -20,8 +20,8 @@ class DPPOSettings(MethodSettings):
     """Bounds of the divergence from the old policy, and of the weight."""
 
     divergence: Literal["tv", "kl"] = "tv"
-    """How far the sampled token's probability p has moved from p_old. tv: |p - p_old|. kl: KL between (p_old, 1 - p_old)
-    and (p, 1 - p), for which other code has bounds of 0.05."""
+    """How far the sampled token's probability p has moved from p_old. tv: |p - p_old|. kl: KL of (p, 1 - p) from
+    (p_old, 1 - p_old), for which other code has bounds of 0.05."""
     bound_low: Positive = 0.2
     """A token of negative advantage has a gradient until p has fallen this far."""
     bound_high: Positive = 0.2
@@ -41,7 +41,7 @@ class DPPO(PolicyLoss):
     Settings = DPPOSettings
     settings: DPPOSettings
     # DPPO is not in the table of Lp-Reg's paper; these are the values of its own.
-    presets: ClassVar = same_presets(divergence="tv", bound_low=0.2, bound_high=0.2, weight_bound=20.0)
+    presets: ClassVar = same_presets(bound_low=0.2, bound_high=0.2, weight_bound=20.0, divergence="tv")
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         counted, advantages, ratio = inputs.counted, inputs.advantages, inputs.ratio.detach()

@@ -24,9 +24,9 @@ class DRPOSettings(MethodSettings):
 class DRPO(PolicyLoss):
     """-(r A - |A| p_old (r - 1)^2 / (2 bound)), averaged over tokens.
 
-    The gradient is that of -r A times 1 - sign(A) (p - p_old) / bound: weaker towards the bound, reversed beyond it, and
-    stronger on a token that moved against its advantage. The formula is put together from descriptions of the paper,
-    whose code is not public. On-policy the loss is the plain policy gradient.
+    The gradient is that of -r A times 1 - sign(A) (p - p_old) / bound: weaker towards the bound, reversed beyond it,
+    and stronger on a token that moved against its advantage. The formula is put together from descriptions of the
+    paper's gradient; its code is not public. On-policy the loss is the plain policy gradient.
     """
 
     name = "drpo"

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Bound of a log ratio before its exponential, as in other trainers: exp(89) is beyond fp32, and a gradient of 0 * inf is
-NaN."""
+"""Bound of a log ratio before its exponential, as in other trainers: exp(89) is beyond fp32, and a gradient of 0 * inf
+is NaN."""
 
 FINITE = ("log_probs", "advantages", "old_log_probs", "entropy", "filter_entropy", "proxy_kl", "reference_log_probs")
 """Fields whose counted values must be finite."""
@@ -56,8 +56,8 @@ class LossInputs:
     """TokenStats.in_filter of the policy in training."""
     filter_entropy: Tensor | None = None
     """TokenStats.filter_entropy of the policy in training, with its gradient."""
-    filter_size: Tensor | None = None
-    """TokenStats.filter_size of the policy in training."""
+    filter_extent: Tensor | None = None
+    """TokenStats.filter_extent of the policy in training."""
     old_log_z: Tensor | None = None
     """TokenStats.log_z of the policy that generated the batch."""
     old_in_filter: Tensor | None = None
