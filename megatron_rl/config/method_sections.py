@@ -63,7 +63,7 @@ def _term_section() -> type[Section]:
         annotation = kind | Literal["none"] if setting.optional else kind
         if setting.name not in BESIDE:
             fields[setting.name] = (annotation, Field(default=default, description=setting.doc))
-    return create_model(LpRegTermSettings.__name__, __base__=Section, __module__=__name__, **fields)
+    return create_model("LpRegTermSection", __base__=Section, __module__=__name__, **fields)
 
 
 TERM_SECTION = _term_section()
