@@ -132,7 +132,7 @@ def covariances(data: Batch, on_policy: bool) -> dict[int, float]:
 
 def top(scores: dict[int, float], share: float) -> set[int]:
     """Returns the tokens with the highest share of the scores, at least one, including ties up to rounding."""
-    count = max(1, int(share * len(scores)))
+    count = max(1, math.floor(round(share * len(scores), 9)))
     cut = sorted(scores.values(), reverse=True)[count - 1]
     return {t for t, score in scores.items() if score >= cut - 1e-12}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lpreg._torch import torch
 from lpreg.needs import SelectionRule
 from lpreg.selection.exact import exact_mean, uniform
-from lpreg.selection.ranking import Selection, select_highest, select_lowest
+from lpreg.selection.ranking import Selection, lowest, select_highest, select_lowest, share_of
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -32,7 +32,9 @@ def apply_rule(
     """Returns the tokens that `rule` chooses from the eligible tokens of the global batch, the same under any layout.
 
     Everything is known before the first backward: log-probs and entropies are those of the policy that generated the
-    batch. Rankings include all ties at the threshold; random rules draw by a hash of seed and token id.
+    batch. Random rules draw by a hash of seed and token id. A ranking by covariance chooses exactly its share: many
+    certain tokens of one response tie for the highest one, and as many of these are drawn as there is room for. Other
+    rankings include all ties at the threshold.
 
     Args:
         eligible: [T] bool, the response tokens.
@@ -40,8 +42,8 @@ def apply_rule(
         entropy: [T], nats; for "highest_entropy" and "not_spurious".
         advantages: [T]; for "not_spurious" and both covariance rules.
         token_ids: [T] int64, a different id for every token of the global batch, independent of the layout; for both
-            random rules. None, only without a group: the token's index in this call.
-        seed: for both random rules; a different seed for every batch.
+            random rules and ties of "highest_covariance". None, only without a group: the token's index in this call.
+        seed: for draws; a different seed for every batch.
         group: the ranks that hold the global batch; each must call. None: this call holds the whole batch.
 
     Raises:
@@ -63,7 +65,12 @@ def apply_rule(
         _need(rule, advantages, "advantages"), _need(rule, log_probs, "log_probs"), eligible, group
     )
     if rule.kind == "highest_covariance":
-        return select_highest(covariance, eligible, rule.fraction, group=group)
+        chosen = select_highest(covariance, eligible, rule.fraction, group=group)
+        wanted = share_of(rule.fraction, chosen.population)
+        if chosen.count <= wanted:
+            return chosen
+        draw = _draw(rule, eligible, token_ids, seed, group)
+        return _without_surplus_ties(chosen, covariance == chosen.threshold, wanted, draw, group)
     if rule.covariance_range is None:
         raise ValueError("covariance_range: random_in_covariance needs one")
     low, high = rule.covariance_range
@@ -73,6 +80,16 @@ def apply_rule(
     chosen = select_lowest(draw, eligible, rule.fraction, group=group)
     mask = chosen.mask & inside
     return Selection(chosen.threshold, mask, _count(mask, group), chosen.population)
+
+
+def _without_surplus_ties(
+    chosen: Selection, ties: Tensor, wanted: int, draw: Tensor, group: dist.ProcessGroup | None
+) -> Selection:
+    """Returns `wanted` of the chosen tokens: those beyond the threshold, and the ties at it with the lowest draw."""
+    ties = ties & chosen.mask
+    room = wanted - (chosen.count - _count(ties, group))
+    cut = lowest(draw, ties, lambda _: room, group)
+    return Selection(chosen.threshold, chosen.mask & ~ties | cut.mask, wanted, chosen.population)
 
 
 def _not_spurious(

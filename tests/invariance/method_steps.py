@@ -63,7 +63,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "tre, min-p": {"name": "tre", "tre": {"coefficient": 0.1, "region": "min_p", "min_p": 0.1}},
     "stapo": {"name": "stapo", "stapo": {"tau_p": 0.5, "entropy_share": 0.7}},
     "lp_reg": {"lp_reg": LP_REG},
-    "dppo, with lp_reg": {"name": "dppo", "with_lp_reg": LP_REG},
+    "dppo, with lp_reg": {
+        "name": "dppo",
+        "dppo": {"bound_low": 0.06, "bound_high": 0.06},
+        "with_lp_reg": LP_REG,
+    },
     "gspo, with lp_reg, full, lagged": {
         "name": "gspo",
         "with_lp_reg": LP_REG | {"kl_estimator": "full"},

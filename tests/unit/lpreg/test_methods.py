@@ -82,7 +82,7 @@ def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
 def cut_is_clear(scores: dict[int, float], share: float) -> bool:
     """Whether rounding cannot change which scores are the highest."""
     ranked = sorted(scores.values(), reverse=True)
-    count = max(1, int(share * len(ranked)))
+    count = max(1, math.floor(round(share * len(ranked), 9)))
     return count == len(ranked) or ranked[count - 1] - ranked[count] > 1e-9
 
 
