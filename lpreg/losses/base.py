@@ -105,6 +105,13 @@ class PolicyLoss(ABC):
         others."""
         return torch.zeros_like(advantages, dtype=torch.bool)
 
+    def next_entropy_coefficient(self, coefficient: float | None, entropy: float) -> float | None:
+        """Returns LossInputs.entropy_coefficient of the next update, for methods that adapt it; None otherwise.
+
+        coefficient: that of this update, None for the first one; entropy: the mean over this update's tokens, in nats.
+        """
+        return None
+
     def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:
         """Scalar, this part's share of the mean that the method takes of token losses [T]."""
         return token_mean(token_losses, inputs.counted, inputs.denominator)
@@ -139,6 +146,9 @@ class WrappedLoss(PolicyLoss):
 
     def uses_proxy(self, advantages: Tensor) -> Tensor:
         return self.loss.uses_proxy(advantages)
+
+    def next_entropy_coefficient(self, coefficient: float | None, entropy: float) -> float | None:
+        return self.loss.next_entropy_coefficient(coefficient, entropy)
 
     def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:
         return self.loss.aggregate(token_losses, inputs)

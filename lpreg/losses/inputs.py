@@ -17,7 +17,10 @@ MAX_LOG_RATIO = 20.0
 """Bound of a log ratio before its exponential, as in other trainers: exp(89) is beyond fp32, and a gradient of 0 * inf
 is NaN."""
 
-FINITE = ("log_probs", "advantages", "old_log_probs", "entropy", "filter_entropy", "proxy_kl", "reference_log_probs")
+FINITE = (
+    *("log_probs", "advantages", "old_log_probs", "entropy", "entropy_coefficient", "filter_entropy", "proxy_kl"),
+    "reference_log_probs",
+)
 """Fields whose counted values must be finite."""
 MAY_BE_MINUS_INFINITY = ("log_z", "old_log_z", "proxy_log_probs")
 """Fields whose counted values may be -inf too: a filter that keeps nothing, a token outside the filter."""
@@ -50,6 +53,9 @@ class LossInputs:
     """bool, the tokens that count. None: all tokens."""
     entropy: Tensor | None = None
     """Entropies in nats, for methods that reward or rank by entropy."""
+    entropy_coefficient: Tensor | None = None
+    """Weight of the entropy bonus in this update, the same for every token, for methods that adapt it. None: the weight
+    of the method's settings."""
     log_z: Tensor | None = None
     """TokenStats.log_z of the policy in training; must be computed wherever `selection` holds."""
     in_filter: Tensor | None = None

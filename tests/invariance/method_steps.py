@@ -52,6 +52,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "clip_cov": {"name": "clip_cov", "clip_cov": {"share": 0.1, "cov_low": 0.01, "cov_high": 3.0}},
     "high_entropy": {"name": "high_entropy"},
     "entropy_bonus": {"name": "entropy_bonus", "entropy_bonus": {"coefficient": 0.1}},
+    "entropy_bonus, adapted": {
+        "name": "entropy_bonus",
+        "entropy_bonus": {"coefficient": 0.1, "target": 9.0, "step": 0.05},
+    },
     "dppo": {"name": "dppo", "dppo": {"bound_low": 0.06, "bound_high": 0.06}},
     "dppo, kl": {"name": "dppo", "dppo": {"divergence": "kl", "bound_low": 1e-3, "bound_high": 1e-3}},
     "drpo": {"name": "drpo", "drpo": {"bound_low": 0.1, "bound_high": 0.1}},

@@ -25,6 +25,7 @@ def loss_fields(batch: MicroBatch, denominator: float) -> dict[str, Any]:
         "proxy_log_probs": values.get("proxy_log_probs"),
         "reference_log_probs": values.get("reference_log_probs"),
         "rollout_log_probs": values.get("rollout_log_probs"),
+        "entropy_coefficient": values.get("entropy_coefficient"),
         "sequence_ids": batch.sequence_ids,
         "denominator": denominator,
     }

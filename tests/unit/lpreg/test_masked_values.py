@@ -41,6 +41,7 @@ def fields(seed: int, dtype: torch.dtype) -> dict[str, Any]:
         "old_log_probs": old,
         "advantages": torch.randn(TOKENS, generator=generator).to(dtype).round(decimals=1),
         "entropy": numbers(3.0),
+        "entropy_coefficient": torch.full((TOKENS,), 0.1, dtype=dtype),
         "filter_entropy": numbers(3.0),
         "filter_extent": numbers(3.0) / 3,
         "log_z": numbers() / 9,

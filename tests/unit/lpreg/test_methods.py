@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpreg import LossInputs, PolicyLoss, apply_rule, make_loss, token_stats
+from lpreg import LossInputs, PolicyLoss, apply_rule, make_loss, token_stats, with_lp_reg
 from lpreg.losses.registry import METHODS
 from tests.dense_methods import DEFINITIONS, Batch, covariances
 
@@ -178,6 +179,29 @@ def test_tokens_without_advantage_have_no_gradient_in_other_methods(name: str) -
     data = make_batch([8, 6, 4], 0.5, 3)
     data.advantages = torch.where(data.sequence_ids == 8, 0.0, 1.0).double()
     assert (gradient(loss, data, on_policy=False)[data.advantages == 0] == 0).all()
+
+
+def test_the_entropy_coefficient_moves_towards_the_target() -> None:
+    adapted = make_loss("entropy_bonus", coefficient=0.01, target=0.3, step=0.004)
+    coefficient = None
+    seen = []
+    for entropy in (0.2, 0.1, 0.4, 0.3, 0.5, 0.9):
+        coefficient = adapted.next_entropy_coefficient(coefficient, entropy)
+        seen.append(coefficient)
+    assert seen == pytest.approx([0.014, 0.018, 0.014, 0.010, 0.006, 0.002])
+    assert adapted.next_entropy_coefficient(0.002, 0.9) == 0
+    assert with_lp_reg(adapted).next_entropy_coefficient(None, 0.1) == pytest.approx(0.014)
+    assert make_loss("entropy_bonus").next_entropy_coefficient(None, 0.1) is None
+
+
+def test_a_given_entropy_coefficient_replaces_the_setting() -> None:
+    data = make_batch([4], 0.0, 0)
+    stats = token_stats(data.logits, data.targets, entropy="grad")
+    inputs = LossInputs(log_probs=stats.log_probs, advantages=data.advantages, entropy=stats.entropy, denominator=4)
+    given = replace(inputs, entropy_coefficient=torch.full((4,), 0.3, dtype=torch.float64))
+    got, want = make_loss("entropy_bonus")(given), make_loss("entropy_bonus", coefficient=0.3)(inputs)
+    assert got.loss.item() == want.loss.item()
+    assert got.metrics["entropy_coefficient"].value == want.metrics["entropy_coefficient"].value == 0.3
 
 
 def test_the_entropy_must_carry_its_gradient() -> None:
