@@ -18,6 +18,7 @@ from lpreg.losses import (
     make_loss,
     reference_kl,
     with_correction,
+    with_lp_reg,
     with_reference_kl,
 )
 from lpreg.needs import MethodNeeds, SelectionRule
@@ -71,5 +72,6 @@ __all__ = [
     "truncated_weights",
     "uninformative",
     "with_correction",
+    "with_lp_reg",
     "with_reference_kl",
 ]

@@ -10,7 +10,7 @@ from lpreg._torch import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus")
+ESTIMATORS = ("grpo", "dr_grpo", "rloo", "maxrl", "reinforce_plus_plus")
 
 Estimator = Callable[["Tensor", "Tensor"], "Tensor"]
 """(rewards [N] fp64, group_ids [N]) -> advantages [N]."""
@@ -24,6 +24,8 @@ def group_advantages(
     - "grpo": (R - mean) / (std + eps) in the group, std with Bessel's correction (arXiv 2402.03300);
     - "dr_grpo": R - mean in the group (arXiv 2503.20783);
     - "rloo": R - mean of the group's others (arXiv 2402.14740);
+    - "maxrl": (R - mean) / mean in the group, the truncated gradient of the log-likelihood of success (arXiv
+      2602.02710); for rewards that are not negative;
     - "reinforce_plus_plus": (R - mean) / (std + eps) over the whole call, without regard to groups (arXiv 2501.03262).
 
     If all rewards that are compared are equal, and so in a group of one, the advantage is exactly 0. An estimator of
@@ -38,7 +40,8 @@ def group_advantages(
         [N] in the dtype of `rewards`; fp32 for integer rewards.
 
     Raises:
-        ValueError: an unknown estimator, shapes that differ, a reward or an advantage that is not finite.
+        ValueError: an unknown estimator, shapes that differ, a reward or an advantage that is not finite, a negative
+            reward with "maxrl".
     """
     if not callable(estimator) and estimator not in ESTIMATORS:
         raise ValueError(f"estimator {estimator!r} is not known; known: {', '.join(ESTIMATORS)}")
@@ -59,12 +62,24 @@ def group_advantages(
         values = centred
     elif estimator == "rloo":
         values = centred * (sizes / others)[group]
+    elif estimator == "maxrl":
+        _check_not_negative(exact)
+        values = centred / torch.where(mean > 0, mean, 1.0)[group]
     else:
         std = (zeros.index_add(0, group, centred.square()) / others).sqrt()
         values = centred / (std[group] + eps)
     # The mean of equal rewards may have a rounding error, which a tiny eps would amplify.
     advantages = torch.where(all_equal(exact, group, sizes.shape[0])[group], 0.0, values)
     return advantages.to(dtype)
+
+
+def _check_not_negative(rewards: Tensor) -> None:
+    negative = (rewards < 0).nonzero().squeeze(1)
+    if negative.numel():
+        raise ValueError(
+            f"rewards[{int(negative[0])}] is {float(rewards[negative[0]])}, but maxrl takes no negative rewards: it "
+            "divides by the mean of a group"
+        )
 
 
 def _checked_advantages(advantages: Any, rewards: Tensor) -> Tensor:

@@ -47,8 +47,18 @@ def mean_of_sequence(values: Tensor, mask: Tensor, sequence_ids: Tensor) -> Tens
     """Returns for each token the mean of `values` [T] over the tokens of its sequence where `mask` [T] holds; 0 if
     there is no such token. [T]"""
     sequence, counts = _sequences(mask, sequence_ids)
-    sums = values.new_zeros(counts.shape).index_add(0, sequence, torch.where(mask, values, 0.0))
-    return (sums / counts.clamp_min(1))[sequence]
+    return _sums(values, mask, sequence, counts)[sequence] / counts.clamp_min(1)[sequence]
+
+
+def sum_of_sequence(values: Tensor, mask: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Returns for each token the sum of `values` [T] over the tokens of its sequence where `mask` [T] holds. [T]"""
+    sequence, counts = _sequences(mask, sequence_ids)
+    return _sums(values, mask, sequence, counts)[sequence]
+
+
+def _sums(values: Tensor, mask: Tensor, sequence: Tensor, counts: Tensor) -> Tensor:
+    """Returns the sum of the values of each sequence where `mask` holds."""
+    return values.new_zeros(counts.shape).index_add(0, sequence, torch.where(mask, values, 0.0))
 
 
 def _sequences(mask: Tensor, sequence_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,23 +12,29 @@ Counted = Literal["tokens", "selected_tokens", "sequences"]
 """What a denominator counts over the whole global batch of an update: response tokens, the selected ones among them, or
 sequences (responses)."""
 
-SelectionKind = Literal["lowest_log_prob", "highest_entropy", "highest_covariance", "random_in_covariance", "random"]
+SelectionKind = Literal[
+    "lowest_log_prob", "highest_entropy", "highest_covariance", "random_in_covariance", "random", "not_spurious"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionRule:
-    """Which tokens to mark. The covariance of a token is (A - mean A)(log p - mean log p), means over the batch."""
+    """Which tokens to mark. The covariance of a token is (A - mean A)(log p - mean log p), means over the batch.
+    "not_spurious" marks all tokens but those of positive advantage, low probability and low entropy."""
 
     kind: SelectionKind
     fraction: float
-    """Share of all eligible tokens of the global batch, at least one; in (0, 1]."""
+    """Share of all eligible tokens of the global batch, at least one; in (0, 1]. For "not_spurious" the share whose
+    entropy is low."""
     covariance_range: tuple[float, float] | None = None
     """Only for "random_in_covariance": tokens strictly between the two may be drawn."""
+    probability: float | None = None
+    """Only for "not_spurious": spurious tokens have a probability below this."""
 
     @property
     def needs_entropy(self) -> bool:
         """Whether `apply_rule` needs entropies, which rollout engines seldom report."""
-        return self.kind == "highest_entropy"
+        return self.kind in ("highest_entropy", "not_spurious")
 
 
 class StatsSettings(TypedDict, total=False):
@@ -38,8 +44,14 @@ class StatsSettings(TypedDict, total=False):
     """The relative threshold of the filter; this or fixed_tau."""
     fixed_tau: float
     """The absolute threshold of the filter."""
+    top_k: int
+    """The filter keeps the k likeliest tokens."""
+    top_p: float
+    """The filter keeps the likeliest tokens that together have this probability."""
     entropy: Literal["grad"]
     """Given if the loss has a gradient through the entropy."""
+    filter_entropy: bool
+    """Given if the loss has a gradient through the entropy of the filtered distribution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

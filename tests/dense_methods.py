@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpreg import PolicyLoss, make_loss
+from lpreg import PolicyLoss, make_loss, with_lp_reg
 
 Definition = Callable[["Batch", bool], Tensor]
 """(batch, on-policy) -> the loss, a mean over the whole batch. On-policy: the current policy generated the batch."""
@@ -131,7 +132,7 @@ def covariances(data: Batch, on_policy: bool) -> dict[int, float]:
 
 def top(scores: dict[int, float], share: float) -> set[int]:
     """Returns the tokens with the highest share of the scores, at least one, including ties up to rounding."""
-    count = max(1, int(share * len(scores)))
+    count = max(1, math.floor(round(share * len(scores), 9)))
     cut = sorted(scores.values(), reverse=True)[count - 1]
     return {t for t, score in scores.items() if score >= cut - 1e-12}
 
@@ -156,10 +157,111 @@ def high_entropy(data: Batch, on_policy: bool) -> Tensor:
     return torch.stack([ppo(r[t], a[t], 0.2, 0.28) for t in counted(data) if t in chosen]).mean()
 
 
+def probabilities(data: Batch, on_policy: bool) -> tuple[list[Tensor], list[float]]:
+    """Returns the probability of each sampled token now, and under the policy that generated the batch."""
+    old, _ = old_values(data, on_policy)
+    return [x.exp() for x in data.of_targets(data.log_p())], [math.exp(x) for x in old]
+
+
+def dppo(divergence: str, low: float, high: float, bound: float) -> Definition:
+    def definition(data: Batch, on_policy: bool) -> Tensor:
+        (p, p_old), a, new = probabilities(data, on_policy), data.advantages.tolist(), data.of_targets(data.log_p())
+
+        def term(t: int) -> Tensor:
+            now, before = float(p[t].detach()), p_old[t]
+            far = abs(now - before)
+            if divergence == "kl":
+                far = before * math.log(before / now) + (1 - before) * math.log((1 - before) / (1 - now))
+            stopped = (a[t] > 0 and now > before and far > high) or (a[t] < 0 and now < before and far > low)
+            return 0 * new[t] if stopped else -a[t] * min(now / before, bound) * new[t]
+
+        return token_mean(data, term)
+
+    return definition
+
+
+def drpo(data: Batch, on_policy: bool) -> Tensor:
+    """By its gradient: -A r (1 - sign(A) (p - p_old) / bound) per log-prob; the value is the paper's."""
+    r, a, (p, p_old) = ratios(data, on_policy), data.advantages.tolist(), probabilities(data, on_policy)
+
+    def term(t: int) -> Tensor:
+        d = 0.1 if a[t] > 0 else 0.05
+        value = float(-(a[t] * r[t] - abs(a[t]) * (p[t] - p_old[t]) ** 2 / (2 * d * p_old[t])).detach())
+        weight = float((r[t] * (a[t] - abs(a[t]) * (p[t] - p_old[t]) / d)).detach())
+        return value - weight * (p[t].log() - p[t].log().detach())
+
+    return token_mean(data, term)
+
+
+def sapo(data: Batch, on_policy: bool) -> Tensor:
+    r, a = ratios(data, on_policy), data.advantages.tolist()
+
+    def term(t: int) -> Tensor:
+        tau = 1.3 if a[t] > 0 else 2.0
+        return -a[t] * 4 / tau / (1 + (-tau * (r[t] - 1)).exp())
+
+    return over_sequences(data, lambda ts: torch.stack([term(t) for t in ts]).mean())
+
+
+def up(data: Batch, on_policy: bool) -> Tensor:
+    """The negative branch as published: -max(min(r A, clip(r) A), c A)."""
+    r, a, (p, _) = ratios(data, on_policy), data.advantages.tolist(), probabilities(data, on_policy)
+
+    def term(t: int) -> Tensor:
+        if a[t] > 0:
+            return -a[t] * p[t] / p[t].detach()
+        return ppo(r[t], a[t], 0.2, 0.2).clamp(max=-1.3 * a[t])
+
+    return token_mean(data, term)
+
+
+def vespo(data: Batch, on_policy: bool) -> Tensor:
+    r, a, new = ratios(data, on_policy), data.advantages.tolist(), data.of_targets(data.log_p())
+    ids, places = data.sequence_ids.tolist(), counted(data)
+
+    def term(t: int) -> Tensor:
+        w = math.prod(float(r[other].detach()) for other in places if ids[other] == ids[t])
+        k, decay = (2, 3) if a[t] > 0 else (3, 2)
+        return -math.exp(decay) * w**k * math.exp(-decay * w) * a[t] * new[t]
+
+    return token_mean(data, term)
+
+
+def stapo(data: Batch, on_policy: bool) -> Tensor:
+    r, a = ratios(data, on_policy), data.advantages.tolist()
+    old, entropy = old_values(data, on_policy)
+    low = top({t: -entropy[t] for t in ranked(data)}, 0.5)
+    staying = [t for t in counted(data) if not (a[t] > 0 and math.exp(old[t]) < 0.3 and t in low)]
+    total = 0 * data.logits.sum()
+    for t in staying:
+        total = total + ppo(r[t], a[t], 0.2, 0.2) / len(staying)
+    return total
+
+
 def entropy_bonus(data: Batch, on_policy: bool) -> Tensor:
     r, a, log_p = ratios(data, on_policy), data.advantages.tolist(), data.log_p()
     entropy = -(log_p.exp() * log_p).sum(-1)
     return token_mean(data, lambda t: ppo(r[t], a[t], 0.2, 0.2) - 0.3 * entropy[t])
+
+
+def tre(region: str) -> Definition:
+    def definition(data: Batch, on_policy: bool) -> Tensor:
+        r, a, log_p = ratios(data, on_policy), data.advantages.tolist(), data.log_p()
+
+        def bonus(t: int) -> Tensor:
+            ranked_p, order = log_p[t].detach().exp().sort(descending=True)
+            kept = order[:3]
+            if region == "top_p":
+                kept = order[: 1 + int((ranked_p.cumsum(0) < 0.8).sum())]
+            if region == "min_p":
+                kept = order[ranked_p >= 0.2 * ranked_p[0]]
+            log_q = torch.log_softmax(log_p[t, kept], 0)
+            entropy = -(log_q.exp() * log_q).sum()
+            return entropy * math.log(log_p.shape[1]) / math.log(len(kept)) if len(kept) > 1 else 0 * entropy
+
+        return token_mean(data, lambda t: ppo(r[t], a[t], 0.2, 0.2) - 0.3 * bonus(t))
+
+    return definition
 
 
 def lp_reg(
@@ -176,9 +278,10 @@ def lp_reg(
     upper_for_negatives: bool = True,
     below: bool = False,
     clamp: float = math.inf,
+    surrogate: bool = True,
 ) -> Definition:
-    """Equation 6 and its variations. share None: all tokens; by "negatives": the current policy's lowest of those of
-    negative advantage."""
+    """Equation 6 and its variations, without its first term if `surrogate` is False. share None: all tokens; by
+    "negatives": the current policy's lowest of those of negative advantage."""
 
     def definition(data: Batch, on_policy: bool) -> Tensor:
         old, entropy = old_values(data, on_policy)
@@ -199,6 +302,7 @@ def lp_reg(
 
         def term(t: int) -> Tensor:
             bounded = r[t].clamp(min=bounds[0]) if a[t] < 0 else r[t]
+            bounded = bounded if surrogate else 0 * bounded
             if a[t] >= 0 or upper_for_negatives:
                 bounded = bounded.clamp(max=bounds[1])
             v = int(data.targets[t])
@@ -217,7 +321,11 @@ def lp_reg(
     return definition
 
 
-LP_REG = {"rho": 0.4, "beta": 0.7, "min_p": 0.1}
+def added(*parts: Definition) -> Definition:
+    return lambda data, on_policy: sum((part(data, on_policy) for part in parts), torch.zeros((), dtype=torch.float64))
+
+
+LP_REG: dict[str, Any] = {"rho": 0.4, "beta": 0.7, "min_p": 0.1}
 
 DEFINITIONS: dict[str, tuple[PolicyLoss, Definition]] = {
     "lp_reg, paper": (make_loss.preset("lp_reg", "paper", **LP_REG), lp_reg("full")),
@@ -248,6 +356,26 @@ DEFINITIONS: dict[str, tuple[PolicyLoss, Definition]] = {
         make_loss("lp_reg", rho=0.4, beta=0.7, min_p=0, proxy_source="lagged"),
         lp_reg(source="lagged", min_p=0),
     ),
+    "lp_reg on dppo": (
+        with_lp_reg(make_loss("dppo", bound_low=0.05, bound_high=0.1, weight_bound=1.5), **LP_REG),
+        added(dppo("tv", 0.05, 0.1, 1.5), lp_reg(surrogate=False)),
+    ),
+    "lp_reg on clip_higher, full, lagged": (
+        with_lp_reg(make_loss("clip_higher"), **LP_REG, kl_estimator="full", proxy_source="lagged"),
+        added(clipped(0.2, 0.28), lp_reg("full", "lagged", surrogate=False)),
+    ),
+    "lp_reg on cispo, full, old": (
+        with_lp_reg(make_loss("cispo", clip_low=0.3, clip_high=0.2), **LP_REG, kl_estimator="full", proxy_source="old"),
+        added(cispo, lp_reg("full", "old", surrogate=False)),
+    ),
+    "lp_reg on entropy_bonus": (
+        with_lp_reg(make_loss("entropy_bonus", coefficient=0.3), **LP_REG, select_by="entropy"),
+        added(entropy_bonus, lp_reg(by="entropy", surrogate=False)),
+    ),
+    "lp_reg on tre, all": (
+        with_lp_reg(make_loss("tre", coefficient=0.3, region="min_p", min_p=0.2), beta=0.7, min_p=0.2, select_by="all"),
+        added(tre("min_p"), lp_reg(share=None, min_p=0.2, surrogate=False)),
+    ),
     "grpo": (make_loss("grpo"), clipped(0.2, 0.2)),
     "grpo, mean of sequences": (make_loss("grpo", aggregation="sequence_mean_token_mean"), sequence_mean),
     "dr. grpo": (make_loss("grpo", aggregation="constant_length", constant_length=12), dr_grpo),
@@ -259,4 +387,14 @@ DEFINITIONS: dict[str, tuple[PolicyLoss, Definition]] = {
     "clip_cov": (make_loss("clip_cov", clip_low=0.9, clip_high=0.5, share=1.0, cov_low=0.1, cov_high=1.0), clip_cov),
     "high_entropy": (make_loss("high_entropy", share=0.4), high_entropy),
     "entropy_bonus": (make_loss("entropy_bonus", coefficient=0.3), entropy_bonus),
+    "dppo, tv": (make_loss("dppo", bound_low=0.05, bound_high=0.1, weight_bound=1.5), dppo("tv", 0.05, 0.1, 1.5)),
+    "dppo, kl": (make_loss("dppo", divergence="kl", bound_low=0.01, bound_high=0.02), dppo("kl", 0.01, 0.02, 20)),
+    "drpo": (make_loss("drpo", bound_low=0.05, bound_high=0.1), drpo),
+    "sapo": (make_loss("sapo", tau_positive=1.3, tau_negative=2.0), sapo),
+    "up": (make_loss("up", clip_dual=1.3), up),
+    "vespo": (make_loss("vespo"), vespo),
+    "tre, top-k": (make_loss("tre", coefficient=0.3, top_k=3), tre("top_k")),
+    "tre, top-p": (make_loss("tre", coefficient=0.3, region="top_p", top_p=0.8), tre("top_p")),
+    "tre, min-p": (make_loss("tre", coefficient=0.3, region="min_p", min_p=0.2), tre("min_p")),
+    "stapo": (make_loss("stapo", tau_p=0.3, entropy_share=0.5), stapo),
 }

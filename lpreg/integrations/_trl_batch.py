@@ -86,7 +86,9 @@ def set_denominator(loss: PolicyLoss, micro_batches: Sequence[Batch], group: dis
 
 
 def proxy_rows(loss: PolicyLoss, batch: Batch, mask: Tensor) -> Tensor:
-    """Returns [T] bool, tokens whose proxy the loss may read."""
+    """Returns [T] bool, tokens whose proxy, or entropy inside the filter, the loss may read."""
+    if loss.token_stats_kwargs().get("filter_entropy"):
+        return torch.ones_like(mask[mask])
     rows = loss.uses_proxy(advantages(batch, mask))
     return rows & batch["selection"][mask] if "selection" in batch else rows
 

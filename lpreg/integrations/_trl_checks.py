@@ -9,6 +9,7 @@ import trl
 
 from lpreg import PolicyLoss
 from lpreg.losses.base import WrappedLoss
+from lpreg.losses.with_lp_reg import WithLpReg
 
 WRITTEN_FOR = "1.16."
 """TRL's release series; the trainer overrides methods that are not part of TRL's public interface."""
@@ -44,10 +45,15 @@ def check_config(config: trl.GRPOConfig) -> None:
 
 def check_trainer(trainer: Any, loss: PolicyLoss, *, sharded: bool) -> None:
     """Raises ValueError for models and layouts that are not supported."""
-    if isinstance(loss, WrappedLoss):
+    inner = loss.loss if isinstance(loss, WithLpReg) else loss
+    if isinstance(inner, WrappedLoss):
         raise ValueError(
-            f"lpreg.integrations.trl takes a method as it is, not one with {loss.name} around it: TRL corrects for its "
-            "engine itself (GRPOConfig(vllm_importance_sampling_mode=...)), and has no reference model without `beta`"
+            f"lpreg.integrations.trl takes a method, not one with {inner.name} around it: TRL corrects for its engine "
+            "itself (GRPOConfig(vllm_importance_sampling_mode=...)), and has no reference model without `beta`"
+        )
+    if getattr(inner.settings, "target", None) is not None:
+        raise ValueError(
+            f"{inner.name}: target adapts the coefficient, which TRL's checkpoints would not keep; leave target out"
         )
     if trainer._is_vlm:
         raise ValueError("lpreg.integrations.trl trains text-only models, but the processing class is a processor")

@@ -19,10 +19,11 @@ from torch.nn.functional import pad
 
 from lpreg.needs import StatsSettings
 from lpreg.statistics.fused_head import fused_token_stats
+from lpreg.statistics.fused_loss import FROM_THE_MODEL
 from lpreg.statistics.proxy_store import ProxyStore
 from lpreg.statistics.token_stats import TokenStats, token_stats
 
-ANSWER = ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl", "proxy_store")
+ANSWER = (*FROM_THE_MODEL, "proxy_store")
 
 
 class Wanted(TypedDict):

@@ -1,4 +1,4 @@
-"""The inputs and outputs of a policy loss, and what a method tells its driver.
+"""What a policy loss returns, and what a method tells its driver.
 
 Legend: T tokens that carry loss, flat over the responses of one micro-batch on one rank.
 """
@@ -6,11 +6,12 @@ Legend: T tokens that carry loss, flat over the responses of one micro-batch on 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lpreg._torch import torch
 from lpreg.aggregation import token_mean
+from lpreg.losses.inputs import LossInputs
 from lpreg.losses.settings import MethodSettings
 from lpreg.needs import Counted, MethodNeeds, ProxySource, SelectionRule, StatsSettings
 
@@ -37,85 +38,6 @@ class Mean:
     def value(self) -> float:
         """The mean; NaN if nothing was counted."""
         return float(self.total) / float(self.count) if float(self.count) else float("nan")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LossInputs:
-    """One micro-batch on one rank; all tensors are [T]. A method raises ValueError for a field that it needs and that
-    is missing.
-
-    Raises:
-        ValueError: shapes that differ, masks that are not bool, a denominator that is not positive.
-    """
-
-    log_probs: Tensor
-    """Log-probs of the sampled tokens under the policy in training; they carry the gradient."""
-    advantages: Tensor
-    """Advantages of the sampled tokens."""
-    denominator: float | Tensor
-    """The count that `PolicyLoss.denominator_counts` names (response tokens for most methods) in the whole global batch
-    of this update, over all micro-batches and data-parallel ranks."""
-    old_log_probs: Tensor | None = None
-    """Log-probs under the policy that generated the batch. None: there is one update per batch, so they equal
-    log_probs."""
-    mask: Tensor | None = None
-    """bool, the tokens that count. None: all tokens."""
-    entropy: Tensor | None = None
-    """Entropies in nats, for methods that reward or rank by entropy."""
-    log_z: Tensor | None = None
-    """TokenStats.log_z of the policy in training; must be computed wherever `selection` holds."""
-    in_filter: Tensor | None = None
-    """TokenStats.in_filter of the policy in training."""
-    old_log_z: Tensor | None = None
-    """TokenStats.log_z of the policy that generated the batch."""
-    old_in_filter: Tensor | None = None
-    """TokenStats.in_filter of the policy that generated the batch."""
-    proxy_log_probs: Tensor | None = None
-    """TokenStats.proxy_log_probs of a lagged policy: log q of the sampled token, -inf if the token is filtered."""
-    proxy_kl: Tensor | None = None
-    """TokenStats.proxy_kl of an old or lagged policy's stored proxy: KL(q || p) over the whole vocabulary, with its
-    gradient; must be computed wherever `selection` holds."""
-    reference_log_probs: Tensor | None = None
-    """Log-probs of the sampled tokens under a frozen reference policy, for `with_reference_kl`."""
-    rollout_log_probs: Tensor | None = None
-    """Log-probs of the sampled tokens as the rollout engine reported them, for `with_correction`."""
-    sequence_ids: Tensor | None = None
-    """The response that each token belongs to, for methods that work on whole responses."""
-    selection: Tensor | None = None
-    """bool, this micro-batch's part of the globally selected tokens, for methods with a selection rule."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor) and field.name != "denominator" and value.shape != self.log_probs.shape:
-                raise ValueError(
-                    f"{field.name} has shape {list(value.shape)}, but log_probs has {list(self.log_probs.shape)}"
-                )
-        for name in ("mask", "in_filter", "old_in_filter", "selection"):
-            value = getattr(self, name)
-            if value is not None and value.dtype != torch.bool:
-                raise ValueError(f"{name} must be bool, got {value.dtype}")
-        if not isinstance(self.denominator, torch.Tensor) and self.denominator <= 0:
-            raise ValueError(
-                "denominator must be a count over the global batch (of response tokens, unless the method's "
-                f"denominator_counts says otherwise), got {self.denominator}"
-            )
-
-    @property
-    def counted(self) -> Tensor:
-        """[T] bool: `mask`, or all tokens."""
-        return torch.ones_like(self.log_probs, dtype=torch.bool) if self.mask is None else self.mask
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """[T], log pi - log pi_old of the sampled token; without old_log_probs 0, with the policy gradient attached."""
-        old = self.log_probs if self.old_log_probs is None else self.old_log_probs
-        return self.log_probs - old.detach()
-
-    @property
-    def ratio(self) -> Tensor:
-        """[T], pi / pi_old of the sampled token; without old_log_probs exactly 1, with the policy gradient attached."""
-        return self.log_ratio.exp()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,6 +105,13 @@ class PolicyLoss(ABC):
         others."""
         return torch.zeros_like(advantages, dtype=torch.bool)
 
+    def next_entropy_coefficient(self, coefficient: float | None, entropy: float) -> float | None:
+        """Returns LossInputs.entropy_coefficient of the next update, for methods that adapt it; None otherwise.
+
+        coefficient: that of this update, None for the first one; entropy: the mean over this update's tokens, in nats.
+        """
+        return None
+
     def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:
         """Scalar, this part's share of the mean that the method takes of token losses [T]."""
         return token_mean(token_losses, inputs.counted, inputs.denominator)
@@ -217,6 +146,9 @@ class WrappedLoss(PolicyLoss):
 
     def uses_proxy(self, advantages: Tensor) -> Tensor:
         return self.loss.uses_proxy(advantages)
+
+    def next_entropy_coefficient(self, coefficient: float | None, entropy: float) -> float | None:
+        return self.loss.next_entropy_coefficient(coefficient, entropy)
 
     def aggregate(self, token_losses: Tensor, inputs: LossInputs) -> Tensor:
         return self.loss.aggregate(token_losses, inputs)

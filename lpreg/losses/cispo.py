@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss
+from lpreg.losses.inputs import LossInputs
 from lpreg.losses.ppo import PPOSettings
 from lpreg.losses.settings import NonNegative, ShareOrZero, same_presets
 

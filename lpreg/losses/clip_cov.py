@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss
+from lpreg.losses.inputs import LossInputs
 from lpreg.losses.ppo import PPOSettings, ppo_clip
 from lpreg.losses.settings import NonNegative, Share, ShareOrZero, check_range, same_presets
 from lpreg.needs import MethodNeeds, SelectionRule

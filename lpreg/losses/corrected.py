@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lpreg.correction import accepted_sequences, masked_weights, truncated_weights
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, WrappedLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss, WrappedLoss
+from lpreg.losses.inputs import LossInputs
 from lpreg.losses.settings import MethodSettings, NonNegative, check_range
 from lpreg.needs import MethodNeeds
 
@@ -57,7 +58,7 @@ class WithCorrection(WrappedLoss):
     def __call__(self, inputs: LossInputs) -> LossOutput:
         settings, metrics = self.settings, {}
         rollout = self.need(inputs.rollout_log_probs, "rollout_log_probs")
-        actor = (inputs.log_probs if inputs.old_log_probs is None else inputs.old_log_probs).detach()
+        actor = inputs.old_policy_log_probs
         counted = inputs.counted
         if settings.weights != "none":
             if settings.weights == "truncated":

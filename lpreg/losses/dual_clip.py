@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar
 
 from lpreg._torch import torch
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss
+from lpreg.losses.inputs import LossInputs
 from lpreg.losses.ppo import PPOSettings, ppo_clip
 from lpreg.losses.settings import Range, same_presets
 

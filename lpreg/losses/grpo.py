@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lpreg.aggregation import constant_length_mean, sequence_mean_token_mean, token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss
+from lpreg.losses.inputs import LossInputs
 from lpreg.losses.ppo import PPOSettings, ppo_clip
 from lpreg.losses.settings import PositiveInt, same_presets
 from lpreg.needs import MethodNeeds

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lpreg.aggregation import mean_of_sequence, sequence_mean_token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss
+from lpreg.losses.inputs import MAX_LOG_RATIO, LossInputs
 from lpreg.losses.ppo import PPOSettings, ppo_clip
 from lpreg.losses.settings import NonNegative, ShareOrZero, same_presets
 from lpreg.needs import MethodNeeds
@@ -46,6 +47,7 @@ class GSPO(PolicyLoss):
         counted = inputs.counted
         sequence_ids = self.need(inputs.sequence_ids, "sequence_ids")
         mean_log_ratio = mean_of_sequence(inputs.log_ratio.detach(), counted, sequence_ids)
+        mean_log_ratio = mean_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = (mean_log_ratio + inputs.log_probs - inputs.log_probs.detach()).exp()
         losses, clipped = ppo_clip(ratio, inputs.advantages, self.settings)
         metrics = {"ratio": Mean.of(ratio, counted), "clip_fraction": Mean.of(clipped, counted)}

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from lpreg._torch import torch
 from lpreg.aggregation import token_mean
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss
+from lpreg.losses.inputs import LossInputs
 from lpreg.losses.settings import MethodSettings, NonNegative, Share, same_presets
 from lpreg.needs import MethodNeeds, SelectionRule
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from lpreg._torch import torch
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss, WrappedLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss, WrappedLoss
+from lpreg.losses.inputs import MAX_LOG_RATIO, LossInputs
 from lpreg.losses.settings import MethodSettings, NonNegative
 from lpreg.needs import MethodNeeds
 
@@ -20,7 +20,7 @@ def reference_kl(log_probs: Tensor, reference_log_probs: Tensor, estimator: Esti
     """[T], KL(policy || reference) estimated on each sampled token, with a gradient of log_probs.
 
     - "k3": exp(d) - d - 1 with d = log ref - log p (Schulman, "Approximating KL Divergence", 2020): never negative. Its
-      gradient is in expectation that of KL(reference || policy).
+      gradient is in expectation that of KL(reference || policy); d counts up to 20 in size, with no gradient beyond.
     - "k1": log p - log ref, with the gradient of half its square, which is in expectation that of KL(policy ||
       reference); the gradient of k1 itself would be 0 in expectation.
 
@@ -28,6 +28,7 @@ def reference_kl(log_probs: Tensor, reference_log_probs: Tensor, estimator: Esti
     """
     gap = reference_log_probs.detach() - log_probs
     if estimator == "k3":
+        gap = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return gap.expm1() - gap
     half_square = gap.square() / 2
     return half_square + (-gap - half_square).detach()
@@ -60,9 +61,7 @@ class WithReferenceKL(WrappedLoss):
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         reference = self.need(inputs.reference_log_probs, "reference_log_probs")
-        # The log-probs of a token that does not count may be anything, and a gradient of inf * 0 is NaN.
-        log_probs = torch.where(inputs.counted, inputs.log_probs, 0.0)
-        kl = reference_kl(log_probs, torch.where(inputs.counted, reference, 0.0), self.settings.estimator)
+        kl = reference_kl(inputs.log_probs, reference, self.settings.estimator)
         output = self.loss(inputs)
         penalty = self.settings.coefficient * self.aggregate(kl, inputs)
         return LossOutput(output.loss + penalty, output.metrics | {"reference_kl": Mean.of(kl, inputs.counted)})

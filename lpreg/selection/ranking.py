@@ -6,7 +6,10 @@ Sums of integers make the result the same on every rank, however the tokens are 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from lpreg._torch import torch
@@ -36,7 +39,7 @@ class Selection:
 def select_lowest(
     values: Tensor, eligible: Tensor, fraction: float, *, group: dist.ProcessGroup | None = None
 ) -> Selection:
-    """Selects the lowest max(1, int(fraction * population)) eligible values over all ranks of `group`, and their ties.
+    """Selects the lowest `share_of(fraction, population)` eligible values over all ranks of `group`, and their ties.
 
     The selection costs two all-reduces of 512 KiB (four for fp64), whatever the number of tokens. -0.0 equals 0.0; -inf
     and +inf rank as numbers; a rank may hold no token.
@@ -59,7 +62,14 @@ def select_lowest(
         )
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
-    values = values.detach()
+    return lowest(values.detach(), eligible, lambda population: share_of(fraction, population), group)
+
+
+def lowest(
+    values: Tensor, eligible: Tensor, count_of: Callable[[int], int], group: dist.ProcessGroup | None
+) -> Selection:
+    """Selects the lowest values, and their ties, see `select_lowest`; count_of: population -> how many, from 1 to the
+    population."""
     wide = values if values.dtype == torch.float64 else values.float()
     nan = eligible & wide.isnan()
     usable = eligible & ~nan
@@ -80,7 +90,7 @@ def select_lowest(
             population = int(histogram.sum())
             if population == 0:
                 return Selection(-torch.inf, torch.zeros_like(eligible), 0, 0)
-            rank_of_last = max(1, int(fraction * population))
+            rank_of_last = count_of(population)
         cumulative = histogram[:DIGITS].cumsum(0)
         digit = int(torch.searchsorted(cumulative, rank_of_last - below))
         in_digit = int(histogram[digit])
@@ -97,6 +107,14 @@ def select_highest(
     """Selects the highest values, see `select_lowest`."""
     lowest = select_lowest(-values, eligible, fraction, group=group)
     return Selection(-lowest.threshold, lowest.mask, lowest.count, lowest.population)
+
+
+def share_of(fraction: float, population: int) -> int:
+    """Returns the whole number of tokens that are a share of the population, at least 1.
+
+    The fraction is the decimal number that is written: .29 of 100 tokens are 29, which floats make 28.
+    """
+    return max(1, math.floor(Fraction(str(fraction)) * population))
 
 
 def on_this_rank(bad: Tensor) -> str:

@@ -5,12 +5,13 @@ Legend: T tokens of this rank; together the ranks of `group` hold the global bat
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lpreg._torch import torch
 from lpreg.needs import SelectionRule
 from lpreg.selection.exact import exact_mean, uniform
-from lpreg.selection.ranking import Selection, select_highest, select_lowest
+from lpreg.selection.ranking import Selection, lowest, select_highest, select_lowest, share_of
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -31,16 +32,18 @@ def apply_rule(
     """Returns the tokens that `rule` chooses from the eligible tokens of the global batch, the same under any layout.
 
     Everything is known before the first backward: log-probs and entropies are those of the policy that generated the
-    batch. Rankings include all ties at the threshold; random rules draw by a hash of seed and token id.
+    batch. Random rules draw by a hash of seed and token id. A ranking by covariance chooses exactly its share: many
+    certain tokens of one response tie for the highest one, and as many of these are drawn as there is room for. Other
+    rankings include all ties at the threshold.
 
     Args:
         eligible: [T] bool, the response tokens.
-        log_probs: [T], of the sampled tokens; for "lowest_log_prob" and both covariance rules.
-        entropy: [T], nats; for "highest_entropy".
-        advantages: [T]; for both covariance rules.
+        log_probs: [T], of the sampled tokens; for "lowest_log_prob", "not_spurious" and both covariance rules.
+        entropy: [T], nats; for "highest_entropy" and "not_spurious".
+        advantages: [T]; for "not_spurious" and both covariance rules.
         token_ids: [T] int64, a different id for every token of the global batch, independent of the layout; for both
-            random rules. None, only without a group: the token's index in this call.
-        seed: for both random rules; a different seed for every batch.
+            random rules and ties of "highest_covariance". None, only without a group: the token's index in this call.
+        seed: for draws; a different seed for every batch.
         group: the ranks that hold the global batch; each must call. None: this call holds the whole batch.
 
     Raises:
@@ -54,13 +57,20 @@ def apply_rule(
         return select_lowest(_need(rule, log_probs, "log_probs"), eligible, rule.fraction, group=group)
     if rule.kind == "highest_entropy":
         return select_highest(_need(rule, entropy, "entropy"), eligible, rule.fraction, group=group)
+    if rule.kind == "not_spurious":
+        return _not_spurious(rule, eligible, log_probs, entropy, advantages, group)
     if rule.kind == "random":
         return select_lowest(_draw(rule, eligible, token_ids, seed, group), eligible, rule.fraction, group=group)
     covariance = _covariance(
         _need(rule, advantages, "advantages"), _need(rule, log_probs, "log_probs"), eligible, group
     )
     if rule.kind == "highest_covariance":
-        return select_highest(covariance, eligible, rule.fraction, group=group)
+        chosen = select_highest(covariance, eligible, rule.fraction, group=group)
+        wanted = share_of(rule.fraction, chosen.population)
+        if chosen.count <= wanted:
+            return chosen
+        draw = _draw(rule, eligible, token_ids, seed, group)
+        return _without_surplus_ties(chosen, covariance == chosen.threshold, wanted, draw, group)
     if rule.covariance_range is None:
         raise ValueError("covariance_range: random_in_covariance needs one")
     low, high = rule.covariance_range
@@ -70,6 +80,33 @@ def apply_rule(
     chosen = select_lowest(draw, eligible, rule.fraction, group=group)
     mask = chosen.mask & inside
     return Selection(chosen.threshold, mask, _count(mask, group), chosen.population)
+
+
+def _without_surplus_ties(
+    chosen: Selection, ties: Tensor, wanted: int, draw: Tensor, group: dist.ProcessGroup | None
+) -> Selection:
+    """Returns `wanted` of the chosen tokens: those beyond the threshold, and the ties at it with the lowest draw."""
+    ties = ties & chosen.mask
+    room = wanted - (chosen.count - _count(ties, group))
+    cut = lowest(draw, ties, lambda _: room, group)
+    return Selection(chosen.threshold, chosen.mask & ~ties | cut.mask, wanted, chosen.population)
+
+
+def _not_spurious(
+    rule: SelectionRule,
+    eligible: Tensor,
+    log_probs: Tensor | None,
+    entropy: Tensor | None,
+    advantages: Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> Selection:
+    """Returns all eligible tokens but the spurious ones; the threshold is the highest entropy that counts as low."""
+    if rule.probability is None:
+        raise ValueError("probability: not_spurious needs one")
+    low = select_lowest(_need(rule, entropy, "entropy"), eligible, rule.fraction, group=group)
+    rare = _need(rule, log_probs, "log_probs").detach() < math.log(rule.probability)
+    mask = eligible & ~(low.mask & rare & (_need(rule, advantages, "advantages") > 0))
+    return Selection(low.threshold, mask, _count(mask, group), low.population)
 
 
 def _need(rule: SelectionRule, value: Tensor | None, name: str) -> Tensor:

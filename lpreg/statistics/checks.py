@@ -11,13 +11,21 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_settings(temperature: float, min_p: float, fixed_tau: float | None, entropy: str) -> None:
+def check_settings(
+    temperature: float, min_p: float, fixed_tau: float | None, top_k: int | None, top_p: float | None, entropy: str
+) -> None:
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     if not 0 < min_p <= 1:
         raise ValueError(f"min_p must lie in (0, 1], got {min_p}")
     if fixed_tau is not None and not 0 < fixed_tau <= 1:
         raise ValueError(f"fixed_tau must be None or lie in (0, 1], got {fixed_tau}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be None or at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be None or lie in (0, 1], got {top_p}")
+    if sum(value is not None for value in (fixed_tau, top_k, top_p)) > 1:
+        raise ValueError(f"only one of fixed_tau={fixed_tau}, top_k={top_k} and top_p={top_p} can be the filter")
     if entropy not in ("metric", "grad", "none"):
         raise ValueError(f"entropy must be 'metric', 'grad' or 'none', got {entropy!r}")
 

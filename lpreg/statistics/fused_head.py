@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
 from lpreg.statistics.head import Head, HeadGradient, gather_sequence, sum_over_ranks
 from lpreg.statistics.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
-from lpreg.statistics.row_gradients import row_gradients
+from lpreg.statistics.row_gradients import StatisticGradients, row_gradients
 from lpreg.statistics.row_statistics import (
     EntropyMode,
+    Filter,
     RowStatistics,
     Settings,
     check_finite,
@@ -30,7 +31,8 @@ from lpreg.statistics.row_statistics import (
     statistics,
 )
 from lpreg.statistics.rows import filter_masses, summarise
-from lpreg.statistics.token_stats import TokenStats
+from lpreg.statistics.shard import RowScale
+from lpreg.statistics.token_stats import TokenStats, values_of
 
 
 def fused_token_stats(
@@ -43,6 +45,9 @@ def fused_token_stats(
     temperature: float = 1.0,
     min_p: float = 0.02,
     fixed_tau: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    filter_entropy: bool = False,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     log_z_rows: Tensor | None = None,
@@ -81,12 +86,13 @@ def fused_token_stats(
     check_row_tensor("targets", targets, torch.int64, tokens, hidden, "hidden states")
     flags = {"log_z_rows": log_z_rows, "proxy_rows": proxy_rows, "proxy.stored": proxy.stored if proxy else None}
     check_row_flags(tokens, hidden, "hidden states", flags)
+    keeps = Filter(min_p, fixed_tau, top_k, top_p)
     settings, columns_of_targets = resolve(
-        weight.shape[0], targets, temperature, min_p, fixed_tau, vocab_size, tp_group, entropy
+        weight.shape[0], targets, temperature, keeps, vocab_size, tp_group, entropy, filter_entropy
     )
     if log_z_rows is not None and proxy_rows is not None:
         log_z_rows = log_z_rows | proxy_rows
-    *values, threshold, log_sum = _FusedTokenStats.apply(
+    *values, threshold, log_total = _FusedTokenStats.apply(
         hidden,
         weight,
         columns_of_targets,
@@ -101,9 +107,9 @@ def fused_token_stats(
     if proxy_rows is not None:
         whole = gather_sequence(hidden.detach(), tp_group) if sequence_parallel else hidden.detach()
         head = Head(whole, weight.detach(), columns_of_targets, settings, chunk_tokens)
-        log_scale = log_sum + values[2].detach()
+        scale, log_z = RowScale(values[4], log_total, threshold, log_total), values[2].detach()
         parts = [
-            filter_entries(head.project(rows), None, threshold[rows], log_scale[rows])
+            filter_entries(head.project(rows), None, scale.of(rows), log_z[rows])
             for _, rows in head.chunks(proxy_rows.nonzero().squeeze(1))
         ]
         store = make_store(proxy_rows, settings.first, parts)
@@ -129,13 +135,14 @@ class _FusedTokenStats(torch.autograd.Function):
         head = Head(hidden, weight, targets, settings, chunk_tokens)
         one_rank = ranks_of(settings.tp_group) == 1
         stats = _in_one_pass(head, log_z_rows, proxy) if one_rank else _over_ranks(head, log_z_rows, proxy)
-        check_finite(stats.log_sum)
-        ctx.proxy, ctx.weight_grad = proxy, weight_grad
+        check_finite(stats)
+        ctx.proxy, ctx.weight_grad, ctx.scale = proxy, weight_grad, stats.scale
         ctx.settings, ctx.chunk_tokens, ctx.sequence_parallel = settings, chunk_tokens, sequence_parallel
-        ctx.save_for_backward(
-            hidden, weight, targets, log_z_rows, stats.log_sum, stats.threshold, stats.entropy, stats.log_z
-        )
-        return stats.outputs(ctx, settings)
+        ctx.save_for_backward(hidden, weight, targets, log_z_rows, stats.log_z, stats.filter_entropy)
+        constants = [stats.in_filter, stats.max_logit, stats.threshold, stats.log_total, stats.filter_extent]
+        ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
+        ctx.set_materialize_grads(False)
+        return *values_of(stats), stats.threshold, stats.log_total
 
     @staticmethod
     @once_differentiable
@@ -147,26 +154,25 @@ class _FusedTokenStats(torch.autograd.Function):
         _in_filter: None,
         _max_logit: None,
         grad_proxy_kl: Tensor | None,
+        grad_filter_entropy: Tensor | None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, log_z_rows, log_sum, threshold, entropies, log_z = ctx.saved_tensors
+        hidden, weight, targets, log_z_rows, log_z, filter_entropy = ctx.saved_tensors
         settings: Settings = ctx.settings
         head = Head(hidden, weight, targets, settings, ctx.chunk_tokens)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         total = HeadGradient(head, need_hidden, weight.shape[0] if need_weight else 0, ctx.weight_grad)
-        grads = row_gradients(
-            grad_log_probs,
-            grad_entropy,
-            grad_log_z,
-            log_z,
-            log_z_rows,
-            settings.temperature,
-            grad_proxy_kl,
-            ctx.proxy,
+        of = StatisticGradients(
+            log_probs=grad_log_probs,
+            entropy=grad_entropy,
+            log_z=grad_log_z,
+            proxy_kl=grad_proxy_kl,
+            filter_entropy=grad_filter_entropy,
         )
+        grads = row_gradients(of, log_z, filter_entropy, log_z_rows, settings.temperature, ctx.proxy)
         active = grads.active
         for _place, rows in head.chunks(None if active.all() else active.nonzero().squeeze(1)):
-            total.add(rows, head.project(rows), grads.of(rows), threshold[rows], log_sum[rows], entropies[rows])
+            total.add(rows, head.project(rows), grads.of(rows), ctx.scale.of(rows))
         d_hidden = total.hidden
         if d_hidden is not None:
             d_hidden = sum_over_ranks(d_hidden, ctx.sequence_parallel, settings.tp_group)
@@ -192,17 +198,18 @@ def _over_ranks(head: Head, log_z_rows: Tensor | None, proxy: ShardProxy | None)
     """Returns the statistics over ranks by two collectives, whatever the number of chunks. Rows that need log Z and
     rows with a stored proxy are projected twice for that."""
     with_entropy = head.settings.with_entropy
-    packs = [summarise(head.project(rows), with_entropy) for _, rows in head.chunks()]
+    likeliest = head.settings.filter.likeliest
+    packs = [summarise(head.project(rows), with_entropy, likeliest) for _, rows in head.chunks()]
     totals = combine(torch.cat(packs, 1), head.settings)
     wanted = None if log_z_rows is None else log_z_rows.nonzero().squeeze(1)
     masses = [
-        filter_masses(head.project(rows), None, totals.threshold[rows], totals.log_sum[rows])
+        filter_masses(head.project(rows), None, totals.scale.of(rows), head.settings.filter_entropy)
         for _, rows in head.chunks(wanted)
     ]
     if proxy is None:
         return finish(totals, torch.cat(masses, 1), wanted, head.settings)
     divergence = [
-        proxy.take(rows).divergence(head.project(rows), totals.log_sum[rows])
+        proxy.take(rows).divergence(head.project(rows), totals.scale.of(rows))
         for _, rows in head.chunks(proxy.stored.nonzero().squeeze(1))
     ]
     return finish(totals, torch.cat(masses, 1), wanted, head.settings, proxy.stored, torch.cat(divergence))

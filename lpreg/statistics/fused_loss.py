@@ -8,23 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
+from lpreg.losses.base import LossOutput, Mean, PolicyLoss
+from lpreg.losses.inputs import LossInputs
 from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
 from lpreg.statistics.head import Head, HeadGradient, compact, gather_sequence, sum_over_ranks
 from lpreg.statistics.proxy_store import ProxyStore, ShardProxy
-from lpreg.statistics.row_gradients import RowGradients, row_gradients
-from lpreg.statistics.row_statistics import EntropyMode, RowStatistics, check_finite, ranks_of, resolve, statistics
+from lpreg.statistics.row_gradients import RowGradients, StatisticGradients, row_gradients
+from lpreg.statistics.row_statistics import (
+    EntropyMode,
+    Filter,
+    RowStatistics,
+    Settings,
+    check_finite,
+    ranks_of,
+    resolve,
+    statistics,
+)
 from lpreg.statistics.shard import Shard
-from lpreg.statistics.token_stats import TokenStats
+from lpreg.statistics.token_stats import TokenStats, values_of
 
-FROM_THE_MODEL = ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl")
+FROM_THE_MODEL = ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl", "filter_entropy", "filter_extent")
 
 
 def fused_loss(
@@ -78,9 +88,10 @@ def fused_loss(
     check_row_flags(tokens, hidden, "hidden states", flags)
     _check_inputs(inputs, tokens)
     own = loss.token_stats_kwargs()
-    filters = (own.get("min_p", 0.02), own.get("fixed_tau"))
+    keeps = Filter(own.get("min_p", 0.02), own.get("fixed_tau"), own.get("top_k"), own.get("top_p"))
+    entropy, filter_entropy = own.get("entropy", entropy), own.get("filter_entropy", False)
     settings, columns_of_targets = resolve(
-        weight.shape[0], targets, temperature, *filters, vocab_size, tp_group, own.get("entropy", entropy)
+        weight.shape[0], targets, temperature, keeps, vocab_size, tp_group, entropy, filter_entropy
     )
     grad = torch.is_grad_enabled()
     need_hidden, need_weight = grad and hidden.requires_grad, grad and weight.requires_grad
@@ -94,8 +105,7 @@ def fused_loss(
             d_hidden = sum_over_ranks(d_hidden, sequence_parallel, tp_group)
     d_weight = total.weight if weight_grad is None else None
     attached = _WithGradients.apply(hidden, weight, output.loss, d_hidden, d_weight, weight_grad is not None)
-    values = (stats.log_probs, stats.entropy, stats.log_z, stats.in_filter, stats.max_logit, stats.proxy_kl)
-    return LossOutput(attached, output.metrics), TokenStats.of(values, settings, proxy, None)
+    return LossOutput(attached, output.metrics), TokenStats.of(values_of(stats), settings, proxy, None)
 
 
 def _forward(
@@ -114,27 +124,19 @@ def _forward(
         z_rows = None if log_z_rows is None else log_z_rows[rows]
         chunk_proxy = None if proxy is None else proxy.take(rows)
         stats = statistics(shard, z_rows, head.settings, chunk_proxy)
-        check_finite(stats.log_sum, place.start)
+        check_finite(stats, place.start)
         parts.append(stats)
         some = {name: field[rows] if _is_per_token(field) else field for name, field in inputs.items()}
-        leaves = _leaves(stats, head.settings.entropy, proxy)
+        leaves = _leaves(stats, head.settings, proxy)
+        extent = stats.filter_extent if head.settings.filter_entropy else None
         with torch.enable_grad():
-            output = loss(LossInputs(**leaves, in_filter=stats.in_filter, **some))
+            output = loss(LossInputs(**leaves, in_filter=stats.in_filter, filter_extent=extent, **some))
         value = output.loss.detach() if value is None else value + output.loss.detach()
         metrics = {name: metrics[name] + mean if metrics else mean for name, mean in output.metrics.items()}
         if (total.hidden is None and total.weight is None) or not output.loss.requires_grad:
             continue
         of = _differentiate(output.loss, leaves)
-        grads = row_gradients(
-            of["log_probs"],
-            of.get("entropy"),
-            of["log_z"],
-            stats.log_z,
-            z_rows,
-            shard.temperature,
-            of.get("proxy_kl"),
-            chunk_proxy,
-        )
+        grads = row_gradients(of, stats.log_z, stats.filter_entropy, z_rows, shard.temperature, chunk_proxy)
         _add_gradient(total, place, shard, grads, stats)
     assert value is not None  # there is at least one chunk
     return LossOutput(value, metrics), RowStatistics.join(parts)
@@ -154,30 +156,32 @@ def _is_per_token(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _leaves(stats: RowStatistics, entropy: EntropyMode, proxy: ShardProxy | None) -> dict[str, Tensor]:
+def _leaves(stats: RowStatistics, settings: Settings, proxy: ShardProxy | None) -> dict[str, Tensor]:
     leaves = {"log_probs": stats.log_probs, "log_z": stats.log_z}
     if proxy is not None:
         leaves["proxy_kl"] = stats.proxy_kl
+    if settings.filter_entropy:
+        leaves["filter_entropy"] = stats.filter_entropy
     leaves = {name: value.detach().requires_grad_() for name, value in leaves.items()}
-    if entropy != "none":
-        leaves["entropy"] = stats.entropy.detach().requires_grad_(entropy == "grad")
+    if settings.with_entropy:
+        leaves["entropy"] = stats.entropy.detach().requires_grad_(settings.entropy == "grad")
     return leaves
 
 
-def _differentiate(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
+def _differentiate(loss: Tensor, leaves: dict[str, Tensor]) -> StatisticGradients:
     """Returns the gradients by the names of the leaves; None if the loss does not depend on a leaf."""
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), allow_unused=True), strict=True))
+    gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return cast(StatisticGradients, dict(zip(wanted, gradients, strict=True)))
 
 
 def _add_gradient(total: HeadGradient, place: slice, shard: Shard, grads: RowGradients, stats: RowStatistics) -> None:
     active = grads.active
     if active.all():
-        total.add(place, shard, grads, stats.threshold, stats.log_sum, stats.entropy)
+        total.add(place, shard, grads, stats.scale)
     elif active.any():
         rows = active.nonzero().squeeze(1)
-        kept = (stats.threshold[rows], stats.log_sum[rows], stats.entropy[rows])
-        total.add(rows + place.start, compact(shard, rows), grads.of(rows), *kept)
+        total.add(rows + place.start, compact(shard, rows), grads.of(rows), stats.scale.of(rows))
 
 
 class _WithGradients(torch.autograd.Function):

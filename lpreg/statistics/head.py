@@ -17,7 +17,7 @@ from torch import Tensor
 from lpreg.statistics.row_gradients import RowGradients
 from lpreg.statistics.row_statistics import Settings, ranks_of
 from lpreg.statistics.rows import write_gradient
-from lpreg.statistics.shard import Rows, Shard, row_chunks
+from lpreg.statistics.shard import Rows, RowScale, Shard, row_chunks
 
 # Tokens of one chunk: enough for matrix products at full rate, few enough for a small logits buffer.
 CPU_CHUNK_TOKENS = 512
@@ -84,14 +84,12 @@ class HeadGradient:
             buffer if buffer.dtype == head.hidden.dtype else torch.empty_like(buffer, dtype=head.hidden.dtype)
         )
 
-    def add(
-        self, rows: Rows, shard: Shard, grads: RowGradients, threshold: Tensor, log_sum: Tensor, entropy: Tensor
-    ) -> None:
-        """Adds the gradients of the rows whose logits `shard` holds; the logits are overwritten. The other arguments
-        are [R]."""
+    def add(self, rows: Rows, shard: Shard, grads: RowGradients, scale: RowScale) -> None:
+        """Adds the gradients of the rows whose logits `shard` holds; the logits are overwritten. grads and scale: of
+        the R rows."""
         head = self._head
         d_logits = self._buffer[: shard.logits.shape[0]]
-        write_gradient(d_logits, shard, grads, threshold, log_sum, entropy)
+        write_gradient(d_logits, shard, grads, scale)
         if self.hidden is not None:
             if isinstance(rows, slice):
                 torch.mm(d_logits, head.weight, out=self.hidden[rows])

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lpreg.statistics.shard import Rows, Shard
+from lpreg.statistics.shard import Rows, RowScale, Shard
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,31 +97,27 @@ class ShardProxy:
         _, columns, log_q = self.entries(rows)
         return ShardProxy(self.stored[rows], counts, counts.cumsum(0) - counts, columns, log_q)
 
-    def divergence(self, shard: Shard, log_sum: Tensor) -> Tensor:
-        """Returns this shard's part of KL(q || p) of the stored tokens, [R]. log_sum: [T], over the whole
-        vocabulary."""
+    def divergence(self, shard: Shard, scale: RowScale) -> Tensor:
+        """Returns this shard's part of KL(q || p) of the stored tokens, [R]."""
         row, columns, log_q = self.entries(slice(None))
-        log_p = shard.logits[row, columns].to(log_sum.dtype) / shard.temperature - log_sum[row]
-        log_q = log_q.to(log_sum.dtype)
-        return torch.zeros_like(log_sum).index_add_(0, row, log_q.exp() * (log_q - log_p))[self.stored]
+        x = shard.logits[row, columns].to(shard.dtype) / shard.temperature
+        log_p = (x - scale.max_logit[row]) - scale.log_total[row]
+        log_q = log_q.to(shard.dtype)
+        return torch.zeros_like(scale.log_total).index_add_(0, row, log_q.exp() * (log_q - log_p))[self.stored]
 
 
-def filter_entries(
-    shard: Shard, rows: Tensor | None, threshold: Tensor, log_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def filter_entries(shard: Shard, rows: Tensor | None, scale: RowScale, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns counts [R], columns [E] and log q [E] of the columns inside the filter x >= threshold, in `rows` of the
-    shard or (None) all rows.
-
-    threshold, log_scale: [T], over the whole vocabulary; log q = x - log_scale, so log_scale = log sum + log Z.
+    shard or (None) all rows. log_z: [T]; log q = log p - log Z.
     """
     none = shard.targets.new_zeros(0)
-    parts = [(none, none, threshold.new_zeros(0))]
+    parts = [(none, none, log_z.new_zeros(0))]
     buffer = shard.buffer()
     for _, chunk in shard.chunks(rows):
         x = shard.read(chunk, buffer)
-        inside = x >= threshold[chunk, None]
+        inside = x >= scale.threshold[chunk, None]
         place, column = inside.nonzero().unbind(1)
-        parts.append((inside.sum(-1), column, x[inside] - log_scale[chunk][place]))
+        parts.append((inside.sum(-1), column, scale.log_p_(x, chunk)[inside] - log_z[chunk][place]))
     counts, columns, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
     return counts, columns, log_q
 

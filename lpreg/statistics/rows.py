@@ -11,28 +11,33 @@ from torch import Tensor
 
 from lpreg.statistics import kernels
 from lpreg.statistics.row_gradients import RowGradients
-from lpreg.statistics.shard import Shard
+from lpreg.statistics.shard import RowScale, Shard
 
 # exp(LOG_FLOOR) is 0 in fp64 too, and unlike -inf LOG_FLOOR may be multiplied by 0 (entropy of impossible tokens).
 LOG_FLOOR = -1e4
 
 
-def summarise(shard: Shard, with_entropy: bool) -> Tensor:
-    """Reads every row once and returns [4, T]: max x, sum e, sum e * (x - max), x of the target; e = exp(x - max).
+def summarise(shard: Shard, with_entropy: bool, likeliest: int = 0) -> Tensor:
+    """Reads every row once and returns [4 + likeliest, T]: max x, sum e, sum e * (x - max), x of the target, and the
+    largest x in falling order; e = exp(x - max).
 
     A shard without columns, or a row that is all -inf, gives (-inf, 0, 0, -inf), which adds nothing when ranks combine.
+    Where there are fewer columns than `likeliest`, the rest is -inf.
     """
     tokens = shard.logits.shape[0]
-    pack = torch.zeros(4, tokens, dtype=shard.dtype, device=shard.logits.device)
-    pack[0] = pack[3] = -torch.inf
+    pack = torch.full((4 + likeliest, tokens), -torch.inf, dtype=shard.dtype, device=shard.logits.device)
+    pack[1:3] = 0.0
     if shard.columns == 0 or tokens == 0:
         return pack
-    if kernels.usable(shard.logits):
+    if kernels.usable(shard.logits) and not likeliest:
         return kernels.load().summarise(shard)
+    ranked = min(likeliest, shard.columns)
     shifted_buffer, exp_buffer = shard.buffer(), shard.buffer()
     for place, rows in shard.chunks(None):
         x = shard.read(rows, shifted_buffer)
         high = x.amax(-1)
+        if ranked:
+            pack[4 : 4 + ranked, place] = x.topk(ranked, -1).values.t()
         x.sub_(torch.where(high == -torch.inf, 0.0, high)[:, None])
         if with_entropy:
             x.clamp_min_(LOG_FLOOR)
@@ -45,42 +50,42 @@ def summarise(shard: Shard, with_entropy: bool) -> Tensor:
     return pack
 
 
-def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum: Tensor) -> Tensor:
+def filter_masses(shard: Shard, rows: Tensor | None, scale: RowScale, with_entropy: bool = False) -> Tensor:
     """Reads `rows` a second time and returns [2, R]: this shard's probability inside and outside the filter
-    x >= threshold.
-
-    threshold, log_sum: [T], over the whole vocabulary.
-    """
+    x >= threshold; with_entropy [4, R]: also the sum of p log p inside, and the number of columns inside."""
     count = shard.logits.shape[0] if rows is None else rows.shape[0]
-    masses = torch.zeros(2, count, dtype=shard.dtype, device=shard.logits.device)
+    masses = torch.zeros(4 if with_entropy else 2, count, dtype=shard.dtype, device=shard.logits.device)
     if shard.columns == 0 or count == 0:
         return masses
-    if kernels.usable(shard.logits):
-        return kernels.load().filter_masses(shard, rows, threshold, log_sum)
+    if kernels.usable(shard.logits) and not with_entropy:
+        return kernels.load().filter_masses(shard, rows, scale)
     buffer, inside_buffer = shard.buffer(), shard.buffer()
     for place, chunk in shard.chunks(rows):
         x = shard.read(chunk, buffer)
         # 1 inside the filter and 0 outside, as floats: much faster on a CPU than a bool mask, and as exact.
-        inside = torch.ge(x, threshold[chunk, None], out=inside_buffer[: x.shape[0], : shard.columns])
-        p = x.sub_(log_sum[chunk, None]).exp_()
+        inside = torch.ge(x, scale.threshold[chunk, None], out=inside_buffer[: x.shape[0], : shard.columns])
+        log_p = scale.log_p_(x, chunk)
+        if with_entropy:
+            masses[3, place] = inside.sum(-1)
+            floored = log_p.clamp_min(LOG_FLOOR)
+            masses[2, place] = (floored.exp() * floored).mul_(inside).sum(-1)
+        p = log_p.exp_()
         masses[0, place] = inside.mul_(p).sum(-1)
         masses[1, place] = p.sub_(inside).sum(-1)
     return masses
 
 
-def write_gradient(
-    out: Tensor, shard: Shard, grads: RowGradients, threshold: Tensor, log_sum: Tensor, entropy: Tensor | None
-) -> None:
+def write_gradient(out: Tensor, shard: Shard, grads: RowGradients, scale: RowScale) -> None:
     """Fills `out` [T, V/TP], which may be the logits themselves, with d loss / d x. Rows without gradient are not
     read."""
     out[:, shard.columns :] = 0.0
     if shard.columns == 0 or out.shape[0] == 0:
         return
     if kernels.usable(shard.logits) and kernels.usable(out):
-        # The kernels do not handle a stored proxy: the few rows that have one are written below.
-        left = torch.zeros_like(grads.active) if grads.proxy is None else grads.proxy != 0
-        kernels.load().write_gradient(out, shard, grads, threshold, log_sum, entropy, leave=left)
-        if grads.proxy is None:
+        # The kernels handle neither a stored proxy, which few rows have, nor the entropy of the filtered distribution.
+        left = grads.beyond_kernels
+        kernels.load().write_gradient(out, shard, grads, scale, leave=left)
+        if grads.proxy is None and grads.filter_entropy is None:
             return
     else:
         left = grads.active
@@ -95,12 +100,17 @@ def write_gradient(
         for _, chunk in shard.chunks(None if every_row else rows):
             x = shard.read(chunk, buffer)
             coefficient = grads.dropped[chunk, None]
-            if filtered:
-                coefficient = torch.where(x >= threshold[chunk, None], grads.kept[chunk, None], coefficient)
-            x.sub_(log_sum[chunk, None])
-            if grads.entropy is not None and entropy is not None:
+            inside = x >= scale.threshold[chunk, None] if filtered else None
+            scale.log_p_(x, chunk)
+            if inside is not None:
+                kept = grads.kept[chunk, None]
+                if grads.filter_entropy is not None and grads.filter_offset is not None:
+                    log_q_and_entropy = x.clamp_min(LOG_FLOOR).add_(grads.filter_offset[chunk, None])
+                    kept = kept - grads.filter_entropy[chunk, None] * log_q_and_entropy
+                coefficient = torch.where(inside, kept, coefficient)
+            if grads.entropy is not None:
                 log_p = x.clamp_min(LOG_FLOOR)
-                coefficient = coefficient - grads.entropy[chunk, None] * log_p.add_(entropy[chunk, None])
+                coefficient = coefficient - grads.entropy[chunk, None] * log_p.add_(scale.entropy[chunk, None])
             x.exp_().mul_(coefficient)
             onehot = torch.where(shard.owned[chunk], grads.target[chunk], 0.0)
             x.scatter_add_(1, shard.target_columns[chunk, None], onehot[:, None])

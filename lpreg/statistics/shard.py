@@ -75,6 +75,29 @@ class Shard:
         return x if self.temperature == 1.0 else x.div_(self.temperature)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowScale:
+    """What turns x into log-probs and filter membership, over the whole vocabulary; all [T].
+
+    log sum exp(x) is kept in two parts: if all logits share a large offset, their sum has no digits left for log p.
+    """
+
+    max_logit: Tensor
+    log_total: Tensor
+    """log sum exp(x - max)."""
+    threshold: Tensor
+    """The filter keeps x >= threshold."""
+    entropy: Tensor
+
+    def of(self, rows: Rows) -> RowScale:
+        """Returns the values of the given rows."""
+        return RowScale(self.max_logit[rows], self.log_total[rows], self.threshold[rows], self.entropy[rows])
+
+    def log_p_(self, x: Tensor, rows: Rows) -> Tensor:
+        """Overwrites x [R, C] of the given rows with log p, and returns it."""
+        return x.sub_(self.max_logit[rows, None]).sub_(self.log_total[rows, None])
+
+
 def row_chunks(tokens: int, size: int, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
     """Yields (place in the list of rows, rows to read); None means all rows, read without an index."""
     count = tokens if rows is None else rows.shape[0]

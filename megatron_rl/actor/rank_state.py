@@ -28,7 +28,7 @@ from megatron_rl.parallel.layout import Layout
 from megatron_rl.utils import heartbeat
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """A file to be written, with its tensors in CPU memory."""
 
@@ -52,7 +52,7 @@ class HeldState:
         return RankPart(dict(shard.write(folder) for shard in self.shards), self.rng, self.optimizer_steps)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RankState:
     """Everything that a rank needs to resume exactly. All methods are collective except `bytes`."""
 

@@ -34,6 +34,8 @@ class DriverState:
     step: int
     weight_version: int
     cursor: dict[str, Any]
+    entropy_coefficient: float | None = None
+    """Weight of the entropy bonus in the next update, if the loss adapts it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from lpreg.advantages import ESTIMATORS
 from lpreg.losses.registry import METHODS
 
 from .fields import Count, FilePath, NameOrPath, NonNegative, Positive, PositiveInt, Section, Text
-from .method_sections import SECTIONS, MethodSection, effective_values
+from .method_sections import SECTIONS, TERM_SECTION, MethodSection, effective_values
 
 MethodName = Annotated[str, NameOrPath(tuple(METHODS), "package.module:Class")]
 AdvantageName = Annotated[str, NameOrPath(ESTIMATORS, "package.module:function")]
@@ -78,13 +78,14 @@ class _AlgorithmKeys(Section):
     settings: dict[str, Any] | None = None
     """Settings of a method that is named by its import path."""
     proxy_source: Literal["current", "old", "lagged"] = "old"
-    """The policy that Lp-Reg's proxy comes from: the one in training, the one that sampled (the paper; the same with
-    one update per rollout), or an older snapshot."""
+    """The policy that Lp-Reg's proxy comes from, for with_lp_reg too: the one in training, the one that sampled (the
+    paper; the same with one update per rollout), or an older snapshot."""
     proxy_refresh_steps: PositiveInt = 25
     """Steps between refreshes of the lagged snapshot; read only with `proxy_source: lagged`."""
     advantage: AdvantageName = "grpo"
-    """How rewards become advantages: within a prompt's group, for reinforce_plus_plus within the step; or the import
-    path of a function (rewards [N], group_ids [N]) -> advantages [N], all torch tensors."""
+    """How rewards become advantages: within a prompt's group, for reinforce_plus_plus within the step; maxrl takes no
+    negative rewards. Or the import path of a function (rewards [N], group_ids [N]) -> advantages [N], all torch
+    tensors."""
     selection_log_probs: Literal["auto", "rollout", "actor"] = "auto"
     """Log-probs that rank the tokens: the engine's, or the actor's before the first update. auto: the actor's if they
     are computed anyway (several updates per rollout), otherwise the engine's, which cost no forward. Entropies are
@@ -111,7 +112,7 @@ class _AlgorithmKeys(Section):
     @model_serializer(mode="wrap")
     def _without_other_methods(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves out the sections of methods that are neither configured nor given."""
-        left_out = {*METHODS, "settings"}
+        left_out = {*METHODS, "settings", "with_lp_reg"}
         return {name: value for name, value in handler(self).items() if value or name not in left_out}
 
 
@@ -123,6 +124,14 @@ else:
         __base__=_AlgorithmKeys,
         __module__=__name__,
         __doc__=_AlgorithmKeys.__doc__,
+        with_lp_reg=(
+            TERM_SECTION | None,
+            Field(
+                default=None,
+                description="Settings of Lp-Reg's term on the method; given, even as {}, the method has the term. The "
+                "method lp_reg has it without.",
+            ),
+        ),
         **{
             name: (section | None, Field(default=None, description=f"Settings of `algorithm.name: {name}`."))
             for name, section in SECTIONS.items()

@@ -10,7 +10,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind, supporting
 
 from .algorithm import CorrectionSettings
-from .methods import method_problems, method_settings
+from .methods import lp_reg_term, method_problems, method_settings
 from .passes import passes_of
 from .reward import REMOTE
 from .rollout import ServerSettings
@@ -45,6 +45,11 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"algorithm.overlong.buffer_tokens: {algorithm.overlong.buffer_tokens} is more than "
             f"rollout.max_response_tokens: {config.rollout.max_response_tokens}"
         )
+    if algorithm.advantage == "maxrl" and algorithm.overlong.buffer_tokens:
+        yield (
+            "algorithm.advantage: maxrl takes no negative rewards, which algorithm.overlong.buffer_tokens: "
+            f"{algorithm.overlong.buffer_tokens} would cause; set it to 0"
+        )
     correction = list(_correction(algorithm.correction))
     yield from correction
     if not correction:  # the method's passes cannot be stated for a correction that is wrong
@@ -67,7 +72,9 @@ def _method(config: Config) -> Iterator[str]:
     if algorithm.name not in METHODS or method_problems(algorithm):
         return
     passes = passes_of(config)
-    settings, section = method_settings(algorithm), f"algorithm.{algorithm.name}"
+    term = lp_reg_term(algorithm)
+    settings = term or method_settings(algorithm)
+    section = "algorithm.with_lp_reg" if term else f"algorithm.{algorithm.name}"
     if (passes.stores_old_proxy or passes.stores_lagged_proxy) and getattr(settings, "min_p", None) == 0:
         yield (
             f"{section}.min_p: 0 with the full KL and algorithm.proxy_source: {algorithm.proxy_source} would "

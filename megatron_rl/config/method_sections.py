@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
 
 from lpreg import PolicyLoss
+from lpreg.losses.lp_reg_term import LpRegTermSettings
 from lpreg.losses.registry import METHODS
 from lpreg.losses.settings import Range, Setting, settings_of
 
@@ -54,8 +55,24 @@ def _section(method: type[PolicyLoss]) -> type[MethodSection]:
     return create_model(method.Settings.__name__, __base__=MethodSection, __module__=__name__, **fields)
 
 
+def _term_section() -> type[Section]:
+    fields: dict[str, Any] = {}
+    for setting in settings_of(LpRegTermSettings):
+        kind = setting.kind if setting.range is None else Annotated[setting.kind, Field(**dict(_bounds(setting.range)))]
+        default = "none" if setting.default is None else setting.default
+        annotation = kind | Literal["none"] if setting.optional else kind
+        if setting.name not in BESIDE:
+            fields[setting.name] = (annotation, Field(default=default, description=setting.doc))
+    return create_model("LpRegTermSection", __base__=Section, __module__=__name__, **fields)
+
+
+TERM_SECTION = _term_section()
+"""The settings of Lp-Reg's term on another method, each with its default."""
+
 SECTIONS = {name: _section(method) for name, method in METHODS.items()}
-globals().update({section.__name__: section for section in SECTIONS.values()})  # pickle finds a class by its name
+globals().update(
+    {section.__name__: section for section in (*SECTIONS.values(), TERM_SECTION)}
+)  # pickle finds a class by its name
 
 
 def effective_values(method: type[PolicyLoss], preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,6 +93,12 @@ def effective_values(method: type[PolicyLoss], preset: str | None, given: Mappin
     return {name: value for name, value in values.items() if name in given or name not in replaced} | {
         name: value for name, value in given.items() if name not in values
     }
+
+
+def term_settings(section: Section, **beside: Any) -> LpRegTermSettings:
+    """Returns the settings of Lp-Reg's term. Raises ValueError for settings that do not go together."""
+    values: dict[str, Any] = {name: None if value == "none" else value for name, value in section.model_dump().items()}
+    return LpRegTermSettings(**values, **beside)
 
 
 def plain_values(method: type[PolicyLoss], values: Mapping[str, Any]) -> dict[str, Any]:

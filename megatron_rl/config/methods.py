@@ -13,6 +13,7 @@ from typing import Any
 
 from lpreg import LossInputs, LossOutput, MethodNeeds, MethodSettings, PolicyLoss
 from lpreg.losses.corrected import CorrectionSettings
+from lpreg.losses.lp_reg_term import LpRegTermSettings
 from lpreg.losses.reference_kl import ReferenceKLSettings
 from lpreg.losses.registry import METHODS, unknown
 from lpreg.losses.settings import settings_of
@@ -20,7 +21,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.utils.import_path import call_own, import_object, is_import_path
 
 from .algorithm import AlgorithmSettings
-from .method_sections import BESIDE, MethodSection, effective_values, plain_values
+from .method_sections import BESIDE, MethodSection, effective_values, plain_values, term_settings
 
 
 def method_class(name: str) -> type[PolicyLoss]:
@@ -89,16 +90,24 @@ def method_problems(algorithm: AlgorithmSettings) -> list[tuple[tuple[str, ...],
 
 
 def method_needs(algorithm: AlgorithmSettings) -> MethodNeeds:
-    """Returns what the configured method needs, its reference model and its correction included.
+    """Returns what the configured method needs, Lp-Reg's term, reference model and correction included.
 
     Needs no torch, except that a user's own method is imported. Raises UserError as `method_settings` does.
     """
     needs = method_settings(algorithm).needs
+    if (term := lp_reg_term(algorithm)) is not None:
+        needs = term.around(needs)
     if algorithm.reference_kl.active:
         needs = ReferenceKLSettings(**algorithm.reference_kl.model_dump(exclude={"model"})).around(needs)
     if algorithm.correction.active:
         needs = CorrectionSettings(**algorithm.correction.model_dump()).around(needs)
     return needs
+
+
+def lp_reg_term(algorithm: AlgorithmSettings) -> LpRegTermSettings | None:
+    """Returns the settings of Lp-Reg's term on the configured method; None: the configuration has no such term."""
+    section = getattr(algorithm, "with_lp_reg", None)
+    return None if section is None else term_settings(section, proxy_source=algorithm.proxy_source)
 
 
 def _made(algorithm: AlgorithmSettings) -> MethodSettings:
@@ -140,7 +149,13 @@ def _problems(algorithm: AlgorithmSettings) -> Iterator[tuple[tuple[str, ...], s
     if wrong or missing:
         return
     try:
-        _made(algorithm)
+        made = _made(algorithm)
     except ValueError as error:
         name = str(error).partition(" ")[0]
         yield ((*place, name), f"{dotted}.{error}") if name in known else (place, f"{dotted}: {error}")
+        return
+    try:
+        if (term := lp_reg_term(algorithm)) is not None:
+            term.around(made.needs)
+    except ValueError as error:
+        yield ("algorithm", "with_lp_reg"), f"algorithm.with_lp_reg: {error}"

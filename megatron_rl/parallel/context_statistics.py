@@ -37,6 +37,8 @@ def gather_over_context_ranks(stats: TokenStats, places: Tensor, tokens: int) ->
         in_filter=flags(stats.in_filter),
         max_logit=gather(stats.max_logit),
         proxy_kl=None if stats.proxy_kl is None else gather(stats.proxy_kl),
+        filter_entropy=None if stats.filter_entropy is None else gather(stats.filter_entropy),
+        filter_extent=None if stats.filter_extent is None else gather(stats.filter_extent),
         proxy_store=None if store is None else _spread_store(store, places, tokens),
     )
 

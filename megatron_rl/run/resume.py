@@ -55,6 +55,7 @@ def resume(run: Run, resumption: Resumption) -> None:
     if isinstance(run.rollouts, RolloutCollector):
         run.rollouts.buffer = _buffer(run, checkpoint)
     run.resumed, run.step, run.learner.weight_version = True, manifest.state.step, manifest.state.weight_version
+    run.learner.entropy_coefficient = manifest.state.entropy_coefficient
     if all(row["step"] != run.step for row in read_metrics(run.folder)):  # the run was killed before it wrote metrics
         run.metrics.write(run.step, manifest.metrics)
     for line in _report(run, resumption):

@@ -178,4 +178,5 @@ class Run:
             self.saver.save(self._state(), metrics, self.rollouts.pending, background=background)
 
     def _state(self) -> DriverState:
-        return DriverState(self.step, self.learner.weight_version, self.cursor.state())
+        learner = self.learner
+        return DriverState(self.step, learner.weight_version, self.cursor.state(), learner.entropy_coefficient)

@@ -27,6 +27,8 @@ class Learner:
     passes: Passes
     weight_version: int = 0
     """Number of optimizer updates that the actor's weights have had."""
+    entropy_coefficient: float | None = None
+    """Weight of the entropy bonus in the next update, if the loss adapts it; None before the first one."""
 
     @property
     def temperature(self) -> float:

@@ -96,6 +96,8 @@ def selection_metrics(rule: SelectionRule, selection: Selection) -> dict[str, fl
             "lpreg/delta": float(np.exp(selection.threshold)),
             "lpreg/below_delta_fraction": selection.count / selection.population,
         }
+    if rule.kind == "not_spurious":
+        return {"lpreg/entropy_threshold": selection.threshold}
     if rule.kind in ("highest_entropy", "highest_covariance"):
         return {f"lpreg/{rule.kind.removeprefix('highest_')}_threshold": selection.threshold}
     return {}
@@ -120,7 +122,7 @@ def loss_metrics(parts: Mapping[str, tuple[float, float]], num_sampled_tokens: i
     """The loss's own (total, count) pairs as means. Shares of tokens count all tokens, dropped sequences included."""
     metrics = {}
     for name, (total, count) in parts.items():
-        if name == "selected_fraction":
+        if name in ("selected_fraction", "spurious_fraction"):
             count = num_sampled_tokens
         room = "train" if name in TRAIN or name.startswith("correction_") else "lpreg"
         metrics[f"{room}/{name}"] = total / count if count else 0.0

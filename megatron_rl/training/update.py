@@ -27,6 +27,7 @@ LOSS_VALUES = (
     "proxy_log_probs",
     "reference_log_probs",
     "rollout_log_probs",
+    "entropy_coefficient",
 )
 """The values per token that a loss can read."""
 
@@ -53,13 +54,15 @@ def update(
         if not len(chosen):
             continue
         result = learner.actors.train(
-            sequences.take(chosen),
+            _with_coefficient(sequences.take(chosen), learner.entropy_coefficient),
             lr=lr,
             denominator=denominator(learner.loss, sequences, rows),
             temperature=learner.temperature,
         )
         _check_finite(step, result)
         learner.weight_version += 1
+        entropy = float(result.values["entropy"].mean(dtype=np.float64))
+        learner.entropy_coefficient = learner.loss.next_entropy_coefficient(learner.entropy_coefficient, entropy)
         results.append(result)
         if learner.passes.off_policy:
             moved.append(result.values["log_probs"] - sequences.values_of(chosen, batch.scores["log_probs"]))
@@ -69,6 +72,14 @@ def update(
     if moved:
         metrics["train/kl_old_policy"] = old_policy_kl(np.concatenate(moved))
     return batch, metrics
+
+
+def _with_coefficient(sequences: SequenceBatch, coefficient: float | None) -> SequenceBatch:
+    if coefficient is None:
+        return sequences
+    return sequences.with_values(
+        entropy_coefficient=np.full(sequences.num_sampled_tokens, coefficient, dtype=np.float32)
+    )
 
 
 def old_policy_kl(log_ratio: Array) -> float:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lpreg import LossInputs, fused_loss, fused_token_stats, make_loss
+from lpreg.statistics.fused_loss import FROM_THE_MODEL
 from tests.invariance.ranks import RANKS, Results, run_ranks, split
 
 SPLITS = (2, 4)
@@ -33,7 +34,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     some_rows: bool = True
     sequence_parallel: bool = False
-    loss: dict[str, Any] = field(default_factory=lambda: {"min_p": 0.1})
+    loss: dict[str, Any] = field(default_factory=lambda: {"name": "lp_reg", "kl_estimator": "full", "min_p": 0.1})
 
 
 CASES = {
@@ -42,7 +43,10 @@ CASES = {
     "warm, no entropy": Case(96, settings={"temperature": 0.7, "entropy": "none"}),
     "two shards all padding": Case(40, settings={"vocab_size": 17}),
     "one true column": Case(8, settings={"vocab_size": 1}, some_rows=False),
-    "fixed threshold": Case(96, some_rows=False, loss={"fixed_tau": 0.02}),
+    "fixed threshold": Case(96, some_rows=False, loss={"name": "lp_reg", "kl_estimator": "full", "fixed_tau": 0.02}),
+    "entropy of the nucleus": Case(
+        96, some_rows=False, loss={"name": "tre", "region": "top_p", "top_p": 0.8, "coefficient": 0.5}
+    ),
     "sequence parallel": Case(96, settings={"vocab_size": 90}, sequence_parallel=True),
     "fp32": Case(512, torch.float32, {"vocab_size": 500}),
     "bf16": Case(512, torch.bfloat16, {"vocab_size": 500}),
@@ -73,7 +77,7 @@ def run(case: Case, form: str, group: dist.ProcessGroup | None, rank: int, ranks
     if case.sequence_parallel:
         hidden = hidden[rank * part : (rank + 1) * part]
     hidden = hidden.clone().requires_grad_()
-    loss = make_loss("lp_reg", kl_estimator="full", **case.loss)
+    loss = make_loss(**case.loss)
     shared = {
         "chunk_tokens": CHUNK,
         "sequence_parallel": case.sequence_parallel,
@@ -86,7 +90,7 @@ def run(case: Case, form: str, group: dist.ProcessGroup | None, rank: int, ranks
     counted = {name: patch.start() for name, patch in patches.items()}
     if form == "recompute":
         stats = fused_token_stats(hidden, shard, targets, **loss.token_stats_kwargs(), **shared)
-        output = loss(LossInputs(log_probs=stats.log_probs, log_z=stats.log_z, in_filter=stats.in_filter, **fields))
+        output = loss(LossInputs(**{name: getattr(stats, name) for name in FROM_THE_MODEL}, **fields))
     else:
         output, stats = fused_loss(hidden, shard, targets, loss, fields, **shared)
     forward = Counter({name: calls.call_count for name, calls in counted.items()})

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpreg import LossInputs, LossOutput, PolicyLoss, apply_rule, make_loss, token_stats
+from lpreg import LossInputs, LossOutput, PolicyLoss, apply_rule, make_loss, token_stats, with_lp_reg
 from lpreg.losses.registry import METHODS
 from tests.tiers import examples
 
@@ -34,6 +34,19 @@ LOSSES = {
     "clip_cov": make_loss("clip_cov", share=0.1, cov_low=0.1, cov_high=3.0),
     "high_entropy": make_loss("high_entropy", share=0.2),
     "entropy_bonus": make_loss("entropy_bonus", coefficient=0.1),
+    "dppo": make_loss("dppo", bound_low=0.05, bound_high=0.05),
+    "dppo, kl": make_loss("dppo", divergence="kl", bound_low=0.02, bound_high=0.02),
+    "drpo": make_loss("drpo", bound_low=0.05, bound_high=0.05),
+    "sapo": make_loss("sapo"),
+    "up": make_loss("up"),
+    "vespo": make_loss("vespo"),
+    "tre": make_loss("tre", coefficient=0.1),
+    "tre, top-p": make_loss("tre", coefficient=0.1, region="top_p", top_p=0.8),
+    "tre, min-p": make_loss("tre", coefficient=0.1, region="min_p"),
+    "stapo": make_loss("stapo", tau_p=0.3, entropy_share=0.5),
+    "lp_reg on dppo": with_lp_reg(make_loss("dppo", bound_low=0.05, bound_high=0.05), rho=0.3, min_p=0.1),
+    "lp_reg on gspo": with_lp_reg(make_loss("gspo", clip_low=0.1, clip_high=0.1), rho=0.3, min_p=0.1),
+    "lp_reg on sapo, lagged": with_lp_reg(make_loss("sapo"), rho=0.3, min_p=0.1, proxy_source="lagged"),
     "lp_reg paper": make_loss.preset("lp_reg", "paper", rho=0.3, min_p=0.1),
     "lp_reg k3": make_loss("lp_reg", rho=0.3, min_p=0.1, k3_clamp=0.5),
     "lp_reg old": make_loss("lp_reg", rho=0.3, min_p=0.1, proxy_source="old"),
@@ -112,6 +125,8 @@ def add_up(loss: PolicyLoss, places: list[Tensor]) -> tuple[float, Tensor, dict[
             entropy=stats.entropy,
             log_z=stats.log_z,
             in_filter=stats.in_filter,
+            filter_entropy=stats.filter_entropy,
+            filter_extent=stats.filter_extent,
             old_log_z=old.log_z,
             old_in_filter=old.in_filter,
             proxy_log_probs=old.proxy_log_probs,
@@ -178,7 +193,7 @@ def test_only_separable_losses_may_be_split_inside_a_response(name: str) -> None
 
 
 def test_every_method_has_a_definition_here() -> None:
-    assert {loss.name for loss in LOSSES.values()} == set(METHODS)
+    assert {loss.name for loss in LOSSES.values()} == {*METHODS, "with_lp_reg"}
 
 
 def test_selection_inside_the_micro_batch_depends_on_the_split() -> None:

@@ -37,8 +37,11 @@ OTHERS = quick_of((name for name in VARIANTS if name != REFERENCE), (SEQUENCE_BY
 LOSS, METRIC, GRADIENT = 1e-6, 2e-5, 1e-5
 """Largest differences. Loss: absolute, as it is a mean of token losses of about 1 that mostly cancel. Other metrics:
 relative to the metric, or to a tenth. Gradients: relative to the largest element of the tensor."""
-ENTROPY_RANKED = ("high_entropy", "high_entropy, reference k1", "lp_reg, highest entropy")
-LAGGED = ("lp_reg, lagged", "lp_reg, paper, lagged", "lp_reg, no tau")
+ENTROPY_RANKED = ("high_entropy", "stapo", "high_entropy, reference k1", "lp_reg, highest entropy")
+WITHOUT_ADVANTAGE = ("kl_cov", "grpo, reference", "high_entropy, reference k1", "entropy_bonus", "tre", "tre, top-p")
+WITHOUT_ADVANTAGE += ("entropy_bonus, adapted", "tre, min-p")
+"""Methods in which tokens with advantage 0 have a gradient."""
+LAGGED = ("lp_reg, lagged", "lp_reg, paper, lagged", "lp_reg, no tau", "gspo, with lp_reg, full, lagged")
 
 Found = dict[tuple[str, int], dict[str, Any]]
 
@@ -145,7 +148,7 @@ def expected_passes(method: str, updates: int, sequences: int, trained: int) -> 
     the metrics. Off-policy, a forward of all sequences without gradient comes first. The same holds on-policy if tokens
     are ranked by entropy, which the engine does not report. The reference scores the trained sequences.
     """
-    if method in ("kl_cov", "entropy_bonus", "grpo, reference", "high_entropy, reference k1"):
+    if method in WITHOUT_ADVANTAGE:
         trained = sequences
     first = sequences if updates > 1 or method in ENTROPY_RANKED else sequences - trained
     passes = {"current": first, "train": trained}

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lpreg import token_stats
+from lpreg.statistics.row_statistics import Filter
 from tests.invariance.ranks import RANKS, Results, run_ranks, split
 
 SPLITS = (2, 4)
 TOKENS = 37
-FLOATS = ("log_probs", "entropy", "log_z", "max_logit")
+FLOATS = ("log_probs", "entropy", "log_z", "max_logit", "filter_entropy", "filter_extent")
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_scatter", "broadcast", "all_to_all")
 
 
@@ -43,6 +44,10 @@ CASES = {
     "one true column": Case(8, settings={"vocab_size": 1}, some_rows=False),
     "fixed threshold": Case(96, settings={"fixed_tau": 0.02}, some_rows=False),
     "threshold that keeps nothing": Case(96, settings={"fixed_tau": 0.9}, some_rows=False),
+    "likeliest": Case(96, settings={"top_k": 5, "filter_entropy": True}),
+    "likeliest, more than a shard has": Case(96, settings={"top_k": 30, "filter_entropy": True, "vocab_size": 60}),
+    "nucleus": Case(96, settings={"top_p": 0.9, "filter_entropy": True}, some_rows=False),
+    "entropy of the proxy": Case(96, settings={"min_p": 0.1, "filter_entropy": True, "entropy": "grad"}),
     "a shard of impossible tokens": Case(96, settings={"entropy": "grad"}, banned=(24, 48)),
     "no entropy": Case(96, settings={"entropy": "none"}),
     "in place": Case(96, settings={"inplace_backward": True, "entropy": "grad"}),
@@ -80,6 +85,8 @@ def run(case: Case, group: dist.ProcessGroup | None, rank: int, ranks: int) -> d
     if case.settings.get("entropy") == "grad":
         assert stats.entropy is not None
         loss = loss + (weights[2] * stats.entropy).sum()
+    if stats.filter_entropy is not None:
+        loss = loss + (weights[2] * stats.filter_entropy).sum()
     loss.backward()
     mock.patch.stopall()
     assert leaf.grad is not None
@@ -151,12 +158,16 @@ def test_the_split_does_not_change_the_results(by_rank: list[Results], name: str
 def test_the_only_collectives_are_two_small_gathers_in_the_forward(
     by_rank: list[Results], name: str, ranks: int
 ) -> None:
-    """A rank sends four numbers per token, and two more per token that needs log Z, for any size of the vocabulary."""
+    """A rank sends four numbers per token, and two more per token that needs log Z, for any size of the vocabulary. A
+    top-k or top-p filter adds the likeliest logits, and the entropy inside the filter two numbers."""
     _, _, rows, _ = inputs(CASES[name])
     wanted = TOKENS if rows is None else int(rows.sum())
     for results in by_rank:
         seen = results[ranks, name]
-        assert seen["sent"].tolist() == [4 * TOKENS, 2 * wanted]
+        asked = CASES[name].settings
+        likeliest = Filter(top_k=asked.get("top_k"), top_p=asked.get("top_p")).likeliest
+        masses = 4 if asked.get("filter_entropy") else 2
+        assert seen["sent"].tolist() == [(4 + likeliest) * TOKENS, masses * wanted]
         assert int(seen["others"]) == int(seen["backward"]) == 0
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lpreg.statistics.row_gradients import RowGradients
-from lpreg.statistics.shard import Shard
+from lpreg.statistics.shard import RowScale, Shard
 
 BLOCK = 8192
 WARPS = 8
@@ -80,49 +80,51 @@ def _summarise(
 
 
 @triton.jit
-def _masses(x, threshold, log_sum):
+def _masses(x, threshold, high, log2_total):
     """Probability inside and outside the filter. Outside is summed separately: 1 - inside would keep no digits."""
-    p = tl.exp2((x - log_sum) * _LOG2_E)
+    p = tl.exp2((x - high) * _LOG2_E - log2_total)
     inside = tl.where(x >= threshold, p, 0.0)
     return tl.sum(inside, 0), tl.sum(p - inside, 0)
 
 
 @triton.jit
 def _filter_masses(
-    logits, stride, chosen, thresholds, log_sums, out, count, columns, cooling,
+    logits, stride, chosen, thresholds, highs, log_totals, out, count, columns, cooling,
     SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     row = tl.load(chosen + place)
     logits += row * stride
-    threshold, log_sum = tl.load(thresholds + row), tl.load(log_sums + row)
+    threshold, high = tl.load(thresholds + row), tl.load(highs + row)
+    log2_total = tl.load(log_totals + row) * _LOG2_E
     inside, outside = 0.0, 0.0
     whole = (columns // BLOCK) * BLOCK
     for start in range(0, whole, BLOCK):
         x = _scaled(tl.load(logits + start + tl.arange(0, BLOCK)), cooling, SCALE)
-        more_inside, more_outside = _masses(x, threshold, log_sum)
+        more_inside, more_outside = _masses(x, threshold, high, log2_total)
         inside, outside = inside + more_inside, outside + more_outside
     if whole < columns:
         column = whole + tl.arange(0, BLOCK)
         x = _scaled(tl.load(logits + column, mask=column < columns, other=float("-inf")), cooling, SCALE)
-        more_inside, more_outside = _masses(x, threshold, log_sum)
+        more_inside, more_outside = _masses(x, threshold, high, log2_total)
         inside, outside = inside + more_inside, outside + more_outside
     tl.store(out + place, inside)
     tl.store(out + count + place, outside)
 
 
 @triton.jit
-def _gradient_of(x, threshold, log_sum, kept, dropped, entropy_factor, entropy, ENTROPY: tl.constexpr):
-    log_p = x - log_sum
+def _gradient_of(x, threshold, high, log2_total, kept, dropped, entropy_factor, entropy, ENTROPY: tl.constexpr):
+    # In base 2. The largest x is subtracted first: one subtraction of log sum e would lose the digits of large logits.
+    log2_p = (x - high) * _LOG2_E - log2_total
     factor = tl.where(x >= threshold, kept, dropped)
     if ENTROPY:
-        factor -= entropy_factor * (tl.maximum(log_p, _FLOOR) + entropy)
-    return tl.exp2(log_p * _LOG2_E) * factor
+        factor -= entropy_factor * (tl.maximum(log2_p, _FLOOR) * _LN_2 + entropy)
+    return tl.exp2(log2_p) * factor
 
 
 @triton.jit
 def _write_gradient(
-    logits, stride, out, out_stride, targets, thresholds, log_sums, tasks, kepts, droppeds, onehots,
+    logits, stride, out, out_stride, targets, thresholds, highs, log_totals, tasks, kepts, droppeds, onehots,
     entropy_factors, entropies, columns, cooling,
     SCALE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +138,8 @@ def _write_gradient(
             column = start + tl.arange(0, BLOCK)
             tl.store(out + column, tl.zeros((BLOCK,), out.dtype.element_ty), mask=column < columns)
     if task == WRITE:
-        threshold, log_sum = tl.load(thresholds + row), tl.load(log_sums + row)
+        threshold, high = tl.load(thresholds + row), tl.load(highs + row)
+        log2_total = tl.load(log_totals + row) * _LOG2_E
         kept, dropped = tl.load(kepts + row), tl.load(droppeds + row)
         entropy_factor, entropy = 0.0, 0.0
         if ENTROPY:
@@ -145,18 +148,18 @@ def _write_gradient(
         target = tl.load(targets + row)
         sampled = _scaled(tl.load(logits + tl.maximum(target, 0)), cooling, SCALE)
         of_target = tl.load(onehots + row) + _gradient_of(
-            sampled, threshold, log_sum, kept, dropped, entropy_factor, entropy, ENTROPY
+            sampled, threshold, high, log2_total, kept, dropped, entropy_factor, entropy, ENTROPY
         )
         tl.debug_barrier()  # `out` may be the logits: the column is read before it is written
         for start in range(0, whole, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x = _scaled(tl.load(logits + column), cooling, SCALE)
-            gradient = _gradient_of(x, threshold, log_sum, kept, dropped, entropy_factor, entropy, ENTROPY)
+            gradient = _gradient_of(x, threshold, high, log2_total, kept, dropped, entropy_factor, entropy, ENTROPY)
             tl.store(out + column, gradient.to(out.dtype.element_ty))
         if whole < columns:
             column = whole + tl.arange(0, BLOCK)
             x = _scaled(tl.load(logits + column, mask=column < columns, other=float("-inf")), cooling, SCALE)
-            gradient = _gradient_of(x, threshold, log_sum, kept, dropped, entropy_factor, entropy, ENTROPY)
+            gradient = _gradient_of(x, threshold, high, log2_total, kept, dropped, entropy_factor, entropy, ENTROPY)
             tl.store(out + column, gradient.to(out.dtype.element_ty), mask=column < columns)
         tl.debug_barrier()
         tl.store(out + target, of_target.to(out.dtype.element_ty), mask=target >= 0)
@@ -178,7 +181,7 @@ def summarise(shard: Shard) -> Tensor:
     return pack
 
 
-def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum: Tensor) -> Tensor:
+def filter_masses(shard: Shard, rows: Tensor | None, scale: RowScale) -> Tensor:
     """Returns [2, R] in one read of `rows` or (None) all rows: this shard's probability inside and outside the
     filter."""
     if rows is None:
@@ -188,8 +191,9 @@ def filter_masses(shard: Shard, rows: Tensor | None, threshold: Tensor, log_sum:
         shard.logits,
         shard.logits.stride(0),
         rows,
-        threshold,
-        log_sum,
+        scale.threshold,
+        scale.max_logit,
+        scale.log_total,
         masses,
         rows.shape[0],
         shard.columns,
@@ -202,33 +206,33 @@ def write_gradient(
     out: Tensor,
     shard: Shard,
     grads: RowGradients,
-    threshold: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor | None,
+    scale: RowScale,
     leave: Tensor,
 ) -> None:
     """Fills the true columns of `out` [T, V/TP], which may be the logits, with d loss / d x; 0 for rows without
     gradient.
 
-    leave: [T] bool, rows that are not written. The term of a stored proxy is not included.
+    leave: [T] bool, rows that are not written. The terms of a stored proxy and of the filtered distribution's entropy
+    are not included.
     """
-    with_entropy = grads.entropy is not None and entropy is not None
+    with_entropy = grads.entropy is not None
     tasks = torch.where(leave, LEAVE, grads.active.to(torch.int8))
-    nothing = log_sum  # a pointer that is never read
+    nothing = scale.log_total  # a pointer that is never read
     _write_gradient[(out.shape[0],)](
         shard.logits,
         shard.logits.stride(0),
         out,
         out.stride(0),
         _own_targets(shard),
-        threshold,
-        log_sum,
+        scale.threshold,
+        scale.max_logit,
+        scale.log_total,
         tasks,
         grads.kept,
         grads.dropped,
         grads.target,
         grads.entropy if with_entropy else nothing,
-        entropy if with_entropy else nothing,
+        scale.entropy if with_entropy else nothing,
         shard.columns,
         ENTROPY=with_entropy,
         **_common(shard),

@@ -26,7 +26,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(query [n, q, heads, dim], key and value [n, k, kv_heads, dim], mask) -> output [n, q, heads, dim]."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Block:
     """n runs of sequences, of similar size."""
 
@@ -38,7 +38,7 @@ class Block:
     """[n, 1, q, k] bool, true where a query sees a key. None: queries and keys are the same and attention is causal."""
 
 
-@dataclass
+@dataclass(eq=False)
 class TreePacking(PackedSeqParams):
     """Appears to Megatron as one packed sequence, with rotary frequencies selected position by position."""
 

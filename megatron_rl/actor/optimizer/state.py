@@ -51,7 +51,7 @@ def set_state(
     optimizer.rest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Slot:
     """This rank's part of one parameter in the optimizer."""
 

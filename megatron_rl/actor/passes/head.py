@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 import lpreg
 from lpreg import LossInputs, LossOutput, PolicyLoss, TokenStats
+from lpreg.statistics.fused_loss import FROM_THE_MODEL
 from megatron_rl.actor.model.policy import PolicyModel
 from megatron_rl.actor.passes.micro_batch import MicroBatch
 from megatron_rl.actor.passes.policy_loss import loss_fields
@@ -65,7 +66,7 @@ class Head:
         stats = self.statistics(
             hidden, batch, batch.targets, temperature, proxy=batch.proxy, **loss.token_stats_kwargs()
         )
-        from_model = {name: getattr(stats, name) for name in ("log_probs", "entropy", "log_z", "in_filter", "proxy_kl")}
+        from_model = {name: getattr(stats, name) for name in FROM_THE_MODEL}
         return loss(LossInputs(**from_model, **fields)), stats
 
     def statistics(

@@ -19,7 +19,7 @@ from megatron_rl.batching.packing import PackingSpec, pack
 from megatron_rl.batching.sequences import SequenceBatch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
     """The tensors of one forward pass.
 

@@ -178,7 +178,7 @@ class Passes:
         return [micro_batch(batch, rows, self.device, self.spec, length) for rows in own]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Part:
     """What a micro-batch of a training step leaves on the device."""
 

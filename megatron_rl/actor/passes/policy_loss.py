@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.algorithm import AlgorithmSettings, CorrectionSettings, ReferenceKlSettings
-from megatron_rl.config.methods import method_class, method_settings
+from megatron_rl.config.methods import lp_reg_term, method_class, method_settings
 
 if TYPE_CHECKING:
-    from lpreg import PolicyLoss
+    from lpreg import MethodSettings, PolicyLoss
     from megatron_rl.actor.passes.micro_batch import MicroBatch
 
 
@@ -25,10 +25,15 @@ def loss_fields(batch: MicroBatch, denominator: float) -> dict[str, Any]:
         "proxy_log_probs": values.get("proxy_log_probs"),
         "reference_log_probs": values.get("reference_log_probs"),
         "rollout_log_probs": values.get("rollout_log_probs"),
+        "entropy_coefficient": values.get("entropy_coefficient"),
         "sequence_ids": batch.sequence_ids,
         "denominator": denominator,
     }
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _values(settings: MethodSettings) -> dict[str, Any]:
+    return {field.name: getattr(settings, field.name) for field in fields(settings)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +46,30 @@ class LossChoice:
     """Every setting of the method."""
     reference_kl: ReferenceKlSettings
     correction: CorrectionSettings
+    lp_reg_term: dict[str, Any] | None = None
+    """Every setting of Lp-Reg's term on the method; None: no such term."""
 
     @classmethod
     def of(cls, algorithm: AlgorithmSettings) -> LossChoice:
         """Returns the choice that a configuration states. Raises UserError for settings that the method refuses."""
         settings = method_settings(algorithm)
-        values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-        return cls(algorithm.name, values, algorithm.reference_kl, algorithm.correction)
+        term = lp_reg_term(algorithm)
+        return cls(
+            algorithm.name,
+            _values(settings),
+            algorithm.reference_kl,
+            algorithm.correction,
+            None if term is None else _values(term),
+        )
 
     def make(self) -> PolicyLoss:
         """Returns the loss. Raises UserError if a user's own method cannot be imported on this rank."""
-        from lpreg import with_correction, with_reference_kl
+        from lpreg import with_correction, with_lp_reg, with_reference_kl
 
         method = method_class(self.name)
         loss = method(method.Settings(**self.settings))
+        if self.lp_reg_term is not None:
+            loss = with_lp_reg(loss, **self.lp_reg_term)
         if self.reference_kl.active:
             reference = self.reference_kl
             loss = with_reference_kl(loss, coefficient=reference.coefficient, estimator=reference.estimator)

@@ -28,7 +28,7 @@ def add_up(parts: Iterable[Sums]) -> Sums:
     return sums
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Table:
     """Per-token results for some sequences of a batch."""
 

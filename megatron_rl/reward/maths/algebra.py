@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any

@@ -44,10 +44,10 @@ def test_unset_keys_have_the_methods_defaults(name: str) -> None:
 @pytest.mark.parametrize("preset", ["paper", "reference"])
 def test_presets(name: str, preset: str) -> None:
     stated = METHODS[name].presets[preset]
-    assert settings_of({"name": name, "preset": preset}) == METHODS[name].Settings(**stated, **beside(name))
+    assert settings_of({"name": name, "preset": preset}) == METHODS[name].Settings(**stated | beside(name))
     key = next(iter(stated))
     overridden = settings_of({"name": name, "preset": preset, name: {key: 0.5}})
-    assert overridden == METHODS[name].Settings(**stated | {key: 0.5}, **beside(name))
+    assert overridden == METHODS[name].Settings(**stated | {key: 0.5} | beside(name))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -57,7 +57,7 @@ def test_needs_without_torch_are_those_of_the_loss(name: str, preset: str | None
         algorithm = AlgorithmSettings.model_validate({"name": name, "preset": preset, **more})
         loss = LossChoice.of(algorithm).make()
         assert method_needs(algorithm) == loss.needs
-        assert loss.acts_without_advantage == (name in ("kl_cov", "entropy_bonus") or "reference_kl" in more)
+        assert loss.acts_without_advantage == (name in ("kl_cov", "entropy_bonus", "tre") or "reference_kl" in more)
         assert not (loss.token_separable and "correction" in more)
 
 

@@ -152,7 +152,7 @@ def test_problems_of_a_loss_by_import_path(load, module, path, more, words):
         ("algorithm.advantage=rlo", "did you mean rloo?"),
         (
             "algorithm.advantage=3",
-            "expected one of grpo, dr_grpo, rloo, reinforce_plus_plus, or package.module:function",
+            "expected one of grpo, dr_grpo, rloo, maxrl, reinforce_plus_plus, or package.module:function",
         ),
     ],
 )

@@ -72,6 +72,34 @@ def test_kernels_match_the_definition_in_values_and_gradients(dense: Callable, c
     assert (got_grad.data_ptr() == padded.data_ptr()) == case["inplace"]
 
 
+@pytest.mark.parametrize("filters", [{"min_p": 0.1}, {"top_k": 3}, {"top_p": 0.9}])
+def test_the_entropy_inside_the_filter_is_the_same_with_and_without_kernels(filters: dict) -> None:
+    logits = torch.randn(5, 130, generator=torch.Generator().manual_seed(2)) * 3
+    targets = torch.arange(5)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        leaf = logits.to(dtype).requires_grad_()
+        stats = token_stats(leaf, targets, filter_entropy=True, temperature=0.7, **filters)
+        assert stats.filter_entropy is not None
+        # The last row has no gradient of its entropy, so that a kernel writes it.
+        return torch.autograd.grad(stats.filter_entropy[:4].sum() + stats.log_probs.sum(), leaf)[0]
+
+    torch.testing.assert_close(gradient(torch.float32).double(), gradient(torch.float64), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [100.0, 1e4])
+def test_an_offset_that_all_logits_share_costs_no_digits(offset: float) -> None:
+    logits = (torch.randn(5, 130, generator=torch.Generator().manual_seed(2)) * 48).round() / 16
+    targets = torch.arange(5)
+
+    def gradient(x: Tensor) -> Tensor:
+        stats = token_stats(x.requires_grad_(), targets, entropy="grad")
+        assert stats.entropy is not None
+        return torch.autograd.grad((stats.log_probs + stats.log_z + stats.entropy).sum(), x)[0]
+
+    torch.testing.assert_close(gradient(logits + offset).double(), gradient(logits.double()), rtol=1e-5, atol=1e-6)
+
+
 def test_peaked_rows_keep_their_digits() -> None:
     """log Z near 0 comes from the mass outside the filter, log p of a near-certain token from distances to the top."""
     logits = torch.zeros(1, 150)

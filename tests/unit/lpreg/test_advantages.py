@@ -67,6 +67,14 @@ def test_the_other_estimators_equal_their_formulae(responses: list[tuple[int, fl
         assert advantage == pytest.approx(want, rel=1e-6, abs=1e-9)
 
 
+def test_maxrl_divides_by_the_mean_of_the_group() -> None:
+    rewards, ids = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    got = group_advantages(rewards, ids, estimator="maxrl")
+    torch.testing.assert_close(got, torch.tensor([3.0, -1.0, -1.0, -1.0, 0.0, 0.0, 0.0, 0.0]))
+    with pytest.raises(ValueError, match=r"rewards\[1\] is -0\.5, but maxrl takes no negative rewards"):
+        group_advantages(torch.tensor([1.0, -0.5]), torch.tensor([0, 0]), estimator="maxrl")
+
+
 def test_reinforce_plus_plus_compares_rewards_across_groups() -> None:
     rewards, ids = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1])
     assert (group_advantages(rewards, ids) == 0).all()

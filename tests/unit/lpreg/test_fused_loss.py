@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lpreg import LossInputs, PolicyLoss, fused_loss, fused_token_stats, make_loss, token_stats
+from lpreg.statistics.fused_loss import FROM_THE_MODEL
 
 TOKENS, VOCAB, WIDTH = 30, 20, 6
 
@@ -21,6 +22,8 @@ LOSSES = {
     "lp_reg full": make_loss("lp_reg", min_p=0.1, kl_estimator="full", beta=0.7),
     "lp_reg fixed": make_loss("lp_reg", fixed_tau=0.02),
     "lp_reg old": make_loss("lp_reg", min_p=0.1, proxy_source="old"),
+    "tre": make_loss("tre", coefficient=0.3),
+    "tre top-p": make_loss("tre", coefficient=0.3, region="top_p", top_p=0.8),
 }
 
 
@@ -55,9 +58,8 @@ def check_equal(loss: PolicyLoss, chunk: int | None, dtype: torch.dtype, toleran
     fields = given_fields(dtype)
     own = loss.token_stats_kwargs()
     stats = fused_token_stats(hidden, weight, targets, log_z_rows=fields["selection"], **own)
-    inputs = LossInputs(
-        log_probs=stats.log_probs, log_z=stats.log_z, in_filter=stats.in_filter, entropy=stats.entropy, **fields
-    )
+    from_model = {name: getattr(stats, name) for name in FROM_THE_MODEL}
+    inputs = LossInputs(**from_model, **fields)
     want = loss(inputs)
     want_grads = torch.autograd.grad(3 * want.loss, [hidden, weight])
 

@@ -17,13 +17,20 @@ from triton.compiler import ASTSource
 from lpreg.statistics import kernels
 
 NVIDIA = Path(triton.__file__).parent / "backends/nvidia/bin"
-MASSES = {"chosen": "*i64", "thresholds": "*fp32", "log_sums": "*fp32", "out": "*fp32", "count": "i32"}
+MASSES = {
+    "chosen": "*i64",
+    "thresholds": "*fp32",
+    "highs": "*fp32",
+    "log_totals": "*fp32",
+    "out": "*fp32",
+    "count": "i32",
+}
 GRADIENT = {
     "out_stride": "i64",
     "targets": "*i64",
     "tasks": "*i8",
     **dict.fromkeys(
-        ("thresholds", "log_sums", "kepts", "droppeds", "onehots", "entropy_factors", "entropies"), "*fp32"
+        ("thresholds", "highs", "log_totals", "kepts", "droppeds", "onehots", "entropy_factors", "entropies"), "*fp32"
     ),
 }
 KERNELS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpreg import LossInputs, PolicyLoss, apply_rule, make_loss, token_stats
+from lpreg import LossInputs, PolicyLoss, apply_rule, make_loss, token_stats, with_lp_reg
 from lpreg.losses.registry import METHODS
 from tests.dense_methods import DEFINITIONS, Batch, covariances
 
@@ -55,7 +56,7 @@ def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
     counts = {
         "tokens": int(data.mask.sum()),
         "sequences": len(data.sequence_ids.unique()),
-        "selected_tokens": 0 if selection is None else int(selection.sum()),
+        "selected_tokens": 0 if selection is None else max(1, int(selection.sum())),
     }
     return loss(
         LossInputs(
@@ -66,6 +67,8 @@ def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
             entropy=stats.entropy,
             log_z=stats.log_z,
             in_filter=stats.in_filter,
+            filter_entropy=stats.filter_entropy,
+            filter_extent=stats.filter_extent,
             old_log_z=old.log_z,
             old_in_filter=old.in_filter,
             proxy_kl=stats.proxy_kl,
@@ -80,7 +83,7 @@ def run(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
 def cut_is_clear(scores: dict[int, float], share: float) -> bool:
     """Whether rounding cannot change which scores are the highest."""
     ranked = sorted(scores.values(), reverse=True)
-    count = max(1, int(share * len(ranked)))
+    count = max(1, math.floor(round(share * len(ranked), 9)))
     return count == len(ranked) or ranked[count - 1] - ranked[count] > 1e-9
 
 
@@ -105,7 +108,7 @@ def test_every_method_equals_its_definition(
 
 
 def test_every_method_has_a_definition_here() -> None:
-    assert {loss.name for loss, _ in DEFINITIONS.values()} == set(METHODS)
+    assert {loss.name for loss, _ in DEFINITIONS.values()} == {*METHODS, "with_lp_reg"}
 
 
 # ------------------------------------------------------------- what follows from them
@@ -115,18 +118,20 @@ def gradient(loss: PolicyLoss, data: Batch, *, on_policy: bool) -> Tensor:
     return torch.autograd.grad(run(loss, data, on_policy=on_policy), data.logits)[0]
 
 
-@pytest.mark.parametrize("name", ["clip_higher", "dual_clip", "cispo", "kl_cov"])
+@pytest.mark.parametrize("name", ["clip_higher", "dual_clip", "cispo", "kl_cov", "dppo", "drpo", "up", "vespo"])
 def test_on_policy_methods_equal_the_plain_policy_gradient(name: str) -> None:
     data = make_batch([8, 5, 9], 0.5, 2)
+    data.advantages[8:] *= -1
     want = gradient(make_loss("grpo"), data, on_policy=True)
     torch.testing.assert_close(gradient(make_loss(name), data, on_policy=True), want)
     assert not torch.allclose(gradient(make_loss(name), data, on_policy=False), want)
 
 
-def test_gspo_on_policy_is_the_policy_gradient_averaged_over_responses() -> None:
+@pytest.mark.parametrize("name", ["gspo", "sapo"])
+def test_on_policy_it_is_the_policy_gradient_averaged_over_responses(name: str) -> None:
     data = make_batch([8, 5, 9], 0.5, 2)
     want = gradient(make_loss("grpo", aggregation="sequence_mean_token_mean"), data, on_policy=True)
-    torch.testing.assert_close(gradient(make_loss("gspo"), data, on_policy=True), want)
+    torch.testing.assert_close(gradient(make_loss(name), data, on_policy=True), want)
 
 
 def test_gspo_in_its_token_form_gives_each_token_its_own_advantage() -> None:
@@ -160,7 +165,7 @@ def test_cispo_keeps_the_gradient_of_tokens_that_ppo_drops() -> None:
         assert torch.autograd.grad(make_loss(name)(inputs).loss, log_probs)[0].item() == want
 
 
-@pytest.mark.parametrize("name", ["kl_cov", "entropy_bonus"])
+@pytest.mark.parametrize("name", ["kl_cov", "entropy_bonus", "tre"])
 def test_tokens_without_advantage_still_have_a_gradient(name: str) -> None:
     data = make_batch([8, 6], 0.5, 3)
     data.advantages = torch.zeros(14, dtype=torch.float64)
@@ -168,13 +173,35 @@ def test_tokens_without_advantage_still_have_a_gradient(name: str) -> None:
     assert make_loss(name).acts_without_advantage
 
 
-@pytest.mark.parametrize("name", [name for name in DEFINITIONS if name not in ("kl_cov", "entropy_bonus")])
+@pytest.mark.parametrize("name", [name for name in DEFINITIONS if not DEFINITIONS[name][0].acts_without_advantage])
 def test_tokens_without_advantage_have_no_gradient_in_other_methods(name: str) -> None:
     loss, _ = DEFINITIONS[name]
     data = make_batch([8, 6, 4], 0.5, 3)
     data.advantages = torch.where(data.sequence_ids == 8, 0.0, 1.0).double()
     assert (gradient(loss, data, on_policy=False)[data.advantages == 0] == 0).all()
-    assert not loss.acts_without_advantage
+
+
+def test_the_entropy_coefficient_moves_towards_the_target() -> None:
+    adapted = make_loss("entropy_bonus", coefficient=0.01, target=0.3, step=0.004)
+    coefficient = None
+    seen = []
+    for entropy in (0.2, 0.1, 0.4, 0.3, 0.5, 0.9):
+        coefficient = adapted.next_entropy_coefficient(coefficient, entropy)
+        seen.append(coefficient)
+    assert seen == pytest.approx([0.014, 0.018, 0.014, 0.010, 0.006, 0.002])
+    assert adapted.next_entropy_coefficient(0.002, 0.9) == 0
+    assert with_lp_reg(adapted).next_entropy_coefficient(None, 0.1) == pytest.approx(0.014)
+    assert make_loss("entropy_bonus").next_entropy_coefficient(None, 0.1) is None
+
+
+def test_a_given_entropy_coefficient_replaces_the_setting() -> None:
+    data = make_batch([4], 0.0, 0)
+    stats = token_stats(data.logits, data.targets, entropy="grad")
+    inputs = LossInputs(log_probs=stats.log_probs, advantages=data.advantages, entropy=stats.entropy, denominator=4)
+    given = replace(inputs, entropy_coefficient=torch.full((4,), 0.3, dtype=torch.float64))
+    got, want = make_loss("entropy_bonus")(given), make_loss("entropy_bonus", coefficient=0.3)(inputs)
+    assert got.loss.item() == want.loss.item()
+    assert got.metrics["entropy_coefficient"].value == want.metrics["entropy_coefficient"].value == 0.3
 
 
 def test_the_entropy_must_carry_its_gradient() -> None:
@@ -189,10 +216,14 @@ def test_the_entropy_must_carry_its_gradient() -> None:
     ("name", "missing"),
     [
         ("gspo", "sequence_ids"),
+        ("sapo", "sequence_ids"),
+        ("vespo", "sequence_ids"),
+        ("stapo", "selection"),
         ("kl_cov", "selection"),
         ("clip_cov", "selection"),
         ("high_entropy", "selection"),
         ("entropy_bonus", "entropy"),
+        ("tre", "filter_entropy"),
     ],
 )
 def test_a_missing_input_is_named(name: str, missing: str) -> None:

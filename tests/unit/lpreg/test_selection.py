@@ -83,3 +83,10 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
     arguments = {"values": torch.zeros(4), "eligible": torch.ones(4, dtype=torch.bool), "fraction": 0.5} | change
     with pytest.raises(ValueError, match=message):
         select_lowest(**arguments)
+
+
+def test_the_count_is_that_of_the_decimal_number() -> None:
+    """In floats .29 * 100 is 28.999999999999996."""
+    values = torch.arange(100.0)
+    for fraction, count in ((0.29, 29), (0.07, 7), (0.57, 57), (1e-9, 1), (1.0, 100), (0.999, 99)):
+        assert select_lowest(values, values >= 0, fraction).count == count

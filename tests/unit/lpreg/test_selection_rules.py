@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_a_draw_within_a_range_of_covariance() -> None:
 )
 def test_every_rule_is_independent_of_the_order_of_tokens(rule: SelectionRule) -> None:
     data = batch()
-    rule = SelectionRule(kind=rule.kind, fraction=0.05, covariance_range=rule.covariance_range)
+    rule = replace(rule, fraction=0.05)
     whole = apply_rule(rule, **data)
     order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
     shuffled = apply_rule(rule, **{name: value[order] for name, value in data.items()})
@@ -163,3 +164,39 @@ def test_without_a_group_a_tokens_index_is_its_id() -> None:
 def test_bad_arguments_are_named(kind: Any, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         apply_rule(SelectionRule(kind=kind, fraction=0.5), **batch() | change)
+
+
+def test_a_ranking_by_covariance_takes_no_more_than_its_share_of_tokens_that_tie() -> None:
+    """Equal advantages make every covariance 0; certain tokens of one response tie for the highest one."""
+    rule = SelectionRule(kind="highest_covariance", fraction=2e-4)
+    everything = torch.ones(5000, dtype=torch.bool)
+    log_probs = -torch.rand(5000, generator=torch.Generator().manual_seed(0))
+    equal = apply_rule(rule, everything, log_probs=log_probs, advantages=torch.ones(5000))
+    assert equal.count == int(equal.mask.sum()) == 1
+
+    log_probs[:50] = 0.0
+    advantages = torch.zeros(5000)
+    advantages[:100] = 1.0
+    draws = [
+        apply_rule(
+            replace(rule, fraction=0.002), everything, log_probs=log_probs, advantages=advantages, seed=seed
+        ).mask
+        for seed in range(2)
+    ]
+    for drawn in draws:
+        assert int(drawn.sum()) == 10 and not drawn[50:].any()
+    assert not torch.equal(*draws)
+
+
+def test_spurious_tokens_are_rare_certain_and_rewarded() -> None:
+    rule = SelectionRule(kind="not_spurious", fraction=0.5, probability=0.1)
+    values = {
+        "log_probs": torch.tensor([-5.0, -5.0, -0.1, -5.0, -5.0, -0.1]),
+        "entropy": torch.tensor([0.1, 2.0, 0.2, 0.3, 3.0, 1.0]),
+        "advantages": torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, 1.0]),
+    }
+    chosen = apply_rule(rule, torch.ones(6, dtype=torch.bool), **values)
+    assert chosen.mask.tolist() == [False, True, True, True, True, True]
+    assert chosen.count == 5 and chosen.population == 6 and chosen.threshold == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="entropy must be given: the selection rule not_spurious needs it"):
+        apply_rule(rule, torch.ones(6, dtype=torch.bool), log_probs=values["log_probs"])

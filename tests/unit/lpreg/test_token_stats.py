@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from unittest import mock
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lpreg import token_stats
 from lpreg.statistics import shard
+from lpreg.statistics.row_statistics import NUCLEUS_TOKENS
 
 
 def random_case(tokens: int, vocab: int, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -29,6 +31,8 @@ def cases(draw: st.DrawFn) -> dict:
             st.builds(lambda v: {"min_p": v}, st.floats(1e-3, 1.0)),
             # The largest token of a row of 40 has at least 1/40, so that smaller thresholds always keep a token.
             st.builds(lambda v: {"fixed_tau": v}, st.floats(1e-3, 0.0249)),
+            st.builds(lambda v: {"top_k": v}, st.integers(1, 45)),
+            st.builds(lambda v: {"top_p": v}, st.floats(0.05, 0.999)),
         )
     )
     return {
@@ -42,6 +46,7 @@ def cases(draw: st.DrawFn) -> dict:
         "entropy": draw(st.sampled_from(["metric", "grad", "none"])),
         "inplace": draw(st.booleans()),
         "some_rows": draw(st.booleans()),
+        "filter_entropy": draw(st.booleans()),
     }
 
 
@@ -50,8 +55,8 @@ def test_values_and_gradients_match_the_definition(dense: Callable, case: dict) 
     generator = torch.Generator().manual_seed(case["seed"])
     logits, targets = random_case(case["tokens"], case["vocab"], case["seed"])
     rows = torch.rand(case["tokens"], generator=generator) < (0.4 if case["some_rows"] else 2.0)
-    weights = torch.randn(3, case["tokens"], generator=generator, dtype=torch.float64)
-    weights *= torch.rand(3, case["tokens"], generator=generator) < 0.7  # rows with one, several or no gradients
+    weights = torch.randn(4, case["tokens"], generator=generator, dtype=torch.float64)
+    weights *= torch.rand(4, case["tokens"], generator=generator) < 0.7  # rows with one, several or no gradients
     garbage = torch.full((case["tokens"], case["padding"]), torch.nan, dtype=torch.float64)
     shared = {"temperature": case["temperature"], "vocab_size": case["vocab"], **case["filters"]}
 
@@ -63,11 +68,14 @@ def test_values_and_gradients_match_the_definition(dense: Callable, case: dict) 
             log_z_rows=rows if case["some_rows"] else None,
             entropy=case["entropy"],
             inplace_backward=case["inplace"],
+            filter_entropy=case["filter_entropy"],
             **shared,
         )
         loss = (weights[0] * got.log_probs + weights[1] * got.log_z).sum()
         if case["entropy"] == "grad":
             loss = loss + (weights[2] * got.entropy).sum()
+        if case["filter_entropy"]:
+            loss = loss + (weights[3] * got.filter_entropy).sum()
         loss.backward()
 
     leaf = logits.clone().requires_grad_()
@@ -75,6 +83,10 @@ def test_values_and_gradients_match_the_definition(dense: Callable, case: dict) 
     loss = (weights[0] * want.log_probs + weights[1] * torch.where(rows, want.log_z, 0)).sum()
     if case["entropy"] == "grad":
         loss = loss + (weights[2] * want.entropy).sum()
+    if case["filter_entropy"]:
+        loss = loss + (weights[3] * torch.where(rows, want.filter_entropy, 0)).sum()
+        torch.testing.assert_close(got.filter_entropy, torch.where(rows, want.filter_entropy, 0))
+        torch.testing.assert_close(got.filter_extent, torch.where(rows, want.filter_extent, 0))
     loss.backward()
 
     torch.testing.assert_close(got.log_probs, want.log_probs)
@@ -90,16 +102,47 @@ def test_values_and_gradients_match_the_definition(dense: Callable, case: dict) 
     assert (padded.grad[:, case["vocab"] :] == 0).all()
 
 
-@pytest.mark.parametrize("filters", [{"min_p": 0.3}, {"fixed_tau": 0.1}])
+@pytest.mark.parametrize("filters", [{"min_p": 0.3}, {"fixed_tau": 0.1}, {"top_k": 3}, {"top_p": 0.8}])
 def test_gradcheck(filters: dict) -> None:
     logits, targets = random_case(5, 11, spread=1.0)
 
     def differentiable(x: Tensor) -> tuple[Tensor, ...]:
-        stats = token_stats(x, targets, temperature=1.3, entropy="grad", vocab_size=10, **filters)
-        return stats.log_probs, stats.log_z, stats.entropy
+        stats = token_stats(x, targets, temperature=1.3, entropy="grad", filter_entropy=True, vocab_size=10, **filters)
+        assert stats.filter_entropy is not None
+        return stats.log_probs, stats.log_z, stats.entropy, stats.filter_entropy
 
     targets = targets.clamp_max(9)
     assert torch.autograd.gradcheck(differentiable, (logits.requires_grad_(),))
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4, 1e6])
+def test_an_offset_that_all_logits_share_costs_no_digits(offset: float) -> None:
+    """In fp32. The logits are multiples of 1/16, so that the offset itself does not round them."""
+    logits, targets = random_case(6, 50)
+    logits = (logits * 16).round() / 16
+    found = []
+    for x in (logits.float() + offset, logits):
+        x.requires_grad_()
+        stats = token_stats(x, targets, entropy="grad", filter_entropy=True)
+        loss = (stats.log_probs + stats.log_z + stats.entropy + stats.filter_entropy).sum()
+        found.append([stats.log_probs, stats.log_z, stats.entropy, torch.autograd.grad(loss, x)[0]])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_tokens_that_tie_with_the_last_of_the_likeliest_are_kept() -> None:
+    logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, -torch.inf]])
+    stats = token_stats(logits, torch.tensor([2]), top_k=2, filter_entropy=True)
+    assert bool(stats.in_filter) and stats.log_z.item() == pytest.approx(0.0, abs=1e-6)
+    assert stats.filter_extent.item() == pytest.approx(math.log(4) / math.log(5))
+    everything = token_stats(logits, torch.tensor([2]), top_k=9, filter_entropy=True)
+    assert everything.filter_extent.item() == pytest.approx(math.log(4) / math.log(5))  # not the impossible token
+
+
+def test_a_nucleus_has_a_largest_size() -> None:
+    logits = torch.arange(2000.0)[None] * 1e-6
+    stats = token_stats(logits, torch.tensor([1999]), top_p=0.99, filter_entropy=True)
+    assert stats.filter_extent.item() == pytest.approx(math.log(NUCLEUS_TOKENS) / math.log(2000), rel=2e-2)
 
 
 def test_minus_log_z_is_the_kl_to_the_frozen_proxy_in_value_and_gradient(dense: Callable) -> None:

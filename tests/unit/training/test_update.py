@@ -70,16 +70,18 @@ class Actors:
 
     def __init__(self, loss: float = 2.0) -> None:
         self.calls: list[tuple[list[int], float]] = []
+        self.coefficients: list[list[float]] = []
         self.loss = loss
 
     def train(self, rows: SequenceBatch, *, lr: float, denominator: float, temperature: float) -> StepResult:
-        assert set(rows.values) == {"advantages", "old_log_probs", "selected"}, "other values need not travel"
+        values = set(rows.values) - {"entropy_coefficient"}
+        assert values == {"advantages", "old_log_probs", "selected"}, "other values need not travel"
+        self.coefficients.append(rows.values.get("entropy_coefficient", np.zeros(0)).tolist())
         self.calls.append(([int(ids[0]) for ids in rows.sequences], denominator))
         n = len(self.calls)
-        values = {"log_probs": rows.values["old_log_probs"] + np.float32(0.5)}
-        return StepResult(
-            values, self.loss * n, {"ratio": (3.0 * n, 2.0 * n), "selected_fraction": (1.0, 5.0)}, 4.0 * n
-        )
+        log_probs = rows.values["old_log_probs"] + np.float32(0.5)
+        found = {"log_probs": log_probs, "entropy": np.full_like(log_probs, 0.25 * n)}
+        return StepResult(found, self.loss * n, {"ratio": (3.0 * n, 2.0 * n), "selected_fraction": (1.0, 5.0)}, 4.0 * n)
 
 
 def stepped(
@@ -118,6 +120,14 @@ def test_a_mini_batch_averages_over_itself_and_needs_a_sequence_to_train() -> No
     actors = Actors()
     stepped(actors, "entropy_bonus", updates=2)
     assert actors.calls == [([0, 1], 5), ([2, 3], 5)]
+
+
+def test_the_entropy_coefficient_of_an_update_follows_from_the_entropy_of_the_one_before() -> None:
+    """The entropies of the four updates are .25, .5, .75 and 1, and the target is .6."""
+    actors = Actors()
+    _, _, learner = stepped(actors, "entropy_bonus", updates=4, epochs=2, coefficient=0.5, target=0.6, step=0.25)
+    assert actors.coefficients == [[], [0.75] * 5, [1.0] * 5, [0.75] * 5]
+    assert learner.entropy_coefficient == 0.5
 
 
 def test_metrics_cover_all_updates() -> None:
