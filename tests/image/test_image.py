@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -81,8 +82,12 @@ def container() -> Iterator[str]:
     buildah("rm", name)
 
 
-def inside(container: str, *command: str) -> str:
-    return buildah("run", "--isolation", "chroot", container, "--", *command)
+def inside(container: str, *command: str, options: tuple[str, ...] = ()) -> str:
+    """Runs a command in the container. Its output goes through a file: in a chroot buildah may lose a short one."""
+    output = f"/tmp/output-{secrets.token_hex(4)}"
+    words = ["sh", "-c", f'"$@" >{output}', "sh", *command]
+    buildah("run", "--isolation", "chroot", *options, container, "--", *words)
+    return Path(buildah("mount", container).strip() + output).read_text()
 
 
 def test_the_images_configuration(container: str) -> None:
@@ -145,9 +150,8 @@ def test_the_gpu_target_builds_over_a_stand_in(gpu_container: str) -> None:
 
 def test_a_process_without_a_home_gets_one(container: str) -> None:
     program = "from megatron_rl.utils.home import provide_home; print(provide_home())"
-    options = ["--user", "54321", "--env", "HOME=/", "--isolation", "chroot"]
-    found = buildah("run", *options, container, "--", "python3", "-c", program).strip()
-    assert found == "/tmp/megatron-rl-home-54321"
+    found = inside(container, "python3", "-c", program, options=("--user", "54321", "--env", "HOME=/"))
+    assert found.strip() == "/tmp/megatron-rl-home-54321"
 
 
 def test_the_quickstart_starts(container: str) -> None:
