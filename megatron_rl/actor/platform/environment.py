@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from megatron_rl.utils.nccl import AGREED
+
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings
 
@@ -21,8 +23,7 @@ FP32_PRODUCTS = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
 def rank_environment(settings: ActorSettings, given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Returns the variables of every rank on a GPU. given: the user's environment.
 
-    - NCCL_CUMEM_ENABLE and NCCL_NVLS_ENABLE: the values that SGLang sets for its processes, because the members of a
-      group must agree on them.
+    - NCCL's settings on which the actor and the engines agree: `utils/nccl.py`.
     - CUDA_DEVICE_MAX_CONNECTIONS=1: Megatron relies on one queue, in which a collective of tensor or context
       parallelism starts before the matrix product that it overlaps with.
     - expandable_segments: micro-batches differ in length, which fragments torch's cache. Memory that engines map is not
@@ -30,7 +31,7 @@ def rank_environment(settings: ActorSettings, given: Mapping[str, str] = os.envi
     - NVTE_FP8_BLOCK_SCALING_FP32_SCALES: FP8 blocks are scaled by any fp32 number, as engines do, rather than by powers
       of two.
     """
-    chosen = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+    chosen = dict(AGREED)
     if not any(name in given for name in ALLOCATOR):
         chosen[ALLOCATOR[0]] = "expandable_segments:True"
     if settings.tensor_parallel > 1 or settings.context_parallel > 1:

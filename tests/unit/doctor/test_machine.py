@@ -109,9 +109,9 @@ def test_a_ray_that_ignores_its_token_is_refused(monkeypatch: pytest.MonkeyPatch
     """Ray knows RAY_AUTH_MODE=token since 2.52; an earlier one leaves a cluster open without a word."""
     declared = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["dependencies"]
     monkeypatch.setattr("importlib.metadata.requires", lambda _: declared)
-    real = versions._version
+    real = versions.installed
     for installed, state in (("2.51.2", "failure"), ("2.52.0", None)):
-        monkeypatch.setattr(versions, "_version", lambda name, ray=installed: ray if name == "ray" else real(name))
+        monkeypatch.setattr(versions, "installed", lambda name, ray=installed: ray if name == "ray" else real(name))
         found = {finding.check: finding.state for finding in versions.check_versions("cpu")}
         assert found.get("ray") == state
 
