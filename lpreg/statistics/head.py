@@ -114,6 +114,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             part.add_(torch.mm(rows, right, out_dtype=total.dtype))
 
 
+def rows_to_differentiate(active: Tensor) -> Tensor | None:
+    """Returns the rows that have a gradient; None means all, of which some may have none.
+
+    On a GPU these are always all: a few products of zeros take less time than waiting for the GPU to count rows.
+    """
+    if active.is_cuda or bool(active.all()):
+        return None
+    return active.nonzero().squeeze(1)
+
+
 def compact(shard: Shard, rows: Tensor) -> Shard:
     """Returns a shard of the given rows (ascending), moved to the front of the logits' own memory."""
     for place, part in shard.chunks(rows):

@@ -169,9 +169,7 @@ def training_batch(shape: dict[str, int]) -> TrainingBatch:
     advantages = np.random.default_rng(4).normal(size=count).round(2)
     advantages[np.isin(groups, (1, 4))] = 0.0
     log_probs = np.random.default_rng(5).normal(-5.0, 1.0, batch.num_sampled_tokens).astype(np.float32)
-    batch = batch.with_values(
-        advantages=batch.per_token(advantages).astype(np.float32), rollout_log_probs=log_probs
-    )
+    batch = batch.with_values(advantages=batch.per_token(advantages).astype(np.float32), rollout_log_probs=log_probs)
     return TrainingBatch(batch, groups, advantages, np.ones(batch.num_sampled_tokens, dtype=bool))
 
 

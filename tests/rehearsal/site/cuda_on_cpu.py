@@ -15,7 +15,7 @@ from typing import Any
 
 import host_tensors
 import torch
-from host_tensors import Waits, is_cuda, of_cuda, on_host
+from host_tensors import Waits, of_cuda, on_host
 from torch.overrides import TorchFunctionMode
 
 GPU = torch.device("cuda", 0)
@@ -82,6 +82,9 @@ _STREAM = Stream()
 _MODE = CudaOnCpu()
 
 
+_CUDART = SimpleNamespace(cudaHostRegister=lambda *memory: 0, cudaHostUnregister=lambda *memory: 0)
+
+
 def _answers() -> dict[str, Any]:
     """Returns the functions of `torch.cuda` that the actor, megatron-core and Transformer Engine call."""
     nothing, always = (lambda *args, **settings: None), (lambda *args, **settings: True)
@@ -98,7 +101,7 @@ def _answers() -> dict[str, Any]:
         get_device_name=lambda *device: H100.name, get_arch_list=lambda: ["sm_90"], current_blas_handle=lambda: 0,
         memory_allocated=lambda *device: 0, max_memory_allocated=lambda *device: 0, memory_stats=lambda *device: {},
         memory_reserved=lambda *device: 0, max_memory_reserved=lambda *device: 0,
-        mem_get_info=lambda *device: (MEMORY, MEMORY),
+        mem_get_info=lambda *device: (MEMORY, MEMORY), cudart=lambda: _CUDART,
         initial_seed=torch.initial_seed, get_rng_state=lambda *device, **settings: torch.get_rng_state(),
         set_rng_state=lambda state, *device, **settings: torch.set_rng_state(state),
     )  # fmt: skip
