@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lpreg.statistics import kernels
 from lpreg.statistics.row_gradients import RowGradients
 from lpreg.statistics.row_statistics import Settings, ranks_of
 from lpreg.statistics.rows import write_gradient
@@ -119,7 +120,7 @@ def rows_to_differentiate(active: Tensor) -> Tensor | None:
 
     On a GPU these are always all: a few products of zeros take less time than waiting for the GPU to count rows.
     """
-    if active.is_cuda or bool(active.all()):
+    if kernels.usable(active) or bool(active.all()):
         return None
     return active.nonzero().squeeze(1)
 
