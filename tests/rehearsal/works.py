@@ -21,6 +21,7 @@ from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.manifest import FORMAT, DriverState, Manifest, Origin, write_manifest
+from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.models.architecture import Architecture
@@ -144,7 +145,7 @@ def methods(rank: int, folder: Path) -> None:
     for snapshot in ("lagged", "reference"):
         worker.load_hf(Path(case[snapshot]))
         worker.snapshot(snapshot)
-    worker.build_optimizer(OptimizerSettings(lr=0.0))
+    worker.build_optimizer(OptimizerSettings(clip_grad=0.0))
     actors = method_steps.AllRanks(worker)
     before = training_batch(case["rows"])
     for name in METHODS:
@@ -169,9 +170,7 @@ def training_batch(shape: dict[str, int]) -> TrainingBatch:
     advantages = np.random.default_rng(4).normal(size=count).round(2)
     advantages[np.isin(groups, (1, 4))] = 0.0
     log_probs = np.random.default_rng(5).normal(-5.0, 1.0, batch.num_sampled_tokens).astype(np.float32)
-    batch = batch.with_values(
-        advantages=batch.per_token(advantages).astype(np.float32), rollout_log_probs=log_probs
-    )
+    batch = batch.with_values(advantages=batch.per_token(advantages).astype(np.float32), rollout_log_probs=log_probs)
     return TrainingBatch(batch, groups, advantages, np.ones(batch.num_sampled_tokens, dtype=bool))
 
 
@@ -203,9 +202,8 @@ def waits(rank: int, folder: Path) -> None:
 
 def scored(worker: MegatronWorker, batch: SequenceBatch) -> SequenceBatch:
     """Returns the batch with what Lp-Reg reads of the old policy, and a selection."""
-    tables = worker.score(batch, 1.0)
-    assert tables is not None, "this rank reports"
-    values = {name: tables.values[name] for name in ("log_probs", "log_z", "in_filter")}
+    scores = merge_tables(batch, gathered(worker.score(batch, 1.0)))[0]
+    values = {name: scores[name] for name in ("log_probs", "log_z", "in_filter")}
     selected = np.random.default_rng(1).random(batch.num_sampled_tokens) < 0.02
     return batch.with_values(**{f"old_{name}": value for name, value in values.items()}, selected=selected)
 

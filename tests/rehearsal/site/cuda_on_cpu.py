@@ -8,6 +8,7 @@ error that names the function.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typing import Any
 
 import host_tensors
 import torch
-from host_tensors import Waits, is_cuda, of_cuda, on_host
+from host_tensors import Waits, of_cuda, on_host
 from torch.overrides import TorchFunctionMode
 
 GPU = torch.device("cuda", 0)
@@ -25,6 +26,10 @@ H100 = SimpleNamespace(
     L2_cache_size=50 * 2**20, shared_memory_per_block_optin=232448, regs_per_multiprocessor=65536,
     max_threads_per_multi_processor=2048, gcnArchName="", uuid="rehearsal", is_integrated=False,
 )  # fmt: skip
+
+
+RUNTIME = SimpleNamespace(cudaHostRegister=lambda *memory: 0, cudaHostUnregister=lambda pointer: 0)
+"""CUDA's own library: it pins memory."""
 
 
 class Stream:
@@ -98,7 +103,7 @@ def _answers() -> dict[str, Any]:
         get_device_name=lambda *device: H100.name, get_arch_list=lambda: ["sm_90"], current_blas_handle=lambda: 0,
         memory_allocated=lambda *device: 0, max_memory_allocated=lambda *device: 0, memory_stats=lambda *device: {},
         memory_reserved=lambda *device: 0, max_memory_reserved=lambda *device: 0,
-        mem_get_info=lambda *device: (MEMORY, MEMORY),
+        cudart=lambda: RUNTIME, mem_get_info=lambda *device: (MEMORY, MEMORY),
         initial_seed=torch.initial_seed, get_rng_state=lambda *device, **settings: torch.get_rng_state(),
         set_rng_state=lambda state, *device, **settings: torch.set_rng_state(state),
     )  # fmt: skip
@@ -131,6 +136,14 @@ def _backends() -> None:
         module.isend, module.irecv = isend, irecv
 
 
+def _in_mode(function: Any) -> Any:
+    def call(*args: Any, **settings: Any) -> Any:
+        with CudaOnCpu():
+            return function(*args, **settings)
+
+    return functools.wraps(function)(call)
+
+
 class _Transfer:
     """A message that may be waited for twice, as with NCCL. Gloo would wait for another message."""
 
@@ -154,19 +167,25 @@ def _waited_once(transfer: Any) -> Any:
 
 
 def _everywhere() -> None:
-    """Enters the mode in this thread, in threads to come, and in backward passes, which torch runs outside any mode."""
+    """Enters the mode in this thread, in threads to come, and in what torch runs outside any mode: backward passes and
+    operations written in Python."""
+    from torch._library import custom_ops
+
+    register = custom_ops.CustomOpDef.register_kernel
     bootstrap, run = threading.Thread._bootstrap_inner, torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def in_thread(self: threading.Thread) -> None:
         with CudaOnCpu():
             bootstrap(self)
 
-    def in_backward(*args: Any, **settings: Any) -> Any:
-        with CudaOnCpu():
-            return run(*args, **settings)
+    def register_kernel(self: Any, device_types: Any, function: Any = None, /) -> Any:
+        if function is None:
+            return lambda function: register_kernel(self, device_types, function)
+        return register(self, device_types, _in_mode(function))
 
     threading.Thread._bootstrap_inner = in_thread  # type: ignore[attr-defined]
-    torch.autograd._engine_run_backward = torch.autograd.graph._engine_run_backward = in_backward  # type: ignore
+    torch.autograd._engine_run_backward = torch.autograd.graph._engine_run_backward = _in_mode(run)  # type: ignore
+    custom_ops.CustomOpDef.register_kernel = register_kernel  # type: ignore[method-assign]
     _MODE.__enter__()
 
 

@@ -29,9 +29,7 @@ def thd_read_half_tensor(tensor: Tensor, cu_seqlens: Tensor, half_idx: int) -> T
     return torch.cat([tensor.narrow(dim, start, end - start) for start, end in halves], dim)
 
 
-def thd_read_second_half_lse(
-    lse: Tensor, cu_seqlens: Tensor, lse_packed: bool, second_half_lse_seqlen: int
-) -> Tensor:
+def thd_read_second_half_lse(lse: Tensor, cu_seqlens: Tensor, lse_packed: bool, second_half_lse_seqlen: int) -> Tensor:
     _packed(lse_packed)
     return torch.cat([lse[:, m:b] for _, m, b in _halves(cu_seqlens)], 1)
 
