@@ -1,4 +1,6 @@
-"""What the ranks of a rehearsal do, one function per kind of case. Each takes (rank, folder) and reads FOLDER/case.json.
+"""What the ranks of a rehearsal do, one function per kind of case.
+
+Each function takes (rank, folder) and reads FOLDER/case.json.
 
 Rank 0 writes FOLDER/found.json. The steps of layouts are those of `tests/gpu/actor_on.py`.
 """

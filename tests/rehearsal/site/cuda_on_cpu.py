@@ -206,8 +206,12 @@ def install() -> None:
         setattr(cuda, name, answer)
         if hasattr(cuda.random, name):
             setattr(cuda.random, name, answer)
+    for name in ("from_numpy", "frombuffer"):  # no mode sees these
+        setattr(torch, name, host_tensors.made_on_host(getattr(torch, name)))
     for kind in ("Float", "Half", "BFloat16", "Int", "Long", "Double", "Byte", "Bool"):
         setattr(cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
+    for name in ("range_push", "range_pop", "range_start", "range_end", "mark"):
+        setattr(cuda.nvtx, name, lambda *args: 0)
     cuda.default_generators = (torch.default_generator,)
     cuda.nccl.version = lambda: (2, 27, 3)  # type: ignore[assignment]
     torch.version.cuda = "12.9"

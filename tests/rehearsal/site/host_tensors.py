@@ -31,7 +31,7 @@ _SIZED_BY_VALUES = {"nonzero", "masked_select", "unique", "argwhere", "equal", "
 _COPIES = {"cpu", "to", "cuda", "copy_"}
 _FACTORIES = {
     "empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "randperm", "eye", "linspace",
-    "scalar_tensor", "empty_strided", "as_tensor", "from_numpy", "frombuffer",
+    "scalar_tensor", "empty_strided", "as_tensor",
 }  # fmt: skip
 
 
@@ -159,14 +159,24 @@ def _count(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
         Waits.count(name)
     elif name in ("__getitem__", "__setitem__"):
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        if any(isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8) for part in index):
+        parts = [part for part in index if isinstance(part, torch.Tensor)]
+        if any(part.dtype in (torch.bool, torch.uint8) for part in parts):
             Waits.count("an index by a mask")
-        elif any(
-            isinstance(part, list) or (isinstance(part, torch.Tensor) and part.ndim and on_host(part)) for part in index
-        ):
+        elif any(isinstance(part, list) for part in index) or any(part.ndim and on_host(part) for part in parts):
             Waits.count("an index from the host", "copy")
     elif name == "repeat_interleave" and any(isinstance(part, torch.Tensor) for part in args[1:2]):
         Waits.count(name)
+
+
+def made_on_host(function: Any) -> Any:
+    """Returns a function whose results are marked."""
+
+    def call(*args: Any, **settings: Any) -> torch.Tensor:
+        result: torch.Tensor = function(*args, **settings)
+        _mark(result)
+        return result
+
+    return call
 
 
 def _mark(result: Any) -> None:
