@@ -147,7 +147,6 @@ def methods(rank: int, folder: Path) -> None:
     for snapshot in ("lagged", "reference"):
         worker.load_hf(Path(case[snapshot]))
         worker.snapshot(snapshot)
-    worker.build_optimizer(OptimizerSettings(clip_grad=0.0))
     actors = method_steps.AllRanks(worker)
     before = training_batch(case["rows"])
     for name in METHODS:
@@ -157,6 +156,7 @@ def methods(rank: int, folder: Path) -> None:
         after, metrics = select(learner, score_old_policy(learner, before), 7)
         after = score_reference(learner, score_lagged_policy(learner, 2, after))
         worker.load_hf(Path(case["new"]))
+        worker.build_optimizer(OptimizerSettings(clip_grad=0.0))  # its fp32 weights are those that were loaded last
         after, updated = update(learner, 2, after, lr=0.0, seed=7)
         numbers = {key: value for key, value in (metrics | updated).items() if not key.startswith("perf/")}
         found[name] = {key: float(value) for key, value in numbers.items()}
