@@ -104,7 +104,7 @@ def _answers() -> dict[str, Any]:
         memory_allocated=lambda *device: 0, max_memory_allocated=lambda *device: 0, memory_stats=lambda *device: {},
         memory_reserved=lambda *device: 0, max_memory_reserved=lambda *device: 0,
         cudart=lambda: RUNTIME, mem_get_info=lambda *device: (MEMORY, MEMORY),
-        initial_seed=torch.initial_seed, get_rng_state=lambda *device, **settings: host_tensors.made_on_host(torch.get_rng_state)(),
+        initial_seed=torch.initial_seed, get_rng_state=lambda *device, **settings: torch.get_rng_state(),
         set_rng_state=lambda state, *device, **settings: torch.set_rng_state(state),
     )  # fmt: skip
 
@@ -206,7 +206,7 @@ def install() -> None:
         setattr(cuda, name, answer)
         if hasattr(cuda.random, name):
             setattr(cuda.random, name, answer)
-    for name in ("from_numpy", "frombuffer"):  # no mode sees these
+    for name in ("from_numpy", "frombuffer", "get_rng_state"):  # no mode sees these
         setattr(torch, name, host_tensors.made_on_host(getattr(torch, name)))
     for kind in ("Float", "Half", "BFloat16", "Int", "Long", "Double", "Byte", "Bool"):
         setattr(cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
