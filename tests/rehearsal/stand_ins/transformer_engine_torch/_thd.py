@@ -6,6 +6,7 @@ Legend: lse [h, t] log of the sum of exponentials; cu_seqlens bounds of this ran
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 def _halves(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
     """Yields the start, middle and end of each sequence."""
     bounds = [int(bound) for bound in cu_seqlens.numpy()]
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         yield start, (start + end) // 2, end
 
 
