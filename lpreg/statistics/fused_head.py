@@ -170,8 +170,7 @@ class _FusedTokenStats(torch.autograd.Function):
             filter_entropy=grad_filter_entropy,
         )
         grads = row_gradients(of, log_z, filter_entropy, log_z_rows, settings.temperature, ctx.proxy)
-        active = grads.active
-        for _place, rows in head.chunks(None if active.all() else active.nonzero().squeeze(1)):
+        for _place, rows in head.chunks(total.rows(grads.active)):
             total.add(rows, head.project(rows), grads.of(rows), ctx.scale.of(rows))
         d_hidden = total.hidden
         if d_hidden is not None:

@@ -18,7 +18,13 @@ from torch.autograd.function import once_differentiable
 from lpreg.losses.base import LossOutput, Mean, PolicyLoss
 from lpreg.losses.inputs import LossInputs
 from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
-from lpreg.statistics.head import Head, HeadGradient, compact, gather_sequence, sum_over_ranks
+from lpreg.statistics.head import (
+    Head,
+    HeadGradient,
+    compact,
+    gather_sequence,
+    sum_over_ranks,
+)
 from lpreg.statistics.proxy_store import ProxyStore, ShardProxy
 from lpreg.statistics.row_gradients import RowGradients, StatisticGradients, row_gradients
 from lpreg.statistics.row_statistics import (
@@ -176,11 +182,10 @@ def _differentiate(loss: Tensor, leaves: dict[str, Tensor]) -> StatisticGradient
 
 
 def _add_gradient(total: HeadGradient, place: slice, shard: Shard, grads: RowGradients, stats: RowStatistics) -> None:
-    active = grads.active
-    if active.all():
+    rows = total.rows(grads.active)
+    if rows is None:
         total.add(place, shard, grads, stats.scale)
-    elif active.any():
-        rows = active.nonzero().squeeze(1)
+    elif len(rows):
         total.add(rows + place.start, compact(shard, rows), grads.of(rows), stats.scale.of(rows))
 
 

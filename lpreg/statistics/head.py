@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lpreg.statistics import kernels
 from lpreg.statistics.row_gradients import RowGradients
 from lpreg.statistics.row_statistics import Settings, ranks_of
 from lpreg.statistics.rows import write_gradient
@@ -83,6 +84,15 @@ class HeadGradient:
         self._buffer = (
             buffer if buffer.dtype == head.hidden.dtype else torch.empty_like(buffer, dtype=head.hidden.dtype)
         )
+
+    def rows(self, active: Tensor) -> Tensor | None:
+        """Returns the rows to add, given which rows have a gradient [R]; None means all, of which some may have none.
+
+        With the kernels of GPUs it is always all: products of zeros take less time than waiting for the number of rows.
+        """
+        if kernels.usable(self._head._buffer) or bool(active.all()):
+            return None
+        return active.nonzero().squeeze(1)
 
     def add(self, rows: Rows, shard: Shard, grads: RowGradients, scale: RowScale) -> None:
         """Adds the gradients of the rows whose logits `shard` holds; the logits are overwritten. grads and scale: of

@@ -2,13 +2,14 @@
 
     .venv-rehearsal/bin/python -m tests.rehearsal [--engine 2.20.2] [--megatron 0.19.2] [--plain] -- COMMAND ...
 
-COMMAND is a script with its arguments, or `-m module ...`, or anything after `--exec`, such as a shell script. Everything
-that it starts in turn is rehearsed too: all of it is in the environment (`environment` below), which
+COMMAND is a script with its arguments, or `-m module ...`; with `--exec` it is any program, such as `bash session.sh`.
+Everything that it starts in turn is rehearsed too, since all of it is in the environment: PYTHONPATH, whose first
+folder holds a sitecustomize.py, and MEGATRON_RL_REHEARSAL. In a shell,
 
-    .venv-rehearsal/bin/python -m tests.rehearsal --print
+    eval "$(.venv-rehearsal/bin/python -m tests.rehearsal --print)"
 
-writes as lines `export NAME=value` for `eval "$(...)"` in a shell. `--engine none` leaves Transformer Engine out. `--plain`
-runs on the CPU as what it is, for comparison; Transformer Engine is there or not as `--engine` says.
+sets the same for what follows. `--engine none` leaves Transformer Engine out. `--plain` runs on the CPU as what it is,
+for comparison; Transformer Engine is there or not as `--engine` says.
 """
 
 from __future__ import annotations

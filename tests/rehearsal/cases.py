@@ -22,7 +22,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> model type and settings of the models that are trained. The vocabulary is odd: tensor parallelism pads it."""
 ROWS = {"count": 8, "prompt": 20, "response": 40, "vocabulary": 259}
 BASE = {"device": "cuda", "dtype": "bfloat16", "micro_batch_tokens": 256}
-UNFUSED: dict = {}
+UNFUSED = {"fusions": dict.fromkeys(("rope", "swiglu", "gradient_accumulation", "expert_permutation"), False)}
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,18 @@ LOCAL = {"qwen3": Case("qwen3"), "experts": Case("experts"), "experts, tensor": 
 """On CUDA without Transformer Engine."""
 CPU_WITH_ENGINE = {"qwen3": Case("qwen3"), "experts": Case("experts")}
 """On a CPU where Transformer Engine is installed, whose kernels and optimizer need CUDA."""
+
+STATES: dict[str, Case] = {
+    "replicas": Case(actor={"data_parallel": 2}),
+    "tensor and sequence, pipeline": Case(actor=TP_SP | {"pipeline_parallel": 2}),
+    "experts over ranks": Case("experts", {"data_parallel": 2, "expert_parallel": 2}),
+    "offloaded optimizer": Case(actor={"offload_optimizer": True}),
+}
+"""Layouts under which weights, snapshots and checkpoints go out and come back."""
+METHOD_LAYOUTS = {"one rank": Case(), "tensor and sequence": Case(actor=TP_SP)}
+"""Layouts under which every method is computed."""
+WAITS = {"qwen3": Case(), "tensor and sequence": Case(actor=TP_SP), "experts": Case("experts")}
+"""Layouts under which waits are counted."""
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3": ("qwen3", {}, {}),

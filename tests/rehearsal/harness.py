@@ -36,15 +36,21 @@ class Outcome:
 
 
 def run_cases(
-    folder: Path, engine: str | None, megatron: str, cases: Mapping[str, dict[str, Any]], *, plain: bool = False
+    folder: Path,
+    engine: str | None,
+    megatron: str,
+    cases: Mapping[str, dict[str, Any]],
+    *,
+    plain: bool = False,
+    **variables: str,
 ) -> dict[str, Outcome]:
-    """Returns the outcome of each case; see `drive.py` for what a case is."""
+    """Returns the outcome of each case; see `drive.py` for what a case is. variables: further environment."""
     for number, case in enumerate(cases.values()):
         (folder / f"{number:03d}").mkdir(parents=True)
         (folder / f"{number:03d}" / "case.json").write_text(json.dumps(case))
     process = subprocess.Popen(
         [sys.executable, str(DRIVER), str(folder)],
-        env=os.environ | environment(engine, megatron, plain=plain),
+        env=os.environ | environment(engine, megatron, plain=plain) | variables,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,9 +96,9 @@ def references(folder: Path, models: Models, names: set[str], megatron: str) -> 
 
 
 FIRST, LATER, LOGITS = 5e-3, 2e-2, 3e-2
-"""Largest differences between bf16 and fp32: of the first gradient norm, of later losses and norms, all relative, and of
-the logits, relative to the largest. Counting a shard of the experts once too often, or too seldom, changes the norm by
-1 % and more."""
+"""Largest differences between bf16 and fp32: of the first gradient norm and of later losses and norms, relative; of the
+logits, relative to the largest. Counting a shard of the experts once too often, or too seldom, changes the norm by 1 %
+and more."""
 
 
 def assert_alike(outcome: Outcome, expected: Outcome, *, first_only: bool = False) -> None:

@@ -1,4 +1,6 @@
-"""What the ranks of a rehearsal do, one function per kind of case. Each takes (rank, folder) and reads FOLDER/case.json.
+"""What the ranks of a rehearsal do, one function per kind of case.
+
+Each function takes (rank, folder) and reads FOLDER/case.json.
 
 Rank 0 writes FOLDER/found.json. The steps of layouts are those of `tests/gpu/actor_on.py`.
 """
@@ -21,6 +23,7 @@ from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.manifest import FORMAT, DriverState, Manifest, Origin, write_manifest
+from megatron_rl.cluster.actors import merge_tables
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.models.architecture import Architecture
@@ -144,7 +147,6 @@ def methods(rank: int, folder: Path) -> None:
     for snapshot in ("lagged", "reference"):
         worker.load_hf(Path(case[snapshot]))
         worker.snapshot(snapshot)
-    worker.build_optimizer(OptimizerSettings(lr=0.0))
     actors = method_steps.AllRanks(worker)
     before = training_batch(case["rows"])
     for name in METHODS:
@@ -154,6 +156,7 @@ def methods(rank: int, folder: Path) -> None:
         after, metrics = select(learner, score_old_policy(learner, before), 7)
         after = score_reference(learner, score_lagged_policy(learner, 2, after))
         worker.load_hf(Path(case["new"]))
+        worker.build_optimizer(OptimizerSettings(clip_grad=0.0))  # its fp32 weights are those that were loaded last
         after, updated = update(learner, 2, after, lr=0.0, seed=7)
         numbers = {key: value for key, value in (metrics | updated).items() if not key.startswith("perf/")}
         found[name] = {key: float(value) for key, value in numbers.items()}
@@ -169,9 +172,7 @@ def training_batch(shape: dict[str, int]) -> TrainingBatch:
     advantages = np.random.default_rng(4).normal(size=count).round(2)
     advantages[np.isin(groups, (1, 4))] = 0.0
     log_probs = np.random.default_rng(5).normal(-5.0, 1.0, batch.num_sampled_tokens).astype(np.float32)
-    batch = batch.with_values(
-        advantages=batch.per_token(advantages).astype(np.float32), rollout_log_probs=log_probs
-    )
+    batch = batch.with_values(advantages=batch.per_token(advantages).astype(np.float32), rollout_log_probs=log_probs)
     return TrainingBatch(batch, groups, advantages, np.ones(batch.num_sampled_tokens, dtype=bool))
 
 
@@ -203,9 +204,8 @@ def waits(rank: int, folder: Path) -> None:
 
 def scored(worker: MegatronWorker, batch: SequenceBatch) -> SequenceBatch:
     """Returns the batch with what Lp-Reg reads of the old policy, and a selection."""
-    tables = worker.score(batch, 1.0)
-    assert tables is not None, "this rank reports"
-    values = {name: tables.values[name] for name in ("log_probs", "log_z", "in_filter")}
+    scores = merge_tables(batch, gathered(worker.score(batch, 1.0)))[0]
+    values = {name: scores[name] for name in ("log_probs", "log_z", "in_filter")}
     selected = np.random.default_rng(1).random(batch.num_sampled_tokens) < 0.02
     return batch.with_values(**{f"old_{name}": value for name, value in values.items()}, selected=selected)
 

@@ -8,14 +8,16 @@ error that names the function.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
 
 import host_tensors
+import nccl_is_gloo
 import torch
-from host_tensors import Waits, is_cuda, of_cuda, on_host
+from host_tensors import Waits, of_cuda, on_host
 from torch.overrides import TorchFunctionMode
 
 GPU = torch.device("cuda", 0)
@@ -25,6 +27,10 @@ H100 = SimpleNamespace(
     L2_cache_size=50 * 2**20, shared_memory_per_block_optin=232448, regs_per_multiprocessor=65536,
     max_threads_per_multi_processor=2048, gcnArchName="", uuid="rehearsal", is_integrated=False,
 )  # fmt: skip
+
+
+RUNTIME = SimpleNamespace(cudaHostRegister=lambda *memory: 0, cudaHostUnregister=lambda pointer: 0)
+"""CUDA's own library: it pins memory."""
 
 
 class Stream:
@@ -98,7 +104,7 @@ def _answers() -> dict[str, Any]:
         get_device_name=lambda *device: H100.name, get_arch_list=lambda: ["sm_90"], current_blas_handle=lambda: 0,
         memory_allocated=lambda *device: 0, max_memory_allocated=lambda *device: 0, memory_stats=lambda *device: {},
         memory_reserved=lambda *device: 0, max_memory_reserved=lambda *device: 0,
-        mem_get_info=lambda *device: (MEMORY, MEMORY),
+        cudart=lambda: RUNTIME, mem_get_info=lambda *device: (MEMORY, MEMORY),
         initial_seed=torch.initial_seed, get_rng_state=lambda *device, **settings: torch.get_rng_state(),
         set_rng_state=lambda state, *device, **settings: torch.set_rng_state(state),
     )  # fmt: skip
@@ -109,64 +115,34 @@ def _own(answer: Any) -> Any:
     return lambda *args, **settings: answer(*args, **settings)
 
 
-def _backends() -> None:
-    """Makes NCCL gloo, whose collectives take the same arguments."""
-    import torch.distributed.distributed_c10d as c10d
+def _in_mode(function: Any) -> Any:
+    def call(*args: Any, **settings: Any) -> Any:
+        with CudaOnCpu():
+            return function(*args, **settings)
 
-    start, group = c10d.init_process_group, c10d.new_group
-    isend, irecv = _waited_once(c10d.isend), _waited_once(c10d.irecv)
-
-    def init_process_group(backend: str | None = None, *args: Any, **settings: Any) -> None:
-        settings.pop("device_id", None), settings.pop("pg_options", None)
-        start("gloo", *args, **settings)
-
-    def new_group(*args: Any, **settings: Any) -> Any:
-        settings.pop("device_id", None), settings.pop("pg_options", None)
-        if settings.get("backend") == "nccl":
-            settings["backend"] = "gloo"
-        return group(*args, **settings)
-
-    for module in (c10d, torch.distributed):
-        module.init_process_group, module.new_group = init_process_group, new_group
-        module.isend, module.irecv = isend, irecv
-
-
-class _Transfer:
-    """A message that may be waited for twice, as with NCCL. Gloo would wait for another message."""
-
-    def __init__(self, work: Any) -> None:
-        self._work, self._done = work, False
-
-    def wait(self, *timeout: Any) -> bool:
-        self._done = self._done or self._work.wait(*timeout)
-        return True
-
-    def is_completed(self) -> bool:
-        return self._done or self._work.is_completed()
-
-
-def _waited_once(transfer: Any) -> Any:
-    def start(*args: Any, **settings: Any) -> Any:
-        work = transfer(*args, **settings)  # within the mode, torch finds this function again by its name
-        return work if work is None or isinstance(work, _Transfer) else _Transfer(work)
-
-    return start
+    return functools.wraps(function)(call)
 
 
 def _everywhere() -> None:
-    """Enters the mode in this thread, in threads to come, and in backward passes, which torch runs outside any mode."""
+    """Enters the mode in this thread, in threads to come, and in what torch runs outside any mode: backward passes and
+    operations written in Python."""
+    from torch._library import custom_ops
+
+    register = custom_ops.CustomOpDef.register_kernel
     bootstrap, run = threading.Thread._bootstrap_inner, torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def in_thread(self: threading.Thread) -> None:
         with CudaOnCpu():
             bootstrap(self)
 
-    def in_backward(*args: Any, **settings: Any) -> Any:
-        with CudaOnCpu():
-            return run(*args, **settings)
+    def register_kernel(self: Any, device_types: Any, function: Any = None, /) -> Any:
+        if function is None:
+            return lambda function: register_kernel(self, device_types, function)
+        return register(self, device_types, _in_mode(function))
 
     threading.Thread._bootstrap_inner = in_thread  # type: ignore[attr-defined]
-    torch.autograd._engine_run_backward = torch.autograd.graph._engine_run_backward = in_backward  # type: ignore
+    torch.autograd._engine_run_backward = torch.autograd.graph._engine_run_backward = _in_mode(run)  # type: ignore
+    custom_ops.CustomOpDef.register_kernel = register_kernel  # type: ignore[method-assign]
     _MODE.__enter__()
 
 
@@ -187,8 +163,12 @@ def install() -> None:
         setattr(cuda, name, answer)
         if hasattr(cuda.random, name):
             setattr(cuda.random, name, answer)
+    for name in ("from_numpy", "frombuffer", "get_rng_state"):  # no mode sees these
+        setattr(torch, name, host_tensors.made_on_host(getattr(torch, name)))
     for kind in ("Float", "Half", "BFloat16", "Int", "Long", "Double", "Byte", "Bool"):
         setattr(cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
+    for name in ("range_push", "range_pop", "range_start", "range_end", "mark"):
+        setattr(cuda.nvtx, name, lambda *args: 0)
     cuda.default_generators = (torch.default_generator,)
     cuda.nccl.version = lambda: (2, 27, 3)  # type: ignore[assignment]
     torch.version.cuda = "12.9"
@@ -200,7 +180,7 @@ def install() -> None:
     tensor.type = _type  # type: ignore[method-assign, assignment]
     tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
     tensor.is_pinned = lambda self, *device: on_host(self)  # type: ignore[method-assign]
-    _backends()
+    nccl_is_gloo.install()
     _everywhere()
 
 

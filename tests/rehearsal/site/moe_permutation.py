@@ -1,7 +1,7 @@
 """Torch arithmetic in place of Transformer Engine's Triton kernels that sort tokens by expert.
 
-Each function takes the arguments of the one that it replaces, whatever their order in a release. The maps that they pass
-each other have a format of their own: [tokens, experts], the row among the sorted rows, or -1.
+Each function takes the arguments of the one that it replaces, whatever their order in a release. The maps that they
+pass each other have a format of their own: [tokens, experts], the row among the sorted rows, or -1.
 """
 
 from __future__ import annotations
@@ -89,10 +89,12 @@ def _make_chunk_sort_map(a: SimpleNamespace) -> Tensor:
 
 
 def _sort_by_map(a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
+    forward = getattr(a, "is_forward", False)  # before Transformer Engine 2.5 only backward passes call this
+
     def sort(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        return torch.empty_like(values).index_copy_(0, a.row_id_map, values) if a.is_forward else values[a.row_id_map]
+        return torch.empty_like(values).index_copy_(0, a.row_id_map, values) if forward else values[a.row_id_map]
 
     return sort(a.inp), sort(a.probs)  # type: ignore[return-value]
 

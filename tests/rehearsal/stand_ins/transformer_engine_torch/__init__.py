@@ -56,9 +56,7 @@ FP8BwdTensors = _enum("FP8BwdTensors", " ".join(_GRADS))
 NVTE_QKV_Layout = _enum("NVTE_QKV_Layout", " ".join(f"NVTE_{layout}" for layout in _LAYOUTS.split()))
 NVTE_Mask_Type = _enum("NVTE_Mask_Type", " ".join(f"NVTE_{mask}_MASK" for mask in _MASKS.split()))
 NVTE_Bias_Type = _enum("NVTE_Bias_Type", "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI")
-NVTE_Softmax_Type = _enum(
-    "NVTE_Softmax_Type", "NVTE_VANILLA_SOFTMAX NVTE_OFF_BY_ONE_SOFTMAX NVTE_LEARNABLE_SOFTMAX"
-)
+NVTE_Softmax_Type = _enum("NVTE_Softmax_Type", "NVTE_VANILLA_SOFTMAX NVTE_OFF_BY_ONE_SOFTMAX NVTE_LEARNABLE_SOFTMAX")
 NVTE_QKV_Format = _enum(
     "NVTE_QKV_Format",
     "NVTE_BSHD NVTE_SBHD NVTE_THD NVTE_SBHD_2BSHD NVTE_BSHD_2SBHD NVTE_THD_2BSHD NVTE_THD_2SBHD NVTE_BHSD "

@@ -6,6 +6,7 @@ Legend: lse [h, t] log of the sum of exponentials; cu_seqlens bounds of this ran
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 def _halves(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
     """Yields the start, middle and end of each sequence."""
     bounds = [int(bound) for bound in cu_seqlens.numpy()]
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         yield start, (start + end) // 2, end
 
 
@@ -29,9 +30,7 @@ def thd_read_half_tensor(tensor: Tensor, cu_seqlens: Tensor, half_idx: int) -> T
     return torch.cat([tensor.narrow(dim, start, end - start) for start, end in halves], dim)
 
 
-def thd_read_second_half_lse(
-    lse: Tensor, cu_seqlens: Tensor, lse_packed: bool, second_half_lse_seqlen: int
-) -> Tensor:
+def thd_read_second_half_lse(lse: Tensor, cu_seqlens: Tensor, lse_packed: bool, second_half_lse_seqlen: int) -> Tensor:
     _packed(lse_packed)
     return torch.cat([lse[:, m:b] for _, m, b in _halves(cu_seqlens)], 1)
 
