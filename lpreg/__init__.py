@@ -25,12 +25,15 @@ from lpreg.rewards import overlong_penalty, uninformative
 from lpreg.selection import Selection, apply_rule, select_highest, select_lowest
 
 if TYPE_CHECKING:
+    from lpreg.statistics.checks import PostponedCheck, postponed_checks
     from lpreg.statistics.fused_head import fused_token_stats
     from lpreg.statistics.fused_loss import fused_loss
     from lpreg.statistics.proxy_store import ProxyStore
     from lpreg.statistics.token_stats import TokenStats, token_stats
 
 _ON_FIRST_USE = {
+    "PostponedCheck": "lpreg.statistics.checks",
+    "postponed_checks": "lpreg.statistics.checks",
     "ProxyStore": "lpreg.statistics.proxy_store",
     "TokenStats": "lpreg.statistics.token_stats",
     "fused_loss": "lpreg.statistics.fused_loss",
@@ -52,6 +55,7 @@ __all__ = [
     "MethodNeeds",
     "MethodSettings",
     "PolicyLoss",
+    "PostponedCheck",
     "ProxyStore",
     "Selection",
     "SelectionRule",
@@ -64,6 +68,7 @@ __all__ = [
     "make_loss",
     "masked_weights",
     "overlong_penalty",
+    "postponed_checks",
     "reference_kl",
     "select_highest",
     "select_lowest",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,12 +77,50 @@ def check_row_flags(tokens: int, source: Tensor, what: str, flags: Mapping[str, 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
     wrong = (targets < 0) | (targets >= vocab_size)
-    if wrong.any():
+
+    def message() -> str:
         row = int(wrong.nonzero()[0])
-        raise ValueError(
+        return (
             f"targets[{row}] is {int(targets[row])}, outside the vocabulary of {vocab_size}; "
             "leave out tokens that carry no loss before the call"
         )
+
+    refuse(wrong.any(), message)
+
+
+@dataclass(frozen=True, slots=True)
+class PostponedCheck:
+    """A check of values on the device whose result the host has not read."""
+
+    failed: Tensor
+    """bool scalar on the device."""
+    message: Callable[[], str]
+
+
+_postponed: ContextVar[list[PostponedCheck] | None] = ContextVar("postponed checks", default=None)
+
+
+@contextmanager
+def postponed_checks() -> Iterator[list[PostponedCheck]]:
+    """Within the block no check of values raises: the list gets them, and the caller reads `failed` when it suits.
+
+    A GPU need then not be waited for. Results of a call whose check failed are meaningless.
+    """
+    checks: list[PostponedCheck] = []
+    token = _postponed.set(checks)
+    try:
+        yield checks
+    finally:
+        _postponed.reset(token)
+
+
+def refuse(failed: Tensor, message: Callable[[], str]) -> None:
+    """Raises ValueError with the message if `failed` holds, unless checks are postponed."""
+    checks = _postponed.get()
+    if checks is not None:
+        checks.append(PostponedCheck(failed, message))
+    elif failed:
+        raise ValueError(message())
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:

@@ -17,7 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from lpreg.losses.base import LossInputs, LossOutput, Mean, PolicyLoss
 from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
-from lpreg.statistics.head import Head, HeadGradient, compact, gather_sequence, sum_over_ranks
+from lpreg.statistics.head import (
+    Head,
+    HeadGradient,
+    compact,
+    gather_sequence,
+    rows_to_differentiate,
+    sum_over_ranks,
+)
 from lpreg.statistics.proxy_store import ProxyStore, ShardProxy
 from lpreg.statistics.row_gradients import RowGradients, row_gradients
 from lpreg.statistics.row_statistics import EntropyMode, RowStatistics, check_finite, ranks_of, resolve, statistics
@@ -171,11 +178,10 @@ def _differentiate(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor 
 
 
 def _add_gradient(total: HeadGradient, place: slice, shard: Shard, grads: RowGradients, stats: RowStatistics) -> None:
-    active = grads.active
-    if active.all():
+    rows = rows_to_differentiate(grads.active)
+    if rows is None:
         total.add(place, shard, grads, stats.threshold, stats.log_sum, stats.entropy)
-    elif active.any():
-        rows = active.nonzero().squeeze(1)
+    elif len(rows):
         kept = (stats.threshold[rows], stats.log_sum[rows], stats.entropy[rows])
         total.add(rows + place.start, compact(shard, rows), grads.of(rows), *kept)
 

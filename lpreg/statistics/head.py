@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lpreg.statistics import kernels
 from lpreg.statistics.row_gradients import RowGradients
 from lpreg.statistics.row_statistics import Settings, ranks_of
 from lpreg.statistics.rows import write_gradient
@@ -112,6 +113,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     else:
         for part, rows in zip(total.split(SUM_ROWS), left.split(SUM_ROWS), strict=True):
             part.add_(torch.mm(rows, right, out_dtype=total.dtype))
+
+
+def rows_to_differentiate(active: Tensor) -> Tensor | None:
+    """Returns the rows that have a gradient; None means all, of which some may have none.
+
+    On a GPU these are always all: a few products of zeros take less time than waiting for the GPU to count rows.
+    """
+    if kernels.usable(active) or bool(active.all()):
+        return None
+    return active.nonzero().squeeze(1)
 
 
 def compact(shard: Shard, rows: Tensor) -> Shard:

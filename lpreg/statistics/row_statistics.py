@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpreg.statistics.checks import check_settings, check_targets
+from lpreg.statistics.checks import check_settings, check_targets, refuse
 from lpreg.statistics.proxy_store import ProxyStore, ShardProxy
 from lpreg.statistics.rows import filter_masses, summarise
 from lpreg.statistics.shard import Shard
@@ -188,8 +188,9 @@ def check_finite(log_sum: Tensor, first: int = 0) -> None:
     """Raises ValueError for rows that are not finite; `first` is the number of the first row. Called after the gather,
     so that every rank raises and no rank waits for the others."""
     bad = ~torch.isfinite(log_sum)
-    if bad.any():
+
+    def message() -> str:
         rows: Sequence[int] = (bad.nonzero().squeeze(1)[:5] + first).tolist()
-        raise ValueError(
-            f"logits of {int(bad.sum())} of {bad.numel()} rows hold NaN or +inf, or only -inf; first rows: {rows}"
-        )
+        return f"logits of {int(bad.sum())} of {bad.numel()} rows hold NaN or +inf, or only -inf; first rows: {rows}"
+
+    refuse(bad.any(), message)

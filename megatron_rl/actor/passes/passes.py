@@ -23,7 +23,7 @@ from megatron_rl.actor.passes.copies import to_host
 from megatron_rl.actor.passes.head import Head
 from megatron_rl.actor.passes.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.passes.results import Table, TrainResult, add_up
-from megatron_rl.actor.passes.schedule import run_schedule
+from megatron_rl.actor.passes.schedule import OnHidden, run_schedule
 from megatron_rl.batching.balance import row_costs
 from megatron_rl.batching.packing import PackingSpec, packed_length
 from megatron_rl.batching.partition import partition, partition_trees
@@ -90,8 +90,8 @@ class Passes:
             # Megatron divides the loss in place by the number of micro-batches, which is right for none of the copies.
             return value, _Part(part.rows, [getattr(stats, name) for name in TABLE], value.detach().clone(), metrics)
 
-        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=True)
-        return _train_result(results) if self.reports else None
+        results, checks = self._run(batch, on_hidden, backward=True)
+        return _train_result(results, checks) if self.reports else None
 
     def score(self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, temperature: float) -> Table | None:
         """Returns log-prob, entropy, log Z and filter membership of every sampled token, without gradients.
@@ -112,11 +112,12 @@ class Passes:
             entries = [] if store is None else [store.counts, store.ids.int(), store.log_q.float()]
             return stats.log_probs.sum(), (part.rows, columns, entries)
 
-        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
+        results, checks = self._run(batch, on_hidden)
         stored = any(entries for *_, entries in results)
         if not self.reports and not stored:
             return None
-        arrays = iter(to_host([tensor for _, columns, entries in results for tensor in (*columns, *entries)]))
+        tensors = [tensor for _, columns, entries in results for tensor in (*columns, *entries)]
+        arrays = iter(_checked(tensors, checks))
         tables, proxies = [], []
         for rows, columns, entries in results:
             tables.append((rows, dict(zip(TABLE, islice(arrays, len(columns)), strict=False))))
@@ -132,8 +133,8 @@ class Passes:
             whole = process_groups.gather_vocabulary(logits)[:, : self.architecture.vocabulary].float()
             return logits.new_zeros(()), (part.rows, {"logits": gather_rows(whole, part.places, len(part.targets))})
 
-        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
-        return _table_of(results) if self.reports else None
+        results, checks = self._run(batch, on_hidden)
+        return _table_of(results, checks) if self.reports else None
 
     def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
         """Returns `candidate_ids` and `candidate_log_probs` [T, count]: the likeliest next tokens at each sampled token
@@ -157,8 +158,15 @@ class Passes:
                 table[name] = gather_rows(rows, part.places, len(wanted))
             return log_probs.new_zeros(()), (part.rows, table)
 
-        results = run_schedule(self.chunks, self._share(batch), on_hidden, backward=False)
-        return _table_of(results) if self.reports else None
+        results, checks = self._run(batch, on_hidden)
+        return _table_of(results, checks) if self.reports else None
+
+    def _run(
+        self, batch: SequenceBatch, on_hidden: OnHidden[Any], *, backward: bool = False
+    ) -> tuple[list[Any], list[lpreg.PostponedCheck]]:
+        """Returns the results of all micro-batches, and checks that the host has not read yet."""
+        with lpreg.postponed_checks() as checks:
+            return run_schedule(self.chunks, self._share(batch), on_hidden, backward=backward), checks
 
     def _share(self, batch: SequenceBatch) -> list[MicroBatch]:
         """Returns the micro-batches of this data-parallel replica."""
@@ -189,14 +197,24 @@ class _Part:
     metrics: Mapping[str, lpreg.Mean]
 
 
-def _train_result(parts: Sequence[_Part]) -> TrainResult:
+def _checked(tensors: Sequence[Tensor], checks: Sequence[lpreg.PostponedCheck]) -> list[np.ndarray]:
+    """Returns the tensors as arrays, with one copy. Raises ValueError if a check failed."""
+    if not checks:
+        return to_host(tensors)
+    *arrays, failed = to_host([*tensors, torch.stack([check.failed for check in checks])])
+    if failed.any():
+        raise ValueError(checks[int(failed.argmax())].message())
+    return arrays
+
+
+def _train_result(parts: Sequence[_Part], checks: Sequence[lpreg.PostponedCheck]) -> TrainResult:
     """Copies everything to the host at once. The gradient norm is not known yet."""
     names = list(parts[0].metrics) if parts else []
     scalars = [
         torch.stack([part.loss.double(), *(value for name in names for value in _sums(part.metrics[name]))])
         for part in parts
     ]
-    arrays = to_host([*scalars, *(column for part in parts for column in part.columns)])
+    arrays = _checked([*scalars, *(column for part in parts for column in part.columns)], checks)
     numbers, columns = arrays[: len(parts)], iter(arrays[len(parts) :])
     return TrainResult(
         table=_table([(part.rows, dict(zip(TABLE, islice(columns, len(TABLE)), strict=True))) for part in parts]),
@@ -219,9 +237,11 @@ def _stored_proxy(parts: Sequence[tuple[np.ndarray, ...]]) -> StoredProxy:
     return StoredProxy(counts, ids, log_q)
 
 
-def _table_of(parts: Sequence[tuple[tuple[int, ...], Mapping[str, Tensor]]]) -> Table:
+def _table_of(
+    parts: Sequence[tuple[tuple[int, ...], Mapping[str, Tensor]]], checks: Sequence[lpreg.PostponedCheck]
+) -> Table:
     """Returns a table of tensors that are still on the device."""
-    arrays = iter(to_host([column for _, columns in parts for column in columns.values()]))
+    arrays = iter(_checked([column for _, columns in parts for column in columns.values()], checks))
     return _table([(rows, {name: next(arrays) for name in columns}) for rows, columns in parts])
 
 

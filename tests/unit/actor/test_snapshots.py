@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.sequences import SequenceBatch
@@ -57,6 +58,17 @@ def test_a_newer_snapshot_takes_the_memory_of_the_older_one(worker: MegatronWork
 def test_a_missing_snapshot_raises_an_error(worker: MegatronWorker) -> None:
     with pytest.raises(RuntimeError, match=r"no reference snapshot yet: call snapshot\('reference'\)"):
         worker.score(BATCH, 1.0, "reference")
+
+
+def test_weights_that_are_not_finite_raise_an_error_after_the_pass(worker: MegatronWorker) -> None:
+    with torch.no_grad():
+        worker.passes.head.model.head_weight[3, 0] = torch.nan
+    for work in (
+        lambda: worker.score(BATCH, 1.0),
+        lambda: worker.passes.gradients(BATCH, None, BATCH.num_sampled_tokens, 1.0),
+    ):
+        with pytest.raises(ValueError, match=r"logits of \d+ of \d+ rows hold NaN"):
+            work()
 
 
 def test_candidates_are_the_tokens_with_the_highest_logits(worker: MegatronWorker) -> None:
