@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
-from lpreg.statistics.head import Head, HeadGradient, gather_sequence, rows_to_differentiate, sum_over_ranks
+from lpreg.statistics.head import Head, HeadGradient, gather_sequence, sum_over_ranks
 from lpreg.statistics.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
 from lpreg.statistics.row_gradients import row_gradients
 from lpreg.statistics.row_statistics import (
@@ -168,7 +168,7 @@ class _FusedTokenStats(torch.autograd.Function):
             grad_proxy_kl,
             ctx.proxy,
         )
-        for _place, rows in head.chunks(rows_to_differentiate(grads.active)):
+        for _place, rows in head.chunks(total.rows(grads.active)):
             total.add(rows, head.project(rows), grads.of(rows), threshold[rows], log_sum[rows], entropies[rows])
         d_hidden = total.hidden
         if d_hidden is not None:

@@ -22,7 +22,6 @@ from lpreg.statistics.head import (
     HeadGradient,
     compact,
     gather_sequence,
-    rows_to_differentiate,
     sum_over_ranks,
 )
 from lpreg.statistics.proxy_store import ProxyStore, ShardProxy
@@ -178,7 +177,7 @@ def _differentiate(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor 
 
 
 def _add_gradient(total: HeadGradient, place: slice, shard: Shard, grads: RowGradients, stats: RowStatistics) -> None:
-    rows = rows_to_differentiate(grads.active)
+    rows = total.rows(grads.active)
     if rows is None:
         total.add(place, shard, grads, stats.threshold, stats.log_sum, stats.entropy)
     elif len(rows):

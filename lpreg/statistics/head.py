@@ -85,6 +85,15 @@ class HeadGradient:
             buffer if buffer.dtype == head.hidden.dtype else torch.empty_like(buffer, dtype=head.hidden.dtype)
         )
 
+    def rows(self, active: Tensor) -> Tensor | None:
+        """Returns the rows to add, given which rows have a gradient [R]; None means all, of which some may have none.
+
+        With the kernels of GPUs it is always all: products of zeros take less time than waiting for the number of rows.
+        """
+        if kernels.usable(self._head._buffer) or bool(active.all()):
+            return None
+        return active.nonzero().squeeze(1)
+
     def add(
         self, rows: Rows, shard: Shard, grads: RowGradients, threshold: Tensor, log_sum: Tensor, entropy: Tensor
     ) -> None:
@@ -113,16 +122,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     else:
         for part, rows in zip(total.split(SUM_ROWS), left.split(SUM_ROWS), strict=True):
             part.add_(torch.mm(rows, right, out_dtype=total.dtype))
-
-
-def rows_to_differentiate(active: Tensor) -> Tensor | None:
-    """Returns the rows that have a gradient; None means all, of which some may have none.
-
-    On a GPU these are always all: a few products of zeros take less time than waiting for the GPU to count rows.
-    """
-    if kernels.usable(active) or bool(active.all()):
-        return None
-    return active.nonzero().squeeze(1)
 
 
 def compact(shard: Shard, rows: Tensor) -> Shard:

@@ -167,3 +167,9 @@ def test_the_answers_of_the_ranks_are_put_back_in_the_order_of_the_batch(
     merged = merge_tables(batch, tables)[0]
     assert merged["value"].tolist() == batch.values["value"].tolist()
     assert merged["logits"].tolist() == [[token, -token] for token in batch.targets]
+
+
+def test_all_sequences_in_their_order_are_not_copied() -> None:
+    batch = SequenceBatch.of([[1, 2, 3], [4, 5]], [1, 1])
+    assert batch.take([0, 1]) is batch
+    assert batch.take([1, 0]).token_ids.tolist() == [4, 5, 1, 2, 3]
