@@ -114,7 +114,7 @@ $(REHEARSAL)/.stamp: pyproject.toml setup.py constraints-cpu.txt constraints-reh
 	@touch $@
 
 rehearse: rehearsal ## the actor's GPU path on a CPU: docs/rehearsal.md
-	$(REHEARSAL)/bin/python -m pytest -m rehearsal tests/rehearsal
+	$(REHEARSAL)/bin/python -m pytest -m rehearsal $(SHARED) tests/rehearsal
 
 engines: $(ENGINES)/.stamp ## make .venv-engines: SGLang and vLLM on CPU beside the rest (4 GB)
 

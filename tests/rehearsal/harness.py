@@ -95,10 +95,10 @@ def references(folder: Path, models: Models, names: set[str], megatron: str) -> 
     return run_cases(folder, None, megatron, cases, plain=True)
 
 
-FIRST, LATER, LOGITS = 5e-3, 2e-2, 3e-2
-"""Largest differences between bf16 and fp32: of the first gradient norm and of later losses and norms, relative; of the
-logits, relative to the largest. Counting a shard of the experts once too often, or too seldom, changes the norm by 1 %
-and more."""
+FIRST, LATER, LOGITS = 5e-3, 2e-2, 2e-2
+"""Largest relative differences between bf16 and fp32: of the first gradient norm, of later losses and norms, and of the
+logits on average. A token whose two best experts are nearly equal takes the other one in bf16. Counting a shard of the
+experts once too often, or too seldom, changes the norm by 1 % and more."""
 
 
 def assert_alike(outcome: Outcome, expected: Outcome, *, first_only: bool = False) -> None:
@@ -112,7 +112,7 @@ def assert_alike(outcome: Outcome, expected: Outcome, *, first_only: bool = Fals
     if not first_only:
         assert outcome.logits is not None and expected.logits is not None
         assert outcome.logits.shape == expected.logits.shape
-        assert (outcome.logits - expected.logits).abs().max() < LOGITS * expected.logits.abs().max()
+        assert (outcome.logits - expected.logits).abs().mean() < LOGITS * expected.logits.abs().mean()
 
 
 def pair_name(pair: Pair) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._enums import NVTE_QKV_Format
+
 
 def fused_rope_forward(
     input: Tensor,
@@ -50,8 +52,6 @@ def _angles(
 
     Context-parallel rank r of n holds parts r and 2n - 1 - r of the 2n parts of each sequence.
     """
-    from . import NVTE_QKV_Format
-
     if interleaved or start_positions is not None:
         raise NotImplementedError("a fused rotary embedding that is interleaved or starts late has no stand-in")
     format = NVTE_QKV_Format(int(qkv_format)).name
