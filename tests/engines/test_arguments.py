@@ -14,8 +14,7 @@ from megatron_rl.rollout.engines.interface import EngineLaunch
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
 from megatron_rl.rollout.servers import router
 from megatron_rl.utils.import_path import import_object
-from tests.engines.conftest import KINDS
-from tests.engines.test_checksums import printed
+from tests.engines.conftest import KINDS, printed
 
 FURTHER = {
     "sglang": [[], ["--quantization", "fp8"], ["--mem-fraction-static", "0.85"], ["--expert-parallel-size", "2"]],
