@@ -12,6 +12,7 @@ import pytest
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout.engines.interface import EngineLaunch
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
+from megatron_rl.rollout.engines.vllm.server import MIDDLEWARE
 from megatron_rl.rollout.servers import router
 from megatron_rl.utils.import_path import import_object
 from tests.engines.conftest import KINDS, printed
@@ -35,6 +36,7 @@ FIELDS = {
         "worker_extension_cls": "megatron_rl.rollout.engines.vllm.receiver.Extension",
         "skip_tokenizer_init": True,
         "enable_scale_out": True,
+        "middleware": list(MIDDLEWARE),
     },
 }
 """Settings that every server has."""
