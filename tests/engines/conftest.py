@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +21,7 @@ from megatron_rl.rollout.engines.kind import engine_kind
 from megatron_rl.rollout.servers import guard
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from tests.e2e_cpu.conftest import CommandLine
+from tests.patience import output_of
 
 T = TypeVar("T")
 Run = Callable[[Awaitable[T]], T]
@@ -73,6 +77,21 @@ def model(task: Path) -> Path:
 
 def launch(kind: str, model: Path, **changes: Any) -> EngineLaunch:
     return EngineLaunch(engine_kind(kind), model, "cpu", "float32", CONTEXT, **changes)
+
+
+def printed(word: str, *command: str) -> Any:
+    """Returns what a module of these tests prints after the word, run in a process of its own: the servers' packages
+    change the process that imports them."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    output = output_of(process, command[0])
+    assert process.returncode == 0, output
+    return json.loads(next(line for line in output.splitlines() if line.startswith(word)).removeprefix(word))
 
 
 def server_processes(guarding: psutil.Process) -> list[psutil.Process]:

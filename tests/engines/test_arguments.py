@@ -12,10 +12,10 @@ import pytest
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout.engines.interface import EngineLaunch
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
+from megatron_rl.rollout.engines.vllm.server import MIDDLEWARE
 from megatron_rl.rollout.servers import router
 from megatron_rl.utils.import_path import import_object
-from tests.engines.conftest import KINDS
-from tests.engines.test_checksums import printed
+from tests.engines.conftest import KINDS, printed
 
 FURTHER = {
     "sglang": [[], ["--quantization", "fp8"], ["--mem-fraction-static", "0.85"], ["--expert-parallel-size", "2"]],
@@ -36,6 +36,7 @@ FIELDS = {
         "worker_extension_cls": "megatron_rl.rollout.engines.vllm.receiver.Extension",
         "skip_tokenizer_init": True,
         "enable_scale_out": True,
+        "middleware": list(MIDDLEWARE),
     },
 }
 """Settings that every server has."""

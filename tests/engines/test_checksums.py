@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from typing import Any
-
 import pytest
 
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.digest import tile_hash
 from tests.engines import their_hash
-from tests.engines.conftest import KINDS
+from tests.engines.conftest import KINDS, printed
 from tests.engines.their_layouts import CASES, SHAPES, weights
-from tests.patience import output_of
-
-
-def printed(word: str, *command: str) -> Any:
-    """Returns what a module of these tests prints after the word, run in a process of its own: the servers' packages
-    change the process that imports them."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    output = output_of(process, command[0])
-    assert process.returncode == 0, output
-    return json.loads(next(line for line in output.splitlines() if line.startswith(word)).removeprefix(word))
 
 
 def test_the_tile_hash_is_that_of_sglangs_kernels() -> None:

@@ -11,8 +11,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from megatron_rl.rollout.servers.http_engine import HttpEngine
-from tests.engines.conftest import Run, server_processes
-from tests.engines.test_checksums import printed
+from tests.engines.conftest import Run, printed, server_processes
 from tests.engines.their_routes import WEBSOCKET
 
 OPEN = {
