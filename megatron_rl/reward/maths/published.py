@@ -139,7 +139,7 @@ def _same_element(one: str, other: str) -> bool:
 
 
 def _expression(text: str) -> sympy.Expr:
-    text = re.sub(r"(\d)\+(\d+/\d+)", r"(\1+\2)", text)
+    text = re.sub(r"(\d)\+(\d+/\d+)", r"(\1+\2)", text.removesuffix("."))
     return latex2sympy(re.sub(r"\\sqrt(\d+|[a-z])", r"\\sqrt{\1}", text), is_real=None)
 
 
