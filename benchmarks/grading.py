@@ -1,6 +1,6 @@
 r"""Verdicts of the maths verifier on published labels: graded against themselves, respelled, and perturbed.
 
-    python benchmarks/grading.py DATA [--workers 2] [--out benchmarks/results/grading.json]
+    python benchmarks/grading.py DATA [--workers 2] [--sets MATH-500 AIME] [--out benchmarks/results/grading.json]
 
 DATA is a folder with math_500.jsonl, minerva_math.jsonl, olympiadbench.jsonl, aime24.jsonl, amc23.jsonl,
 gsm8k_train.jsonl and gsm8k_test.jsonl, as their repositories publish them. Every label must equal itself and itself in
@@ -11,7 +11,6 @@ below the targets: 100 % of the first two right, 99.5 % of the perturbed ones re
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -23,13 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import machine
+from benchmarks.machine import arguments, keep
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward import RewardPool
 from megatron_rl.types import Prompt, Response, Sample
 from megatron_rl.utils.boxed import last_boxed
 
-ROOT = Path(__file__).parents[1]
 SETS = {
     "MATH-500": ["math_500"], "Minerva": ["minerva_math"], "OlympiadBench": ["olympiadbench"], "AIME": ["aime24"],
     "AMC": ["amc23"], "GSM8K": ["gsm8k_test", "gsm8k_train"],
@@ -232,11 +230,10 @@ def grade(name: str, folder: Path, pool: RewardPool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser = arguments(__doc__)
+    parser.add_argument("data", type=Path, help="folder with the published files")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/grading.json")
     options = parser.parse_args()
     results = {}
     with RewardPool(RewardSettings(name="math", workers=options.workers, timeout_seconds=20.0)) as pool:
@@ -248,9 +245,7 @@ def main() -> None:
         / sum(result[check]["graded"] for result in results.values())
         for check in TARGETS
     }
-    kept = {"machine": machine(), "shares": shares, "sets": results}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    keep(options.out, "grading", shares=shares, targets=TARGETS, sets=results)
     print(shares)
     if any(shares[check] < target for check, target in TARGETS.items()):
         sys.exit(f"below the targets {TARGETS}")
