@@ -1,17 +1,16 @@
 r"""Verdicts of the maths verifier on published labels: graded against themselves, respelled, and perturbed.
 
-    python benchmarks/grading.py DATA [--workers 2] [--out benchmarks/results/grading.json]
+    python benchmarks/grading.py DATA [--workers 2] [--sets MATH-500 AIME] [--out benchmarks/results/grading.json]
 
 DATA is a folder with math_500.jsonl, minerva_math.jsonl, olympiadbench.jsonl, aime24.jsonl, amc23.jsonl,
 gsm8k_train.jsonl and gsm8k_test.jsonl, as their repositories publish them. Every label must equal itself and itself in
-another spelling, and must differ from itself with one digit, sign, function, bracket, relation or letter changed. Rules
-(`exclusion`, `reason_to_be_equal`), not lists, say what is left out, and each is counted under its name. Fails below the
-targets: 100 % of the first two right, 99.5 % of the perturbed ones refused.
+another spelling, and must differ from itself with one digit, sign, function, bracket, relation or letter changed.
+Rules (`exclusion`, `reason_to_be_equal`), not lists, say what is left out, and each is counted under its name. Fails
+below the targets: 100 % of the first two right, 99.5 % of the perturbed ones refused.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -23,13 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import machine
+from benchmarks.machine import arguments, keep
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward import RewardPool
 from megatron_rl.types import Prompt, Response, Sample
 from megatron_rl.utils.boxed import last_boxed
 
-ROOT = Path(__file__).parents[1]
 SETS = {
     "MATH-500": ["math_500"], "Minerva": ["minerva_math"], "OlympiadBench": ["olympiadbench"], "AIME": ["aime24"],
     "AMC": ["amc23"], "GSM8K": ["gsm8k_test", "gsm8k_train"],
@@ -39,8 +37,25 @@ MOST_OF_A_KIND = 6
 """Perturbations of one kind per label. Long lists would otherwise outweigh everything else."""
 EXAMPLES = 40
 
-_FUNCTIONS = {"sin": "cos", "cos": "sin", "tan": "sin", "cot": "tan", "ln": "sin", "log": "cos", "exp": "sin", "arcsin": "arccos"}
-_RELATIONS = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\leq": "<", r"\geq": ">", r"\geqslant": r"\leqslant"}
+_FUNCTIONS = {
+    "sin": "cos",
+    "cos": "sin",
+    "tan": "sin",
+    "cot": "tan",
+    "ln": "sin",
+    "log": "cos",
+    "exp": "sin",
+    "arcsin": "arccos",
+}
+_RELATIONS = {
+    "<": ">",
+    ">": "<",
+    r"\le": r"\ge",
+    r"\ge": r"\le",
+    r"\leq": "<",
+    r"\geq": ">",
+    r"\geqslant": r"\leqslant",
+}
 _WORD = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}|\\(?:left|right)(?![a-z])|\\[a-zA-Z]+|\\.")
 
 
@@ -85,9 +100,15 @@ def respellings(label: str) -> Iterator[tuple[str, str]]:
     yield "parentheses of LaTeX", rf"\( {bare} \)"
     if r"\frac" in bare:
         yield "dfrac", bare.replace(r"\frac", r"\dfrac")
-    if re.search(r"[(\[]|\\\{", bare) and r"\left" not in bare and r"\text" not in bare and r"\big" not in bare.lower():
-        left = re.sub(r"(?<!\\)([(\[])|(?<!sqrt)(\\\{)", r"\\left\1\2", re.sub(r"\\sqrt\[(\d)\]", r"\\sqrt<\1>", bare))
-        yield "left and right", re.sub(r"(?<!\\)([)\]])|(\\\})", r"\\right\1\2", left).replace("<", "[").replace(">", "]") if "sqrt<" in left else re.sub(r"(?<!\\)([)\]])|(\\\})", r"\\right\1\2", left)
+    if re.search(r"[(\[]|\\\{", bare) and not re.search(r"\\(?:left|text|big|Big|sqrt\[)", bare):
+        left = re.sub(r"(?<!\\)([(\[])|(\\\{)", r"\\left\1\2", bare)
+        yield "left and right", re.sub(r"(?<!\\)([)\]])|(\\\})", r"\\right\1\2", left)
+    if re.fullmatch(r"[^{}]*(?:\\frac\{[^{}]*\}\{[^{}]*\}[^{}]*)+", bare) and not re.search(r"\d\s*\\frac", bare):
+        yield "slash", re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", bare)
+    if re.search(r"\\sqrt\{\w+\}", bare):
+        yield "exponent one half", re.sub(r"\\sqrt\{(\w+)\}", r"\1^{1/2}", bare)
+    if re.fullmatch(r"[^,(){}\[\]]*(?:, ?[^,(){}\[\]]*)+", bare) and not re.search(r"[a-zA-Z=]|,\d{3}", bare):
+        yield "another order", ", ".join(reversed(bare.split(",")))
     if r"\text" not in bare and r"\mbox" not in bare:
         yield "spaces inside", re.sub(r"(?<=[\w)}])([+=<>]|-(?=\w))(?=[\w(\\])", r" \1 ", bare)
     if re.fullmatch(r"\\text\{[^{}]*\}", bare):
@@ -130,7 +151,7 @@ def _changes(bare: str) -> Iterator[tuple[str, int, int, str]]:
             is_exponent_of_ten = bare[index - 1 : index] in ("e", "E") and bare[index + 1 : index + 2].isdigit()
             yield ("exponent" if is_exponent_of_ten else "sign"), index, index + 1, "-" if character == "+" else "+"
         elif character in "([" and bare[index - 1 : index] != "\\" and re.search(r",[^()\[\]]*[)\]]", bare[index:]):
-            if r"\infty" in bare or r"\cup" in bare or "]" in bare and "sqrt" not in bare:
+            if r"\infty" in bare or r"\cup" in bare or ("]" in bare and "sqrt" not in bare):
                 yield "bracket", index, index + 1, "[" if character == "(" else "("
         elif character in _RELATIONS:
             yield "relation", index, index + 1, _RELATIONS[character]
@@ -167,7 +188,9 @@ def _decimal_at(text: str, index: int) -> Any:
 
 
 def sample(label: str, answer: str) -> Sample:
-    return Sample(Prompt("bench:0", (1,), "", label), Response([1], [0.0], "stop", 0), rf"The answer is \boxed{{{answer}}}.")
+    return Sample(
+        Prompt("bench:0", (1,), "", label), Response([1], [0.0], "stop", 0), rf"The answer is \boxed{{{answer}}}."
+    )
 
 
 def cases(label: str) -> Iterator[tuple[str, str, str, str]]:
@@ -207,11 +230,10 @@ def grade(name: str, folder: Path, pool: RewardPool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser = arguments(__doc__)
+    parser.add_argument("data", type=Path, help="folder with the published files")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/grading.json")
     options = parser.parse_args()
     results = {}
     with RewardPool(RewardSettings(name="math", workers=options.workers, timeout_seconds=20.0)) as pool:
@@ -223,9 +245,7 @@ def main() -> None:
         / sum(result[check]["graded"] for result in results.values())
         for check in TARGETS
     }
-    kept = {"machine": machine(), "shares": shares, "sets": results}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    keep(options.out, "grading", shares=shares, targets=TARGETS, sets=results)
     print(shares)
     if any(shares[check] < target for check, target in TARGETS.items()):
         sys.exit(f"below the targets {TARGETS}")

@@ -103,6 +103,20 @@ def driver(found: Found) -> str:
     return table(head, rows)
 
 
+def grading(found: Found) -> str:
+    def share(counts: dict[str, int]) -> str:
+        return f"{counts['as they should be']:,} of {counts['graded']:,}"
+
+    rows = []
+    for name, row in found["sets"].items():
+        left_out = sum(row["labels left out"].values())
+        changes = sum(row["changes left out"].values())
+        checks = (share(row[check]) for check in ("itself", "respelled", "perturbed"))
+        rows.append([name, f"{row['labels']:,}", f"{left_out}", *checks, f"{changes}"])
+    head = ("set", "labels", "left out", "itself: right", "respelled: right", "perturbed: refused", "changes left out")
+    return table(head, rows)
+
+
 def scaling(found: Found) -> str:
     from benchmarks.scaling_picture import picture
 
@@ -131,7 +145,7 @@ def scaling(found: Found) -> str:
 
 
 TABLES: dict[str, Callable[[Found], str]] = {
-    f.__name__: f for f in (batching, training_step, weight_sync, start_up, driver, scaling)
+    f.__name__: f for f in (batching, training_step, weight_sync, start_up, driver, scaling, grading)
 }
 
 

@@ -1,4 +1,4 @@
-"""Comparison of the parts of a label with the parts of an answer. The label decides what an ambiguous notation means."""
+"""Comparison of a label's parts with an answer's parts. The label decides what an ambiguous notation means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from .leaves import same_leaves
 from .notations import Based, Clock
 from .numbers import Number
 from .parts import (
-    Bracket, Builder, Chain, Expression, Guarded, Matrix, NamedSet, Operation, Part, Quantity, Ratio, Unreadable, Words,
+    Bracket,
+    Builder,
+    Chain,
+    Expression,
+    Guarded,
+    Matrix,
+    NamedSet,
+    Operation,
+    Part,
+    Quantity,
+    Ratio,
+    Unreadable,
+    Words,
 )  # fmt: skip
 from .quantities import same_quantity, same_ratio
 from .relations import same_builder, same_chain, value_of_chain
@@ -25,7 +37,11 @@ def same(gold: Part, answer: Part) -> bool:
     if isinstance(gold, Chain) != isinstance(answer, Chain) and _same_as_chain(gold, answer):
         return True
     if isinstance(gold, Quantity) or isinstance(answer, Quantity):
-        return same_quantity(gold, answer, same) if not isinstance(gold, Chain) and not isinstance(answer, Chain) else False
+        return (
+            same_quantity(gold, answer, same)
+            if not isinstance(gold, Chain) and not isinstance(answer, Chain)
+            else False
+        )
     if _same_structure(gold, answer):
         return True
     return all(isinstance(part, Bracket | Operation | NamedSet | Builder | Chain) for part in (gold, answer)) and (

@@ -6,18 +6,28 @@ import re
 
 from .scan import argument
 
-_TEXT = "text|textbf|textit|textrm|textnormal|textup|textsf|texttt|textsc|textmd|textsl|emph|mbox|hbox|mathrm|operatorname\\*?|rm"
+_TEXT = (
+    "text|textbf|textit|textrm|textnormal|textup|textsf|texttt|textsc|textmd|textsl|emph|mbox|hbox|mathrm|"
+    r"operatorname\*?|rm"
+)
 _MATHS = (
     "mathbf|mathit|mathsf|mathtt|mathnormal|boldsymbol|bm|pmb|bf|it|sf|tt|boxed|fbox|framebox|bold|underline|ensuremath|mathop|mathord|"
     "small|large|Large|LARGE|huge|Huge|normalsize|bfseries|itshape"
 )
-_COMMAND = re.compile(rf"\\(?:(?P<text>{_TEXT})|(?P<maths>{_MATHS})|(?P<color>textcolor|colorbox|color)|(?P<hidden>h?phantom))(?![a-zA-Z])")
-_SWITCH = re.compile(r"\{\s*\\(?:bf|it|sf|tt|rm|bfseries|itshape|small|large|Large|LARGE|huge|Huge|normalsize)(?![a-zA-Z])\s*")
-_LEADING_SWITCH = re.compile(r"^\s*\\(?:bf|it|sf|tt|rm|bfseries|itshape|small|large|Large|huge|normalsize)(?![a-zA-Z])\s*(?!\{)")
+_COMMAND = re.compile(
+    rf"\\(?:(?P<text>{_TEXT})|(?P<maths>{_MATHS})|(?P<color>textcolor|colorbox|color)|(?P<hidden>h?phantom))(?![a-zA-Z])"
+)
+_SWITCH = re.compile(
+    r"\{\s*\\(?:bf|it|sf|tt|rm|bfseries|itshape|small|large|Large|LARGE|huge|Huge|normalsize)(?![a-zA-Z])\s*"
+)
+_LEADING_SWITCH = re.compile(
+    r"^\s*\\(?:bf|it|sf|tt|rm|bfseries|itshape|small|large|Large|huge|normalsize)(?![a-zA-Z])\s*(?!\{)"
+)
 _FUNCTIONS = (
     "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|lg|exp|det|gcd|max|min|deg|dim|ker|arg"
     "|tg|ctg|arctg|cosec|arsinh|arcosh|artanh|arcsinh|arccosh|arctanh|coth|arccot|lcm"
 )
+_ALSO_CALLED = {"tg": "tan", "ctg": "cot", "cotg": "cot", "arctg": "arctan", "cosec": "csc"}
 _RENAMED = {"sh": "sinh", "ch": "cosh", "th": "tanh", "cth": "coth", "arcctg": "arccot"}
 _UNITS_TOO = ("min", "deg")
 _IS_FUNCTION = re.compile(rf"(?:{_FUNCTIONS})")
@@ -54,6 +64,7 @@ def plain_fonts(text: str) -> str:
 
 def _text(content: str, command: str) -> str:
     name = content.strip()
+    name = _ALSO_CALLED.get(name, name)
     if command.startswith("operatorname"):
         name = _RENAMED.get(name, name)
     if _IS_FUNCTION.fullmatch(name) and (command.startswith("operatorname") or name not in _UNITS_TOO):

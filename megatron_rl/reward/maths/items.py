@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -16,9 +17,9 @@ LONGEST_WRITTEN_OUT = 1000
 def same_items(gold: Bracket, answer: Bracket, same: Same) -> bool:
     """Compares two lists, sets, tuples or intervals.
 
-    In parentheses the order matters. A list without brackets may have any order, but every item counts; it equals a tuple of
-    the same order, and a set with the same elements. A label that names each value (`a=1, b=2`) fixes the order of bare
-    values.
+    In parentheses the order matters. A list without brackets may have any order, but every item counts; it equals a
+    tuple of the same order, and a set with the same elements. A label that names each value (`a=1, b=2`) fixes the
+    order of bare values.
     """
     if not {gold.left, answer.left} <= {"", r"\{"}:
         return _same_tuple(gold, answer, same)
@@ -64,12 +65,14 @@ def _covered(items: Sequence[Part], others: Sequence[Part], same: Same) -> bool:
 
 
 def with_dots(items: tuple[Part, ...]) -> tuple[Part, ...]:
-    r"""Writes out `1,2,\dots,10`, if the terms before the dots are steps of one, or at least three steps of one size."""
+    r"""Writes out `1,2,\dots,10`, if the terms before the dots are steps of one or at least three terms."""
     dots = [index for index, item in enumerate(items) if item == Expression(r"\dots")]
     if len(dots) != 1:
         return items
-    before, after = ([item.value for item in part if isinstance(item, Number)] for part in (items[: dots[0]], items[dots[0] + 1 :]))
-    steps = {b - a for a, b in zip(before, before[1:], strict=False)}
+    before, after = (
+        [item.value for item in part if isinstance(item, Number)] for part in (items[: dots[0]], items[dots[0] + 1 :])
+    )
+    steps = {b - a for a, b in itertools.pairwise(before)}
     is_clear = len(before) > 2 or steps == {Fraction(1)}
     if len(before) + len(after) + 1 != len(items) or len(after) != 1 or len(steps) != 1 or not is_clear or steps == {0}:
         return items

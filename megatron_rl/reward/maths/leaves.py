@@ -9,7 +9,7 @@ from .parts import Expression, Matrix, Part
 
 
 def same_leaves(gold: Part, answer: Part, scale: Fraction = Fraction(1)) -> bool:
-    """Returns whether `answer` times `scale` equals `gold`. Parts other than numbers, expressions and matrices never do.
+    """Returns whether `answer` times `scale` equals `gold`. Only numbers, expressions and matrices can.
 
     Raises algebra.TooLarge if the comparison would take too long.
     """
@@ -18,7 +18,10 @@ def same_leaves(gold: Part, answer: Part, scale: Fraction = Fraction(1)) -> bool
     one, other = latex_of(gold), latex_of(answer)
     if one is None or other is None:
         return False
-    from .algebra import Unparsable, same_expression  # sympy takes a second to import; workers import it when they start
+    from .algebra import (
+        Unparsable,
+        same_expression,
+    )  # sympy takes a second to import; workers import it when they start
 
     try:
         return same_expression(one, other, scale)

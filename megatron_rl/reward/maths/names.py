@@ -1,7 +1,7 @@
 r"""Names in expressions: whatever the parser would read in a way of its own becomes a plain symbol.
 
-The parser of math-verify reads `I` as the imaginary unit and `\gamma` as Euler's constant, drops primes, and cannot read
-many indices. Every such name is replaced by `\Upsilon_{...}` with a number that stands for the name.
+The parser of math-verify reads `I` as the imaginary unit and `\gamma` as Euler's constant, drops primes, and cannot
+read many indices. Every such name is replaced by `\Upsilon_{...}` with a number that stands for the name.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ _GREEK = (
     "varsigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Upsilon|Phi|Psi|Omega|hbar|ell|pi|mho"
 )
 _ACCENTS = (
-    "hat|widehat|vec|overrightarrow|overline|bar|dot|ddot|tilde|widetilde|mathcal|mathbb|mathfrak|mathscr|text|overarc|wideparen"
+    "hat|widehat|vec|overrightarrow|overline|bar|dot|ddot|tilde|widetilde|mathcal|mathbb|mathfrak|mathscr|text|overarc|"
+    "wideparen"
 )
-_NAME = re.compile(rf"\\(?P<accent>{_ACCENTS})(?![a-zA-Z])|\\(?P<greek>{_GREEK})(?![a-zA-Z])|(?P<letter>(?<![a-zA-Z\\])[a-zA-Z])"
-                   r"|\\(?P<figure>angle|triangle|odot|nabla|parallel|overset)(?![a-zA-Z]) ?[A-Z]*|\\[a-zA-Z]+|(?P<more>[a-zA-Z])")  # fmt: skip
+_NAME = re.compile(
+    rf"\\(?P<accent>{_ACCENTS})(?![a-zA-Z])|\\(?P<greek>{_GREEK})(?![a-zA-Z])|(?P<letter>(?<![a-zA-Z\\])[a-zA-Z])"
+    r"|\\(?P<figure>angle|triangle|odot|nabla|parallel|overset)(?![a-zA-Z]) ?[A-Z]*|\\[a-zA-Z]+|(?P<more>[a-zA-Z])"
+)
 _CALLED = ("f", "g", "h", "F", "G", "H")
 """Letters that name a function if parentheses follow."""
 _READ_OTHERWISE = ("I", "E", r"\gamma", r"\Gamma", r"\mho")
 _PLAIN_WORDS = re.compile(
     r"(?<![a-zA-Z\\])(?:np\.|math\.)?(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|pi)(?![a-zA-Z])"
 )
-_DEGREES = re.compile(
-    r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d+\})?)[({]*(\d+(?:\.\d+)?)\^\\circ[)}]*"
-)
+_DEGREES = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d+\})?)[({]*(\d+(?:\.\d+)?)\^\\circ[)}]*")
 _RECURRING = re.compile(r"\d*\.\d*\\overline\{\d+\}")
 _TIMES = re.compile(r"(?<=[\d)])(?=\()|(?<=\))(?=\\frac|\d)")
 
 
 def plain_names(text: str) -> str:
-    """Returns the expression with multiplication signs where a number meets a parenthesis, and with plain names only."""
+    """Returns the expression with a multiplication sign between number and parenthesis, and with plain names only."""
     text = _PLAIN_WORDS.sub(r"\\\1 ", text)
     text = _DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", text).replace(r"^\circ", "")
     text = _RECURRING.sub(_as_fraction, text)

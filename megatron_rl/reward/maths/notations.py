@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _HALF = r"\s*(?:\\text\{\s*)?(?P<half>[ap])\.?\s*m\.?(?:\s*\})?"
-_CLOCK = re.compile(rf"(?P<hours>\d{{1,2}})(?::(?P<minutes>\d{{2}})(?::(?P<seconds>\d{{2}}))?)?(?:{_HALF})?", re.IGNORECASE)
+_CLOCK = re.compile(
+    rf"(?P<hours>\d{{1,2}})(?::(?P<minutes>\d{{2}})(?::(?P<seconds>\d{{2}}))?)?(?:{_HALF})?", re.IGNORECASE
+)
 _WORDS = {"noon": (12, "p"), "12 noon": (12, "p"), "midnight": (12, "a"), "12 midnight": (12, "a")}
 _NAMES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11,
     "twelve": 12, "sixteen": 16,
 }  # fmt: skip
+_DIGITS = r"[0-9A-Fa-f]*\d[0-9A-Fa-f]*|[A-Fa-f]+|[0-9A-Fa-f]*\.[0-9A-Fa-f]+|[0-9A-Fa-f]+\.[0-9A-Fa-f]*"
 _BASED = re.compile(
-    r"(?P<sign>[+-]?)(?P<open>\(?)(?P<sign_within>[+-]?)(?:\\text\{)?(?P<digits>[0-9A-Fa-f]*\d[0-9A-Fa-f]*|[A-Fa-f]+|[0-9A-Fa-f]*\.[0-9A-Fa-f]+|[0-9A-Fa-f]+\.[0-9A-Fa-f]*)\}?"
-    r"(?P<close>\)?)(?:_\{?\(?(?:\\text\{)?(?P<base>\d{1,2}|[a-z]+)\}?\)?\}?|\s*\\text\{\s*(?:\(?(?:in )?)?base (?P<worded>\w+)\)?\s*\})"
+    rf"(?P<sign>[+-]?)(?P<open>\(?)(?P<sign_within>[+-]?)(?:\\text\{{)?(?P<digits>{_DIGITS})\}}?(?P<close>\)?)"
+    r"(?:_\{?\(?(?:\\text\{)?(?P<base>\d{1,2}|[a-z]+)\}?\)?\}?"
+    r"|\s*\\text\{\s*(?:\(?(?:in )?)?base (?P<worded>\w+)\)?\s*\})"
 )
 _RATIO_WORD = re.compile(r"\\text\{ ?to ?\}| to |(?<=\d)\\to(?=\d)")
 

@@ -6,13 +6,14 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]
 import sympy
 
 DIGITS = 30
 _TOLERANCE = mpmath.mpf(10) ** -20
 _ROUNDED_TOLERANCE = mpmath.mpf(10) ** -6
 """Relative tolerance if an expression contains a decimal."""
+_NOISE = mpmath.mpf(10) ** -24
 _POINTS = 30
 _ENOUGH = 4
 """Points at which both expressions must have a value."""
@@ -24,13 +25,14 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     sympy.sinh: mpmath.sinh, sympy.cosh: mpmath.cosh, sympy.tanh: mpmath.tanh, sympy.asinh: mpmath.asinh,
     sympy.acosh: mpmath.acosh, sympy.atanh: mpmath.atanh, sympy.Abs: abs, sympy.floor: mpmath.floor,
     sympy.ceiling: mpmath.ceil, sympy.factorial: mpmath.factorial, sympy.gamma: mpmath.gamma,
-    sympy.binomial: mpmath.binomial, sympy.Max: max, sympy.Min: min, sympy.Mod: lambda a, b: a - b * mpmath.floor(a / b),
+    sympy.binomial: mpmath.binomial, sympy.Max: max, sympy.Min: min,
+    sympy.Mod: lambda a, b: a - b * mpmath.floor(a / b),
     sympy.Add: lambda *terms: mpmath.fsum(terms), sympy.Mul: lambda *factors: mpmath.fprod(factors),
     sympy.UnevaluatedExpr: lambda value: value, sympy.log: mpmath.log,
 }  # fmt: skip
 
 
-_COUNTS = frozenset("i j k l m n p q K M N".split())
+_COUNTS = frozenset("ijklmnpqKMN")
 """Names of whole numbers, for which floor and ceiling may have to be compared."""
 
 
@@ -45,9 +47,10 @@ class Unsupported(ValueError):
 def same_at_points(a: sympy.Basic, b: sympy.Basic) -> bool:
     """Returns whether both expressions have the same value wherever both have one.
 
-    Values are real unless an expression contains the imaginary unit: `\\sqrt{ab}` is undefined for negative a, so it equals
-    `\\sqrt{a}\\sqrt{b}`. If only one side has absolute values, both sides must also be defined at the same points, so that
-    `\\ln|x|` is not `\\ln x`. If both sides have roots of variables, the variables are positive. Raises Unsupported if an expression has no value at points.
+    Values are real unless an expression contains the imaginary unit: `\\sqrt{ab}` is undefined for negative a, so it
+    equals `\\sqrt{a}\\sqrt{b}`. If both sides have roots of variables, the variables are positive. If only one side has
+    absolute values, both sides must also be defined at the same points, so that `\\ln|x|` is not `\\ln x`. Raises
+    Unsupported if an expression has no value at points.
     """
     names = sorted(a.free_symbols | b.free_symbols, key=str)
     is_real = not (a.has(sympy.I) or b.has(sympy.I))
@@ -84,10 +87,10 @@ def _agree(
             if same_domain and (x is None) != (y is None):
                 return False
             continue
-        if abs(x - y) > tolerance * max(abs(x), abs(y)):
-            # Terms may cancel to a rounding error of zero.
-            if not (abs(x - y) < mpmath.mpf(10) ** -24 and tolerance == _TOLERANCE):
-                return False
+        # Terms may cancel to a rounding error of zero.
+        is_noise = tolerance == _TOLERANCE and abs(x - y) < _NOISE
+        if abs(x - y) > tolerance * max(abs(x), abs(y)) and not is_noise:
+            return False
         compared += 1
     return True if compared >= _ENOUGH else None
 
@@ -124,7 +127,7 @@ def value_at(expression: Any, point: dict[Any, Any], is_real: bool) -> Any:
     values = [value_at(argument, point, is_real) for argument in expression.args]
     try:
         if isinstance(expression, sympy.Pow):
-            value = _power(*values, is_real)
+            value = _power(values[0], values[1], is_real)
         elif type(expression) in _FUNCTIONS:
             value = _FUNCTIONS[type(expression)](*values)
         else:

@@ -1,8 +1,8 @@
 r"""The grader `published`: grades as the paper's code did, for comparing absolute scores.
 
-That code (the function of PRIME's maths verifier with `fast=False`) accepts a box if any of three rules does: equal strings
-after the normalisation of the MATH data set, equal expressions after the normalisation of PRM800K, or math-verify. The
-rules are written anew here. docs/rewards.md lists what differs.
+That code (the function of PRIME's maths verifier with `fast=False`) accepts a box if any of three rules does: equal
+strings after the normalisation of the MATH data set, equal expressions after the normalisation of PRM800K, or
+math-verify. The rules are written anew here. docs/rewards.md lists what differs.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConf
 _UNIT_WORDS = [re.compile(rf"(^|\W){unit}s?($|\W)") for unit in [*units, "a", "percent"]]
 """The words that the published code removes wherever they stand, variables named like one included."""
 _UNITS = re.compile(
-    r"(?:degree|centimeter|meter|cm|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)(?:es)?s? *(?:\^\d+)?"
+    r"(?:degree|centimeter|meter|cm|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)(?:es)?s?"
+    r" *(?:\^\d+)?"
 )
 _MULTIPLES = {"trillion": r"\cdot 10^{12}", "billion": r"\cdot 10^{9}", "million": r"\cdot 10^{6}"}
 _FRACTION = re.compile(r"-?\d+/0*[1-9]\d*")
 _GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
-_IGNORED = "text|textbf|textit|textrm|textsf|textsc|texttt|emph|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|underline|lbrace|rbrace"
+_IGNORED = (
+    "text|textbf|textit|textrm|textsf|textsc|texttt|emph|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|underline|"
+    "lbrace|rbrace"
+)
 _INTEGER_WITHIN = 1e-7
 """The published code takes a number so close to an integer for that integer; `1e-9` is 0."""
 _INTEGER = re.compile(r"[+-]?\d+(?:\.0*)?")
@@ -64,7 +68,7 @@ def accepting_rule(gold: str, answer: str) -> str | None:
 
 
 def as_in_math(text: str) -> str:
-    """Returns the normal form of the MATH data set: no units, signs, spaces, and one spelling of fractions and roots."""
+    """Returns the normal form of the MATH data set: no units, signs and spaces, one spelling of fractions."""
     text = re.sub(r"^\\text\{(.+?)\}$", r"\1", text.strip())
     text = re.sub(r"\^\{?\\circ\}?|\\%|\\\$", "", text.replace("\n", ""))
     text = re.sub(r"\\begin\{array\}\{.*?\}", r"\\begin{pmatrix}", text).replace(r"\end{array}", r"\end{pmatrix}")
@@ -135,7 +139,7 @@ def _same_element(one: str, other: str) -> bool:
 
 
 def _expression(text: str) -> sympy.Expr:
-    text = re.sub(r"(\d)\+(\d+/\d+)", r"(\1+\2)", text)
+    text = re.sub(r"(\d)\+(\d+/\d+)", r"(\1+\2)", text.removesuffix("."))
     return latex2sympy(re.sub(r"\\sqrt(\d+|[a-z])", r"\\sqrt{\1}", text), is_real=None)
 
 

@@ -1,4 +1,4 @@
-r"""Reading of an answer into its parts, from the outside inwards: conditions, lists, relations, sets, brackets, leaves."""
+"""Reading of an answer into its parts, from the outside inwards: conditions, lists, relations, sets, leaves."""
 
 from __future__ import annotations
 
@@ -7,8 +7,20 @@ import re
 from .notations import read_based, read_clock, read_ratio
 from .numbers import read_number
 from .parts import (
-    EMPTY_SET, Bracket, Builder, Chain, Expression, Guarded, Matrix, NamedSet, Operation, Part, Quantity, Ratio,
-    Unreadable, Words,
+    EMPTY_SET,
+    Bracket,
+    Builder,
+    Chain,
+    Expression,
+    Guarded,
+    Matrix,
+    NamedSet,
+    Operation,
+    Part,
+    Quantity,
+    Ratio,
+    Unreadable,
+    Words,
 )  # fmt: skip
 from .plus_minus import without_plus_minus
 from .scan import balanced, enclosed, split
@@ -30,10 +42,18 @@ _CONDITION = re.compile(
     r"[,;]? ?(?:\\text\s*\{[ ,;]*(?P<inside>(?:for|where|with|when|if|unless|provided)\b[^{}]*)\}|\\forall|"
     r"(?<![a-zA-Z\\])(?:for (?:all|any|every|some)|where|when|if|unless) )(?P<rest>.*)$"
 )
-_ALL_REALS = re.compile(r"(?:(?:all|any|every|real|reals|numbers?|in|where|for|is|an|arbitrary|[a-z]|\\in|\\forall|\\mathbb\{r\})(?: |,|$))+")
-_MATRIX = re.compile(r"[(\[]?\\begin\{(?P<kind>[pbvVB]?matrix|array)\}(?:\{[clr|]+\})?(?P<rows>.*)\\end\{(?P=kind)\}[)\]]?")
-_SET_WORDS = re.compile(r"(?:the |set of |all )*(?P<name>real numbers?|reals|integers|rational numbers|natural numbers|complex numbers)"
-                        r"(?: (?:except|other than|but|not equal to|excluding)(?: for)? (?P<without>.+))?")  # fmt: skip
+_ALL_REALS = re.compile(
+    r"(?:(?:all|any|every|real|reals|numbers?|in|where|for|is|an|arbitrary|[a-z]|\\in|\\forall|\\mathbb\{r\})"
+    r"(?: |,|$))+"
+)
+_MATRIX = re.compile(
+    r"[(\[]?\\begin\{(?P<kind>[pbvVB]?matrix|array)\}(?:\{[clr|]+\})?(?P<rows>.*)\\end\{(?P=kind)\}[)\]]?"
+)
+_SET_WORDS = re.compile(
+    r"(?:the |set of |all )*"
+    r"(?P<name>real numbers?|reals|integers|rational numbers|natural numbers|complex numbers)"
+    r"(?: (?:except|other than|but|not equal to|excluding)(?: for)? (?P<without>.+))?"
+)
 _SET_NAMES = {"real": "R", "inte": "Z", "rati": "Q", "natu": "N", "comp": "C"}
 _NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|(?:the )?(?:empty|null) set")
 _CHOICE = re.compile(r"\(?([A-Z]|[IVX]{1,4})[).:]?")
@@ -89,7 +109,9 @@ def _words(text: str) -> Part | None:
         if not match["without"]:
             return everything
         without = read(match["without"])
-        return Operation(r"\setminus", everything, without if isinstance(without, Bracket) else Bracket(r"\{", r"\}", (without,)))
+        return Operation(
+            r"\setminus", everything, without if isinstance(without, Bracket) else Bracket(r"\{", r"\}", (without,))
+        )
     if "," in plain or re.search(r"\b(?:and|or)\b", plain) or re.match(r"[-+]?[\d.]", plain):
         return _whole_text(text)
     letters = re.sub(r"[^a-z]", "", plain)

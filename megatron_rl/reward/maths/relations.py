@@ -23,10 +23,16 @@ _NAME = re.compile(
     r"(?:\\text\{[^{}]*\}|\\(?:angle|triangle|overline|vec|hat|bar|mathcal|mathbb|dot|ddot|tilde|overrightarrow)\s*|\\[a-zA-Z]+|[a-zA-Z]|"
     r"[_^']?\{[a-zA-Z0-9, \\+]*\}|_\w|['|]|\\max|\\min|\s|\((?:[a-zA-Z0-9_,{}\\ '.+-]|\\[a-zA-Z]+)*\))+"
 )
-_QUOTIENT = re.compile(r"\\frac\{(?P<over>[^{}]+|[^{}]*_\{[^{}]*\}[^{}]*)\}\{(?P<under>[^{}]+|[^{}]*_\{[^{}]*\}[^{}]*)\}|(?P<one>[^/]+)/(?P<other>[^/]+)")
-_DERIVATIVE = re.compile(r"\\frac\{(?:d|\\partial)(?:\^\{\d\})? ?\\?[a-zA-Z]*\}\{(?:(?:d|\\partial) ?\\?[a-zA-Z]+(?:\^\{\d\})? ?)+\}")
+_QUOTIENT = re.compile(
+    r"\\frac\{(?P<over>[^{}]+|[^{}]*_\{[^{}]*\}[^{}]*)\}\{(?P<under>[^{}]+|[^{}]*_\{[^{}]*\}[^{}]*)\}|(?P<one>[^/]+)/(?P<other>[^/]+)"
+)
+_DERIVATIVE = re.compile(
+    r"\\frac\{(?:d|\\partial)(?:\^\{\d\})? ?\\?[a-zA-Z]*\}\{(?:(?:d|\\partial) ?\\?[a-zA-Z]+(?:\^\{\d\})? ?)+\}"
+)
 _BINDS = re.compile(r"\\(?:lim|sum|prod|int)(?![a-zA-Z])")
-_OPERATORS = re.compile(r"\\(?:sqrt|frac|log|ln|sin|cos|tan|pi|sum|int|prod|cdot|times|binom|infty|pm|mod|pmod|exp|cup)(?![a-zA-Z])")
+_OPERATORS = re.compile(
+    r"\\(?:sqrt|frac|log|ln|sin|cos|tan|pi|sum|int|prod|cdot|times|binom|infty|pm|mod|pmod|exp|cup)(?![a-zA-Z])"
+)
 
 
 def is_name(text: str) -> bool:
@@ -45,8 +51,8 @@ def is_name(text: str) -> bool:
 def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
     r"""Yields the values that a chain of equations states: `x=5` and `x=2+3=5` state 5, and `\log_2(32)=5` does.
 
-    An answer states its value only if its first side is a name or all sides are equal: `34=35` states nothing. `x+y=5` and
-    `x^2=4` state no value.
+    An answer states its value only if its first side is a name or all sides are equal: `34=35` states nothing. `x+y=5`
+    and `x^2=4` state no value.
     """
     signs = set(chain.signs)
     if not signs <= {"=", r"\approx"}:
@@ -78,7 +84,12 @@ def _is_tuple_of_names(text: str) -> bool:
 
 
 def _has_names(text: str) -> bool:
-    return re.search(r"(?<![a-zA-Z\\])[a-df-zA-Z](?![a-zA-Z])|(?<![a-zA-Z\\])[a-zA-Z]{2,}", re.sub(r"\\[a-zA-Z]+", " ", text)) is not None
+    return (
+        re.search(
+            r"(?<![a-zA-Z\\])[a-df-zA-Z](?![a-zA-Z])|(?<![a-zA-Z\\])[a-zA-Z]{2,}", re.sub(r"\\[a-zA-Z]+", " ", text)
+        )
+        is not None
+    )
 
 
 def bare_values(listing: Bracket, by_name: bool) -> tuple[Part, ...]:
@@ -104,7 +115,11 @@ def same_chain(gold: Chain, answer: Chain, same: Same) -> bool:
     for chain in (answer, _reversed(answer)):
         if chain is not None and chain.signs == gold.signs and _same_sides(gold, chain, same):
             return True
-    if set(gold.signs) <= {"=", r"\approx"} and set(answer.signs) <= {"=", r"\approx"} and (len(gold.signs) > 1 or len(answer.signs) > 1):
+    if (
+        set(gold.signs) <= {"=", r"\approx"}
+        and set(answer.signs) <= {"=", r"\approx"}
+        and (len(gold.signs) > 1 or len(answer.signs) > 1)
+    ):
         return _same_final(gold, answer, same)
     if len(gold.signs) != 1 or len(answer.signs) != 1:
         return False
@@ -150,7 +165,9 @@ def _same_congruence(gold: Chain, answer: Chain, same: Same) -> bool:
     if not all(found) or gold.texts[0] != answer.texts[0]:
         return False
     moduli = [match["modulus"].strip() for match in found if match]
-    residues = [chain.texts[1][: match.start()].strip(" (") for chain, match in zip((gold, answer), found, strict=True) if match]
+    residues = [
+        chain.texts[1][: match.start()].strip(" (") for chain, match in zip((gold, answer), found, strict=True) if match
+    ]
     if moduli[0] != moduli[1]:
         return False
     if all(text.lstrip("-").isdigit() for text in (*residues, moduli[0])):
@@ -196,13 +213,16 @@ def _constant_ratio(one: Any, other: Any) -> Any:
 
 
 def same_builder(gold: Builder, answer: Builder, same: Same) -> bool:
-    """Compares two sets by their conditions, whatever the bound variable is called. R is the domain if none is named."""
+    """Compares two sets by their conditions, whatever the bound variable is called. The usual domain is R."""
     reals = NamedSet("R")
     if not same(gold.domain or reals, answer.domain or reals):
         return False
     conditions = answer.conditions
     if gold.head != answer.head:
-        names = [set(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", re.sub(r"(?<=\d)(?=[a-zA-Z])", " ", head))) for head in (gold.head, answer.head)]
+        names = [
+            set(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", re.sub(r"(?<=\d)(?=[a-zA-Z])", " ", head)))
+            for head in (gold.head, answer.head)
+        ]
         if len(names[0]) != 1 or len(names[1]) != 1:
             return False
         old, new = names[1].pop(), names[0].pop()

@@ -14,7 +14,13 @@ from .leaves import latex_of
 from .numbers import Number
 from .parts import Bracket, Builder, Chain, Expression, NamedSet, Operation, Part
 
-_NAMED = {"R": sympy.S.Reals, "Z": sympy.S.Integers, "Q": sympy.S.Rationals, "N": sympy.S.Naturals, "C": sympy.S.Complexes}
+_NAMED = {
+    "R": sympy.S.Reals,
+    "Z": sympy.S.Integers,
+    "Q": sympy.S.Rationals,
+    "N": sympy.S.Naturals,
+    "C": sympy.S.Complexes,
+}
 _OPERATIONS = {r"\cup": sympy.Union, r"\cap": sympy.Intersection, r"\setminus": sympy.Complement}
 _RELATIONS = {"<": sympy.Lt, ">": sympy.Gt, r"\le": sympy.Le, r"\ge": sympy.Ge, "=": sympy.Eq, r"\ne": sympy.Ne}
 _VARIABLE = sympy.Symbol("variable", real=True)
@@ -28,7 +34,9 @@ def same_sets(gold: Part, answer: Part) -> bool:
     """Returns whether both parts are sets of numbers, or conditions on one variable, and the sets are equal."""
     if _variables(gold) and _variables(answer) and _variables(gold) != _variables(answer):
         return False
-    if all(isinstance(part, Bracket) for part in (gold, answer)) and not any(_variables(part) for part in (gold, answer)):
+    if all(isinstance(part, Bracket) for part in (gold, answer)) and not any(
+        _variables(part) for part in (gold, answer)
+    ):
         return False  # brackets have been compared item by item
     try:
         one, other = _set(gold), _set(answer)
@@ -42,7 +50,7 @@ def _is_empty(difference: sympy.Set) -> bool:
 
 
 def _variables(part: Part) -> set[str]:
-    """Returns the variables of free-standing conditions. The variable of a set builder has no meaning outside of the set."""
+    """Returns the variables of free-standing conditions. A set builder binds its variable."""
     if isinstance(part, Chain):
         return {name for text in part.texts for name in _letters(text)}
     if isinstance(part, Bracket) and part.left == "":
@@ -70,7 +78,12 @@ def _set(part: Part) -> sympy.Set:
     if part.left in ("(", "[") and part.right in (")", "]") and len(part.items) == 2:
         start, end = map(_number, part.items)
         return sympy.Interval(start, end, left_open=part.left == "(", right_open=part.right == ")")
-    if part.left == "" and part.joint != "," and all(isinstance(item, Chain) for item in part.items) and len(_variables(part)) == 1:
+    if (
+        part.left == ""
+        and part.joint != ","
+        and all(isinstance(item, Chain) for item in part.items)
+        and len(_variables(part)) == 1
+    ):
         join = sympy.Union if part.joint == "or" else sympy.Intersection
         return join(*(_solutions(item, None) for item in part.items if isinstance(item, Chain)))
     raise NoSet

@@ -101,22 +101,25 @@ SHARES = {
 }  # fmt: skip
 """Words that divide the number before them, as in `34 thirds`."""
 CURRENCY_SIGNS = (r"\$", "€", "£", "¥", "₹")
-PEOPLE = frozenset("people children men women mice geese fish sheep deer dice oxen teeth feet kg km cm mm".split())
+_IRREGULAR = "people children men women mice geese fish sheep deer dice oxen teeth feet"
+IRREGULAR_PLURALS = frozenset(_IRREGULAR.split())
 """Plurals without a final s."""
-_NUMERALS = (
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
-    " nineteen twenty thirty forty fifty sixty seventy eighty ninety zero tens hundreds thousands millions billions"
-    " trillions dozens quadrillion quadrillions score scores gross googol pair pairs couple couples twos threes fours fives"
-    " halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths twentieths"
-)
-_OPERATORS = (
-    "plus minus over under divided multiplied by squared cubed square-root root roots factorial factorials power powers"
-    " exponent to the of a an negative positive below above less fewer more greater than at least most about around"
-    " approximately nearly almost roughly up down between from or and not no nor but if for when where while unless mod"
-    " modulo is are was be equals equal point percent percents per-cent percentage percents short off past ago before after"
-    " until till remainder remaining left extra additional double triple twice half thrice inverse reciprocal log sin cos tan"
-    " degrees-below base bases minus reduced increased with without except excluding including in on as into out"
-)
+_NUMERALS = """
+    one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety zero tens hundreds thousands
+    millions billions trillions dozens quadrillion quadrillions score scores gross googol pair pairs couple
+    couples twos threes fours fives halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths
+    hundredths thousandths twentieths
+"""
+_OPERATORS = """
+    plus minus over under divided multiplied by squared cubed square-root root roots factorial factorials power
+    powers exponent to the of a an negative positive below above less fewer more greater than at least most
+    about around approximately nearly almost roughly up down between from or and not no nor but if for when
+    where while unless mod modulo is are was be equals equal point percent percents per-cent percentage percents
+    short off past ago before after until till remainder remaining left extra additional double triple twice
+    half thrice inverse reciprocal log sin cos tan degrees-below base bases minus reduced increased with without
+    except excluding including in on as into out
+"""
 CHANGING = frozenset(f"{_NUMERALS} {_OPERATORS}".split()) | frozenset(MULTIPLES) | frozenset(SHARES)
 """Words that change the number beside them, or leave open whether they do. They are never read as things counted."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from .scan import tokens
-from .unit_table import CHANGING, CURRENCY_SIGNS, MULTIPLES, PEOPLE, SHARES, UNITS
+from .unit_table import CHANGING, CURRENCY_SIGNS, IRREGULAR_PLURALS, MULTIPLES, SHARES, UNITS
 
 
 @dataclass(frozen=True)
@@ -30,27 +31,32 @@ _DEGREES = re.compile(r"\^\\circ ?(?:(?P<scale>[CFK])|\\text\{ ?(?P<worded>[CFK]
 _ARGUMENT = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d+\})?[({]?[\d.]+$")
 _FACTOR = re.compile(r"(?P<name>\\mu[a-zA-Z]+|[a-zA-Z]?\\Omega|\\\$|[^\W\d_]+\.?|[€£¥₹¢])(?:\^\{(?P<power>-?\d+)\})?")
 _PLAIN_NUMBER = re.compile(r"[+-]?[\d.,]+(?:/\d+)?|[+-]?\d*\\frac\{\d+\}\{\d+\}")
-_MIXED_PART = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:/\d+)?|\\frac\{\d+\}\{\d+\}) ?(?P<unit>\^\\circ|['\"]|[^\d\\^]+) ?")
+_MIXED_PART = re.compile(
+    r"(?P<number>\d+(?:\.\d+)?(?:/\d+)?|\\frac\{\d+\}\{\d+\}) ?(?P<unit>\^\\circ|['\"]|[^\d\\^]+) ?"
+)
 _NOUN = re.compile(r"[^\W\d_]{3,}(?:['\u2019-][^\W\d_]+)*")
-_NUMERAL = re.compile(r"(?:teen|tie|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|llion)ths?$|llions?$|teens?$")
+_NUMERAL = re.compile(
+    r"(?:teen|tie|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|llion)ths?$|llions?$|teens?$"
+)
 _CURRENCY_OF = {"USD": r"\$", r"US\$": r"\$", "EUR": "€", "GBP": "£", "Rs": "₹"}
 _NAMED_CURRENCY = re.compile(r"(?:\\text\{ ?)?(?P<name>USD|US\\\$|EUR|GBP|Rs\.?) ?\}? ?(?=[\d.])")
+_OPENS_UNIT = (r"\text", r"\$", r"\mu", r"\Omega", *"€£¥₹¢")
 _SHORT = re.compile(r"(?: (?:in (?:total|all)|total|altogether|old|each|apiece|long|wide|tall|high|deep|away))$")
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
     r"""Separates a text from its unit: `5\text{ cm}` -> `5` and centimetres.
 
-    Percent signs (`9\%`), degrees (`90^\circ`), currencies (`\$5`) and things that are counted (`36 apples`) are units. A
-    text without a unit, or whose words may change the number (`34 or more`), is returned unchanged with None.
+    Percent signs (`9\%`), degrees (`90^\circ`), currencies (`\$5`) and things that are counted (`36 apples`) are units.
+    A text without a unit, or whose words may change the number (`34 or more`), is returned unchanged with None.
     """
     text = text.strip()
     if (match := _PERCENT.search(text)) and match.start():
         return text[: match.start()].strip(), PERCENT
     if (match := _DEGREES.search(text)) and match.start() and not _ARGUMENT.search(text[: match.start()]):
         scale = match["scale"] or match["worded"]
-        unit = {"C": _CELSIUS, "F": _FAHRENHEIT, "K": Unit({"temperature": 1})}.get(scale, DEGREE)
-        return text[: match.start()].strip(), unit
+        of_scale = {"C": _CELSIUS, "F": _FAHRENHEIT, "K": Unit({"temperature": 1})}
+        return text[: match.start()].strip(), of_scale.get(scale, DEGREE)
     if match := _NAMED_CURRENCY.match(text):
         return split_unit(rf"{_CURRENCY_OF[match['name'].rstrip('.')]}{text[match.end() :]}")
     for sign in CURRENCY_SIGNS:
@@ -71,9 +77,11 @@ def mixed_quantity(text: str) -> tuple[Fraction, Unit] | None:
     text = re.sub(r" +", " ", text)
     found, end = [], 0
     while match := _MIXED_PART.match(text, end):
-        unit = {"^\\circ": DEGREE, "'": Unit({"angle": 1}, Fraction(1, 60)), '"': Unit({"angle": 1}, Fraction(1, 3600))}.get(
-            match["unit"].strip(), None
-        ) or read_unit(match["unit"].strip())
+        unit = {
+            "^\\circ": DEGREE,
+            "'": Unit({"angle": 1}, Fraction(1, 60)),
+            '"': Unit({"angle": 1}, Fraction(1, 3600)),
+        }.get(match["unit"].strip()) or read_unit(match["unit"].strip())
         if unit is None or unit.scale != 1:
             return None
         found.append((_fraction(match["number"]), unit))
@@ -81,7 +89,7 @@ def mixed_quantity(text: str) -> tuple[Fraction, Unit] | None:
     if end != len(text) or len(found) < 2 or len({tuple(unit.kinds.items()) for _, unit in found}) > 1:
         return None
     sizes = [unit.factor for _, unit in found]
-    if len(found[0][1].kinds) != 1 or any(one <= other for one, other in zip(sizes, sizes[1:], strict=False)):
+    if len(found[0][1].kinds) != 1 or any(one <= other for one, other in itertools.pairwise(sizes)):
         return None
     return sum((number * unit.factor for number, unit in found), Fraction(0)) / sizes[-1], found[-1][1]
 
@@ -107,8 +115,7 @@ def read_unit(text: str) -> Unit | None:
 
 def _trailing_unit(text: str) -> tuple[str, Unit | None]:
     for token in tokens(text):
-        if token.depth or not token.start or not (token.text == r"\text" or token.text.isalpha() or token.text in "€£¥₹¢"
-                                                  or token.text in (r"\$", r"\mu", r"\Omega")):  # fmt: skip
+        if token.depth or not token.start or not (token.text.isalpha() or token.text in _OPENS_UNIT):
             continue
         value, tail = text[: token.start].rstrip(), text[token.start :]
         if value.endswith((r"\cdot", r"\times")) or value[-1] in "^_+-*/=<>,":
@@ -126,7 +133,7 @@ def _trailing_unit(text: str) -> tuple[str, Unit | None]:
 
 
 def _may_be_bare(value: str, tail: str, spaced: bool) -> bool:
-    """Letters without \\text are a product of variables, unless a plain number and a space, or a longer word, say no."""
+    """Letters without \\text are a product of variables, unless a plain number or a longer word says no."""
     first = re.match(r"[^\W\d_]+", tail)
     assert first is not None
     if len(first[0]) == 1:
@@ -178,15 +185,20 @@ def _things(text: str) -> Unit | None:
     """Reads the things that a number counts, in the plural: `apples`, `possible values`, `apples per day`."""
     counted, *rest = re.sub(r"\bper\b|/", "/", text).split("/")
     words = counted.strip().lower().split(" ")
-    is_plural = words[-1] in PEOPLE or (words[-1].endswith("s") and not words[-1].endswith("ss"))
-    if not all(_NOUN.fullmatch(word) and word not in CHANGING and not _NUMERAL.search(word) for word in words) or len(words) > 4:
+    is_plural = words[-1] in IRREGULAR_PLURALS or (words[-1].endswith("s") and not words[-1].endswith("ss"))
+    if (
+        not all(_NOUN.fullmatch(word) and word not in CHANGING and not _NUMERAL.search(word) for word in words)
+        or len(words) > 4
+    ):
         return None
     if not is_plural:
         return None
     kinds = {f"thing {words[-1].removesuffix('s')}": 1}
     unit = Unit(kinds)
     for side in rest:
-        below = _known(side.strip()) or (Unit({f"thing {side.strip().lower()}": 1}) if _NOUN.fullmatch(side.strip()) else None)
+        below = _known(side.strip()) or (
+            Unit({f"thing {side.strip().lower()}": 1}) if _NOUN.fullmatch(side.strip()) else None
+        )
         if below is None:
             return None
         unit = _product(unit, Unit({kind: -power for kind, power in below.kinds.items()}, 1 / below.factor))

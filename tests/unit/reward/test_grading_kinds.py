@@ -1,4 +1,4 @@
-"""Verdicts by kind of notation: the table in `grading_kinds.yaml`, and the same labels in other typesetting."""
+"""Verdicts by kind of notation: two tables of pairs, and their labels in other typesetting."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,9 @@ import yaml
 from megatron_rl.reward.maths import verify_maths
 from megatron_rl.types import Sample
 
-KINDS = {entry["kind"]: entry for entry in yaml.safe_load((Path(__file__).parent / "grading_kinds.yaml").read_text())}
+FOLDER = Path(__file__).parent
+KINDS = {entry["kind"]: entry for entry in yaml.safe_load((FOLDER / "grading_kinds.yaml").read_text())}
+REPORTED = yaml.safe_load((FOLDER / "grading_reported.yaml").read_text())
 
 
 def score(make_sample: Callable[..., Sample], label: str, answer: str) -> float:
@@ -40,3 +42,9 @@ def test_every_label_equals_itself_in_other_typesetting(
     labels = {label for pairs in (KINDS[kind]["equal"], KINDS[kind]["unequal"]) for label, _ in pairs}
     refused = [label for label in labels if score(make_sample, label, typesetting.format(label)) != 1.0]
     assert refused == []
+
+
+@pytest.mark.parametrize("kind", REPORTED)
+def test_reported_pairs_get_the_right_score(make_sample: Callable[..., Sample], kind: str) -> None:
+    wrong = [pair for pair in REPORTED[kind] if score(make_sample, *pair[:2]) != pair[2]]
+    assert wrong == []

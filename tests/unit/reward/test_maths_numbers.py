@@ -53,7 +53,9 @@ def test_any_text_gets_a_verdict(make_sample: MakeSample, label: str, answer: st
 @pytest.mark.parametrize(
     ("text", "value", "decimal"),
     [
-        ("1,234.50", Fraction(2469, 2), True),
+        ("1234.50", Fraction(2469, 2), True),
+        ("-1./3", Fraction(-1, 3), False),
+        ("3 1/3", Fraction(10, 3), False),
         ("-.5", Fraction(-1, 2), True),
         ("1e-3", Fraction(1, 1000), False),
         (r"2.5 \times 10^{3}", Fraction(2500), True),
@@ -73,9 +75,15 @@ def test_a_text_that_is_not_a_number_is_not_read(text: str) -> None:
 
 
 def test_units_have_kinds_and_factors() -> None:
-    assert split_unit(r"5 \text{ cm}^2")[0] == "5"
-    square = read_unit("cm", "^2")
+    assert split_unit(r"5 \text{ cm}^{2}")[0] == "5"
+    square = read_unit("cm^{2}")
     assert square and square.kinds == {"length": 2} and square.factor == Fraction(1, 10_000)
-    speed, written = read_unit("km/h", ""), read_unit("kilometers per hour", "")
+    speed, written = read_unit("km/h"), read_unit("kilometers per hour")
     assert speed and written and (speed.kinds, speed.factor) == (written.kinds, written.factor)
     assert split_unit("2c") == ("2c", None), "a variable is not a unit"
+
+
+def test_a_word_that_changes_the_number_is_no_unit() -> None:
+    assert split_unit(r"34\text{ or more}") == (r"34\text{ or more}", None)
+    million = split_unit(r"34\text{ million}")[1]
+    assert million and million.scale == 10**6
