@@ -19,6 +19,7 @@ from lpreg.losses import (
     reference_kl,
     with_correction,
     with_lp_reg,
+    with_rarity_metrics,
     with_reference_kl,
 )
 from lpreg.needs import MethodNeeds, SelectionRule
@@ -78,5 +79,6 @@ __all__ = [
     "uninformative",
     "with_correction",
     "with_lp_reg",
+    "with_rarity_metrics",
     "with_reference_kl",
 ]

@@ -31,14 +31,14 @@ def policy_loss(loss: PolicyLoss) -> VerlLoss:
     Raises:
         ValueError: a method that needs what verl does not provide; when called, another loss_agg_mode.
     """
-    if isinstance(loss, WrappedLoss):
-        raise ValueError(f"verl has {loss.name} of its own: hand over the method without it")
     if loss.selection is not None or loss.proxy_source is not None or loss.token_stats_kwargs():
         raise ValueError(
             f"{loss.name} needs more than log-probs (tokens ranked over the global batch, the filter's mass or the "
             "entropy's gradient), which verl does not pass to a policy loss; possible are grpo, clip_higher, "
-            "dual_clip, gspo and cispo"
+            "dual_clip, gspo, cispo, dppo, drpo, sapo, up and vespo"
         )
+    if isinstance(loss, WrappedLoss):
+        raise ValueError(f"verl has {loss.name} of its own: hand over the method without it")
     agg_mode = _agg_mode(loss)
 
     def verl_loss(

@@ -3,6 +3,7 @@
 from lpreg.losses.base import LossOutput, Mean, PolicyLoss
 from lpreg.losses.corrected import with_correction
 from lpreg.losses.inputs import LossInputs
+from lpreg.losses.rarity import with_rarity_metrics
 from lpreg.losses.reference_kl import reference_kl, with_reference_kl
 from lpreg.losses.registry import make_loss
 from lpreg.losses.settings import MethodSettings
@@ -18,5 +19,6 @@ __all__ = [
     "reference_kl",
     "with_correction",
     "with_lp_reg",
+    "with_rarity_metrics",
     "with_reference_kl",
 ]

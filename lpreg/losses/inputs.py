@@ -5,8 +5,9 @@ Legend: T tokens that carry loss, flat over the responses of one micro-batch on 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lpreg._torch import torch
 
@@ -24,6 +25,30 @@ FINITE = (
 """Fields whose counted values must be finite."""
 MAY_BE_MINUS_INFINITY = ("log_z", "old_log_z", "proxy_log_probs")
 """Fields whose counted values may be -inf too: a filter that keeps nothing, a token outside the filter."""
+
+
+def check_counted(values: Mapping[str, Any], mask: Tensor | None) -> None:
+    """Raises ValueError for the first value of a token in `mask` [T] that is not finite, at once or with the postponed
+    checks. values: fields of LossInputs by name."""
+    from lpreg.statistics.checks import refuse
+
+    bad = {}
+    for name in (*FINITE, *MAY_BE_MINUS_INFINITY):
+        if (value := values.get(name)) is not None:
+            finite = value.detach() < torch.inf if name in MAY_BE_MINUS_INFINITY else value.detach().isfinite()
+            bad[name] = ~finite if mask is None else ~finite & mask
+    if not bad:
+        return
+
+    def message() -> str:
+        name, flags = next((name, flags) for name, flags in bad.items() if flags.any())
+        token = int(flags.flatten().nonzero()[0])
+        return (
+            f"{name}[{token}] is {float(values[name].flatten()[token])}, the first of {int(flags.sum())} such "
+            f"values; {name} of counted tokens must be finite, and `mask` leaves out tokens that do not count"
+        )
+
+    refuse(torch.stack([flags.any() for flags in bad.values()]).any(), message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,25 +127,7 @@ class LossInputs:
             for name, value in given.items():
                 if name not in ("mask", "sequence_ids"):
                     object.__setattr__(self, name, torch.where(self.mask, value, torch.zeros_like(value)))
-        self._check_finite()
-
-    def _check_finite(self) -> None:
-        """Raises ValueError for the first value that is not finite; the device is asked once for all fields."""
-        values = {name: getattr(self, name) for name in (*FINITE, *MAY_BE_MINUS_INFINITY)}
-        bad = {
-            name: ~(value.detach() < torch.inf if name in MAY_BE_MINUS_INFINITY else value.detach().isfinite())
-            for name, value in values.items()
-            if value is not None
-        }
-        if not torch.stack([flags.any() for flags in bad.values()]).any():
-            return
-        for name, flags in bad.items():
-            if flags.any():
-                token = int(flags.flatten().nonzero()[0])
-                raise ValueError(
-                    f"{name}[{token}] is {float(values[name].flatten()[token])}, the first of {int(flags.sum())} such "
-                    f"values; {name} of counted tokens must be finite, and `mask` leaves out tokens that do not count"
-                )
+        check_counted(given, self.mask)
 
     @property
     def counted(self) -> Tensor:

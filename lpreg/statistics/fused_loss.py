@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lpreg.losses.base import LossOutput, Mean, PolicyLoss
-from lpreg.losses.inputs import LossInputs
+from lpreg.losses.inputs import LossInputs, check_counted
 from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
 from lpreg.statistics.head import (
     Head,
@@ -156,6 +156,7 @@ def _check_inputs(inputs: Mapping[str, Any], tokens: int) -> None:
             raise ValueError(f"inputs[{name!r}] {why}; known: {', '.join(sorted(known))}")
         if _is_per_token(value) and value.shape != (tokens,):
             raise ValueError(f"inputs[{name!r}] must have shape [{tokens}] to fit the targets, got {list(value.shape)}")
+    check_counted(inputs, inputs.get("mask"))  # a chunk would count its tokens from its own start
 
 
 def _is_per_token(value: Any) -> bool:

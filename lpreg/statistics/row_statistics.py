@@ -57,7 +57,7 @@ class Filter:
         if self.top_p is not None:
             p = ((likeliest - max_logit) - log_total).exp()
             count = ((p.cumsum(0) - p) < self.top_p).sum(0)  # a token is in if those before it have too little
-            last = likeliest.gather(0, count[None] - 1)[0]
+            last = likeliest.gather(0, (count[None] - 1).clamp_min(0))[0]  # 0 only in a row of NaN, which is refused
         return last.clamp_min(torch.finfo(last.dtype).min)  # impossible tokens are never inside
 
 
@@ -75,7 +75,6 @@ class Settings:
     filter: Filter
     tp_group: dist.ProcessGroup | None
     entropy: EntropyMode
-
     filter_entropy: bool = False
     """Whether the entropy of the filtered distribution is asked for."""
 

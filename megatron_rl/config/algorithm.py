@@ -93,6 +93,9 @@ class _AlgorithmKeys(Section):
     overlong: OverlongSettings = OverlongSettings()
     correction: CorrectionSettings = CorrectionSettings()
     reference_kl: ReferenceKlSettings = ReferenceKlSettings()
+    rarity_metrics: bool = False
+    """Adds metrics of what the method does to rare tokens and to others, by the sign of the advantage and the old
+    policy's probability: lpreg/rarity/<negative or positive>/<lower edge>/<weight, stopped or change>."""
 
     @model_validator(mode="before")
     @classmethod

@@ -48,6 +48,7 @@ class LossChoice:
     correction: CorrectionSettings
     lp_reg_term: dict[str, Any] | None = None
     """Every setting of Lp-Reg's term on the method; None: no such term."""
+    rarity_metrics: bool = False
 
     @classmethod
     def of(cls, algorithm: AlgorithmSettings) -> LossChoice:
@@ -60,11 +61,12 @@ class LossChoice:
             algorithm.reference_kl,
             algorithm.correction,
             None if term is None else _values(term),
+            algorithm.rarity_metrics,
         )
 
     def make(self) -> PolicyLoss:
         """Returns the loss. Raises UserError if a user's own method cannot be imported on this rank."""
-        from lpreg import with_correction, with_lp_reg, with_reference_kl
+        from lpreg import with_correction, with_lp_reg, with_rarity_metrics, with_reference_kl
 
         method = method_class(self.name)
         loss = method(method.Settings(**self.settings))
@@ -75,4 +77,4 @@ class LossChoice:
             loss = with_reference_kl(loss, coefficient=reference.coefficient, estimator=reference.estimator)
         if self.correction.active:
             loss = with_correction(loss, **self.correction.model_dump())
-        return loss
+        return with_rarity_metrics(loss) if self.rarity_metrics else loss

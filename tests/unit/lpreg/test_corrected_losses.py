@@ -21,7 +21,7 @@ def batch(off_policy: bool = False) -> tuple[LossInputs, Tensor]:
     """Inputs that every method accepts, and the logits."""
     generator = torch.Generator().manual_seed(0)
     leaf = torch.randn(TOKENS, 5, generator=generator, dtype=torch.float64).requires_grad_()
-    stats = token_stats(leaf, torch.arange(TOKENS) % 5, entropy="grad")
+    stats = token_stats(leaf, torch.arange(TOKENS) % 5, entropy="grad", filter_entropy=True)
     actor = stats.log_probs.detach() - (0.3 if off_policy else 0.0)
     inputs = LossInputs(
         log_probs=stats.log_probs,
@@ -30,6 +30,8 @@ def batch(off_policy: bool = False) -> tuple[LossInputs, Tensor]:
         reference_log_probs=actor,
         advantages=torch.linspace(-1, 1, TOKENS, dtype=torch.float64),
         entropy=stats.entropy,
+        filter_entropy=stats.filter_entropy,
+        filter_extent=stats.filter_extent,
         log_z=stats.log_z,
         in_filter=stats.in_filter,
         old_log_z=stats.log_z.detach(),

@@ -177,3 +177,13 @@ def test_a_row_that_is_not_finite_is_named_by_its_place_in_the_batch() -> None:
     hidden.data[17, 2] = torch.inf
     with pytest.raises(ValueError, match=r"first rows: \[17\]"):
         fused_loss(hidden, weight, targets, LOSSES["grpo"], given_fields(), chunk_tokens=4)
+
+
+def test_a_counted_value_that_is_not_finite_is_named_by_its_place_in_the_call() -> None:
+    hidden, weight, targets = head()
+    fields = given_fields() | {"mask": torch.ones(TOKENS, dtype=torch.bool)}
+    fields["advantages"][TOKENS - 1] = torch.nan
+    with pytest.raises(ValueError, match=rf"advantages\[{TOKENS - 1}\] is nan"):
+        fused_loss(hidden, weight, targets, LOSSES["grpo"], fields, chunk_tokens=3)
+    fields["mask"][TOKENS - 1] = False
+    fused_loss(hidden, weight, targets, LOSSES["grpo"], fields, chunk_tokens=3)

@@ -76,6 +76,12 @@ POSSIBLE = {
     "dual_clip": "token-mean",
     "gspo": "seq-mean-token-mean",
     "cispo": "token-mean",
+    "dppo, tv": "token-mean",
+    "dppo, kl": "token-mean",
+    "drpo": "token-mean",
+    "sapo": "seq-mean-token-mean",
+    "up": "token-mean",
+    "vespo": "token-mean",
 }
 ROWS, LENGTH, VOCAB = 8, 5, 9
 

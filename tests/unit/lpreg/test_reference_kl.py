@@ -45,7 +45,7 @@ def batch(**change: Any) -> tuple[LossInputs, Tensor]:
     generator = torch.Generator().manual_seed(3)
     leaf = torch.randn(TOKENS, VOCAB, generator=generator, dtype=torch.float64).requires_grad_()
     targets = torch.randint(VOCAB, (TOKENS,), generator=generator)
-    stats = token_stats(leaf, targets, entropy="grad")
+    stats = token_stats(leaf, targets, entropy="grad", filter_entropy=True)
     noise = torch.randn(3, TOKENS, generator=generator, dtype=torch.float64)
     old = stats.log_probs.detach() + 0.1 * noise[0]
     selection = torch.arange(TOKENS) % 3 == 0
@@ -55,6 +55,8 @@ def batch(**change: Any) -> tuple[LossInputs, Tensor]:
         "advantages": noise[1],
         "mask": torch.arange(TOKENS) != 4,
         "entropy": stats.entropy,
+        "filter_entropy": stats.filter_entropy,
+        "filter_extent": stats.filter_extent,
         "log_z": stats.log_z,
         "in_filter": stats.in_filter,
         "reference_log_probs": old + 0.5 * noise[2],
@@ -74,6 +76,10 @@ WEIGHTS = {
 }
 
 
+AVERAGES = {"gspo": "sequences", "sapo": "sequences", "high_entropy": "selected", "stapo": "selected"}
+"""The other methods average over tokens."""
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_the_penalty_is_averaged_as_the_method_averages(name: str, estimator: Any) -> None:
@@ -81,7 +87,7 @@ def test_the_penalty_is_averaged_as_the_method_averages(name: str, estimator: An
     plain = make_loss(name)
     loss = with_reference_kl(plain, coefficient=0.3, estimator=estimator)
     output = loss(inputs)
-    weights = WEIGHTS[{"gspo": "sequences", "high_entropy": "selected"}.get(name, "tokens")](inputs)
+    weights = WEIGHTS[AVERAGES.get(name, "tokens")](inputs)
     assert inputs.reference_log_probs is not None
     kl = reference_kl(inputs.log_probs, inputs.reference_log_probs, estimator)
     want = plain(inputs).loss + 0.3 * (weights * kl).sum()

@@ -139,6 +139,14 @@ def test_tokens_that_tie_with_the_last_of_the_likeliest_are_kept() -> None:
     assert everything.filter_extent.item() == pytest.approx(math.log(4) / math.log(5))  # not the impossible token
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.9}])
+def test_a_row_of_nan_is_refused_with_every_filter(filters: dict) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"first rows: \[1\]"):
+        token_stats(logits, torch.zeros(2, dtype=torch.int64), filter_entropy=True, **filters)
+
+
 def test_a_nucleus_has_a_largest_size() -> None:
     logits = torch.arange(2000.0)[None] * 1e-6
     stats = token_stats(logits, torch.tensor([1999]), top_p=0.99, filter_entropy=True)

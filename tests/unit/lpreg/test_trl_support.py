@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig
 
-from lpreg import PolicyLoss, make_loss, with_reference_kl
+from lpreg import PolicyLoss, make_loss, with_lp_reg, with_reference_kl
 from lpreg.integrations._trl_batch import loss_inputs, loss_mask
+from lpreg.integrations._trl_checks import check_trainer
 from lpreg.integrations.causal_lm import Wanted, add_token_stats, plain_head
 from lpreg.integrations.trl import GRPOTrainer
 from tests.hf_models import hf_model
@@ -200,3 +202,11 @@ def test_a_short_training_raises_the_reward(loss: str, tmp_path: Path) -> None:
     rewards = [metrics["reward"] for metrics in seen.metrics if "reward" in metrics]
     assert len(rewards) == 25
     assert sum(rewards[:3]) / 3 < 0.6 and sum(rewards[-3:]) / 3 > 0.9
+
+
+def test_wrappers_and_settings_that_trl_cannot_keep_are_refused() -> None:
+    trainer: Any = SimpleNamespace()
+    with pytest.raises(ValueError, match="not one with reference_kl around it"):
+        check_trainer(trainer, with_lp_reg(with_reference_kl(make_loss("grpo"), coefficient=0.1)), sharded=False)
+    with pytest.raises(ValueError, match="entropy_bonus: target adapts the coefficient"):
+        check_trainer(trainer, with_lp_reg(make_loss("entropy_bonus", target=0.3)), sharded=False)

@@ -42,7 +42,7 @@ def run_at(folder: Path, step: int, *, keeps_weights: bool = True) -> Any:
     cursor = SimpleNamespace(position=8 * step, state=lambda: {"position": cursor.position})
     run = SimpleNamespace(
         step=step,
-        learner=SimpleNamespace(weight_version=2 * step),
+        learner=SimpleNamespace(weight_version=2 * step, entropy_coefficient=None),
         cursor=cursor,
         rollouts=SimpleNamespace(pending=[LEFT]),
         last_step=None,

@@ -52,6 +52,7 @@ BY_HAND = {
     "grpo": np.array([2, -1, -1, 1, 1, -2]) / 3 / np.sqrt(1 / 3),
     "dr_grpo": np.array([2, -1, -1, 1, 1, -2]) / 3,
     "rloo": np.array([1, -0.5, -0.5, 0.5, 0.5, -1]),
+    "maxrl": np.array([2, -1, -1, 0.5, 0.5, -1]),
     "reinforce_plus_plus": np.array([1, -1, -1, 1, 1, -1]) / 2 / np.sqrt(0.3),
 }
 
