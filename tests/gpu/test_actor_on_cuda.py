@@ -36,6 +36,7 @@ def test_transformer_engine_layers_match_the_local_layers(tmp_path: Path, dense:
 
 
 @needs_engine
+@pytest.mark.measured  # the arithmetic of FP8 has no stand-in
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper")
 @pytest.mark.parametrize("fp8", ["blockwise", "tensorwise"])
 def test_fp8_matches_bf16_up_to_rounding(tmp_path: Path, dense: Path, fp8: str) -> None:
