@@ -3,8 +3,8 @@ r"""Verdicts of the maths verifier on published labels: graded against themselve
     python benchmarks/grading.py DATA [--workers 2] [--sets MATH-500 AIME] [--out benchmarks/results/grading.json]
 
 DATA is a folder with math_500.jsonl, minerva_math.jsonl, olympiadbench.jsonl, aime24.jsonl, amc23.jsonl,
-gsm8k_train.jsonl and gsm8k_test.jsonl, as their repositories publish them. Every label must equal itself and itself in
-another spelling, and must differ from itself with one digit, sign, function, bracket, relation or letter changed.
+gsm8k_train.jsonl and gsm8k_test.jsonl, as their repositories publish them. Every label (each
+once, however many rows have it) must equal itself and itself in another spelling, and must differ from itself with one digit, sign, function, bracket, relation or letter changed.
 Rules (`exclusion`, `reason_to_be_equal`), not lists, say what is left out, and each is counted under its name. Fails
 below the targets: 100 % of the first two right, 99.5 % of the perturbed ones refused.
 """
@@ -103,11 +103,11 @@ def respellings(label: str) -> Iterator[tuple[str, str]]:
     if re.search(r"[(\[]|\\\{", bare) and not re.search(r"\\(?:left|text|big|Big|sqrt\[)", bare):
         left = re.sub(r"(?<!\\)([(\[])|(\\\{)", r"\\left\1\2", bare)
         yield "left and right", re.sub(r"(?<!\\)([)\]])|(\\\})", r"\\right\1\2", left)
-    if re.fullmatch(r"[^{}]*(?:\\frac\{[^{}]*\}\{[^{}]*\}[^{}]*)+", bare) and not re.search(r"\d\s*\\frac", bare):
+    if re.fullmatch(r"[^{}]*(?:\\frac\{[^{}]*\}\{[^{}]*\}[^{}]*)+", bare) and not re.search(r"\d\s*\\frac|\{d ", bare):
         yield "slash", re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", bare)
-    if re.search(r"\\sqrt\{\w+\}", bare):
+    if re.search(r"\\sqrt\{\w+\}", bare) and not re.search(r"\d\s*\\sqrt", bare):
         yield "exponent one half", re.sub(r"\\sqrt\{(\w+)\}", r"\1^{1/2}", bare)
-    if re.fullmatch(r"[^,(){}\[\]]*(?:, ?[^,(){}\[\]]*)+", bare) and not re.search(r"[a-zA-Z=]|,\d{3}", bare):
+    if re.fullmatch(r"[^,(){}\[\]]*(?:, ?[^,(){}\[\]]*)+", bare) and not re.search(r"[a-zA-Z=!]|,\d{3}", bare):
         yield "another order", ", ".join(reversed(bare.split(",")))
     if r"\text" not in bare and r"\mbox" not in bare:
         yield "spaces inside", re.sub(r"(?<=[\w)}])([+=<>]|-(?=\w))(?=[\w(\\])", r" \1 ", bare)
@@ -203,10 +203,10 @@ def cases(label: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def grade(name: str, folder: Path, pool: RewardPool) -> dict[str, Any]:
-    """Returns the counts of one set."""
+    """Returns the counts of one set. Verdicts depend on the label alone, so each label counts once."""
     rows = list(labels(folder, SETS[name]))
     excluded = Counter(reason for label in rows if (reason := exclusion(label)))
-    counted = [label for label in rows if label is not None and not exclusion(label)]
+    counted = sorted({label for label in rows if label is not None and not exclusion(label)})
     entries = [(label, *case) for label in counted for case in cases(label)]
     left_out = Counter(reason for *_, reason in entries if reason)
     entries = [entry for entry in entries if not entry[4]]
@@ -221,7 +221,8 @@ def grade(name: str, folder: Path, pool: RewardPool) -> dict[str, Any]:
         if not is_right:
             wrong.append([check, kind, label, answer, result.outcome if result.outcome != "score" else result.detail])
     return {
-        "labels": len(rows),
+        "rows": len(rows),
+        "labels": len(counted),
         "labels left out": dict(excluded),
         "changes left out": dict(left_out),
         **{check: {key: number for key, number in count.items() if number} for check, count in counts.items()},

@@ -112,8 +112,17 @@ def grading(found: Found) -> str:
         left_out = sum(row["labels left out"].values())
         changes = sum(row["changes left out"].values())
         checks = (share(row[check]) for check in ("itself", "respelled", "perturbed"))
-        rows.append([name, f"{row['labels']:,}", f"{left_out}", *checks, f"{changes}"])
-    head = ("set", "labels", "left out", "itself: right", "respelled: right", "perturbed: refused", "changes left out")
+        rows.append([name, f"{row['rows']:,}", f"{left_out}", f"{row['labels']:,}", *checks, f"{changes}"])
+    head = (
+        "set",
+        "rows",
+        "left out",
+        "different labels",
+        "itself: right",
+        "respelled: right",
+        "perturbed: refused",
+        "changes left out",
+    )
     return table(head, rows)
 
 

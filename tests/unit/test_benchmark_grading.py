@@ -43,7 +43,7 @@ def test_counts_of_a_set(tmp_path: Path) -> None:
     (tmp_path / "aime24.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with RewardPool(RewardSettings(name="math", workers=1, timeout_seconds=60.0)) as pool:
         found = grade("AIME", tmp_path, pool)
-    assert found["labels"] == 4
+    assert (found["rows"], found["labels"]) == (4, 3)
     assert found["labels left out"] == {"an odd number of dollar signs": 1}
     assert found["itself"] == {"graded": 3, "as they should be": 3}
     assert found["not as they should be"] == []

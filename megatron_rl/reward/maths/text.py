@@ -77,7 +77,7 @@ _AFTER_FONTS: Rules = [
         (r"(?<!\.)\.\.\.(?!\.)", r"\\dots "),
         (r"\^\s*\{\s*\\prime\s*\\prime\s*\}|\^\s*\\prime\s*\\prime", "''"),
         (r"\^\s*\{\s*\\prime\s*\}|\^\s*\\prime(?![a-zA-Z])", "'"),
-        (r"(?:\^\s*)+\{?\s*\^?\\circ\s*\}?|(?<=\d)\s*\\circ(?![a-zA-Z])", r"^\\circ "),
+        (r"(?:\^\s*)+(?:\{\s*\^?\\circ\s*\}|\\circ(?![a-zA-Z]))|(?<=\d)\s*\\circ(?![a-zA-Z])", r"^\\circ "),
         (
             r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}(\^\{?\d\}?)?\s*\}",
             r"\\text{\1/\2}\3",
