@@ -12,7 +12,11 @@ from megatron_rl.reward import RewardPool
 
 @pytest.mark.parametrize(
     ("label", "rule"),
-    [(None, "the row names no answer"), ("$3", "an odd number of dollar signs"), ("(3", "a bracket without its partner")],
+    [
+        (None, "the row names no answer"),
+        ("$3", "an odd number of dollar signs"),
+        ("(3", "a bracket without its partner"),
+    ],
 )
 def test_a_label_that_is_no_answer_is_left_out_by_rule(label: str | None, rule: str) -> None:
     assert exclusion(label) == rule
