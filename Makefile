@@ -140,9 +140,10 @@ test-engines: engines ## everything that needs real SGLang and vLLM servers, on 
 	$(ENGINES)/bin/python -m pytest -m engines tests/engines
 
 # Kept results, in benchmarks/results/, are written by the commands their files name, on a quiet machine.
-benchmark: dev ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes)
+benchmark: dev ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes); DATA=... grades published labels too
 	$(BIN)/python benchmarks/token_stats.py --out runs/benchmarks/token_stats_cpu.json $(ARGS)
 	$(BIN)/python benchmarks/maths_reward.py --out runs/benchmarks/maths_reward.json
+	$(if $(DATA),$(BIN)/python benchmarks/grading.py $(DATA) --out runs/benchmarks/grading.json)
 	$(BIN)/python benchmarks/batching.py --out runs/benchmarks/batching.json
 	$(BIN)/python benchmarks/driver.py --out runs/benchmarks/driver.json
 	$(BIN)/python benchmarks/training_step.py --out runs/benchmarks/training_step.json

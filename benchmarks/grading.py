@@ -3,10 +3,11 @@ r"""Verdicts of the maths verifier on published labels: graded against themselve
     python benchmarks/grading.py DATA [--workers 2] [--sets MATH-500 AIME] [--out benchmarks/results/grading.json]
 
 DATA is a folder with math_500.jsonl, minerva_math.jsonl, olympiadbench.jsonl, aime24.jsonl, amc23.jsonl,
-gsm8k_train.jsonl and gsm8k_test.jsonl, as their repositories publish them. Every label (each
-once, however many rows have it) must equal itself and itself in another spelling, and must differ from itself with one digit, sign, function, bracket, relation or letter changed.
-Rules (`exclusion`, `reason_to_be_equal`), not lists, say what is left out, and each is counted under its name. Fails
-below the targets: 100 % of the first two right, 99.5 % of the perturbed ones refused.
+gsm8k_train.jsonl and gsm8k_test.jsonl, as their repositories publish them. Every label (each once, however many rows
+have it) must equal itself and itself in another spelling, and must differ from itself with one digit, sign, function,
+bracket, relation or letter changed. Rules (`exclusion`, `reason_to_be_equal`), not lists, say what is left out, and
+each is counted under its name. Fails below the targets: 100 % of the first two right, 99.5 % of the perturbed ones
+refused.
 """
 
 from __future__ import annotations
