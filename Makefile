@@ -18,7 +18,7 @@ REHEARSAL_PIP := $(REHEARSAL)/bin/python -m pip --disable-pip-version-check --no
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark benchmark-check reproduce dev test test-all test-browser test-slurm window test-megatron-window engines test-engines rehearsal rehearse image-test lint clean
+.PHONY: help setup quickstart benchmark benchmark-check reproduce dev test test-all test-browser test-slurm window test-megatron-window engines test-engines rehearsal rehearse rehearse-session rehearse-session image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -115,6 +115,9 @@ $(REHEARSAL)/.stamp: pyproject.toml setup.py constraints-cpu.txt constraints-reh
 
 rehearse: rehearsal ## the actor's GPU path on a CPU: docs/rehearsal.md
 	$(REHEARSAL)/bin/python -m pytest -m rehearsal $(SHARED) tests/rehearsal
+
+rehearse-session: rehearsal ## the session of tests/gpu on a CPU, over the rehearsal's stand-ins
+	$(REHEARSAL)/bin/python -m tests.gpu.session --dry --out .gpu-session
 
 engines: $(ENGINES)/.stamp ## make .venv-engines: SGLang and vLLM on CPU beside the rest (4 GB)
 

@@ -22,6 +22,7 @@ import torch.multiprocessing
 
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import merge_tables
+from megatron_rl.actor.platform.environment import rank_environment
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.config.actor import ActorSettings, OptimizerSettings
@@ -98,6 +99,8 @@ def synchronisations(work: Callable[[], object]) -> dict[str, int]:
 def main(folder: Path) -> None:
     case = json.loads((folder / "case.json").read_text())
     actor = ActorSettings.model_validate(case["actor"])
+    if actor.device == "cuda":
+        os.environ |= rank_environment(actor)  # as Ray's workers get it
     torch.multiprocessing.start_processes(run_rank, (folder,), actor.world_size, start_method="spawn")
 
 

@@ -33,6 +33,8 @@ MINUTES = 12
 """Time that the whole session may take."""
 LEAST_SECONDS = 15
 """A step does not start with less time than this."""
+SLOWER = 20
+"""Factor of all limits in a dry session."""
 NO_TESTS = 5
 """Exit status of pytest if no test is selected."""
 
@@ -46,7 +48,7 @@ def main() -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         paths = rehearsed() if settings.dry else unpacked(Path(folder))
-        answers = run(settings.out, paths, settings.minutes * 60, settings.dry)
+        answers = run(settings.out, paths, settings.minutes * 60 * (SLOWER if settings.dry else 1), settings.dry)
     sys.exit(any(answer.outcome in ("failed", "ran out of time") for answer in answers))
 
 
@@ -91,7 +93,7 @@ def run(out: Path, paths: Paths, budget: float, dry: bool) -> list[Answer]:
             answer = left_out(step, "no time was left")
         else:
             print(f"[{number}/{len(STEPS)}] {step.name}: {step.question}", flush=True)
-            answer = take(step, paths, min(left, step.seconds * (20 if dry else 1)), out / "log.txt", dry)
+            answer = take(step, paths, min(left, step.seconds * (SLOWER if dry else 1)), out / "log.txt", dry)
         if step is STEPS[0]:
             runs_engine = answer.outcome == "passed"
         print(f"    {answer.outcome}, {answer.seconds:.0f} s {answer.reason}", flush=True)
