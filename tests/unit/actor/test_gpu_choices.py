@@ -79,7 +79,9 @@ def test_the_expected_attention_variables_are_those_of_megatron(monkeypatch: pyt
     for name in gpu.ATTENTION_VARIABLES:
         monkeypatch.setenv(name, "")  # so that the value is restored after the test
         monkeypatch.delenv(name)
-    model = SimpleNamespace(config=SimpleNamespace(attention_backend=AttnBackend[backend]))
+    model = SimpleNamespace(
+        config=SimpleNamespace(attention_backend=AttnBackend[backend], flash_attention_version=None)
+    )
     LanguageModule._set_attention_backend(model)
     assert "".join(os.environ[name] for name in gpu.ATTENTION_VARIABLES) == gpu.ATTENTION[backend]
 

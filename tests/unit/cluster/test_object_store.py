@@ -1,4 +1,4 @@
-"""Ray's object store is small on a laptop; batches of a run on GPUs need more, and Ray chooses a share of the memory."""
+"""Ray's object store is small on a laptop; batches on GPUs need more, and Ray chooses a share of the memory."""
 
 from __future__ import annotations
 
