@@ -126,7 +126,8 @@ class LossInputs:
         if self.mask is not None:
             for name, value in given.items():
                 if name not in ("mask", "sequence_ids"):
-                    object.__setattr__(self, name, torch.where(self.mask, value, torch.zeros_like(value)))
+                    zero = False if value.dtype == torch.bool else 0
+                    object.__setattr__(self, name, torch.where(self.mask, value, zero))
         check_counted(given, self.mask)
 
     @property

@@ -78,7 +78,7 @@ class CudaOnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
-            return func(*args, **(kwargs or {}))
+            return host_tensors.of_same_memory(func(*args, **(kwargs or {})), args[0])
         if func is torch.device and len(args) == 1 and type(args[0]) is int:
             return torch.device("cuda", args[0])
         return host_tensors.call(func, name, args, dict(kwargs or {}))

@@ -179,6 +179,13 @@ def made_on_host(function: Any) -> Any:
     return call
 
 
+def of_same_memory(result: Any, tensor: Any) -> Any:
+    """Returns an attribute of a tensor, such as `T`, marked if it is a tensor of the host too."""
+    if isinstance(tensor, torch.Tensor) and on_host(tensor):
+        _mark(result)
+    return result
+
+
 def _mark(result: Any) -> None:
     for tensor in _tensors((result,)):
         setattr(tensor, MARK, True)
