@@ -45,15 +45,24 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"algorithm.overlong.buffer_tokens: {algorithm.overlong.buffer_tokens} is more than "
             f"rollout.max_response_tokens: {config.rollout.max_response_tokens}"
         )
-    if algorithm.advantage == "maxrl" and algorithm.overlong.buffer_tokens:
-        yield (
-            "algorithm.advantage: maxrl takes no negative rewards, which algorithm.overlong.buffer_tokens: "
-            f"{algorithm.overlong.buffer_tokens} would cause; set it to 0"
-        )
+    if algorithm.advantage == "maxrl":
+        yield from _negative_rewards(config)
     correction = list(_correction(algorithm.correction))
     yield from correction
     if not correction:  # the method's passes cannot be stated for a correction that is wrong
         yield from _method(config)
+
+
+def _negative_rewards(config: Config) -> Iterator[str]:
+    """The settings that lower rewards below the verifier's score, which for wrong answers is 0."""
+    tokens = config.algorithm.overlong.buffer_tokens
+    causes = {
+        f"algorithm.overlong.buffer_tokens: {tokens} would cause; set it to 0": tokens > 0,
+        "reward.format.penalty would cause; leave reward.format out": config.reward.format is not None,
+    }
+    for cause, given in causes.items():
+        if given:
+            yield f"algorithm.advantage: maxrl takes no negative rewards, which {cause}"
 
 
 def _correction(correction: CorrectionSettings) -> Iterator[str]:
