@@ -24,8 +24,8 @@ class SelectionRule:
 
     kind: SelectionKind
     fraction: float
-    """Share of all eligible tokens of the global batch, at least one; in (0, 1]. For "not_spurious" the share whose
-    entropy is low."""
+    """Share of all eligible tokens of the global batch, at least one; in (0, 1]. For "not_spurious" the largest
+    share whose entropy may be low."""
     covariance_range: tuple[float, float] | None = None
     """Only for "random_in_covariance": tokens strictly between the two may be drawn."""
     probability: float | None = None

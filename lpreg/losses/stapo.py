@@ -23,7 +23,8 @@ class STAPOSettings(PPOSettings):
     tau_p: Share = 0.01
     """A spurious token has a probability below this."""
     entropy_share: Share = 0.05
-    """A spurious token is among this share of all response tokens, lowest entropy first."""
+    """A spurious token has an entropy below this quantile of all response tokens. Tokens that tie at the quantile are
+    not below it."""
 
     @property
     def needs(self) -> MethodNeeds:

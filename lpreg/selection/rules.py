@@ -33,8 +33,8 @@ def apply_rule(
 
     Everything is known before the first backward: log-probs and entropies are those of the policy that generated the
     batch. Random rules draw by a hash of seed and token id. A ranking by covariance chooses exactly its share: many
-    certain tokens of one response tie for the highest one, and as many of these are drawn as there is room for. Other
-    rankings include all ties at the threshold.
+    certain tokens of one response tie for the highest one, and as many of these are drawn as there is room for.
+    "not_spurious" counts none of the ties at its threshold as low. Other rankings include all ties at the threshold.
 
     Args:
         eligible: [T] bool, the response tokens.
@@ -100,13 +100,17 @@ def _not_spurious(
     advantages: Tensor | None,
     group: dist.ProcessGroup | None,
 ) -> Selection:
-    """Returns all eligible tokens but the spurious ones; the threshold is the highest entropy that counts as low."""
+    """Returns all eligible tokens but the spurious ones; the threshold is the lowest entropy that is not low.
+
+    Entropies are low strictly below the threshold, so tokens that tie across the share's end are not.
+    """
     if rule.probability is None:
         raise ValueError("probability: not_spurious needs one")
-    low = select_lowest(_need(rule, entropy, "entropy"), eligible, rule.fraction, group=group)
+    entropy = _need(rule, entropy, "entropy").detach()
+    cut = lowest(entropy, eligible, lambda count: min(count, share_of(rule.fraction, count) + 1), group)
     rare = _need(rule, log_probs, "log_probs").detach() < math.log(rule.probability)
-    mask = eligible & ~(low.mask & rare & (_need(rule, advantages, "advantages") > 0))
-    return Selection(low.threshold, mask, _count(mask, group), low.population)
+    mask = eligible & ~((entropy < cut.threshold) & rare & (_need(rule, advantages, "advantages") > 0))
+    return Selection(cut.threshold, mask, _count(mask, group), cut.population)
 
 
 def _need(rule: SelectionRule, value: Tensor | None, name: str) -> Tensor:

@@ -197,6 +197,32 @@ def test_spurious_tokens_are_rare_certain_and_rewarded() -> None:
     }
     chosen = apply_rule(rule, torch.ones(6, dtype=torch.bool), **values)
     assert chosen.mask.tolist() == [False, True, True, True, True, True]
-    assert chosen.count == 5 and chosen.population == 6 and chosen.threshold == pytest.approx(0.3)
+    assert chosen.count == 5 and chosen.population == 6 and chosen.threshold == 1.0
     with pytest.raises(ValueError, match="entropy must be given: the selection rule not_spurious needs it"):
         apply_rule(rule, torch.ones(6, dtype=torch.bool), log_probs=values["log_probs"])
+
+
+@pytest.mark.parametrize(("ties", "dropped"), [(0, 5), (4, 4), (5, 5), (6, 0), (50, 0), (100, 0)])
+def test_tokens_that_tie_at_the_low_entropy_of_spurious_tokens_stay(ties: int, dropped: int) -> None:
+    """The entropy must lie below the share's quantile, of 100 tokens the lowest entropy beyond the first 5."""
+    entropy = torch.arange(100.0).clamp(min=10.0 if ties else 0.0)
+    entropy[:ties] = 0.0
+    rule = SelectionRule(kind="not_spurious", fraction=0.05, probability=0.01)
+    chosen = apply_rule(
+        rule,
+        torch.ones(100, dtype=torch.bool),
+        log_probs=torch.full((100,), -9.0),
+        entropy=entropy.flip(0),
+        advantages=torch.ones(100),
+    )
+    assert (~chosen.mask).sum() == chosen.population - chosen.count == dropped
+
+
+def test_a_spurious_token_is_less_probable_than_the_threshold() -> None:
+    """The threshold's own fp32 log-prob is not below it."""
+    at = torch.tensor(0.01).log()
+    log_probs = torch.stack([at, at.nextafter(torch.tensor(-9.0)), torch.zeros(())])
+    rule = SelectionRule(kind="not_spurious", fraction=0.7, probability=0.01)
+    values = {"entropy": torch.tensor([0.1, 0.2, 3.0]), "advantages": torch.ones(3)}
+    chosen = apply_rule(rule, torch.ones(3, dtype=torch.bool), log_probs=log_probs, **values)
+    assert chosen.mask.tolist() == [True, False, True]
