@@ -230,8 +230,9 @@ def vespo(data: Batch, on_policy: bool) -> Tensor:
 def stapo(data: Batch, on_policy: bool) -> Tensor:
     r, a = ratios(data, on_policy), data.advantages.tolist()
     old, entropy = old_values(data, on_policy)
-    low = top({t: -entropy[t] for t in ranked(data)}, 0.5)
-    staying = [t for t in counted(data) if not (a[t] > 0 and math.exp(old[t]) < 0.3 and t in low)]
+    lowest = sorted(entropy[t] for t in ranked(data))
+    bound = lowest[min(max(1, len(lowest) // 2), len(lowest) - 1)]
+    staying = [t for t in counted(data) if not (a[t] > 0 and math.exp(old[t]) < 0.3 and entropy[t] < bound)]
     total = 0 * data.logits.sum()
     for t in staying:
         total = total + ppo(r[t], a[t], 0.2, 0.2) / len(staying)
