@@ -55,7 +55,27 @@ def _section(method: type[PolicyLoss]) -> type[MethodSection]:
     return create_model(method.Settings.__name__, __base__=MethodSection, __module__=__name__, **fields)
 
 
-def _term_section() -> type[Section]:
+class _TermSection(Section):
+    """The settings of Lp-Reg's term on another method."""
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """Settings that another given one replaces: name -> the setting that replaces it."""
+        return LpRegTermSettings.replaced(_without_none(self.__dict__))
+
+    @model_serializer(mode="wrap")
+    def _without_replaced(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out the default of a setting that another one replaces."""
+        left_out = self.replaced.keys() - self.model_fields_set
+        return {name: value for name, value in handler(self).items() if name not in left_out}
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with None in place of "none"."""
+    return {name: None if value == "none" else value for name, value in values.items()}
+
+
+def _term_section() -> type[_TermSection]:
     fields: dict[str, Any] = {}
     for setting in settings_of(LpRegTermSettings):
         kind = setting.kind if setting.range is None else Annotated[setting.kind, Field(**dict(_bounds(setting.range)))]
@@ -63,7 +83,7 @@ def _term_section() -> type[Section]:
         annotation = kind | Literal["none"] if setting.optional else kind
         if setting.name not in BESIDE:
             fields[setting.name] = (annotation, Field(default=default, description=setting.doc))
-    return create_model("LpRegTermSection", __base__=Section, __module__=__name__, **fields)
+    return create_model("LpRegTermSection", __base__=_TermSection, __module__=__name__, **fields)
 
 
 TERM_SECTION = _term_section()
@@ -97,8 +117,7 @@ def effective_values(method: type[PolicyLoss], preset: str | None, given: Mappin
 
 def term_settings(section: Section, **beside: Any) -> LpRegTermSettings:
     """Returns the settings of Lp-Reg's term. Raises ValueError for settings that do not go together."""
-    values: dict[str, Any] = {name: None if value == "none" else value for name, value in section.model_dump().items()}
-    return LpRegTermSettings(**values, **beside)
+    return LpRegTermSettings(**_without_none(section.model_dump()), **beside)
 
 
 def plain_values(method: type[PolicyLoss], values: Mapping[str, Any]) -> dict[str, Any]:

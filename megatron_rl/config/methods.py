@@ -7,7 +7,7 @@ named by its import path and takes its settings from `algorithm.settings`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -135,9 +135,9 @@ def _problems(algorithm: AlgorithmSettings) -> Iterator[tuple[tuple[str, ...], s
             "algorithm.settings: read only with algorithm.name: package.module:Class; the settings of "
             f"{algorithm.name} are in {dotted}",
         )
-    for name, other in method.Settings.replaced(plain_values(method, given)).items():
-        if name in given:
-            yield (*place, name), f"{dotted}.{name} is replaced by {dotted}.{other}; give only one of them"
+    yield from _replaced(place, given, method.Settings.replaced(plain_values(method, given)))
+    if (section := getattr(algorithm, "with_lp_reg", None)) is not None:
+        yield from _replaced(("algorithm", "with_lp_reg"), section.model_fields_set, section.replaced)
     known = [setting.name for setting in settings_of(method.Settings) if setting.name not in BESIDE]
     wrong = [name for name in given if name not in known]
     for name in wrong:
@@ -159,3 +159,12 @@ def _problems(algorithm: AlgorithmSettings) -> Iterator[tuple[tuple[str, ...], s
             term.around(made.needs)
     except ValueError as error:
         yield ("algorithm", "with_lp_reg"), f"algorithm.with_lp_reg: {error}"
+
+
+def _replaced(
+    place: tuple[str, ...], given: Collection[str], replaced: Mapping[str, str]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    dotted = ".".join(place)
+    for name, other in replaced.items():
+        if name in given:
+            yield (*place, name), f"{dotted}.{name} is replaced by {dotted}.{other}; give only one of them"

@@ -82,6 +82,17 @@ def test_the_configuration_puts_the_term_on_a_method() -> None:
     assert "with_lp_reg" not in AlgorithmSettings.model_validate({"name": "dppo"}).model_dump()
 
 
+def test_a_threshold_that_another_one_replaces_is_not_written() -> None:
+    algorithm = AlgorithmSettings.model_validate({"name": "dppo", "with_lp_reg": {"fixed_tau": 0.01}})
+    written = algorithm.model_dump(mode="json")
+    assert written["with_lp_reg"]["fixed_tau"] == 0.01 and "min_p" not in written["with_lp_reg"]
+    again = AlgorithmSettings.model_validate(written)
+    assert again == algorithm and method_problems(again) == []
+    assert method_needs(again).token_stats == {"fixed_tau": 0.01}
+    by_min_p = AlgorithmSettings.model_validate({"name": "dppo", "with_lp_reg": {"fixed_tau": "none", "min_p": 0.1}})
+    assert method_problems(by_min_p) == [] and by_min_p.model_dump()["with_lp_reg"]["min_p"] == 0.1
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -89,6 +100,10 @@ def test_the_configuration_puts_the_term_on_a_method() -> None:
         (
             {"name": "dppo", "with_lp_reg": {"advantage_sign": "both", "selection_scope": "micro_batch_negatives"}},
             "algorithm.with_lp_reg: selection_scope must be 'batch'",
+        ),
+        (
+            {"name": "dppo", "with_lp_reg": {"fixed_tau": 0.01, "min_p": 0.1}},
+            "algorithm.with_lp_reg.min_p is replaced by algorithm.with_lp_reg.fixed_tau; give only one of them",
         ),
     ],
 )
