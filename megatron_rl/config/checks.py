@@ -10,6 +10,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind, supporting
 
 from .algorithm import CorrectionSettings
+from .kernels import impossible_kernels
 from .methods import lp_reg_term, method_problems, method_settings
 from .passes import passes_of
 from .reward import REMOTE
@@ -133,6 +134,7 @@ def _parallel(config: Config) -> Iterator[str]:
         )
     if actor.fp8 != "none" and actor.dtype != "bfloat16":
         yield f"actor.fp8: {actor.fp8} is a form of bfloat16 training; set actor.dtype to bfloat16"
+    yield from impossible_kernels(actor)
     for key, forms in (("context_parallel", ("prefix_tree", "padded")), ("virtual_pipeline", ("padded",))):
         if getattr(actor, key) > 1 and actor.rows in forms:
             yield f"actor.{key}: {getattr(actor, key)} needs packed rows, not {actor.rows}; set actor.rows to packed"

@@ -1,4 +1,5 @@
-"""Checks that a model can be split under a layout. Reads the model's config.json only, so a dry run can call it."""
+"""Checks that a model can be split under a layout, and has what the settings ask for. Reads the model's config.json
+only, so a dry run can call it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_rl.config import Config
+from megatron_rl.config.actor import FusionSettings
+from megatron_rl.config.kernels import missing_fusion
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import read_config
@@ -14,12 +17,21 @@ from megatron_rl.parallel.layout import VOCABULARY_UNIT, Layout, layout_of, padd
 
 
 def check_layout(config: Config) -> None:
-    """Raises UserError if the configured model cannot be split under the configured layout.
+    """Raises UserError if the configured model cannot be split under the configured layout, or lacks the experts that a
+    kernel is for.
 
     A model folder that `prepare` has yet to write is not checked.
     """
     if config.model.path.exists():
-        validate_layout(read_config(config.model.path), layout_of(config.actor), config.actor.pad_vocabulary)
+        hf_config = read_config(config.model.path)
+        validate_layout(hf_config, layout_of(config.actor), config.actor.pad_vocabulary)
+        check_experts_wanted(hf_config, config.actor.fusions)
+
+
+def check_experts_wanted(hf_config: Mapping[str, Any], fusions: FusionSettings) -> None:
+    """Raises UserError if a fused kernel of experts is asked for and the model has none."""
+    if fusions.expert_permutation is True and Architecture.from_hf(hf_config).experts is None:
+        raise UserError(missing_fusion("expert_permutation"))
 
 
 def validate_layout(hf_config: Mapping[str, Any], layout: Layout, pad_vocabulary: bool) -> None:

@@ -10,7 +10,7 @@ from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import read_config
-from megatron_rl.models.layout_check import validate_layout
+from megatron_rl.models.layout_check import check_experts_wanted, validate_layout
 from megatron_rl.parallel.layout import Layout, layout_of, padded_vocabulary
 from megatron_rl.parallel.placement import Placement, placement_of
 from megatron_rl.plan.assumptions import Assumptions, Lengths, lengths
@@ -44,8 +44,10 @@ class Setup:
         return setup
 
     def check(self) -> None:
-        """Raises UserError if the model cannot be divided as configured, or the cluster is too small."""
+        """Raises UserError if the model cannot be divided as configured, lacks the experts that a kernel is for, or the
+        cluster is too small."""
         validate_layout(self.hf_config, self.layout, self.config.actor.pad_vocabulary)
+        check_experts_wanted(self.hf_config, self.config.actor.fusions)
         len(self.placement.nodes)
 
     @property

@@ -16,14 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_rl.config.kernels import missing_attention, missing_fusion
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import AttentionBackend, FusionSettings
-
-NEEDS_ENGINE = "Transformer Engine layers, which CUDA and bfloat16 have if transformer-engine is installed"
-NEEDS_TRITON = "CUDA and Triton, which compiles the kernel"
-NEEDS_EXPERTS = f"a model with experts, and {NEEDS_ENGINE}"
 
 ATTENTION = {"auto": "111", "flash": "100", "fused": "010", "unfused": "001", "local": "000"}
 """Backend -> values of ATTENTION_VARIABLES that megatron-core sets, and insists on if they are set already."""
@@ -70,16 +67,16 @@ def fusions(settings: FusionSettings, device: torch.device, *, engine: bool, exp
     """
     compiles = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     there = {
-        "rope": (engine, NEEDS_ENGINE),
-        "swiglu": (compiles, NEEDS_TRITON),
-        "gradient_accumulation": (engine, NEEDS_ENGINE),
-        "expert_permutation": (engine and experts, NEEDS_EXPERTS),
+        "rope": engine,
+        "swiglu": compiles,
+        "gradient_accumulation": engine,
+        "expert_permutation": engine and experts,
     }
     chosen = {}
-    for name, (available, needs) in there.items():
+    for name, available in there.items():
         wanted = getattr(settings, name)
         if wanted is True and not available:
-            raise UserError(f"actor.fusions.{name}: true needs {needs}. Set it to auto or false")
+            raise UserError(missing_fusion(name))
         chosen[name] = available if wanted == "auto" else wanted
     return Fusions(**chosen)
 
@@ -99,11 +96,8 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
 def check_attention(backend: AttentionBackend, *, engine: bool, environment: Mapping[str, str] = os.environ) -> None:
     """Raises UserError if the attention backend does not suit the layers, or if environment variables contradict it."""
     if not engine:
-        if backend not in ("auto", "local"):
-            raise UserError(
-                f"actor.attention_backend: {backend} chooses among the attentions of Transformer Engine, which this "
-                "actor does not use: they need CUDA, bfloat16 and transformer-engine. Set it to auto or local"
-            )
+        if missing := missing_attention(backend):
+            raise UserError(missing)
         return
     if backend == "local":
         raise UserError(

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.config.actor import FusionSettings
 from megatron_rl.errors import UserError
-from megatron_rl.models.layout_check import validate_layout
+from megatron_rl.models.layout_check import check_experts_wanted, validate_layout
 from megatron_rl.parallel.layout import Layout
 
 
@@ -107,6 +108,13 @@ def test_a_missing_config_key_is_named() -> None:
     del config["intermediate_size"]
     with pytest.raises(UserError, match="lacks 'intermediate_size'"):
         validate_layout(config, Layout(), pad_vocabulary=True)
+
+
+def test_a_kernel_of_experts_needs_experts() -> None:
+    wanted = FusionSettings(expert_permutation=True)
+    check_experts_wanted(qwen3(**EXPERTS), wanted)
+    with pytest.raises(UserError, match=r"expert_permutation: true needs a model with experts.*auto or false"):
+        check_experts_wanted(qwen3(), wanted)
 
 
 def test_model_type_is_used_if_architectures_is_absent() -> None:

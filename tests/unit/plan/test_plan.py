@@ -46,6 +46,12 @@ def test_state_of_a_rank_matches_a_hand_calculation(make: Make) -> None:
     assert kept["main weights"] + kept["moments"] == pytest.approx(12 * each / 4, rel=1e-3)
 
 
+def test_a_kernel_of_experts_is_refused_for_a_dense_model(make: Make) -> None:
+    with pytest.raises(UserError, match=r"actor\.fusions\.expert_permutation: true needs a model with experts"):
+        make("actor.fusions.expert_permutation=true")
+    make("actor.fusions.expert_permutation=auto")
+
+
 def test_phases_are_never_summed(make: Make) -> None:
     (rank,) = make().actor
     assert rank.peak == max(rank.total(phase) for phase in rank.phases)
