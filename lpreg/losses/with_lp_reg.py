@@ -16,7 +16,8 @@ class WithLpReg(WrappedLoss):
     """A method's loss + beta * KL on rare tokens, averaged over tokens as the method averages its own.
 
     `with_lp_reg(make_loss("dppo"), rho=0.005)`. The term is that of the method `lp_reg`, which has the paper's
-    surrogate. The driver provides the one selection and the one proxy that the term needs, and no further pass.
+    surrogate. The driver provides the one selection and the one proxy that the term needs, and no further pass. A
+    metric of the term whose name the method has already, such as `selected_fraction` of kl_cov, begins with "lp_reg_".
     """
 
     name = "with_lp_reg"
@@ -29,7 +30,8 @@ class WithLpReg(WrappedLoss):
     def __call__(self, inputs: LossInputs) -> LossOutput:
         term, metrics = LpRegTerm(self.settings)(inputs)
         output = self.loss(inputs)
-        return LossOutput(output.loss + self.aggregate(term, inputs), output.metrics | metrics)
+        own = {f"lp_reg_{name}" if name in output.metrics else name: mean for name, mean in metrics.items()}
+        return LossOutput(output.loss + self.aggregate(term, inputs), output.metrics | own)
 
 
 def with_lp_reg(loss: PolicyLoss, **settings: Any) -> PolicyLoss:

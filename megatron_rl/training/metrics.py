@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TRAIN = ("ratio", "clip_fraction", "dual_clip_fraction", "reference_kl")
 """Metrics of a loss that several methods share."""
+SHARES = ("selected_fraction", "lp_reg_selected_fraction", "spurious_fraction")
+"""Metrics of a loss that are shares of the step's tokens."""
 
 
 def rollout_metrics(rollouts: Rollouts, advantages: Array) -> dict[str, float]:
@@ -122,7 +124,7 @@ def loss_metrics(parts: Mapping[str, tuple[float, float]], num_sampled_tokens: i
     """The loss's own (total, count) pairs as means. Shares of tokens count all tokens, dropped sequences included."""
     metrics = {}
     for name, (total, count) in parts.items():
-        if name in ("selected_fraction", "spurious_fraction"):
+        if name in SHARES:
             count = num_sampled_tokens
         room = "train" if name in TRAIN or name.startswith("correction_") else "lpreg"
         metrics[f"{room}/{name}"] = total / count if count else 0.0

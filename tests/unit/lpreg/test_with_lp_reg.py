@@ -72,6 +72,20 @@ def test_all_tokens_go_with_a_selection_of_the_methods_own() -> None:
     assert with_lp_reg(make_loss("kl_cov"), select_by="all").selection == make_loss("kl_cov").selection
 
 
+@pytest.mark.parametrize("name", ["kl_cov", "clip_cov", "high_entropy"])
+def test_the_metrics_of_the_method_keep_their_names(name: str) -> None:
+    batch = inputs(torch.randn(TOKENS, 12, generator=torch.Generator().manual_seed(0)))
+    plain = make_loss(name)(batch).metrics
+    term = {"beta": 0.7, "min_p": 0.1, "select_by": "all"}
+    both = with_lp_reg(make_loss(name), **term)(batch).metrics
+    alone = with_lp_reg(make_loss("grpo"), **term)(batch).metrics
+    assert {metric: both[metric].value for metric in plain} == {metric: mean.value for metric, mean in plain.items()}
+    assert (
+        both["lp_reg_selected_fraction"].value == alone["selected_fraction"].value != plain["selected_fraction"].value
+    )
+    assert both["kl"].value == alone["kl"].value
+
+
 def test_the_configuration_puts_the_term_on_a_method() -> None:
     section = {"name": "dppo", "with_lp_reg": {"rho": 0.005, "kl_estimator": "full", "k3_clamp": 10.0}}
     algorithm = AlgorithmSettings.model_validate(section)

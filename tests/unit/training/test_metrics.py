@@ -117,6 +117,7 @@ def test_loss_metrics() -> None:
         "ratio": (6.0, 6.0),
         "clip_fraction": (3.0, 6.0),
         "selected_fraction": (2.0, 6.0),
+        "lp_reg_selected_fraction": (3.0, 6.0),
         "candidate_kept_fraction": (1.0, 2.0),
         "kl": (0.5, 2.0),
         "clamped_fraction": (0.0, 0.0),
@@ -124,6 +125,7 @@ def test_loss_metrics() -> None:
     assert loss_metrics(parts, 10) == {
         "train/ratio": 1.0,
         "train/clip_fraction": 0.5,
+        "lpreg/lp_reg_selected_fraction": 0.3,
         "lpreg/selected_fraction": 0.2,  # of the whole batch's tokens, dropped sequences included
         "lpreg/candidate_kept_fraction": 0.5,
         "lpreg/kl": 0.25,
