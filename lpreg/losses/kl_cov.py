@@ -17,8 +17,9 @@ from lpreg.needs import MethodNeeds, SelectionRule
 class KLCovSettings(MethodSettings):
     """Which tokens are penalised, and how strongly."""
 
-    share: Share = 2e-4
-    """Share of all response tokens that is penalised, highest covariance of advantage and log-prob first."""
+    share: Share = 2e-3
+    """Share of all response tokens that is penalised, highest covariance of advantage and log-prob first. The default
+    is that of the published code; another project's script for a 32B model has 2e-4."""
     beta: NonNegative = 1.0
     """Weight of the penalty."""
 
@@ -38,8 +39,8 @@ class KLCov(PolicyLoss):
     name = "kl_cov"
     Settings = KLCovSettings
     settings: KLCovSettings
-    # The share of the 32B run; KL-Cov's own paper has 2e-3 for a 7B model.
-    presets: ClassVar = same_presets(share=2e-4, beta=1.0)
+    # The published scripts leave the share at their fork's default.
+    presets: ClassVar = same_presets(share=2e-3, beta=1.0)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         ratio, counted = inputs.ratio, inputs.counted

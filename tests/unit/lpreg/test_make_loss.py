@@ -54,6 +54,12 @@ print("torch" in sys.modules)
     assert done.stdout == "False\n"
 
 
+def test_kl_cov_has_the_share_of_the_published_code() -> None:
+    for loss in (make_loss("kl_cov"), make_loss.preset("kl_cov", "paper"), make_loss.preset("kl_cov", "reference")):
+        assert (loss.settings.share, loss.settings.beta) == (2e-3, 1.0)
+    assert make_loss.preset("kl_cov", "paper", share=2e-4).settings.share == 2e-4
+
+
 def test_overrides_win_over_the_preset() -> None:
     loss = make_loss.preset("lp_reg", "reference", rho=0.05, proxy_source="lagged")
     assert loss.settings.rho == 0.05 and loss.settings.k3_clamp == 10.0
