@@ -21,7 +21,7 @@ class DPPOSettings(MethodSettings):
 
     divergence: Literal["tv", "kl"] = "tv"
     """How far the sampled token's probability p has moved from p_old. tv: |p - p_old|. kl: KL of (p, 1 - p) from
-    (p_old, 1 - p_old), for which other code has bounds of 0.05."""
+    (p_old, 1 - p_old). The bounds do not follow it: set both to 0.05 to have the usual ones of other code for kl."""
     bound_low: Positive = 0.2
     """A token of negative advantage has a gradient until p has fallen this far."""
     bound_high: Positive = 0.2

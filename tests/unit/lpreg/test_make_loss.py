@@ -60,6 +60,12 @@ def test_kl_cov_has_the_share_of_the_published_code() -> None:
     assert make_loss.preset("kl_cov", "paper", share=2e-4).settings.share == 2e-4
 
 
+def test_the_bounds_of_dppo_do_not_follow_its_divergence() -> None:
+    """docs/methods.md says so, under what differs from published code."""
+    for loss in (make_loss("dppo", divergence="kl"), make_loss.preset("dppo", "paper", divergence="kl")):
+        assert (loss.settings.bound_low, loss.settings.bound_high) == (0.2, 0.2)
+
+
 def test_overrides_win_over_the_preset() -> None:
     loss = make_loss.preset("lp_reg", "reference", rho=0.05, proxy_source="lagged")
     assert loss.settings.rho == 0.05 and loss.settings.k3_clamp == 10.0
