@@ -22,7 +22,8 @@ class EntropyBonusSettings(PPOSettings):
     """Weight of the mean entropy, which is in nats; with a target, that of the first update."""
     target: NonNegative | None = None
     """Mean entropy that the weight is adapted to, in nats: after each update it rises by `step` if the mean was below
-    the target, and otherwise falls by it, down to 0 (Skywork-OR1, arXiv 2505.22312). None: the weight is constant."""
+    the target, and otherwise falls by it, down to 0. After Skywork-OR1 (arXiv 2505.22312), which besides leaves out the
+    bonus while the mean is not below the target. None: the weight is constant."""
     step: Positive = 0.005
     """Change of the weight after an update; read only with a target."""
 

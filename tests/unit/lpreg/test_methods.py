@@ -190,6 +190,8 @@ def test_the_entropy_coefficient_moves_towards_the_target() -> None:
         seen.append(coefficient)
     assert seen == pytest.approx([0.014, 0.018, 0.014, 0.010, 0.006, 0.002])
     assert adapted.next_entropy_coefficient(0.002, 0.9) == 0
+    assert adapted.next_entropy_coefficient(0.5, 0.9) > 0, "above the target the bonus fades; Skywork-OR1 leaves it out"
+    assert adapted.next_entropy_coefficient(0.5, 0.1) > 0.5, "the coefficient has no upper bound"
     assert with_lp_reg(adapted).next_entropy_coefficient(None, 0.1) == pytest.approx(0.014)
     assert make_loss("entropy_bonus").next_entropy_coefficient(None, 0.1) is None
 
