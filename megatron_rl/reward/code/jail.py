@@ -37,16 +37,25 @@ OPEN_FILES = 64
 RECURSION = 50_000
 """Python's recursion limit of a candidate. The graders whose data sets are in use set this figure."""
 MODULES = (
-    *("array", "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "io"),
-    *("itertools", "json", "math", "operator", "os", "queue", "random", "re", "statistics", "string", "sys", "time"),
-    "typing",
+    *("array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools"),
+    *("heapq", "io", "itertools", "json", "math", "operator", "os", "queue", "random", "re", "statistics", "string"),
+    *("sys", "time", "typing"),
 )
 """Modules that a candidate can use without an import."""
 CONTENTS = (
     *("typing", "collections", "itertools", "functools", "heapq", "bisect", "math", "string", "copy", "operator"),
-    "random",
+    *("sys", "re", "json", "io"),
 )
 """Modules whose public names a candidate can use without an import. If two have the same name, the first counts."""
+PARTS = {
+    "dataclasses": ("dataclass", "field"),
+    "datetime": ("date", "timedelta", "timezone"),
+    "decimal": ("Decimal",),
+    "fractions": ("Fraction",),
+    "random": ("choice", "choices", "randint", "randrange", "sample", "seed", "shuffle", "uniform"),
+    "statistics": ("mean", "median", "mode"),
+}
+"""The same for modules that take long to import: only if the candidate mentions one of these names."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -100,6 +109,9 @@ def _offer_imports(source: str) -> None:
         public: list[str] = getattr(module, "__all__", None) or [name for name in dir(module) if name[0] != "_"]
         for name in words & set(public):
             vars(builtins).setdefault(name, getattr(module, name))
+    for module_name, names in PARTS.items():
+        for name in words & set(names):
+            vars(builtins).setdefault(name, getattr(import_module(module_name), name))
 
 
 def _module(name: str) -> dict[str, Any]:

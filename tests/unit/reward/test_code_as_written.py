@@ -56,6 +56,8 @@ WITHOUT_IMPORTS = [
     ("def f(a): return copy.deepcopy(a) + deepcopy(a)", [[1]], [1, 1]),
     ("def f(a): return functools.reduce(operator.add, a) + reduce(add, a)", [[1, 2]], 6),
     ("def f(a: List): return datetime.datetime.fromtimestamp(0).microsecond + a[0] // sys.maxsize", [[1]], 0),
+    ("@dataclass\nclass A:\n    x: int = 1\ndef f(): return A().x + int(Fraction(4, 2)) + int(Decimal(1))", [], 4),
+    ("def f(a): return loads(dumps(a)) + [median(a), timedelta(days=1).days]", [[3]], [3, 3, 1]),
     (POSTPONED, [{"a": [1]}], {"a": [1]}),
 ]
 
@@ -72,6 +74,7 @@ def test_a_function_may_lack_the_usual_imports(
     [
         "data = sys.stdin.read().split()\nprint(sum(map(int, data)))",
         "def solve(xs: List[int]): print(reduce(operator.add, xs))\nsolve([int(x) for x in input().split()])",
+        "for line in stdin:\n    stdout.write(str(sum(map(int, line.split()))))",
         "def main():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()",
     ],
 )
