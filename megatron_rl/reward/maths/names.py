@@ -31,6 +31,7 @@ _PLAIN_WORDS = re.compile(
 )
 _DEGREES = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d+\})?)[({]*(\d+(?:\.\d+)?)\^\\circ[)}]*")
 _RECURRING = re.compile(r"\d*\.\d*\\overline\{\d+\}")
+_EXPONENT_FIRST = re.compile(r"(?<=[a-zA-Z])(\^\{[^{}]*\})(_\{[^{}]*\})")
 _TIMES = re.compile(r"(?<=[\d)])(?=\()|(?<=\))(?=\\frac|\d)")
 
 
@@ -40,6 +41,7 @@ def plain_names(text: str) -> str:
     text = _DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", text).replace(r"^\circ", "")
     text = _RECURRING.sub(_as_fraction, text)
     text = _TIMES.sub(r"\\cdot ", text)
+    text = _EXPONENT_FIRST.sub(r"\2\1", text)
     found, index = [], 0
     while match := _NAME.search(text, index):
         found.append(text[index : match.start()])

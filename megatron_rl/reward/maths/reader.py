@@ -37,6 +37,8 @@ _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d]|,\d)")
 _SPACED = re.compile(r"([+-]?\d{1,3}(?: \d{3})+)((?:\.\d+)?(?![\d])\D*)")
 _STRAY_DIGITS = re.compile(r"\d \d")
 _AND_OR = re.compile(r"(?:,\s*)?\\text\{\s*,?\s*(?:and|or)\s*\}|(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
+_JOINTS = {r"\or": "or", r"\lor": r"\lor", r"\and": "and", r"\land": r"\land", ",": ",", ";": ","}
+"""What may stand between the items of a list, the weakest first."""
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _CONDITION = re.compile(
     r"[,;]? ?(?:\\text\s*\{[ ,;]*(?P<inside>(?:for|where|with|when|if|unless|provided)\b[^{}]*)\}|\\forall|"
@@ -47,7 +49,7 @@ _ALL_REALS = re.compile(
     r"(?: |,|$))+"
 )
 _MATRIX = re.compile(
-    r"[(\[]?\\begin\{(?P<kind>[pbvVB]?matrix|array)\}(?:\{[clr|]+\})?(?P<rows>.*)\\end\{(?P=kind)\}[)\]]?"
+    r"[(\[]?\\begin\{(?P<kind>[pbB]?matrix|array)\}(?:\{[clr|]+\})?(?P<rows>.*)\\end\{(?P=kind)\}[)\]]?"
 )
 _SET_WORDS = re.compile(
     r"(?:the |set of |all )*"
@@ -135,13 +137,16 @@ def _whole_text(text: str) -> Part | None:
 
 def _list(text: str) -> Part:
     text = _AND_OR.sub(_joint, text)
-    parts, found = split(text, lambda token: token in (",", ";", r"\and", r"\or"))
+    parts, found = split(text, _JOINTS.__contains__)
     parts = [part for part in parts if part]
     items = [item for part in parts for item in without_plus_minus(part)]
     if len(items) == 1:
         return _relation(items[0])
-    joint = "or" if r"\or" in found else "and" if r"\and" in found else ","
-    return Bracket("", "", tuple(_relation(item) for item in items), joint) if items else Unreadable(text)
+    return Bracket("", "", tuple(_relation(item) for item in items), _joint_of(found)) if items else Unreadable(text)
+
+
+def _joint_of(separators: list[str]) -> str:
+    return next((joint for token, joint in _JOINTS.items() if token in separators), ",")
 
 
 def _joint(match: re.Match[str]) -> str:
@@ -220,7 +225,7 @@ def _builder(inside: str) -> Builder | None:
     if signs:
         head, domain = sides[0].replace(" ", ""), read(sides[1])
     condition_text = _AND_OR.sub(_joint, parts[1])
-    conditions, joints = split(condition_text, lambda token: token in (",", ";", r"\and", r"\or"))
+    conditions, joints = split(condition_text, _JOINTS.__contains__)
     kept = []
     for condition in conditions:
         sides, signs = split(condition, lambda token: token == r"\in")
@@ -228,8 +233,9 @@ def _builder(inside: str) -> Builder | None:
             domain = read(sides[1])
         elif condition:
             kept.append(_relation(condition))
-    joint = "or" if r"\or" in joints else "and"
-    return Builder(head, domain, kept[0] if len(kept) == 1 else Bracket("", "", tuple(kept), joint))
+    joint = _joint_of(joints)
+    everything = Bracket("", "", tuple(kept), "and" if joint == "," else joint)
+    return Builder(head, domain, kept[0] if len(kept) == 1 else everything)
 
 
 def _matrix(rows: str) -> Part:

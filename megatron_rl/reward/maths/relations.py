@@ -229,7 +229,7 @@ def same_builder(gold: Builder, answer: Builder, same: Same) -> bool:
         if re.sub(rf"(?<![a-zA-Z\\]){old}(?![a-zA-Z])", new, answer.head) != gold.head:
             return False
         conditions = renamed(conditions, old, new)
-    joints = [part.joint for part in (gold.conditions, conditions) if isinstance(part, Bracket)]
+    joints = [part.is_either for part in (gold.conditions, conditions) if isinstance(part, Bracket)]
     return len(set(joints)) < 2 and same(gold.conditions, conditions)
 
 

@@ -84,7 +84,7 @@ def _set(part: Part) -> sympy.Set:
         and all(isinstance(item, Chain) for item in part.items)
         and len(_variables(part)) == 1
     ):
-        join = sympy.Union if part.joint == "or" else sympy.Intersection
+        join = sympy.Union if part.is_either else sympy.Intersection
         return join(*(_solutions(item, None) for item in part.items if isinstance(item, Chain)))
     raise NoSet
 
@@ -96,7 +96,7 @@ def _built(part: Builder) -> sympy.Set:
     found = [_solutions(item, part.head) for item in conditions if isinstance(item, Chain)]
     if len(found) != len(conditions):
         raise NoSet
-    is_either = isinstance(part.conditions, Bracket) and part.conditions.joint == "or"
+    is_either = isinstance(part.conditions, Bracket) and part.conditions.is_either
     solutions = reduce(sympy.Union if is_either else sympy.Intersection, found)
     return sympy.Intersection(solutions, _set(part.domain) if part.domain else sympy.S.Reals)
 
