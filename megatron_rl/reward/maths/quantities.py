@@ -56,7 +56,8 @@ def same_ratio(gold: Part, answer: Part, same: Same) -> bool:
     if one is None or two is None:
         return False
     if isinstance(gold, Clock):
-        return list(one) == list(two)
+        is_ratio = all(number > 9 for number in gold.numbers[1:])  # 9:05 can only be a time
+        return is_ratio and list(one) == list(two)
     numbers = [[term.value for term in terms if isinstance(term, Number)] for terms in (one, two)]
     if len(numbers[0]) == len(one) and len(numbers[1]) == len(two):
         return proportional(*numbers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from .names import is_numeric
 from .notations import read_based, read_clock, read_ratio
 from .numbers import read_number
 from .parts import (
@@ -207,7 +208,8 @@ def _bracket(text: str) -> Part:
         return builder
     parts, _ = split(inside, lambda token: token in (",", ";"))
     if left != r"\{" and len(parts) == 1:
-        return read(inside) if (left, right) in (("(", ")"), ("[", "]")) else Expression(text)
+        is_redundant = (left, right) == ("(", ")") or ((left, right) == ("[", "]") and is_numeric(inside))
+        return read(inside) if is_redundant else Expression(text)
     if not all(parts):
         return Unreadable(text)
     if left == r"\{":

@@ -58,6 +58,8 @@ def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
     if not signs <= {"=", r"\approx"}:
         return
     sides, texts = list(chain.sides), list(chain.texts)
+    if not is_label and _has_other_argument(texts):
+        return
     if is_name(texts[0]) or _is_tuple_of_names(texts[0]):
         sides, texts, links = sides[1:], texts[1:], list(chain.signs[1:])
     else:
@@ -76,6 +78,15 @@ def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
             yield sides[first + 1]
         return
     yield sides[-1]
+
+
+def _has_other_argument(texts: list[str]) -> bool:
+    """Returns whether `f(y)=2x+3` speaks of another variable than its argument."""
+    call = re.fullmatch(r"\\?[a-zA-Z]+'*\(([a-zA-Z])\)", texts[0])
+    if call is None:
+        return False
+    letters = set(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z]|(?<=\d)[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", texts[-1])))
+    return call[1] not in letters and not letters.isdisjoint("txyz")
 
 
 def _is_tuple_of_names(text: str) -> bool:
