@@ -189,8 +189,15 @@ def _power_bits(power: sympy.Pow, base_bits: float, exponent_bits: float) -> flo
     return base_bits if exponent.free_symbols else base_bits + math.log2(max(times, 1.0))
 
 
-def _same_number(a: sympy.Expr, b: sympy.Expr) -> bool:
-    a, b = a.doit(), b.doit()
+def exact(expression: Any) -> Any:
+    """Returns the expression with fractions in place of decimals."""
+    return expression.xreplace({number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)})
+
+
+def _same_number(gold: sympy.Expr, answer: sympy.Expr) -> bool:
+    a, b = gold.doit(), answer.doit()
+    if isinstance(a, sympy.Integer):
+        b = exact(b)  # an integer is not rounded
     if isinstance(a, sympy.Rational) and isinstance(b, sympy.Rational):
         return bool(a == b)
     x, y = sympy.N(a, DIGITS), sympy.N(b, DIGITS)

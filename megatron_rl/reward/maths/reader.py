@@ -138,12 +138,28 @@ def _whole_text(text: str) -> Part | None:
 
 def _list(text: str) -> Part:
     text = _AND_OR.sub(_joint, text)
+    if cases := _cases(text):
+        return cases
     parts, found = split(text, _JOINTS.__contains__)
     parts = [part for part in parts if part]
     items = [item for part in parts for item in without_plus_minus(part)]
     if len(items) == 1:
         return _relation(items[0])
     return Bracket("", "", tuple(_relation(item) for item in items), _joint_of(found)) if items else Unreadable(text)
+
+
+def _cases(text: str) -> Bracket | None:
+    """Reads a list of lists: `x=1, y=2 or x=2, y=1`, and `and` inside `or`. Returns None for any other text."""
+    for outer in ({r"\or", r"\lor"}, {";"}, {r"\and", r"\land"}):
+        groups, found = split(text, outer.__contains__)
+        if not found or not all(groups):
+            continue
+        inside = [split(group, _JOINTS.__contains__) for group in groups]
+        has_and = r"\or" in outer and any({r"\and", r"\land"} & set(signs) for _, signs in inside)
+        names = {tuple(sorted(part.partition("=")[0] for part in parts if "=" in part)) for parts, _ in inside}
+        if has_and or (len(names) == 1 and len(set(names.pop())) == len(inside[0][0]) > 1):
+            return Bracket("", "", tuple(_list(group) for group in groups), _joint_of(found))
+    return None
 
 
 def _joint_of(separators: list[str]) -> str:
