@@ -58,6 +58,8 @@ def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
     if not signs <= {"=", r"\approx"}:
         return
     sides, texts = list(chain.sides), list(chain.texts)
+    if len(texts) == 2 and is_name(texts[1]) and not is_name(texts[0]):
+        sides, texts = sides[::-1], texts[::-1]  # `5=x` states 5
     if not is_label and _has_other_argument(texts):
         return
     if is_name(texts[0]) or _is_tuple_of_names(texts[0]):

@@ -26,6 +26,7 @@ _SPELLINGS = {
     r"\dots ": "ldots cdots dotsc dotsb",
     r"\setminus ": "backslash smallsetminus",
     r"\epsilon ": "varepsilon",
+    r"\phi ": "varphi",
     r"\land ": "wedge",
     r"\lor ": "vee",
     "*": "ast",
