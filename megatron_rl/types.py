@@ -185,9 +185,9 @@ class Sample:
 
 
 class Reward(Protocol):
-    """A verifier: a pure function of one sample."""
+    """A verifier: a pure function of one sample. `reward/results.py` says what it may return."""
 
-    def __call__(self, sample: Sample) -> RewardResult: ...
+    def __call__(self, sample: Sample) -> Any: ...
 
 
 class Decode(Protocol):

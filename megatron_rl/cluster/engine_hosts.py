@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_rl.cluster.runtime import Hosted, HostedAsync, HostedProcess, Nodes, host_process
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout.engines.interface import EngineLaunch, RequestRouter, RolloutEngine, make_engine
+from megatron_rl.utils.nccl import agreed_environment
 
 
 def host_engine(launch: EngineLaunch, logs: Path, nodes: Nodes, number: int) -> HostedProcess[RolloutEngine]:
@@ -25,6 +26,8 @@ def host_engine(launch: EngineLaunch, logs: Path, nodes: Nodes, number: int) -> 
         gpus=placement.engine_gpus,
         devices=nodes.engine_devices(number),
         hosted=Hosted if launch.kind.embedded else HostedAsync,
+        # The driver's values, as the ranks get them: Ray's own environment on a node may have others.
+        variables=agreed_environment() if placement.engine_gpus or placement.shared else None,
     )
 
 

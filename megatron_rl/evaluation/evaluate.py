@@ -18,6 +18,7 @@ from megatron_rl.evaluation.problems import Problem, problems_of, read_problems,
 from megatron_rl.evaluation.sources import Source
 from megatron_rl.reward.grader import Grader, open_grader
 from megatron_rl.reward.outcomes import check_failures
+from megatron_rl.reward.trial import try_reward
 from megatron_rl.types import Prompt, SamplingParams
 from megatron_rl.utils.files import atomically
 
@@ -56,11 +57,12 @@ class Evaluation:
     def __init__(self, protocol: ProtocolSettings, source: Source, folder: Path, *, seed: int, batch: int) -> None:
         """`batch`: number of problems that are sampled and kept at once.
 
-        Raises UserError if the folder holds another evaluation.
+        Raises UserError if the folder holds another evaluation, or the reward fails on a made-up response.
         """
         self.protocol, self.source, self.folder = protocol, source, folder
         self.seed, self.batch = seed, batch
         self.prompts = {name: self._load(suite) for name, suite in protocol.suites.items()}
+        try_reward(protocol.reward, next(iter(self.prompts.values()))[0])
         self._claim_folder()
 
     def run(self, report: Callable[[Progress], None]) -> dict[str, Measures]:

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,7 @@ from pebble import ProcessExpired, ProcessPool
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward.decode import text_of
 from megatron_rl.reward.resolve import load_reward
+from megatron_rl.reward.results import plain_text, result_of
 from megatron_rl.types import Decode, Reward, RewardResult, Sample
 from megatron_rl.utils.files import redirect_output
 
@@ -31,6 +33,7 @@ CHUNK_SECONDS = 1.0
 ATTEMPTS = 3
 """How often one call of `score` may find the whole pool broken."""
 
+PACKAGE = str(Path(__file__).parents[1])
 OUT_OF_MEMORY, WORN_OUT = 86, 87
 """Exit codes of a worker: the sample needed too much memory; earlier samples leaked too much memory."""
 
@@ -144,7 +147,7 @@ def _collect(
 def _failure(error: BaseException) -> RewardResult:
     if isinstance(error, TimeoutError):
         return RewardResult(0.0, detail="took too long", outcome="timeout")
-    detail = f"{type(error).__name__}: {error}"
+    detail = f"{type(error).__name__}: {plain_text(error)}"
     if isinstance(error, ProcessExpired):
         code = error.exitcode
         detail = "out of memory" if code == OUT_OF_MEMORY else f"the verifier's process died with exit code {code}"
@@ -197,16 +200,21 @@ def _score(sample: Sample) -> RewardResult:
     text = ""
     try:
         text = text_of(sample, _decode)
-        result = _reward(replace(sample, text=text))
-        if not isinstance(result, RewardResult):
-            raise TypeError(f"the reward returned {type(result).__name__}, not RewardResult")
-        if not math.isfinite(result.score):
-            raise ValueError(f"the score is {result.score}")
+        return replace(result_of(_reward(replace(sample, text=text))), text=text)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
-    except (Exception, SystemExit) as error:
-        return replace(_failure(error), text=text)
-    return replace(result, text=text)
+    except BaseException as error:  # a verifier may raise SystemExit, and libraries in Rust raise such exceptions
+        failure = _failure(error)
+        return replace(failure, detail=failure.detail + _place(error), text=text)
+
+
+def _place(error: BaseException) -> str:
+    """Returns the line of the user's own reward from which the error came; "" for an error in this package."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    if not frames or frames[0].filename.startswith(PACKAGE):
+        return ""
+    line = [frame.lineno for frame in frames if frame.filename == frames[0].filename][-1]
+    return f" ({Path(frames[0].filename).name}, line {line})"
 
 
 class MemoryLimit:

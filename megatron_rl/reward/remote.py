@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any, Self
 from megatron_rl.config.reward import RemoteSettings, RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward.decode import text_of
+from megatron_rl.reward.results import result_of
 from megatron_rl.types import Decode, RewardResult, Sample
 from megatron_rl.utils.web import EXCERPT, RequestFailed, ask
 
@@ -97,7 +97,10 @@ def _to_json(sample: Sample) -> dict[str, Any]:
 
 
 def _read_results(answer: Any, count: int) -> list[RewardResult]:
-    """`{"results": [{"score": 1.0, "answer": "34", "detail": "..."}, ...]}`; raises ValueError for anything else."""
+    """`{"results": [{"score": 1.0, "answer": "34", "detail": "..."}, ...]}`; raises ValueError for anything else.
+
+    A result without a finite score has the outcome "error".
+    """
     results = answer.get("results") if isinstance(answer, dict) else None
     if not isinstance(results, list) or len(results) != count:
         raise ValueError(f'expected {{"results": [...]}} with {count} entries, got {str(answer)[:EXCERPT]}')
@@ -105,8 +108,7 @@ def _read_results(answer: Any, count: int) -> list[RewardResult]:
 
 
 def _read_result(index: int, result: Any) -> RewardResult:
-    score = result.get("score") if isinstance(result, dict) else None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise ValueError(f"result {index} has no finite score: {str(result)[:EXCERPT]}")
-    answer = result.get("answer")
-    return RewardResult(float(score), None if answer is None else str(answer), str(result.get("detail", "")))
+    try:
+        return result_of(result)
+    except (TypeError, ValueError) as error:
+        return RewardResult(0.0, detail=f"result {index} of the server has no finite score: {error}", outcome="error")

@@ -38,6 +38,7 @@ from megatron_rl.parallel.placement import placement_of
 from megatron_rl.reward.decode import decoder_of
 from megatron_rl.reward.grader import check_reward, open_grader
 from megatron_rl.reward.grading import Grading
+from megatron_rl.reward.trial import try_reward
 from megatron_rl.rollout.collector import RolloutCollector
 from megatron_rl.rollout.contract import Contract
 from megatron_rl.rollout.group_filter import group_filter_of
@@ -74,9 +75,11 @@ def load_inputs(config: Config) -> Inputs:
         )
         for name, probe in config.evaluation.probes.items()
     }
+    train = load_prompts(config.data.train, tokenizer=tokenizer, settings=config.data)
+    try_reward(config.reward, train.prompts[0])
     return Inputs(
         tokenizer=tokenizer,
-        train=load_prompts(config.data.train, tokenizer=tokenizer, settings=config.data),
+        train=train,
         suites={
             name: load_prompts(suite.data, tokenizer=tokenizer, settings=config.data).prompts
             for name, suite in config.evaluation.suites.items()

@@ -117,6 +117,7 @@ def take(step: Step, paths: Paths, seconds: float, log: Path, dry: bool) -> Answ
         # Memory, speed and the driver cannot be rehearsed.
         selection = ["-m", "gpu and not measured"] if dry else []
         command = [paths.python, "-m", "pytest", "-q", "-rs", "-s", "-p", "no:cacheprovider", "--color=no"]
+        command += ["-o", "junit_family=legacy"]  # the family that keeps what tests record
         process = subprocess.Popen(
             [*command, f"--junitxml={report.name}", *selection, *step.tests],
             cwd=REPOSITORY, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT,

@@ -29,14 +29,20 @@ LARGE: dict[str, Any] = dict(
 )  # fmt: skip
 """A billion parameters."""
 LONG = {"count": 16, "prompt": 512, "response": 1536, "vocabulary": 151936}
+EXPERT_LOGITS = 6e-2
+"""Mean difference between logits in bf16 and fp32 after three steps with experts: 3.5 % in the rehearsal, since tokens
+whose two best experts are nearly equal change their expert. Norms stay within 1 %."""
 Record = Callable[[str, object], None]
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_fusions_change_no_result_beyond_rounding(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    """Both ways are compared with fp32: their roundings differ from each other by up to the sum of both."""
     model = request.getfixturevalue(kind)
-    fast, plain = run(tmp_path / "fast", model, BF16), run(tmp_path / "plain", model, BF16 | OFF)
-    assert_alike(fast, plain, 3e-2)
+    exact = run(tmp_path / "exact", model, BF16 | {"dtype": "float32"})
+    for name, settings in (("fast", {}), ("plain", OFF)):
+        found = run(tmp_path / name, model, BF16 | settings)
+        assert_alike(found, exact, 3e-2, logits=EXPERT_LOGITS if kind == "sparse" else None)
 
 
 @pytest.mark.parametrize("backend", ["flash", "fused", "unfused"])

@@ -21,10 +21,23 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+REWARDS = """
+def of_trl(completions, **kwargs): return [0.0]
+
+def misspelt(sample):
+    return smaple.text
+"""
+
+
 @pytest.fixture
-def workplace(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(
+    task: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A folder with the task where the quickstart expects it, and a few broken files."""
     monkeypatch.chdir(tmp_path)
+    modules = tmp_path_factory.mktemp("modules")
+    (modules / "refused_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(modules)
     shutil.copytree(task, tmp_path / "runs/countdown-task")
     good = json.dumps({"prompt": "<bos> 1 2 3 > 6 :", "label": "1 2 3 > 6"})
     (tmp_path / "broken.jsonl").write_text(good + "\n{oops\n")
@@ -48,6 +61,8 @@ def workplace(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("model.path=nowhere", ["nowhere", "no such folder"]),
         ("model.path=bare", ["bare", "no weights"]),
         ("reward.name=countdwn", ["countdwn", "countdown"]),
+        ("reward.name=refused_rewards:misspelt", ["refused_rewards:misspelt", "trial call", "NameError", "line 5"]),
+        ("reward.name=refused_rewards:of_trl", ["refused_rewards:of_trl", "TRL", "def score(sample):"]),
         ("evaluation.probes.p_wait_after_no.token=hello", ["evaluation.probes.p_wait_after_no.token"]),
         ("resume=elsewhere", ["elsewhere"]),
         ("run.folder=bare", ["bare", "holds no run"]),

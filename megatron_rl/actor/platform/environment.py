@@ -32,8 +32,8 @@ def rank_environment(settings: ActorSettings, given: Mapping[str, str] = os.envi
       of two.
     """
     chosen = dict(AGREED)
-    if not any(name in given for name in ALLOCATOR):
-        chosen[ALLOCATOR[0]] = "expandable_segments:True"
+    allocator = [name for name in ALLOCATOR if name in given] or [ALLOCATOR[0]]
+    chosen |= dict.fromkeys(allocator, "expandable_segments:True")
     if settings.tensor_parallel > 1 or settings.context_parallel > 1:
         chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if settings.fp8 == "blockwise":

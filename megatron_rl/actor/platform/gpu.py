@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +26,6 @@ NEEDS_EXPERTS = f"a model with experts, and {NEEDS_ENGINE}"
 ATTENTION = {"auto": "111", "flash": "100", "fused": "010", "unfused": "001", "local": "000"}
 """Backend -> values of ATTENTION_VARIABLES that megatron-core sets, and insists on if they are set already."""
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "cuda"}
-"""Environment variable -> subfolder for code that is compiled while a run goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,26 +123,7 @@ def prepare(deterministic: bool) -> None:
     torch.set_float32_matmul_precision("highest")
     if deterministic:
         torch.use_deterministic_algorithms(True)
-    if not _usable(os.environ.get("HOME")):
-        folder = _own_folder()
-        for name, part in CACHES.items():
-            os.environ.setdefault(name, str(folder / part))
 
 
 def deterministic_line(deterministic: bool) -> list[str]:
     return ["deterministic: kernels and sums give the same bits when a run is repeated"] if deterministic else []
-
-
-def _usable(home: str | None) -> bool:
-    """Returns whether compiled code can be kept in the home folder, which a container may lack."""
-    return bool(home) and Path(str(home)).is_dir() and os.access(str(home), os.W_OK)
-
-
-def _own_folder() -> Path:
-    """Returns a folder on this node's disk that only this user can write: code is loaded from it."""
-    folder = Path(tempfile.gettempdir(), f"megatron-rl-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if folder.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        return Path(tempfile.mkdtemp(prefix="megatron-rl-"))
-    return folder

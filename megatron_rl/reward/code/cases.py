@@ -51,7 +51,7 @@ def read_cases(label: object) -> list[Case]:
     if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs or len(inputs) != len(outputs):
         raise ValueError(f"the label's inputs and outputs are not two lists of one length: {_EXPECTED}")
     pairs = list(zip(inputs, outputs, strict=True))
-    if name is None:
+    if name is None or (isinstance(name, str) and not name.strip()):  # TACO has programs with an empty name
         return [Program(_text(given), _text(wanted)) for given, wanted in pairs]
     if not isinstance(name, str) or not all(isinstance(given, list) for given in inputs):
         raise ValueError('with "fn_name", the label\'s inputs must be lists of arguments')

@@ -14,14 +14,17 @@ Both modes write result.json. The kernel enforces these restrictions whatever th
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import struct
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +34,28 @@ LOCKED, CANDIDATE_FAILED, NO_SECCOMP, NO_LANDLOCK = 0, 1, 97, 98
 
 LARGEST_FILE = 16 * 2**20
 OPEN_FILES = 64
+RECURSION = 50_000
+"""Python's recursion limit of a candidate. The graders whose data sets are in use set this figure."""
+MODULES = (
+    *("array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools"),
+    *("heapq", "io", "itertools", "json", "math", "operator", "os", "queue", "random", "re", "statistics", "string"),
+    *("sys", "time", "typing"),
+)
+"""Modules that a candidate can use without an import."""
+CONTENTS = (
+    *("typing", "collections", "itertools", "functools", "heapq", "bisect", "math", "string", "copy", "operator"),
+    *("sys", "re", "json", "io"),
+)
+"""Modules whose public names a candidate can use without an import. If two have the same name, the first counts."""
+PARTS = {
+    "dataclasses": ("dataclass", "field"),
+    "datetime": ("date", "timedelta", "timezone"),
+    "decimal": ("Decimal",),
+    "fractions": ("Fraction",),
+    "random": ("choice", "choices", "randint", "randrange", "sample", "seed", "shuffle", "uniform"),
+    "statistics": ("mean", "median", "mode"),
+}
+"""The same for modules that take long to import: only if the candidate mentions one of these names."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -47,18 +72,46 @@ def main() -> None:
     if mode == "probe":
         os._exit(LOCKED if landlocked else NO_LANDLOCK)
     sys.argv, sys.path[0] = ["solution.py"], str(scratch)
+    sys.setrecursionlimit(RECURSION)
+    source = Path("solution.py").read_text()
     if mode == "run":
-        _execute("solution.py", Path("solution.py").read_text(), _module("__main__"))
+        _offer_imports(source)
+        _execute("solution.py", source, _module("__main__"))
         return
     request = json.loads(Path("request.json").read_text())
+    before = set(vars(builtins))
+    _offer_imports(source + request.get("tests", ""))
+    offered = set(vars(builtins)) - before
     namespace = _module("solution")
-    _execute("solution.py", Path("solution.py").read_text(), namespace)
+    _execute("solution.py", source, namespace)
     if mode == "call":
         value = _function(namespace, request["function"])(*request["arguments"])
     else:
+        # Tests may use the modules, but not the functions in them: a test of `gcd` needs a `gcd` of the candidate.
+        known = {name: value for name, value in vars(builtins).items() if name not in offered or name in MODULES}
+        namespace["__builtins__"] = known
         _execute("tests.py", request["tests"], namespace)
         value = request["token"]
     Path("result.json").write_text(json.dumps({"value": value}))
+
+
+def _offer_imports(source: str) -> None:
+    """Adds the modules and their contents that `source` mentions to the builtins.
+
+    Programs that a model writes often lack the imports that their judge provides: `List[int]` in a signature, `deque`,
+    `math`. As builtins, these names hide neither the candidate's own names nor Python's own `pow`, and a function that
+    the tests call must be the candidate's.
+    """
+    words = set(re.findall(r"\w+", source))
+    for name in words & set(MODULES):
+        vars(builtins).setdefault(name, import_module(name))
+    for module in map(import_module, CONTENTS):
+        public: list[str] = getattr(module, "__all__", None) or [name for name in dir(module) if name[0] != "_"]
+        for name in words & set(public):
+            vars(builtins).setdefault(name, getattr(module, name))
+    for module_name, names in PARTS.items():
+        for name in words & set(names):
+            vars(builtins).setdefault(name, getattr(import_module(module_name), name))
 
 
 def _module(name: str) -> dict[str, Any]:

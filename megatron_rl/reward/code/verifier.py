@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import textwrap
 
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.types import RewardResult, Sample
@@ -11,7 +12,12 @@ from megatron_rl.types import RewardResult, Sample
 from .cases import Call, Case, Check, Program, passes, read_cases
 from .sandbox import Sandbox, check_sandbox
 
-_FENCE = re.compile(r"^```[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
+_FENCE = re.compile(r"^([ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(`{3,})[ \t]*([\w+-]*)([^\n`]*)$", re.MULTILINE)
+"""Indentation, with the mark of a list item if there is one; the fence; the language; whatever follows."""
+_INDENTATION = re.compile(r"^[ \t]+", re.MULTILINE)
+_DEEPER = 3
+"""A closing fence may be indented by this much more than the opening one, as in CommonMark. A docstring's fence is
+deeper."""
 _LANGUAGES = ("", "python", "python3", "py")
 
 
@@ -39,16 +45,36 @@ class CodeReward:
 
 
 def last_block(text: str) -> str | None:
-    """Returns the content of the last complete fenced block in Python or without a stated language."""
+    """Returns the content of the last complete fenced block in Python or without a stated language.
+
+    The block may be indented, as in a list; its indentation is removed.
+    """
     found, opened = None, None
     for fence in _FENCE.finditer(text):
         if opened is None:
             opened = fence
-        elif not fence[1]:
-            if opened[1].lower() in _LANGUAGES:
-                found = text[opened.end() + 1 : fence.start()]
+        elif _closes(fence, opened):
+            if opened[3].lower() in _LANGUAGES:
+                found = _dedented(text[opened.end() + 1 : fence.start()], _width(opened))
             opened = None
     return found
+
+
+def _closes(fence: re.Match[str], opened: re.Match[str]) -> bool:
+    bare = not (fence[1] + fence[3] + fence[4]).strip()
+    return bare and len(fence[2]) >= len(opened[2]) and _width(fence) <= _width(opened) + _DEEPER
+
+
+def _width(fence: re.Match[str]) -> int:
+    return len(fence[1].expandtabs(4))
+
+
+def _dedented(code: str, width: int) -> str:
+    """Removes up to `width` columns of space from every line, and whatever all lines are indented by after that."""
+    if width:
+        code = _INDENTATION.sub(lambda space: space[0].expandtabs(4)[width:], code)
+    first = next((line for line in code.split("\n") if line.strip()), "")
+    return textwrap.dedent(code) if first[:1].isspace() else code
 
 
 def _problem(sandbox: Sandbox, case: Case) -> str | None:

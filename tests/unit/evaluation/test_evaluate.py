@@ -106,6 +106,17 @@ def test_a_verifier_that_fails_stops_the_evaluation(
         run(broken, source, tmp_path / "out")
 
 
+def test_a_reward_that_cannot_score_is_refused_before_the_folder_is_made(
+    protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wordy.py").write_text("def score(sample):\n    return 'right'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = protocol.reward.model_copy(update={"name": "wordy:score", "timeout_seconds": 600.0})
+    with pytest.raises(UserError, match="the score is str 'right', not a number"):
+        run(protocol.model_copy(update={"reward": reward}), source, tmp_path / "out")
+    assert source.asked == [] and not (tmp_path / "out").exists()
+
+
 def test_the_table(protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path) -> None:
     from rich.console import Console
 

@@ -17,6 +17,7 @@ import pytest
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward import RewardPool, outcome_rates
+from megatron_rl.reward.results import ACCEPTED
 from megatron_rl.types import Outcome, RewardResult, Sample
 from tests.tiers import slow
 
@@ -55,8 +56,8 @@ def score(sample):
             time.sleep(3600)
         case "nan":
             return RewardResult(float("nan"))
-        case "number":
-            return 1.0
+        case "text":
+            return "1.0"
         case "imports":
             return RewardResult(1.0, ",".join(name for name in HEAVY if name in sys.modules))
         case "interrupt":
@@ -129,10 +130,10 @@ def test_results_keep_the_order(pool: RewardPool, make_sample: MakeSample) -> No
         ("exit", "error", "the verifier's process died with exit code 3"),
         ("segfault", "error", "the verifier's process died with exit code -11"),
         ("huge", "error", "out of memory"),
-        ("raise", "error", "KeyError: 'lost'"),
-        ("sys.exit", "error", "SystemExit: bye"),
+        ("raise", "error", "KeyError: 'lost' (misbehaving.py, line 24)"),
+        ("sys.exit", "error", "SystemExit: bye (misbehaving.py, line 26)"),
         ("nan", "error", "ValueError: the score is nan"),
-        ("number", "error", "TypeError: the reward returned float, not RewardResult"),
+        ("text", "error", f"TypeError: the score is str '1.0', not a number; {ACCEPTED}"),
     ],
 )
 def test_a_misbehaving_sample_costs_only_itself(

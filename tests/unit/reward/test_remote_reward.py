@@ -131,6 +131,17 @@ def test_a_bad_batch_costs_only_its_own_samples(server: Server, make_sample: Mak
     assert [result.outcome for result in results] == ["score"] * 4 + ["error"] * 4 + ["score"] * 4
 
 
+def test_a_result_without_a_score_costs_only_its_own_sample(server: Server, make_sample: MakeSample) -> None:
+    scores = ["true", "NaN", "null", "2", "1e999"]
+    body = '{"results": [' + ", ".join(f'{{"score": {score}}}' for score in scores) + "]}"
+    server.answer = lambda *_: (200, body.encode())
+    with open_grader(settings(server.url, batch_size=5)) as grader:
+        results = grader.score([make_sample(score) for score in scores])
+    assert [result.score for result in results] == [1, 0, 0, 2, 0]
+    assert [result.outcome for result in results] == ["score", "error", "error", "score", "error"]
+    assert "result 1 of the server" in results[1].detail and "NoneType" in results[2].detail
+
+
 def test_a_server_that_is_gone_is_an_error(server: Server, make_sample: MakeSample) -> None:
     server.http.server_close()
     with open_grader(settings(server.url, retries=1)) as grader:

@@ -118,10 +118,16 @@ def test_tensors_may_share_their_memory() -> None:
 
 
 def test_a_difference_is_named_and_shortened_checksums_compare() -> None:
-    sent = {"a": "sha256:0123456789", "b": "sha256:abcdef"}
-    assert compare(sent, {"a": "sha256:0123", "b": "sha256:abcdef", "buffer": "sha256:77"}, 4) == 2
+    start, other = "0123456789abcdef", "fedcba9876543210"
+    sent = {"a": f"sha256:{start}{other}", "b": f"sha256:{other}"}
+    assert compare(sent, {"a": f"sha256:{start}", "b": f"sha256:{other}", "buffer": "sha256:77"}, 4) == 2
     with pytest.raises(WeightsDamaged, match="version 4 arrived damaged: 1 of 2 tensors differ, the first is b"):
-        compare(sent, {"a": "sha256:0123", "b": "sha256:abcdee"}, 4)
+        compare(sent, {"a": f"sha256:{start}", "b": f"sha256:{start}"}, 4)
+
+
+def test_a_few_digits_prove_nothing() -> None:
+    with pytest.raises(WeightsDamaged, match="1 of 1"):
+        compare({"a": "sha256:0123456789abcdef"}, {"a": "sha256:0"}, 1)
 
 
 @pytest.mark.parametrize("held", [{}, {"c": "sha256:1"}])
