@@ -35,7 +35,7 @@ DIGITS = 60
 AGREEING_DIGITS = 50
 _MISREAD = re.compile(r"!!|\\pmod|[\d)]_\{")
 """What the parser reads as something else: double factorials, congruences, indices of numbers."""
-_VECTOR = r"\\(?:vec|overrightarrow)\{[^{}]*\}"
+_VECTOR = r"\\(?:(?:vec|overrightarrow)\{[^{}]*\}|hat\{ ?\\?[ijknrxyz](?:math)? ?\})"
 _VECTOR_PRODUCT = re.compile(rf"{_VECTOR}(?:_\{{[^{{}}]*\}})? ?\)?\\times|\\times ?\(?[\d.]* ?{_VECTOR}")
 """What the parser reads as a product of numbers. Vector products are compared as texts."""
 _CONVERSION = ConversionConfig(lowercase_symbols=False)

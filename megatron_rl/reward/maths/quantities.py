@@ -62,8 +62,7 @@ def same_ratio(gold: Part, answer: Part, same: Same) -> bool:
     if one is None or two is None:
         return False
     if isinstance(gold, Clock):
-        is_ratio = all(number > 9 for number in gold.numbers[1:])  # 9:05 can only be a time
-        return is_ratio and list(one) == list(two)
+        return list(one) == list(two)
     numbers = [[term.value for term in terms if isinstance(term, Number)] for terms in (one, two)]
     if len(numbers[0]) == len(one) and len(numbers[1]) == len(two):
         return proportional(*numbers)
@@ -82,7 +81,7 @@ def _same_cross(a: Part, b: Part, first: Part, other_first: Part, same: Same) ->
 def _terms(part: Part) -> tuple[Part, ...] | None:
     if isinstance(part, Ratio):
         return part.terms
-    if isinstance(part, Clock) and part.half is None:
+    if isinstance(part, Clock) and part.half is None and min(part.numbers[1:]) > 9:  # 9:05 can only be a time
         return tuple(Number(Fraction(number), False) for number in part.numbers)
     if isinstance(part, Number):
         return (Number(Fraction(part.value.numerator), False), Number(Fraction(part.value.denominator), False))

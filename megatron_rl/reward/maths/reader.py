@@ -118,7 +118,7 @@ def _words(text: str) -> Part | None:
     if "," in plain or re.search(r"\b(?:and|or)\b", plain) or re.match(r"[-+]?[\d.]", plain):
         return _whole_text(text)
     letters = re.sub(r"[^a-z]", "", plain)
-    long_enough = spoken or (len(letters) > 3 and not re.search(r"\d|\(", plain))
+    long_enough = spoken or (len(letters) > 3 and re.search(r"[^\W\d_]{3}", plain) and not re.search(r"\d|\(", plain))
     return Words(plain) if long_enough and not re.match(r"\(|.*[a-z]\(", plain) else None
 
 
