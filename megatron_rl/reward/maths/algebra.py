@@ -17,7 +17,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
 from sympy.core.function import AppliedUndef
 
-from .names import plain_names
+from .names import name_of_alias, plain_names
 from .numbers import close
 from .points import Unsupported, same_at_points
 
@@ -35,7 +35,11 @@ DIGITS = 60
 AGREEING_DIGITS = 50
 _MISREAD = re.compile(r"!!|\\pmod|[\d)]_\{")
 """What the parser reads as something else: double factorials, congruences, indices of numbers."""
+_VECTOR = r"\\(?:(?:vec|overrightarrow)\{[^{}]*\}|hat\{ ?\\?[ijknrxyz](?:math)? ?\})"
+_VECTOR_PRODUCT = re.compile(rf"{_VECTOR}(?:_\{{[^{{}}]*\}})? ?\)?\\times|\\times ?\(?[\d.]* ?{_VECTOR}")
+"""What the parser reads as a product of numbers. Vector products are compared as texts."""
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
+_SIDE = re.compile(r"\^\{[+-]\}")
 _WHOLE = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit)
 """Operators that are computed before the comparison."""
 
@@ -58,7 +62,7 @@ def read(text: str) -> Any:
         raise TooLarge("too long or too deeply nested")
     if _depth(text, "([", ")]") > DEEPEST_PARENTHESES:
         raise TooLarge("too deeply nested")
-    if _MISREAD.search(text):
+    if _MISREAD.search(text) or _VECTOR_PRODUCT.search(text):
         raise Unparsable(text)
     try:
         expression = latex2sympy(
@@ -71,7 +75,7 @@ def read(text: str) -> Any:
     if not isinstance(expression, sympy.Expr | sympy.MatrixExpr):
         raise Unparsable(text)
     size(expression)
-    return _with_plain_symbols(expression)
+    return _with_plain_symbols(expression, text)
 
 
 def same_expression(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
@@ -105,17 +109,42 @@ def _same_matrix(a: Any, b: Any) -> bool:
     return all(same_value(one, other) for one, other in zip(a.flat(), b.flat(), strict=True))
 
 
-def _with_plain_symbols(expression: Any) -> Any:
-    """Reads `i` as the imaginary unit, and calls of unknown functions and derivatives as names of their own."""
+def _with_plain_symbols(expression: Any, text: str) -> Any:
+    r"""Reads `i` as the imaginary unit, roots of negative numbers as real, and what has no value as a name of its own.
+
+    Calls of unknown functions, derivatives, and sums and limits over them (`\lim_{x\to0^+} f(x)`) have no value.
+    """
     bound = {str(name) for limits in expression.atoms(*_WHOLE) for name in getattr(limits, "variables", ())}
-    named = {
-        part: sympy.Symbol(f"name {sympy.srepr(part)}", real=True)
-        for part in expression.atoms(AppliedUndef, sympy.Derivative)
-    }
+    sides = _SIDE.findall(text)  # the parser reads a limit without a side as one from the right
+    unknown = expression.atoms(AppliedUndef, sympy.Derivative)
+    named = {part: sympy.Symbol(f"name {sympy.srepr(part)}", real=True) for part in unknown}
+    for whole in expression.atoms(*_WHOLE):
+        if _is_over_unknown(whole):
+            named[whole] = sympy.Symbol(f"name {sympy.srepr(whole)} {sides}", real=True)
     expression = expression.xreplace(named)
+    expression = expression.xreplace({power: -((-power.base) ** power.exp) for power in _real_roots(expression)})
     if "i" in bound:
         return expression
     return expression.xreplace({name: sympy.I for name in expression.free_symbols if str(name) == "i"})
+
+
+def _is_over_unknown(whole: Any) -> bool:
+    """Returns whether the bound variable stands in a call or an index, which are names to the parser."""
+    variables = {str(whole.args[1])} if isinstance(whole, sympy.Limit) else {str(name) for name in whole.variables}
+    body = whole.args[0]
+    calls = [str(call) for call in body.atoms(AppliedUndef)]
+    hidden = [name_of_alias(str(symbol)) for symbol in body.free_symbols]
+    inside = [re.sub(r"\\[a-zA-Z]+", "", name) for name in (*calls, *hidden)]
+    return any(variable in name for variable in variables for name in inside)
+
+
+def _real_roots(expression: Any) -> list[Any]:
+    powers = expression.atoms(sympy.Pow)
+    return [power for power in powers if power.base.is_Number and power.base < 0 and _is_odd_root(power.exp)]
+
+
+def _is_odd_root(exponent: Any) -> bool:
+    return bool(exponent.is_Rational and exponent.p == 1 and exponent.q > 1 and exponent.q % 2)
 
 
 def _computed(expression: Any) -> Any:
@@ -160,8 +189,15 @@ def _power_bits(power: sympy.Pow, base_bits: float, exponent_bits: float) -> flo
     return base_bits if exponent.free_symbols else base_bits + math.log2(max(times, 1.0))
 
 
-def _same_number(a: sympy.Expr, b: sympy.Expr) -> bool:
-    a, b = a.doit(), b.doit()
+def exact(expression: Any) -> Any:
+    """Returns the expression with fractions in place of decimals."""
+    return expression.xreplace({number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)})
+
+
+def _same_number(gold: sympy.Expr, answer: sympy.Expr) -> bool:
+    a, b = gold.doit(), answer.doit()
+    if isinstance(a, sympy.Integer):
+        b = exact(b)  # an integer is not rounded
     if isinstance(a, sympy.Rational) and isinstance(b, sympy.Rational):
         return bool(a == b)
     x, y = sympy.N(a, DIGITS), sympy.N(b, DIGITS)

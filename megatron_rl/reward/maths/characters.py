@@ -48,8 +48,8 @@ _SIGNS = {
     "\u230b": r"\rfloor ",
     "\u2308": r"\lceil ",
     "\u2309": r"\rceil ",
-    "\u2227": r"\text{and}",
-    "\u2228": r"\text{or}",
+    "\u2227": r"\land ",
+    "\u2228": r"\lor ",
     "\uff05": r"\%",
     "\u221a": r"\sqrt",
     "\u221b": r"\sqrt[3]",
@@ -60,15 +60,20 @@ _CHARACTERS = {character: spelled for characters, spelled in _SIGNS.items() for 
 
 def plain_characters(text: str) -> str:
     """Replaces typographic characters by LaTeX: vulgar fractions, roots, exponents, Greek letters and the like."""
-    found = []
-    for character in text:
-        if character in _CHARACTERS:
-            found.append(_CHARACTERS[character])
-        elif character.isascii():
-            found.append(character)
+    found: list[str] = []
+    for character in re.sub(r"\u221a(\d+)", r"\\sqrt{\1}", text):
+        piece = (
+            _CHARACTERS[character]
+            if character in _CHARACTERS
+            else character
+            if character.isascii()
+            else _plain_character(character)
+        )
+        if found and piece[:2] in ("^{", "_{") and found[-1][:2] == piece[:2]:
+            found[-1] = found[-1][:-1] + piece[2:]  # the digits of one exponent or of one index
         else:
-            found.append(_plain_character(character))
-    return re.sub(r"(?<=[\d+-])\}([\^_])\{(?=[\d+-])", "", "".join(found))
+            found.append(piece)
+    return "".join(found)
 
 
 def _plain_character(character: str) -> str:

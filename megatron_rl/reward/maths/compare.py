@@ -85,14 +85,12 @@ def _same_as_chain(gold: Part, answer: Part) -> bool:
 
 
 def _same_digits(gold: Part, answer: Part) -> bool:
-    """Compares numbers in a named base digit by digit. The base may be missing on one side."""
+    """Compares numbers in a named base digit by digit. The answer may omit the base of the label."""
     if isinstance(gold, Based) and isinstance(answer, Based):
         return gold == answer
-    based, other = (gold, answer) if isinstance(gold, Based) else (answer, gold)
-    assert isinstance(based, Based)
-    if not isinstance(other, Number) or other.is_decimal != ("." in based.digits):
+    if not isinstance(gold, Based) or not isinstance(answer, Number) or answer.is_decimal != ("." in gold.digits):
         return False
-    return not re.search(r"[a-z]", based.digits) and Fraction(based.digits) == other.value
+    return not re.search(r"[a-z]", gold.digits) and Fraction(gold.digits) == answer.value
 
 
 def _same_operation(gold: Operation, answer: Operation) -> bool:

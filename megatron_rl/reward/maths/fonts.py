@@ -58,7 +58,8 @@ def plain_fonts(text: str) -> str:
             found.append(_text(plain_fonts(content) if "\\" in content else content, match["text"]))
         elif match["maths"]:
             content = plain_fonts(content)
-            found.append(rf"\text{{{content}}}" if _LETTERS.fullmatch(content) else content)
+            space = " " if content[:1].isalpha() and re.search(r"\\[a-zA-Z]+$", "".join(found)) else ""
+            found.append(rf"\text{{{content}}}" if _LETTERS.fullmatch(content) else space + content)
     return "".join(found) + text[index:]
 
 

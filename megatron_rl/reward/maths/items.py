@@ -15,12 +15,14 @@ LONGEST_WRITTEN_OUT = 1000
 
 
 def same_items(gold: Bracket, answer: Bracket, same: Same) -> bool:
-    """Compares two lists, sets, tuples or intervals.
+    r"""Compares two lists, sets, tuples or intervals.
 
     In parentheses the order matters. A list without brackets may have any order, but every item counts; it equals a
     tuple of the same order, and a set with the same elements. A label that names each value (`a=1, b=2`) fixes the
-    order of bare values.
+    order of bare values. `and` differs from `or` between relations, and `\land` from `\lor` between all items.
     """
+    if _contradict(gold, answer):
+        return False
     if not {gold.left, answer.left} <= {"", r"\{"}:
         return _same_tuple(gold, answer, same)
     named = bare_values(gold, by_name=False)
@@ -30,6 +32,20 @@ def same_items(gold: Bracket, answer: Bracket, same: Same) -> bool:
     if gold.left == answer.left == "":
         return _matched(one, other, same)
     return _covered(one, other, same) and _covered(other, one, lambda given, label: same(label, given))
+
+
+def _contradict(gold: Bracket, answer: Bracket) -> bool:
+    """Returns whether one side says that all relations hold and the other that one of them does.
+
+    The solutions `x=1 and x=2` are the solutions `x=1 or x=2`.
+    """
+    if "," in (gold.joint, answer.joint) or gold.is_either == answer.is_either:
+        return False
+    if not {gold.joint, answer.joint} <= {"and", "or"}:
+        return True
+    relations = [item for item in gold.items if isinstance(item, Chain)]
+    names = {item.texts[0] for item in relations if item.signs == ("=",)}
+    return bool(relations) and (len(names) != 1 or any(item.signs != ("=",) for item in relations))
 
 
 def _same_tuple(gold: Bracket, answer: Bracket, same: Same) -> bool:

@@ -31,6 +31,14 @@ _PLAIN_WORDS = re.compile(
 )
 _DEGREES = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d+\})?)[({]*(\d+(?:\.\d+)?)\^\\circ[)}]*")
 _RECURRING = re.compile(r"\d*\.\d*\\overline\{\d+\}")
+_EXPONENT_FIRST = re.compile(r"(?<=[a-zA-Z])(\^\{[^{}]*\})(_\{[^{}]*\})")
+_CONJUGATE = re.compile(r"\\(?:overline|bar)\{([\d.+-]*i[\d.+-]*)\}")
+_SQUARE = re.compile(
+    r"(?P<function>\\(?:sin|cos|tan|cot|sec|csc|ln|log|exp|max|min)(?:_\{[^{}]*\})?(?:\^\{\d+\})?)?(?<!\\sqrt)"
+    r"\[(?P<inside>[^\[\]]*)\]"
+)
+_NUMERIC = re.compile(r"(?:[^a-zA-Z\\]|\\(?:frac|sqrt|cdot|times|pi|ln|log)(?![a-zA-Z]))*")
+_DERIVATIVE = re.compile(r"\^\{\((?:\d+|[knm])\)\}")
 _TIMES = re.compile(r"(?<=[\d)])(?=\()|(?<=\))(?=\\frac|\d)")
 
 
@@ -39,6 +47,10 @@ def plain_names(text: str) -> str:
     text = _PLAIN_WORDS.sub(r"\\\1 ", text)
     text = _DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", text).replace(r"^\circ", "")
     text = _RECURRING.sub(_as_fraction, text)
+    text = _CONJUGATE.sub(lambda match: f"({match[1].replace('i', '(-i)')})", text)
+    while (bracketed := _SQUARE.sub(_without_brackets, text)) != text:
+        text = bracketed
+    text = _EXPONENT_FIRST.sub(r"\2\1", text)
     text = _TIMES.sub(r"\\cdot ", text)
     found, index = [], 0
     while match := _NAME.search(text, index):
@@ -64,6 +76,9 @@ def _whole_name(text: str, match: re.Match[str]) -> tuple[str, int]:
     if text.startswith("'", index) and name != "e":
         end = re.compile("'+").match(text, index).end()  # type: ignore[union-attr]
         name, index, is_plain = name + text[index:end], end, False
+    if name != "e" and (order := _DERIVATIVE.match(text, index)):
+        count = order[0][3:-2]
+        name, index, is_plain = name + ("'" * int(count) if count in "1234" else order[0]), order.end(), False
     if text.startswith("_{", index) and (group := argument(text, index + 1)):
         name, index, is_plain = f"{name}_{group[0].replace(' ', '')}", group[1], False
         if text.startswith("'", index):
@@ -84,6 +99,26 @@ def _closing(text: str, start: int) -> int | None:
     return None
 
 
+def is_numeric(text: str) -> bool:
+    """Returns whether a text has no letters, apart from roots, fractions and the like."""
+    return _NUMERIC.fullmatch(text) is not None
+
+
+def _without_brackets(match: re.Match[str]) -> str:
+    """Square brackets are parentheses around numbers and arguments. Around others, they may round or index."""
+    function = match["function"] or ""
+    if function or is_numeric(match["inside"]):
+        return f"{function}({match['inside']})"
+    return " " + alias(f"[{match['inside'].replace(' ', '')}]")
+
+
 def alias(name: str) -> str:
     """Returns a symbol that stands for the name."""
     return rf"\Upsilon_{{{int.from_bytes(name.encode(), 'big')}}} "
+
+
+def name_of_alias(symbol: str) -> str:
+    """Returns the name for which a symbol of the parser stands, or an empty text if the symbol is no alias."""
+    match = re.fullmatch(r"Upsilon_\{(\d+)\}", symbol)
+    number = int(match[1]) if match else 0
+    return number.to_bytes((number.bit_length() + 7) // 8, "big").decode(errors="replace")

@@ -86,9 +86,11 @@ def read_based(text: str) -> Based | None:
 
 
 def read_ratio(text: str) -> list[str] | None:
-    """Reads the terms of `2:3`, `1:2:3` or `2 to 3`."""
+    """Reads the terms of `2:3`, `1:2:3` or `2 to 3`. A term such as 05 belongs to a time."""
     terms = [term.strip() for term in _RATIO_WORD.sub(":", text).split(":")]
-    return terms if len(terms) > 1 and all(terms) else None
+    if len(terms) < 2 or not all(terms) or any(re.fullmatch(r"0\d+", term) for term in terms):
+        return None
+    return terms
 
 
 def proportional(one: list[Fraction], other: list[Fraction]) -> bool:

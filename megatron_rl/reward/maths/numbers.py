@@ -8,6 +8,8 @@ from fractions import Fraction
 
 TOLERANCE = Fraction(1, 10**6)
 """Tolerance for decimals: one unit of the sixth decimal, or of the sixth significant digit below 0.1."""
+SHORT = 5
+"""Most decimals of a decimal label that is taken as exact."""
 _LARGEST_EXPONENT = 400
 _SIGN = r"(?P<sign>[+-]?)"
 _DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
@@ -46,9 +48,14 @@ def read_number(text: str) -> Number | None:
     return None
 
 
-def same_number(a: Number, b: Number) -> bool:
-    """Returns whether the numbers are equal, or one is a decimal that equals the other within `TOLERANCE`."""
-    return a.value == b.value or ((a.is_decimal or b.is_decimal) and close(a.value, b.value))
+def same_number(gold: Number, answer: Number) -> bool:
+    """Returns whether the numbers are equal, or one is a decimal that equals the other within `TOLERANCE`.
+
+    A label that is an integer or a decimal of few digits is not rounded, so it has no tolerance.
+    """
+    if gold.value == answer.value:
+        return True
+    return not _is_short(gold) and (gold.is_decimal or answer.is_decimal) and close(gold.value, answer.value)
 
 
 def close(a: Fraction, b: Fraction) -> bool:
@@ -57,6 +64,12 @@ def close(a: Fraction, b: Fraction) -> bool:
     while unit and larger and larger * 10 < 1:
         unit, larger = unit / 10, larger * 10
     return abs(a - b) <= unit
+
+
+def _is_short(number: Number) -> bool:
+    if not number.is_decimal:
+        return number.value.denominator == 1
+    return (number.value * 10**SHORT).denominator == 1
 
 
 def _plain(parts: dict[str, str | None]) -> Number | None:

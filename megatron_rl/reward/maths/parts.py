@@ -46,7 +46,12 @@ class Bracket:
     right: str
     items: tuple[Part, ...]
     joint: str = field(default=",", compare=False)
-    """What stands between the items of a list: a comma, `and` or `or`."""
+    r"""What stands between the items of a list: a comma, `and`, `or`, `\land` or `\lor`."""
+
+    @property
+    def is_either(self) -> bool:
+        """Whether one of the items suffices."""
+        return self.joint in ("or", r"\lor")
 
 
 @dataclass(frozen=True)

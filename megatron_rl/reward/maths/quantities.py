@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 from .leaves import latex_of, same_leaves
 from .notations import Clock, proportional
 from .numbers import Number
 from .parts import Expression, Part, Quantity, Ratio
+from .reader import read
 from .relations import Same
 from .units import DEGREE, PERCENT, Unit
+
+_UNSPACED = re.compile(r"^([\d.]+)([a-zA-Z]+)$")
 
 
 def same_quantity(gold: Part, answer: Part, same: Same) -> bool:
     """Compares values with units. A unit may be missing on one side; if both have one, the quantities must agree."""
+    if isinstance(gold, Quantity) and isinstance(answer, Expression):
+        answer = read(_UNSPACED.sub(r"\1 \2", answer.latex))  # the label says that the letters are a unit
     gold_unit, answer_unit = (part.unit if isinstance(part, Quantity) else None for part in (gold, answer))
     left, right = (part.value if isinstance(part, Quantity) else part for part in (gold, answer))
     if DEGREE in (gold_unit, answer_unit) and None in (gold_unit, answer_unit):
@@ -75,7 +81,7 @@ def _same_cross(a: Part, b: Part, first: Part, other_first: Part, same: Same) ->
 def _terms(part: Part) -> tuple[Part, ...] | None:
     if isinstance(part, Ratio):
         return part.terms
-    if isinstance(part, Clock) and part.half is None:
+    if isinstance(part, Clock) and part.half is None and min(part.numbers[1:]) > 9:  # 9:05 can only be a time
         return tuple(Number(Fraction(number), False) for number in part.numbers)
     if isinstance(part, Number):
         return (Number(Fraction(part.value.numerator), False), Number(Fraction(part.value.denominator), False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from .names import is_numeric
 from .notations import read_based, read_clock, read_ratio
 from .numbers import read_number
 from .parts import (
@@ -37,6 +38,8 @@ _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d]|,\d)")
 _SPACED = re.compile(r"([+-]?\d{1,3}(?: \d{3})+)((?:\.\d+)?(?![\d])\D*)")
 _STRAY_DIGITS = re.compile(r"\d \d")
 _AND_OR = re.compile(r"(?:,\s*)?\\text\{\s*,?\s*(?:and|or)\s*\}|(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
+_JOINTS = {r"\or": "or", r"\lor": r"\lor", r"\and": "and", r"\land": r"\land", ",": ",", ";": ","}
+"""What may stand between the items of a list, the weakest first."""
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _CONDITION = re.compile(
     r"[,;]? ?(?:\\text\s*\{[ ,;]*(?P<inside>(?:for|where|with|when|if|unless|provided)\b[^{}]*)\}|\\forall|"
@@ -47,7 +50,7 @@ _ALL_REALS = re.compile(
     r"(?: |,|$))+"
 )
 _MATRIX = re.compile(
-    r"[(\[]?\\begin\{(?P<kind>[pbvVB]?matrix|array)\}(?:\{[clr|]+\})?(?P<rows>.*)\\end\{(?P=kind)\}[)\]]?"
+    r"[(\[]?\\begin\{(?P<kind>[pbB]?matrix|array)\}(?:\{[clr|]+\})?(?P<rows>.*)\\end\{(?P=kind)\}[)\]]?"
 )
 _SET_WORDS = re.compile(
     r"(?:the |set of |all )*"
@@ -115,7 +118,7 @@ def _words(text: str) -> Part | None:
     if "," in plain or re.search(r"\b(?:and|or)\b", plain) or re.match(r"[-+]?[\d.]", plain):
         return _whole_text(text)
     letters = re.sub(r"[^a-z]", "", plain)
-    long_enough = spoken or (len(letters) > 3 and not re.search(r"\d|\(", plain))
+    long_enough = spoken or (len(letters) > 3 and re.search(r"[^\W\d_]{3}", plain) and not re.search(r"\d|\(", plain))
     return Words(plain) if long_enough and not re.match(r"\(|.*[a-z]\(", plain) else None
 
 
@@ -135,13 +138,32 @@ def _whole_text(text: str) -> Part | None:
 
 def _list(text: str) -> Part:
     text = _AND_OR.sub(_joint, text)
-    parts, found = split(text, lambda token: token in (",", ";", r"\and", r"\or"))
+    if cases := _cases(text):
+        return cases
+    parts, found = split(text, _JOINTS.__contains__)
     parts = [part for part in parts if part]
     items = [item for part in parts for item in without_plus_minus(part)]
     if len(items) == 1:
         return _relation(items[0])
-    joint = "or" if r"\or" in found else "and" if r"\and" in found else ","
-    return Bracket("", "", tuple(_relation(item) for item in items), joint) if items else Unreadable(text)
+    return Bracket("", "", tuple(_relation(item) for item in items), _joint_of(found)) if items else Unreadable(text)
+
+
+def _cases(text: str) -> Bracket | None:
+    """Reads a list of lists: `x=1, y=2 or x=2, y=1`, and `and` inside `or`. Returns None for any other text."""
+    for outer in ({r"\or", r"\lor"}, {";"}, {r"\and", r"\land"}):
+        groups, found = split(text, outer.__contains__)
+        if not found or not all(groups):
+            continue
+        inside = [split(group, _JOINTS.__contains__) for group in groups]
+        has_and = r"\or" in outer and any({r"\and", r"\land"} & set(signs) for _, signs in inside)
+        names = {tuple(sorted(part.partition("=")[0] for part in parts if "=" in part)) for parts, _ in inside}
+        if has_and or (len(names) == 1 and len(set(names.pop())) == len(inside[0][0]) > 1):
+            return Bracket("", "", tuple(_list(group) for group in groups), _joint_of(found))
+    return None
+
+
+def _joint_of(separators: list[str]) -> str:
+    return next((joint for token, joint in _JOINTS.items() if token in separators), ",")
 
 
 def _joint(match: re.Match[str]) -> str:
@@ -202,7 +224,8 @@ def _bracket(text: str) -> Part:
         return builder
     parts, _ = split(inside, lambda token: token in (",", ";"))
     if left != r"\{" and len(parts) == 1:
-        return read(inside) if (left, right) in (("(", ")"), ("[", "]")) else Expression(text)
+        is_redundant = (left, right) == ("(", ")") or ((left, right) == ("[", "]") and is_numeric(inside))
+        return read(inside) if is_redundant else Expression(text)
     if not all(parts):
         return Unreadable(text)
     if left == r"\{":
@@ -220,7 +243,7 @@ def _builder(inside: str) -> Builder | None:
     if signs:
         head, domain = sides[0].replace(" ", ""), read(sides[1])
     condition_text = _AND_OR.sub(_joint, parts[1])
-    conditions, joints = split(condition_text, lambda token: token in (",", ";", r"\and", r"\or"))
+    conditions, joints = split(condition_text, _JOINTS.__contains__)
     kept = []
     for condition in conditions:
         sides, signs = split(condition, lambda token: token == r"\in")
@@ -228,8 +251,9 @@ def _builder(inside: str) -> Builder | None:
             domain = read(sides[1])
         elif condition:
             kept.append(_relation(condition))
-    joint = "or" if r"\or" in joints else "and"
-    return Builder(head, domain, kept[0] if len(kept) == 1 else Bracket("", "", tuple(kept), joint))
+    joint = _joint_of(joints)
+    everything = Bracket("", "", tuple(kept), "and" if joint == "," else joint)
+    return Builder(head, domain, kept[0] if len(kept) == 1 else everything)
 
 
 def _matrix(rows: str) -> Part:

@@ -58,6 +58,10 @@ def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
     if not signs <= {"=", r"\approx"}:
         return
     sides, texts = list(chain.sides), list(chain.texts)
+    if len(texts) == 2 and is_name(texts[1]) and not is_name(texts[0]):
+        sides, texts = sides[::-1], texts[::-1]  # `5=x` states 5
+    if not is_label and _has_other_argument(texts):
+        return
     if is_name(texts[0]) or _is_tuple_of_names(texts[0]):
         sides, texts, links = sides[1:], texts[1:], list(chain.signs[1:])
     else:
@@ -76,6 +80,15 @@ def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
             yield sides[first + 1]
         return
     yield sides[-1]
+
+
+def _has_other_argument(texts: list[str]) -> bool:
+    """Returns whether `f(y)=2x+3` speaks of another variable than its argument."""
+    call = re.fullmatch(r"\\?[a-zA-Z]+'*\(([a-zA-Z])\)", texts[0])
+    if call is None:
+        return False
+    letters = set(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z]|(?<=\d)[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", texts[-1])))
+    return call[1] not in letters and not letters.isdisjoint("txyz")
 
 
 def _is_tuple_of_names(text: str) -> bool:
@@ -229,7 +242,7 @@ def same_builder(gold: Builder, answer: Builder, same: Same) -> bool:
         if re.sub(rf"(?<![a-zA-Z\\]){old}(?![a-zA-Z])", new, answer.head) != gold.head:
             return False
         conditions = renamed(conditions, old, new)
-    joints = [part.joint for part in (gold.conditions, conditions) if isinstance(part, Bracket)]
+    joints = [part.is_either for part in (gold.conditions, conditions) if isinstance(part, Bracket)]
     return len(set(joints)) < 2 and same(gold.conditions, conditions)
 
 

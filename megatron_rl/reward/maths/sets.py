@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 
-from .algebra import Unparsable, read
+from .algebra import Unparsable, exact, read
 from .items import with_dots
 from .leaves import latex_of
 from .numbers import Number
@@ -84,7 +84,7 @@ def _set(part: Part) -> sympy.Set:
         and all(isinstance(item, Chain) for item in part.items)
         and len(_variables(part)) == 1
     ):
-        join = sympy.Union if part.joint == "or" else sympy.Intersection
+        join = sympy.Union if part.is_either else sympy.Intersection
         return join(*(_solutions(item, None) for item in part.items if isinstance(item, Chain)))
     raise NoSet
 
@@ -96,7 +96,7 @@ def _built(part: Builder) -> sympy.Set:
     found = [_solutions(item, part.head) for item in conditions if isinstance(item, Chain)]
     if len(found) != len(conditions):
         raise NoSet
-    is_either = isinstance(part.conditions, Bracket) and part.conditions.joint == "or"
+    is_either = isinstance(part.conditions, Bracket) and part.conditions.is_either
     solutions = reduce(sympy.Union if is_either else sympy.Intersection, found)
     return sympy.Intersection(solutions, _set(part.domain) if part.domain else sympy.S.Reals)
 
@@ -112,9 +112,9 @@ def _solutions(chain: Chain, variable: str | None) -> sympy.Set:
     symbols = {symbol for side in sides for symbol in side.free_symbols}
     if len(sides) != len(chain.sides) or len(symbols) != 1:
         raise NoSet
-    exact = [_exact(side).xreplace(dict.fromkeys(symbols, _VARIABLE)) for side in sides]
+    plain = [exact(side).xreplace(dict.fromkeys(symbols, _VARIABLE)) for side in sides]
     found = []
-    for left, sign, right in zip(exact, chain.signs, exact[1:], strict=False):
+    for left, sign, right in zip(plain, chain.signs, plain[1:], strict=False):
         relation = _RELATIONS[sign](left, right)
         found.append(sympy.S.Reals if relation is sympy.true else sympy.S.EmptySet if relation is sympy.false else
                      sympy.solveset(relation, _VARIABLE, sympy.S.Reals))  # fmt: skip
@@ -127,11 +127,7 @@ def _solutions(chain: Chain, variable: str | None) -> sympy.Set:
 def _number(part: Part) -> Any:
     if not isinstance(part, Number | Expression) or (latex := latex_of(part)) is None:
         raise NoSet
-    value = _exact(read(latex)).doit()
+    value = exact(read(latex)).doit()
     if value.free_symbols or not (value.is_real or value.is_infinite):
         raise NoSet
     return value
-
-
-def _exact(expression: Any) -> Any:
-    return expression.xreplace({number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)})

@@ -25,8 +25,10 @@ _SPELLINGS = {
     "]": "rbrack",
     r"\dots ": "ldots cdots dotsc dotsb",
     r"\setminus ": "backslash smallsetminus",
-    r"\text{and}": "land wedge",
-    r"\text{or}": "lor vee",
+    r"\epsilon ": "varepsilon",
+    r"\phi ": "varphi",
+    r"\land ": "wedge",
+    r"\lor ": "vee",
     "*": "ast",
     "/": "div",
     r"\mod ": "bmod",
@@ -90,10 +92,10 @@ _AFTER_FONTS: Rules = [
         (r"(?<=\.)(\d*)\((\d+)\)(?!\d)", r"\1\\overline{\2}"),
         # Mathematics typed as in a program.
         (r"(?<![a-zA-Z])\\?sqrt\s*\(([^()]*)\)|(?<![a-zA-Z\\])sqrt(\d+)", r"\\sqrt{\1\2}"),
-        (r"\\sqrt(\[\d+\])?\s*(\d+|[a-zA-Z])", r"\\sqrt\1{\2}"),
         (r"(?<=[\w)}]) ?\*\* ?(?=[\w({\\-])", "^"),
         (r"\^ ?\(([^()]*)\)", r"^{\1}"),
         (r"\\(max|min|gcd|lcm) ?\\\{([^{}]*)\\\}", r"\\\1(\2)"),
+        (r"\\(vec|overrightarrow|hat) ?(\\[ij]math|[a-zA-Z])(?![a-zA-Z])", r"\\\1{\2}"),
         (r"\s+", " "),
         (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
         (r" ?([=<>+\-*/(){}\[\]^&|]) ?", r"\1"),
@@ -104,7 +106,7 @@ _STRAY = [
     for pattern in (
         r"(?P<mark>\*\*|__|\*|`+|[\"'])(?P<inside>[^*_`\"']+)(?P=mark)",
         r"_(?P<inside>[^_{]+)_",
-        r"(?:=|\\approx|\\therefore|\\Rightarrow|\\implies|:)\s*(?P<inside>[^=].*)",
+        r"(?:=+|\\approx|\\therefore|\\Rightarrow|\\implies|:)\s*(?P<inside>[^=].*)",
         r"(?P<inside>.*\S)\s*(?:[.,;]|\\\\|(?<!\\)\\)",
         r"(?P<inside>.*[\w)}\]%.])\s*\?",
     )
@@ -112,10 +114,17 @@ _STRAY = [
 _EMPTY_GROUP = re.compile(r"(?<![\^_}a-zA-Z])\{\}|^\{\}|\{\}$")
 
 
+_BOLD = r"\\(?:mathbf|boldsymbol|bm|pmb)\s*(?:\{\s*([a-zA-Z])\s*\}|([a-zA-Z])(?![a-zA-Z]))"
+_BOLD_LETTER = re.compile(_BOLD)
+_BOLD_PRODUCT = re.compile(rf"{_BOLD}\s*\\times|\\times\s*{_BOLD}")
+
+
 def normalise(latex: str) -> str:
     """Returns the same mathematics in one spelling of characters, fonts, spaces, signs and arguments."""
     text = bare_answer(plain_characters(latex), with_braces=True)
     text = _replaced(text, _BEFORE_FONTS)
+    if _BOLD_PRODUCT.search(text):  # bold letters are vectors here, and the order of a vector product matters
+        text = _BOLD_LETTER.sub(r"\\vec{\1\2}", text)
     text = plain_fonts(_COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text))
     return bare_answer(braced(_replaced(text, _AFTER_FONTS)))
 
