@@ -136,8 +136,8 @@ class LossInputs:
         return torch.ones_like(self.log_probs, dtype=torch.bool) if self.mask is None else self.mask
 
     def by_sign(self, positive: float, other: float) -> Tensor:
-        """[T], `positive` where the advantage is positive, `other` elsewhere."""
-        return torch.full_like(self.advantages, other).masked_fill(self.advantages > 0, positive)
+        """[T] in the precision of log_probs, `positive` where the advantage is positive, `other` elsewhere."""
+        return torch.full_like(self.log_probs, other).masked_fill(self.advantages > 0, positive)
 
     @property
     def old_policy_log_probs(self) -> Tensor:

@@ -222,7 +222,14 @@ def test_a_candidate_dies_with_its_pool_worker(make_sample: MakeSample) -> None:
 def jailed() -> list[int]:
     mine = psutil.Process().children(recursive=True)
     orphans = [p for p in psutil.process_iter(["cmdline"]) if str(jail.__file__) in (p.info["cmdline"] or [])]
-    return [p.pid for p in {*mine, *orphans} if p.is_running() and str(jail.__file__) in p.cmdline()]
+    return [process.pid for process in {*mine, *orphans} if runs_a_candidate(process)]
+
+
+def runs_a_candidate(process: psutil.Process) -> bool:
+    try:
+        return str(jail.__file__) in process.cmdline()
+    except (psutil.ZombieProcess, psutil.NoSuchProcess):  # the process may end while the test looks at it
+        return False
 
 
 @pytest.mark.parametrize(
