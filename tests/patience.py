@@ -96,12 +96,19 @@ def wait_until(done: Callable[[], bool], pids: Iterable[int], what: str) -> None
         time.sleep(0.1)
 
 
+def _roots(process: subprocess.Popen[str]) -> list[int]:
+    """Returns the process and, under RAY_ADDRESS, the nodes of Ray that this test started: ranks descend from them."""
+    if "RAY_ADDRESS" not in os.environ:
+        return [process.pid]
+    return [child.pid for child in psutil.Process().children()]
+
+
 def output_of(process: subprocess.Popen[str], what: str) -> str:
     """Returns all that a process prints until its end. Kills its process group and raises Stuck if it does not move.
 
     The process must have been started in a session of its own.
     """
-    patience = Patience(lambda: [process.pid], what)
+    patience = Patience(lambda: _roots(process), what)
     while True:
         try:
             return process.communicate(timeout=CHECK_SECONDS)[0]
