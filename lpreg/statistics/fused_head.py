@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from lpreg.statistics.checks import check_head, check_row_flags, check_row_tensor
 from lpreg.statistics.head import Head, HeadGradient, gather_sequence, sum_over_ranks
 from lpreg.statistics.proxy_store import ProxyStore, ShardProxy, filter_entries, make_store
-from lpreg.statistics.row_gradients import StatisticGradients, row_gradients
+from lpreg.statistics.row_gradients import row_gradients
 from lpreg.statistics.row_statistics import (
     EntropyMode,
     Filter,
@@ -32,7 +32,7 @@ from lpreg.statistics.row_statistics import (
 )
 from lpreg.statistics.rows import filter_masses, summarise
 from lpreg.statistics.shard import RowScale
-from lpreg.statistics.token_stats import TokenStats, values_of
+from lpreg.statistics.token_stats import TokenStats, gradients_of, outputs_of
 
 
 def fused_token_stats(
@@ -139,37 +139,19 @@ class _FusedTokenStats(torch.autograd.Function):
         ctx.proxy, ctx.weight_grad, ctx.scale = proxy, weight_grad, stats.scale
         ctx.settings, ctx.chunk_tokens, ctx.sequence_parallel = settings, chunk_tokens, sequence_parallel
         ctx.save_for_backward(hidden, weight, targets, log_z_rows, stats.log_z, stats.filter_entropy)
-        constants = [stats.in_filter, stats.max_logit, stats.threshold, stats.log_total, stats.filter_extent]
-        ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
-        ctx.set_materialize_grads(False)
-        return *values_of(stats), stats.threshold, stats.log_total
+        return outputs_of(ctx, stats, settings)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any,
-        grad_log_probs: Tensor | None,
-        grad_entropy: Tensor | None,
-        grad_log_z: Tensor | None,
-        _in_filter: None,
-        _max_logit: None,
-        grad_proxy_kl: Tensor | None,
-        grad_filter_entropy: Tensor | None,
-        *_: None,
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_z_rows, log_z, filter_entropy = ctx.saved_tensors
         settings: Settings = ctx.settings
         head = Head(hidden, weight, targets, settings, ctx.chunk_tokens)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         total = HeadGradient(head, need_hidden, weight.shape[0] if need_weight else 0, ctx.weight_grad)
-        of = StatisticGradients(
-            log_probs=grad_log_probs,
-            entropy=grad_entropy,
-            log_z=grad_log_z,
-            proxy_kl=grad_proxy_kl,
-            filter_entropy=grad_filter_entropy,
+        grads = row_gradients(
+            gradients_of(output_grads), log_z, filter_entropy, log_z_rows, settings.temperature, ctx.proxy
         )
-        grads = row_gradients(of, log_z, filter_entropy, log_z_rows, settings.temperature, ctx.proxy)
         for _place, rows in head.chunks(total.rows(grads.active)):
             total.add(rows, head.project(rows), grads.of(rows), ctx.scale.of(rows))
         d_hidden = total.hidden

@@ -100,6 +100,25 @@ def values_of(stats: RowStatistics) -> tuple[Tensor, ...]:
     )
 
 
+def outputs_of(ctx: Any, stats: RowStatistics, settings: Settings) -> tuple[Tensor, ...]:
+    """Returns the outputs of an autograd function of the statistics: `values_of`, the threshold and the log total.
+
+    Marks in its context those that have no gradient.
+    """
+    constants = [stats.in_filter, stats.max_logit, stats.threshold, stats.log_total, stats.filter_extent]
+    ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
+    ctx.set_materialize_grads(False)
+    return *values_of(stats), stats.threshold, stats.log_total
+
+
+def gradients_of(output_grads: Sequence[Tensor | None]) -> StatisticGradients:
+    """Returns the gradients of the outputs of `outputs_of`, which come in their order, by name."""
+    log_probs, entropy, log_z, _in_filter, _max_logit, proxy_kl, filter_entropy, *_ = output_grads
+    return StatisticGradients(
+        log_probs=log_probs, entropy=entropy, log_z=log_z, proxy_kl=proxy_kl, filter_entropy=filter_entropy
+    )
+
+
 def token_stats(
     logits: Tensor,
     targets: Tensor,
@@ -179,34 +198,16 @@ class _TokenStats(torch.autograd.Function):
         check_finite(stats)
         ctx.settings, ctx.inplace, ctx.proxy, ctx.scale = settings, inplace, proxy, stats.scale
         ctx.save_for_backward(logits, columns_of_targets, log_z_rows, stats.log_z, stats.filter_entropy)
-        constants = [stats.in_filter, stats.max_logit, stats.threshold, stats.log_total, stats.filter_extent]
-        ctx.mark_non_differentiable(*constants, *([] if settings.entropy == "grad" else [stats.entropy]))
-        ctx.set_materialize_grads(False)
-        return *values_of(stats), stats.threshold, stats.log_total
+        return outputs_of(ctx, stats, settings)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any,
-        grad_log_probs: Tensor | None,
-        grad_entropy: Tensor | None,
-        grad_log_z: Tensor | None,
-        _in_filter: None,
-        _max_logit: None,
-        grad_proxy_kl: Tensor | None,
-        grad_filter_entropy: Tensor | None,
-        *_: None,
-    ) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor, None, None, None, None, None]:
         logits, columns_of_targets, log_z_rows, log_z, filter_entropy = ctx.saved_tensors
         shard = Shard(logits.detach(), columns_of_targets, ctx.settings.columns, ctx.settings.temperature)
-        of = StatisticGradients(
-            log_probs=grad_log_probs,
-            entropy=grad_entropy,
-            log_z=grad_log_z,
-            proxy_kl=grad_proxy_kl,
-            filter_entropy=grad_filter_entropy,
+        gradients = row_gradients(
+            gradients_of(output_grads), log_z, filter_entropy, log_z_rows, shard.temperature, ctx.proxy
         )
-        gradients = row_gradients(of, log_z, filter_entropy, log_z_rows, shard.temperature, ctx.proxy)
         out = shard.logits if ctx.inplace else torch.empty_like(logits)
         write_gradient(out, shard, gradients, ctx.scale)
         return out, None, None, None, None, None
