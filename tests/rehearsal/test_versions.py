@@ -17,7 +17,6 @@ pytestmark = pytest.mark.rehearsal
 
 SPLIT_DIMENSION = {"replicated": None, "row": 1, "vocab": 0, "qkv": 0, "gate_up": 0}
 """How a tensor is built -> the dimension in which tensor-parallel ranks split it."""
-NO_ENGINE = "no Transformer Engine"
 
 
 @pytest.fixture(scope="module")
