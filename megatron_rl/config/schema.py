@@ -40,6 +40,9 @@ class ModelSettings(Section):
 
     path: FilePath
     """Hugging Face model folder with config.json, tokenizer and weights."""
+    max_positions: PositiveInt | None = None
+    """Longest prompt and response together, in tokens. Unset: what the model is made for, by config.json, rope scaling
+    included. A larger number runs the model on positions that it was not made for."""
 
 
 class DataSettings(Section):
