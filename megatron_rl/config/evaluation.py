@@ -11,6 +11,9 @@ from .reward import RewardSettings
 
 Template = Literal["none", "chat", "boxed", "chat-boxed", "r1-zero"]
 
+MACRO_MEAN = "eval/macro_mean/avg"
+"""Metric of the unweighted mean over the suites, if there are several."""
+
 
 class Probe(Section):
     """A tracked probability: that `token` comes right after `after`, averaged over the responses of a suite."""

@@ -100,7 +100,8 @@ class KeepBestSettings(Section):
     """Retention of the checkpoints with the best evaluation, regardless of `keep_checkpoints`."""
 
     metric: Text
-    """Evaluation metric, such as eval/aime/avg@8. Steps without this metric are not compared."""
+    """Evaluation metric, such as eval/aime/avg@8, or eval/macro_mean/avg, the mean over all suites. Steps without this
+    metric are not compared."""
     mode: Literal["max", "min"] = "max"
     """Whether higher or lower values are better."""
     count: PositiveInt = 1

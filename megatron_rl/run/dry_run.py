@@ -23,9 +23,6 @@ from megatron_rl.run.prompts import RunPrompts, load_run_prompts
 from megatron_rl.run.requirements import check_engine, check_trackers
 from megatron_rl.run.tokens import check_tokens
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True, slots=True)
 class Report:

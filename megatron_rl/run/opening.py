@@ -156,7 +156,9 @@ def open_run(config: Config) -> Iterator[Run]:
             recorder=Recorder(config, config.run.folder, actors, phase),
             view=view,
             metrics=metrics,
-            diagnosis=Diagnosis(config.run.folder, config.observability.diagnosis, read_metrics(config.run.folder)),
+            diagnosis=Diagnosis(
+                config.run.folder, config.observability.diagnosis, config.algorithm, read_metrics(config.run.folder)
+            ),
             phase=phase,
         )
         if resumption:
