@@ -185,9 +185,9 @@ def _gap_growth(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
 _REMEDIES = {
     _truncation_growth: "Responses reach the token limit: raise rollout.max_response_tokens, or penalise overlong "
     "responses with algorithm.overlong.buffer_tokens",
-    _reward_without_accuracy: "The policy may exploit the verifier: read responses in the report and tighten the reward",
-    _no_reward: "Read a rollout dump: a wrong data.template, data.label_field or reward.name is more likely than a weak "
-    "model",
+    _reward_without_accuracy: "The policy may exploit the verifier: read responses in the report, tighten the reward",
+    _no_reward: "Read a rollout dump: a wrong data.template, data.label_field or reward.name is more likely than a "
+    "weak model",
     _stale_weights: "Rollouts lag behind training: lower rollout.max_staleness or raise rollout.engines",
     _gap_growth: "Importance ratios are wrong by the same amount: check the engine's temperature, log-prob mode and "
     "precision, and that weight updates arrive",
