@@ -53,7 +53,8 @@ class DataSettings(Section):
     template: Template = "none"
     r"""none: the prompt unchanged, with messages joined by newlines. chat: the tokenizer's chat template. boxed: the
     prompt followed by a request to reason step by step and to put the answer in \boxed{}. chat-boxed: the boxed prompt
-    in the chat template. r1-zero: the conversation of DeepSeek-R1-Zero, with reasoning and answer in tags."""
+    in the chat template. r1-zero: the conversation of DeepSeek-R1-Zero, with reasoning and answer in tags. zero: the
+    boxed prompt in a conversation that ends in <think>, as in the scripts of the Lp-Reg paper."""
     max_prompt_tokens: PositiveInt = 2048
     """Longest prompt in tokens, after the template is applied."""
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"

@@ -32,17 +32,6 @@ def misspelt(sample):
 """
 
 
-BAD_ROWS: dict[str, dict[str, object]] = {
-    "list": {"label": ["1 2 3 > 6"]},
-    "nothing": {"label": ""},
-    "switch": {"label": True},
-    "null": {"label": None},
-    "picture": {"images": [{"bytes": "...", "path": None}]},
-    "part": {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]},
-}
-"""Name of a file -> what its second row has in place of a good one."""
-
-
 @pytest.fixture
 def workplace(
     task: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
@@ -67,6 +56,16 @@ def workplace(
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     return tmp_path
 
+
+BAD_ROWS: dict[str, dict[str, object]] = {
+    "list": {"label": ["1 2 3 > 6"]},
+    "nothing": {"label": ""},
+    "switch": {"label": True},
+    "null": {"label": None},
+    "picture": {"images": [{"bytes": "...", "path": None}]},
+    "part": {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]},
+}
+"""Name of a file -> what its second row has in place of a good one."""
 
 FOUND_BY_A_DRY_RUN = [
     ("model.path=pickled", ["pytorch_model.bin", "save_pretrained"]),
