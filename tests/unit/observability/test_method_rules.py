@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lpreg import LossInputs, make_loss, with_lp_reg
 from lpreg.losses.registry import METHODS
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.config.keys import is_known
-from megatron_rl.config.methods import method_problems
+from megatron_rl.config.methods import lp_reg_term, method_problems
 from megatron_rl.config.observability import DiagnosisSettings
 from megatron_rl.observability.diagnosis import Diagnosis, rules_of
 from megatron_rl.observability.method_rules import SELECTED, filters, selections
@@ -66,8 +67,8 @@ def test_words_of_remedies_are_no_bare_keys() -> None:
 def reported(settings: AlgorithmSettings) -> set[str]:
     """The metrics that the method's own loss gives, on a few tokens."""
     loss = make_loss(settings.name)
-    if (section := getattr(settings, "with_lp_reg", None)) is not None:
-        loss = with_lp_reg(loss, **section.model_dump(exclude_none=True))
+    if (term := lp_reg_term(settings)) is not None:
+        loss = with_lp_reg(loss, **asdict(term))
     tokens = 6
     numbers = torch.linspace(-2, -0.1, tokens, requires_grad=True)
     entropy = torch.ones(tokens) * numbers.detach().abs() + 0 * numbers

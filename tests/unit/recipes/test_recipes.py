@@ -63,10 +63,15 @@ def test_dry_run_and_plan_find_nothing_wrong(
 ) -> None:
     """Runs `train --dry-run` and `plan` as on a login node, with a model folder without weights."""
     model = MODELS / ("Qwen3-14B-Base" if "14b" in str(recipe) else "Qwen2.5-32B")
+    for weights in Path(inputs[0].removeprefix("model.path=")).glob("*.safetensors"):
+        weights.unlink()
     shutil.copy(model / "config.json", inputs[0].removeprefix("model.path="))
     assert main(["train", str(recipe), "--dry-run", *inputs]) == 0
     output = capsys.readouterr()
     assert "nothing wrong found" in output.err and "\\boxed{}" in output.err
+    assert (
+        "# not checked: weights: " in output.err and "Assistant: Let me solve this step by step.\n<think>" in output.err
+    )
     assert main(["plan", str(recipe), "--json", *inputs]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
 
@@ -89,6 +94,9 @@ def test_recipe_has_the_published_settings(recipe: Path) -> None:
     assert (rollout.prompts_per_step, rollout.samples_per_prompt, rollout.max_response_tokens) == (256, 8, 8192)
     assert (config.data.max_prompt_tokens, config.data.long_prompts) == (2048, "truncate_left")
     assert rollout.temperature == 1.0
+    assert (config.data.template, config.reward.name, config.actor.dtype) == ("zero", "math", "bfloat16")
+    assert (optimizer.betas, config.evaluation.every) == ((0.9, 0.999), 8)
+    assert train.keep_best and train.keep_best.metric == "eval/macro_mean/avg"
     assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_grad, optimizer.schedule) == (1e-6, 0, 1.0, "constant")
     assert train.updates_per_rollout == (8 if "_off" in recipe.stem else 1)
     assert train.steps == (1005 if "14b" in str(recipe) else 800)
@@ -97,6 +105,10 @@ def test_recipe_has_the_published_settings(recipe: Path) -> None:
     if config.algorithm.name == "lp_reg":
         assert config.algorithm.lp_reg.rho == (0.01 if "14b" in str(recipe) else 0.005)
         assert config.algorithm.preset in recipe.stem
+        # The preset `reference` selects within a micro-batch, so that the published size matters.
+        assert (config.actor.micro_batch_tokens == 30720) == (config.algorithm.preset == "reference")
+    if config.algorithm.name == "kl_cov":
+        assert config.algorithm.kl_cov.share == 2e-3
 
 
 def test_shellcheck_finds_nothing_in_the_batch_script_of_any_recipe(tmp_path: Path) -> None:
