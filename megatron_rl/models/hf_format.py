@@ -78,6 +78,9 @@ class FolderWeights(Mapping[str, "Tensor"]):
                 headers |= {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in parts}
         return headers
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # that of Mapping would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
