@@ -19,9 +19,11 @@ from megatron_rl.models.layout_check import check_layout
 from megatron_rl.models.weights_check import check_weights
 from megatron_rl.reward.grader import check_reward
 from megatron_rl.reward.trial import try_reward
+from megatron_rl.run.models import check_reference, model_folders
 from megatron_rl.run.prompts import RunPrompts, load_run_prompts
 from megatron_rl.run.requirements import check_engine, check_trackers
 from megatron_rl.run.tokens import check_tokens
+from megatron_rl.run.traces import check_traces, trace_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class DryRun:
         yield "your own functions", self._own
         yield "the model's layout", self._layout
         yield "weights", self._weights
+        yield "traces of the warm start", self._traces
         yield "prompts and labels", self._prompts
         yield "reward", self._reward
         yield "engine", self._engine
@@ -96,16 +99,20 @@ class DryRun:
     def _layout(self) -> None:
         self._prepared()
         check_layout(self.config)
+        check_reference(self.config)
 
     def _weights(self) -> None:
         self._prepared()
-        folders = [self.config.model.path]
-        if self.config.algorithm.reference_kl.active and self.config.algorithm.reference_kl.model:
-            folders.append(self.config.algorithm.reference_kl.model)
+        folders = model_folders(self.config)
+        if absent := [folder for folder in folders if not has_weights(folder)]:
+            raise _NotChecked(f"{absent[0]} has none yet")
         for folder in folders:
-            if not has_weights(folder):
-                raise _NotChecked(f"{folder} has none yet")
             check_weights(folder)
+
+    def _traces(self) -> None:
+        if absent := [path for path in trace_files(self.config) if not path.is_file()]:
+            raise _NotChecked(f"{absent[0]} is not there")
+        check_traces(self.config)
 
     def _prompts(self) -> None:
         self._prepared()
@@ -134,8 +141,9 @@ class DryRun:
         check_engine(self.config)
 
     def _trackers(self) -> None:
-        self._elsewhere()
-        check_trackers(self.config)
+        if self.config.observability.wandb or self.config.observability.mlflow:
+            self._elsewhere()
+            check_trackers(self.config)
 
     def _elsewhere(self) -> None:
         """Raises _NotChecked if the software of this machine is not that of the run."""

@@ -45,6 +45,7 @@ from megatron_rl.rollout.group_filter import group_filter_of
 from megatron_rl.rollout.replay import Replay
 from megatron_rl.run import folder as run_folder
 from megatron_rl.run.launch import launch_of
+from megatron_rl.run.models import check_reference, model_folders
 from megatron_rl.run.prepare import prepare
 from megatron_rl.run.prompts import load_run_prompts
 from megatron_rl.run.recorder import Recorder
@@ -55,6 +56,7 @@ from megatron_rl.run.run import Inputs, Run
 from megatron_rl.run.sampling import rollout_sampling, step_sampling
 from megatron_rl.run.stack import check_stack
 from megatron_rl.run.tokens import check_tokens
+from megatron_rl.run.traces import check_traces
 from megatron_rl.run.warm_start import warm_start
 from megatron_rl.run.weights import open_weight_sync
 from megatron_rl.training.learner import Learner
@@ -69,9 +71,10 @@ def load_inputs(config: Config) -> Inputs:
     check_inputs(config)
     check_layout(config)
     check_reward(config.reward)
-    check_weights(config.model.path)
-    if config.algorithm.reference_kl.active and config.algorithm.reference_kl.model:
-        check_weights(config.algorithm.reference_kl.model)
+    check_reference(config)
+    for folder in model_folders(config):
+        check_weights(folder)
+    check_traces(config)
     tokenizer = load_tokenizer(config.model.path)
     stops, probes = check_tokens(config, tokenizer)
     prompts = load_run_prompts(config, tokenizer)

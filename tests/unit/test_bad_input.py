@@ -70,7 +70,7 @@ BAD_ROWS: dict[str, dict[str, object]] = {
 FOUND_BY_A_DRY_RUN = [
     ("model.path=pickled", ["pytorch_model.bin", "save_pretrained"]),
     ("model.path=cut", ["cut/model.safetensors", "cut off", "Copy the model again"]),
-    ("rollout.max_response_tokens=60", ["train.jsonl, line 1", "64 positions", "model.max_positions: 66"]),
+    ("rollout.max_response_tokens=60", ["train.jsonl, line 1", "64 positions", "model.max_positions: 67"]),
     ("evaluation.max_response_tokens=60", ["held_out.jsonl, line 1", "evaluation.max_response_tokens", "64 positions"]),
     ("rollout.stop_token_ids=[95]", ["rollout.stop_token_ids: 95", "has 95"]),
     ("reward.name=refused_rewards:not_there", ["refused_rewards", "not_there"]),
@@ -163,5 +163,5 @@ def test_several_mistakes_are_reported_together(workplace: Path, capsys: pytest.
 
 
 def test_a_longer_limit_of_positions_can_be_set(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["rollout.max_response_tokens=60", "model.max_positions=66"]
+    overrides = ["rollout.max_response_tokens=60", "model.max_positions=67"]
     assert main(["train", str(QUICKSTART), "--dry-run", *overrides]) == 0
