@@ -82,6 +82,7 @@ def test_the_readme_counts_and_names_the_methods() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"`algorithm\.name` is one of (\d+) methods(.*?)each with the presets", text, flags=re.S)
     assert int(section[0]) == len(METHODS)
+    assert all({"paper", "reference"} <= set(method.presets) for method in METHODS.values())
     assert set(re.findall(r"`(\w+)`", section[1])) == set(METHODS)
     (word,) = re.findall(r"with (\w+) advantage estimators", text)
     assert WORDS[word] == len(ESTIMATORS)
@@ -101,3 +102,19 @@ def test_every_warning_is_on_its_page() -> None:
     text = (ROOT / "docs/observability.md").read_text(encoding="utf-8")
     names = {rule.name for settings in configurations() for rule in rules_of(settings)}
     assert {warning for warning in names if f"| `{warning}` |" not in text} == set()
+
+
+METRIC = re.compile(
+    r"`((?:train|lpreg|rollout|reward|perf|logprob|entropy|response_length|weight_sync|memory|correction)/[\w/]+\w)`"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_metrics_on_a_page_are_in_the_code(page: Path) -> None:
+    code = "".join(
+        p.read_text(encoding="utf-8") for room in ("megatron_rl", "lpreg") for p in (ROOT / room).rglob("*.py")
+    )
+    found = METRIC.findall(page.read_text(encoding="utf-8"))
+    named = {metric for metric in found if not (ROOT / "megatron_rl" / metric).exists()}  # some are folders
+    composed = re.compile("_(seconds|fraction)$")  # the code puts a phase or an outcome before these
+    assert {metric for metric in named if composed.sub("", metric.rpartition("/")[2]) not in code} == set()
