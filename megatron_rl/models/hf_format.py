@@ -186,5 +186,6 @@ def _open(path: Path, framework: str = "pt") -> Any:
     try:
         return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
-        cause = "the file is cut off" if "MetadataIncompleteBuffer" in str(error) else str(error)
+        cut = any(sign in str(error) for sign in ("MetadataIncompleteBuffer", "incomplete metadata"))
+        cause = "the file is cut off" if cut else str(error)
         raise UserError(f"{path} is not a readable safetensors file ({cause}). Copy the model again.") from None
