@@ -24,13 +24,15 @@ SHARES = ("selected_fraction", "lp_reg_selected_fraction", "spurious_fraction")
 
 
 def rollout_metrics(rollouts: Rollouts, advantages: Array) -> dict[str, float]:
-    """Reward and response length of everything that the step sampled. `advantages`: [N], of the trained responses."""
+    """Reward and response length of everything that the step sampled. `advantages`: [N], of the trained responses.
+
+    A response without a score has a length and no reward; without any score, there is no mean reward.
+    """
     sampled = list(graded_responses(rollouts.sampled))
-    scores = [reward.score for _, _, reward in sampled]
+    scores = [score for group in rollouts.sampled for score in group.scores]
     lengths = [response.num_sampled_tokens for _, response, _ in sampled]
-    return {
-        "reward/mean": float(np.mean(scores)),
-        "reward/std": float(np.std(scores)),
+    known = {"reward/mean": float(np.mean(scores)), "reward/std": float(np.std(scores))} if scores else {}
+    return known | {
         "reward/zero_advantage_fraction": 1 - rollouts.signal_fraction(advantages),
         "response_length/mean": float(np.mean(lengths)),
         "response_length/max": float(np.max(lengths)),
@@ -64,7 +66,8 @@ def policy_metrics(sequences: SequenceBatch, scores: Mapping[str, Array], fresh:
     )
     means = [part.mean(dtype=np.float64) for part in parts if len(part)]
     gap = np.abs(of_known(scores["log_probs"]) - of_known(sequences.values["rollout_log_probs"]))
-    fresh_gap = gap if fresh.all() else gap[of_known(fresh)]
+    compared = ~np.isnan(gap)  # an engine whose generation failed may report a log-prob that is not a number
+    gap, fresh_gap = gap[compared], gap[compared & of_known(fresh)]
     return {
         "entropy/token_mean": _mean(of_known(entropy)),
         "entropy/sequence_mean": float(np.mean(means)),
