@@ -66,16 +66,23 @@ def policy_metrics(sequences: SequenceBatch, scores: Mapping[str, Array], fresh:
     )
     means = [part.mean(dtype=np.float64) for part in parts if len(part)]
     gap = np.abs(of_known(scores["log_probs"]) - of_known(sequences.values["rollout_log_probs"]))
-    compared = ~np.isnan(gap)  # an engine whose generation failed may report a log-prob that is not a number
-    gap, fresh_gap = gap[compared], gap[compared & of_known(fresh)]
     return {
         "entropy/token_mean": _mean(of_known(entropy)),
         "entropy/sequence_mean": float(np.mean(means)),
         "lpreg/kept_fraction": _mean(of_known(scores["in_filter"])),
         "lpreg/one_minus_z": _mean(-np.expm1(of_known(scores["log_z"]))),
-        "logprob/rollout_actor_abs_diff": _mean(gap),
-        "logprob/rollout_actor_max_diff": float(gap.max()),
-    } | ({"logprob/fresh_abs_diff": _mean(fresh_gap)} if len(fresh_gap) else {})
+    } | _gap_metrics(gap, of_known(fresh))
+
+
+def _gap_metrics(gap: Array, fresh: Mask) -> dict[str, float]:
+    """gap, fresh: [n]. A token whose generation failed may have no log-prob, and then no gap but NaN."""
+    if np.isnan(gap).any():
+        gap, fresh = gap[~np.isnan(gap)], fresh[~np.isnan(gap)]
+    if not len(gap):
+        return {}
+    found = {"logprob/rollout_actor_abs_diff": _mean(gap), "logprob/rollout_actor_max_diff": float(gap.max())}
+    fresh_gap = gap if fresh.all() else gap[fresh]
+    return found | ({"logprob/fresh_abs_diff": _mean(fresh_gap)} if len(fresh_gap) else {})
 
 
 def _mean(values: Array) -> float:

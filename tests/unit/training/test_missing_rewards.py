@@ -280,6 +280,8 @@ def test_a_log_prob_that_is_not_a_number_stays_out_of_the_gap_between_engine_and
     scores = {name: np.zeros(sequences.num_sampled_tokens) for name in ("entropy", "log_z", "in_filter", "log_probs")}
     found = policy_metrics(sequences, scores, batch.fresh)
     assert np.isfinite(list(found.values())).all() and found["logprob/rollout_actor_abs_diff"] > 0
+    nothing = sequences.with_values(rollout_log_probs=np.full(sequences.num_sampled_tokens, NAN))
+    assert not [name for name in policy_metrics(nothing, scores, batch.fresh) if name.startswith("logprob/")]
 
 
 def test_a_group_has_signal_only_if_its_rewards_differ() -> None:
