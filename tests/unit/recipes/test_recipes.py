@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.cli import main
 from megatron_rl.cluster.slurm import write_script
 from megatron_rl.config import Config, load_config
-from megatron_rl.data.countdown import write_task
 from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.setup import Setup
@@ -63,8 +64,6 @@ def test_dry_run_and_plan_find_nothing_wrong(
 ) -> None:
     """Runs `train --dry-run` and `plan` as on a login node, with a model folder without weights."""
     model = MODELS / ("Qwen3-14B-Base" if "14b" in str(recipe) else "Qwen2.5-32B")
-    for weights in Path(inputs[0].removeprefix("model.path=")).glob("*.safetensors"):
-        weights.unlink()
     shutil.copy(model / "config.json", inputs[0].removeprefix("model.path="))
     assert main(["train", str(recipe), "--dry-run", *inputs]) == 0
     output = capsys.readouterr()
@@ -78,13 +77,17 @@ def test_dry_run_and_plan_find_nothing_wrong(
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides with files: a tokenizer, a few rows of DAPO-Math-17k, and rows of AIME for every suite."""
+    """Overrides with files: a tokenizer of bytes, a few rows of DAPO-Math-17k, and rows of AIME for every suite."""
     folder = tmp_path_factory.mktemp("inputs")
-    write_task(folder / "task")
+    inner = Tokenizer(
+        models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="!").save_pretrained(folder / "model")
     published = ROOT / "tests/fixtures/published"
     suites = ("aime24", "aime25", "math500", "minerva", "olympiadbench")
     given = [f"evaluation.suites.{name}.data={published / 'aime_2024_verl.parquet'}" for name in suites]
-    return [f"model.path={folder / 'task/model'}", f"data.train={published / 'dapo.parquet'}", *given]
+    return [f"model.path={folder / 'model'}", f"data.train={published / 'dapo.parquet'}", *given]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
