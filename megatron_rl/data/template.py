@@ -20,9 +20,10 @@ R1_ZERO = (
 """Table 1 of DeepSeek-R1 (arXiv 2501.12948), with a sentence about the box, because the verifier reads the box."""
 
 
-OWN_TEMPLATES = ("boxed", "r1-zero")
-"""Templates that begin with what the tokenizer itself puts before a text. A chat template has its own beginning, and so
-has a prompt without a template."""
+def begins_as_tokenizer(template: Template) -> bool:
+    """Whether prompts begin with what the tokenizer itself puts before a text. A chat template has its own beginning,
+    and so has a prompt without a template."""
+    return template != "none" and not template.startswith("chat")
 
 
 def check_template(tokenizer: Tokenizer, template: Template) -> None:
