@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +45,7 @@ def _train(options: argparse.Namespace) -> None:
         _show_passes(config)
         print(f"# {options.config}: nothing wrong found", file=sys.stderr)
         return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of a run share the machine
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from megatron_rl.loop import train
+    from megatron_rl.api import train
 
     train(config)
 
