@@ -121,7 +121,12 @@ def _snapshot(path: Path, key: str, kind: str, download: bool, files: list[str] 
     )
 
     named = _parts(path)
-    wanted = {"repo_id": named["id"], "repo_type": kind, "revision": named["revision"], "allow_patterns": files}
+    wanted: dict[str, Any] = {
+        "repo_id": named["id"],
+        "repo_type": kind,
+        "revision": named["revision"],
+        "allow_patterns": files,
+    }
     try:
         return Path(snapshot_download(**wanted, local_files_only=True))
     except LocalEntryNotFoundError:

@@ -1,4 +1,4 @@
-"""Training from a script: no guard around the call, paths as text, twice in one process, with the result as an object."""
+"""Training from a script: no guard around the call, paths as text, twice in one process, a result as an object."""
 
 from __future__ import annotations
 
