@@ -7,12 +7,14 @@ is downloaded, unless HF_HUB_OFFLINE is set.
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import Config
 from megatron_rl.config.validate import DATA_SUFFIXES
 from megatron_rl.errors import UserError
+from megatron_rl.utils.files import atomically
 
 from .published import SETS, prepare
 
@@ -94,12 +96,13 @@ def local_data(path: Path, key: str, split: str, download: bool = True) -> Path:
     rows = _rows(folder, path, key, named["part"], split)
     published = next((name for name, known in SETS.items() if named["id"] in known.hub_ids), None)
     if published is None:
-        rows.to_parquet(file)
+        with atomically(file) as partial:
+            rows.to_parquet(partial)
         return file
-    raw = file.with_suffix(".raw.parquet")
-    rows.to_parquet(raw)
-    prepare(published, [raw], file)
-    raw.unlink()
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        raw = Path(scratch, "data.parquet")
+        rows.to_parquet(raw)
+        prepare(published, [raw], file)
     return file
 
 
@@ -121,14 +124,9 @@ def _snapshot(path: Path, key: str, kind: str, download: bool, files: list[str] 
     )
 
     named = _parts(path)
-    wanted: dict[str, Any] = {
-        "repo_id": named["id"],
-        "repo_type": kind,
-        "revision": named["revision"],
-        "allow_patterns": files,
-    }
+    wanted: dict[str, Any] = {"repo_id": named["id"], "repo_type": kind, "revision": named["revision"]}
     try:
-        return Path(snapshot_download(**wanted, local_files_only=True))
+        return Path(snapshot_download(**wanted, allow_patterns=files, local_files_only=True))
     except LocalEntryNotFoundError:
         pass  # not in the cache, or not completely
     command = f"hf download {named['id']}" + (" --repo-type dataset" if kind == "dataset" else "")
@@ -137,7 +135,7 @@ def _snapshot(path: Path, key: str, kind: str, download: bool, files: list[str] 
     if not download:
         raise UserError(f"{missing}. Fetch it with `{command}`")
     try:
-        return Path(snapshot_download(**wanted))
+        return Path(snapshot_download(**wanted, allow_patterns=files))
     except GatedRepoError as error:
         raise UserError(
             f"{key}: {path}: the Hub gives this {kind} to those who accepted its terms: accept them on its page, then "
