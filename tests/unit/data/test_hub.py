@@ -88,7 +88,7 @@ def test_a_model_in_the_cache_is_found_without_the_hub(cache: Cache) -> None:
 def test_what_is_not_to_be_had_is_an_error_with_the_command(cache: Cache, download: bool) -> None:
     with pytest.raises(UserError, match=r"model\.path: Qwen/Qwen3-9B is neither a path .*`hf download Qwen/Qwen3-9B`"):
         local_model(Path("Qwen/Qwen3-9B"), "model.path", download)
-    with pytest.raises(UserError, match=r"data\.train: a/b .*`hf download a/b --repo-type dataset --revision v1`"):
+    with pytest.raises(UserError, match=r"data\.train: a/b@v1 .*`hf download a/b --repo-type dataset --revision v1`"):
         local_data(Path("a/b@v1"), "data.train", "train", download)
 
 
