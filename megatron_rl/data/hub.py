@@ -169,7 +169,6 @@ def _rows(folder: Path, path: Path, key: str, part: str | None, split: str) -> D
         raise UserError(f"{key}: {path} cannot be read as a data set: {error}") from error
     name = wanted or (split if split in splits or len(splits) > 1 else next(iter(splits)))
     if name not in splits:
-        raise UserError(
-            f"{key}: {path} has no split {name}; name one: {', '.join(f'{path}:{known}' for known in splits)}"
-        )
+        whole = str(path).partition(":")[0] + (f":{subset}" if subset else "")
+        raise UserError(f"{key}: {path} has no split {name}; name one: {', '.join(f'{whole}:{one}' for one in splits)}")
     return splits[name]
