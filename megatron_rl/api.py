@@ -49,10 +49,12 @@ def train(config: Config | Path | str, overrides: Sequence[str] = ()) -> RunResu
     config = with_local_copies(config)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of a run share the machine
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # after the downloads
-    from megatron_rl import loop
+    # The first line comes before torch is imported, which takes seconds.
+    print(f"{config.run.name}: {config.algorithm.name}, {config.train.steps} steps, starting", flush=True)
+    from megatron_rl.loop import train as train_to_the_end
 
     with _main_module_hidden():
-        loop.train(config)
+        train_to_the_end(config)
     return result_of(config.run.folder)
 
 
