@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.errors import UserError
 
-from .arguments import add_config
+from .arguments import add_config, load_with_remarks
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -30,27 +29,34 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check the configuration and the files it names, then stop"
     )
+    parser.add_argument(
+        "--show-config",
+        action="store_true",
+        help="print the configuration with every default, and the source of every other value, then stop",
+    )
     parser.set_defaults(command=_train)
 
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_rl.config import check_inputs, expand, load_config
+    from megatron_rl.data.hub import with_local_copies
     from megatron_rl.models.layout_check import check_layout
 
-    config = load_config(options.config, [*_mode(options), *options.overrides])
+    overrides = [*_mode(options), *options.overrides]
+    if options.show_config:
+        print(expand(load_config(options.config, overrides)), end="")
+        return
     if options.dry_run:
-        print(expand(config), end="")
+        config = with_local_copies(load_with_remarks(options.config, overrides), download=False)
         check_inputs(config, prepared=False, weights=False)
         check_layout(config)
         _show_prompt(config)
         _show_passes(config)
         print(f"# {options.config}: nothing wrong found", file=sys.stderr)
         return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of a run share the machine
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from megatron_rl.loop import train
+    from megatron_rl.api import train
 
-    train(config)
+    train(options.config, overrides)
 
 
 def _mode(options: argparse.Namespace) -> list[str]:
