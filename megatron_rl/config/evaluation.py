@@ -9,7 +9,10 @@ from pydantic import BeforeValidator, Field
 from .fields import Count, FilePath, Name, NonNegative, PositiveInt, Section, Text
 from .reward import RewardSettings
 
-Template = Literal["none", "chat", "boxed", "chat-boxed", "r1-zero"]
+Template = Literal["none", "chat", "boxed", "chat-boxed", "r1-zero", "zero"]
+
+MACRO_MEAN = "eval/macro_mean/avg"
+"""Metric of the unweighted mean over the suites, if there are several."""
 
 
 class Probe(Section):
