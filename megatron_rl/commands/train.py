@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_config
+from .arguments import add_config, load_with_remarks
 
 
 def add(commands: Any) -> None:
@@ -24,24 +23,31 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check the configuration and the files it names, then stop"
     )
+    parser.add_argument(
+        "--show-config",
+        action="store_true",
+        help="print the configuration with every default, and the source of every other value, then stop",
+    )
     parser.set_defaults(command=_train)
 
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_rl.config import expand, load_config
 
-    config = load_config(options.config, [*_mode(options), *options.overrides])
+    overrides = [*_mode(options), *options.overrides]
+    if options.show_config:
+        print(expand(load_config(options.config, overrides)), end="")
+        return
     if options.dry_run:
-        print(expand(config), end="")
+        from megatron_rl.data.hub import with_local_copies
         from megatron_rl.run.dry_run import dry_run
 
+        config = with_local_copies(load_with_remarks(options.config, overrides), download=False)
         dry_run(config, str(options.config))
         return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of a run share the machine
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from megatron_rl.loop import train
+    from megatron_rl.api import train
 
-    train(config)
+    train(options.config, overrides)
 
 
 def _mode(options: argparse.Namespace) -> list[str]:

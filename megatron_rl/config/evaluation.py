@@ -28,7 +28,7 @@ class SuiteSettings(Section):
     """One suite. A path alone is enough: the other keys then have the values of the surrounding section."""
 
     data: FilePath
-    """A .jsonl or .parquet file of problems."""
+    """A .jsonl or .parquet file of problems, or a data set of the Hugging Face Hub, as for data.train."""
     samples_per_prompt: PositiveInt | None = None
     """Responses per problem. Default: the value of the surrounding section."""
     temperature: NonNegative | None = None

@@ -21,7 +21,7 @@ class RunSettings(Section):
     """Name and folder of the run. `load_config` fills in what the file leaves out."""
 
     name: Text
-    """Name of the run. Default: `<stem of the YAML file>-<YYYYmmdd-HHMMSS>`."""
+    """Name of the run. Default: `<stem of the YAML file>-<method>-<YYYYmmdd-HHMMSS>`."""
     folder: FilePath
     """Folder that everything the run writes goes to. Default: `runs/<name>`."""
 
@@ -39,7 +39,8 @@ class ModelSettings(Section):
     """The policy to train."""
 
     path: FilePath
-    """Hugging Face model folder with config.json, tokenizer and weights."""
+    """Hugging Face model folder with config.json, tokenizer and weights; or a model of the Hugging Face Hub,
+    `owner/name` or `owner/name@revision`."""
     max_positions: PositiveInt | None = None
     """Longest prompt and response together, in tokens. Unset: what the model is made for, by config.json, rope scaling
     included. A larger number runs the model on positions that it was not made for."""
@@ -49,7 +50,8 @@ class DataSettings(Section):
     """Training prompts. The keys from `template` to `label_field` also apply to the evaluation suites."""
 
     train: FilePath
-    """A .jsonl or .parquet file with the columns of slime, verl or TRL."""
+    """A .jsonl or .parquet file with the columns of slime, verl or TRL; or a data set of the Hugging Face Hub,
+    `owner/name`, `owner/name:split` or `owner/name:subset:split`."""
     template: Template = "none"
     r"""none: the prompt unchanged, with messages joined by newlines. chat: the tokenizer's chat template. boxed: the
     prompt followed by a request to reason step by step and to put the answer in \boxed{}. chat-boxed: the boxed prompt

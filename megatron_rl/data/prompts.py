@@ -13,7 +13,7 @@ from megatron_rl.types import Prompt
 
 from .rows import read_rows
 from .schemas import Row, Schema, SchemaName, recognise
-from .template import OWN_TEMPLATES, check_template, render
+from .template import begins_as_tokenizer, check_template, render
 from .tokenizer import Tokenizer, begin_ids, load_tokenizer, token_ids_of
 
 Check = Callable[[Prompt], None]
@@ -72,7 +72,7 @@ class _Loading:
         self.truncated = 0
         self.seen: set[tuple[str, str]] = set()
         self.encoded: dict[str, tuple[int, ...]] = {}  # repeated prompts share one tokenization and one tuple
-        self.begin: tuple[int, ...] | None = None if settings.template in OWN_TEMPLATES else ()
+        self.begin: tuple[int, ...] | None = None if begins_as_tokenizer(settings.template) else ()
         """Ids that every prompt begins with; None before the first prompt."""
 
     def run(self) -> PromptSet:

@@ -22,9 +22,11 @@ R1_ZERO = (
 ZERO = f"User: {BOXED}\nAssistant: Let me solve this step by step.\n<think>"
 """The end of the prompts in the scripts of the Lp-Reg paper, whose own request for the box is not known."""
 
-OWN_TEMPLATES = ("boxed", "r1-zero", "zero")
-"""Templates that begin with what the tokenizer itself puts before a text. A chat template has its own beginning, and so
-has a prompt without a template."""
+
+def begins_as_tokenizer(template: Template) -> bool:
+    """Whether prompts begin with what the tokenizer itself puts before a text. A chat template has its own beginning,
+    and so has a prompt without a template."""
+    return template != "none" and not template.startswith("chat")
 
 
 def check_template(tokenizer: Tokenizer, template: Template) -> None:

@@ -61,6 +61,7 @@ from megatron_rl.run.warm_start import warm_start
 from megatron_rl.run.weights import open_weight_sync
 from megatron_rl.training.learner import Learner
 from megatron_rl.utils import heartbeat
+from megatron_rl.utils.format import counted
 
 LONGEST_EXAMPLE = 2_000
 """Number of characters of a prompt that are shown before training."""
@@ -189,7 +190,7 @@ def _start(
     view.phase("starting")
     actors = Actors(config.actor, layout, config.model.path, logs, nodes)
     stack.callback(actors.close)
-    view.message(f"actor: {layout.world_size} ranks, {actors.description}")
+    view.message(f"actor: {counted(layout.world_size, 'rank')}, {actors.description}")
     warm_started = cache(partial(warm_start, config, actors, inputs.tokenizer, view))
     model_folder = config.model.path if resumed else warm_started()
     reference = find_reference(config, resumed.reference if resumed else None, warm_started)
