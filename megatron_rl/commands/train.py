@@ -48,6 +48,8 @@ def _train(options: argparse.Namespace) -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of a run share the machine
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # The first line comes before torch is imported, which takes seconds.
+    print(f"{config.run.name}: {config.algorithm.name}, {config.train.steps} steps, starting", flush=True)
     from megatron_rl.loop import train
 
     train(config)

@@ -24,6 +24,12 @@ class Line:
     color: int
     """Index into the page's palette. In every chart, 0 is training, 1 the first suite, and so on."""
     dash: str = "solid"
+    kind: str = ""
+    """What the line shows of a run, if it shares the chart with other runs; its dash then stands for this kind."""
+    suite: str = ""
+    """Suite of an evaluation metric."""
+    error: list[float] | None = None
+    """Half-widths of the 95 % intervals of y."""
     smooth: list[float] | None = None
     """Moving average, drawn as the main line with y as a faint line behind it."""
     low: list[float] | None = None
@@ -39,10 +45,16 @@ class Chart:
     title: str
     caption: str
     lines: list[Line] = field(default_factory=list)
+    unit: str = ""
     stacked: bool = False
     bars: bool = False
     log: bool = False
     """Whether the axis is logarithmic, for values that span orders of magnitude."""
+    several: bool = False
+    """Whether colours stand for runs and dashes for kinds of lines."""
+
+
+DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def build_charts(rows: Sequence[Row]) -> list[Chart]:
@@ -57,7 +69,7 @@ def window(points: int) -> int:
 
 def _train(rows: Sequence[Row], name: str, metric: str, color: int = 0, dash: str = "solid") -> list[Line]:
     x, y = series(rows, metric)
-    return [Line(name, x, y, color, dash, _smooth(y))] if x else []
+    return [Line(name, x, y, color, dash, kind=name, smooth=_smooth(y))] if x else []
 
 
 def _evaluated(rows: Sequence[Row], start: str, name: str = "", dash: str = "solid") -> list[Line]:
@@ -67,7 +79,8 @@ def _evaluated(rows: Sequence[Row], start: str, name: str = "", dash: str = "sol
         for metric in metrics:
             if metric.startswith(start):
                 x, y = series(rows, f"eval/{suite}/{metric}")
-                lines.append(Line(f"{suite} {name or metric}", x, y, index + 1, dash))
+                kind = name or metric
+                lines.append(Line(f"{suite} {kind}", x, y, index + 1, dash, kind, suite))
     return lines
 
 
@@ -93,7 +106,10 @@ def _spans(lines: Sequence[Line]) -> bool:
 
 def _reward(rows: Sequence[Row]) -> Chart:
     return Chart(
-        "Reward", "Mean reward of a step's rollouts, which training maximises.", _train(rows, "reward", "reward/mean")
+        "Reward",
+        "Mean reward of a step's rollouts, which training maximises.",
+        _train(rows, "reward", "reward/mean"),
+        unit="per response",
     )
 
 
@@ -101,50 +117,56 @@ def _accuracy(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Accuracy and pass@k on held-out problems",
         "Solid: share of correct answers (avg@k). Dashed: share of problems with at least one correct answer in k "
-        "(pass@k), which falls when exploration is lost.",
+        "(pass@k), which falls when exploration is lost. Bars: 95 % intervals over problems.",
         _evaluated(rows, "avg@") + _evaluated(rows, "pass@", dash="dash"),
+        unit="share of 1",
     )
 
 
 def _entropy(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Entropy",
-        "Uncertainty of the policy about its next token, in nats. A fall towards zero means that exploration is lost.",
+        "Uncertainty of the policy about its next token. A fall towards zero means that exploration is lost. Solid: "
+        "mean over the tokens of training. Dotted: mean over its responses. Dashed: evaluation.",
         _train(rows, "training, token mean", "entropy/token_mean")
         + _train(rows, "training, sequence mean", "entropy/sequence_mean", dash="dot")
-        + _evaluated(rows, "entropy", "evaluation"),
+        + _evaluated(rows, "entropy", "evaluation", dash="dash"),
+        unit="nats per token",
     )
 
 
 def _probes(rows: Sequence[Row]) -> Chart:
-    dashes = ("solid", "dash", "dot", "dashdot")
     lines = []
     for index, (suite, metrics) in enumerate(suite_metrics(rows).items()):
         for number, metric in enumerate(filter(is_probe, metrics)):
             x, y = series(rows, f"eval/{suite}/{metric}")
-            lines.append(Line(f"{suite} {metric}", x, y, index + 1, dashes[number % len(dashes)]))
+            lines.append(Line(f"{suite} {metric}", x, y, index + 1, DASHES[number % len(DASHES)], metric, suite))
     return Chart(
         "Probes",
         "Probabilities that the configuration tracks in every evaluation: that one token comes after another, such as "
         "a retry word after a failed attempt.",
         lines,
+        unit="probability",
     )
 
 
 def _response_length(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Response length",
-        "Mean number of tokens in a response.",
-        _train(rows, "training", "response_length/mean") + _evaluated(rows, "response_length", "evaluation"),
+        "Mean length of a response. Solid: training. Dashed: evaluation.",
+        _train(rows, "training", "response_length/mean") + _evaluated(rows, "response_length", "evaluation", "dash"),
+        unit="tokens",
     )
 
 
 def _truncated(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Truncated responses",
-        "Share of responses that reached the token limit before they ended. If the share grows, raise the limit.",
+        "Responses that reached the token limit before they ended. If the share grows, raise the limit. Solid: "
+        "training. Dashed: evaluation.",
         _train(rows, "training", "response_length/truncated_fraction")
-        + _evaluated(rows, "truncated_fraction", "evaluation"),
+        + _evaluated(rows, "truncated_fraction", "evaluation", "dash"),
+        unit="share of 1",
     )
 
 
@@ -154,6 +176,7 @@ def _delta(rows: Sequence[Row]) -> Chart:
         "Lp-Reg threshold delta",
         "Tokens sampled with a lower probability than this are candidates for protection.",
         lines,
+        unit="probability",
         log=_spans(lines),
     )
 
@@ -163,6 +186,7 @@ def _selected(rows: Sequence[Row]) -> Chart:
         "Selected tokens",
         "Share of sampled tokens that the regulariser protects. Zero means that the regulariser has no effect.",
         _train(rows, "selected", "lpreg/selected_fraction"),
+        unit="share of 1",
     )
 
 
@@ -171,14 +195,15 @@ def _kept(rows: Sequence[Row]) -> Chart:
         "Kept tokens",
         "Share of tokens that the filter of the proxy distribution keeps. The others count as noise.",
         _train(rows, "kept", "lpreg/kept_fraction"),
+        unit="share of 1",
     )
 
 
 def _regularizer(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Strength of the regulariser",
-        "KL: divergence from the proxy on selected tokens. Advantage shift: mean increase of their advantage.",
-        _train(rows, "KL", "lpreg/kl") + _train(rows, "advantage shift", "lpreg/advantage_shift", color=1),
+        "Solid: KL divergence from the proxy on selected tokens, in nats. Dashed: mean increase of their advantage.",
+        _train(rows, "KL", "lpreg/kl") + _train(rows, "advantage shift", "lpreg/advantage_shift", color=1, dash="dash"),
     )
 
 
@@ -188,6 +213,7 @@ def _gap(rows: Sequence[Row]) -> Chart:
         "Rollout and actor log-prob gap",
         "Mean absolute difference of the log-probs of engine and actor for the same token. It should stay small.",
         lines,
+        unit="nats",
         log=_spans(lines),
     )
 
@@ -211,21 +237,25 @@ def _memory(rows: Sequence[Row]) -> Chart:
         if metric.startswith("memory/"):
             x, y = series(rows, metric)
             name = metric.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
-            lines.append(Line(name, x, y, len(lines)))
-    return Chart("Memory", "Peak memory of one process so far, in GiB, by kind of process.", lines)
+            lines.append(Line(name, x, y, len(lines), DASHES[len(lines) % len(DASHES)], kind=name))
+    return Chart("Memory", "Peak memory of one process so far, by kind of process.", lines, unit="GiB")
 
 
 def _throughput(rows: Sequence[Row]) -> Chart:
     return Chart(
-        "Throughput", "Tokens per second over a complete step.", _train(rows, "tokens/s", "perf/tokens_per_second")
+        "Throughput",
+        "Sampled tokens over the time of a complete step.",
+        _train(rows, "tokens/s", "perf/tokens_per_second"),
+        unit="tokens per second",
     )
 
 
 def _operations(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Operations of the actor",
-        "Model operations per second and rank during scoring and training.",
+        "Model operations during scoring and training.",
         _train(rows, "TFLOPS per rank", "perf/tflops_per_second_per_rank"),
+        unit="TFLOP per second and rank",
     )
 
 
@@ -235,8 +265,8 @@ def _phases(rows: Sequence[Row]) -> Chart:
         phase = metric.removeprefix("perf/").removesuffix("_seconds")
         if metric.startswith("perf/") and metric.endswith("_seconds") and phase != "step":
             x, y = series(rows, metric)
-            lines.append(Line(phase.replace("_", " "), x, y, len(lines)))
-    return Chart("Seconds per phase", "Time of each phase of a step.", lines, stacked=True)
+            lines.append(Line(phase.replace("_", " "), x, y, len(lines), kind=phase))
+    return Chart("Seconds per phase", "Time of each phase of a step.", lines, unit="seconds", stacked=True)
 
 
 _CHARTS: tuple[Callable[[Sequence[Row]], Chart], ...] = (
@@ -266,6 +296,8 @@ def as_json(chart: Chart) -> dict[str, Any]:
         "stacked": chart.stacked,
         "bars": chart.bars,
         "log": chart.log,
+        "unit": chart.unit,
+        "several": chart.several,
         "lines": [
             {
                 "name": line.name,
@@ -274,6 +306,8 @@ def as_json(chart: Chart) -> dict[str, Any]:
                 "raw": None if line.smooth is None else _six_digits(line.y),
                 "color": line.color,
                 "dash": line.dash,
+                "kind": line.kind,
+                "error": _six_digits(line.error),
                 "low": _six_digits(line.low),
                 "high": _six_digits(line.high),
             }
