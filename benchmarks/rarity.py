@@ -2,7 +2,8 @@
 
     python benchmarks/rarity.py [--steps 30] [--out benchmarks/results/rarity.json]
 
-Every run has the same warm start, prompts and seed, and eight updates on each step's rollouts. The result has the means
+The term's estimator is k3, as the metrics leave out the gradient of a KL over the whole vocabulary. Every run has the
+same warm start, prompts and seed, and eight updates on each step's rollouts. The result has the means
 over all steps of `lpreg/rarity/...` (see `lpreg.with_rarity_metrics`). The comparison runs/rarity.html has the figure.
 Runs that exist already (runs/rarity-<method>) are read, not repeated. A run takes about a minute on two quiet cores.
 """
@@ -24,12 +25,12 @@ from megatron_rl.observability.report import write_report
 from megatron_rl.observability.report.rarity import EDGES, MEASURES, SIGNS, means
 
 CONFIG = "examples/quickstart/countdown_off_policy.yaml"
-TERM = "algorithm.with_lp_reg={rho: 0.05, kl_estimator: full, require_below_proxy: false}"
+TERM = "algorithm.with_lp_reg={rho: 0.05, kl_estimator: k3, require_below_proxy: false}"
 METHODS = {
     "grpo": ["algorithm.name=grpo"],
     "dppo": ["algorithm.name=dppo"],
     "dppo-lp_reg": ["algorithm.name=dppo", TERM],
-    "lp_reg": ["algorithm.name=lp_reg"],
+    "lp_reg": ["algorithm.name=lp_reg", "algorithm.lp_reg.kl_estimator=k3"],
 }
 
 

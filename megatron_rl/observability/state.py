@@ -1,7 +1,7 @@
 """The state of a run for `status` and `view`, and the driver's log: what the progress view shows, kept in files.
 
-`state.json` has the phase of a run in progress, and how an ended run has ended. `logs/driver.log` has the plain lines of
-the view with times, warnings of the libraries, and the error that ended the run.
+`state.json` has the phase of a run in progress, and how an ended run has ended. `logs/driver.log` has the plain lines
+of the view with times, warnings of the libraries, and the error that ended the run.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ class Stop:
 
 
 FIRST = (
-    "{signal}: the run stops after this step, with a checkpoint. A second {signal} stops it at once, and loses the steps "
-    "since the last checkpoint"
+    "{signal}: the run stops after this step, with a checkpoint. A second {signal} stops it at once, and loses the "
+    "steps since the last checkpoint"
 )
 
 

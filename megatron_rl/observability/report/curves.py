@@ -45,6 +45,8 @@ class Chart:
     title: str
     caption: str
     lines: list[Line] = field(default_factory=list)
+    dashes: dict[str, str] = field(default_factory=dict)
+    """What each dash stands for, if dashes differ."""
     unit: str = ""
     stacked: bool = False
     bars: bool = False
@@ -53,8 +55,18 @@ class Chart:
     several: bool = False
     """Whether colours stand for runs and dashes for kinds of lines."""
 
+    @property
+    def words(self) -> str:
+        """The caption, with the meaning of those dashes that the chart has."""
+        drawn = {line.dash for line in self.lines}
+        meanings = [f"{IN_WORDS[dash]}: {what}." for dash, what in self.dashes.items() if dash in drawn]
+        intervals = ["Bars: 95 % intervals over problems."] if any(line.error for line in self.lines) else []
+        return " ".join([self.caption, *meanings, *intervals])
 
-DASHES = ("solid", "dash", "dot", "dashdot")
+
+IN_WORDS = {"solid": "Solid", "dash": "Dashed", "dot": "Dotted", "dashdot": "Dash and dot"}
+DASHES = tuple(IN_WORDS)
+TRAINING_OR_EVALUATION = {"solid": "training", "dash": "evaluation"}
 
 
 def build_charts(rows: Sequence[Row]) -> list[Chart]:
@@ -115,10 +127,13 @@ def _reward(rows: Sequence[Row]) -> Chart:
 
 def _accuracy(rows: Sequence[Row]) -> Chart:
     return Chart(
-        "Accuracy and pass@k on held-out problems",
-        "Solid: share of correct answers (avg@k). Dashed: share of problems with at least one correct answer in k "
-        "(pass@k), which falls when exploration is lost. Bars: 95 % intervals over problems.",
+        "Accuracy and pass@k",
+        "Evaluation on held-out problems. pass@k falls when exploration is lost.",
         _evaluated(rows, "avg@") + _evaluated(rows, "pass@", dash="dash"),
+        {
+            "solid": "share of correct answers (avg@k)",
+            "dash": "share of problems with at least one correct answer in k (pass@k)",
+        },
         unit="share of 1",
     )
 
@@ -126,11 +141,11 @@ def _accuracy(rows: Sequence[Row]) -> Chart:
 def _entropy(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Entropy",
-        "Uncertainty of the policy about its next token. A fall towards zero means that exploration is lost. Solid: "
-        "mean over the tokens of training. Dotted: mean over its responses. Dashed: evaluation.",
+        "Uncertainty of the policy about its next token. A fall towards zero means that exploration is lost.",
         _train(rows, "training, token mean", "entropy/token_mean")
         + _train(rows, "training, sequence mean", "entropy/sequence_mean", dash="dot")
         + _evaluated(rows, "entropy", "evaluation", dash="dash"),
+        {"solid": "mean over the tokens of training", "dot": "mean over its responses", "dash": "evaluation"},
         unit="nats per token",
     )
 
@@ -153,8 +168,9 @@ def _probes(rows: Sequence[Row]) -> Chart:
 def _response_length(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Response length",
-        "Mean length of a response. Solid: training. Dashed: evaluation.",
+        "Mean length of a response.",
         _train(rows, "training", "response_length/mean") + _evaluated(rows, "response_length", "evaluation", "dash"),
+        TRAINING_OR_EVALUATION,
         unit="tokens",
     )
 
@@ -162,10 +178,10 @@ def _response_length(rows: Sequence[Row]) -> Chart:
 def _truncated(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Truncated responses",
-        "Responses that reached the token limit before they ended. If the share grows, raise the limit. Solid: "
-        "training. Dashed: evaluation.",
+        "Responses that reached the token limit before they ended. If the share grows, raise the limit.",
         _train(rows, "training", "response_length/truncated_fraction")
         + _evaluated(rows, "truncated_fraction", "evaluation", "dash"),
+        TRAINING_OR_EVALUATION,
         unit="share of 1",
     )
 
@@ -202,8 +218,9 @@ def _kept(rows: Sequence[Row]) -> Chart:
 def _regularizer(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Strength of the regulariser",
-        "Solid: KL divergence from the proxy on selected tokens, in nats. Dashed: mean increase of their advantage.",
+        "What the regulariser adds on the tokens that it selects.",
         _train(rows, "KL", "lpreg/kl") + _train(rows, "advantage shift", "lpreg/advantage_shift", color=1, dash="dash"),
+        {"solid": "KL divergence from the proxy, in nats", "dash": "mean increase of the advantage"},
     )
 
 

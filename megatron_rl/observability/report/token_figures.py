@@ -65,8 +65,8 @@ def violins(tables: Sequence[TokenTable], vocabulary: Vocabulary, classes: Class
     return Figure(
         "Probability of word classes when sampled",
         "Probability of these words under the policy when it sampled them. Lp-Reg aims to keep rare words alive. A "
-        "violin that vanishes means that a class has died out, one that stays at 1 that it has become a habit. The line "
-        "in a violin is its mean.",
+        "violin that vanishes means that a class has died out, one that stays at 1 that it has become a habit. The "
+        "line in a violin is its mean.",
         traces,
         {
             "violinmode": "overlay" if len(classes) == 2 else "group",

@@ -16,9 +16,12 @@ def verdict(groups: Sequence[Group]) -> list[str]:
     """Returns what the runs show, most important first; of a single group what changed, of several how they differ."""
     if len(groups) == 1:
         return _of_one(groups[0])
-    return [line for other in groups[1:] for line in _of_two(groups[0], other)] or [
-        "No suite has been evaluated by two of these methods yet, so nothing can be said of their difference."
-    ]
+    lines = [line for other in groups[1:] for line in _of_two(groups[0], other)]
+    if not lines:
+        return ["No suite has been evaluated by two of these methods yet, so nothing can be said of their difference."]
+    if min(len(group.runs) for group in groups) < 2:
+        lines.append("The intervals are over problems. With one seed of a method, chance between seeds is not in them.")
+    return lines
 
 
 def _of_one(group: Group) -> list[str]:
@@ -52,8 +55,6 @@ def _of_two(one: Group, other: Group) -> list[str]:
                 f"{other.label} has {number(right)}, {one.label} {number(left)}: {_difference(right - left, found)}"
             )
             lines.append(f"{_measure(metric)} on {suite} at step {steps[-1]}: {against}.")
-    if lines and min(len(one.runs), len(other.runs)) < 2:
-        lines.append("The intervals are over problems. With one seed of a method, chance between seeds is not in them.")
     return lines
 
 
