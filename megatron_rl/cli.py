@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_rl.commands import checkpoints, convert, data, doctor, evaluate, plan, report, slurm, status, train
+from megatron_rl.commands import checkpoints, convert, data, doctor, evaluate, plan, report, slurm, status, train, view
 from megatron_rl.errors import UserError
 
-COMMANDS = (train, plan, doctor, slurm, report, status, checkpoints, data, convert, evaluate)
+COMMANDS = (train, plan, doctor, slurm, report, status, view, checkpoints, data, convert, evaluate)
 """In the order in which `megatron-rl --help` lists them."""
 
 

@@ -51,6 +51,17 @@ def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> 
     return path
 
 
+def environment() -> Environment:
+    """Returns the environment of the page templates."""
+    return Environment(
+        loader=PackageLoader("megatron_rl.observability.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(runs: Sequence[RunData], refresh_seconds: int = 0) -> str:
     """Returns the page. With `refresh_seconds` it loads itself again, which a page that is served live does."""
     groups = group_runs(runs)
@@ -59,47 +70,44 @@ def render(runs: Sequence[RunData], refresh_seconds: int = 0) -> str:
     shared, per_run = _token_figures(runs, classes)
     rarity = [figure for figure in [rarity_figure(groups)] if figure.traces]
     figures = [*rarity, *shared, *(figure for own in per_run for figure in own["figures"])]
-    environment = Environment(
-        loader=PackageLoader("megatron_rl.observability.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        title=runs[0].name if len(runs) == 1 else " and ".join(group.label for group in groups),
-        runs=[
-            {
-                "name": run.name,
-                "facts": _facts(run),
-                "changes": [(change, *_intervals(run, change)) for change in before_and_after(run.rows)],
-                "findings": run.findings,
-                "provenance": run.provenance,
-            }
-            for run in runs
-        ],
-        verdict=verdict(groups),
-        changes=_changes(runs),
-        configurations=[_configuration(run) for run in runs],
-        differences=differences(runs) if len(runs) > 1 else [],
-        charts=charts,
-        rarity_figures=rarity,
-        shared_figures=shared,
-        token_figures=per_run,
-        figures=figures,
-        responses=_responses(runs),
-        data={
-            "charts": [as_json(chart) for chart in charts],
-            "figures": [
-                {"traces": figure.traces, "layout": figure.layout, "height": figure.height} for figure in figures
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=runs[0].name if len(runs) == 1 else " and ".join(group.label for group in groups),
+            runs=[
+                {
+                    "name": run.name,
+                    "facts": _facts(run),
+                    "changes": [(change, *_intervals(run, change)) for change in before_and_after(run.rows)],
+                    "findings": run.findings,
+                    "provenance": run.provenance,
+                }
+                for run in runs
             ],
-        },
-        smoothed=any(line.smooth for chart in charts for line in chart.lines),
-        banded=any(line.low for chart in charts for line in chart.lines),
-        refresh=refresh_seconds,
-        number=number,
-        signed=signed,
-        plotly=Markup(get_plotlyjs()),
+            verdict=verdict(groups),
+            changes=_changes(runs),
+            configurations=[_configuration(run) for run in runs],
+            differences=differences(runs) if len(runs) > 1 else [],
+            charts=charts,
+            rarity_figures=rarity,
+            shared_figures=shared,
+            token_figures=per_run,
+            figures=figures,
+            responses=_responses(runs),
+            data={
+                "charts": [as_json(chart) for chart in charts],
+                "figures": [
+                    {"traces": figure.traces, "layout": figure.layout, "height": figure.height} for figure in figures
+                ],
+            },
+            smoothed=any(line.smooth for chart in charts for line in chart.lines),
+            banded=any(line.low for chart in charts for line in chart.lines),
+            refresh=refresh_seconds,
+            number=number,
+            signed=signed,
+            plotly=Markup(get_plotlyjs()),
+        )
     )
 
 

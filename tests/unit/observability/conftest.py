@@ -99,7 +99,7 @@ def write_dump(folder: Path, step: int, groups: int = 4, seed: int = 0) -> None:
         length = int(rng.integers(3, 12))
         ids = rng.choice(len(WORDS), size=length, p=[0.1, 0.15, 0.15, 0.02, 0.03, 0.25, 0.1, 0.1, 0.1]).tolist()
         log_probs = np.log(rng.uniform(0.001, 1, size=length))
-        prompt = Prompt(id=f"train:{index // 4}", token_ids=(1,), text=f"problem <b>{index // 4}</b>", label=None)
+        prompt = Prompt(id=f"train:{index // 4}", token_ids=(1,), text=f"problem <b>{index // 4}</b>", label=24)
         detail = "correct" if index % 2 else "wrong"
         text = " ".join(WORDS[i] for i in ids)
         dumped.append(
