@@ -42,7 +42,7 @@ class Provenance:
         self.start: Start = {
             "time": round(time.time(), 3),
             "version": __version__,
-            "commit": commit(Path(__file__).parent),
+            "commit": commit(Path(__file__)),
             "python": platform.python_version(),
             "packages": packages(),
             "host": socket.gethostname(),
@@ -115,16 +115,20 @@ def in_words(starts: Sequence[Start]) -> list[tuple[str, str]]:
     return facts + (rows or [("SHA-256", "not computed yet")])
 
 
-def commit(folder: Path) -> str | None:
-    """Returns the Git commit of the code in `folder`, with a note if files differ from it; None without a checkout."""
+def commit(file: Path) -> str | None:
+    """Returns the commit of the Git checkout that `file` belongs to, with a note if files differ from it.
+
+    None if no checkout tracks the file: an installed package may lie inside the checkout of something else.
+    """
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        command = ["git", "-C", str(file.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", file.name)
         found = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        changed = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return f"commit {found}" + (" with changes" if changed else "")
