@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
@@ -13,6 +14,15 @@ import pytest
 
 from megatron_rl.rollout.dump import DumpedResponse, write_rollouts
 from megatron_rl.types import Prompt, Response, RewardResult
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests of the real sinks without their packages."""
+    missing = [name for name in ("wandb", "mlflow", "trackio") if importlib.util.find_spec(name) is None]
+    for item in items:
+        if missing and item.get_closest_marker("sinks"):
+            item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}; see make test-sinks"))
+
 
 CONFIG = """\
 run: {name: countdown-lp_reg, folder: null}
