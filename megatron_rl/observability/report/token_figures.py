@@ -71,7 +71,7 @@ def violins(tables: Sequence[TokenTable], vocabulary: Vocabulary, classes: Class
         {
             "violinmode": "overlay" if len(classes) == 2 else "group",
             "violingap": 0.1,
-            "yaxis": _probability_axis(),
+            "yaxis": _probability_axis(min((value for trace in traces for value in trace["y"]), default=0.0)),
             "xaxis": {
                 "categoryorder": "array",
                 "categoryarray": [f"step {table.step}" for table in sorted(tables, key=lambda table: table.step)],
@@ -286,12 +286,14 @@ def _class_lines(runs: Sequence[tuple[str, ClassCurves]]) -> list[dict[str, Any]
     return lines
 
 
-def _probability_axis() -> dict[str, Any]:
-    ticks = list(range(0, -9, -1))
+def _probability_axis(lowest: float) -> dict[str, Any]:
+    """An axis of log10(probability) down to `lowest`, with more ticks the fewer decades it has."""
+    steps = (1.0,) if lowest < -3 else (1.0, 0.5, 0.2)
+    values = [step * 10.0**decade for decade in range(0, -9, -1) for step in steps]
     return {
         "title": {"text": "probability when sampled"},
-        "tickvals": ticks,
-        "ticktext": ["1", "0.1", "0.01", "0.001", *(f"1e{tick}" for tick in ticks[4:])],
+        "tickvals": [float(np.log10(value)) for value in values],
+        "ticktext": [f"{value:g}" for value in values],
     }
 
 
