@@ -2,7 +2,7 @@
 
     python benchmarks/token_stats.py                                       # reduced size, a minute or two
     python benchmarks/token_stats.py --tokens 4096 --out benchmarks/results/token_stats_cpu.json
-    python benchmarks/token_stats.py --tokens 4096 --groups "entropy terms" "entropy terms with the LM head" \\
+    python benchmarks/token_stats.py --tokens 512 --groups "entropy terms" "entropy terms with the LM head" \\
         --out benchmarks/results/entropy_terms_cpu.json                    # what TRE and an entropy bonus cost
     python benchmarks/token_stats.py --device cuda --tokens 8192 --vocab 151936 --width 5120 --dtype bfloat16
 
