@@ -48,9 +48,10 @@ def run(method: str, steps: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rarity.json"))
     options = parser.parse_args()
-    folders = {method: run(method, options.steps) for method in METHODS}
+    folders = {method: run(method, options.steps) for method in options.methods}
     found: dict[str, Any] = {method: means(read_metrics(folder)) for method, folder in folders.items()}
     for measure in MEASURES:
         for sign in SIGNS:
@@ -59,7 +60,7 @@ def main() -> None:
                 values = [values.get(f"{sign}/{edge:g}/{measure}") for values in found.values()]
                 print(f"{edge:<14g}" + "".join(f"{'-' if value is None else f'{value:.4f}':>13}" for value in values))
     print(write_report(list(folders.values()), Path("runs/rarity.html")))
-    kept = {"machine": machine(), "config": CONFIG, "steps": options.steps, "methods": METHODS, "means": found}
+    kept = {"machine": machine(), "config": CONFIG, "steps": options.steps, "methods": options.methods, "means": found}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(kept, indent=1) + "\n")
 
