@@ -12,13 +12,15 @@ ENGINES := .venv-engines
 ENGINES_PIP := $(ENGINES)/bin/python -m pip --disable-pip-version-check --no-input
 ENGINES_PIN := -c constraints-engines.txt
 REHEARSAL := .venv-rehearsal
+SINKS := .venv-sinks
+SINKS_PIP := $(SINKS)/bin/python -m pip --disable-pip-version-check --no-input
 REHEARSAL_PIP := $(REHEARSAL)/bin/python -m pip --disable-pip-version-check --no-input
 
 # Ranks share the cores: more threads each would only make them wait for one another.
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark benchmark-check reproduce dev test test-all test-browser test-slurm window test-megatron-window engines test-engines rehearsal rehearse rehearse-session rehearse-session image-test lint clean
+.PHONY: help setup quickstart benchmark benchmark-check reproduce dev test test-all test-browser test-slurm sinks test-sinks window test-megatron-window engines test-engines rehearsal rehearse rehearse-session rehearse-session image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -60,6 +62,7 @@ test-all: dev ## every test that needs no GPU, with more cases and examples than
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser" $(SHARED)
 	$(BIN)/pytest tests/e2e_cpu
 	$(MAKE) test-browser
+	$(MAKE) test-sinks
 	$(MAKE) test-engines
 	$(MAKE) test-slurm
 	$(MAKE) test-megatron-window
@@ -68,6 +71,22 @@ test-all: dev ## every test that needs no GPU, with more cases and examples than
 test-browser: dev ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }
 	$(BIN)/pytest -m browser
+
+sinks: $(SINKS)/.stamp ## make .venv-sinks: W&B, MLflow and Trackio beside the rest
+
+# mlflow-skinny keeps its runs in SQLite here, for which it needs SQLAlchemy and Alembic.
+$(SINKS)/.stamp: pyproject.toml setup.py constraints-cpu.txt Makefile
+	@echo '[1/3] making $(SINKS)'
+	@$(PYTHON) -m venv $(SINKS)
+	@echo '[2/3] installing torch'
+	@$(SINKS_PIP) install --quiet $(PIN) torch
+	@echo '[3/3] installing this project and the sinks'
+	@$(SINKS_PIP) install --quiet --no-build-isolation -e . pytest pytest-timeout hypothesis \
+	  'wandb>=0.20' 'mlflow-skinny>=3' sqlalchemy alembic 'trackio>=0.40'
+	@touch $@
+
+test-sinks: sinks ## the metrics of a run, read back from the real W&B, MLflow, Trackio and TensorBoard, offline
+	$(SINKS)/bin/python -m pytest tests/unit/observability/test_real_sinks.py
 
 test-slurm: dev ## train on a real Slurm (on Debian, as root, it is installed where missing)
 	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \

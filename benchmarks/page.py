@@ -29,7 +29,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def where(found: Found) -> str:
-    machine, load = found["machine"], found["load_average"][0]
+    machine, loads = found["machine"], found["load_average"]
+    load = (loads["after"] if isinstance(loads, dict) else loads)[0]
     return f"\n{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; load {load:.1f} at the end.\n"
 
 
@@ -153,8 +154,21 @@ def scaling(found: Found) -> str:
     return text + table((*head, "waiting for rollouts, predicted s", "measured s"), rows) + said
 
 
+def entropy_terms_cpu(found: Found) -> str:
+    def row(name: str) -> list[str]:
+        cells = [name]
+        for variant in (name, f"head, {name}"):
+            own = found["variants"][variant]
+            ratios = [ratio["value"] for ratio in found["ratios"] if ratio["of"] == variant]
+            cells += [f"{own['cpu_seconds']:.3f}", f"{ratios[0] if ratios else 1:.2f}", f"{own['peak_mib']:.0f}"]
+        return cells
+
+    head = ("", *(f"{where}: {what}" for where in ("logits given", "with head") for what in ("CPU s", "ratio", "MiB")))
+    return table(head, (row(name) for name in found["variants"] if not name.startswith("head, ")))
+
+
 TABLES: dict[str, Callable[[Found], str]] = {
-    f.__name__: f for f in (batching, training_step, weight_sync, start_up, driver, scaling, grading)
+    f.__name__: f for f in (batching, training_step, weight_sync, start_up, driver, scaling, grading, entropy_terms_cpu)
 }
 
 

@@ -27,7 +27,7 @@ from megatron_rl.training.update import update
 
 def train(config: Config) -> None:
     """Trains to the last step, or to a clean stop with a checkpoint if the run is interrupted or loses its engines."""
-    with open_run(config) as run, stop_on_interrupt() as stop, checkpoint_on_outage(run):
+    with open_run(config) as run, stop_on_interrupt(run.view.message) as stop, checkpoint_on_outage(run):
         if not run.resumed:
             run.log(evaluate(run))
         stopping = stop.requested

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
+from megatron_rl.observability.metrics import Row
 from megatron_rl.utils.format import duration, number
 
 Metrics = Mapping[str, float | None]
@@ -36,6 +37,9 @@ class View:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Restores the state of the terminal, also after an error."""
+
+    def history(self, rows: Sequence[Row]) -> None:
+        """Takes over what a resumed run has logged before, without printing it."""
 
     def phase(self, name: str) -> None:
         """Announces the phase that starts now: "warm start", "rollout", "train", "evaluate", ..."""

@@ -21,6 +21,7 @@ from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet
 from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.metrics import MetricsLog
+from megatron_rl.observability.provenance import Provenance
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View
 from megatron_rl.reward.grading import Grading
@@ -73,6 +74,7 @@ class Run:
     metrics: MetricsLog
     diagnosis: Diagnosis
     phase: Phases
+    provenance: Provenance
     step: int = 0
     """Number of steps done."""
     last_step: tuple[DriverState, dict[str, float], list[Group]] | None = None
