@@ -51,7 +51,7 @@ quickstart: setup ## train GRPO and Lp-Reg side by side and compare them: make q
 	$(BIN)/python examples/quickstart/demonstration.py $(ARGS)
 
 docs: $(DOCS)/.stamp ## build the documentation as a site, in build/site
-	$(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo 'the site: build/site/index.html'
 
 $(DOCS)/.stamp: Makefile

@@ -115,7 +115,11 @@ def _stands(each: Outcome) -> str:
 
 def _against_before(each: Outcome) -> str:
     moves = [
-        f"{'rose' if after > each.before else 'fell'} to {number(after)} with {label}"
+        f"{_moved(each.before, after)} {number(after)} with {label}"
         for label, after in (("GRPO", each.grpo), ("Lp-Reg", each.lp_reg))
     ]
     return f"Against {number(each.before)} before training, {each.label} {' and '.join(moves)}."
+
+
+def _moved(before: float, after: float) -> str:
+    return "stayed at" if number(after) == number(before) else "rose to" if after > before else "fell to"

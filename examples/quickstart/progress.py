@@ -26,6 +26,8 @@ MEASURES = {
     "p(wait after a failed attempt)": "eval/fresh/p_wait_after_no",
 }
 SPARKLINE_WIDTH = 16
+WIDE = 90
+"""Terminal width, in columns, from which the panel shows histories."""
 PLAIN_EVERY_SECONDS = 10.0
 
 
@@ -60,7 +62,7 @@ class Progress:
 
     def __init__(self, runs: Sequence[Watched], console: Console) -> None:
         self.runs, self.console = runs, console
-        self._start = time.monotonic()
+        self.start = time.monotonic()
         self._last_line = -PLAIN_EVERY_SECONDS
         live = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(console=console, auto_refresh=False) if live else None
@@ -89,28 +91,36 @@ class Progress:
         table.add_column("", no_wrap=True)
         for run in self.runs:
             table.add_column(run.label, justify="right", no_wrap=True)
-            table.add_column("", no_wrap=True, width=SPARKLINE_WIDTH, style="cyan")
+            if self._has_room:
+                table.add_column("", no_wrap=True, width=SPARKLINE_WIDTH, style="cyan")
         for label, metric in MEASURES.items():
             cells: list[RenderableType] = [label]
             for run in self.runs:
                 values = series(run.rows, metric)[1]
-                cells += [Text(number(values[-1]) if values else "-", style="bold"), sparkline(values, SPARKLINE_WIDTH)]
+                cells.append(Text(number(values[-1]) if values else "-", style="bold"))
+                if self._has_room:
+                    cells.append(sparkline(values, SPARKLINE_WIDTH))
             table.add_row(*cells)
         return Panel(
             Group(self._bars(), Text(), table),
             title="GRPO and Lp-Reg from the same warm start, on the same prompts",
             title_align="left",
-            subtitle=f"{duration(time.monotonic() - self._start)} elapsed",
+            subtitle=f"{duration(time.monotonic() - self.start)} elapsed",
             subtitle_align="right",
             width=min(self.console.width, 110),
             border_style="dim",
         )
 
+    @property
+    def _has_room(self) -> bool:
+        """Whether the terminal is wide enough for the histories."""
+        return self.console.width >= WIDE
+
     def _bars(self) -> Table:
         bars = Table.grid(expand=True, padding=(0, 1))
         bars.add_column(no_wrap=True)
         bars.add_column(ratio=1)
-        bars.add_column(no_wrap=True, overflow="ellipsis", max_width=48, style="dim")
+        bars.add_column(no_wrap=True, overflow="ellipsis", max_width=48 if self._has_room else 20, style="dim")
         for run in self.runs:
             says = "" if 0 < run.step < run.steps else run.last_line
             bars.add_row(f"{run.label} {run.step}/{run.steps}", ProgressBar(total=run.steps, completed=run.step), says)
