@@ -21,8 +21,9 @@ METHODS = {"grpo": "GRPO", "lp_reg": "Lp-Reg"}
 """The method of each run, and its label."""
 SUITE = "fresh"
 ACCURACY, PASS = "accuracy", "pass@8"
+WAIT = "the probability of `wait` after a failed attempt"
 MEASURED = {ACCURACY: "avg@8", PASS: "pass@8", "entropy": "entropy", "p(wait after no)": "p_wait_after_no"}
-"""Label and metric of each measure."""
+"""Label and metric of each measure. The last is the probability of the rare word."""
 
 
 @dataclass(frozen=True)
@@ -91,35 +92,35 @@ def conclusion(found: Sequence[Outcome], problems: int) -> str:
     """Returns what the numbers say, in words: what Lp-Reg improved over GRPO, what not, by how much, how certainly."""
     tested = [each for each in found if each.difference]
     parts = [_stands(each) for verdict in ("ahead", "level", "behind") for each in tested if each.verdict == verdict]
-    by_label = {each.label: each for each in found}
-    wait = by_label["p(wait after no)"]
+    wait, passed = found[-1], next(each for each in found if each.label == PASS)
     return (
         f"On {problems} fresh problems, {'; '.join(parts)}. "
-        f"After a failed attempt the probability of `wait` was {number(wait.before)} before training; it is "
-        f"{number(wait.grpo)} with GRPO and {number(wait.lp_reg)} with Lp-Reg. "
-        f"{_against_before(by_label[PASS])} "
-        "The intervals are for other problems of the same kind; another seed can differ by more."
+        f"{_against_before(PASS, passed)} {_against_before(WAIT, wait)} "
+        "The intervals are for other problems of the same kind; another seed can differ by more: docs/demonstration.md."
     )
 
 
 def _stands(each: Outcome) -> str:
     difference = each.difference
     assert difference
-    interval = f"95 % interval {difference.low:+.3f} to {difference.high:+.3f}"
-    if each.verdict == "level":
-        return f"{each.label} does not differ clearly ({difference.value:+.3f} for Lp-Reg, {interval})"
-    return f"Lp-Reg is {each.verdict} of GRPO in {each.label} by {abs(difference.value):.3f} ({interval})".replace(
-        "behind of", "behind"
+    values = (
+        f"{each.lp_reg:.3f} against {each.grpo:.3f}, a difference of {difference.value:+.3f} with a 95 % interval of "
+        f"{difference.low:+.3f} to {difference.high:+.3f}"
     )
+    stands = {
+        "ahead": "Lp-Reg is ahead of GRPO",
+        "level": "there is no clear difference",
+        "behind": "Lp-Reg is behind GRPO",
+    }
+    return f"{stands[each.verdict]} in {each.label} ({values})"
 
 
-def _against_before(each: Outcome) -> str:
-    moves = [
-        f"{_moved(each.before, after)} {number(after)} with {label}"
-        for label, after in (("GRPO", each.grpo), ("Lp-Reg", each.lp_reg))
-    ]
-    return f"Against {number(each.before)} before training, {each.label} {' and '.join(moves)}."
+def _against_before(what: str, each: Outcome) -> str:
+    grpo, lp_reg = (_moved(each.before, after) for after in (each.grpo, each.lp_reg))
+    return f"From {each.before:.3f} before training, {what} {grpo} with GRPO and {lp_reg} with Lp-Reg."
 
 
 def _moved(before: float, after: float) -> str:
-    return "stayed at" if number(after) == number(before) else "rose to" if after > before else "fell to"
+    if f"{after:.3f}" == f"{before:.3f}":
+        return "did not move"
+    return f"{'rose' if after > before else 'fell'} to {after:.3f}"

@@ -52,23 +52,25 @@ def said(tmp_path: Path, grpo: list[int], lp_reg: list[int]) -> str:
 
 def test_the_conclusion_names_what_improved_by_how_much_and_how_certainly(tmp_path: Path) -> None:
     words = said(tmp_path, grpo=[0] * 20 + [6] * 20, lp_reg=[6] * 40)
-    assert "On 40 fresh problems, Lp-Reg is ahead of GRPO in accuracy by 0.375 (95 % interval +0.2" in words
-    assert "Lp-Reg is ahead of GRPO in pass@8 by 0.500" in words
-    assert "is 0.001 with GRPO and 0.800 with Lp-Reg" in words
-    assert "Against 1.000 before training, pass@8 fell to 0.500 with GRPO and stayed at 1.000 with Lp-Reg" in words
+    accuracy = (
+        "Lp-Reg is ahead of GRPO in accuracy (0.750 against 0.375, a difference of +0.375 with a 95 % interval of +0.2"
+    )
+    assert f"On 40 fresh problems, {accuracy}" in words
+    assert "Lp-Reg is ahead of GRPO in pass@8 (1.000 against 0.500" in words
+    assert "From 1.000 before training, pass@8 fell to 0.500 with GRPO and did not move with Lp-Reg." in words
+    assert "`wait` after a failed attempt fell to 0.001 with GRPO and rose to 0.800 with Lp-Reg." in words
 
 
 def test_the_conclusion_says_so_if_lp_reg_is_behind(tmp_path: Path) -> None:
     words = said(tmp_path, grpo=[6] * 40, lp_reg=[0] * 20 + [6] * 20)
-    assert "Lp-Reg is behind GRPO in accuracy by 0.375" in words
+    assert "Lp-Reg is behind GRPO in accuracy (0.375 against 0.750, a difference of -0.375" in words
     assert "ahead" not in words
 
 
 def test_a_difference_within_its_interval_is_called_unclear(tmp_path: Path) -> None:
     words = said(tmp_path, grpo=[2, 6] * 20, lp_reg=[6, 2] * 20)
-    assert re.search(
-        r"accuracy does not differ clearly \(\+0\.000 for Lp-Reg, 95 % interval -0\.\d+ to \+0\.\d+\)", words
-    )
+    interval = r"a difference of \+0\.000 with a 95 % interval of -0\.\d+ to \+0\.\d+"
+    assert re.search(rf"there is no clear difference in accuracy \(0\.500 against 0\.500, {interval}\)", words)
     assert "ahead" not in words and "behind" not in words
 
 
