@@ -8,7 +8,6 @@ have ended already are read, not repeated. A pair takes about two minutes on two
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.machine import arguments, keep
+from benchmarks.page import countdown_seeds
 from examples.quickstart.comparison import METHODS, Outcome, outcomes
 from examples.quickstart.demonstration import CONFIG, train, watched
 from examples.quickstart.progress import Progress
@@ -40,8 +40,8 @@ def trained(seed: int, overrides: Sequence[str]) -> dict[str, Path]:
 
 
 def over_seeds(pairs: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
-    """Returns of each measure: the means, the mean difference with its interval over seeds, and how often Lp-Reg is
-    higher."""
+    """Returns of each measure: the means, the mean difference with its interval over seeds, how often Lp-Reg is higher,
+    and how often by more than the interval over problems."""
     summary = {}
     for same in zip(*pairs, strict=True):
         differences = np.array([each.lp_reg - each.grpo for each in same])
@@ -50,20 +50,10 @@ def over_seeds(pairs: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
             **{method: float(np.mean([getattr(each, method) for each in same])) for method in METHODS},
             "difference": asdict(estimate([differences])),
             "higher": int((differences > 0).sum()),
+            "clearly_higher": sum(each.difference is not None and each.verdict == "ahead" for each in same),
             "seeds": len(same),
         }
     return summary
-
-
-def table(pairs: Sequence[Sequence[Outcome]], summary: dict[str, Any]) -> list[str]:
-    """Returns the table in Markdown: GRPO beside Lp-Reg, a row per seed, and a last row of means."""
-    labels = list(summary)
-    lines = ["| seed | " + " | ".join(f"{label}: GRPO | Lp-Reg" for label in labels) + " |"]
-    lines.append("|---" * (1 + 2 * len(labels)) + "|")
-    for seed, found in enumerate(pairs):
-        lines.append(f"| {seed} | " + " | ".join(f"{each.grpo:.3f} | {each.lp_reg:.3f}" for each in found) + " |")
-    means = (f"**{summary[label]['grpo']:.3f}** | **{summary[label]['lp_reg']:.3f}**" for label in labels)
-    return [*lines, "| mean | " + " | ".join(means) + " |"]
 
 
 def main() -> None:
@@ -73,10 +63,9 @@ def main() -> None:
     options = parser.parse_args()
     pairs = [outcomes(trained(seed, options.overrides)) for seed in range(options.seeds)]
     summary = over_seeds(pairs)
-    print("\n".join(table(pairs, summary)))
-    print(json.dumps(summary, indent=1))
     kept = {str(seed): {each.label: asdict(each) for each in found} for seed, found in enumerate(pairs)}
     found = {"config": CONFIG.name, "overrides": options.overrides, "over_seeds": summary, "seeds": kept}
+    print(countdown_seeds(found))
     keep(options.out, "countdown_seeds", **found)
 
 

@@ -64,7 +64,8 @@ def filter_picture(path: Path) -> None:
         axes.set(yscale="log", ylim=(0.0012, 1), ylabel="probability (log scale)", xlim=(-2.5, places[-1] + 1))
         axes.set_xticks(places[:named], list(TOKENS))
         axes.legend(frameon=False, loc="upper right")
-        _save(figure, axes, path)
+        _clean(axes)
+        _write(figure, path)
 
 
 def shift_picture(path: Path) -> None:
@@ -81,13 +82,37 @@ def shift_picture(path: Path) -> None:
             axes.annotate(words, (mass, shift), place, **_ARROW)
         axes.set(xlabel="1 - Z: mass that the filter drops", ylabel="β (1/Z - 1), with β = 1")
         axes.set(xlim=(0, 0.5), ylim=(0, 1.15))
-        _save(figure, axes, path)
+        _clean(axes)
+        _write(figure, path)
 
 
-def _save(figure: plt.Figure, axes: Axes, path: Path) -> None:
+def seeds_picture(seeds: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """Draws the demonstration's outcomes, a line per seed from GRPO to Lp-Reg. `seeds`: seed -> measure -> values."""
+    measures = {"accuracy": "accuracy", "pass@8": "pass@8", "p(wait after no)": "p(wait) after a failed attempt"}
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, len(measures), figsize=(7.4, 2.9), layout="constrained")
+        for axes, (measure, title) in zip(panels, measures.items(), strict=True):
+            every = [outcomes[measure] for outcomes in seeds.values()]
+            for each in every:
+                colour = COLOURS["p"] if each["lp_reg"] > each["grpo"] else COLOURS["spark"]
+                axes.plot([0, 1], [each["grpo"], each["lp_reg"]], "o-", color=colour, markersize=3.5, linewidth=1)
+            before = sum(each["before"] for each in every) / len(every)
+            axes.axhline(before, color="#888888", linestyle=":", linewidth=1)
+            axes.annotate("before", (1.25, before), (0, 2), ha="right", **_TEXT)
+            axes.set(title=title, xlim=(-0.3, 1.3))
+            axes.title.set_fontsize(9)
+            axes.set_xticks([0, 1], ["GRPO", "Lp-Reg"])
+            _clean(axes)
+        _write(figure, path)
+
+
+def _clean(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#eeeeee", linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _write(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     plt.close(figure)
     print(path)
