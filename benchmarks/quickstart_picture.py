@@ -40,7 +40,8 @@ def main() -> None:
     begun = (options.folder / "grpo" / "config.yaml").stat().st_mtime  # written at the start of a run
     progress.start = time.monotonic() - (max(row["time"] for run in runs.values() for row in run.rows) - begun)
     console.print(progress.render())
-    console.print(table(found), "", conclusion(found, len(last_problems(folders["grpo"]))), highlight=False)
+    console.print(table(found))
+    console.print("\n" + conclusion(found, len(last_problems(folders["grpo"]))), highlight=False)
     options.out.write_text(FONT.sub("", console.export_svg(title="make quickstart", unique_id="quickstart")))
     print(options.out)
 

@@ -113,7 +113,8 @@ def conclude(folder: Path, runs: dict[str, Watched], console: Console) -> None:
     found = outcomes(folders)
     words = conclusion(found, len(last_problems(folders["grpo"])))
     (folder / "conclusion.txt").write_text(words + "\n")
-    console.print(table(found), "", words, "", highlight=False)
+    console.print(table(found))
+    console.print(f"\n{words}\n", highlight=False)
     for label, path in (("report of both runs", report), *((run.label, run.folder) for run in runs.values())):
         console.print(f"  {label:<22}{path}", highlight=False, soft_wrap=True)
 

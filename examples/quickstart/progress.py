@@ -54,7 +54,7 @@ class Watched:
     def last_line(self) -> str:
         """What the run printed last: before the first step, what it is doing."""
         lines = self.output.read_text(errors="replace").splitlines() if self.output.is_file() else []
-        return next((line for line in reversed(lines) if line.strip()), "starting")
+        return next((line for line in reversed(lines) if line.strip()), "")
 
 
 class Progress:
