@@ -1,6 +1,6 @@
 """The demonstration for several seeds, all from one warm start: the table of docs/demonstration.md.
 
-    python benchmarks/countdown_seeds.py [--seeds 10] [--out benchmarks/results/countdown_seeds.json] [key=value ...]
+    python benchmarks/countdown_seeds.py [--seeds 0 1 2] [--set key=value ...] [--out FILE]
 
 Each seed is what `make quickstart ARGS=seed=N` trains: GRPO and Lp-Reg at the same time, in runs/seeds-N. Runs that
 have ended already are read, not repeated. A pair takes about two minutes on two quiet cores.
@@ -58,12 +58,12 @@ def over_seeds(pairs: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides for both methods")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="default: 0 to 9")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key=value", help="for both methods")
     options = parser.parse_args()
-    pairs = [outcomes(trained(seed, options.overrides)) for seed in range(options.seeds)]
-    summary = over_seeds(pairs)
-    kept = {str(seed): {each.label: asdict(each) for each in found} for seed, found in enumerate(pairs)}
+    pairs = {str(seed): outcomes(trained(seed, options.overrides)) for seed in options.seeds}
+    summary = over_seeds(list(pairs.values()))
+    kept = {seed: {each.label: asdict(each) for each in found} for seed, found in pairs.items()}
     found = {"config": CONFIG.name, "overrides": options.overrides, "over_seeds": summary, "seeds": kept}
     print(countdown_seeds(found))
     keep(options.out, "countdown_seeds", **found)
