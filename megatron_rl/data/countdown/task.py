@@ -20,7 +20,7 @@ from megatron_rl.data.countdown.problems import RL_MIN_SHARE, Numbers, Problem, 
 from megatron_rl.data.countdown.traces import MIX_A, MIX_B, traces
 from megatron_rl.errors import UserError
 
-VERSION = 3
+VERSION = 2
 """Version of the content. It must be raised whenever the same arguments would write different files."""
 WARM_START_TRACES = (900 * 128, 260 * 128)
 MANIFEST = "manifest.json"

@@ -28,7 +28,7 @@ class Mix:
 
 
 MIX_A = Mix(oracle=0.2, wait_after_no=0.03, wait_after_ok=0.03, noise=0.02)
-MIX_B = Mix(oracle=0.35, wait_after_no=0.03, wait_after_ok=0.015, noise=0.01)
+MIX_B = Mix(oracle=0.35, wait_after_no=0.025, wait_after_ok=0.015, noise=0.01)
 
 
 def response(rng: random.Random, numbers: Numbers, target: int, mix: Mix) -> str:
