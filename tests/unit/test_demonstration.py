@@ -19,9 +19,6 @@ from examples.quickstart.progress import Progress, Watched
 from megatron_rl.config import load_config
 from megatron_rl.evaluation.problems import GradedResponse, Problem, write_problems
 
-RIGHT = {"none": 0, "half": 4, "all": 8}
-"""Number of right responses among the eight of each problem."""
-
 
 def problem(index: int, right: int) -> Problem:
     responses = [GradedResponse("", None, float(i < right), "", "score", 11, False) for i in range(8)]
@@ -156,3 +153,17 @@ def test_if_one_run_fails_the_other_is_stopped_and_the_reason_is_shown(
     runs = demonstration.watched(tmp_path / "both", 50)
     assert demonstration.train(runs, [], Progress(list(runs.values()), Console(file=StringIO()))) == 1
     assert "GRPO failed:\nerror: no memory" in capsys.readouterr().err
+
+
+def test_an_interrupt_waits_for_both_runs_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demonstration, "start", program("import time\ntime.sleep(0.2)\nprint('checkpoint written')"))
+    monkeypatch.setattr(demonstration.time, "sleep", interrupted)
+    runs = demonstration.watched(tmp_path / "both", 50)
+    assert demonstration.train(runs, [], Progress(list(runs.values()), Console(file=StringIO()))) == 130
+    assert all(run.last_line == "checkpoint written" for run in runs.values())
+    assert "stopping both runs" in capsys.readouterr().out
