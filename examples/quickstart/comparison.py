@@ -75,8 +75,8 @@ def per_problem(label: str, problems: Sequence[Problem]) -> np.ndarray | None:
 def table(found: Sequence[Outcome]) -> Table:
     """Returns the outcomes as a table for the terminal."""
     result = Table(title="On the fresh problems", title_justify="left", title_style="bold")
-    result.add_column("measure")
-    for name in ("before", *METHODS.values(), "Lp-Reg - GRPO", "95 % interval"):
+    result.add_column("measure", no_wrap=True)
+    for name in ("before", *METHODS.values(), "difference", "95 % interval"):
         result.add_column(name, justify="right", no_wrap=True)
     for each in found:
         cells = [each.label, number(each.before), number(each.grpo), number(each.lp_reg)]
