@@ -51,6 +51,11 @@ class Watched:
         return max((row["step"] for row in self.rows), default=0)
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the run has written its report, which it does last."""
+        return (self.folder / "report.html").is_file()
+
+    @property
     def last_line(self) -> str:
         """What the run printed last: before the first step, what it is doing."""
         lines = self.output.read_text(errors="replace").splitlines() if self.output.is_file() else []
@@ -122,7 +127,7 @@ class Progress:
         bars.add_column(ratio=1)
         bars.add_column(no_wrap=True, overflow="ellipsis", max_width=48 if self._has_room else 20, style="dim")
         for run in self.runs:
-            says = "" if 0 < run.step < run.steps else run.last_line
+            says = "" if 0 < run.step < run.steps else "finished" if run.is_finished else run.last_line
             bars.add_row(f"{run.label} {run.step}/{run.steps}", ProgressBar(total=run.steps, completed=run.step), says)
         return bars
 
