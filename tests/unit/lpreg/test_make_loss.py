@@ -190,13 +190,3 @@ def test_means_add_up() -> None:
     both = Mean(torch.tensor(3.0), torch.tensor(2)) + Mean(torch.tensor(1.0), torch.tensor(6))
     assert both.value == 0.5
     assert Mean(torch.tensor(0.0), torch.tensor(0)).value != Mean(torch.tensor(0.0), torch.tensor(0)).value  # NaN
-
-
-def test_the_pages_know_every_method() -> None:
-    readme, table, count = (
-        (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
-        for page in ("README.md", "docs/methods.md", "docs/your-own-run.md")
-    )
-    assert [name for name in METHODS if f"`{name}`" not in table] == []
-    assert f"one of {len(METHODS)} methods" in count
-    assert f"{len(METHODS)} losses" in readme
