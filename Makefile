@@ -15,12 +15,14 @@ REHEARSAL := .venv-rehearsal
 SINKS := .venv-sinks
 SINKS_PIP := $(SINKS)/bin/python -m pip --disable-pip-version-check --no-input
 REHEARSAL_PIP := $(REHEARSAL)/bin/python -m pip --disable-pip-version-check --no-input
+DOCS := .venv-docs
+DOCS_PACKAGES := mkdocs-material==9.8.1
 
 # Ranks share the cores: more threads each would only make them wait for one another.
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark benchmark-check reproduce dev test test-all test-browser test-slurm sinks test-sinks window test-megatron-window engines test-engines rehearsal rehearse rehearse-session rehearse-session image-test lint clean
+.PHONY: help setup quickstart docs benchmark benchmark-check reproduce dev test test-all test-browser test-slurm sinks test-sinks window test-megatron-window engines test-engines rehearsal rehearse rehearse-session image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,8 +49,18 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp
 	@$(PIP) install --quiet $(PIN) --no-build-isolation -e '.[dev,trl]'
 	@touch $@
 
-quickstart: setup ## train the Countdown example: make quickstart ARGS="algorithm.name=grpo"
-	$(BIN)/megatron-rl train examples/quickstart/countdown.yaml $(ARGS)
+quickstart: setup ## train GRPO and Lp-Reg side by side and compare them: make quickstart ARGS="train.steps=100"
+	$(BIN)/python examples/quickstart/demonstration.py $(ARGS)
+
+docs: $(DOCS)/.stamp ## build the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo 'the site: build/site/index.html'
+
+$(DOCS)/.stamp: Makefile
+	@echo 'installing what the documentation takes'
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(DOCS_PACKAGES)
+	@touch $@
 
 # Unit tests share the cores, a file at a time: what a file prepares is then prepared once. They start in the order in
 # which tests/conftest.py puts them. A whole run starts several processes of its own, so those go one at a time.
@@ -61,6 +73,7 @@ test: dev ## unit and invariance tests, and one whole run
 test-all: dev ## every test that needs no GPU, with more cases and examples than `make test`
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser" $(SHARED)
 	$(BIN)/pytest tests/e2e_cpu
+	$(MAKE) docs
 	$(MAKE) test-browser
 	$(MAKE) test-sinks
 	$(MAKE) test-engines
@@ -176,7 +189,7 @@ benchmark: dev ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some
 benchmark-check: setup ## costs that no machine changes, against the kept ones (a minute)
 	$(BIN)/python benchmarks/check.py
 
-reproduce: setup ## GRPO beside Lp-Reg on the quickstart, three seeds each: the table of the README (half an hour on two cores)
+reproduce: setup ## the demonstration for ten seeds: the table of docs/demonstration.md (half an hour on two cores)
 	$(BIN)/python benchmarks/countdown_seeds.py --out runs/benchmarks/countdown_seeds.json $(ARGS)
 
 image-test: dev ## build the CPU image and start it, without Docker (on Debian, as root, buildah is installed where missing)
@@ -192,5 +205,5 @@ lint: dev ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) $(WINDOW) $(ENGINES) $(REHEARSAL) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(WINDOW) $(ENGINES) $(REHEARSAL) $(DOCS) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lpreg megatron_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +
