@@ -39,8 +39,8 @@ OPEN_FILES = 64
 RECURSION = 50_000
 """Python's recursion limit of a candidate. The graders whose data sets are in use set this figure."""
 STACK = 128 * 2**20
-"""Most bytes of the main thread's stack, which is part of the address space. Linux keeps this room free. Recursion through
-C, as in a function under lru_cache or a key of sorted, takes up to 2.5 KB a level in CPython 3.11."""
+"""Most bytes of the main thread's stack, which is part of the address space. Linux keeps this room free. Recursion
+through C, as in a function under lru_cache or a key of sorted, takes up to 2.5 KB a level in CPython 3.11."""
 MODULES = (
     *("array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools"),
     *("heapq", "io", "itertools", "json", "math", "operator", "os", "queue", "random", "re", "statistics", "string"),

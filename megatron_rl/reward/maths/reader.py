@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
+from .domains import domain_in_words, half_line, split_domain, without_real_variable
 from .names import is_numeric
 from .notations import read_based, read_clock, read_ratio
-from .numbers import Number, read_number
+from .numbers import read_number
 from .parts import (
     EMPTY_SET,
     Bracket,
@@ -55,16 +55,11 @@ _MATRIX = re.compile(
 )
 _SET_WORDS = re.compile(
     r"(?:the |set of |all )*"
-    r"(?P<name>real (?:numbers?(?: [a-z])?|[a-z]|values of [a-z])|reals|integers|rational numbers|natural numbers|complex numbers)"
+    r"(?P<name>real (?:numbers?(?: [a-z])?|[a-z]|values of [a-z])|reals|integers|"
+    r"rational numbers|natural numbers|complex numbers)"
     r"(?: (?:except|other than|but|not equal to|excluding)(?: for)? (?P<without>.+))?"
 )
 _SET_NAMES = {"real": "R", "inte": "Z", "rati": "Q", "natu": "N", "comp": "C"}
-_HALF_LINE = re.compile(r"\\mathbb\{R\}(?:\^\{(?P<sign>[+-])\}|_\{(?P<bound><|>|\\le|\\ge)0\})")
-_REAL_VARIABLE = re.compile(r"(?P<name>[a-zA-Z]) ?\\in ?\\mathbb\{R\}(?:,| ?\\text\{,? ?(?:and|with) \}) ?(?P<rest>.+)")
-_MEMBERSHIP = re.compile(
-    r"(?P<head>.+?)[,;]? ?\(?(?P<condition>(?P<name>[a-zA-Z]) ?\\in ?\\mathbb\{[RZQNC]\}(?:\^\{\+\})?)(?P<end>\)?)"
-)
-_INTEGER = re.compile(r"(?:(?:any|every|all|some) )?(?:integers? ([a-z])|([a-z]) (?:is (?:an|any) |an )integer)")
 _NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|(?:the )?(?:empty|null) set")
 _CHOICE = re.compile(r"\(?([A-Z]|[IVX]{1,4})[).:]?")
 
@@ -97,29 +92,16 @@ def read(text: str) -> Part:
         return clock
     if (match := _CONDITION.search(text)) and match.start():
         condition = " ".join(_TEXT.sub(r" \1 ", f"{match['inside'] or match[0]} {match['rest']}").lower().split())
-        return Guarded(read(text[: match.start()]), "" if _ALL_REALS.fullmatch(condition) else _membership(condition))
-    if (match := _MEMBERSHIP.fullmatch(text)) and _mentions(match["head"], match["name"]) and balanced(match["head"]):
-        is_real = match["condition"].endswith(r"\mathbb{R}")
-        return Guarded(read(match["head"]), "" if is_real else match["condition"].lower().replace(" ", ""))
-    if (match := _REAL_VARIABLE.fullmatch(text)) and _mentions(match["rest"], match["name"]):
-        if any(split(match["rest"], RELATIONS.__contains__)[1]):
-            return read(match["rest"])
+        return Guarded(
+            read(text[: match.start()]), "" if _ALL_REALS.fullmatch(condition) else domain_in_words(condition)
+        )
+    if (parts := split_domain(text)) is not None:
+        return Guarded(read(parts[0]), parts[1])
+    if (rest := without_real_variable(text)) is not None and split(rest, RELATIONS.__contains__)[1]:
+        return read(rest)
     if (mixed := mixed_quantity(text)) is not None:
         return Quantity(read_number(str(mixed[0])) or Expression(str(mixed[0])), mixed[1])
     return _words(text) or _list(text)
-
-
-def _mentions(text: str, name: str) -> bool:
-    return name in re.sub(r"\\[a-zA-Z]+", " ", text)
-
-
-def _membership(condition: str) -> str:
-    r"""Returns `k\in\mathbb{z}` for `for k \in \mathbb{z}` and `where k is an integer`, and other conditions as they are."""
-    bare = re.sub(r"^(?:for|where|with|when|if)(?: (?:all|any|every|some))? ", "", condition)
-    if match := _INTEGER.fullmatch(bare):
-        return rf"{match[1] or match[2]}\in\mathbb{{z}}"
-    joined = bare.replace(" ", "")
-    return joined if re.fullmatch(r"[a-z]\\in\\mathbb\{[zqnc]\}", joined) else condition
 
 
 def _words(text: str) -> Part | None:
@@ -238,8 +220,8 @@ def _bracket(text: str) -> Part:
         return EMPTY_SET
     if match := re.fullmatch(r"\\mathbb\{([RZQNC])\}", text):
         return NamedSet(match[1])
-    if match := _HALF_LINE.fullmatch(text):
-        return _half_line(match["sign"], match["bound"])
+    if (half := half_line(text)) is not None:
+        return half
     if match := _MATRIX.fullmatch(text):
         return _matrix(match["rows"]) if r"\begin" not in match["rows"] else Expression(text)
     if (group := enclosed(text)) is None or group[0] in (r"\lfloor", r"\lceil"):
@@ -261,13 +243,6 @@ def _bracket(text: str) -> Part:
         parts = [item for part in parts for item in without_plus_minus(part)]
     items = tuple(_relation(part) for part in parts)
     return Bracket(*(("(", ")") if left == r"\langle" else (left, right)), items)
-
-
-def _half_line(sign: str | None, bound: str | None) -> Bracket:
-    zero, infinity = Number(Fraction(0), False), Expression(r"\infty")
-    if sign == "+" or bound in (">", r"\ge"):
-        return Bracket("[" if bound == r"\ge" else "(", ")", (zero, infinity))
-    return Bracket("(", "]" if bound == r"\le" else ")", (Expression(r"-\infty"), zero))
 
 
 def _builder(inside: str) -> Builder | None:

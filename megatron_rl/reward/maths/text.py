@@ -81,6 +81,7 @@ _AFTER_FONTS: Rules = [
         (r"\\not\s*=|!=", r"\\ne "),
         (r"(?<!\.)\.\.\.(?!\.)", r"\\dots "),
         (r"\^\s*\{\s*\\prime\s*\\prime\s*\}|\^\s*\\prime\s*\\prime", "''"),
+        (r"(?<=\d)\"", "''"),
         (r"\^\s*\{\s*\\prime\s*\}|\^\s*\\prime(?![a-zA-Z])", "'"),
         (r"(?:\^\s*)+(?:\{\s*\^?\\circ\s*\}|\\circ(?![a-zA-Z]))|(?<=\d)\s*\\circ(?![a-zA-Z])", r"^\\circ "),
         (

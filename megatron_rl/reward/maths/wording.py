@@ -1,4 +1,4 @@
-r"""Words between numbers: `3\text{ remainder }4`, `2 red 6 blue`, `(a) 3 (b) 4`. None of them is a factor of a product."""
+r"""Words between numbers: `3\text{ remainder }4`, `2 red 6 blue`, `(a) 3 (b) 4`. None of them is a factor."""
 
 from __future__ import annotations
 
