@@ -71,7 +71,7 @@ def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
         links = list(chain.signs)
         if len({text.replace(" ", "") for text in texts}) < len(texts):
             return
-    if _has_other_unknowns(texts):
+    if _has_other_unknowns(texts[-len(chain.signs) :]):
         return
     exact = [index for index, sign in enumerate(links) if sign == "="]
     if not is_label and not all(same(sides[index], sides[index + 1]) for index in exact):
@@ -90,7 +90,10 @@ def _letters(text: str) -> set[str]:
 
 
 def _has_other_unknowns(texts: list[str]) -> bool:
-    r"""Returns whether a side before the last one names what the last one does not, as in `x=2y=6` or `AB=CD=5`."""
+    r"""Returns whether a side between the first and the last one names what the last does not, as in `x=2y=6`.
+
+    The texts are all sides but the first.
+    """
     *computations, last = map(_unknowns, texts)
     return any(not names <= last for names in computations)
 

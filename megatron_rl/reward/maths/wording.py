@@ -11,8 +11,8 @@ _OPERATOR = re.compile(r"\\(?:cdot|times|pm|mp)(?![a-zA-Z])")
 _BESIDE_OPERAND = re.compile(r"[\w)}\]'!|]\s*\\text\s*\{|\\text\s*\{[^{}]*\}\s*(?:[\w(]|\\[a-zA-Z{])")
 _INDEX = re.compile(r"_\{(?:[^{}]|\{[^{}]*\})*\}|_\w")
 _BEFORE_DIGIT = re.compile(rf"(?<![a-zA-Z\\])(?!(?:{_FUNCTIONS})\s*\d)[a-zA-Z]+ ?\d")
-_PART = r"\((?:[a-zA-Z]|\d|i{1,3}|iv|vi{0,3}|ix)\)"
-_PARTS = re.compile(rf"{_PART}\s*(?:\d|[^\s()^_+*/=<>'-][^()]*{_PART}\s*[\w\\-])")
+_PART = r"[(\[](?:[a-zA-Z]|\d|i{1,3}|iv|vi{0,3}|ix)[)\]]"
+_PARTS = re.compile(rf"{_PART}\s*(?:\d|[^\s()\[\]^_+*/=<>'-][^()\[\]]*{_PART}\s*[\w\\-])")
 
 
 def has_words(text: str) -> bool:
