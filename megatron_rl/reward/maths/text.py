@@ -67,7 +67,7 @@ _BEFORE_FONTS: Rules = [
         (r"\\!", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\[hv]space\*?\s*\{[^{}]*\}", " "),
         (r"(?<=\d)\s*\\deg(?!\s*[a-zA-Z({\\])|(?<=\d)\^\{?\\(?:text|mathrm)\{o\}\}?", r"^\\circ "),
-        (r"^\s*\\text\s*\{\s*(?i:(?:the )?(?:final )?answer(?: is)?)\s*:?\s*\}\s*[=:]?", ""),
+        (r"^\s*\\text\s*\{\s*(?i:(?:the )?(?:final )?answer(?: is)?)\s*:?\s*\}\s*[=:]?(?=\s*\S)", ""),
         (r"^(.*\\in ?)?\\mathbf\s*\{R\}$|\\Bbb\s*\{?\s*R\s*\}?", r"\1\\mathbb{R}"),
         (r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?", r"\\mathbb{\1}"),
         (r"\\(?:text|mathrm)\s*\{ ?(Rs\.?|USD|EUR|GBP) ?\} ?(?=\d)", r"\1 "),
@@ -115,7 +115,7 @@ _STRAY = [
         r"(?P<inside>.*[\w)}\]%.])\s*\?",
     )
 ]
-_RECURRING = re.compile(r"(\d*\.\d*?)(\d{1,3}?)\2{2,}\s*(?:\\[lc]?dots(?![a-zA-Z])|\.\.\.)")
+_RECURRING = re.compile(r"((?<!\d)\d{0,12}\.\d{0,12}?)(\d{1,3}?)\2{2,30}\s*(?:\\[lc]?dots(?![a-zA-Z])|\.\.\.)")
 """Digits that stand three times before dots recur: `2.333\\ldots`."""
 _EMPTY_GROUP = re.compile(r"(?<![\^_}a-zA-Z])\{\}|^\{\}|\{\}$")
 
