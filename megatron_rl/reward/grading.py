@@ -8,7 +8,7 @@ from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward.grader import Grader
 from megatron_rl.reward.outcomes import check_failures, outcome_rates
 from megatron_rl.reward.shaping import format_penalties
-from megatron_rl.types import Prompt, Response, RewardResult, Sample
+from megatron_rl.types import AgentResponse, Prompt, Response, RewardResult, Sample
 
 
 class Grading:
@@ -18,8 +18,11 @@ class Grading:
         self.grader, self.settings = grader, settings
 
     def grade(self, pairs: Sequence[tuple[Prompt, Response]]) -> list[RewardResult]:
-        """One result per response, in order, with the response's text."""
-        return self.grader.score([Sample(prompt, response, text="") for prompt, response in pairs])
+        """One result per response, in order, with the response's text: the agent's own, or that of the verifier."""
+        own = [response.reward if isinstance(response, AgentResponse) else None for _, response in pairs]
+        rest = [Sample(*pair, text="") for pair, reward in zip(pairs, own, strict=True) if reward is None]
+        graded = iter(self.grader.score(rest))
+        return [next(graded) if reward is None else reward for reward in own]
 
     def check(self, graded: Sequence[tuple[Prompt, RewardResult]]) -> dict[str, float]:
         """Returns metrics of how grading went. Raises UserError if too many responses could not be graded."""

@@ -60,15 +60,21 @@ def training_batch(
 ) -> tuple[TrainingBatch, dict[str, float]]:
     """Returns the batch of the rollouts to train on, with advantages, and metrics. `shaped`: results -> rewards."""
     responses = rollouts.responses
+    counts = np.array([len(response.sequences) for _, response, _ in responses], dtype=np.int64)
+    firsts = np.cumsum(counts) - counts  # the first sequence of each response
     rewards = np.array(shaped([reward for _, _, reward in responses]), dtype=np.float64)
     sequences = sequences_of((prompt.token_ids, response) for prompt, response, _ in responses)
     groups = rollouts.group_numbers
     metrics = {}
     if config.algorithm.overlong.buffer_tokens:
-        penalty = overlong_penalty(config, sequences.sampled_lengths)
+        penalty = overlong_penalty(config, np.add.reduceat(sequences.sampled_lengths, firsts))
         rewards, metrics = rewards + penalty, {"reward/overlong_penalty": float(penalty.mean())}
-    advantages = advantages_of(config.algorithm, rewards, groups)
-    fresh = [response.sampled(response.sampled_by(rollouts.weight_version)) for _, response, _ in responses]
+    advantages = np.repeat(advantages_of(config.algorithm, rewards, groups[firsts]), counts)
+    fresh = [
+        sequence.sampled(sequence.sampled_by(rollouts.weight_version))
+        for _, response, _ in responses
+        for sequence in response.sequences
+    ]
     batch = TrainingBatch(
         sequences.with_values(advantages=sequences.per_token(advantages.astype(np.float32))),
         groups,
