@@ -203,9 +203,13 @@ class RewardResult:
     detail: str = ""
     """Reason for the score: "correct", "no box", "KeyError: ..."."""
     outcome: Outcome = "score"
-    """If it is not "score", `score` is 0."""
+    """If it is not "score", the sample has no reward, and `score` means nothing."""
     text: str = ""
     """The response as text, without special tokens. The grader fills it in; a verifier need not."""
+
+    @property
+    def has_score(self) -> bool:
+        return self.outcome == "score"
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,9 @@ def largest_logit_difference(folder: Path, batch: SequenceBatch, actor_logits: A
     actor_logits: [T, V], the actor's logits of the T sampled tokens. Returns the largest absolute difference.
     """
     disable_progress_bar()  # the loading bar of transformers would overwrite the terminal view
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+    )
     model.eval()
     predictors = np.split(batch.predictors, np.cumsum(batch.sampled_lengths)[:-1])
     reloaded = [

@@ -48,6 +48,14 @@ class ModelFolder:
 
 
 @dataclass(frozen=True, slots=True)
+class DataFile:
+    """The file of training prompts, to which the position in the data and the rollout buffer refer."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
     """The process that wrote the checkpoint."""
 
@@ -60,6 +68,8 @@ class Origin:
     """Package name -> version."""
     reference: ModelFolder | None = None
     """The frozen reference model of the KL penalty, if there is one."""
+    data: DataFile | None = None
+    """None in a checkpoint of an earlier version."""
 
     @property
     def layout_in_words(self) -> str:

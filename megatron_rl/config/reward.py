@@ -76,13 +76,12 @@ class RewardSettings(Section):
     workers: PositiveInt = 2
     """Number of verifier processes. remote uses none."""
     timeout_seconds: Positive = 5.0
-    """Longest grading time per sample. After it, the process is killed, the outcome is a time-out and the score is
-    0."""
+    """Longest grading time per sample. After it, the process is killed, and the sample has no reward."""
     memory_mb: PositiveInt = 4096
-    """Memory limit per process in MiB. A process that exceeds it is replaced, and the sample's outcome is an error."""
+    """Memory limit per process in MiB. A process that exceeds it is replaced, and the sample has no reward."""
     max_failed_fraction: ShareOrZero = 0.2
-    """Largest fraction of a batch that may end without a score (time-out or error). Above it, the run stops and shows
-    examples, because such samples count as 0."""
+    """Largest fraction of a batch that may end without a score (time-out or error). Such samples are left out of
+    baselines and of the loss. Above the limit, the run stops and shows examples."""
     math: MathSettings = MathSettings()
     code: CodeSettings = CodeSettings()
     remote: RemoteSettings | None = None

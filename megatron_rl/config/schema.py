@@ -61,6 +61,9 @@ class DataSettings(Section):
     """Use a new order of the rows in each epoch, derived from the seed."""
     label_field: Text | None = None
     """Column that holds the ground truth. Default: the column of the recognised schema."""
+    allow_changed: bool = False
+    """Resume even if `train` is another file than in the checkpoint, by its SHA-256. The run then begins with the first
+    prompt of the new file, and drops prompts of the old one that it had drawn and not trained on."""
 
 
 class WarmStartPhase(Section):

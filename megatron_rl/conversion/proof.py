@@ -76,7 +76,9 @@ def random_tokens(architecture: Architecture) -> Tensor:
 def transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Logits [sequences, length, vocabulary] in fp32, computed by transformers with the weights rounded to `dtype`."""
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
+    )
     logits: Tensor = model.float().eval()(tokens).logits
     del model
     gc.collect()

@@ -12,8 +12,8 @@ from megatron_rl.types import Prompt
 
 from .rows import read_rows
 from .schemas import Row, Schema, SchemaName, recognise
-from .template import check_template, render
-from .tokenizer import Tokenizer, load_tokenizer
+from .template import OWN_TEMPLATES, check_template, render
+from .tokenizer import Tokenizer, begin_ids, load_tokenizer, token_ids_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class _Loading:
         self.truncated = 0
         self.seen: set[tuple[str, str]] = set()
         self.encoded: dict[str, tuple[int, ...]] = {}  # repeated prompts share one tokenization and one tuple
+        self.begin: tuple[int, ...] | None = None if settings.template in OWN_TEMPLATES else ()
+        """Ids that every prompt begins with; None before the first prompt."""
 
     def run(self) -> PromptSet:
         schema: Schema | None = None
@@ -98,7 +100,7 @@ class _Loading:
                 return
             self.seen.add(key)
         if text not in self.encoded:
-            self.encoded[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+            self.encoded[text] = self._encode(text)
         token_ids = self.encoded[text]
         if not token_ids:
             raise ValueError("column prompt: the prompt is empty")
@@ -110,7 +112,16 @@ class _Loading:
                 self.dropped["too long"] += 1
                 return
             self.truncated += 1
-            token_ids = token_ids[-limit:]
+            begin = self.begin or ()
+            token_ids = (begin + token_ids[len(token_ids) - limit + len(begin) :])[:limit]
             text = self.tokenizer.decode(list(token_ids))
         metadata = schema.metadata(row)
         self.prompts.append(Prompt(f"{self.path.stem}:{index}", token_ids, text, label, metadata))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """Returns the ids of a rendered text. Templates of ours begin as the tokenizer's post-processor would, unless
+        the text already does."""
+        if self.begin is None:
+            self.begin = tuple(begin_ids(self.tokenizer, text))
+        token_ids = tuple(token_ids_of(self.tokenizer, text))
+        return token_ids if token_ids[: len(self.begin)] == self.begin else self.begin + token_ids

@@ -40,6 +40,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                 raise UserError(f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})") from error
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}, line {number}: not UTF-8: {error.reason} (byte {error.start})") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+                raise UserError(f"{path}, line {number}: JSON that Python cannot read: {error}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: expected an object, {{...}}, found {line.strip()[:40]!r}")
             yield f"line {number}", row

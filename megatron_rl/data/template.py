@@ -20,11 +20,21 @@ R1_ZERO = (
 """Table 1 of DeepSeek-R1 (arXiv 2501.12948), with a sentence about the box, because the verifier reads the box."""
 
 
+OWN_TEMPLATES = ("boxed", "r1-zero")
+"""Templates that begin with what the tokenizer itself puts before a text. A chat template has its own beginning, and so
+has a prompt without a template."""
+
+
 def check_template(tokenizer: Tokenizer, template: Template) -> None:
-    """Raises UserError if the template needs a chat template and the tokenizer has none."""
-    if template.startswith("chat") and not tokenizer.chat_template:
+    """Raises UserError if the template needs a chat template and the tokenizer has none, or several without a default
+    one."""
+    if not template.startswith("chat"):
+        return
+    chat = tokenizer.chat_template
+    if not chat or (isinstance(chat, dict) and "default" not in chat):
+        has = f"only named chat templates ({', '.join(chat)}) and none is the default" if chat else "no chat template"
         raise UserError(
-            f"data.template: {template} is set, but the tokenizer has no chat template; "
+            f"data.template: {template} is set, but the tokenizer has {has}; "
             "use another data.template or a model folder with a chat template"
         )
 
@@ -48,10 +58,10 @@ def render(prompt: str | list[Message], *, tokenizer: Tokenizer | None, template
 
 
 def _chat(messages: list[Message], tokenizer: Tokenizer) -> str:
-    from jinja2 import TemplateError
-
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"column prompt: the chat template refuses these messages: {error}") from error
+    except Exception as error:  # a template is a program, and may raise whatever Python raises
+        raise ValueError(
+            f"column prompt: the chat template refuses these messages: {type(error).__name__}: {error}"
+        ) from error
     return str(text)

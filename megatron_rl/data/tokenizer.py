@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from megatron_rl.config.validate import TOKENIZER_FILES
 from megatron_rl.errors import UserError
+from megatron_rl.models.own_code import refuse_own_code
 
 from .schemas import Message
 
@@ -27,15 +28,36 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(model_folder: Path) -> Any:
-    """Loads the tokenizer of a Hugging Face model folder from local files. Raises UserError if it has none."""
+    """Loads the tokenizer of a Hugging Face model folder from local files. Raises UserError if it has none, or one that
+    cannot be loaded or needs code of the folder's own."""
     if not any((model_folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{model_folder}: no tokenizer here; expected one of {', '.join(TOKENIZER_FILES)}")
+    refuse_own_code(model_folder)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{model_folder}: the tokenizer cannot be loaded: {error}") from error
+        return AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception for a damaged file, and others lack a package
+        raise UserError(f"{model_folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def token_ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the ids of a text, without special tokens beside those in the text. Raises ValueError if the tokenizer
+    cannot encode the text."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises a bare Exception for a word outside the vocabulary
+        raise ValueError(f"the tokenizer cannot encode the prompt: {error}") from error
+
+
+def begin_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the ids that the tokenizer's own post-processor puts before a text: the begin token, or nothing.
+
+    `text`: any text that the tokenizer can encode.
+    """
+    plain, whole = token_ids_of(tokenizer, text), tokenizer.encode(text, add_special_tokens=True)
+    starts = (i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain)
+    return whole[: next(starts, 0)]
 
 
 def single_token(tokenizer: Any, text: str, key: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ class Progress:
     done: int
     total: int
     right: float
-    """Mean score so far."""
+    """Mean over the problems so far of the mean score of the graded responses."""
 
 
 class _ServersOwn:
@@ -144,24 +145,28 @@ class Evaluation:
 
 
 def summary_of(measures: dict[str, Measures]) -> dict[str, Any]:
-    """Returns everything the table shows, and pass@k for every power of two."""
+    """Returns everything the table shows, and pass@k for every power of two. A measure without any graded response is
+    None."""
     suites = {}
     for name, suite in measures.items():
         powers = [2**i for i in range(suite.k.bit_length()) if 2**i < suite.k] + [suite.k]
         suites[name] = {
             "problems": len(suite.problems),
             "k": suite.k,
-            f"avg@{suite.k}": asdict(suite.avg),
-            **{f"pass@{k}": asdict(suite.pass_at(k)) for k in powers},
-            f"maj@{suite.k}": asdict(suite.majority),
+            f"avg@{suite.k}": _as_json(suite.avg),
+            **{f"pass@{k}": _as_json(suite.pass_at(k)) for k in powers},
+            f"maj@{suite.k}": _as_json(suite.majority),
             "response_length": suite.response_length,
             "truncated_fraction": suite.truncated_fraction,
             "failed_fraction": suite.failed_fraction,
         }
-    mean: Estimate = macro(list(measures.values()))
-    return {"suites": suites, "macro_mean": asdict(mean)}
+    return {"suites": suites, "macro_mean": _as_json(macro(list(measures.values())))}
+
+
+def _as_json(estimate: Estimate) -> dict[str, float] | None:
+    return None if math.isnan(estimate.value) else asdict(estimate)
 
 
 def _progress(suite: str, problems: list[Problem], total: int) -> Progress:
-    score = sum(problem.mean_score for problem in problems) / len(problems) if problems else 0.0
-    return Progress(suite, len(problems), total, score)
+    scores = [problem.mean_score for problem in problems if problem.mean_score is not None]
+    return Progress(suite, len(problems), total, sum(scores) / max(1, len(scores)))

@@ -1,7 +1,12 @@
-"""Measures of a model from its graded responses: avg@k, pass@k and maj@k with intervals. Legend: P problems."""
+"""Measures of a model from its graded responses: avg@k, pass@k and maj@k with intervals.
+
+A response that could not be graded is neither right nor wrong: it has no part in any of them, and neither has a problem
+without any graded response. Legend: P problems with graded responses.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +26,8 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems, with a bootstrap interval of level `CONFIDENCE` for other problems of the same kind."""
+    """A mean over problems, with a bootstrap interval of level `CONFIDENCE` for other problems of the same kind. All
+    three are NaN without problems."""
 
     value: float
     low: float
@@ -46,17 +52,22 @@ class Measures:
 
     @cached_property
     def mean_scores(self) -> Array:
-        """[P], mean score of each problem's responses."""
-        return np.array([problem.mean_score for problem in self.problems])
+        """[P], mean score of each problem's graded responses."""
+        return np.array([problem.mean_score for problem in self._graded], dtype=np.float64)
 
     def pass_at(self, k: int) -> Estimate:
-        """pass@k: the chance that at least one of k responses is right."""
-        return estimate([np.array([pass_at_k(len(p.responses), p.right, k) for p in self.problems])])
+        """pass@k: the chance that at least one of k responses is right; of all graded ones, if these are fewer."""
+        counts = ((len(problem.graded), problem.right) for problem in self._graded)
+        return estimate([np.array([pass_at_k(count, right, min(k, count)) for count, right in counts])])
 
     @cached_property
     def majority(self) -> Estimate:
         """maj@k: share of problems whose most frequent answer is right."""
-        return estimate([np.array([majority_is_right(problem) for problem in self.problems])])
+        return estimate([np.array([majority_is_right(problem) for problem in self._graded])])
+
+    @cached_property
+    def _graded(self) -> list[Problem]:
+        return [problem for problem in self.problems if problem.graded]
 
     @property
     def response_length(self) -> float:
@@ -69,14 +80,19 @@ class Measures:
 
     @property
     def failed_fraction(self) -> float:
-        """Share of responses whose grading timed out or failed. They count as wrong."""
-        return self._mean(response.outcome != "score" for problem in self.problems for response in problem.responses)
+        """Share of responses whose generation or grading failed, or whose grading timed out."""
+        return self._mean(not response.has_score for problem in self.problems for response in problem.responses)
 
     def metrics(self) -> dict[str, float]:
-        """Metrics under the names that a run logs, without the prefix `eval/<suite>/`."""
-        found = {f"avg@{self.k}": self.avg.value, f"pass@{self.k}": self.pass_at(self.k).value}
-        if self.k > 1:
-            found[f"maj@{self.k}"] = self.majority.value
+        """Metrics under the names that a run logs, without the prefix `eval/<suite>/`; accuracies only if some response
+        was graded, and the share that was not only if there is one."""
+        found = {}
+        if self._graded:
+            found = {f"avg@{self.k}": self.avg.value, f"pass@{self.k}": self.pass_at(self.k).value}
+            if self.k > 1:
+                found[f"maj@{self.k}"] = self.majority.value
+        if self.failed_fraction:
+            found["failed_fraction"] = self.failed_fraction
         return found | {"response_length": self.response_length, "truncated_fraction": self.truncated_fraction}
 
     @staticmethod
@@ -97,11 +113,11 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority_is_right(problem: Problem) -> float:
     """Returns 1 if the most frequent answer is right, else 0; a fraction if several answers are equally frequent.
 
-    A response without an answer has no vote. All right answers count as the same answer, however they are written;
-    wrong answers are distinguished by their text.
+    A response without an answer has no vote, and neither has one that could not be graded. All right answers count as
+    the same answer, however they are written; wrong answers are distinguished by their text.
     """
     votes: dict[str | None, int] = defaultdict(int)  # None stands for the right answer
-    for response in problem.responses:
+    for response in problem.graded:
         if response.right:
             votes[None] += 1
         elif response.answer is not None:
@@ -112,8 +128,8 @@ def majority_is_right(problem: Problem) -> float:
 
 
 def macro(suites: Sequence[Measures]) -> Estimate:
-    """Returns the unweighted mean of the suites' avg@k."""
-    return estimate([suite.mean_scores for suite in suites])
+    """Returns the unweighted mean of the suites' avg@k, without suites of which nothing was graded."""
+    return estimate([suite.mean_scores for suite in suites if len(suite.mean_scores)])
 
 
 def estimate(values: Sequence[Array]) -> Estimate:
@@ -121,6 +137,8 @@ def estimate(values: Sequence[Array]) -> Estimate:
 
     The problems of each suite are redrawn with replacement `RESAMPLES` times, always with the same random numbers.
     """
+    if not sum(map(len, values)):
+        return Estimate(math.nan, math.nan, math.nan)
     random = np.random.default_rng(0)
     means = np.mean([_resampled_means(suite, random) for suite in values], axis=0)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])

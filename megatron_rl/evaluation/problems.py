@@ -49,13 +49,18 @@ class GradedResponse:
     score: float
     detail: str
     outcome: Outcome
+    """If it is not "score", the response has no reward: `score` means nothing, and is null in files."""
     tokens: int
     truncated: bool
     """Whether the response reached the maximum length without an end."""
 
     @property
+    def has_score(self) -> bool:
+        return self.outcome == "score"
+
+    @property
     def right(self) -> bool:
-        return self.score > RIGHT
+        return self.has_score and self.score > RIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,15 @@ class Problem:
     responses: list[GradedResponse]
 
     @property
-    def mean_score(self) -> float:
-        return sum(response.score for response in self.responses) / len(self.responses)
+    def graded(self) -> list[GradedResponse]:
+        """The responses that have a score."""
+        return [response for response in self.responses if response.has_score]
+
+    @property
+    def mean_score(self) -> float | None:
+        """Mean score of the graded responses; None if there are none."""
+        scores = [response.score for response in self.graded]
+        return sum(scores) / len(scores) if scores else None
 
     @property
     def right(self) -> int:
@@ -102,6 +114,8 @@ def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     rows: list[dict[str, Any]] = [
         asdict(problem) | {"mean_score": problem.mean_score, "right": problem.right} for problem in problems
     ]
+    for response in (response for row in rows for response in row["responses"] if response["outcome"] != "score"):
+        response["score"] = None
     with atomically(path) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
 
@@ -113,6 +127,11 @@ def read_problems(path: Path) -> list[Problem]:
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and its problems are evaluated again") from error
     return [
-        Problem(row["id"], row["prompt"], row["label"], [GradedResponse(**response) for response in row["responses"]])
+        Problem(
+            row["id"],
+            row["prompt"],
+            row["label"],
+            [GradedResponse(**response | {"score": response["score"] or 0.0}) for response in row["responses"]],
+        )
         for row in rows
     ]

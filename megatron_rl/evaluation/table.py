@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.table import Table
 
 from .measures import CONFIDENCE, Estimate, Measures, macro
@@ -37,4 +39,6 @@ def table_of(measures: dict[str, Measures], title: str) -> Table:
 
 
 def _shown(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "nothing graded"
     return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from megatron_rl.errors import UserError
+from megatron_rl.models.own_code import refuse_own_code
 
 if TYPE_CHECKING:
     from torch import Tensor  # a dry run reads configs without torch
@@ -24,12 +25,14 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads a folder's config.json. Raises UserError if the folder or the file is missing, or is not a JSON object."""
+    """Reads a folder's config.json. Raises UserError if the folder or the file is missing, if it is not a JSON object,
+    and if the model needs code of its own."""
     if not folder.is_dir():
         raise UserError(f"The model folder {folder} does not exist. Set model.path to a Hugging Face model folder.")
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
+    refuse_own_code(folder)
     return _read_json(path)
 
 

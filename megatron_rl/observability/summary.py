@@ -134,8 +134,12 @@ def signed(value: float) -> str:
     return f"+{number(value)}" if value >= 0 else number(value)
 
 
-_LABELS = {"response_length": "response length", "truncated_fraction": "truncated share"}
-_ORDER = ("avg", "pass@", "maj@", "entropy", "response_length", "truncated_fraction")
+_LABELS = {
+    "response_length": "response length",
+    "truncated_fraction": "truncated share",
+    "failed_fraction": "not graded share",
+}
+_ORDER = ("avg", "pass@", "maj@", "entropy", "response_length", "truncated_fraction", "failed_fraction")
 
 
 def _rank(metric: str) -> tuple[int, str]:

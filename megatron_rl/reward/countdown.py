@@ -11,8 +11,9 @@ OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 FILLERS = ("hmm", "so")
 BETWEEN_ATTEMPTS = ("ok", "no", "wait", *FILLERS)
 
-LABEL = re.compile(r"(\d+) (\d+) (\d+) > (\d+)", re.ASCII)
-ATTEMPT = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+) ([-+*]) (\d+) = (\d+)", re.ASCII)
+_NUMBER = r"(\d{1,9})"  # Python refuses to convert thousands of digits
+LABEL = re.compile(f"{_NUMBER} {_NUMBER} {_NUMBER} > {_NUMBER}", re.ASCII)
+ATTEMPT = re.compile(f"{_NUMBER} ([-+*]) {_NUMBER} = {_NUMBER} ([-+*]) {_NUMBER} = {_NUMBER}", re.ASCII)
 
 
 def verify_countdown(sample: Sample) -> RewardResult:

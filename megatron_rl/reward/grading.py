@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward.grader import Grader
@@ -18,11 +21,18 @@ class Grading:
         self.grader, self.settings = grader, settings
 
     def grade(self, pairs: Sequence[tuple[Prompt, Response]]) -> list[RewardResult]:
-        """One result per response, in order, with the response's text: the agent's own, or that of the verifier."""
+        """One result per response, in order, with the response's text: the verdict of its agent, or of the verifier. A
+        response whose generation failed has the outcome "error", whatever the verdict."""
         own = [response.reward if isinstance(response, AgentResponse) else None for _, response in pairs]
         rest = [Sample(*pair, text="") for pair, reward in zip(pairs, own, strict=True) if reward is None]
         graded = iter(self.grader.score(rest))
-        return [next(graded) if reward is None else reward for reward in own]
+        results = [next(graded) if reward is None else reward for reward in own]
+        failed = [reward is not None and not reward.has_score for reward in own]
+        faults = ("" if known else generation_fault(pair[1]) for known, pair in zip(failed, pairs, strict=True))
+        return [
+            replace(result, score=0.0, detail=fault, outcome="error") if fault else result
+            for result, fault in zip(results, faults, strict=True)
+        ]
 
     def check(self, graded: Sequence[tuple[Prompt, RewardResult]]) -> dict[str, float]:
         """Returns metrics of how grading went. Raises UserError if too many responses could not be graded."""
@@ -35,8 +45,19 @@ class Grading:
         return rates
 
     def shaped(self, results: Sequence[RewardResult]) -> list[float]:
-        """Rewards: the scores, lowered for responses of the wrong form."""
+        """Rewards of results that have a score: the scores, lowered for responses of the wrong form."""
         return [result.score + penalty for result, penalty in zip(results, self._penalties(results), strict=True)]
 
     def _penalties(self, results: Sequence[RewardResult]) -> list[float]:
         return format_penalties([result.text for result in results], self.settings.format)
+
+
+def generation_fault(response: Response) -> str:
+    """Returns why the engine did not generate this response properly, or an empty text."""
+    if not response.num_sampled_tokens:
+        return "the generation failed: the response has no sampled token"
+    for sequence in response.sequences:
+        if len(sequence.log_probs) and np.isnan(log_probs := sequence.sampled(sequence.log_probs)).any():
+            token = int(sequence.sampled(sequence.token_ids)[np.isnan(log_probs).argmax()])
+            return f"the generation failed: the engine's log-prob of token {token} is not a number"
+    return ""

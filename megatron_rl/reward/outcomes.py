@@ -14,7 +14,7 @@ EXCERPT = 200
 
 
 def outcome_rates(results: Sequence[RewardResult]) -> dict[str, float]:
-    """Fractions of responses whose verifier timed out or failed; zeros for an empty batch."""
+    """Fractions of responses that have no score, by the reason; zeros for an empty batch."""
     count = max(len(results), 1)
     return {
         f"reward/{outcome}_fraction": sum(result.outcome == outcome for result in results) / count
@@ -23,10 +23,10 @@ def outcome_rates(results: Sequence[RewardResult]) -> dict[str, float]:
 
 
 def check_failures(graded: Sequence[tuple[Prompt, RewardResult]], settings: RewardSettings) -> None:
-    """Raises UserError with examples if more than `max_failed_fraction` of the responses have no score: training on
-    such a batch would reinforce false rewards."""
+    """Raises UserError with examples if more than `max_failed_fraction` of the responses have no score: something is
+    broken then, and what is left is no fair sample of the batch."""
     limit = settings.max_failed_fraction
-    failed = [(prompt, result) for prompt, result in graded if result.outcome != "score"]
+    failed = [(prompt, result) for prompt, result in graded if not result.has_score]
     if len(failed) <= limit * len(graded):
         return
     seen: set[str] = set()
@@ -39,6 +39,6 @@ def check_failures(graded: Sequence[tuple[Prompt, RewardResult]], settings: Rewa
                 f"    label {str(prompt.label)[:EXCERPT]!r}, response ends in {result.text[-EXCERPT:]!r}"
             )
     raise UserError(
-        f"{len(failed)} of {len(graded)} samples could not be graded by reward.name: {settings.name} and would count "
-        f"as wrong; reward.max_failed_fraction is {limit:g}. Examples:\n" + "\n".join(lines)
+        f"{len(failed)} of {len(graded)} samples could not be graded by reward.name: {settings.name} and have no "
+        f"reward; reward.max_failed_fraction is {limit:g}. Examples:\n" + "\n".join(lines)
     )

@@ -42,7 +42,7 @@ class RewardPool:
     """Scores samples with `settings.name` in `settings.workers` processes, with a limit of `settings.timeout_seconds`
     per sample.
 
-    A verifier that hangs, crashes, leaks or raises costs only its own sample: outcome "timeout" or "error", score 0;
+    A verifier that hangs, crashes, leaks or raises costs only its own sample: the outcome is "timeout" or "error", and
     its process is replaced. Workers ignore Ctrl-C, redirect the verifier's output to `log_file` (default: stderr), and
     import only what the verifier needs. The pool is a context manager: no worker outlives the pool or the process that
     made the pool.
@@ -96,7 +96,7 @@ class RewardPool:
         try:
             return replace(result, text=text_of(sample, self._decode))
         except ValueError as error:
-            return result if result.outcome != "score" else _failure(error)
+            return _failure(error) if result.has_score else result
 
     def close(self) -> None:
         """Ends the workers, whether busy or not. Calling it again is harmless."""

@@ -20,7 +20,7 @@ from megatron_rl.utils.web import EXCERPT, RequestFailed, ask
 class RemoteReward:
     """Posts batches of samples to `settings.remote.url`.
 
-    A batch whose every attempt failed costs only its own samples: outcome "timeout" or "error", score 0. A time-out, a
+    A batch whose every attempt failed costs only its own samples: outcome "timeout" or "error". A time-out, a
     lost connection or a temporary status is followed by another attempt; a request that the server refuses, or whose
     answer cannot be read, fails at once.
     """

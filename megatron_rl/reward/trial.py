@@ -28,7 +28,7 @@ def try_reward(settings: RewardSettings, prompt: Prompt) -> None:
     response = Response(token_ids, np.zeros(len(token_ids), np.float32), "stop", 0)
     with RewardPool(settings.model_copy(update={"workers": 1})) as pool:
         (result,) = pool.score([Sample(prompt, response, TRIAL_RESPONSE)])
-    if result.outcome == "score":
+    if result.has_score:
         return
     late = f" (reward.timeout_seconds: {settings.timeout_seconds:g})" if result.outcome == "timeout" else ""
     raise UserError(

@@ -29,9 +29,14 @@ class Group:
         return bool(self.responses) and all(response.finish_reason != "abort" for response in self.responses)
 
     @property
+    def scores(self) -> list[float]:
+        """Scores of the responses that have one."""
+        return [reward.score for reward in self.rewards if reward.has_score]
+
+    @property
     def has_signal(self) -> bool:
         """Whether the verifier's scores differ, so that a group-relative advantage can tell the responses apart."""
-        return len({reward.score for reward in self.rewards}) > 1
+        return len(set(self.scores)) > 1
 
     @property
     def oldest_version(self) -> int:

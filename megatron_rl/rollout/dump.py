@@ -108,7 +108,7 @@ def _row(step: int, row: DumpedResponse) -> dict[str, Any]:
         "prompt": row.prompt.text,
         "prompt_token_ids": row.prompt.token_ids,
         "response": row.reward.text,
-        "reward": row.reward.score,
+        "reward": row.reward.score if row.reward.has_score else None,
         "answer": row.reward.answer,
         "detail": row.reward.detail,
         "outcome": row.reward.outcome,

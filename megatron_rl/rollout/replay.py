@@ -73,7 +73,9 @@ def _group(number: int, rows: list[dict[str, Any]]) -> Group:
         since=first["weight_version"],
         responses=tuple(_answer(part, first["prompt_token_ids"]) for part in rollouts),
         rewards=tuple(
-            RewardResult(row["reward"], row["answer"], row["detail"], row.get("outcome") or "score", row["response"])
+            RewardResult(
+                row["reward"] or 0.0, row["answer"], row["detail"], row.get("outcome") or "score", row["response"]
+            )
             for row, *_ in rollouts
         ),
     )

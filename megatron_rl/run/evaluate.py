@@ -39,7 +39,7 @@ def evaluate(run: Run) -> dict[str, float]:
             batch = sequences_of((prompt.token_ids, response) for prompt, response in pairs)
             found = suites[-1].metrics() | _scored_by_actor(run, batch)
             metrics |= {f"eval/{name}/{metric}": value for metric, value in found.items()}
-    if len(suites) > 1:
+    if len(suites) > 1 and any(suite.failed_fraction < 1 for suite in suites):
         metrics["eval/macro_mean/avg"] = macro(suites).value
     run.view.eval(run.step, metrics)
     return metrics

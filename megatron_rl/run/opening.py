@@ -50,7 +50,7 @@ from megatron_rl.run.launch import launch_of
 from megatron_rl.run.prepare import prepare
 from megatron_rl.run.recorder import Recorder
 from megatron_rl.run.reference import find_reference
-from megatron_rl.run.resume import check_resumption, origin_of, resume
+from megatron_rl.run.resume import check_resumption, data_file, origin_of, resume, same_data
 from megatron_rl.run.run import Inputs, Run
 from megatron_rl.run.sampling import rollout_sampling, step_sampling
 from megatron_rl.run.stack import check_stack
@@ -119,10 +119,12 @@ def open_run(config: Config) -> Iterator[Run]:
         view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
         prepare(config, view)
         inputs = load_inputs(config)
+        data, continues = data_file(config), False
         if resumption:
             check_resumption(config, resumption)
+            continues = same_data(config, data, resumption)
         cursor = Cursor(len(inputs.train.prompts), config.seed, config.data.shuffle)
-        if state:
+        if state and continues:
             cursor.load_state(state.cursor)
         changes = run_folder.create(config)
         decode = decoder_of(inputs.tokenizer)
@@ -159,7 +161,7 @@ def open_run(config: Config) -> Iterator[Run]:
             sampler=sampler,
             weights=weights,
             contract=_contract(config, inputs, view),
-            saver=stack.enter_context(_saver(config, actors, origin_of(config, reference), view)),
+            saver=stack.enter_context(_saver(config, actors, origin_of(config, reference, data), view)),
             recorder=Recorder(config, config.run.folder, actors, phase),
             view=view,
             metrics=metrics,
@@ -167,7 +169,7 @@ def open_run(config: Config) -> Iterator[Run]:
             phase=phase,
         )
         if resumption:
-            resume(run, resumption)
+            resume(run, resumption, with_buffer=continues)
         run.sync_weights()
         yield run
 

@@ -10,12 +10,12 @@ import torch
 from megatron_rl import __version__
 from megatron_rl.actor.platform import megatron_version
 from megatron_rl.checkpoint import rng
-from megatron_rl.checkpoint.manifest import ModelFolder, Origin, read_rng
+from megatron_rl.checkpoint.manifest import DataFile, ModelFolder, Origin, read_rng
 from megatron_rl.checkpoint.rollout_buffer import read_buffer
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.hf_format import read_config
+from megatron_rl.models.hf_format import file_sha256, read_config
 from megatron_rl.observability.metrics import read_metrics
 from megatron_rl.parallel.layout import layout_of
 from megatron_rl.reward.decode import decoder_of
@@ -25,14 +25,20 @@ from megatron_rl.run.folder import Resumption
 from megatron_rl.run.run import Run
 
 
-def origin_of(config: Config, reference: ModelFolder | None = None) -> Origin:
-    """Returns the description of this run (model, layout, versions) that is written into its checkpoints."""
+def data_file(config: Config) -> DataFile:
+    """Returns the file of training prompts as a checkpoint names it."""
+    return DataFile(str(config.data.train), file_sha256(config.data.train))
+
+
+def origin_of(config: Config, reference: ModelFolder | None = None, data: DataFile | None = None) -> Origin:
+    """Returns the description of this run (model, layout, versions, data) that is written into its checkpoints."""
     return Origin(
         model=asdict(Architecture.from_hf(read_config(config.model.path))),
         layout=asdict(layout_of(config.actor)),
         dtype=config.actor.dtype,
         versions={"megatron-rl": __version__, "megatron-core": megatron_version(), "torch": torch.__version__},
         reference=reference,
+        data=data,
     )
 
 
@@ -47,18 +53,37 @@ def check_resumption(config: Config, resumption: Resumption) -> None:
         )
 
 
-def resume(run: Run, resumption: Resumption) -> None:
-    """Restores all state except the cursor, with which the run was opened."""
+def same_data(config: Config, data: DataFile, resumption: Resumption) -> bool:
+    """Whether the checkpoint's position in the data and its rollout buffer are those of this run's training file.
+
+    Raises UserError if the file is another one and `data.allow_changed` is not set. A checkpoint of an earlier version
+    does not name its file, and counts as one of the same file.
+    """
+    before = resumption.manifest.origin.data
+    if before is None or before.sha256 == data.sha256:
+        return True
+    if config.data.allow_changed:
+        return False
+    raise UserError(
+        f"data.train: {data.path} is not the file that {resumption.checkpoint} was trained on ({before.path}): its "
+        f"SHA-256 is {data.sha256[:16]}..., there it is {before.sha256[:16]}.... Resume with that file, or begin with "
+        "the first prompt of this one by data.allow_changed=true"
+    )
+
+
+def resume(run: Run, resumption: Resumption, *, with_buffer: bool) -> None:
+    """Restores all state except the cursor, with which the run was opened. `with_buffer`: whether the groups of the
+    rollout buffer are of this run's training file."""
     checkpoint, manifest = resumption.checkpoint, resumption.manifest
     run.actors.load(checkpoint)
     rng.restore(read_rng(checkpoint).driver)
-    if isinstance(run.rollouts, RolloutCollector):
+    if isinstance(run.rollouts, RolloutCollector) and with_buffer:
         run.rollouts.buffer = _buffer(run, checkpoint)
     run.resumed, run.step, run.learner.weight_version = True, manifest.state.step, manifest.state.weight_version
     run.learner.entropy_coefficient = manifest.state.entropy_coefficient
     if all(row["step"] != run.step for row in read_metrics(run.folder)):  # the run was killed before it wrote metrics
         run.metrics.write(run.step, manifest.metrics)
-    for line in _report(run, resumption):
+    for line in _report(run, resumption, with_buffer):
         run.view.message(line)
 
 
@@ -71,10 +96,12 @@ def _buffer(run: Run, checkpoint: Path) -> RolloutBuffer:
     )
 
 
-def _report(run: Run, resumption: Resumption) -> list[str]:
+def _report(run: Run, resumption: Resumption, with_buffer: bool) -> list[str]:
     there, here = resumption.manifest.origin, origin_of(run.config)
     lines = [f"DAMAGED CHECKPOINT PASSED OVER: {problem}" for problem in resumption.damaged]
     lines.append(f"resumed from {resumption.checkpoint} (step {run.step})")
+    if not with_buffer:
+        lines.append(f"the run begins with the first prompt of {run.config.data.train}, another file than there")
     if there.layout != here.layout:
         lines.append(
             f"written under {there.layout_in_words}, now {here.layout_in_words}: weights and optimizer state "

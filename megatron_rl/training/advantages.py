@@ -1,4 +1,7 @@
-"""Advantages of a step's responses, from their rewards. Legend: N responses."""
+"""Advantages of a step's responses, from their rewards. Legend: N responses.
+
+The reward of a response is NaN if its generation or its grading failed. Such a response has no part in any mean.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 import torch
 
 import lpreg
-from megatron_rl.batching.arrays import Array, Indices
+from megatron_rl.batching.arrays import Array, Indices, Mask
 from megatron_rl.errors import UserError
 from megatron_rl.utils.import_path import is_import_path, own_function
 
@@ -26,19 +29,34 @@ def overlong_penalty(config: Config, lengths: Indices) -> Array:
     return np.asarray(settings.penalty * penalty)
 
 
-def advantages_of(algorithm: AlgorithmSettings, rewards: Array, groups: Indices) -> Array:
-    """Returns float64 [N], from rewards float64 [N] and the group [N] of each response.
+def counted_responses(rewards: Array, groups: Indices) -> Mask:
+    """Returns [N], True for the responses that a step learns from: they have a reward, and so has another response to
+    the same prompt, unless the group has only one response by configuration.
 
-    Raises UserError if the user's own estimator cannot be imported, fails, or returns something else.
+    rewards: [N], NaN without a reward. groups: [N], the group of each response.
     """
-    name = algorithm.advantage
+    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    rewarded = ~np.isnan(rewards)
+    counts = np.bincount(group[rewarded], minlength=len(sizes))
+    return np.asarray(rewarded & (counts >= np.minimum(2, sizes))[group])
+
+
+def advantages_of(algorithm: AlgorithmSettings, rewards: Array, groups: Indices) -> Array:
+    """Returns float64 [N], 0 for responses that are not counted, from rewards float64 [N] and the group [N] of each
+    response. The estimator gets the counted responses only.
+
+    Raises UserError for rewards that the estimator does not take, and if the user's own estimator cannot be imported,
+    fails, or returns something else.
+    """
+    name, rows = algorithm.advantage, np.flatnonzero(counted_responses(rewards, groups))
     own = own_function(name, "algorithm.advantage") if is_import_path(name) else None
+    advantages = np.zeros(len(rewards))
+    if not len(rows):
+        return advantages
     try:
-        values = lpreg.group_advantages(
-            torch.from_numpy(rewards), torch.from_numpy(groups), estimator=name if own is None else own
+        advantages[rows] = lpreg.group_advantages(
+            torch.from_numpy(rewards[rows]), torch.from_numpy(groups[rows]), estimator=name if own is None else own
         )
     except ValueError as error:
-        if own is None:
-            raise
         raise UserError(f"algorithm.advantage={name!r}: {error}") from error
-    return np.asarray(values, dtype=np.float64)
+    return advantages

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_rl.batching.arrays import Array, Indices, Mask
 from megatron_rl.batching.sequences import SequenceBatch, sequences_of
 from megatron_rl.rollout.rollouts import Rollouts
-from megatron_rl.training.advantages import advantages_of, overlong_penalty
+from megatron_rl.training.advantages import advantages_of, counted_responses, overlong_penalty
 from megatron_rl.types import RewardResult
 
 if TYPE_CHECKING:
@@ -36,6 +36,13 @@ class TrainingBatch:
     fresh: Mask
     """[T], True for tokens that were sampled by the very weights that the step trains."""
     scores: PolicyScores = field(default_factory=dict)
+    counted: Mask = None  # type: ignore[assignment]
+    """[N], False for sequences that neither the loss nor its denominators know of, because their reward is missing;
+    see `training.advantages.counted_responses`. Default: all are counted."""
+
+    def __post_init__(self) -> None:
+        if self.counted is None:
+            object.__setattr__(self, "counted", np.ones(len(self.sequences), dtype=bool))
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -58,17 +65,23 @@ class TrainingBatch:
 def training_batch(
     config: Config, rollouts: Rollouts, shaped: Callable[[Sequence[RewardResult]], list[float]]
 ) -> tuple[TrainingBatch, dict[str, float]]:
-    """Returns the batch of the rollouts to train on, with advantages, and metrics. `shaped`: results -> rewards."""
+    """Returns the batch of the rollouts to train on, with advantages, and metrics. `shaped`: results that have a score
+    -> rewards."""
     responses = rollouts.responses
     counts = np.array([len(response.sequences) for _, response, _ in responses], dtype=np.int64)
     firsts = np.cumsum(counts) - counts  # the first sequence of each response
-    rewards = np.array(shaped([reward for _, _, reward in responses]), dtype=np.float64)
+    rewarded = np.array([result.has_score for _, _, result in responses], dtype=bool)
+    rewards = np.full(len(responses), np.nan)
+    rewards[rewarded] = shaped([result for _, _, result in responses if result.has_score])
     sequences = sequences_of((prompt.token_ids, response) for prompt, response, _ in responses)
     groups = rollouts.group_numbers
+    counted = np.repeat(counted_responses(rewards, groups[firsts]), counts)
     metrics = {}
     if config.algorithm.overlong.buffer_tokens:
         penalty = overlong_penalty(config, np.add.reduceat(sequences.sampled_lengths, firsts))
-        rewards, metrics = rewards + penalty, {"reward/overlong_penalty": float(penalty.mean())}
+        rewards = rewards + penalty
+        if rewarded.any():
+            metrics["reward/overlong_penalty"] = float(penalty[rewarded].mean())
     advantages = np.repeat(advantages_of(config.algorithm, rewards, groups[firsts]), counts)
     fresh = [
         sequence.sampled(sequence.sampled_by(rollouts.weight_version))
@@ -80,5 +93,6 @@ def training_batch(
         groups,
         advantages,
         np.concatenate([np.zeros(0, dtype=bool), *fresh]),
+        counted=counted,
     )
     return batch, metrics

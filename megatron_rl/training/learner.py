@@ -36,7 +36,8 @@ class Learner:
         return self.config.rollout.temperature
 
     def trained(self, batch: TrainingBatch) -> Mask:
-        """[N], True for sequences that an update trains. The loss's denominator counts the others all the same."""
+        """[N], True for sequences that an update trains. The loss's denominator counts other counted sequences all the
+        same."""
         if not self.config.train.drop_zero_advantage or self.loss.acts_without_advantage:
-            return np.ones(len(batch), dtype=bool)
-        return np.asarray(batch.advantages != 0)
+            return batch.counted
+        return np.asarray(batch.counted & (batch.advantages != 0))

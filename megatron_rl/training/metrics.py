@@ -24,13 +24,15 @@ SHARES = ("selected_fraction", "lp_reg_selected_fraction", "spurious_fraction")
 
 
 def rollout_metrics(rollouts: Rollouts, advantages: Array) -> dict[str, float]:
-    """Reward and response length of everything that the step sampled. `advantages`: [N], of the trained responses."""
+    """Reward and response length of everything that the step sampled. `advantages`: [N], of the trained responses.
+
+    A response without a score has a length and no reward; without any score, there is no mean reward.
+    """
     sampled = list(graded_responses(rollouts.sampled))
-    scores = [reward.score for _, _, reward in sampled]
+    scores = [score for group in rollouts.sampled for score in group.scores]
     lengths = [response.num_sampled_tokens for _, response, _ in sampled]
-    return {
-        "reward/mean": float(np.mean(scores)),
-        "reward/std": float(np.std(scores)),
+    known = {"reward/mean": float(np.mean(scores)), "reward/std": float(np.std(scores))} if scores else {}
+    return known | {
         "reward/zero_advantage_fraction": 1 - rollouts.signal_fraction(advantages),
         "response_length/mean": float(np.mean(lengths)),
         "response_length/max": float(np.max(lengths)),
@@ -64,15 +66,23 @@ def policy_metrics(sequences: SequenceBatch, scores: Mapping[str, Array], fresh:
     )
     means = [part.mean(dtype=np.float64) for part in parts if len(part)]
     gap = np.abs(of_known(scores["log_probs"]) - of_known(sequences.values["rollout_log_probs"]))
-    fresh_gap = gap if fresh.all() else gap[of_known(fresh)]
     return {
         "entropy/token_mean": _mean(of_known(entropy)),
         "entropy/sequence_mean": float(np.mean(means)),
         "lpreg/kept_fraction": _mean(of_known(scores["in_filter"])),
         "lpreg/one_minus_z": _mean(-np.expm1(of_known(scores["log_z"]))),
-        "logprob/rollout_actor_abs_diff": _mean(gap),
-        "logprob/rollout_actor_max_diff": float(gap.max()),
-    } | ({"logprob/fresh_abs_diff": _mean(fresh_gap)} if len(fresh_gap) else {})
+    } | _gap_metrics(gap, of_known(fresh))
+
+
+def _gap_metrics(gap: Array, fresh: Mask) -> dict[str, float]:
+    """gap, fresh: [n]. A token whose generation failed may have no log-prob, and then no gap but NaN."""
+    if np.isnan(gap).any():
+        gap, fresh = gap[~np.isnan(gap)], fresh[~np.isnan(gap)]
+    if not len(gap):
+        return {}
+    found = {"logprob/rollout_actor_abs_diff": _mean(gap), "logprob/rollout_actor_max_diff": float(gap.max())}
+    fresh_gap = gap if fresh.all() else gap[fresh]
+    return found | ({"logprob/fresh_abs_diff": _mean(fresh_gap)} if len(fresh_gap) else {})
 
 
 def _mean(values: Array) -> float:

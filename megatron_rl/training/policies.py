@@ -79,10 +79,11 @@ def score_reference(learner: Learner, batch: TrainingBatch) -> TrainingBatch:
 
 
 def _uses_proxy(learner: Learner, batch: TrainingBatch) -> Mask:
-    """[T], True where the proxy can matter: among the selected tokens, or among all tokens before the selection."""
+    """[T], True where the proxy can matter: among the selected tokens, or among all counted tokens before the
+    selection."""
     values = batch.sequences.values
     used: Mask = learner.loss.uses_proxy(torch.from_numpy(values["advantages"])).numpy()
-    return used & values["selected"] if "selected" in values else used
+    return used & (values["selected"] if "selected" in values else batch.sequences.per_token(batch.counted))
 
 
 def _with_proxy(batch: TrainingBatch, rows: Indices, proxy: StoredProxy) -> TrainingBatch:

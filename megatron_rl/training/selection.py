@@ -1,4 +1,4 @@
-"""Selection of the tokens that the method acts on, ranked over all sampled tokens of the step, whatever the layout.
+"""Selection of the tokens that the method acts on, ranked over all counted tokens of the step, whatever the layout.
 
 One selection serves all updates of a step: the ranking is that of the policy that sampled, and a token stays selected
 or not, however its probability changes between updates.
@@ -28,7 +28,7 @@ def select(learner: Learner, batch: TrainingBatch, seed: int) -> tuple[TrainingB
     )
     selection = lpreg.apply_rule(
         rule,
-        torch.ones(sequences.num_sampled_tokens, dtype=torch.bool),
+        _tensor(sequences.per_token(batch.counted)),
         log_probs=_tensor(log_probs),
         entropy=_tensor(batch.scores["entropy"]) if rule.needs_entropy else None,
         advantages=_tensor(sequences.values["advantages"]),
@@ -43,12 +43,12 @@ def select(learner: Learner, batch: TrainingBatch, seed: int) -> tuple[TrainingB
 def selection_overlap(learner: Learner, batch: TrainingBatch) -> dict[str, float]:
     """Returns the share of the selected tokens on which the rankings of engine and actor agree, if both are known."""
     rule, scored, values = learner.loss.selection, batch.scores.get("log_probs"), batch.sequences.values
-    if rule is None or rule.kind != "lowest_log_prob" or scored is None or not np.isfinite(scored).all():
+    counted = batch.sequences.per_token(batch.counted)
+    if rule is None or rule.kind != "lowest_log_prob" or scored is None or not np.isfinite(scored[counted]).all():
         return {}
     # The batch has the selection by one of the two already.
     other = values["rollout_log_probs"] if learner.passes.ranked_by == "actor" else scored
-    eligible = torch.ones(len(scored), dtype=torch.bool)
-    selection = lpreg.select_lowest(_tensor(other), eligible, rule.fraction)
+    selection = lpreg.select_lowest(_tensor(other), _tensor(counted), rule.fraction)
     selected = values["selected"]
     both = int((selected & selection.mask.numpy()).sum())
     return {"lpreg/selection_overlap": both / max(int(selected.sum()), selection.count, 1)}

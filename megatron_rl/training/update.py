@@ -38,8 +38,9 @@ def update(
     """Runs all updates of a step, one per mini-batch. Returns the batch, on-policy with the scores that the updates'
     own forwards found, and metrics.
 
-    The loss of a mini-batch is a mean over all of its tokens (or responses), those of dropped sequences included. A
-    mini-batch without any trained sequence is no update. `seed`: for the order of the groups in later epochs.
+    The loss of a mini-batch is a mean over all of its counted tokens (or responses), those of dropped sequences
+    included. A mini-batch without any trained sequence is no update. `seed`: for the order of the groups in later
+    epochs.
     """
     settings, trained = learner.config.train, learner.trained(batch)
     sequences = batch.sequences.only(LOSS_VALUES)
@@ -49,6 +50,7 @@ def update(
     for rows in mini_batches(
         batch.groups, updates=settings.updates_per_rollout, epochs=settings.epochs_per_rollout, seed=seed
     ):
+        rows = rows[batch.counted[rows]]
         tokens += int(sequences.sampled_lengths[rows].sum())
         chosen = rows[trained[rows]]
         if not len(chosen):
@@ -68,7 +70,8 @@ def update(
             moved.append(result.values["log_probs"] - sequences.values_of(chosen, batch.scores["log_probs"]))
         else:
             batch = batch.with_scores(result.values, chosen)
-    metrics = {"train/lr": lr, "train/row_fraction": float(trained.mean())} | update_metrics(results, tokens)
+    shares = {"train/row_fraction": float(trained.mean()), "train/counted_fraction": float(batch.counted.mean())}
+    metrics = {"train/lr": lr} | shares | update_metrics(results, tokens)
     if moved:
         metrics["train/kl_old_policy"] = old_policy_kl(np.concatenate(moved))
     return batch, metrics

@@ -135,3 +135,25 @@ def test_an_off_policy_run_in_bf16_resumes_from_an_older_checkpoint_if_the_newes
     assert "step_000002 (step 2)" in resumed.output
     assert len(resumed.metrics) == 5
     assert_same_end(resumed, uninterrupted)
+
+
+def test_another_training_file_is_refused_unless_allowed(
+    straight: Finished, command_line: CommandLine, quickstart: Callable[..., Finished]
+) -> None:
+    checkpoint = straight.folder / "checkpoints/step_000004"
+    rows = (command_line.folder / "runs/countdown-task/train.jsonl").read_text().splitlines(keepends=True)
+    other = command_line.folder / "other.jsonl"
+    other.write_text("".join(reversed(rows[: len(rows) // 2])))
+    changed = (*SHORT, "train.steps=5", f"data.train={other}", f"resume={checkpoint}")
+
+    refused = command_line.train("refused", *changed)
+    assert refused.status == 2 and "data.allow_changed=true" in refused.output and "Traceback" not in refused.output
+    assert not refused.folder.exists(), "nothing is written"
+
+    allowed = quickstart("changed", *changed, "data.allow_changed=true")
+    assert f"the run begins with the first prompt of {other}, another file than there" in allowed.output
+    manifest = read_manifest(allowed.folder / "checkpoints/step_000005")
+    assert manifest.origin.data is not None and manifest.origin.data.path == str(other)
+    cursor, before = manifest.state.cursor, read_manifest(checkpoint).state.cursor
+    assert (cursor["epoch"], cursor["size"]) == (0, len(rows) // 2)
+    assert cursor["position"] == before["position"] / 4, "the prompts of one step"

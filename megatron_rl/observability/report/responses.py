@@ -61,7 +61,7 @@ def _sample(row: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
         "finish": row["finish_reason"],
         "cut": len(row["token_ids"]) - len(ids),
         "texts": [vocabulary.text(token) for token in ids],
-        "p": [float(f"{np.exp(value):.3g}") for value in log_probs[: len(ids)]],
+        "p": [_known(np.exp(value)) for value in log_probs[: len(ids)]],
         "entropy": [_known(value) for value in (row.get("entropy") or blank)[: len(ids)]],
         "marks": [
             NOT_SAMPLED if there is False else FILTERED * (k == 0) + SELECTED * (s == 1)

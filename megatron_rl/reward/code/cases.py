@@ -73,10 +73,17 @@ def _same(value: Any, expected: Any) -> bool:
         return value is expected
     if isinstance(value, float) or isinstance(expected, float):
         numbers = isinstance(value, int | float) and isinstance(expected, int | float)
-        return numbers and abs(value - expected) <= 1e-6 * max(1.0, abs(expected))
+        return numbers and _close(value, expected)
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(_same, value, expected))
     return bool(value == expected)
+
+
+def _close(value: float, expected: float) -> bool:
+    try:
+        return abs(value - expected) <= 1e-6 * max(1.0, abs(expected))
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _decoded(label: object) -> object:
@@ -84,7 +91,7 @@ def _decoded(label: object) -> object:
         return label
     try:
         return json.loads(label)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the label is not JSON: {error}; {_EXPECTED}") from error
 
 

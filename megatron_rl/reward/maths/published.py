@@ -53,7 +53,7 @@ def verify_as_published(sample: Sample) -> RewardResult:
     answer = _last_box(sample.text)
     if answer is None:
         return RewardResult(0.0, None, "no box")
-    rule = accepting_rule(gold, answer) if len(answer) <= HOPELESS else None
+    rule = accepting_rule(gold, answer) if max(len(gold), len(answer)) <= HOPELESS else None
     return RewardResult(1.0 if rule else 0.0, answer[:LONGEST_KEPT], f"correct ({rule})" if rule else "wrong answer")
 
 

@@ -16,7 +16,7 @@ LONGEST_KEPT = 200
 HOPELESS = 10_000
 """Characters above which an answer is not even normalised."""
 LONGEST = 600
-"""Characters above which an answer is only compared as a text."""
+"""Characters above which a label or an answer is only compared as a text."""
 
 
 def verify_maths(sample: Sample) -> RewardResult:
@@ -46,7 +46,7 @@ def judge(gold: str, answer: str) -> str:
         return "unreadable answer"
     if compact(gold) == compact(answer):
         return "correct"
-    if len(answer) > LONGEST:
+    if max(len(gold), len(answer)) > LONGEST:
         return "answer too large to compare"
     from .algebra import TooLarge  # sympy takes a second to import; workers import it when they start
 

@@ -158,9 +158,8 @@ def test_a_limit_of_the_rollout_is_an_error_that_ends_it_as_truncated() -> None:
 
 def test_many_clients_at_a_time() -> None:
     async def check(model: Model) -> None:
-        answers = await asyncio.gather(
-            *(post(model, messages=[{"role": "user", "content": "a" * k}]) for k in range(30))
-        )
+        histories = [[{"role": "user", "content": "a" * k}] for k in range(30)]
+        answers = await asyncio.gather(*(post(model, messages=history) for history in histories))
         assert {status for status, _ in answers} == {200}
 
     assert len(during(check).sequences) == 30

@@ -11,11 +11,13 @@ import pytest
 
 from megatron_rl.config.evaluation import ProtocolSettings
 from megatron_rl.evaluation.problems import GradedResponse, Problem
-from megatron_rl.types import Prompt, Response, Sample, SamplingParams
+from megatron_rl.types import Outcome, Prompt, Response, Sample, SamplingParams
 
 
-def response(score: float, answer: str | None = None, *, tokens: int = 3, truncated: bool = False) -> GradedResponse:
-    return GradedResponse(f"text of {answer}", answer, score, "", "score", tokens, truncated)
+def response(
+    score: float, answer: str | None = None, *, tokens: int = 3, truncated: bool = False, outcome: Outcome = "score"
+) -> GradedResponse:
+    return GradedResponse(f"text of {answer}", answer, score, "", outcome, tokens, truncated)
 
 
 def problem(*responses: GradedResponse, name: str = "suite:0") -> Problem:

@@ -257,3 +257,31 @@ def test_the_group_filter_is_dynamic_sampling_or_an_imported_function() -> None:
     settings.group_filter = f"{__name__}:only_even"
     rollouts = collector_of(set(), group_filter=group_filter_of(settings)).collect(1, 0)
     assert prompts_of(rollouts) == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"over_sampling": 1.5},
+        {"over_sampling": 1.5, "max_staleness": 1},
+        {"max_staleness": 1, "asynchronous": True},
+    ],
+)
+def test_a_failure_beside_equal_scores_is_no_signal(mode: dict[str, Any]) -> None:
+    """Prompts 0, 4, 8, ... have two scores that differ. Of the others, the second response could not be graded."""
+    collector = collector_of(lambda row: True, samples_per_prompt=2, max_draws=50, **mode)
+
+    def grade(pairs: Sequence[tuple[Prompt, Response]]) -> list[RewardResult]:
+        return [
+            RewardResult(1.0 - k, outcome="timeout" if k and row % 4 else "score", text=f"{row} {k}")
+            for row, k in (response.token_ids[:2].tolist() for _, response in pairs)
+        ]
+
+    collector.grader = SimpleNamespace(grade=grade, check=lambda graded: {})
+    for step in (1, 2):
+        rollouts = collector.collect(step, 0)
+        assert all(row % 4 == 0 for row in prompts_of(rollouts)) and len(rollouts.groups) == 4
+        assert all(group.scores == [1.0, 0.0] for group in rollouts.groups)
+        left_out = [group for group in rollouts.sampled if group.prompt.token_ids[0] % 4]
+        assert left_out and all(group.scores == [1.0] for group in left_out)

@@ -53,6 +53,7 @@ def test_a_dump_has_one_row_per_response(tmp_path: Path) -> None:
     assert table.column_names == SCHEMA.names
     assert (second["token_ids"], second["sampled_mask"], second["finish_reason"]) == ([], [], "length")
     assert (third["outcome"], third["response"], third["advantage"]) == ("timeout", "8", -0.5)
+    assert (second["reward"], third["reward"]) == (0.0, None), "a failed response has no reward, not even 0"
     assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
 
 

@@ -34,7 +34,11 @@ class TransformersEngine(RolloutEngine):
         if self.device.type == "cpu":
             torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(
-            model_folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
+            model_folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
         ).to(self.device)
         self.model.eval()
         for parameter in self.model.parameters():
