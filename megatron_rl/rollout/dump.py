@@ -48,8 +48,9 @@ class DumpedResponse:
     response: Response
     reward: RewardResult
     advantage: float
-    rollout: int
-    """Number of the response in its group. The sequences of a response that an agent sampled have a row each."""
+    rollout: int | None = None
+    """Number of the response in its group. The sequences of a response that an agent sampled have a row each; None:
+    the row is a response of its own."""
 
 
 def write_rollouts(

@@ -60,7 +60,8 @@ def _group_of(row: dict[str, Any]) -> int:
 
 def _rollout_of(numbered: tuple[int, dict[str, Any]]) -> int:
     place, row = numbered
-    return int(row["rollout"]) if "rollout" in row else place  # an old dump has one row per response
+    number = row.get("rollout")  # an old dump has one row per response
+    return place if number is None else int(number)
 
 
 def _group(number: int, rows: list[dict[str, Any]]) -> Group:
