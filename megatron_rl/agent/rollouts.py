@@ -269,7 +269,7 @@ class AgentRollouts:
         return await request.answer
 
     async def _close(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]
+        others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         if others:
