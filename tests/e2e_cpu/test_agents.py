@@ -75,3 +75,22 @@ def test_two_sequences_of_a_rollout_share_its_advantage(quickstart: Callable[...
             assert len(rewards) == 8  # each rollout counts once in its group's mean
             assert sum(advantages) == pytest.approx(0, abs=1e-6)
             assert (max(rewards) > min(rewards)) == any(advantages)
+
+
+def test_rollouts_that_fail_have_no_reward_and_teach_nothing(quickstart: Callable[..., Finished]) -> None:
+    run = quickstart(
+        "failing_agent",
+        *SHORT,
+        "rollout.agent={function: tests.e2e_cpu.own_agents:fails_now_and_then}",
+        "reward.max_failed_fraction=0.9",
+    )
+    assert_contract(run)
+    rows = rows_of(run)
+    failed = [row for row in rows if row["outcome"] == "error"]
+    assert 0 < len(failed) < len(rows)
+    assert all(row["reward"] is None and row["advantage"] == 0 for row in failed)
+    assert (
+        "RuntimeError: the environment is gone" in failed[0]["detail"] and "own_agents.py, line" in failed[0]["detail"]
+    )
+    fractions = values(run, "reward/error_fraction")
+    assert sum(fractions[:STEPS]) > 0
