@@ -207,7 +207,8 @@ class AgentRollouts:
             self._answered = time.monotonic()
             self._loop.call_soon_threadsafe(self._ping.set)
         elif time.monotonic() - self._answered > BLOCKED_SECONDS:
-            stack = "".join(traceback.format_stack(sys._current_frames()[self._thread.ident or 0])[-3:])
+            frame = sys._current_frames().get(self._thread.ident or 0)
+            stack = "".join(traceback.format_stack(frame)[-3:]) if frame else "its end"
             raise UserError(
                 f"rollout.agent.function={self.settings.function!r}: the agent has blocked all rollouts for "
                 f"{BLOCKED_SECONDS:g} s. Await what takes long, and give the rest to asyncio.to_thread. It is at\n"
