@@ -185,6 +185,12 @@ class AgentResponse(AgentSequence):
     """The agent's own reward, or the reason why there is none; None: the verifier grades the rollout."""
 
     @property
+    def turns(self) -> int:
+        """Number of runs of sampled tokens, in all sequences."""
+        masks = [np.append(False, sequence.sampled_mask) for sequence in self.sequences]
+        return sum(int(np.count_nonzero(mask[1:] & ~mask[:-1])) for mask in masks)
+
+    @property
     def sequences(self) -> tuple[Response, ...]:
         return (*self.others, self)
 

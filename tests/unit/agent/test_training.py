@@ -66,6 +66,7 @@ def test_all_sequences_of_a_rollout_have_its_advantage_and_it_counts_once() -> N
     assert batch.fresh.tolist() == [False, False, True, True, True, True]
     metrics = rollout_metrics(rollouts(), batch.advantages)
     assert metrics["response_length/max"] == 4 and metrics["reward/mean"] == 1 / 3
+    assert metrics["agent/turns_max"] == 3 and metrics["agent/sequences_mean"] == 1.5
     assert tokens_per_version(rollouts().sampled) == {1: 2, 2: 4}
     assert rollouts().sampled[0].oldest_version == 1
 
