@@ -45,3 +45,8 @@ def chosen(request: pytest.FixtureRequest, name: str) -> set[Any]:
 def examples(most: int) -> settings:
     """Returns hypothesis settings with the profile's number of examples, but no more than `most`."""
     return settings(max_examples=min(most, settings.default.max_examples))
+
+
+def fewer_examples(divisor: int) -> settings:
+    """Returns hypothesis settings with a part of the profile's examples, for a test that has many parameters."""
+    return settings(max_examples=max(1, settings.default.max_examples // divisor))

@@ -100,6 +100,13 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 """The `algorithm` section of each method. The published rule that ranks within a micro-batch is left out on purpose."""
+QUICK_METHODS = (
+    *("grpo", "gspo", "kl_cov", "clip_cov", "high_entropy", "entropy_bonus, adapted", "dppo, kl", "vespo"),
+    *("tre, top-p", "stapo", "lp_reg", "lp_reg, paper, lagged", "lp_reg, random", "dppo, with lp_reg"),
+    *("gspo, with lp_reg, full, lagged", "grpo, reference", "gspo, masked weights, sequences rejected"),
+)
+"""Methods of `make test`: one or more of each that looks at the batch, the group, the sequence or another policy in a
+way of its own. The other methods combine the same in other ways."""
 DRAWN_BY_PLACE = ("clip_cov", "lp_reg, random")
 """Methods that draw by a token's index in the batch, so that another order of sequences gives another draw."""
 
@@ -239,8 +246,8 @@ def step(name: str, updates: int, actors: AllRanks, folder: Path, shuffled: bool
     }
 
 
-def find(rank: int, name: str, folder: Path) -> dict[str, Any]:
-    """Returns the results of every method under one layout."""
+def find(rank: int, name: str, methods: list[str], folder: Path) -> dict[str, Any]:
+    """Returns the results of the methods under one layout."""
     layout, settings = VARIANTS[name]
     actor = ActorSettings.model_validate({"device": "cpu"} | settings)
     worker = MegatronWorker(actor, layout, rank)
@@ -252,7 +259,7 @@ def find(rank: int, name: str, folder: Path) -> dict[str, Any]:
     actors = AllRanks(worker)
     found = {
         (method, updates): step(method, updates, actors, folder, "shuffled" in name)
-        for method in METHODS
+        for method in methods
         for updates in (1, 2)
     }
     dist.barrier()
@@ -260,7 +267,7 @@ def find(rank: int, name: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def run_rank(rank: int, names: list[str], folder: Path) -> dict[str, Any]:
-    """Returns, by name of a layout, what every method did under it."""
+def run_rank(rank: int, names: list[str], methods: list[str], folder: Path) -> dict[str, Any]:
+    """Returns, by name of a layout, what each method did under it."""
     platform.prepare("cpu")
-    return {name: find(rank, name, folder) for name in names if rank < VARIANTS[name][0].world_size}
+    return {name: find(rank, name, methods, folder) for name in names if rank < VARIANTS[name][0].world_size}

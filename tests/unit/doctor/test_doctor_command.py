@@ -18,6 +18,7 @@ from megatron_rl.doctor.findings import Finding, show
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.placement import place
 from tests.hf_models import write_hf_model
+from tests.tiers import slow
 
 CONFIG = """\
 model: {path: model}
@@ -72,6 +73,7 @@ def test_doctor_checks_a_cluster_on_this_machine(
     assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "model"}
 
 
+@slow
 @pytest.mark.e2e
 def test_every_process_group_is_checked_and_engine_failures_give_reasons(tmp_path: Path) -> None:
     """Context parallelism trains on CUDA only, but its process groups exist on the CPU too."""

@@ -16,6 +16,7 @@ from tests.gpu import session
 from tests.gpu.kit import ON_THE_MACHINE, WHEELS
 from tests.gpu.session import Paths
 from tests.gpu.steps import STEPS, Step
+from tests.tiers import slow
 
 ROOT = Path(__file__).parents[3]
 MODULES = [f"tests.gpu.{file.stem}" for file in sorted((ROOT / "tests/gpu").glob("*.py"))]
@@ -34,6 +35,7 @@ def modules_that_the_machine_lacks() -> set[str]:
     return {module for module, names in provided.items() if lacking & {name_of(name) for name in names}}
 
 
+@slow
 def test_the_gpu_tests_import_nothing_that_the_kit_does_not_carry() -> None:
     lacking = modules_that_the_machine_lacks()
     assert {"ray", "math_verify", "pebble"} <= lacking

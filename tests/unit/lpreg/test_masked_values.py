@@ -15,6 +15,7 @@ from torch import Tensor
 from lpreg import LossInputs, LossOutput, PolicyLoss, make_loss, with_correction, with_lp_reg, with_reference_kl
 from lpreg.losses.inputs import FINITE, MAY_BE_MINUS_INFINITY
 from tests.dense_methods import DEFINITIONS
+from tests.tiers import fewer_examples
 
 TOKENS = 24
 LOSSES: dict[str, PolicyLoss] = {name: loss for name, (loss, _) in DEFINITIONS.items()} | {
@@ -69,6 +70,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool((a.isnan() & b.isnan()).all())
 
 
+@fewer_examples(4)
 @given(data=st.data())
 @pytest.mark.parametrize("name", LOSSES)
 def test_garbage_behind_the_mask_changes_nothing(name: str, data: st.DataObject) -> None:

@@ -22,8 +22,8 @@ QUICK_ON_POLICY = (
     "entropy_bonus",
 )
 QUICK_OFF_POLICY = (
-    *("lp_reg, paper", "lp_reg, paper off-policy", "lp_reg, paper lagged", "lp_reg, reference", "lp_reg, by entropy"),
-    *("grpo", "grpo, mean of sequences", "dr. grpo", "gspo", "kl_cov", "high_entropy", "entropy_bonus"),
+    *("lp_reg, paper", "lp_reg, paper off-policy", "lp_reg, paper lagged", "lp_reg, reference"),
+    *("grpo", "dr. grpo", "gspo", "kl_cov", "high_entropy"),
 )
 """One method per way in which the trainer treats a loss. The others differ from these in their formula alone, which
 `test_methods.py` holds to the same definitions."""

@@ -11,11 +11,12 @@ import pytest
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward import RewardPool
 from megatron_rl.types import Sample
+from tests.tiers import quick_of
 
 ENDLESS = r"\boxed{\int_0^1 e^{e^{e^{x^x}}}\,dx}"
 
 
-@pytest.mark.parametrize("grader", ["standard", "published"])
+@pytest.mark.parametrize("grader", quick_of(["standard", "published"], ["standard"]))
 def test_an_endless_comparison_is_a_timeout_and_leaves_no_process_behind(
     make_sample: Callable[..., Sample], grader: str
 ) -> None:

@@ -27,6 +27,7 @@ from megatron_rl.run.launch import launch_of
 from megatron_rl.types import Prompt, SamplingParams
 from megatron_rl.utils.import_path import import_object
 from tests.hf_models import write_hf_model
+from tests.tiers import slow
 
 CONFIG = """\
 model: {path: model}
@@ -180,6 +181,7 @@ BREACHES = {
 """First token of a prompt that ends in 0 -> what is wrong with the toy engine's answer to it."""
 
 
+@slow
 def test_an_engine_from_another_package_starts_answers_and_is_stopped_if_it_breaks_the_interface(
     load: Load, tmp_path: Path
 ) -> None:
