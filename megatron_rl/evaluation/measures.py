@@ -86,7 +86,7 @@ class Measures:
     def metrics(self) -> dict[str, float]:
         """Metrics under the names that a run logs, without the prefix `eval/<suite>/`; accuracies only if some response
         was graded, and the share that was not only if there is one."""
-        found = {}
+        found: dict[str, float] = {}
         if self._graded:
             found = {f"avg@{self.k}": self.avg.value, f"pass@{self.k}": self.pass_at(self.k).value}
             if self.k > 1:

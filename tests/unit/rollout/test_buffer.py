@@ -175,6 +175,15 @@ def test_a_graded_response_that_cannot_be_decoded_is_restored_without_text(tmp_p
     assert read_buffer(tmp_path, PROMPTS, refuse) == groups
 
 
+def test_a_failure_in_the_buffer_stays_without_a_reward(tmp_path: Path) -> None:
+    """Whatever score the file has beside it: earlier versions wrote 0."""
+    responses = tuple(Response([4, 5], [-0.5, -0.25], "stop", 7) for _ in range(3))
+    rewards = (GRADED, RewardResult(0.0, outcome="timeout", text="4 5"), GRADED)
+    write_buffer(tmp_path, [Group(3, 1, PROMPTS[1], 7, responses, rewards)])
+    (group,) = read_buffer(tmp_path, PROMPTS, decode)
+    assert group.complete and group.scores == [1.0, 1.0] and not group.has_signal
+
+
 def refuse(token_ids: object) -> str:
     raise OverflowError("no such token")
 
