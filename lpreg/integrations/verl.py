@@ -1,8 +1,8 @@
 """A policy loss of lpreg as one that verl calls (its `register_policy_loss`). Imports torch, but not verl.
 
 verl passes the log-probs of one micro-batch and the counts of the global batch to such a function. So a method can be
-used if it needs no more: grpo, clip_higher, dual_clip, gspo, cispo. The other methods rank tokens over the global
-batch, or read the filter or the entropy's gradient, which verl does not provide.
+used if it needs no more: grpo, clip_higher, dual_clip, gspo, cispo, dppo, drpo, sapo, up, vespo. The other methods rank
+tokens over the global batch, or read the filter or the entropy's gradient, which verl does not provide.
 
 Legend: B responses of a micro-batch, L their padded length.
 """

@@ -108,6 +108,10 @@ class LossInputs:
     """bool, this micro-batch's part of the globally selected tokens, for methods with a selection rule."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), torch.Tensor) and value.dtype == torch.float16:
+                # A ratio may exceed the largest float16, 65,504.
+                object.__setattr__(self, field.name, value.float())
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "denominator"}
         given = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
         for name, value in given.items():

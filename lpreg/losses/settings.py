@@ -146,11 +146,12 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
 
 
 def check_range(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Raises ValueError unless `value` is a number in [low, high], or in (low, high] with `open_low`."""
+    """Raises ValueError unless `value` is a finite number in [low, high], or in (low, high] with `open_low`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    if not (low < value if open_low else low <= value) or not value <= high:
-        raise ValueError(f"{name} must lie in {'(' if open_low else '['}{low:g}, {high:g}], got {value}")
+    if not (low < value if open_low else low <= value) or not value <= high or not math.isfinite(value):
+        end = ")" if high == math.inf else "]"
+        raise ValueError(f"{name} must lie in {'(' if open_low else '['}{low:g}, {high:g}{end}, got {value}")
 
 
 def same_presets(**settings: Any) -> dict[str, dict[str, Any]]:

@@ -56,9 +56,10 @@ def _algorithm(config: Config) -> Iterator[str]:
 
 def _negative_rewards(config: Config) -> Iterator[str]:
     """The settings that lower rewards below the verifier's score, which for wrong answers is 0."""
-    tokens = config.algorithm.overlong.buffer_tokens
+    overlong = config.algorithm.overlong
+    tokens = overlong.buffer_tokens
     causes = {
-        f"algorithm.overlong.buffer_tokens: {tokens} would cause; set it to 0": tokens > 0,
+        f"algorithm.overlong.buffer_tokens: {tokens} would cause; set it to 0": tokens > 0 and overlong.penalty > 0,
         "reward.format.penalty would cause; leave reward.format out": config.reward.format is not None,
     }
     for cause, given in causes.items():

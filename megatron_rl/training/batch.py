@@ -41,8 +41,8 @@ class TrainingBatch:
     see `training.advantages.counted_responses`. Default: all are counted."""
 
     def __post_init__(self) -> None:
-        if self.counted is None:
-            object.__setattr__(self, "counted", np.ones(len(self.sequences), dtype=bool))
+        counted = np.ones(len(self.sequences), dtype=bool) if self.counted is None else self.counted
+        object.__setattr__(self, "counted", counted)
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -108,7 +108,7 @@ def test_every_key_reaches_the_loss() -> None:
 
 
 def test_settings_that_the_method_refuses_are_a_user_error() -> None:
-    with pytest.raises(UserError, match=r"algorithm\.clip_cov\.cov_high must lie in \(1, inf\], got 0\.5"):
+    with pytest.raises(UserError, match=r"algorithm\.clip_cov\.cov_high must lie in \(1, inf\), got 0\.5"):
         settings_of({"name": "clip_cov", "clip_cov": {"cov_high": 0.5}})
 
 

@@ -129,6 +129,7 @@ def test_contradictions_are_refused(load, overrides, keys):
         ["rollout.samples_per_prompt=1", "algorithm.advantage=reinforce_plus_plus"],
         ["algorithm.name=clip_higher"],
         ["algorithm.advantage=maxrl"],
+        ["algorithm.advantage=maxrl", "algorithm.overlong={buffer_tokens: 4, penalty: 0}"],
         ["actor={device: cuda, dtype: bfloat16, attention_backend: flash, fusions: {rope: true, swiglu: true}}"],
         ["actor={device: cuda, fusions: {swiglu: true}}"],
         ["actor={device: cpu, attention_backend: local, fusions: {rope: false}}"],

@@ -129,7 +129,7 @@ def test_another_process_makes_the_loss_from_the_choice(load, module):
         ("{m}:function", [], "a subclass of lpreg.PolicyLoss is expected"),
         ("{m}:WithoutSettings", [], "WithoutSettings.Settings must be a dataclass with the base lpreg.MethodSettings"),
         ("{m}:Scaled", ["algorithm.settings={scal: 1.0}"], "unknown key algorithm.settings.scal: .* mean 'scale'"),
-        ("{m}:Scaled", ["algorithm.settings={scale: -1.0}"], r"algorithm.settings.scale must lie in \(0, inf\], got"),
+        ("{m}:Scaled", ["algorithm.settings={scale: -1.0}"], r"algorithm.settings.scale must lie in \(0, inf\), got"),
         ("{m}:Scaled", ["algorithm.settings={scale: big}"], "algorithm.settings.scale must be a number, got 'big'"),
         ("{m}:Failing", ["algorithm.settings={label: 3}"], "algorithm.settings.label must be text, got 3"),
         ("{m}:Failing", ["algorithm.preset=unlabelled"], "algorithm.settings.label must be text, got 3"),

@@ -105,9 +105,9 @@ def test_a_driver_sees_the_needs_of_the_wrapped_method(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": "masked", "low": 3.0}, r"high must lie in \(3, inf\], got 2"),
+        ({"weights": "masked", "low": 3.0}, r"high must lie in \(3, inf\), got 2"),
         ({"weights": "clipped"}, "weights must be one of none, truncated, masked"),
-        ({"reject_sequences": True, "sequence_low": 2.0}, r"sequence_high must lie in \(2, inf\]"),
+        ({"reject_sequences": True, "sequence_low": 2.0}, r"sequence_high must lie in \(2, inf\)"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -125,3 +125,18 @@ def test_a_ratio_within_the_bound_is_not_changed() -> None:
     for gap in (-19.0, 0.5, 19.0):
         ratio = replace(inputs, old_log_probs=torch.tensor([-1.0 - gap])).ratio
         assert ratio.item() == torch.tensor(gap).exp().item()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_does_not_overflow(name: str) -> None:
+    """A ratio of exp(12) is beyond the largest float16, and so may be a true gradient, which is then infinite."""
+    far = fields(0, torch.float32) | {
+        "log_probs": torch.full((TOKENS,), -1.0),
+        "old_log_probs": torch.full((TOKENS,), -13.0),
+    }
+    half = {
+        name: value.half() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in far.items()
+    }
+    output, gradients = outcome(LOSSES[name], half)
+    assert output.loss.isfinite() and not any(gradient.isnan().any() for gradient in gradients)

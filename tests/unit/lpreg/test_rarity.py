@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lpreg import LossInputs, fused_loss, make_loss, token_stats, with_lp_reg, with_rarity_metrics
+from lpreg import LossInputs, PolicyLoss, fused_loss, make_loss, token_stats, with_lp_reg, with_rarity_metrics
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.config.algorithm import AlgorithmSettings
 
@@ -45,6 +45,35 @@ def test_a_ratio_clip_stops_rare_tokens_and_a_bound_on_probabilities_does_not() 
     assert both["rarity/negative/0.6/stopped"].value == 1
     assert grpo["rarity/positive/0/change"].value == pytest.approx(0.005 * 0.5)
     assert math.isnan(grpo["rarity/positive/0.3/weight"].value)
+
+
+MEANS = {
+    "tokens": make_loss("grpo"),
+    "sequences": make_loss("grpo", aggregation="sequence_mean_token_mean"),
+    "a constant length": make_loss("grpo", aggregation="constant_length", constant_length=100),
+    "gates": make_loss("sapo"),
+    "ratios of sequences": make_loss("gspo"),
+    "probabilities": make_loss("dppo"),
+    "weights of sequences": make_loss("vespo"),
+    "a term around it": with_lp_reg(make_loss("sapo"), select_by="all"),
+}
+
+
+@pytest.mark.parametrize("loss", MEANS.values(), ids=MEANS)
+def test_the_effective_advantage_does_not_depend_on_what_a_method_averages_over(loss: PolicyLoss) -> None:
+    """On-policy, every method takes a token's advantage as it is."""
+    sequence_ids = torch.tensor([0, 1, 1, 1, 1, 1])
+    given = LossInputs(
+        log_probs=torch.full((6,), -0.5, dtype=torch.float64).requires_grad_(),
+        advantages=torch.full((6,), 1.5, dtype=torch.float64),
+        mask=torch.tensor([True, True, True, True, True, False]),
+        sequence_ids=sequence_ids,
+        log_z=torch.zeros(6, dtype=torch.float64),
+        in_filter=torch.ones(6, dtype=torch.bool),
+        selection=torch.zeros(6, dtype=torch.bool),
+        denominator=5 if loss.denominator_counts == "tokens" else 2,
+    )
+    assert with_rarity_metrics(loss)(given).metrics["rarity/positive/0.6/weight"].value == pytest.approx(1.5)
 
 
 def test_loss_and_gradient_do_not_change_and_chunks_add_up() -> None:
