@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from lpreg.statistics.proxy_store import ProxyStore
     from lpreg.statistics.token_stats import TokenStats, token_stats
 
+__version__ = "0.1.0"
+
 _ON_FIRST_USE = {
     "PostponedCheck": "lpreg.statistics.checks",
     "postponed_checks": "lpreg.statistics.checks",

@@ -5,10 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_rl.commands import checkpoints, convert, data, doctor, evaluate, plan, report, slurm, status, train
+from megatron_rl import __version__
+from megatron_rl.commands import (
+    checkpoints,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    init,
+    plan,
+    push,
+    report,
+    slurm,
+    status,
+    train,
+)
 from megatron_rl.errors import UserError
 
-COMMANDS = (train, plan, doctor, slurm, report, status, checkpoints, data, convert, evaluate)
+COMMANDS = (init, train, plan, doctor, slurm, report, status, checkpoints, data, convert, evaluate, push)
 """In the order in which `megatron-rl --help` lists them."""
 
 
@@ -23,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options) or 0
     except UserError as error:
+        sys.stdout.flush()  # the error stands last, also where both streams go to one file
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -32,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-rl", description="RLVR on Megatron, with Lp-Reg.")
+    parser.add_argument("--version", action="version", version=f"megatron-rl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

@@ -81,7 +81,9 @@ class Actors:
         self.gpu = known_gpu(results([self.ranks[0].submit(ActorRank.device_name)])[0])
         """The actor's GPU; None on a CPU, and for a GPU of unknown rate."""
         self._model = Architecture.from_hf(read_config(model_folder))
-        self._flops = 0.0
+        self.flops = 0.0
+        """Number of operations of all ranks so far. Each sequence counts as if it were computed alone; recomputation in
+        the backward pass is not counted."""
 
     def submit(
         self, method: Callable[Concatenate[ActorRank, P], R], *arguments: P.args, **named: P.kwargs
@@ -102,17 +104,9 @@ class Actors:
         reference Ray replaces by the batch."""
         return cast(SequenceBatch, ray.put(batch)) if len(self.ranks) > 1 else batch
 
-    def take_flops(self) -> float:
-        """Returns the number of operations of all ranks since the last call, and resets the count.
-
-        Each sequence counts as if it were computed alone; recomputation in the backward pass is not counted.
-        """
-        flops, self._flops = self._flops, 0.0
-        return flops
-
     def _count(self, batch: SequenceBatch, passes: int) -> None:
         """`passes`: number of forward passes; a backward pass counts as two."""
-        self._flops += passes * pass_flops(self._model, batch.lengths.tolist(), batch.num_sampled_tokens)
+        self.flops += passes * pass_flops(self._model, batch.lengths.tolist(), batch.num_sampled_tokens)
 
     def prepare(self, loss: LossChoice | None, optimizer: OptimizerSettings) -> None:
         """Sets the policy loss (None: supervised training) and builds a fresh optimizer."""

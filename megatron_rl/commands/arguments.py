@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_rl.config import Config
 
 
 def add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -12,3 +18,14 @@ def add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="override one key, such as actor.tensor_parallel=1"
     )
+
+
+def load_with_remarks(path: Path, overrides: Sequence[str]) -> Config:
+    """Loads a configuration, and warns on standard error of settings that do nothing. Raises UserError."""
+    from megatron_rl.config import load_config
+    from megatron_rl.config.remarks import remarks
+
+    config = load_config(path, overrides)
+    for remark in remarks(config):
+        print(f"warning: {remark}", file=sys.stderr)
+    return config

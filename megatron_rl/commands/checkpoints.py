@@ -22,6 +22,7 @@ def add(commands: Any) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -31,16 +32,21 @@ def _list(options: argparse.Namespace) -> None:
     found = checkpoints(folder)
     if not found:
         raise UserError(f"{options.folder}: no checkpoint in {folder}; give the folder of a run, such as runs/<name>")
-    table, problems = Table(caption="checksums compared" if options.verify else "sizes compared"), list[str]()
-    for name in ("checkpoint", "written", "size", "evaluation", "layout", "state"):
-        table.add_column(name, justify="right" if name == "size" else "left", no_wrap=name == "checkpoint")
+    table, problems, layouts = Table(box=SIMPLE_HEAD), list[str](), set[str]()
+    for name in ("checkpoint", "written", "GiB", "state", "evaluation"):
+        table.add_column(name, justify="right" if name == "GiB" else "left", no_wrap=name in ("checkpoint", "state"))
     for path in found:
         try:
-            table.add_row(*_name(path), *_contents(path, options.verify))
+            manifest = _checked(path, options.verify)
         except UserError as error:
-            table.add_row(*_name(path), "", "", "", "DAMAGED")
+            table.add_row(*_name(path), "", "DAMAGED", "")
             problems.append(str(error))
+            continue
+        layouts.add(manifest.origin.layout_in_words)
+        size, state = f"{manifest.bytes / 2**30:.2f}", "intact" if options.verify else "complete"
+        table.add_row(*_name(path), size, state, _evaluation(manifest))
     Console().print(table)
+    print(f"layout: {' or '.join(sorted(layouts))}; {'checksums' if options.verify else 'sizes'} compared")
     print(*problems, sep="\n")
 
 
@@ -52,17 +58,16 @@ def _name(path: Path) -> list[str]:
         other.name for other in path.parent.iterdir() if other.is_symlink() and other.readlink().name == path.name
     )
     written = datetime.fromtimestamp((path / MANIFEST).stat().st_mtime)
-    return [" ".join([path.name, *(f"({name})" for name in links)]), f"{written:%Y-%m-%d %H:%M}"]
+    return [" ".join([path.name, *(f"({name})" for name in links)]), f"{written:%m-%d %H:%M}"]
 
 
-def _contents(path: Path, hashes: bool) -> list[str]:
-    """Returns the other columns of the table. Raises UserError if the checkpoint is damaged."""
+def _checked(path: Path, hashes: bool) -> Manifest:
+    """Raises UserError if the checkpoint is damaged."""
     from megatron_rl.checkpoint.manifest import read_manifest, verify
 
     manifest = read_manifest(path)
     verify(path, manifest, hashes=hashes)
-    size = f"{manifest.bytes / 2**30:.2f} GiB"
-    return [size, _evaluation(manifest), manifest.origin.layout_in_words, "intact" if hashes else "complete"]
+    return manifest
 
 
 def _evaluation(manifest: Manifest) -> str:

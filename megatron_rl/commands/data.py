@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="a .parquet or .jsonl file; may be repeated",
     )
-    prepare.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    prepare.add_argument("--output", "--out", type=Path, required=True, metavar="FILE.parquet")
     prepare.add_argument(
         "--problems", type=int, metavar="N", help="expected number of distinct problems; default: as published"
     )
@@ -51,13 +51,13 @@ def _prepare(options: argparse.Namespace) -> None:
     report = prepare(
         options.set,
         options.source,
-        options.out,
+        options.output,
         problems=options.problems,
         sha256=options.sha256,
         too_long=_length_filter(options.tokenizer, options.max_prompt_tokens),
         watch=lambda rows, name: track(rows, name, transient=True, console=console, disable=not console.is_terminal),
     )
-    _show(console, report, options.out)
+    _show(console, report, options.output)
 
 
 def _length_filter(tokenizer_folder: Path | None, most: int | None) -> Callable[[str], bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import add_config
+from .arguments import add_config, load_with_remarks
 
 
 def add(commands: Any) -> None:
@@ -19,9 +19,8 @@ def add(commands: Any) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megatron_rl.config import load_config
     from megatron_rl.doctor.examine import examine
     from megatron_rl.doctor.findings import show
 
-    config = load_config(options.config, options.overrides) if options.config else None
+    config = load_with_remarks(options.config, options.overrides) if options.config else None
     return 0 if show(examine(config, quick=options.quick), Console()) else 1

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     """Declares `eval`."""
     command = commands.add_parser("eval", help="evaluate a model on benchmark suites")
     command.add_argument(
-        "model", metavar="MODEL", help="a Hugging Face folder, a checkpoint, a run's folder, or http://HOST:PORT"
+        "model", metavar="MODEL", help="a Hugging Face folder or id, a checkpoint, a run's folder, or http://HOST:PORT"
     )
     command.add_argument(
         "--suites", default="paper", metavar="FILE.yaml", help="suite file, or a built-in one; default: paper"
@@ -32,6 +32,7 @@ def add(commands: Any) -> None:
     command.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the suites' data files")
     command.add_argument("--only", metavar="SUITE,...", help="evaluate these suites only")
     command.add_argument(
+        "--output",
         "--out",
         type=Path,
         metavar="FOLDER",
@@ -60,8 +61,8 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from megatron_rl.config.remarks import greedy_samples
     from megatron_rl.evaluation.protocol import load_protocol
     from megatron_rl.reward.grader import check_reward
 
@@ -69,8 +70,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError(f"--batch {options.batch}: give at least 1")
     protocol = load_protocol(options.suites, options.data, options.only.split(",") if options.only else None)
     check_reward(protocol.reward)
+    for remark in greedy_samples(protocol):
+        print(f"warning: {options.suites}: {remark}", file=sys.stderr)
     with ExitStack() as stack:
-        _run(options, protocol, _source(options, stack))
+        source = _source(options, stack)
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # after the downloads
+        _run(options, protocol, source)
 
 
 def _run(options: argparse.Namespace, protocol: ProtocolSettings, source: Source) -> None:
@@ -79,7 +84,7 @@ def _run(options: argparse.Namespace, protocol: ProtocolSettings, source: Source
     from megatron_rl.evaluation.evaluate import SUMMARY, Evaluation, Progress
     from megatron_rl.evaluation.table import table_of
 
-    folder = options.out or Path("evaluations", _name(options.model))
+    folder = options.output or Path("evaluations", _name(options.model))
     evaluation = Evaluation(protocol, source, folder, seed=options.seed, batch=options.batch)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(f"first prompt, as the model sees it (template: {protocol.template}):", highlight=False)
@@ -99,6 +104,7 @@ def _run(options: argparse.Namespace, protocol: ProtocolSettings, source: Source
 
 def _source(options: argparse.Namespace, stack: ExitStack) -> Source:
     from megatron_rl.checkpoint.as_model import find_checkpoint, link_as_model
+    from megatron_rl.data.hub import local_model
     from megatron_rl.evaluation.sources import CompletionServer, ModelFolder
 
     if options.model.startswith(("http://", "https://")):
@@ -109,7 +115,7 @@ def _source(options: argparse.Namespace, stack: ExitStack) -> Source:
             concurrency=options.concurrency,
             timeout=options.timeout,
         )
-    folder = Path(options.model)
+    folder = local_model(Path(options.model), "MODEL")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a Hugging Face folder, a checkpoint, or http://HOST:PORT")
     if checkpoint := find_checkpoint(folder):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from megatron_rl.errors import UserError
 
-from .arguments import add_config
+from .arguments import add_config, load_with_remarks
+
+if TYPE_CHECKING:
+    from megatron_rl.config import Config
 
 SHOWN = 12
 """Layouts that `--search` shows."""
@@ -37,13 +42,13 @@ def _plan(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from megatron_rl.config import load_config
     from megatron_rl.plan.plan import Plan
     from megatron_rl.plan.search import layouts, nearest
     from megatron_rl.plan.setup import setup_of
     from megatron_rl.plan.show import show_layouts, show_plan
 
-    setup = setup_of(load_config(options.config, options.overrides), **_assumptions(options.assume))
+    config = _with_model(load_with_remarks(options.config, options.overrides))
+    setup = setup_of(config, **_assumptions(options.assume))
     plan = Plan(setup)
     if options.search:
         found = layouts(setup)
@@ -56,6 +61,21 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps(plan.as_json(), indent=2))
     else:
         show_plan(plan, nearest(setup) if plan.problems else [], Console())
+
+
+def _with_model(config: Config) -> Config:
+    """Returns the configuration with the local copy of a model of the Hub, if there is one. Says if the plan has to use
+    the published sizes of a model that is not here."""
+    from megatron_rl.data.hub import is_hub_id, local_model
+    from megatron_rl.models.published import PUBLISHED, published_name
+
+    path = config.model.path
+    if is_hub_id(path):
+        with suppress(UserError):  # the model is not in the cache
+            path = local_model(path, "model.path", download=False)
+    if not path.is_dir() and (name := published_name(path)) in PUBLISHED:
+        print(f"{path} is not here: the plan uses the published sizes of {name}", file=sys.stderr)
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
 
 
 def _assumptions(texts: list[str]) -> dict[str, Any]:

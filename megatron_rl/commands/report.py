@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.errors import UserError
+
 
 def add(commands: Any) -> None:
     """Declares `report`."""
@@ -23,4 +25,7 @@ def add(commands: Any) -> None:
 def _report(options: argparse.Namespace) -> None:
     from megatron_rl.observability.report import write_report
 
+    for folder in options.folders:
+        if folder.is_dir() and not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+            raise UserError(f"{folder}: holds no run: neither config.yaml nor metrics.jsonl is there")
     print(write_report(options.folders, options.output))

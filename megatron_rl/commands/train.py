@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_rl.errors import UserError
-
-from .arguments import add_config
-
-if TYPE_CHECKING:
-    from megatron_rl.config import Config
+from .arguments import add_config, load_with_remarks
 
 
 def add(commands: Any) -> None:
@@ -30,27 +23,31 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check the configuration and the files it names, then stop"
     )
+    parser.add_argument(
+        "--show-config",
+        action="store_true",
+        help="print the configuration with every default, and the source of every other value, then stop",
+    )
     parser.set_defaults(command=_train)
 
 
 def _train(options: argparse.Namespace) -> None:
-    from megatron_rl.config import check_inputs, expand, load_config
-    from megatron_rl.models.layout_check import check_layout
+    from megatron_rl.config import expand, load_config
 
-    config = load_config(options.config, [*_mode(options), *options.overrides])
-    if options.dry_run:
-        print(expand(config), end="")
-        check_inputs(config, prepared=False, weights=False)
-        check_layout(config)
-        _show_prompt(config)
-        _show_passes(config)
-        print(f"# {options.config}: nothing wrong found", file=sys.stderr)
+    overrides = [*_mode(options), *options.overrides]
+    if options.show_config:
+        print(expand(load_config(options.config, overrides)), end="")
         return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of a run share the machine
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from megatron_rl.loop import train
+    if options.dry_run:
+        from megatron_rl.data.hub import with_local_copies
+        from megatron_rl.run.dry_run import dry_run
 
-    train(config)
+        config = with_local_copies(load_with_remarks(options.config, overrides), download=False)
+        dry_run(config, str(options.config))
+        return
+    from megatron_rl.api import train
+
+    train(options.config, overrides)
 
 
 def _mode(options: argparse.Namespace) -> list[str]:
@@ -68,23 +65,3 @@ def _mode(options: argparse.Namespace) -> list[str]:
         "evaluation.suites={}",
         "evaluation.probes={}",
     ]
-
-
-def _show_prompt(config: Config) -> None:
-    """Prints the first prompt, unless `prepare` has not written its file yet."""
-    from megatron_rl.data.prompts import first_prompt
-
-    if config.data.train.is_file() and config.model.path.is_dir():
-        text = first_prompt(config.data.train, model_folder=config.model.path, settings=config.data)
-        print(f"# first prompt, as the model will see it (data.template: {config.data.template}):", file=sys.stderr)
-        print(text, file=sys.stderr)
-
-
-def _show_passes(config: Config) -> None:
-    """Prints which forwards a step runs, unless they depend on a user's own loss that cannot be imported here."""
-    from megatron_rl.config.passes import passes_of
-
-    try:
-        print(f"# {passes_of(config)}", file=sys.stderr)
-    except UserError as error:
-        print(f"# forwards of a step: not known here: {error}", file=sys.stderr)

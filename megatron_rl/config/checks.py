@@ -10,6 +10,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind, supporting
 
 from .algorithm import CorrectionSettings
+from .evaluation import MACRO_MEAN
 from .kernels import impossible_kernels
 from .methods import lp_reg_term, method_problems, method_settings
 from .passes import passes_of
@@ -275,11 +276,18 @@ def _keep_best(config: Config) -> Iterator[str]:
     if keep is None:
         return
     suite, _, measure = keep.metric.removeprefix("eval/").rpartition("/")
-    if not keep.metric.startswith("eval/") or suite not in evaluation.suites or not measure:
+    if keep.metric == MACRO_MEAN:
+        if len(evaluation.suites) < 2:
+            yield (
+                f"train.keep_best.metric: {MACRO_MEAN} is the mean over several suites, and evaluation.suites has "
+                f"{len(evaluation.suites)}; give eval/<suite>/<measure>, or more suites"
+            )
+    elif not keep.metric.startswith("eval/") or suite not in evaluation.suites or not measure:
         suites = ", ".join(evaluation.suites) or "none"
         yield (
             f"train.keep_best.metric: {keep.metric!r} is not measured; give eval/<suite>/<measure>, such as "
-            f"eval/<suite>/avg@{evaluation.samples_per_prompt}, with one of evaluation.suites: {suites}"
+            f"eval/<suite>/avg@{evaluation.samples_per_prompt}, with one of evaluation.suites: {suites}, "
+            f"or {MACRO_MEAN}"
         )
     save, every = config.train.save_every, evaluation.every
     if not (save and every and (save % every == 0 or every % save == 0)):

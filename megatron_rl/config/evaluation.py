@@ -9,7 +9,10 @@ from pydantic import BeforeValidator, Field
 from .fields import Count, FilePath, Name, NonNegative, PositiveInt, Section, Text
 from .reward import RewardSettings
 
-Template = Literal["none", "chat", "boxed", "chat-boxed", "r1-zero"]
+Template = Literal["none", "chat", "boxed", "chat-boxed", "r1-zero", "zero"]
+
+MACRO_MEAN = "eval/macro_mean/avg"
+"""Metric of the unweighted mean over the suites, if there are several."""
 
 
 class Probe(Section):
@@ -25,7 +28,7 @@ class SuiteSettings(Section):
     """One suite. A path alone is enough: the other keys then have the values of the surrounding section."""
 
     data: FilePath
-    """A .jsonl or .parquet file of problems."""
+    """A .jsonl or .parquet file of problems, or a data set of the Hugging Face Hub, as for data.train."""
     samples_per_prompt: PositiveInt | None = None
     """Responses per problem. Default: the value of the surrounding section."""
     temperature: NonNegative | None = None

@@ -121,6 +121,16 @@ def expected(key: Key) -> str:
     return _describe(node.kind, node.metadata) if node else "a known key"
 
 
+def required(key: Key) -> str:
+    """Returns in words what must be given for a missing key: what a plain key takes, or the required keys of a section,
+    such as "train.steps (a whole number >= 1)"."""
+    node = _find(key)
+    if node is None or not (isinstance(node.kind, type) and issubclass(node.kind, Section)):
+        return expected(key)
+    names = [name for name, field in node.kind.model_fields.items() if field.is_required()]
+    return ", ".join(f"{'.'.join((*key, name))} ({expected((*key, name))})" for name in names) or expected(key)
+
+
 def _describe(kind: Any, metadata: tuple[Any, ...]) -> str:
     origin = get_origin(kind)
     if origin is Literal:

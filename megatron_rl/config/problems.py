@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .keys import Key, expected, has_keys, is_known, nearest
+from .keys import Key, expected, has_keys, is_known, known_keys, nearest, required
+from .peers import translations
 from .yaml_text import show
 
 
@@ -16,7 +17,7 @@ def unknown_in_path(key: Key) -> str | None:
     for end in range(1, len(key) + 1):
         if not is_known(key[:end]):
             wanted = key if end == 1 else key[:end]
-            return f"unknown key {'.'.join(key)}; {nearest(wanted)}"
+            return f"unknown key {'.'.join(key)}; {_hint(wanted, key)}"
     return None
 
 
@@ -32,9 +33,19 @@ def unknown_keys(tree: Any, key: Key) -> Iterator[str]:
         if not isinstance(name, str):
             yield f"{'.'.join(here)}: a name must be text; put it in quotes"
         elif not is_known(here):
-            yield f"unknown key {'.'.join(here)}; {nearest(here)}"
+            yield f"unknown key {'.'.join(here)}; {_hint(here, here, value)}"
         else:
             yield from unknown_keys(value, here)
+
+
+def _hint(unknown: Key, key: Key, value: Any = None) -> str:
+    """Returns what a key may have meant, whose part `unknown` is not known: our keys for those of other trainers in it,
+    or the nearest key."""
+    ours = list(translations(value, key))
+    if not ours:
+        return nearest(unknown)
+    same_name = any(known[-1] == key[-1] for known in known_keys())
+    return "; ".join([nearest(unknown), *ours] if same_name else ours)
 
 
 def type_problems(error: ValidationError, tree: dict[Any, Any]) -> dict[Key, str]:
@@ -54,7 +65,7 @@ def type_problems(error: ValidationError, tree: dict[Any, Any]) -> dict[Key, str
             key.append(str(part))
         dotted = ".".join(key)
         if item["type"] == "missing" and value is None:
-            lines[tuple(key)] = f"{dotted} is missing; expected {expected(tuple(key))}"
+            lines[tuple(key)] = f"{dotted} is missing; it needs {required(tuple(key))}"
         elif item["type"] == "string_pattern_mismatch":
             lines[tuple(key)] = f"{dotted}: only letters, digits, - and _ may be in this name"
         else:

@@ -21,7 +21,7 @@ class RunSettings(Section):
     """Name and folder of the run. `load_config` fills in what the file leaves out."""
 
     name: Text
-    """Name of the run. Default: `<stem of the YAML file>-<YYYYmmdd-HHMMSS>`."""
+    """Name of the run. Default: `<stem of the YAML file>-<method>-<YYYYmmdd-HHMMSS>`."""
     folder: FilePath
     """Folder that everything the run writes goes to. Default: `runs/<name>`."""
 
@@ -39,18 +39,24 @@ class ModelSettings(Section):
     """The policy to train."""
 
     path: FilePath
-    """Hugging Face model folder with config.json, tokenizer and weights."""
+    """Hugging Face model folder with config.json, tokenizer and weights; or a model of the Hugging Face Hub,
+    `owner/name` or `owner/name@revision`."""
+    max_positions: PositiveInt | None = None
+    """Longest prompt and response together, in tokens. Unset: what the model is made for, by config.json, rope scaling
+    included. A larger number runs the model on positions that it was not made for."""
 
 
 class DataSettings(Section):
     """Training prompts. The keys from `template` to `label_field` also apply to the evaluation suites."""
 
     train: FilePath
-    """A .jsonl or .parquet file with the columns of slime, verl or TRL."""
+    """A .jsonl or .parquet file with the columns of slime, verl or TRL; or a data set of the Hugging Face Hub,
+    `owner/name`, `owner/name:split` or `owner/name:subset:split`."""
     template: Template = "none"
     r"""none: the prompt unchanged, with messages joined by newlines. chat: the tokenizer's chat template. boxed: the
     prompt followed by a request to reason step by step and to put the answer in \boxed{}. chat-boxed: the boxed prompt
-    in the chat template. r1-zero: the conversation of DeepSeek-R1-Zero, with reasoning and answer in tags."""
+    in the chat template. r1-zero: the conversation of DeepSeek-R1-Zero, with reasoning and answer in tags. zero: the
+    boxed prompt in a conversation that ends in <think>, as in the scripts of the Lp-Reg paper."""
     max_prompt_tokens: PositiveInt = 2048
     """Longest prompt in tokens, after the template is applied."""
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"
@@ -100,7 +106,8 @@ class KeepBestSettings(Section):
     """Retention of the checkpoints with the best evaluation, regardless of `keep_checkpoints`."""
 
     metric: Text
-    """Evaluation metric, such as eval/aime/avg@8. Steps without this metric are not compared."""
+    """Evaluation metric, such as eval/aime/avg@8, or eval/macro_mean/avg, the mean over all suites. Steps without this
+    metric are not compared."""
     mode: Literal["max", "min"] = "max"
     """Whether higher or lower values are better."""
     count: PositiveInt = 1

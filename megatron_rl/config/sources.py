@@ -9,6 +9,9 @@ from .files import Layer
 from .keys import Key
 from .overrides import Override
 
+OVERRIDE = "override"
+"""The source of a value that an override set."""
+
 
 def place_of(key: Key, layers: Sequence[Layer], overrides: Sequence[Override]) -> str:
     """Returns where the user would look for the key's value: the last override at, above or below the key, otherwise
@@ -25,7 +28,7 @@ def source_of(key: Key, layers: Sequence[Layer], overrides: Sequence[Override]) 
     cleared by a null."""
     for override in reversed(overrides):
         if override.key == key[: len(override.key)]:
-            return "override" if _is_set(override.value, key[len(override.key) :]) else None
+            return OVERRIDE if _is_set(override.value, key[len(override.key) :]) else None
     for layer in reversed(layers):
         found = _is_set(layer.tree, key)
         if found is not None:

@@ -15,7 +15,8 @@ from .schema import Config
 
 DATA_SUFFIXES = (".jsonl", ".parquet")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth", "*.gguf")
+"""Files of weights; `models/weights_check.py` says which can be read."""
 
 
 def check_inputs(config: Config, *, prepared: bool = True, weights: bool = True) -> None:
@@ -89,7 +90,7 @@ def _check_model(config: Config, prepared: bool, weights: bool) -> Iterator[str]
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         yield f"model.path: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})"
     if weights and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
-        yield f"model.path: {folder} has no weights ({', '.join(_WEIGHT_PATTERNS)})"
+        yield f"model.path: {folder} has no weights (*.safetensors)"
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -17,7 +17,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.families import Entry, entries
 from megatron_rl.models.hf_format import FolderWeights, open_weights, read_config
-from megatron_rl.models.weight_map import check_names
+from megatron_rl.models.weights_check import check_headers, check_names
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Name of a dtype in a safetensors file -> torch dtype."""
@@ -38,22 +38,9 @@ class NamedWeights:
         """Opens every file. Raises UserError if names, shapes or dtypes do not fit the model's config.json."""
         check_names(architecture, weights)
         headers = weights.headers()
-        problems = [
-            f"{name}: shape {headers[name].shape}, expected {shape}"
-            for entry in entries(architecture)
-            for name, shape in zip(entry.hf_names, entry.hf_shapes(architecture), strict=True)
-            if headers[name].shape != shape
-        ]
-        if problems:
-            raise UserError("The weights do not fit the model's config.json:\n  " + "\n  ".join(problems[:10]))
-        quantised = {name: header.dtype for name, header in headers.items() if header.dtype not in DTYPES}
-        if quantised:
-            name, dtype = next(iter(quantised.items()))
-            raise UserError(
-                f"{name} is stored as {dtype}: only floating-point weights can be converted, not quantised ones."
-            )
+        check_headers(architecture, headers)
         self._weights = weights
-        self._dtypes = {name: DTYPES[header.dtype] for name, header in headers.items()}
+        self._dtypes = {name: DTYPES[header.dtype] for name, header in headers.items() if header.dtype in DTYPES}
 
     def dtype(self, entry: Entry) -> torch.dtype:
         return self._dtypes[entry.hf_names[0]]

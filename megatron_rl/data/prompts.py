@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from megatron_rl.types import Prompt
 
 from .rows import read_rows
 from .schemas import Row, Schema, SchemaName, recognise
-from .template import OWN_TEMPLATES, check_template, render
+from .template import begins_as_tokenizer, check_template, render
 from .tokenizer import Tokenizer, begin_ids, load_tokenizer, token_ids_of
+
+Check = Callable[[Prompt], None]
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,15 @@ class PromptSet:
     """Number of prompts that were cut on the left to `max_prompt_tokens`."""
 
 
-def load_prompts(path: Path, *, tokenizer: Tokenizer, settings: DataSettings) -> PromptSet:
+def load_prompts(path: Path, *, tokenizer: Tokenizer, settings: DataSettings, check: Check | None = None) -> PromptSet:
     """Reads a .jsonl or .parquet file, recognises its schema, applies the template and tokenizes the prompts.
 
-    Every key of `settings` applies except `train` and `shuffle`. Raises UserError with the file, the line or row and
-    the column of any row that cannot be used.
+    Every key of `settings` applies except `train` and `shuffle`. `check` is called with every prompt that is kept, and
+    raises ValueError for one that cannot be used. Raises UserError with the file, the line or row and the column of any
+    row that cannot be used.
     """
     check_template(tokenizer, settings.template)
-    return _Loading(path, tokenizer, settings).run()
+    return _Loading(path, tokenizer, settings, check).run()
 
 
 def first_prompt(path: Path, *, model_folder: Path, settings: DataSettings) -> str:
@@ -58,8 +62,9 @@ def first_prompt(path: Path, *, model_folder: Path, settings: DataSettings) -> s
 class _Loading:
     """The state of one pass over a file."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, settings: DataSettings) -> None:
+    def __init__(self, path: Path, tokenizer: Tokenizer, settings: DataSettings, check: Check | None) -> None:
         self.path = path
+        self.check = check
         self.tokenizer = tokenizer
         self.settings = settings
         self.prompts: list[Prompt] = []
@@ -67,7 +72,7 @@ class _Loading:
         self.truncated = 0
         self.seen: set[tuple[str, str]] = set()
         self.encoded: dict[str, tuple[int, ...]] = {}  # repeated prompts share one tokenization and one tuple
-        self.begin: tuple[int, ...] | None = None if settings.template in OWN_TEMPLATES else ()
+        self.begin: tuple[int, ...] | None = None if begins_as_tokenizer(settings.template) else ()
         """Ids that every prompt begins with; None before the first prompt."""
 
     def run(self) -> PromptSet:
@@ -115,8 +120,10 @@ class _Loading:
             begin = self.begin or ()
             token_ids = (begin + token_ids[len(token_ids) - limit + len(begin) :])[:limit]
             text = self.tokenizer.decode(list(token_ids))
-        metadata = schema.metadata(row)
-        self.prompts.append(Prompt(f"{self.path.stem}:{index}", token_ids, text, label, metadata))
+        prompt = Prompt(f"{self.path.stem}:{index}", token_ids, text, label, schema.metadata(row))
+        if self.check:
+            self.check(prompt)
+        self.prompts.append(prompt)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Returns the ids of a rendered text. Templates of ours begin as the tokenizer's post-processor would, unless

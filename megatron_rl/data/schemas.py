@@ -11,6 +11,10 @@ Row = dict[str, Any]
 Message = dict[str, str]
 SchemaName = Literal["slime", "verl", "trl"]
 _TRL_LABELS = ("solution", "answer", "ground_truth")
+_MEDIA = ("image", "images", "picture", "pictures", "video", "videos", "audio", "audios", "decoded_image")
+"""Columns that hold media in published data sets."""
+_PARTS = ("image", "image_url", "video", "video_url", "audio", "input_audio", "input_image")
+"""Types of a message's parts that are no text."""
 _KNOWN = """\
   slime: prompt (text or messages), label
   verl:  prompt (messages or text), reward_model.ground_truth
@@ -28,7 +32,9 @@ class Schema:
     """Whether a missing label is an error."""
 
     def prompt(self, row: Row) -> str | list[Message]:
-        """Returns the prompt as text or as chat messages. Raises ValueError with the column."""
+        """Returns the prompt as text or as chat messages. Raises ValueError with the column, also for a row with
+        pictures or other media, which no supported model sees."""
+        _refuse_media(row)
         value = row.get("prompt")
         if isinstance(value, str):
             return value
@@ -74,6 +80,30 @@ def recognise(columns: list[str], *, label_field: str | None, source: str) -> Sc
         return Schema("slime", label_field or "label", label_required=True)
     found = next((name for name in _TRL_LABELS if name in columns), None)
     return Schema("trl", label_field or found, label_required=label_field is not None)
+
+
+def _refuse_media(row: Row) -> None:
+    for name, value in row.items():
+        if name == "prompt" and isinstance(value, list):
+            parts = [message.get("content") for message in value if isinstance(message, dict)]
+            found = any(_is_medium(part) for content in parts if isinstance(content, list) for part in content)
+        else:
+            first = value[0] if isinstance(value, list) and value else value
+            found = (name in _MEDIA and value not in (None, "", [], {})) or _is_medium(first)
+        if found:
+            raise ValueError(
+                f"column {name}: the row has a picture or another medium, and only text is trained on. Remove such "
+                "rows; if the text alone makes sense, remove the column"
+            )
+
+
+def _is_medium(value: Any) -> bool:
+    """Whether a value is a file as the library datasets stores it, or a part of a message that is no text."""
+    if not isinstance(value, dict):
+        return False
+    if set(value) >= {"bytes", "path"} and (value["bytes"] or value["path"]):
+        return True
+    return value.get("type") in _PARTS and value.get(value["type"], True) is not None
 
 
 def kind(value: Any) -> str:

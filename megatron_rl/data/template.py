@@ -19,10 +19,14 @@ R1_ZERO = (
 )
 """Table 1 of DeepSeek-R1 (arXiv 2501.12948), with a sentence about the box, because the verifier reads the box."""
 
+ZERO = f"User: {BOXED}\nAssistant: Let me solve this step by step.\n<think>"
+"""The end of the prompts in the scripts of the Lp-Reg paper, whose own request for the box is not known."""
 
-OWN_TEMPLATES = ("boxed", "r1-zero")
-"""Templates that begin with what the tokenizer itself puts before a text. A chat template has its own beginning, and so
-has a prompt without a template."""
+
+def begins_as_tokenizer(template: Template) -> bool:
+    """Whether prompts begin with what the tokenizer itself puts before a text. A chat template has its own beginning,
+    and so has a prompt without a template."""
+    return template != "none" and not template.startswith("chat")
 
 
 def check_template(tokenizer: Tokenizer, template: Template) -> None:
@@ -53,7 +57,7 @@ def render(prompt: str | list[Message], *, tokenizer: Tokenizer | None, template
             messages = [*before, last | {"content": BOXED.format(problem=last["content"])}]
         return _chat(messages, tokenizer)
     text = "\n".join(message["content"] for message in messages)
-    wrapping = {"boxed": BOXED, "r1-zero": R1_ZERO}.get(template, "{problem}")
+    wrapping = {"boxed": BOXED, "r1-zero": R1_ZERO, "zero": ZERO}.get(template, "{problem}")
     return wrapping.format(problem=text)
 
 

@@ -18,6 +18,7 @@ from megatron_rl.doctor.machine import check_gpus, check_limits, check_shared_me
 from megatron_rl.doctor.versions import check_versions
 from megatron_rl.errors import UserError
 from megatron_rl.run.stack import ACTOR, ENGINE
+from megatron_rl.utils.format import counted
 
 if TYPE_CHECKING:
     from megatron_rl.cluster.runtime import Nodes
@@ -50,7 +51,9 @@ def check_cluster(config: Config) -> Iterator[Finding]:
     try:
         with ray_runtime(placement) as nodes:
             where = os.environ.get("RAY_ADDRESS") or "started for this check"
-            yield Finding("Ray", "ok", f"{len(nodes.bundles)} nodes of cluster.nodes: {config.cluster.nodes}, {where}")
+            yield Finding(
+                "Ray", "ok", f"{counted(len(nodes.bundles), 'node')} of cluster.nodes: {config.cluster.nodes}, {where}"
+            )
             yield from _check_nodes(config, nodes, folder)
             yield from _check_groups(config, nodes, folder)
             yield check_engines(config, nodes, folder)

@@ -22,7 +22,7 @@ SHOWN_LINES = 8
 def check_engines(config: Config, nodes: Nodes, logs: Path) -> Finding:
     """Starts every engine of the run from the model's folder, samples a few tokens with each, and ends them."""
     from megatron_rl.cluster.engines import Engines
-    from megatron_rl.models.hf_format import open_weights
+    from megatron_rl.models.weights_check import check_weights
     from megatron_rl.run.launch import launch_of
     from megatron_rl.types import Prompt, SamplingParams
 
@@ -35,7 +35,7 @@ def check_engines(config: Config, nodes: Nodes, logs: Path) -> Finding:
         remedy = "engines start from the model's weights: put them there first"
         return Finding(CHECK, "skipped", f"model.path: {config.model.path} has no weights yet", remedy)
     try:
-        open_weights(config.model.path)
+        check_weights(config.model.path)
         launch = launch_of(config, config.model.path)
     except UserError as error:
         return Finding(CHECK, "failure", str(error), "the model's folder is incomplete")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform as python
-import subprocess
 import sys
 from collections.abc import Iterator
 
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.doctor.findings import Finding, judged
+from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
+from megatron_rl.rollout.servers.package import interpreter_of, server_version
 from megatron_rl.utils.versions import SUPPORTED, fits, installed, remedy, requirements
 
 OPTIONAL = {
@@ -17,12 +18,6 @@ OPTIONAL = {
     "apex": "the actor does not use Apex's fused kernels",
     "flash-attn": "Transformer Engine's attention uses cuDNN or its own kernels",
 }
-
-_ASK = """
-import importlib.metadata as m
-there = {d.metadata["Name"]: d.version for d in m.distributions()}
-print(next((there[name] for name in (NAME, NAME + "-cpu") if name in there), ""))
-"""
 
 
 def check_server(rollout: RolloutSettings) -> Finding | None:
@@ -33,20 +28,12 @@ def check_server(rollout: RolloutSettings) -> Finding | None:
     kind = engine_kind(rollout.engine)
     if not isinstance(kind, ServerKind) or rollout.server.urls:
         return None
-    name = kind.package
-    interpreter = str(rollout.server.python or sys.executable)
-    where = f"rollout.server.python: {interpreter}"
-    command = [interpreter, "-c", _ASK.replace("NAME", repr(name))]
+    name, where = kind.package, f"rollout.server.python: {interpreter_of(rollout.server)}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except OSError as error:
-        return Finding(
-            name, "failure", f"{where}: {error.strerror}", "set it to the interpreter of the engine's environment"
-        )
-    version = done.stdout.strip()
-    if not version:
-        missing = f"install {name} there, or set rollout.server.python to the interpreter of an environment that has it"
-        return Finding(name, "failure", f"not installed ({where})", missing)
+        version = server_version(kind, rollout.server)
+    except UserError as error:
+        found, _, advice = str(error).rpartition("; ")
+        return Finding(name, "failure", found, advice)
     other = f"this project supports {kind.releases}; other versions may work"
     return judged(name, fits(version, kind.releases), f"{version} ({where})", other, otherwise="warning")
 

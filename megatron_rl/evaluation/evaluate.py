@@ -18,6 +18,7 @@ from megatron_rl.evaluation.measures import Estimate, Measures, macro
 from megatron_rl.evaluation.problems import Problem, problems_of, read_problems, write_problems
 from megatron_rl.evaluation.sources import Source
 from megatron_rl.reward.grader import Grader, open_grader
+from megatron_rl.reward.labels import label_check
 from megatron_rl.reward.outcomes import check_failures
 from megatron_rl.reward.trial import try_reward
 from megatron_rl.types import Prompt, SamplingParams
@@ -119,7 +120,8 @@ class Evaluation:
             max_prompt_tokens=self.protocol.max_prompt_tokens,
             long_prompts="truncate_left",
         )
-        return load_prompts(suite.data, tokenizer=self.source.tokenizer or _ServersOwn(), settings=settings).prompts
+        tokenizer, check = self.source.tokenizer or _ServersOwn(), label_check(self.protocol.reward)
+        return load_prompts(suite.data, tokenizer=tokenizer, settings=settings, check=check).prompts
 
     def _claim_folder(self) -> None:
         identity = {

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from megatron_rl.config.evaluation import ProtocolSettings, SuiteSettings
 from megatron_rl.config.yaml_text import parse_yaml, yaml_problem
+from megatron_rl.data.hub import local_data
 from megatron_rl.errors import UserError
 
 BUILT_IN = Path(__file__).parent / "suites"
@@ -31,7 +32,7 @@ def load_protocol(name: str, data_folder: Path | None = None, only: list[str] | 
     if unknown := set(only or ()) - set(protocol.suites):
         raise UserError(f"{name} has no suite {', '.join(sorted(unknown))}; it has {', '.join(protocol.suites)}")
     suites = {
-        suite: _resolved(settings.over(protocol), data_folder)
+        suite: _resolved(suite, settings.over(protocol), data_folder)
         for suite, settings in protocol.suites.items()
         if not only or suite in only
     }
@@ -57,8 +58,11 @@ def _find(name: str) -> Path:
     return Path(name)
 
 
-def _resolved(suite: SuiteSettings, folder: Path | None) -> SuiteSettings:
-    return suite.model_copy(update={"data": folder / suite.data}) if folder else suite
+def _resolved(name: str, suite: SuiteSettings, folder: Path | None) -> SuiteSettings:
+    """Returns the suite with the path of its file: below `folder`, or the local copy of a data set of the Hub."""
+    here = folder / suite.data if folder else suite.data
+    data = here if here.is_file() else local_data(suite.data, f"suites.{name}", "test")
+    return suite.model_copy(update={"data": here if data == suite.data else data})
 
 
 def _read(path: Path) -> ProtocolSettings:

@@ -16,6 +16,15 @@ SUPPORTED = {
 }
 """Maps `model_type` to the architecture's name."""
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "Qwen3ForCausalLM": {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "Qwen3MoeForCausalLM": {"num_key_value_heads": 4, "max_position_embeddings": 32768},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "LlamaForCausalLM": {"max_position_embeddings": 2048},
+}
+"""Values of keys that config.json may leave out: those of transformers' configuration class of the family. A family
+without a `head_dim` here has hidden_size / num_attention_heads."""
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Supported types of rope scaling: those whose frequencies do not depend on the sequence length."""
 
@@ -49,6 +58,7 @@ class Architecture:
     vocabulary: int
     """Size of the vocabulary without padding; see `parallel.layout.padded_vocabulary`."""
     max_positions: int
+    """Number of positions that the model is made for, rope scaling included."""
     norm_eps: float
     rope_theta: float
     tied: bool
@@ -88,6 +98,7 @@ class Architecture:
     def from_hf(cls, hf_config: Mapping[str, Any]) -> Architecture:
         """Reads a `config.json`. Raises UserError if the model is not supported or a key is missing."""
         family = _family(hf_config)
+        hf_config = {"rms_norm_eps": 1e-6, **DEFAULTS[family], **hf_config}
         _refuse_variants(hf_config)
         try:
             heads = hf_config["num_attention_heads"]
@@ -100,7 +111,7 @@ class Architecture:
                 head_dim=hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
                 ffn=hf_config["intermediate_size"],
                 vocabulary=hf_config["vocab_size"],
-                max_positions=hf_config["max_position_embeddings"],
+                max_positions=_max_positions(hf_config),
                 norm_eps=hf_config["rms_norm_eps"],
                 rope_theta=_rope_theta(hf_config),
                 tied=hf_config.get("tie_word_embeddings", False),
@@ -158,11 +169,22 @@ def _rope_type(hf_config: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type", rope.get("type", "default")))
 
 
+def _max_positions(hf_config: Mapping[str, Any]) -> int:
+    """The larger of the stated number and the one that rope scaling reaches from the original number of positions."""
+    stated, rope = int(hf_config["max_position_embeddings"]), _rope(hf_config)
+    original = rope.get("original_max_position_embeddings") or stated
+    factor = rope.get("factor") or 1.0
+    return max(stated, int(original * factor)) if _rope_type(hf_config) in ("linear", "yarn") else stated
+
+
 def _refuse_variants(hf_config: Mapping[str, Any]) -> None:
     """Raises UserError for settings that change the mathematics and that this Megatron model would silently ignore."""
     layer_types = set(hf_config.get("layer_types") or ())
     rope_type, rope_share = _rope_type(hf_config), _rope(hf_config).get("partial_rotary_factor", 1.0)
+    quantisation = hf_config.get("quantization_config")
+    method = quantisation.get("quant_method", "unnamed") if isinstance(quantisation, Mapping) else quantisation
     variants = {
+        f"quantised weights (quantization_config: {method})": bool(quantisation),
         f"rope scaling {rope_type!r}": rope_type not in ROPE_TYPES,
         f"rope on a part of each head (partial_rotary_factor: {rope_share})": rope_share != 1.0,
         "sliding-window attention (use_sliding_window: true)": hf_config.get("use_sliding_window", False),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 HASHING_THREADS = 8
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PIECE = 2**23
+_OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf", "*.h5", "*.msgpack")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
@@ -54,10 +56,14 @@ class FolderWeights(Mapping[str, "Tensor"]):
         self._files = files
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self._folder / self._files[name]
+        path = self._folder / self.file_of(name)
         with _open(path) as file:
             _check_holds(path, file, [name])
             return file.get_tensor(name)
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that holds a tensor. Raises KeyError for an unknown one."""
+        return self._files[name]
 
     @property
     def files(self) -> list[str]:
@@ -69,11 +75,14 @@ class FolderWeights(Mapping[str, "Tensor"]):
         headers: dict[str, Header] = {}
         for file_name in dict.fromkeys(self._files.values()):
             path, names = self._folder / file_name, [name for name, file in self._files.items() if file == file_name]
-            with _open(path) as file:
+            with _open(path, framework="np") as file:  # headers need no torch
                 _check_holds(path, file, names)
                 parts = ((name, file.get_slice(name)) for name in names)
                 headers |= {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in parts}
         return headers
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # that of Mapping would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -87,17 +96,50 @@ def open_weights(folder: Path) -> FolderWeights:
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
         files = _read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not files:
+        if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
             raise UserError(f"{index} has no weight_map. Copy the model again.")
         missing = sorted({file for file in files.values() if not (folder / file).is_file()})
         if missing:
             raise UserError(f"{index} names files that are not there: {', '.join(missing)}. Copy the model again.")
         return FolderWeights(folder, files)
     if single.is_file():
-        with _open(single) as file:
+        with _open(single, framework="np") as file:
             return FolderWeights(folder, dict.fromkeys(file.keys(), SINGLE))
-    raise UserError(
-        f"{folder} is a model folder without weights: it has neither {SINGLE} nor {INDEX}. "
+    raise UserError(f"{folder} {_no_weights(folder)}")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a file of weights, in whatever format."""
+    return any(True for pattern in ("*.safetensors", *_OTHER_FORMATS) for _ in folder.glob(pattern))
+
+
+def stored_bytes(path: Path, name: str) -> Iterator[bytes]:
+    """Yields the bytes of a tensor in a safetensors file, in pieces of a few megabytes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start, end = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + start)
+        for first in range(start, end, PIECE):
+            yield file.read(min(PIECE, end - first))
+
+
+def _no_weights(folder: Path) -> str:
+    """Says what a folder has in place of readable weights, and what to do."""
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if any("adapter" in name for name in found):
+        return f"holds an adapter ({found[0]}), not a model. Merge it into its base model and save the result."
+    if len(found) > 1:
+        return f"has {found[0]} and other parts of a model, but no {INDEX}, which lists them. Copy that file too."
+    if found:
+        return f"has {found[0]}, but the weights are expected in {SINGLE}. Rename the file."
+    others = sorted(path.name for pattern in _OTHER_FORMATS for path in folder.glob(pattern))
+    if others:
+        return (
+            f"has weights in {others[0]}, but only safetensors files are read. Convert them once: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) with transformers."
+        )
+    return (
+        f"is a model folder without weights: it has neither {SINGLE} nor {INDEX}. "
         "Copy the safetensors files beside config.json."
     )
 
@@ -143,8 +185,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, framework: str = "pt") -> Any:
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}). Copy the model again.") from None
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError) as error:
+        cut = any(sign in str(error) for sign in ("MetadataIncompleteBuffer", "incomplete metadata"))
+        cause = "the file is cut off" if cut else str(error)
+        raise UserError(f"{path} is not a readable safetensors file ({cause}). Copy the model again.") from None

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.families import EMBEDDING, HEAD, Entry, Kind, Shape, entries, rule_of
+from megatron_rl.models.families import EMBEDDING, HEAD, Entry, Kind, Shape, rule_of
 from megatron_rl.models.fusion import join, split
+from megatron_rl.models.weights_check import check_names
 from megatron_rl.parallel import process_groups
 from megatron_rl.utils.memory import Memory, Reused, fresh
 
@@ -171,13 +172,3 @@ def wrong_shapes(expected: Iterable[Shape], tensors: Mapping[str, Tensor]) -> li
         for shape, (name, tensor) in zip(expected, tensors.items(), strict=True)
         if tuple(tensor.shape) != shape
     ]
-
-
-def check_names(architecture: Architecture, hf_tensors: Mapping[str, Tensor]) -> None:
-    """Raises UserError unless these are the tensors of the whole model. A tied model may also store an LM head."""
-    needed = {name for entry in entries(architecture) for name in entry.hf_names}
-    allowed = needed | {HEAD} if architecture.tied else needed
-    problems = [f"missing: {name}" for name in sorted(needed - hf_tensors.keys())]
-    problems += [f"unexpected: {name}" for name in sorted(hf_tensors.keys() - allowed)]
-    if problems:
-        raise UserError(f"The weights are not those of a {architecture.family}:\n  " + "\n  ".join(problems))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_rl.observability.method_rules import Watched, filters, less_entropy, more_entropy, selections
 from megatron_rl.observability.metrics import Row, series
 from megatron_rl.utils.files import atomically, write_error
 from megatron_rl.utils.format import number
 
 if TYPE_CHECKING:
+    from megatron_rl.config.algorithm import AlgorithmSettings
     from megatron_rl.config.observability import DiagnosisSettings
 
 FILE_NAME = "warnings.jsonl"
@@ -34,7 +37,9 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class Rule:
+    """A condition that a run should not be in."""
+
     name: str
     holds: Callable[[Sequence[Row], DiagnosisSettings], str | None]
     """Returns what is wrong after the given rows, or None."""
@@ -48,15 +53,18 @@ class Diagnosis:
     holding in between.
     """
 
-    def __init__(self, folder: Path, settings: DiagnosisSettings, rows: Sequence[Row]) -> None:
+    def __init__(
+        self, folder: Path, settings: DiagnosisSettings, algorithm: AlgorithmSettings, rows: Sequence[Row]
+    ) -> None:
         """Continues from `rows`, the metrics that a resumed run has logged before.
 
         Warnings of later steps are removed from the file.
         """
+        self._rules = rules_of(algorithm)
         self._path = folder / FILE_NAME
         self._settings = settings
         self._rows = list(rows)
-        self._holding = {rule.name for rule in RULES if rule.holds(self._rows, settings)}
+        self._holding = {rule for rule in self._rules if rule.holds(self._rows, settings)}
         last = max((row["step"] for row in rows), default=-1)
         kept = [finding for finding in read_findings(folder) if finding.step <= last]
         if self._path.exists():
@@ -66,11 +74,11 @@ class Diagnosis:
     def step(self, step: int, metrics: Mapping[str, float | None]) -> list[Finding]:
         """Returns the warnings that start with this step, and appends them to warnings.jsonl in the run folder."""
         self._rows.append({"step": step, **metrics})
-        what = {rule: text for rule in RULES if (text := rule.holds(self._rows, self._settings))}
+        what = {rule: text for rule in self._rules if (text := rule.holds(self._rows, self._settings))}
         started = [
-            Finding(step, rule.name, text, rule.remedy) for rule, text in what.items() if rule.name not in self._holding
+            Finding(step, rule.name, text, rule.remedy) for rule, text in what.items() if rule not in self._holding
         ]
-        self._holding = {rule.name for rule in what}
+        self._holding = set(what)
         if started:
             try:
                 with self._path.open("a", encoding="utf-8") as file:
@@ -115,20 +123,18 @@ def _entropy_explosion(rows: Sequence[Row], settings: DiagnosisSettings) -> str 
     return f"entropy {number(means[1])} rose above {number(limit)}, {settings.entropy_explosion:g} x its initial value"
 
 
-def _nothing_selected(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    values = series(rows, "lpreg/selected_fraction")[1][-settings.window :]
+def _zero(part: Watched, rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    values = series(rows, part.metric)[1][-settings.window :]
     if len(values) < settings.window or any(values):
         return None
-    return f"the loss has selected no token for {settings.window} steps"
+    return f"{part.meaning}: {part.metric} has been 0 for {settings.window} steps"
 
 
-def _everything_kept(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    if not series(rows, "lpreg/selected_fraction")[1]:
-        return None  # the method has no proxy
-    values = series(rows, "lpreg/kept_fraction")[1][-settings.window :]
+def _kept(part: Watched, rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+    values = series(rows, part.metric)[1][-settings.window :]
     if len(values) < settings.window or min(values) <= settings.kept:
         return None
-    return f"the proxy's filter keeps at least {number(min(values))} of the tokens, more than {settings.kept:g}"
+    return f"{part.meaning} keeps at least {number(min(values))} of the tokens, more than {settings.kept:g}"
 
 
 def _truncation_growth(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
@@ -176,54 +182,26 @@ def _gap_growth(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
     return f"log-probs of fresh tokens differ by {number(means[1])} nat from the actor's, more than {number(limit)}"
 
 
-RULES = (
-    _Rule(
-        "entropy_collapse",
-        _entropy_collapse,
-        "Exploration is being lost: select more tokens (algorithm.lp_reg.rho), weight them more (beta), or lower "
-        "actor.optimizer.lr",
-    ),
-    _Rule(
-        "entropy_explosion",
-        _entropy_explosion,
-        "The policy is turning into noise: lower actor.optimizer.lr or the weight of the entropy or KL term, and "
-        "continue from an earlier checkpoint",
-    ),
-    _Rule(
-        "nothing_selected",
-        _nothing_selected,
-        "The regulariser has no effect: raise algorithm.lp_reg.rho, or lower kappa (or fixed_tau, which must be well "
-        "below lpreg/delta)",
-    ),
-    _Rule(
-        "everything_kept",
-        _everything_kept,
-        "The proxy filters nothing, so the term has no effect: raise algorithm.lp_reg.min_p",
-    ),
-    _Rule(
-        "truncation_growth",
-        _truncation_growth,
-        "Responses reach the token limit: raise rollout.max_response_tokens or penalise overlong responses",
-    ),
-    _Rule(
-        "reward_without_accuracy",
-        _reward_without_accuracy,
-        "The policy may exploit the verifier: read responses in the report and tighten the reward",
-    ),
-    _Rule(
-        "no_reward",
-        _no_reward,
-        "Read a rollout dump: a wrong data.template, label column or reward.name is more likely than a weak model",
-    ),
-    _Rule(
-        "stale_weights",
-        _stale_weights,
-        "Rollouts lag behind training: lower rollout.max_staleness or add engines",
-    ),
-    _Rule(
-        "gap_growth",
-        _gap_growth,
-        "Importance ratios are wrong by the same amount: check the engine's temperature, log-prob mode and precision, "
-        "and that weight updates arrive",
-    ),
-)
+_REMEDIES = {
+    _truncation_growth: "Responses reach the token limit: raise rollout.max_response_tokens, or penalise overlong "
+    "responses with algorithm.overlong.buffer_tokens",
+    _reward_without_accuracy: "The policy may exploit the verifier: read responses in the report, tighten the reward",
+    _no_reward: "Read a rollout dump: a wrong data.template, data.label_field or reward.name is more likely than a "
+    "weak model",
+    _stale_weights: "Rollouts lag behind training: lower rollout.max_staleness or raise rollout.engines",
+    _gap_growth: "Importance ratios are wrong by the same amount: check the engine's temperature, log-prob mode and "
+    "precision, and that weight updates arrive",
+}
+"""Remedies that are the same for every method."""
+
+
+def rules_of(algorithm: AlgorithmSettings) -> list[Rule]:
+    """Returns the rules for runs of the configured method. Several rules may have one name."""
+    rules = [
+        Rule("entropy_collapse", _entropy_collapse, more_entropy(algorithm)),
+        Rule("entropy_explosion", _entropy_explosion, less_entropy(algorithm)),
+    ]
+    rules += [Rule("nothing_selected", partial(_zero, part), part.remedy) for part in selections(algorithm)]
+    rules += [Rule("everything_kept", partial(_kept, part), part.remedy) for part in filters(algorithm)]
+    rules += [Rule(holds.__name__.removeprefix("_"), holds, remedy) for holds, remedy in _REMEDIES.items()]
+    return rules

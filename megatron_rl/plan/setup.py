@@ -9,8 +9,8 @@ from typing import Any
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.hf_format import read_config
 from megatron_rl.models.layout_check import check_experts_wanted, validate_layout
+from megatron_rl.models.published import known_config
 from megatron_rl.parallel.layout import Layout, layout_of, padded_vocabulary
 from megatron_rl.parallel.placement import Placement, placement_of
 from megatron_rl.plan.assumptions import Assumptions, Lengths, lengths
@@ -33,7 +33,7 @@ class Setup:
     @classmethod
     def of(cls, config: Config, gpu: Gpu, assumed: Assumptions) -> Setup:
         """Raises UserError if the model cannot be divided as configured, or the cluster is too small."""
-        hf_config = read_config(config.model.path)
+        hf_config = known_config(config.model.path)
         limit = config.rollout.max_response_tokens
         if not 0 < assumed.mean_response < limit:
             raise UserError(

@@ -15,7 +15,7 @@ from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.search import Choice
 from megatron_rl.plan.times import checkpoint_bytes, step_flops
-from megatron_rl.utils.format import duration
+from megatron_rl.utils.format import counted, duration
 from megatron_rl.utils.hardware import GIB
 
 
@@ -61,11 +61,11 @@ def _show_run(plan: Plan, console: Console) -> None:
     console.print(
         f"{setup.config.model.path}: {setup.model.family}, {model_parameters(setup.model) / 1e9:.2f} B parameters, "
         f"{setup.config.actor.dtype}\n"
-        f"{plan.gpus} x {setup.gpu.name} on {setup.config.cluster.nodes} nodes\n"
+        f"{plan.gpus} x {setup.gpu.name} on {counted(setup.config.cluster.nodes, 'node')}\n"
         f"each step: {setup.sequences} responses, {setup.step_tokens / 1e6:.2f} M tokens, "
         f"{flops:.2e} operations of the actor\n"
         f"{passes_of(setup.config)}\n"
-        f"{setup.config.train.steps} steps of {duration(plan.step_seconds)}: "
+        f"{counted(setup.config.train.steps, 'step')} of {duration(plan.step_seconds)}: "
         f"{duration(plan.step_seconds * setup.config.train.steps)}, {plan.gpu_hours:,.0f} GPU hours; "
         f"a checkpoint takes {checkpoint_bytes(setup) / GIB:.0f} GiB",
         highlight=False,

@@ -23,14 +23,14 @@ def verify_countdown(sample: Sample) -> RewardResult:
     the rule because policies otherwise drift to always answering `no`. Raises ValueError unless the label has the form
     `3 5 7 > 22`.
     """
-    numbers, target = _read_label(sample.prompt.label)
+    numbers, target = read_label(sample.prompt.label)
     words = sample.text.split()
     attempt = _last_attempt(words)
     detail = _unfinished(sample) or _judge_verdict(words) or _judge_attempt(attempt, numbers, target) or "correct"
     return RewardResult(1.0 if detail == "correct" else 0.0, attempt, detail)
 
 
-def _read_label(label: object) -> tuple[list[int], int]:
+def read_label(label: object) -> tuple[list[int], int]:
     match = LABEL.fullmatch(label) if isinstance(label, str) else None
     if match is None:
         raise ValueError(f"the Countdown label must look like '3 5 7 > 22', not {label!r}")

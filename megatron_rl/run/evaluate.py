@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_rl.batching.sequences import SequenceBatch, sequences_of
+from megatron_rl.config.evaluation import MACRO_MEAN
 from megatron_rl.evaluation.measures import Measures, macro
 from megatron_rl.evaluation.probes import probe_rows
 from megatron_rl.evaluation.problems import problems_of, write_problems
@@ -40,7 +41,7 @@ def evaluate(run: Run) -> dict[str, float]:
             found = suites[-1].metrics() | _scored_by_actor(run, batch)
             metrics |= {f"eval/{name}/{metric}": value for metric, value in found.items()}
     if len(suites) > 1 and any(suite.failed_fraction < 1 for suite in suites):
-        metrics["eval/macro_mean/avg"] = macro(suites).value
+        metrics[MACRO_MEAN] = macro(suites).value
     run.view.eval(run.step, metrics)
     return metrics
 

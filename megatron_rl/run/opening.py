@@ -24,11 +24,11 @@ from megatron_rl.config import Config, check_inputs
 from megatron_rl.config.checks import contradictions
 from megatron_rl.config.passes import passes_of
 from megatron_rl.data.cursor import Cursor
-from megatron_rl.data.prompts import PromptSet, load_prompts
-from megatron_rl.data.tokenizer import load_tokenizer, single_token, stop_token_ids
+from megatron_rl.data.prompts import PromptSet
+from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import UserError
-from megatron_rl.models.hf_format import open_weights
 from megatron_rl.models.layout_check import check_layout
+from megatron_rl.models.weights_check import check_weights
 from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.make_view import make_view
 from megatron_rl.observability.metrics import MetricsLog, read_metrics
@@ -47,17 +47,23 @@ from megatron_rl.rollout.group_filter import group_filter_of
 from megatron_rl.rollout.replay import Replay
 from megatron_rl.run import folder as run_folder
 from megatron_rl.run.launch import launch_of
+from megatron_rl.run.models import check_reference, model_folders
 from megatron_rl.run.prepare import prepare
+from megatron_rl.run.prompts import load_run_prompts
 from megatron_rl.run.recorder import Recorder
 from megatron_rl.run.reference import find_reference
+from megatron_rl.run.requirements import check_engine, check_gpus, check_trackers
 from megatron_rl.run.resume import check_resumption, data_file, origin_of, resume, same_data
 from megatron_rl.run.run import Inputs, Run
 from megatron_rl.run.sampling import rollout_sampling, step_sampling
 from megatron_rl.run.stack import check_stack
+from megatron_rl.run.tokens import check_tokens
+from megatron_rl.run.traces import check_traces
 from megatron_rl.run.warm_start import warm_start
 from megatron_rl.run.weights import open_weight_sync
 from megatron_rl.training.learner import Learner
 from megatron_rl.utils import heartbeat
+from megatron_rl.utils.format import counted
 
 LONGEST_EXAMPLE = 2_000
 """Number of characters of a prompt that are shown before training."""
@@ -70,26 +76,20 @@ def load_inputs(config: Config) -> Inputs:
     check_reward(config.reward)
     if config.rollout.agent:
         load_agent(config.rollout.agent)
-    open_weights(config.model.path)
+    check_reference(config)
+    for folder in model_folders(config):
+        check_weights(folder)
+    check_traces(config)
     tokenizer = load_tokenizer(config.model.path)
-    probes = {
-        name: (
-            single_token(tokenizer, probe.after, f"evaluation.probes.{name}.after"),
-            single_token(tokenizer, probe.token, f"evaluation.probes.{name}.token"),
-        )
-        for name, probe in config.evaluation.probes.items()
-    }
-    train = load_prompts(config.data.train, tokenizer=tokenizer, settings=config.data)
-    try_reward(config.reward, train.prompts[0])
+    stops, probes = check_tokens(config, tokenizer)
+    prompts = load_run_prompts(config, tokenizer)
+    try_reward(config.reward, prompts.train.prompts[0])
     return Inputs(
         tokenizer=tokenizer,
-        train=train,
-        suites={
-            name: load_prompts(suite.data, tokenizer=tokenizer, settings=config.data).prompts
-            for name, suite in config.evaluation.suites.items()
-        },
+        train=prompts.train,
+        suites={name: suite.prompts for name, suite in prompts.suites.items()},
         probes=probes,
-        stop_token_ids=stop_token_ids(tokenizer, config.model.path, config.rollout.stop_token_ids),
+        stop_token_ids=stops,
     )
 
 
@@ -114,6 +114,9 @@ def open_run(config: Config) -> Iterator[Run]:
     choice = LossChoice.of(config.algorithm)
     loss = choice.make()
     placement = placement_of(config)
+    check_gpus(placement)
+    check_trackers(config)
+    check_engine(config)
     check_stack(config)
     with ExitStack() as stack:
         view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
@@ -165,7 +168,9 @@ def open_run(config: Config) -> Iterator[Run]:
             recorder=Recorder(config, config.run.folder, actors, phase),
             view=view,
             metrics=metrics,
-            diagnosis=Diagnosis(config.run.folder, config.observability.diagnosis, read_metrics(config.run.folder)),
+            diagnosis=Diagnosis(
+                config.run.folder, config.observability.diagnosis, config.algorithm, read_metrics(config.run.folder)
+            ),
             phase=phase,
         )
         if resumption:
@@ -191,7 +196,7 @@ def _start(
     view.phase("starting")
     actors = Actors(config.actor, layout, config.model.path, logs, nodes)
     stack.callback(actors.close)
-    view.message(f"actor: {layout.world_size} ranks, {actors.description}")
+    view.message(f"actor: {counted(layout.world_size, 'rank')}, {actors.description}")
     warm_started = cache(partial(warm_start, config, actors, inputs.tokenizer, view))
     model_folder = config.model.path if resumed else warm_started()
     reference = find_reference(config, resumed.reference if resumed else None, warm_started)

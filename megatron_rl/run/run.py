@@ -138,7 +138,7 @@ class Run:
     def log(self, metrics: dict[str, float]) -> None:
         """Writes a step's metrics to file and screen, then raises the error of a failed background checkpoint."""
         if self.step:  # the row before the first step holds evaluations only
-            metrics |= memory_metrics(read_beats(self.folder / "logs" / HEARTBEATS)) | self._rates(metrics)
+            metrics |= memory_metrics(read_beats(self.folder / "logs" / HEARTBEATS))
         self.metrics.write(self.step, metrics | self.phase.flush() | self.saver.poll())
         if self.step:
             self.view.step(self.step, metrics)
@@ -146,11 +146,14 @@ class Run:
         for finding in self.diagnosis.step(self.step, metrics):
             self.view.message(str(finding))
 
-    def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Returns metrics of the actor's operations per second in the step that has these metrics."""
+    def rates(self, flops: float, metrics: dict[str, float]) -> dict[str, float]:
+        """Returns metrics of the actor's operations per second.
+
+        flops: operations of the step's own scoring and training. metrics: with the seconds of these two phases.
+        """
         seconds = metrics.get("perf/score_seconds", 0.0) + metrics.get("perf/train_seconds", 0.0)
         gpu = self.actors.gpu if self.config.actor.dtype != "float32" else None  # the known rate is that of bf16
-        return rate_metrics(self.actors.take_flops(), seconds, len(self.actors.ranks), gpu.flops if gpu else None)
+        return rate_metrics(flops, seconds, len(self.actors.ranks), gpu.flops if gpu else None)
 
     @contextmanager
     def profiled(self, step: int) -> Iterator[None]:

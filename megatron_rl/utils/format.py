@@ -24,6 +24,11 @@ def number(value: float | None) -> str:
     return f"{value:.1e}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Formats a number of things: `1 node`, `2 nodes`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def duration(seconds: float | None) -> str:
     """Formats a duration: `9 s`, `3 min 05 s`, `2 h 07 min`; `-` if it is unknown."""
     if seconds is None:

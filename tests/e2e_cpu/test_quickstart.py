@@ -55,6 +55,11 @@ def test_every_metric_is_written_at_every_step(learned: Finished) -> None:
     assert all(0 < len(values(learned, name)) <= STEPS for name in STANDARD_METRICS)
 
 
+def test_no_step_counts_the_operations_of_the_warm_start_or_of_an_evaluation(learned: Finished) -> None:
+    operations = values(learned, "perf/step_tflops")
+    assert max(operations) < 6 * min(operations)
+
+
 def test_the_engine_samples_from_the_policy_being_trained(learned: Finished) -> None:
     assert max(values(learned, "logprob/rollout_actor_max_diff")) < 1e-4
 

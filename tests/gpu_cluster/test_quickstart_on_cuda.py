@@ -43,7 +43,7 @@ def test_first_steps_on_gpu_and_cpu_agree(
 ) -> None:
     replay = ("--rollouts", str(rollouts), f"actor.dtype={dtype}")
     cpu, gpu = (train(command_line, f"{name}-{dtype}", *replay, f"actor.device={name}") for name in ("cpu", "cuda"))
-    assert "1 ranks, cuda:0" in gpu.output
+    assert "1 rank, cuda:0" in gpu.output
     for metric in METRICS:
         found, expected = values(gpu, metric), values(cpu, metric)
         print(dtype, metric, found, expected)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import megatron_rl
 from megatron_rl.cli import main
 from megatron_rl.config import load_config
 
@@ -41,11 +42,14 @@ def test_torch_is_not_loaded_before_it_is_needed(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_dry_run_prints_the_configuration_and_writes_nothing(empty_folder: Path, capsys: Output) -> None:
+def test_a_dry_run_and_the_configuration_on_request_write_nothing(empty_folder: Path, capsys: Output) -> None:
     assert train("--dry-run") == 0
-    assert list(empty_folder.iterdir()) == []
     out, err = capsys.readouterr()
+    assert out == ""
     assert f"{EXAMPLE}: nothing wrong found" in err and "# forwards without gradient: " in err
+    assert train("--show-config") == 0
+    assert list(empty_folder.iterdir()) == []
+    out = capsys.readouterr().out
     (empty_folder / "expanded.yaml").write_text(out)
     expanded = load_config(empty_folder / "expanded.yaml", [])
     assert expanded == load_config(EXAMPLE, [f"run.name={expanded.run.name}"])
@@ -54,10 +58,10 @@ def test_a_dry_run_prints_the_configuration_and_writes_nothing(empty_folder: Pat
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train.steps=7", "seed=5", "--dry-run"],
-        ["--dry-run", "train.steps=7", "seed=5"],
-        ["train.steps=7", "--dry-run", "seed=5"],
-        ["train.steps=6", "--dry-run", "seed=5", "train.steps=7"],
+        ["train.steps=7", "seed=5", "--show-config"],
+        ["--show-config", "train.steps=7", "seed=5"],
+        ["train.steps=7", "--show-config", "seed=5"],
+        ["train.steps=6", "--show-config", "seed=5", "train.steps=7"],
     ],
 )
 def test_options_and_overrides_may_come_in_any_order(arguments: list[str], capsys: Output) -> None:
@@ -119,3 +123,40 @@ def test_an_interrupt_prints_no_traceback(monkeypatch: pytest.MonkeyPatch, capsy
 def test_the_module_runs_as_the_installed_command() -> None:
     done = subprocess.run([sys.executable, "-m", "megatron_rl.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: megatron-rl")
+
+
+def test_the_package_runs_as_the_installed_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "megatron_rl", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"megatron-rl {megatron_rl.__version__}\n")
+
+
+def test_an_error_stands_alone(empty_folder: Path, capsys: Output) -> None:
+    assert train("--dry-run", "data.train=gone.jsonl") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith("error: data.train: no such file: gone.jsonl")
+
+
+def test_a_report_on_a_folder_without_a_run_is_an_error(empty_folder: Path, capsys: Output) -> None:
+    (empty_folder / "notes").mkdir()
+    assert main(["report", "notes"]) == 2
+    assert "notes: holds no run" in capsys.readouterr().err
+    assert list((empty_folder / "notes").iterdir()) == []
+
+
+def test_every_command_that_writes_a_file_has_the_option_output(capsys: Output) -> None:
+    for command in (["init"], ["report"], ["slurm"], ["eval"], ["data", "prepare"], ["push"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        assert "--output" in capsys.readouterr().out, command
+
+
+def test_settings_of_another_method_in_the_file_are_a_warning(capsys: Output) -> None:
+    assert train("--dry-run", "algorithm.name=grpo") == 0
+    err = capsys.readouterr().err
+    assert "warning: file" in err and "algorithm.lp_reg.rho has no effect: it is a setting of lp_reg" in err
+
+
+def test_the_plan_of_one_node_says_node(capsys: Output) -> None:
+    assert main(["plan", str(EXAMPLE.parents[1] / "own_data.yaml")]) == 0
+    out, err = capsys.readouterr()
+    assert " on 1 node\n" in out and "uses the published sizes of Qwen3-0.6B" in err

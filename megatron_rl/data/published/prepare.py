@@ -178,7 +178,7 @@ def _write(out: Path, name: str, kept: dict[str, _Problem], report: Prepared) ->
     import pyarrow.parquet
 
     if out.suffix != ".parquet":
-        raise UserError(f"--out {out}: the name must end in .parquet")
+        raise UserError(f"--output {out}: the name must end in .parquet")
     table = pyarrow.table(
         {
             "prompt": list(kept),

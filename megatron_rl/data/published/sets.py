@@ -36,6 +36,8 @@ class PublishedSet:
     problems: tuple[int, int]
     """Smallest and largest accepted number of distinct problems."""
     forms: tuple[Columns, ...]
+    hub_ids: tuple[str, ...] = ()
+    """Data sets of the Hub that are the whole set, in one of the forms."""
     checksums: dict[str, str] = field(default_factory=dict)
     """Name of the known file with each SHA-256."""
 
@@ -50,6 +52,7 @@ SETS: dict[str, PublishedSet] = {
         # Published counts depend on the comparison of texts and on the treatment of contradictory answers: 17,188
         # ignoring white space, 17,391 to 17,398 by exact text, 17,405 by text and answer.
         problems=(17_176, 17_405),
+        hub_ids=("BytedTsinghua-SIA/DAPO-Math-17k",),
         forms=(_VERL, Columns("prompt", "solution")),
         checksums={"534375d6bb8630d22ab46a56e11f2ffec1d288d8f7d04099bc82d68948705941": "data/dapo-math-17k.parquet"},
     ),
@@ -57,6 +60,12 @@ SETS: dict[str, PublishedSet] = {
         "AIME 2024",
         "HuggingFaceH4/aime_2024, Maxwell-Jia/AIME_2024, math-ai/aime24, BytedTsinghua-SIA/AIME-2024 (each 32 times)",
         problems=(30, 30),
+        hub_ids=(
+            "HuggingFaceH4/aime_2024",
+            "Maxwell-Jia/AIME_2024",
+            "math-ai/aime24",
+            "BytedTsinghua-SIA/AIME-2024",
+        ),
         forms=(
             Columns("problem", "answer"),
             Columns("Problem", "Answer"),
@@ -73,6 +82,7 @@ SETS: dict[str, PublishedSet] = {
         "AIME 2025",
         "math-ai/aime25 (test.jsonl), opencompass/AIME2025 (aime2025-I.jsonl and aime2025-II.jsonl)",
         problems=(30, 30),
+        hub_ids=("math-ai/aime25",),
         forms=(Columns("problem", "answer"), Columns("question", "answer")),
         checksums={
             "b4e273c02d3e7fe1b74b59eae768fc8230bfb0f79539890cb56f4361caac0331": "math-ai/aime25",
@@ -84,6 +94,7 @@ SETS: dict[str, PublishedSet] = {
         "MATH-500",
         "HuggingFaceH4/MATH-500 (test.jsonl)",
         problems=(500, 500),
+        hub_ids=("HuggingFaceH4/MATH-500",),
         forms=(Columns("problem", "answer"),),
         checksums={"35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132": "HuggingFaceH4/MATH-500"},
     ),
@@ -91,6 +102,7 @@ SETS: dict[str, PublishedSet] = {
         "Minerva (OCWCourses)",
         "math-ai/minervamath, Qwen2.5-Math (evaluation/data/minerva_math/test.jsonl)",
         problems=(272, 272),
+        hub_ids=("math-ai/minervamath",),
         forms=(
             Columns("question", "answer"),
             Columns("problem", "answer"),
@@ -101,6 +113,7 @@ SETS: dict[str, PublishedSet] = {
         "OlympiadBench (open-ended, text only, maths, English, competitions)",
         "Hothan/OlympiadBench (OE_TO_maths_en_COMP: 674), Qwen2.5-Math (675)",
         problems=(674, 675),
+        hub_ids=("Hothan/OlympiadBench",),
         forms=(Columns("question", "final_answer"), Columns("question", "answer")),
     ),
 }

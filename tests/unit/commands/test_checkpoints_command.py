@@ -11,7 +11,7 @@ from tests.unit.checkpoint.conftest import FILES, Saving
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "80")
     saving = Saving(tmp_path / "checkpoints")
     for step in (5, 10, 15):
         saving.save(step, **{"eval/held_out/avg@8": step / 100, "eval/held_out/entropy": 1.0})
@@ -20,14 +20,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def rows(output: str) -> dict[str, str]:
     """Returns the rows of the table by step number."""
-    return {line.split("step_")[1][:6]: line for line in output.splitlines() if line.startswith("│ step_")}
+    return {line.split("step_")[1][:6]: line for line in output.splitlines() if line.startswith("  step_")}
 
 
 def test_every_checkpoint_is_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoints", str(run)]) == 0
-    listed = rows(capsys.readouterr().out)
+    output = capsys.readouterr().out
+    listed = rows(output)
+    assert max(map(len, output.splitlines())) <= 80
     assert list(listed) == ["000005", "000010", "000015"]
-    assert all("complete" in line and "one rank" in line for line in listed.values())
+    assert all("complete" in line for line in listed.values()) and "layout: one rank; sizes compared" in output
     assert "held_out/avg@8 0.100" in listed["000010"] and "entropy" not in listed["000010"]
     assert ["(latest)" in line for line in listed.values()] == [False, False, True]
 

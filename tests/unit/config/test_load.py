@@ -164,6 +164,9 @@ def test_everything_missing_is_listed(load):
     message = error_of(load, text="")
     for key in ("model", "data", "rollout", "reward", "train"):
         assert f"example.yaml: {key} is missing" in message
+    assert "train is missing; it needs train.steps (a whole number >= 1)" in message
+    assert all(f"rollout.{key} (" in message for key in ("prompts_per_step", "samples_per_prompt"))
+    assert "rollout.engine" not in message  # it has a default
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "ä"])
@@ -222,7 +225,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path):
 
 def test_run_name_and_folder_complete_each_other(load):
     fresh = load().run
-    assert re.fullmatch(r"example-\d{8}-\d{6}", fresh.name)
+    assert re.fullmatch(r"example-lp_reg-\d{8}-\d{6}", fresh.name)
     assert fresh.folder == Path("runs") / fresh.name
     assert load("run.name=x").run.folder == Path("runs/x")
     assert load("run.folder=/somewhere/y").run.name == "y"
@@ -235,13 +238,35 @@ def test_resume_auto_takes_the_newest_run_of_the_same_file(load):
         return load("resume=auto").run.name
 
     assert not Path("runs").exists()
-    assert name().startswith("example-2")
+    assert name().startswith("example-lp_reg-2")
     for folder in ("example-20250101-000000", "example-20250301-120000", "example-latest", "other-20260101-000000"):
         Path("runs", folder).mkdir(parents=True)
     Path("runs/example-20270101-000000").touch()
     assert name() == "example-20250301-120000"
     assert load().run.name != "example-20250301-120000"
     assert load("resume=auto", "run.name=mine").run.name == "mine"
+
+
+def test_the_name_of_a_run_carries_the_method_once(load, tmp_path):
+    def name(*overrides: str, stem: str = "example") -> str:
+        load()
+        file = Path(f"{stem}.yaml")
+        file.write_text(Path("example.yaml").read_text())
+        return load_config(str(file), overrides).run.name[: -len("-20250101-000000")]
+
+    assert name("algorithm.name=grpo") == "example-grpo"
+    assert name("algorithm.name=dppo", "algorithm.with_lp_reg={}") == "example-dppo-with_lp_reg"
+    assert name("algorithm.name=mylab.loss:Squared") == "example-Squared"
+    assert name(stem="lp_reg_paper_on") == "lp_reg_paper_on"
+    assert name("algorithm.name=up", stem="setup") == "setup-up"
+
+
+def test_resume_auto_takes_the_newest_run_of_the_method(load):
+    for folder in ("example-grpo-20250301-120000", "example-lp_reg-20250201-000000", "example-20250101-000000"):
+        Path("runs", folder).mkdir(parents=True)
+    assert load("resume=auto").run.name == "example-lp_reg-20250201-000000"
+    assert load("resume=auto", "algorithm.name=grpo").run.name == "example-grpo-20250301-120000"
+    assert load("resume=auto", "algorithm.name=gspo").run.name == "example-20250101-000000"  # of an earlier version
 
 
 def test_resume_takes_words_or_a_path(load):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from megatron_rl.config.evaluation import Template
 from megatron_rl.data import load_tokenizer
 from megatron_rl.data.tokenizer import begin_ids
 
@@ -36,7 +37,7 @@ POST_PROCESSORS: dict[str, tuple[Any, list[str]]] = {
         [BOS],
     ),
 }
-OWN = ("boxed", "r1-zero")
+OWN = [name for name in get_args(Template) if name != "none" and not name.startswith("chat")]
 
 
 def tokenizer_of(folder: Path, post_processor: Any, *, sentence_pieces: bool = False) -> Any:

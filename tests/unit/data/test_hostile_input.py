@@ -94,7 +94,7 @@ def test_several_chat_templates_without_a_default_are_an_error(tmp_path, read):
     assert prompt.token_ids == (0,)
 
 
-@pytest.mark.parametrize("template", ["none", "boxed", "r1-zero"])
+@pytest.mark.parametrize("template", ["none", "boxed", "r1-zero", "zero"])
 def test_a_prompt_outside_the_vocabulary_names_the_row(tmp_path, read, template):
     tokenizer = load_tokenizer(word_level(tmp_path / "model"))
     with pytest.raises(UserError, match=r"rows\.jsonl, line 1: the tokenizer cannot encode the prompt"):

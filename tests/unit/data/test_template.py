@@ -54,6 +54,7 @@ BOXED = "hello\nPlease reason step by step, and put your final answer within \\b
         ("none", "hello"),
         ("chat", "<bos> <user> hello <assistant>"),
         ("boxed", BOXED),
+        ("zero", f"User: {BOXED}\nAssistant: Let me solve this step by step.\n<think>"),
         ("chat-boxed", f"<bos> <user> {BOXED} <assistant>"),
     ],
 )
@@ -68,7 +69,7 @@ def test_r1_zero_ends_where_the_assistant_starts(folder):
     assert text.endswith("Assistant:") and text.count("<think>") == 2
 
 
-@pytest.mark.parametrize("template", ["none", "boxed", "r1-zero", "chat", "chat-boxed"])
+@pytest.mark.parametrize("template", ["none", "boxed", "r1-zero", "zero", "chat", "chat-boxed"])
 def test_the_first_prompt_shown_equals_the_first_prompt_in_training(folder, read, tmp_path, template):
     rows = [{"prompt": "hello world"}, {"prompt": "hello"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

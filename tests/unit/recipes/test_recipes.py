@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.cli import main
 from megatron_rl.cluster.slurm import write_script
 from megatron_rl.config import Config, load_config
-from megatron_rl.data.countdown import write_task
 from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.setup import Setup
@@ -67,19 +68,26 @@ def test_dry_run_and_plan_find_nothing_wrong(
     assert main(["train", str(recipe), "--dry-run", *inputs]) == 0
     output = capsys.readouterr()
     assert "nothing wrong found" in output.err and "\\boxed{}" in output.err
+    assert (
+        "# not checked: weights: " in output.err and "Assistant: Let me solve this step by step.\n<think>" in output.err
+    )
     assert main(["plan", str(recipe), "--json", *inputs]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides with files: a tokenizer, a few rows of DAPO-Math-17k, and rows of AIME for every suite."""
+    """Overrides with files: a tokenizer of bytes, a few rows of DAPO-Math-17k, and rows of AIME for every suite."""
     folder = tmp_path_factory.mktemp("inputs")
-    write_task(folder / "task")
+    inner = Tokenizer(
+        models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="!").save_pretrained(folder / "model")
     published = ROOT / "tests/fixtures/published"
     suites = ("aime24", "aime25", "math500", "minerva", "olympiadbench")
     given = [f"evaluation.suites.{name}.data={published / 'aime_2024_verl.parquet'}" for name in suites]
-    return [f"model.path={folder / 'task/model'}", f"data.train={published / 'dapo.parquet'}", *given]
+    return [f"model.path={folder / 'model'}", f"data.train={published / 'dapo.parquet'}", *given]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -89,6 +97,9 @@ def test_recipe_has_the_published_settings(recipe: Path) -> None:
     assert (rollout.prompts_per_step, rollout.samples_per_prompt, rollout.max_response_tokens) == (256, 8, 8192)
     assert (config.data.max_prompt_tokens, config.data.long_prompts) == (2048, "truncate_left")
     assert rollout.temperature == 1.0
+    assert (config.data.template, config.reward.name, config.actor.dtype) == ("zero", "math", "bfloat16")
+    assert (optimizer.betas, config.evaluation.every) == ((0.9, 0.999), 8)
+    assert train.keep_best and train.keep_best.metric == "eval/macro_mean/avg"
     assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_grad, optimizer.schedule) == (1e-6, 0, 1.0, "constant")
     assert train.updates_per_rollout == (8 if "_off" in recipe.stem else 1)
     assert train.steps == (1005 if "14b" in str(recipe) else 800)
@@ -97,6 +108,10 @@ def test_recipe_has_the_published_settings(recipe: Path) -> None:
     if config.algorithm.name == "lp_reg":
         assert config.algorithm.lp_reg.rho == (0.01 if "14b" in str(recipe) else 0.005)
         assert config.algorithm.preset in recipe.stem
+        # The preset `reference` selects within a micro-batch, so that the published size matters.
+        assert (config.actor.micro_batch_tokens == 30720) == (config.algorithm.preset == "reference")
+    if config.algorithm.name == "kl_cov":
+        assert config.algorithm.kl_cov.share == 2e-3
 
 
 def test_shellcheck_finds_nothing_in_the_batch_script_of_any_recipe(tmp_path: Path) -> None:

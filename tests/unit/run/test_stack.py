@@ -75,3 +75,18 @@ def test_an_unsupported_version_is_refused(config: Config, monkeypatch: pytest.M
         monkeypatch.setattr(versions, "installed", lambda name, p=package, v=version: v if name == p else real(name))
         with pytest.raises(UserError, match=rf"{package} {re.escape(version)} is installed, but .* pip install"):
             stack.check_stack(config)
+
+
+def test_an_engine_that_is_not_installed_is_named_with_the_command(config: Config, tmp_path: Path) -> None:
+    without = tmp_path / "python-without-sglang"
+    without.write_text("#!/bin/sh\nexit 1\n")
+    without.chmod(0o755)
+    for device in ("cpu", "cuda"):
+        given = changed(config, tmp_path, f"rollout.server.python={without}", f"actor.device={device}")
+        with pytest.raises(UserError, match=r"rollout\.engine: sglang is not installed for .*`make engines`"):
+            stack.check_engine(given)
+    stack.check_engine(
+        changed(config, tmp_path, f"rollout.server.python={without}", "rollout.server.urls=[http://x:1]")
+    )
+    with pytest.raises(UserError, match=r"rollout\.server\.python: /none/python cannot be started"):
+        stack.check_engine(changed(config, tmp_path, "rollout.server.python=/none/python"))

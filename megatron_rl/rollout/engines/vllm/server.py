@@ -42,6 +42,7 @@ def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[li
         "--generation-config": "vllm",  # else the model's folder may set a top-p
     }
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": key}
+    environment |= {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # model.max_positions may go beyond the model's own
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # dev mode: weight updates over HTTP
     line = [str(settings.python or sys.executable), "-m", "vllm.entrypoints.openai.api_server"]
     line += [word for pair in arguments.items() for word in pair]
