@@ -108,7 +108,17 @@ class Response:
     __hash__ = None  # type: ignore[assignment]
 
     @property
+    def sequences(self) -> tuple[Response, ...]:
+        """The sequences to train on, each with its own mask: the response itself, unless an agent sampled several."""
+        return (self,)
+
+    def context_of(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Token ids before the response: those of the prompt, unless an agent chose others."""
+        return prompt
+
+    @property
     def num_sampled_tokens(self) -> int:
+        """Number of sampled tokens of all sequences."""
         return int(np.count_nonzero(self.sampled_mask))
 
     def sampled(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -152,6 +162,41 @@ class Response:
             version_changes=tuple(changes),
             sampled_mask=np.concatenate([self.sampled_mask, rest.sampled_mask]),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AgentSequence(Response):
+    """One sequence of an agent's rollout."""
+
+    context: tuple[int, ...] = ()
+    """Token ids before the first sampled token, such as a conversation that the chat template renders."""
+
+    def context_of(self, prompt: Sequence[int]) -> Sequence[int]:
+        return self.context
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AgentResponse(AgentSequence):
+    """An agent's rollout: one or several sequences with one reward. As a response it is the newest sequence."""
+
+    others: tuple[AgentSequence, ...] = ()
+    """The older sequences: conversations that the newest one does not extend."""
+    reward: RewardResult | None = None
+    """The agent's own reward, or the reason why there is none; None: the verifier grades the rollout."""
+
+    @property
+    def turns(self) -> int:
+        """Number of runs of sampled tokens, in all sequences."""
+        masks = [np.append(False, sequence.sampled_mask) for sequence in self.sequences]
+        return sum(int(np.count_nonzero(mask[1:] & ~mask[:-1])) for mask in masks)
+
+    @property
+    def sequences(self) -> tuple[Response, ...]:
+        return (*self.others, self)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        return sum(int(np.count_nonzero(sequence.sampled_mask)) for sequence in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)

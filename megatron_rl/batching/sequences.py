@@ -158,7 +158,8 @@ class SequenceBatch:
 
 
 def sequences_of(pairs: Iterable[tuple[Sequence[int], Response]]) -> SequenceBatch:
-    """A batch of prompts' token ids with a response each; `rollout_log_probs` holds the engine's log-probs.
+    """A batch of prompts' token ids with a response each; `rollout_log_probs` holds the engine's log-probs. A response
+    of several sequences makes as many sequences of the batch, one after another.
 
     Raises:
         ValueError: a response has no log-probs.
@@ -169,7 +170,10 @@ def sequences_of(pairs: Iterable[tuple[Sequence[int], Response]]) -> SequenceBat
     lengths: list[int] = []
     before: Sequence[int] | None = None
     prompt, unsampled = np.zeros(0, np.int32), np.zeros(0, bool)
-    for prompt_ids, response in pairs:
+    flat = (
+        (response.context_of(prompt_ids), response) for prompt_ids, answer in pairs for response in answer.sequences
+    )
+    for prompt_ids, response in flat:
         if prompt_ids is not before:  # the responses of a group share their prompt
             prompt, before = np.asarray(prompt_ids, dtype=np.int32), prompt_ids
             unsampled = np.zeros(len(prompt), dtype=bool)

@@ -128,14 +128,16 @@ class Engines:
         self._dispatch()
         return list(ids)
 
-    def wait(self, ids: Iterable[int]) -> set[int]:
-        """Blocks until at least one of the groups has finished, and returns the finished ids. Embedded engines answer
-        batch by batch: with them it blocks until all have finished. Raises EnginesLost."""
+    def wait(self, ids: Iterable[int], seconds: float | None = None) -> set[int]:
+        """Blocks until at least one of the groups has finished, or for about so many seconds, and returns the finished
+        ids. Embedded engines answer batch by batch: with them it blocks until all have finished. Raises EnginesLost."""
         ids, deadline = set(ids), progress_deadline()
         while len(finished := ids & self._answers.keys()) < (len(ids) if self.embedded else min(1, len(ids))):
-            progress = self._poll()
+            progress = self._poll(POLL_SECONDS if seconds is None else seconds)
             if deadline:
                 deadline.check(progress=progress)
+            if seconds is not None:
+                return ids & self._answers.keys()
         return finished
 
     def take(self, request: int) -> list[Response]:
@@ -200,13 +202,13 @@ class Engines:
 
     # ------------------------------------------------------------------ engines that come and go
 
-    def _poll(self) -> bool:
-        """Waits up to POLL_SECONDS for an answer of any process, and acts on it. Returns whether there was one."""
+    def _poll(self, seconds: float = POLL_SECONDS) -> bool:
+        """Waits up to so many seconds for an answer of any process, and acts on it. Returns whether there was one."""
         starting = {process.started: process for process in self._processes if process.state == "starting"}
         refs: list[ObjectRef[Any]] = [*self._calls, *starting, *self._losses]
         if not refs:
-            time.sleep(POLL_SECONDS)
-        elif ray.wait(refs, timeout=POLL_SECONDS)[0]:
+            time.sleep(seconds)
+        elif ray.wait(refs, timeout=seconds)[0]:
             refs = ray.wait(refs, num_returns=len(refs), timeout=0)[0]
         else:
             refs = []

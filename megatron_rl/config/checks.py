@@ -177,6 +177,7 @@ def _rollout(config: Config) -> Iterator[str]:
             "algorithm.correction.weights: none would treat tokens of older weights (rollout.max_staleness: "
             f"{rollout.max_staleness}) as if the current policy had sampled them; set it to truncated or masked"
         )
+    yield from _agent(config)
     yield from _engine(config)
     if rollout.server.urls and len(rollout.server.urls) != rollout.engines:
         yield (
@@ -187,6 +188,17 @@ def _rollout(config: Config) -> Iterator[str]:
         yield "rollout.asynchronous: engines on the actor's GPUs (cluster.colocate) cannot sample during training"
     if rollout.server.urls and config.cluster.colocate:
         yield "cluster.colocate: external servers (rollout.server.urls) share no GPUs with the actor"
+
+
+def _agent(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.agent and rollout.max_staleness:
+        yield (
+            f"rollout.max_staleness: {rollout.max_staleness} continues responses at a later step, which an agent "
+            "(rollout.agent) cannot; set it to 0. over_sampling works with agents"
+        )
+    if config.reward.name == "agent" and not rollout.agent:
+        yield "reward.name: agent takes the reward of an agent, but rollout.agent names none"
 
 
 def _engine(config: Config) -> Iterator[str]:

@@ -12,6 +12,7 @@ VERIFIERS = {
     "countdown": "megatron_rl.reward.countdown:verify_countdown",
     "math": "megatron_rl.reward.maths:MathsReward",
     "code": "megatron_rl.reward.code:CodeReward",
+    "agent": "megatron_rl.reward.agent:no_reward",
 }
 """Name -> import path of each built-in verifier."""
 REMOTE = "remote"
@@ -70,7 +71,8 @@ class RewardSettings(Section):
     """The verifier and its processes."""
 
     name: Annotated[str, NameOrPath((*VERIFIERS, REMOTE), "package.module:function")]
-    """countdown, math, code, remote, or a function of your own as `package.module:function`."""
+    """countdown, math, code, remote, agent, or a function of your own as `package.module:function`. agent: the agent of
+    `rollout.agent` gives the reward."""
     workers: PositiveInt = 2
     """Number of verifier processes. remote uses none."""
     timeout_seconds: Positive = 5.0

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from .agent import AgentSettings
 from .fields import Count, FilePath, NameOrPath, Positive, PositiveInt, Section, Text
 
 UPDATE_BYTES_PER_SECOND = 100 * 10**6
@@ -73,6 +74,8 @@ class RolloutSettings(Section):
     """Settings of servers: sglang and vllm."""
     contract: ContractSettings = ContractSettings()
     """Check that each engine's log-probabilities are the actor's."""
+    agent: AgentSettings | None = None
+    """A program of your own that samples each response, in several turns and with tools; unset: one turn."""
     replay: FilePath | None = None
     """A folder of rollout dumps to train on instead of engines, one dump per step; set by `megatron-rl train
     --rollouts`."""

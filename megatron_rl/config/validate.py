@@ -38,7 +38,9 @@ def _check_own(config: Config) -> Iterator[str]:
         method_settings(config.algorithm)
     except UserError as error:
         yield str(error)
+    agent = config.rollout.agent
     functions = {
+        "rollout.agent.function": agent.function if agent else "",
         "algorithm.advantage": config.algorithm.advantage,
         "reward.name": config.reward.name,
         "rollout.group_filter": config.rollout.group_filter or "",

@@ -58,11 +58,11 @@ def record(
     """Writes a dump of at most `most_tokens` sampled tokens, but at least one group, and returns its path.
 
     Args:
-        sequences: the N responses to train on, with `selected` if the loss selects tokens.
+        sequences: the N sequences to train on, with `selected` if the loss selects tokens.
         advantages: [N].
         scores: name -> [T], the actor's scores of each sampled token; see `training.batch.PolicyScores`.
     """
-    groups, responses = rollouts.group_numbers, rollouts.responses
+    groups, recorded = rollouts.group_numbers, rollouts.sequences
     rows = recorded_rows(groups, sequences.sampled_lengths, step, most_tokens)
     columns = {
         "actor_log_probs" if name == "log_probs" else name: sequences.values_of(rows, values)
@@ -72,10 +72,11 @@ def record(
         columns["kept"] = columns.pop("in_filter").astype(np.float32)
     if "selected" in sequences.values:
         columns["selected"] = sequences.values_of(rows, sequences.values["selected"])
-    masks = [responses[row][1].sampled_mask for row in rows.tolist()]
+    chosen = [(row, *recorded[row]) for row in rows.tolist()]
+    masks = [sequence.sampled_mask for _, _, _, sequence, _ in chosen]
     dumped = [
-        DumpedResponse(int(groups[row]), prompt, response, reward, float(advantages[row]))
-        for row, (prompt, response, reward) in ((row, responses[row]) for row in rows.tolist())
+        DumpedResponse(int(groups[row]), prompt, sequence, reward, float(advantages[row]), number)
+        for row, number, prompt, sequence, reward in chosen
     ]
     return write_rollouts(
         folder, step, dumped, {name: _per_response(values, masks) for name, values in columns.items()}

@@ -11,7 +11,7 @@ from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward.grader import Grader
 from megatron_rl.reward.outcomes import check_failures, outcome_rates
 from megatron_rl.reward.shaping import format_penalties
-from megatron_rl.types import Prompt, Response, RewardResult, Sample
+from megatron_rl.types import AgentResponse, Prompt, Response, RewardResult, Sample
 
 
 class Grading:
@@ -21,10 +21,14 @@ class Grading:
         self.grader, self.settings = grader, settings
 
     def grade(self, pairs: Sequence[tuple[Prompt, Response]]) -> list[RewardResult]:
-        """One result per response, in order, with the response's text. A response whose generation failed has the
-        outcome "error", whatever the verifier says."""
-        results = self.grader.score([Sample(prompt, response, text="") for prompt, response in pairs])
-        faults = (generation_fault(response) for _, response in pairs)
+        """One result per response, in order, with the response's text: the verdict of its agent, or of the verifier. A
+        response whose generation failed has the outcome "error", whatever the verdict."""
+        own = [response.reward if isinstance(response, AgentResponse) else None for _, response in pairs]
+        rest = [Sample(*pair, text="") for pair, reward in zip(pairs, own, strict=True) if reward is None]
+        graded = iter(self.grader.score(rest))
+        results = [next(graded) if reward is None else reward for reward in own]
+        failed = [reward is not None and not reward.has_score for reward in own]
+        faults = ("" if known else generation_fault(pair[1]) for known, pair in zip(failed, pairs, strict=True))
         return [
             replace(result, score=0.0, detail=fault, outcome="error") if fault else result
             for result, fault in zip(results, faults, strict=True)
@@ -52,7 +56,8 @@ def generation_fault(response: Response) -> str:
     """Returns why the engine did not generate this response properly, or an empty text."""
     if not response.num_sampled_tokens:
         return "the generation failed: the response has no sampled token"
-    if len(response.log_probs) and np.isnan(log_probs := response.sampled(response.log_probs)).any():
-        token = int(response.sampled(response.token_ids)[np.isnan(log_probs).argmax()])
-        return f"the generation failed: the engine's log-prob of token {token} is not a number"
+    for sequence in response.sequences:
+        if len(sequence.log_probs) and np.isnan(log_probs := sequence.sampled(sequence.log_probs)).any():
+            token = int(sequence.sampled(sequence.token_ids)[np.isnan(log_probs).argmax()])
+            return f"the generation failed: the engine's log-prob of token {token} is not a number"
     return ""

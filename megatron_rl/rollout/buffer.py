@@ -41,7 +41,8 @@ class Group:
     @property
     def oldest_version(self) -> int:
         """Oldest version of the weights that sampled the group's tokens; `since` if there are no tokens yet."""
-        return min((response.weight_version for response in self.responses if len(response)), default=self.since)
+        sequences = (sequence for response in self.responses for sequence in response.sequences)
+        return min((sequence.weight_version for sequence in sequences if len(sequence)), default=self.since)
 
     @property
     def age(self) -> tuple[int, int]:

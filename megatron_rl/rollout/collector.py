@@ -28,7 +28,7 @@ GroupFilter = Callable[[Group], bool]
 
 
 class Sampler(Protocol):
-    """The engines as the collector uses them; see `cluster.engines.Engines`."""
+    """What samples responses; see `cluster.engines.Engines` and `agent.rollouts.AgentRollouts`."""
 
     def submit(
         self,

@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("weight_version", pa.int64()),
         ("weight_versions", pa.list_(pa.int64())),
+        ("rollout", pa.int64()),
     ]
 )
 
@@ -48,12 +49,16 @@ class DumpedResponse:
     response: Response
     reward: RewardResult
     advantage: float
+    rollout: int | None = None
+    """Number of the response in its group. The sequences of a response that an agent sampled have a row each; None:
+    the row is a response of its own."""
 
 
 def write_rollouts(
     folder: Path, step: int, rows: Sequence[DumpedResponse], per_token: Mapping[str, Sequence[Any]] | None = None
 ) -> Path:
-    """Writes `folder/step_000010.parquet`, one row per response, and returns its path.
+    """Writes `folder/step_000010.parquet`, one row per sequence, and returns its path. A response is one sequence,
+    unless an agent sampled it.
 
     Args:
         per_token: column name -> one array per response, over the response's tokens. `token_ids`, `sampled_mask`,
@@ -113,6 +118,7 @@ def _row(step: int, row: DumpedResponse) -> dict[str, Any]:
         "advantage": float(row.advantage),
         "finish_reason": row.response.finish_reason,
         "weight_version": row.response.weight_version,
+        "rollout": row.rollout,
     }
 
 

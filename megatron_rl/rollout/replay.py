@@ -14,7 +14,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.rollout.buffer import Group
 from megatron_rl.rollout.dump import dumps
 from megatron_rl.rollout.rollouts import Rollouts
-from megatron_rl.types import Prompt, Response, RewardResult
+from megatron_rl.types import AgentResponse, AgentSequence, Prompt, Response, RewardResult
 
 
 class Replay:
@@ -58,23 +58,39 @@ def _group_of(row: dict[str, Any]) -> int:
     return int(row["group"])
 
 
+def _rollout_of(numbered: tuple[int, dict[str, Any]]) -> int:
+    place, row = numbered
+    number = row.get("rollout")  # an old dump has one row per response
+    return place if number is None else int(number)
+
+
 def _group(number: int, rows: list[dict[str, Any]]) -> Group:
     first = rows[0]
+    rollouts = [[row for _, row in part] for _, part in groupby(enumerate(rows), key=_rollout_of)]
     return Group(
         number=number,
         row=number,
         prompt=Prompt(first["prompt_id"], tuple(first["prompt_token_ids"]), first["prompt"], label=None),
         since=first["weight_version"],
-        responses=tuple(_response(row) for row in rows),
+        responses=tuple(_answer(part, first["prompt_token_ids"]) for part in rollouts),
         rewards=tuple(
             RewardResult(
                 row["reward"] or 0.0, row["answer"], row["detail"], row.get("outcome") or "score", row["response"]
             )
-            for row in rows
+            for row, *_ in rollouts
         ),
     )
 
 
-def _response(row: dict[str, Any]) -> Response:
-    fields = ("token_ids", "log_probs", "finish_reason", "weight_version", "sampled_mask")
-    return Response(**{name: row[name] for name in fields if name in row})  # old dumps have no mask
+def _answer(rows: list[dict[str, Any]], prompt: list[int]) -> Response:
+    """One response, from the rows of its sequences."""
+    *older, newest = rows
+    if not older and newest["prompt_token_ids"] == prompt:
+        return Response(**_fields(newest))
+    others = tuple(AgentSequence(**_fields(row), context=tuple(row["prompt_token_ids"])) for row in older)
+    return AgentResponse(**_fields(newest), context=tuple(newest["prompt_token_ids"]), others=others)
+
+
+def _fields(row: dict[str, Any]) -> dict[str, Any]:
+    names = ("token_ids", "log_probs", "finish_reason", "weight_version", "sampled_mask")
+    return {name: row[name] for name in names if name in row}  # old dumps have no mask

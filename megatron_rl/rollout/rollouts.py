@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from megatron_rl.types import Prompt, Response, RewardResult
 
 @dataclass(eq=False)
 class Rollouts:
-    """Legend: G groups that were sampled, N responses of the groups to train on."""
+    """Legend: G groups that were sampled; N sequences of the responses of the groups to train on."""
 
     sampled: list[Group]
     """G groups with responses and rewards, the oldest first. The index of a group here is its number in the step."""
@@ -35,14 +35,30 @@ class Rollouts:
 
     @property
     def responses(self) -> list[tuple[Prompt, Response, RewardResult]]:
-        """The N responses to train on, group after group."""
+        """The responses to train on, group after group. A response has one sequence, unless an agent sampled it."""
         return list(graded_responses(self.groups))
 
     @property
+    def sequences(self) -> list[tuple[int, Prompt, Response, RewardResult]]:
+        """The N sequences, each with the number of its response in the group, and with its own context as the
+        prompt."""
+        return [
+            (
+                number,
+                replace(group.prompt, token_ids=tuple(sequence.context_of(group.prompt.token_ids))),
+                sequence,
+                reward,
+            )
+            for group in self.groups
+            for number, (response, reward) in enumerate(zip(group.responses, group.rewards, strict=True))
+            for sequence in response.sequences
+        ]
+
+    @property
     def group_numbers(self) -> npt.NDArray[np.int64]:
-        """[N], index in `sampled` of the group that each response belongs to."""
-        sizes = np.array([len(group.responses) for group in self.sampled], dtype=np.int64)
-        return np.repeat(np.flatnonzero(self.trained), sizes[self.trained])
+        """[N], index in `sampled` of the group that each sequence belongs to."""
+        sizes = [sum(len(response.sequences) for response in group.responses) for group in self.groups]
+        return np.repeat(np.flatnonzero(self.trained), np.array(sizes, dtype=np.int64))
 
     def signal_fraction(self, advantages: npt.NDArray[Any]) -> float:
         """Share of the sampled groups that have an advantage [N] other than 0, or would have had one if trained on."""
@@ -76,8 +92,8 @@ def tokens_per_version(groups: Sequence[Group]) -> dict[int, int]:
     """Weight version -> number of tokens that it sampled."""
     counts: dict[int, int] = {}
     for group in groups:
-        for response in group.responses:
-            for start, end, version in response.version_runs:
-                count = int(np.count_nonzero(response.sampled_mask[start:end]))
+        for sequence in (sequence for response in group.responses for sequence in response.sequences):
+            for start, end, version in sequence.version_runs:
+                count = int(np.count_nonzero(sequence.sampled_mask[start:end]))
                 counts[version] = counts.get(version, 0) + count
     return {version: count for version, count in counts.items() if count}

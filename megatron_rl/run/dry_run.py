@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from megatron_rl.agent.resolve import load_agent
 from megatron_rl.config import Config, check_inputs
 from megatron_rl.config.passes import passes_of
 from megatron_rl.config.reward import REMOTE, VERIFIERS
@@ -70,6 +71,8 @@ class DryRun:
     def _checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
         yield "files", lambda: check_inputs(self.config, prepared=False, weights=False)
         yield "your own functions", self._own
+        if self.config.rollout.agent:
+            yield "agent", self._agent
         yield "the model's layout", self._layout
         yield "weights", self._weights
         yield "traces of the warm start", self._traces
@@ -95,6 +98,11 @@ class DryRun:
             raise _NotChecked(f"the run itself writes {folder} (prepare.task: {prepare.task})")
         if not (folder / "config.json").is_file():
             raise _NotChecked(f"{folder} has no config.json")
+
+    def _agent(self) -> None:
+        self._elsewhere()
+        assert self.config.rollout.agent
+        load_agent(self.config.rollout.agent)
 
     def _layout(self) -> None:
         self._prepared()

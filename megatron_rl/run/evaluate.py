@@ -27,10 +27,10 @@ def evaluate(run: Run) -> dict[str, float]:
     suites = []
     with run.phase("evaluate"):
         for name, prompts in run.inputs.suites.items():
-            assert run.engines, "a run that replays rollouts has no suites"
+            assert run.sampler, "a run that replays rollouts has no suites"
             settings = run.config.evaluation.suites[name]
             sampling = evaluation_sampling(run.config, run.inputs.stop_token_ids, settings)
-            groups = zip(prompts, run.engines.generate(prompts, sampling), strict=True)
+            groups = zip(prompts, run.sampler.generate(prompts, sampling), strict=True)
             pairs = [(prompt, response) for prompt, responses in groups for response in responses]
             results = run.grading.grade(pairs)
             run.grading.check([(prompt, result) for (prompt, _), result in zip(pairs, results, strict=True)])

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from megatron_rl.actor.passes.policy_loss import LossChoice
+from megatron_rl.agent.resolve import load_agent
+from megatron_rl.agent.rollouts import AgentRollouts
 from megatron_rl.checkpoint.manifest import ModelFolder, Origin
 from megatron_rl.checkpoint.retention import Retention
 from megatron_rl.checkpoint.save import Saver
@@ -74,6 +76,8 @@ def load_inputs(config: Config) -> Inputs:
     check_inputs(config)
     check_layout(config)
     check_reward(config.reward)
+    if config.rollout.agent:
+        load_agent(config.rollout.agent)
     check_reference(config)
     for folder in model_folders(config):
         check_weights(folder)
@@ -155,16 +159,18 @@ def open_run(config: Config) -> Iterator[Run]:
         origin = resumption.manifest.origin if resumption else None
         actors, engines, reference = _start(config, choice, inputs, view, stack, nodes, origin)
         weights = open_weight_sync(config, actors, engines, view, stack) if engines else None
+        sampler = _sampler(config, engines, inputs, stack)
         phase = Phases(view.phase)
         run = Run(
             config=config,
             folder=config.run.folder,
             inputs=inputs,
             cursor=cursor,
-            rollouts=replay or _collector(config, engines, inputs, cursor, grading, phase),
+            rollouts=replay or _collector(config, sampler, inputs, cursor, grading, phase),
             grading=grading,
             learner=Learner(config, actors, loss, passes_of(config)),
             engines=engines,
+            sampler=sampler,
             weights=weights,
             contract=_contract(config, inputs, view),
             saver=stack.enter_context(_saver(config, actors, origin_of(config, reference, data), view)),
@@ -218,13 +224,29 @@ def _start(
     return actors, engines, reference
 
 
+def _sampler(
+    config: Config, engines: Engines | None, inputs: Inputs, stack: ExitStack
+) -> Engines | AgentRollouts | None:
+    """What samples the responses: the engines, or the agent that uses them."""
+    settings = config.rollout.agent
+    if engines is None or settings is None:
+        return engines
+    longest = launch_of(config, config.model.path).max_tokens
+    return stack.enter_context(AgentRollouts(settings, load_agent(settings), engines, inputs.tokenizer, longest))
+
+
 def _collector(
-    config: Config, engines: Engines | None, inputs: Inputs, cursor: Cursor, grading: Grading, phase: Phases
+    config: Config,
+    sampler: Engines | AgentRollouts | None,
+    inputs: Inputs,
+    cursor: Cursor,
+    grading: Grading,
+    phase: Phases,
 ) -> RolloutCollector:
-    assert engines, "only a replay has no engines"
+    assert sampler, "only a replay has no engines"
     return RolloutCollector(
         config,
-        engines,
+        sampler,
         inputs.train.prompts,
         cursor,
         grading,

@@ -46,7 +46,7 @@ def longest_response(config: Config) -> int:
     """Returns the most tokens that a response of the run may have, in training and in every suite."""
     common = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
     suites = [suite.max_response_tokens or common for suite in config.evaluation.suites.values()]
-    return max(config.rollout.max_response_tokens, *suites)
+    return max([config.rollout.max_response_tokens, *suites])
 
 
 def positions_of(config: Config) -> int:

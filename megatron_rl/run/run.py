@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.actor.optimizer.learning_rate import learning_rate
+from megatron_rl.agent.rollouts import AgentRollouts
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.manifest import DriverState
@@ -65,6 +66,8 @@ class Run:
     learner: Learner
     engines: Engines | None
     """None if the run replays rollouts."""
+    sampler: Engines | AgentRollouts | None
+    """What samples responses: the engines, or an agent that uses them."""
     weights: WeightSync | None
     """None without engines."""
     contract: Contract

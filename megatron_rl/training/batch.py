@@ -68,20 +68,26 @@ def training_batch(
     """Returns the batch of the rollouts to train on, with advantages, and metrics. `shaped`: results that have a score
     -> rewards."""
     responses = rollouts.responses
+    counts = np.array([len(response.sequences) for _, response, _ in responses], dtype=np.int64)
+    firsts = np.cumsum(counts) - counts  # the first sequence of each response
     rewarded = np.array([result.has_score for _, _, result in responses], dtype=bool)
     rewards = np.full(len(responses), np.nan)
     rewards[rewarded] = shaped([result for _, _, result in responses if result.has_score])
     sequences = sequences_of((prompt.token_ids, response) for prompt, response, _ in responses)
     groups = rollouts.group_numbers
-    counted = counted_responses(rewards, groups)
+    counted = np.repeat(counted_responses(rewards, groups[firsts]), counts)
     metrics = {}
     if config.algorithm.overlong.buffer_tokens:
-        penalty = overlong_penalty(config, sequences.sampled_lengths)
+        penalty = overlong_penalty(config, np.add.reduceat(sequences.sampled_lengths, firsts))
         rewards = rewards + penalty
         if rewarded.any():
             metrics["reward/overlong_penalty"] = float(penalty[rewarded].mean())
-    advantages = advantages_of(config.algorithm, rewards, groups)
-    fresh = [response.sampled(response.sampled_by(rollouts.weight_version)) for _, response, _ in responses]
+    advantages = np.repeat(advantages_of(config.algorithm, rewards, groups[firsts]), counts)
+    fresh = [
+        sequence.sampled(sequence.sampled_by(rollouts.weight_version))
+        for _, response, _ in responses
+        for sequence in response.sequences
+    ]
     batch = TrainingBatch(
         sequences.with_values(advantages=sequences.per_token(advantages.astype(np.float32))),
         groups,

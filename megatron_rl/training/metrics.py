@@ -11,6 +11,7 @@ from megatron_rl.actor.passes.results import add_up
 from megatron_rl.batching.arrays import Array, Mask
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.rollout.rollouts import Rollouts, graded_responses
+from megatron_rl.types import AgentResponse
 
 if TYPE_CHECKING:
     from lpreg import Selection, SelectionRule
@@ -39,6 +40,18 @@ def rollout_metrics(rollouts: Rollouts, advantages: Array) -> dict[str, float]:
         "response_length/truncated_fraction": float(
             np.mean([response.finish_reason == "length" for _, response, _ in sampled])
         ),
+        **agent_metrics([response for _, response, _ in sampled if isinstance(response, AgentResponse)]),
+    }
+
+
+def agent_metrics(responses: Sequence[AgentResponse]) -> dict[str, float]:
+    """Turns and sequences per rollout of an agent; empty without an agent."""
+    if not responses:
+        return {}
+    return {
+        "agent/turns_mean": float(np.mean([response.turns for response in responses])),
+        "agent/turns_max": float(np.max([response.turns for response in responses])),
+        "agent/sequences_mean": float(np.mean([len(response.sequences) for response in responses])),
     }
 
 

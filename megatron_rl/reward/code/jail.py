@@ -3,7 +3,9 @@
     python -I jail.py SCRATCH MEMORY_MB SECONDS MODE PARENT
 
 The module uses the standard library only. SCRATCH holds solution.py, and request.json in the modes `call` and `check`.
-Both modes write result.json. The kernel enforces these restrictions whatever the candidate does:
+Both modes write result.json. The mode `session` reads one JSON text of code per line instead, runs all of them in one
+namespace, and answers each with one JSON text of what the code printed. The kernel enforces these restrictions whatever
+the candidate does:
 
 - no capabilities, even for root, and no way to regain any
 - limits on processor time, address space, file size and open files; no core dumps
@@ -14,8 +16,11 @@ Both modes write result.json. The kernel enforces these restrictions whatever th
 
 from __future__ import annotations
 
+import ast
 import builtins
+import contextlib
 import ctypes
+import io
 import json
 import os
 import platform
@@ -24,6 +29,7 @@ import resource
 import signal
 import struct
 import sys
+import traceback
 from collections import deque
 from collections.abc import KeysView, ValuesView
 from importlib import import_module
@@ -36,6 +42,8 @@ LOCKED, CANDIDATE_FAILED, NO_SECCOMP, NO_LANDLOCK = 0, 1, 97, 98
 
 LARGEST_FILE = 16 * 2**20
 OPEN_FILES = 64
+LONGEST_ANSWER = 2**16
+"""Characters of what one piece of code of a session prints."""
 RECURSION = 50_000
 """Python's recursion limit of a candidate. The graders whose data sets are in use set this figure."""
 STACK = 128 * 2**20
@@ -78,6 +86,9 @@ def main() -> None:
         os._exit(LOCKED if landlocked else NO_LANDLOCK)
     sys.argv, sys.path[0] = ["solution.py"], str(scratch)
     sys.setrecursionlimit(RECURSION)
+    if mode == "session":
+        _serve_session()
+        return
     source = Path("solution.py").read_text()
     if mode == "run":
         _offer_imports(source)
@@ -98,6 +109,33 @@ def main() -> None:
         _execute("tests.py", request["tests"], namespace)
         value = request["token"]
     Path("result.json").write_text(json.dumps({"value": value}, default=_as_json))
+
+
+def _serve_session() -> None:
+    """Runs one piece of code after another. Like a notebook, it shows the value of a last line that is an expression,
+    and the last line of a traceback."""
+    requests, answers = sys.stdin, os.fdopen(os.dup(1), "w")
+    sys.stdin = io.StringIO()
+    namespace = _module("__main__")
+    for line in requests:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            try:
+                _execute_shown(json.loads(line), namespace)
+            except BaseException as error:  # a candidate may raise SystemExit, and the session goes on
+                print("".join(traceback.format_exception_only(error)).strip())
+        answers.write(json.dumps(printed.getvalue()[:LONGEST_ANSWER]) + "\n")
+        answers.flush()
+
+
+def _execute_shown(source: str, namespace: dict[str, Any]) -> None:
+    _offer_imports(source)
+    tree = ast.parse(source)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "code.py", "exec", dont_inherit=True), namespace)
+    if isinstance(last, ast.Expr):
+        value = eval(compile(ast.Expression(last.value), "code.py", "eval", dont_inherit=True), namespace)
+        if value is not None:
+            print(repr(value))
 
 
 def _offer_imports(source: str) -> None:

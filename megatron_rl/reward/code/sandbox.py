@@ -27,7 +27,7 @@ LONGEST_MESSAGE = 200
 """Characters of an exception that a detail shows."""
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-Mode = Literal["run", "call", "check", "probe"]
+Mode = Literal["run", "call", "check", "probe", "session"]
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,18 @@ class Sandbox:
 
 def start(settings: CodeSettings, scratch: Path, mode: Mode, stdin: Any, stdout: Any, stderr: Any) -> Any:
     """Starts the process of the jail."""
-    limits = (str(settings.memory_mb), str(settings.test_seconds))
-    return subprocess.Popen(
-        [sys.executable, "-I", str(JAIL), str(scratch), *limits, mode, str(os.getpid())],
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        cwd=scratch,
-        env=ENVIRONMENT | {"HOME": str(scratch), "TMPDIR": str(scratch)},
-        start_new_session=True,
-    )
+    command, options = invocation(settings, scratch, mode, settings.test_seconds)
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, **options)
+
+
+def invocation(
+    settings: CodeSettings, scratch: Path, mode: Mode, processor_seconds: float
+) -> tuple[list[str], dict[str, Any]]:
+    """Returns the command line of the jail's process, and the options that it must be started with."""
+    limits = (str(settings.memory_mb), str(processor_seconds))
+    environment = ENVIRONMENT | {"HOME": str(scratch), "TMPDIR": str(scratch)}
+    command = [sys.executable, "-I", str(JAIL), str(scratch), *limits, mode, str(os.getpid())]
+    return command, {"cwd": scratch, "env": environment, "start_new_session": True}
 
 
 def check_sandbox(settings: CodeSettings) -> None:

@@ -1,0 +1,110 @@
+"""Conversations as token ids: a history is continued from the ids that were sampled, and never tokenised again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.agent.messages import BadRequest, Message, answer_of, for_template, key_of
+from megatron_rl.types import Ids, Response
+
+PLACEHOLDER = "answer-7f3a9c"
+"""Stands for an answer, to find what a template writes after it."""
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Turn:
+    """A conversation up to one answer of the model."""
+
+    keys: list[str]
+    """`key_of` each message, the answer included."""
+    tools: Any
+    prompt: str
+    """The rendered conversation before the answer."""
+    answer: Message
+    end: str
+    """Text of the stop token that ended the answer; "" if none did."""
+    token_ids: Ids
+
+
+class Conversation:
+    """The chat turns of one rollout, in any order: a history may branch from any of them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer`: a Hugging Face tokenizer with a chat template."""
+        self._tokenizer = tokenizer
+        self._turns: list[_Turn] = []
+
+    def prompt(self, messages: list[Message], tools: Any) -> Ids:
+        """Returns the ids that the model continues: those of the longest known conversation that the messages extend,
+        and what the template adds to it. Messages that extend none are rendered and tokenised as a whole.
+
+        A template that shows an earlier answer differently now, such as without its thinking, makes another
+        conversation. Raises BadRequest if the template refuses the messages.
+        """
+        text = self._render(messages, tools)
+        keys = [key_of(message) for message in messages]
+        for turn in sorted(reversed(self._turns), key=lambda turn: -len(turn.keys)):
+            count = len(turn.keys)
+            if count < len(keys) and keys[:count] == turn.keys and turn.tools == tools:
+                added = self._added(turn, messages, tools, text)
+                if added is not None:
+                    return np.concatenate([turn.token_ids, self._encode(added)])
+        return self._encode(text)
+
+    def answered(self, messages: list[Message], tools: Any, prompt: Ids, answer: Response, text: str) -> Message:
+        """Notes the answer to the messages, whose text is given, and returns it as a message."""
+        message = answer_of(text, with_tools=bool(tools))
+        last = answer.token_ids[-1:].tolist() if answer.finish_reason == "stop" else []
+        self._turns.append(
+            _Turn(
+                keys=[key_of(known) for known in (*messages, message)],
+                tools=tools,
+                prompt=self._render(messages, tools),
+                answer=message,
+                end=str(self._tokenizer.decode(last, skip_special_tokens=False)),
+                token_ids=np.concatenate([prompt, answer.token_ids]),
+            )
+        )
+        return message
+
+    def _added(self, turn: _Turn, messages: list[Message], tools: Any, text: str) -> str | None:
+        """Returns the text that the template adds after the turn's answer; None if it shows what came before in another
+        way than the model saw it."""
+        place = len(turn.keys) - 1
+        marked = [*messages[:place], {"role": "assistant", "content": PLACEHOLDER}, *messages[place + 1 :]]
+        try:
+            before, found, after = self._render(marked, tools).rpartition(PLACEHOLDER)
+        except BadRequest:  # some templates want tool calls before the results of tools
+            return None
+        shown = text.removeprefix(turn.prompt).removesuffix(after)
+        if not found or not before.startswith(turn.prompt) or len(shown) + len(turn.prompt) + len(after) != len(text):
+            return None
+        if _squeezed(turn.answer["content"]) not in _squeezed(shown):  # thinking was removed
+            return None
+        return after.removeprefix(turn.end)
+
+    def _render(self, messages: list[Message], tools: Any) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [for_template(message) for message in messages],
+                    tools=tools or None,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+            )
+        except Exception as error:  # a template is a program of the model's folder and may raise anything
+            raise BadRequest(f"the chat template refuses these messages: {type(error).__name__}: {error}") from error
+
+    def _encode(self, text: str) -> Ids:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+
+
+def _squeezed(text: str) -> str:
+    """The text without white space, which templates add and remove."""
+    return "".join(text.split())

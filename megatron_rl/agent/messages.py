@@ -1,0 +1,115 @@
+"""Chat messages: their form, and the tool calls in what a model wrote.
+
+A message is a dict of the OpenAI chat format. Tool calls are written as Hermes and Qwen write them:
+`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from typing import Any
+
+Message = dict[str, Any]
+
+MALFORMED = "malformed_tool_call"
+"""Name of the function in a tool call that is not the JSON of a call. Its arguments are the text of the call."""
+_KEPT = ("role", "content", "reasoning_content", "name", "tool_call_id")
+_TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+
+class BadRequest(Exception):
+    """A request that cannot be answered. The message says why."""
+
+
+def normalised(messages: Any) -> list[Message]:
+    """Returns the messages with what counts, in one form: clients add null fields and split texts into parts.
+
+    Raises BadRequest for anything that is not a list of chat messages with text.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages: a list with at least one message is expected")
+    return [_normalised(i, message) for i, message in enumerate(messages)]
+
+
+def _normalised(index: int, message: Any) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise BadRequest(f"messages.{index}: an object with a role is expected")
+    found = {key: message[key] for key in _KEPT if message.get(key)}
+    found["content"] = _text(index, message.get("content"))
+    if calls := message.get("tool_calls"):
+        try:
+            found["tool_calls"] = [_call(call) for call in calls]
+        except (TypeError, KeyError) as error:
+            raise BadRequest(f"messages.{index}.tool_calls: a function with name and arguments is expected") from error
+    return found
+
+
+def _text(index: int, content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text", "")) for part in content)
+    raise BadRequest(
+        f"messages.{index}.content: text or parts of text are expected; images and sound are not supported"
+    )
+
+
+def _call(call: Any) -> Message:
+    function = call["function"]
+    return {
+        "id": str(call.get("id", "")),
+        "type": "function",
+        "function": {"name": str(function["name"]), "arguments": str(function["arguments"])},
+    }
+
+
+def key_of(message: Message) -> str:
+    """Returns a text that is equal for messages that count as the same: white space around an answer does not count,
+    because clients strip it."""
+    content = message["content"]
+    stripped = content.strip() if message["role"] == "assistant" else content
+    return json.dumps(message | {"content": stripped}, sort_keys=True)
+
+
+def for_template(message: Message) -> Message:
+    """Returns the message as chat templates take it, with the arguments of tool calls as objects."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        call | {"function": call["function"] | {"arguments": _object(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return message | {"tool_calls": calls}
+
+
+def _object(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
+def answer_of(text: str, *, with_tools: bool) -> Message:
+    """Returns the message that the model wrote. Tool calls are looked for only if there are tools; a call that is not
+    complete stays text."""
+    found = _TOOL_CALL.findall(text) if with_tools else []
+    if not found:
+        return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": _TOOL_CALL.sub("", text), "tool_calls": [_written_call(t) for t in found]}
+
+
+def _written_call(text: str) -> Message:
+    name, arguments = MALFORMED, text
+    try:
+        value = json.loads(text)
+        if isinstance(value["name"], str) and isinstance(value["arguments"], dict):
+            name, arguments = value["name"], json.dumps(value["arguments"], ensure_ascii=False)
+    except (ValueError, TypeError, KeyError):
+        pass  # the name says so, and the agent answers with an error that the model sees
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }

@@ -1,0 +1,184 @@
+"""The model behind HTTP: `/sessions/<id>/v1/chat/completions` in the OpenAI format, with a key for each session."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+import uuid
+from collections.abc import Iterator
+from secrets import compare_digest
+from typing import Any
+
+from aiohttp import web
+
+from megatron_rl.agent.messages import BadRequest
+from megatron_rl.agent.session import Answer, LimitReached, Session, SessionClosed
+
+LARGEST_REQUEST = 64 * 2**20
+"""Bytes of a request; a history of a million tokens has a few MB."""
+Json = dict[str, Any]
+
+
+class _Refused(Exception):
+    """A request that gets an error: HTTP status, OpenAI's code, message."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class ModelServer:
+    """Serves the open sessions. All methods run on one event loop."""
+
+    def __init__(self, host: str, model_name: str) -> None:
+        self.host, self.model_name = host, model_name
+        self._sessions: dict[str, Session] = {}
+        self._port = 0
+
+    async def start(self) -> None:
+        """Listens on a free port. Raises OSError if that is not possible."""
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each session may hold a connection
+        app = web.Application(client_max_size=LARGEST_REQUEST)
+        app.router.add_post("/sessions/{id}/v1/chat/completions", self._completions)
+        app.router.add_get("/sessions/{id}/v1/models", self._models)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self.host, 0, backlog=4096)
+        await site.start()
+        self._port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    def open(self, session: Session) -> str:
+        """Serves the session. Returns its base URL."""
+        self._sessions[session.id] = session
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self._port}/sessions/{session.id}/v1"
+
+    def close(self, session: Session) -> None:
+        del self._sessions[session.id]
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        try:
+            self._session_of(request)
+        except _Refused as error:
+            return _error(error)
+        return web.json_response({"object": "list", "data": [{"id": self.model_name, "object": "model"}]})
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        try:
+            session = self._session_of(request)
+            asked = await _json_of(request)
+            self._check(asked)
+            answer = await _answer(session, asked)
+        except _Refused as error:
+            return _error(error)
+        except BadRequest as error:
+            return _error(_Refused(400, "invalid_request_error", str(error)))
+        except LimitReached as error:
+            return _error(_Refused(400, "context_length_exceeded", str(error)))
+        except SessionClosed as error:
+            return _error(_Refused(410, "session_closed", str(error)))
+        whole = self._completion(session, asked, answer)
+        if not asked.get("stream"):
+            return web.json_response(whole)
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await stream.prepare(request)
+        usage = (asked.get("stream_options") or {}).get("include_usage", False)
+        for chunk in _chunks(whole, usage=usage):
+            await stream.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        await stream.write(b"data: [DONE]\n\n")
+        return stream
+
+    def _session_of(self, request: web.Request) -> Session:
+        """The session whose key the request has. Whether a session exists is not told without a key."""
+        session = self._sessions.get(request.match_info["id"])
+        key = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if session is None or not compare_digest(key.encode(), session.key.encode()):
+            raise _Refused(401, "invalid_api_key", "there is no open session with this id and key")
+        return session
+
+    def _check(self, asked: Json) -> None:
+        if asked.get("model") != self.model_name:
+            raise _Refused(
+                404, "model_not_found", f"model: {asked.get('model')!r}, but there is {self.model_name!r} only"
+            )
+        if asked.get("n") not in (None, 1):
+            raise BadRequest(f"n: {asked['n']!r}, but a request has one answer; make several requests")
+
+    def _completion(self, session: Session, asked: Json, answer: Answer) -> Json:
+        assert answer.message is not None
+        count = len(answer.response)
+        finish = "tool_calls" if "tool_calls" in answer.message else answer.response.finish_reason
+        choice: Json = {"index": 0, "message": answer.message, "finish_reason": finish}
+        if asked.get("logprobs"):
+            choice["logprobs"] = {"content": _log_probs(session, answer)}
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.model_name,
+            "choices": [choice],
+            "usage": {
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": count,
+                "total_tokens": answer.prompt_tokens + count,
+            },
+        }
+
+
+async def _json_of(request: web.Request) -> Json:
+    try:
+        asked = await request.json()
+    except ValueError as error:
+        raise BadRequest(f"the request is not JSON: {error}") from error
+    if not isinstance(asked, dict):
+        raise BadRequest("the request is not a JSON object")
+    return asked
+
+
+async def _answer(session: Session, asked: Json) -> Answer:
+    """Temperature, top-p and the like are those of the run, whatever the client asks for: the loss needs the log-probs
+    of the policy as it is."""
+    stop = asked.get("stop") or ()
+    most = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    if not (most is None or (isinstance(most, int) and most > 0)):
+        raise BadRequest(f"max_tokens: {most!r} is not a number above 0")
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise BadRequest("stop: a text or a list of texts is expected")
+    tools = None if asked.get("tool_choice") == "none" else asked.get("tools")
+    return await session.chat(asked.get("messages"), tools=tools, max_tokens=most, stop=stops)
+
+
+def _log_probs(session: Session, answer: Answer) -> list[Json]:
+    texts = [session.tokenizer.decode([token]) for token in answer.response.token_ids.tolist()]
+    return [
+        {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
+        for text, value in zip(texts, answer.response.log_probs.tolist(), strict=True)
+    ]
+
+
+def _chunks(whole: Json, *, usage: bool) -> Iterator[Json]:
+    """The chunks of a stream. The engine gives an answer as a whole, so that there is one chunk with all of it."""
+    head = {key: whole[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
+    choice = whole["choices"][0]
+    message = choice["message"]
+    if calls := message.get("tool_calls"):
+        message = message | {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]}
+    content = {"index": 0, "delta": message, "finish_reason": None}
+    if "logprobs" in choice:
+        content["logprobs"] = choice["logprobs"]
+    yield head | {"choices": [content]}
+    yield head | {"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]}
+    if usage:
+        yield head | {"choices": [], "usage": whole["usage"]}
+
+
+def _error(error: _Refused) -> web.Response:
+    kind = "authentication_error" if error.status == 401 else "invalid_request_error"
+    body = {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}
+    return web.json_response(body, status=error.status)

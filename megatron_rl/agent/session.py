@@ -1,0 +1,160 @@
+"""A session: the model as one rollout sees it, with the rollout's limits and a recording of every token."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.agent.conversation import Conversation
+from megatron_rl.agent.messages import BadRequest, Message, normalised
+from megatron_rl.agent.recording import Recording
+from megatron_rl.types import AgentResponse, Ids, Response, RewardResult, SamplingParams
+
+Sample = Callable[[Ids, SamplingParams], Awaitable[Response]]
+"""Asks the engines for one response to a prompt."""
+
+
+class LimitReached(Exception):
+    """The rollout may not call the model again. It ends as a truncated response, unless the agent returns a reward."""
+
+
+class SessionClosed(Exception):
+    """The rollout has ended, and the model does not answer it any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of every rollout. `SamplingParams.max_tokens` limits its sampled tokens."""
+
+    turns: int
+    sequence_tokens: int
+    """Most tokens that the engine can hold: context and response."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What the model wrote in one call."""
+
+    response: Response
+    text: str
+    """The text before a stop text, without special tokens."""
+    prompt_tokens: int
+    message: Message | None = None
+    """The answer as a chat message, if it was a chat."""
+
+
+class Session:
+    """One rollout's access to the model. All methods run on one event loop."""
+
+    def __init__(self, tokenizer: Any, sample: Sample, sampling: SamplingParams, limits: Limits) -> None:
+        self.id, self.key = secrets.token_hex(8), secrets.token_urlsafe(24)
+        self.tokenizer = tokenizer
+        self.recording, self.limit_reached = Recording(), False
+        self.closed = False
+        self._conversation = Conversation(tokenizer)
+        self._sample, self._sampling, self._limits = sample, sampling, limits
+        self._turns, self._truncated = 0, False
+
+    async def chat(
+        self, messages: Any, *, tools: Any = None, max_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Answer:
+        """Answers messages of the OpenAI chat format. Raises BadRequest, LimitReached or SessionClosed."""
+        if not self.tokenizer.chat_template:
+            raise BadRequest(
+                "the model's tokenizer has no chat template: use `model.generate`, or another model folder"
+            )
+        known = normalised(messages)
+        prompt = self._conversation.prompt(known, tools)
+        answer = await self.generate(prompt, max_tokens=max_tokens, stop=stop)
+        message = self._conversation.answered(known, tools, prompt, answer.response, answer.text)
+        return replace(answer, message=message)
+
+    async def generate(self, prompt: Any, *, max_tokens: int | None = None, stop: Sequence[str] = ()) -> Answer:
+        """Continues token ids. `stop`: texts that end the answer; their tokens are kept as they were sampled.
+
+        Raises BadRequest, LimitReached or SessionClosed.
+        """
+        ids = np.asarray(prompt, dtype=np.int32)
+        if ids.ndim != 1 or not len(ids):
+            raise BadRequest("the prompt must have at least one token")
+        sampling = self._next(len(ids), max_tokens, stop)
+        response = await self._sample(ids, sampling)
+        if self.closed:
+            raise SessionClosed("the rollout has ended")
+        if stop:
+            response = self._cut(response, stop)
+        self.recording.add(ids, response)
+        self._truncated = response.finish_reason == "length"
+        text = str(self.tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True))
+        return Answer(response, text[: _place(text, stop)], len(ids))
+
+    def _next(self, prompt_tokens: int, max_tokens: int | None, stop: Sequence[str]) -> SamplingParams:
+        """The parameters of the next call."""
+        if self.closed:
+            raise SessionClosed("the rollout has ended")
+        if max_tokens is not None and max_tokens < 1:
+            raise BadRequest(f"max_tokens: {max_tokens} is less than 1")
+        unsampled = self._sampling.max_tokens - self.recording.num_sampled_tokens
+        left = min(unsampled, self._limits.sequence_tokens - prompt_tokens)
+        if self._turns >= self._limits.turns or left < 1:
+            self.limit_reached = True
+            raise LimitReached(
+                f"the rollout has had {self._turns} of {self._limits.turns} turns (rollout.agent.max_turns), may "
+                f"sample {max(unsampled, 0)} more tokens (rollout.max_response_tokens), and asks for an answer after "
+                f"{prompt_tokens} tokens, of {self._limits.sequence_tokens} that a sequence may have "
+                "(data.max_prompt_tokens + rollout.max_response_tokens)"
+            )
+        self._turns += 1
+        ends = tuple(self._single_tokens(stop))
+        return replace(
+            self._sampling.reseeded(self._turns),
+            n=1,
+            max_tokens=min(left, max_tokens or left),
+            stop_token_ids=(*self._sampling.stop_token_ids, *ends),
+        )
+
+    def _single_tokens(self, stop: Sequence[str]) -> list[int]:
+        """Stop texts that are tokens end the sampling in the engine; others are found in its answer."""
+        encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in stop]
+        return sorted({ids[0] for ids in encoded if len(ids) == 1})
+
+    def _cut(self, response: Response, stop: Sequence[str]) -> Response:
+        """Returns the response up to the token that completes a stop text. A prefix of a sample is itself a sample."""
+        ids = response.token_ids.tolist()
+        if _place(self.tokenizer.decode(ids, skip_special_tokens=True), stop) is None:
+            return response
+        low, high = 1, len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            found = _place(self.tokenizer.decode(ids[:middle], skip_special_tokens=True), stop) is not None
+            low, high = (low, middle) if found else (middle + 1, high)
+        return first_tokens(response, low, "stop")
+
+    def recorded(self, prompt: tuple[int, ...], reward: RewardResult | None) -> AgentResponse:
+        """Returns the rollout, with the text of its newest sequence in the reward."""
+        if reward is not None and not reward.text:
+            ids = self.recording.newest.tolist()
+            reward = replace(reward, text=str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+        return self.recording.response(prompt, "length" if self.limit_reached or self._truncated else "stop", reward)
+
+
+def first_tokens(response: Response, count: int, reason: Any) -> Response:
+    """Returns the first `count` tokens of a response, with this finish reason."""
+    return Response(
+        response.token_ids[:count],
+        response.log_probs[:count],
+        reason,
+        response.weight_version,
+        tuple(change for change in response.version_changes if change[0] < count),
+        response.sampled_mask[:count],
+    )
+
+
+def _place(text: str, stop: Sequence[str]) -> int | None:
+    """Place of the first stop text; None if there is none."""
+    found = [place for place in map(text.find, stop) if place >= 0]
+    return min(found, default=None)

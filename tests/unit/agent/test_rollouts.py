@@ -1,0 +1,224 @@
+"""Rollouts of agents: limits, failures and cancellation, many at a time; nothing is lost and nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_rl.agent import rollouts as module
+from megatron_rl.agent.model import Model
+from megatron_rl.agent.resolve import load_agent
+from megatron_rl.agent.rollouts import AgentRollouts
+from megatron_rl.config.agent import AgentSettings
+from megatron_rl.config.reward import RewardSettings
+from megatron_rl.errors import UserError
+from megatron_rl.reward.grading import Grading
+from megatron_rl.types import AgentResponse, Prompt, RewardResult
+from tests.unit.agent.kit import TextEngines, sampling, tokenizer
+
+PROMPT = Prompt("p", (5, 6), "ab", "ok")
+
+
+def rollouts_of(agent: Any, engines: TextEngines, **settings: Any) -> AgentRollouts:
+    own = AgentSettings(function="my:agent", **settings)
+    return AgentRollouts(own, agent, engines, tokenizer(), sequence_tokens=5000)
+
+
+def one(agent: Any, answers: Callable[[str], str] = lambda text: "ok", max_tokens: int = 1000, **settings: Any) -> Any:
+    """The response of a single rollout."""
+    with rollouts_of(agent, TextEngines(answers), **settings) as rollouts:
+        ((response,),) = rollouts.generate([PROMPT], sampling(1, max_tokens))
+    return response
+
+
+async def talk(model: Model, prompt: Prompt, turns: int = 3) -> float:
+    messages = [{"role": "user", "content": prompt.text}]
+    for _ in range(turns):
+        messages += [await model.chat(messages), {"role": "user", "content": "the"}]
+    return 0.5
+
+
+def test_the_reward_of_the_agent_counts_and_the_verifier_grades_the_others() -> None:
+    class Verifier:
+        def score(self, samples: Any) -> list[RewardResult]:
+            return [RewardResult(1.0, detail="verified", text=sample.text) for sample in samples]
+
+    async def graded_elsewhere(model: Model, prompt: Prompt) -> None:
+        await talk(model, prompt)
+
+    responses = [one(talk), one(graded_elsewhere)]
+    grading = Grading(Verifier(), RewardSettings(name="agent"))  # type: ignore[arg-type]
+    own, verified = grading.grade([(PROMPT, response) for response in responses])
+    assert (own.score, verified.score) == (0.5, 1.0)
+    assert own.text.count("ok") == 3 and own.outcome == "score"
+
+
+@pytest.mark.parametrize(
+    ("limits", "max_tokens", "sampled"), [({"max_turns": 2}, 1000, 2 * 3), ({}, 4, 4), ({"max_turns": 1}, 1000, 3)]
+)
+def test_a_rollout_at_its_limit_is_a_truncated_response(limits: Any, max_tokens: int, sampled: int) -> None:
+    """An answer has three tokens, the end token included."""
+    response = one(talk, max_tokens=max_tokens, **limits)
+    assert response.reward is None and response.finish_reason == "length"
+    assert response.num_sampled_tokens == sampled
+
+
+def test_failures_are_counted_outcomes() -> None:
+    async def fails(model: Model, prompt: Prompt) -> float:
+        await model.chat([{"role": "user", "content": "ab"}])
+        return 1 / 0
+
+    async def ends_itself(model: Model, prompt: Prompt) -> None:
+        sys.exit(3)
+
+    async def says_nothing(model: Model, prompt: Prompt) -> float:
+        return "good"  # type: ignore[return-value]
+
+    async def never_asks(model: Model, prompt: Prompt) -> None:
+        pass
+
+    async def hangs(model: Model, prompt: Prompt) -> None:
+        await model.chat([{"role": "user", "content": "ab"}])
+        await asyncio.sleep(1e6)
+
+    async def asks_wrongly(model: Model, prompt: Prompt) -> None:
+        await model.chat([{"role": "user", "content": [{"type": "image_url"}]}])
+
+    expected = {
+        fails: ("error", "ZeroDivisionError"),
+        ends_itself: ("error", "SystemExit(3)"),
+        says_nothing: ("error", "not a number"),
+        never_asks: ("error", "has not called the model"),
+        hangs: ("timeout", "rollout.agent.timeout_seconds"),
+        asks_wrongly: ("error", "images and sound are not supported"),
+    }
+    for agent, (outcome, detail) in expected.items():
+        response = one(agent, timeout_seconds=0.3)
+        assert response.reward.outcome == outcome, agent
+        assert detail in response.reward.detail
+    assert "test_rollouts.py, line" in one(fails).reward.detail
+    assert one(fails).num_sampled_tokens == 3
+
+
+def test_an_agent_that_ignores_its_cancellation_gets_no_more_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CLEAN_UP_SECONDS", 0.2)
+    refused: list[str] = []
+
+    async def stubborn(model: Model, prompt: Prompt) -> float:
+        while True:
+            try:
+                await asyncio.sleep(1e6)
+            except asyncio.CancelledError:
+                try:
+                    await model.chat([{"role": "user", "content": "ab"}])
+                except Exception as error:
+                    refused.append(type(error).__name__)
+
+    response = one(stubborn, timeout_seconds=0.1)
+    assert response.reward.outcome == "timeout" and response.num_sampled_tokens == 0
+    assert set(refused) == {"SessionClosed"}
+
+
+def test_an_embedded_engine_gets_the_calls_of_one_moment_in_one_batch() -> None:
+    engines = TextEngines(lambda text: "ok")
+    with rollouts_of(talk, engines) as rollouts:
+        groups = rollouts.generate([PROMPT, PROMPT], sampling(4))
+    assert engines.batches == [8, 8, 8]
+    assert [len(group) for group in groups] == [4, 4]
+
+
+def test_a_thousand_rollouts_need_no_thread_each() -> None:
+    threads: list[int] = []
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        threads.append(threading.active_count())
+        return await talk(model, prompt, turns=2)
+
+    before = threading.active_count()
+    with rollouts_of(agent, TextEngines(lambda text: "ok", embedded=False)) as rollouts:
+        (group,) = rollouts.generate([PROMPT], sampling(1000))
+    assert len(group) == 1000 and all(response.reward.score == 0.5 for response in group)  # type: ignore[attr-defined]
+    assert max(threads) == before + 1
+    assert threading.active_count() == before
+
+
+def test_an_abort_cancels_rollouts_and_leaves_none_behind() -> None:
+    cleaned: list[str] = []
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        try:
+            await model.chat([{"role": "user", "content": prompt.text}])
+            if prompt.id != "quick":
+                await asyncio.sleep(1e6)
+        finally:
+            cleaned.append(prompt.id)
+        return 1.0
+
+    quick, slow = Prompt("quick", (1,), "ab", None), Prompt("slow", (1,), "ab", None)
+    engines = TextEngines(lambda text: "ok", embedded=False)
+    with rollouts_of(agent, engines) as rollouts:
+        first, second = rollouts.submit([quick, slow], sampling(2))
+        assert rollouts.wait([first, second]) == {first}
+        rollouts.abort([second])
+        assert [response.finish_reason for response in rollouts.take(second)] == ["abort", "abort"]
+        assert [len(response) for response in rollouts.take(second - 1)] == [3, 3]
+        third = rollouts.submit([quick], sampling(2))
+        assert rollouts.wait(third) == set(third)
+    assert sorted(cleaned) == ["quick"] * 4 + ["slow"] * 2
+    assert engines.aborted == 0  # all had their answers
+
+
+def test_an_agent_that_blocks_the_event_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCKED_SECONDS", 0.2)
+    monkeypatch.setattr(module, "CLEAN_UP_SECONDS", 0.1)
+    released = threading.Event()
+
+    async def blocks(model: Model, prompt: Prompt) -> None:
+        released.wait()
+
+    rollouts = rollouts_of(blocks, TextEngines(lambda text: "ok"))
+    with pytest.raises(UserError, match=r"(?s)asyncio.to_thread.*released.wait"), rollouts:
+        try:
+            rollouts.generate([PROMPT], sampling())
+        finally:
+            threading.Thread(target=lambda: (time.sleep(0.5), released.set())).start()
+
+
+def test_stop_texts_end_an_answer_at_the_token_that_completes_them() -> None:
+    seen: list[str] = []
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        answer = await model.generate([5, 6], stop=["cb"])
+        seen.append(answer.text)
+        more = await model.generate([5, 6, *answer.response.token_ids.tolist(), 9], max_tokens=2)
+        seen.append(more.response.finish_reason)
+        return 1.0
+
+    response = one(agent, lambda text: "aacbok")
+    assert seen == ["aa", "length"]
+    assert isinstance(response, AgentResponse) and response.others == () and response.context == (5, 6)
+    assert response.sampled_mask.tolist() == [True] * 4 + [False] + [True] * 2
+
+
+def not_async(model: Model, prompt: Prompt) -> float:
+    return 1.0
+
+
+async def one_argument(model: Model) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("not_async", "not an async function"), ("one_argument", "too many positional"), ("missing", "has no 'missing'")],
+)
+def test_what_is_no_agent_is_refused_before_anything_starts(name: str, problem: str) -> None:
+    sys.modules.setdefault("agents_of_the_test", sys.modules[__name__])
+    with pytest.raises(UserError, match=problem):
+        load_agent(AgentSettings(function=f"agents_of_the_test:{name}"))

@@ -1,0 +1,165 @@
+"""The model's server: the OpenAI chat format over real connections, with a key for each session."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import pytest
+
+from megatron_rl.agent.model import Model
+from megatron_rl.agent.rollouts import AgentRollouts
+from megatron_rl.config.agent import AgentSettings
+from megatron_rl.types import AgentResponse, Prompt
+from tests.unit.agent.kit import TOOLS, TextEngines, sampling, tokenizer
+
+PROMPT = Prompt("p", (5, 6), "ab", "ok")
+USER = [{"role": "user", "content": "ab"}]
+CALL = '<tool_call>{"name": "f", "arguments": {"x": "é"}}</tool_call>'
+
+
+async def post(model: Model, /, key: str | None = None, **body: Any) -> tuple[int, Any]:
+    headers = {"Authorization": f"Bearer {model.api_key if key is None else key}"}
+    asked = {"model": model.name, "messages": USER} | body
+    async with (
+        aiohttp.ClientSession() as client,
+        client.post(f"{model.base_url}/chat/completions", json=asked, headers=headers) as answer,
+    ):
+        text = await answer.text()
+        return answer.status, text if body.get("stream") else json.loads(text)
+
+
+def during(check: Callable[[Model], Any], answer: str = "abc", max_turns: int = 32) -> AgentResponse:
+    """Runs the check as an agent; its errors are raised here. Returns the rollout."""
+    errors: list[BaseException] = []
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        try:
+            await check(model)
+        except BaseException as error:
+            errors.append(error)
+        return 1.0
+
+    settings = AgentSettings(function="my:agent", max_turns=max_turns)
+    with AgentRollouts(settings, agent, TextEngines(lambda text: answer), tokenizer(), 5000) as rollouts:
+        ((response,),) = rollouts.generate([PROMPT], sampling())
+    if errors:
+        raise errors[0]
+    assert isinstance(response, AgentResponse)
+    return response
+
+
+def test_a_completion_has_message_usage_and_log_probs() -> None:
+    async def check(model: Model) -> None:
+        status, whole = await post(model, logprobs=True)
+        assert status == 200 and whole["object"] == "chat.completion" and whole["model"] == model.name
+        (choice,) = whole["choices"]
+        assert choice["message"] == {"role": "assistant", "content": "abc"} and choice["finish_reason"] == "stop"
+        assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["a", "b", "c", "<|im_end|>"]
+        assert {entry["logprob"] for entry in choice["logprobs"]["content"]} == {-0.5}
+        usage = whole["usage"]
+        assert usage["completion_tokens"] == 4 and usage["total_tokens"] == usage["prompt_tokens"] + 4
+
+    assert during(check).num_sampled_tokens == 4
+
+
+def test_tool_calls_and_their_results_are_one_sequence() -> None:
+    async def check(model: Model) -> None:
+        _, whole = await post(model, tools=TOOLS)
+        (choice,) = whole["choices"]
+        (call,) = choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == ""
+        assert call["function"] == {"name": "f", "arguments": '{"x": "é"}'}
+        result = {"role": "tool", "tool_call_id": call["id"], "content": "5"}
+        await post(model, tools=TOOLS, messages=[*USER, choice["message"], result])
+        _, plain = await post(model)
+        assert plain["choices"][0]["message"]["content"] == CALL  # without tools it is text
+
+    rollout = during(check, CALL)
+    assert len(rollout.others) == 1
+
+
+def test_a_stream_ends_with_usage_and_done() -> None:
+    async def check(model: Model) -> None:
+        status, text = await post(model, stream=True, stream_options={"include_usage": True}, tools=TOOLS)
+        lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        assert status == 200 and lines[-1] == "[DONE]"
+        chunks = [json.loads(line) for line in lines[:-1]]
+        delta = chunks[0]["choices"][0]["delta"]
+        assert delta["role"] == "assistant" and delta["tool_calls"][0]["index"] == 0
+        assert chunks[1]["choices"][0]["finish_reason"] == "tool_calls"
+        assert chunks[2]["usage"]["completion_tokens"] > 0
+
+    during(check, CALL)
+
+
+def test_limits_of_a_request() -> None:
+    async def check(model: Model) -> None:
+        _, cut = await post(model, max_completion_tokens=2)
+        assert cut["choices"][0]["message"]["content"] == "ab" and cut["choices"][0]["finish_reason"] == "length"
+        _, stopped = await post(model, stop="bc")
+        assert stopped["choices"][0]["message"]["content"] == "a" and stopped["usage"]["completion_tokens"] == 3
+
+    during(check)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "words"),
+    [
+        ({"model": "gpt-5"}, 404, "model_not_found", "gpt-5"),
+        ({"n": 2}, 400, "invalid_request_error", "one answer"),
+        ({"messages": []}, 400, "invalid_request_error", "at least one message"),
+        ({"messages": [{"content": "ab"}]}, 400, "invalid_request_error", "role"),
+        ({"max_tokens": -1}, 400, "invalid_request_error", "max_tokens"),
+        ({"stop": [3]}, 400, "invalid_request_error", "stop"),
+        ({"key": "wrong"}, 401, "invalid_api_key", "key"),
+        ({"key": ""}, 401, "invalid_api_key", "key"),
+    ],
+)
+def test_bad_requests_are_refused_and_nothing_is_recorded(
+    body: dict[str, Any], status: int, code: str, words: str
+) -> None:
+    async def check(model: Model) -> None:
+        found, answer = await post(model, **body)
+        assert (found, answer["error"]["code"]) == (status, code) and words in answer["error"]["message"]
+
+    assert during(check).num_sampled_tokens == 0
+
+
+def test_a_key_opens_its_own_session_only_and_ends_with_it() -> None:
+    seen: list[Model] = []
+
+    async def check(model: Model) -> None:
+        seen.append(model)
+        for other in seen[:-1]:  # its rollout has ended
+            async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {other.api_key}"}) as client:
+                assert (await client.get(f"{model.base_url}/models")).status == 401
+                ended = model.base_url.replace(model.session.id, other.session.id)
+                assert (await client.get(f"{ended}/models")).status == 401
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {model.api_key}"}) as client:
+            models = await (await client.get(f"{model.base_url}/models")).json()
+            assert [entry["id"] for entry in models["data"]] == [model.name]
+
+    during(check)
+    during(check)
+
+
+def test_a_limit_of_the_rollout_is_an_error_that_ends_it_as_truncated() -> None:
+    async def check(model: Model) -> None:
+        assert (await post(model))[0] == 200
+        status, answer = await post(model)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+    assert during(check, max_turns=1).finish_reason == "length"
+
+
+def test_many_clients_at_a_time() -> None:
+    async def check(model: Model) -> None:
+        histories = [[{"role": "user", "content": "a" * k}] for k in range(30)]
+        answers = await asyncio.gather(*(post(model, messages=history) for history in histories))
+        assert {status for status, _ in answers} == {200}
+
+    assert len(during(check).sequences) == 30
