@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Protocol, Self
 
 from megatron_rl.observability.metrics import Row
 from megatron_rl.utils.format import duration, number
@@ -76,11 +76,19 @@ class TimeLeft:
         return (end - start) / (last - first) * (self._total - last) - (self._clock() - end)
 
 
+class Lines(Protocol):
+    """Takes lines of text, as a text file does."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+
 class PlainView(View):
     """Prints a line of `name=value` pairs every 10 steps or 10 seconds, and a line per evaluated suite."""
 
     def __init__(
-        self, total_steps: int, title: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+        self, total_steps: int, title: str, stream: Lines | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._total = total_steps
         self._title = title

@@ -260,7 +260,7 @@ def _class_lines(runs: Sequence[tuple[str, ClassCurves]]) -> list[dict[str, Any]
     """Returns one line per run and class. Colours show runs and dashes classes; for one run, colours show classes."""
     names = list(dict.fromkeys(name for _, curves in runs for name in curves.values))
     shown: set[str] = set()
-    lines = [
+    lines: list[dict[str, Any]] = [
         {
             "type": "scatter",
             "mode": "lines+markers",

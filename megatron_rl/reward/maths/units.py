@@ -77,7 +77,8 @@ def mixed_quantity(text: str) -> tuple[Fraction, Unit] | None:
     r"""Reads quantities of one kind in falling units, such as `1\text{ h }30\text{ min}`, in the units of the last."""
     text = re.sub(r"\\text\{ ?and ?\}| and |, ?", " ", re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)).strip()
     text = re.sub(r" +", " ", text)
-    found, end = [], 0
+    found: list[tuple[Fraction, Unit]] = []
+    end = 0
     while match := _MIXED_PART.match(text, end):
         name = match["unit"].strip()
         # Without degrees before them, the marks are minutes and seconds of arc as well as feet and inches.
