@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import textwrap
+from collections.abc import Iterator
 
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.types import RewardResult, Sample
@@ -12,8 +13,11 @@ from megatron_rl.types import RewardResult, Sample
 from .cases import Call, Case, Check, Program, passes, read_cases
 from .sandbox import LONGEST_OUTPUT, Execution, Sandbox, check_sandbox
 
-_FENCE = re.compile(r"^([ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(`{3,})[ \t]*([\w+-]*)([^\n`]*)$", re.MULTILINE)
-"""Indentation, with the mark of a list item if there is one; the fence; the language; whatever follows."""
+_FENCE = re.compile(
+    r"^(?P<quote>(?:(?:[ \t]*>)+ ?)?)(?P<indent>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)"
+    r"(?P<fence>`{3,}(?=[^`]*$)|~{3,})[ \t]*(?P<language>[\w+-]*)(?P<rest>.*)$"
+)
+"""Marks of block quotes; indentation, with the mark of a list item if there is one; the fence; the language; more."""
 _INDENTATION = re.compile(r"^[ \t]+", re.MULTILINE)
 _DEEPER = 3
 """A closing fence may be indented by this much more than the opening one, as in CommonMark. A docstring's fence is
@@ -48,29 +52,56 @@ def last_block(text: str) -> str | None:
     """Returns the content of the last complete fenced block that is marked as Python, or else of the last one without a
     stated language, which may be the program's output if another block is marked.
 
-    The block may be indented, as in a list; its indentation is removed.
+    The block may be indented, as in a list, or stand in a block quote; indentation and the marks of quotes are removed.
     """
-    marked, unmarked, opened = None, None, None
-    for fence in _FENCE.finditer(text):
-        if opened is None:
-            opened = fence
-        elif _closes(fence, opened):
-            block = _dedented(text[opened.end() + 1 : fence.start()], _width(opened))
-            if opened[3].lower() in _PYTHON:
-                marked = block
-            elif not opened[3]:
-                unmarked = block
-            opened = None
+    marked, unmarked = None, None
+    for language, block in _blocks(text):
+        if language.lower() in _PYTHON:
+            marked = block
+        elif not language:
+            unmarked = block
     return unmarked if marked is None else marked
 
 
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Yields the language and the content of each complete block.
+
+    A block in a quote ends, incomplete, with the quote. Tildes that nothing closes, as under a title, open none.
+    """
+    lines = text.split("\n")
+    fences = [_FENCE.match(line) for line in lines]
+    last_tildes = max((i for i, fence in enumerate(fences) if fence and "~" in fence[0] and _is_bare(fence)), default=0)
+    opened, quoted, inside = None, re.compile(""), list[str]()
+    for index, (line, fence) in enumerate(zip(lines, fences, strict=True)):
+        if opened and not quoted.match(line):
+            opened = None
+        if opened is None:
+            if fence and ("`" in fence["fence"] or index < last_tildes):
+                opened, inside = fence, []
+                depth = _depth(fence)
+                quoted = re.compile(rf"(?:[ \t]*>){{{depth}}} ?" if depth else "")
+        elif fence and _closes(fence, opened):
+            yield opened["language"], _dedented("".join(f"{kept}\n" for kept in inside), _width(opened))
+            opened = None
+        else:
+            inside.append(quoted.sub("", line, count=1))
+
+
 def _closes(fence: re.Match[str], opened: re.Match[str]) -> bool:
-    bare = not (fence[1] + fence[3] + fence[4]).strip()
-    return bare and len(fence[2]) >= len(opened[2]) and _width(fence) <= _width(opened) + _DEEPER
+    is_longer = fence["fence"].startswith(opened["fence"]) and _depth(fence) == _depth(opened)
+    return _is_bare(fence) and is_longer and _width(fence) <= _width(opened) + _DEEPER
+
+
+def _is_bare(fence: re.Match[str]) -> bool:
+    return not (fence["indent"] + fence["language"] + fence["rest"]).strip()
+
+
+def _depth(fence: re.Match[str]) -> int:
+    return fence["quote"].count(">")
 
 
 def _width(fence: re.Match[str]) -> int:
-    return len(fence[1].expandtabs(4))
+    return len(fence["indent"].expandtabs(4))
 
 
 def _dedented(code: str, width: int) -> str:

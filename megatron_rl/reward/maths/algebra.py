@@ -40,6 +40,7 @@ _VECTOR = r"\\(?:(?:vec|overrightarrow)\{[^{}]*\}|hat\{ ?\\?[ijknrxyz](?:math)? 
 _VECTOR_PRODUCT = re.compile(rf"{_VECTOR}(?:_\{{[^{{}}]*\}})? ?\)?\\times|\\times ?\(?[\d.]* ?{_VECTOR}")
 """What the parser reads as a product of numbers. Vector products are compared as texts."""
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
+_INFINITY = re.compile(r"[+-]?\\infty")
 _SIDE = re.compile(r"\^\{[+-]\}")
 _WHOLE = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit)
 """Operators that are computed before the comparison."""
@@ -50,7 +51,7 @@ class TooLarge(ValueError):
 
 
 class Unparsable(ValueError):
-    """A text that the parser cannot read as an expression."""
+    """A text that the parser cannot read as an expression, or an expression without a value."""
 
 
 @lru_cache(maxsize=4096)
@@ -76,7 +77,21 @@ def read(text: str) -> Any:
     if not isinstance(expression, sympy.Expr | sympy.MatrixExpr):
         raise Unparsable(text)
     size(expression)
+    if not _has_value(expression, text):
+        raise Unparsable(text)
     return _with_plain_symbols(expression, text)
+
+
+def _has_value(expression: Any, text: str) -> bool:
+    r"""Returns whether no part is undefined or infinite, as `\frac{1}{0}`, `\tan 90^\circ` and `2\infty` are to sympy.
+
+    The infinities alone have a value, and sums and limits may have infinite bounds.
+    """
+    if expression.has(sympy.zoo, sympy.nan):
+        return False
+    if not expression.has(sympy.oo, -sympy.oo) or expression.has(*_WHOLE) or _INFINITY.fullmatch(text):
+        return True
+    return not expression.doit().has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
 
 
 def same_expression(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
@@ -92,7 +107,10 @@ def same_value(a: Any, b: Any, scale: Fraction = Fraction(1)) -> bool:
     if isinstance(a, sympy.MatrixBase | sympy.MatrixExpr) or isinstance(b, sympy.MatrixBase | sympy.MatrixExpr):
         return _same_matrix(a, b)
     factor = sympy.Rational(scale.numerator, scale.denominator)
+    infinities = {a, b} & {sympy.oo, -sympy.oo}
     a, b = _computed(a), _computed(b) * factor
+    if infinities:
+        return bool(a == b)
     if not a.free_symbols and not b.free_symbols:
         return _same_number(a, b)
     try:
@@ -201,9 +219,12 @@ def _same_number(gold: sympy.Expr, answer: sympy.Expr) -> bool:
         b = exact(b)  # an integer is not rounded
     if isinstance(a, sympy.Rational) and isinstance(b, sympy.Rational):
         return bool(a == b)
-    x, y = sympy.N(a, DIGITS), sympy.N(b, DIGITS)
+    try:
+        x, y = sympy.N(a, DIGITS), sympy.N(b, DIGITS)
+    except ValueError as error:  # a sum that diverges
+        raise Unparsable(str(error)) from error
     if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
-        return bool(x == y and x.is_infinite)
+        return False
     difference, larger = abs(x - y), max(abs(x), abs(y))
     if difference <= larger * sympy.Float(10, DIGITS) ** -AGREEING_DIGITS:
         return True

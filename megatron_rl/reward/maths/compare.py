@@ -25,7 +25,7 @@ from .parts import (
     Words,
 )  # fmt: skip
 from .quantities import same_quantity, same_ratio
-from .relations import same_builder, same_chain, value_of_chain
+from .relations import equations, same_builder, same_chain, value_of_chain
 
 
 def same(gold: Part, answer: Part) -> bool:
@@ -77,11 +77,21 @@ def _same_guarded(gold: Part, answer: Part) -> bool:
 
 
 def _same_as_chain(gold: Part, answer: Part) -> bool:
-    """Compares a relation with something that is none by the value that it states: `x=5` with 5."""
+    """Compares a relation with something that is none: `x=5` with the value 5 that it states, `x=y=2` with a list."""
+    chain, other = (gold, answer) if isinstance(gold, Chain) else (answer, gold)
+    assert isinstance(chain, Chain)
+    if _is_list_of_equations(other) and (stated := equations(chain)) is not None:
+        return same(*((stated, other) if chain is gold else (other, stated)))
     if isinstance(gold, Chain):
         return any(same(value, answer) for value in value_of_chain(gold, same, is_label=True))
     assert isinstance(answer, Chain)
     return any(same(gold, value) for value in value_of_chain(answer, same, is_label=False))
+
+
+def _is_list_of_equations(part: Part) -> bool:
+    if not isinstance(part, Bracket) or part.left != "":
+        return False
+    return all(isinstance(item, Chain) and item.signs == ("=",) for item in part.items)
 
 
 def _same_digits(gold: Part, answer: Part) -> bool:

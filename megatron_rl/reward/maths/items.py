@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from .numbers import Number
-from .parts import Bracket, Chain, Expression, Part, Quantity
+from .parts import Bracket, Chain, Expression, Part, Quantity, Words
 from .relations import Same, bare_values
 
+_VERDICTS = frozenset(("yes", "no", "true", "false", "y", "n", "t", "f"))
 LONGEST_WRITTEN_OUT = 1000
 """Terms that dots may stand for."""
 
@@ -19,8 +20,8 @@ def same_items(gold: Bracket, answer: Bracket, same: Same) -> bool:
 
     In parentheses the order matters. A list without brackets may have any order, but every item counts; it equals a
     tuple of the same order, and a set with the same elements. A label that names each value (`a=1, b=2`) fixes the
-    order of bare values, as does one whose values have different units (`3 apples, 4 pears`). `and` differs
-    from `or` between relations, and `\land` from `\lor` between all items.
+    order of bare values, as does one whose values have different units (`3 apples, 4 pears`). A list of words keeps its
+    order, see `_is_sequence`. `and` differs from `or` between relations, and `\land` from `\lor` between all items.
     """
     if _contradict(gold, answer):
         return False
@@ -35,6 +36,8 @@ def same_items(gold: Bracket, answer: Bracket, same: Same) -> bool:
         and not any(isinstance(item, Quantity) for item in answer.items)
     ):
         return pairwise(gold.items, answer.items, same)
+    if gold.left == "" and _is_sequence(gold):
+        return pairwise(gold.items, answer.items, same)
     one, other = with_dots(gold.items), with_dots(answer.items)
     if gold.left == answer.left == "":
         return _matched(one, other, same)
@@ -44,6 +47,20 @@ def same_items(gold: Bracket, answer: Bracket, same: Same) -> bool:
 def _differ_in_units(items: Sequence[Part]) -> bool:
     units = [item.unit for item in items if isinstance(item, Quantity)]
     return len(units) == len(items) and all(one != other for one, other in itertools.combinations(units, 2))
+
+
+def _is_sequence(listing: Bracket) -> bool:
+    """Returns whether the order of words in a list matters: they may answer several questions, as `yes, no` does.
+
+    Words with `and` or `or` between them are an enumeration, and so are choices such as `A, C`, unless one is repeated
+    or all of them are verdicts.
+    """
+    words = [item.text for item in listing.items if isinstance(item, Words)]
+    if len(words) < 2:
+        return False
+    if len(set(words)) < len(words) or {word.casefold() for word in words} <= _VERDICTS:
+        return True
+    return listing.joint == "," and not all(word.isupper() for word in words)
 
 
 def _contradict(gold: Bracket, answer: Bracket) -> bool:

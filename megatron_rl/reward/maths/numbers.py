@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 TOLERANCE = Fraction(1, 10**6)
@@ -36,6 +36,8 @@ class Number:
     value: Fraction
     is_decimal: bool
     """Whether the number was written with a decimal point and may therefore be rounded."""
+    is_fraction: bool = field(default=False, compare=False)
+    """Whether the number was written as a fraction, which may be a ratio."""
 
 
 def read_number(text: str) -> Number | None:
@@ -44,7 +46,7 @@ def read_number(text: str) -> Number | None:
         if match := form.fullmatch(text):
             parts = match.groupdict()
             number = _recurring(parts) if parts.get("period") else _plain(parts)
-            return Number(-number.value, number.is_decimal) if number and parts["sign"] == "-" else number
+            return replace(number, value=-number.value) if number and parts["sign"] == "-" else number
     return None
 
 
@@ -83,7 +85,8 @@ def _plain(parts: dict[str, str | None]) -> Number | None:
     if not under or Fraction(under.rstrip(".")) == 0:
         return None
     over = Fraction(str(parts["over"]).rstrip("."))
-    return Number(int(parts.get("whole") or 0) + over / Fraction(under.rstrip(".")), False)
+    whole = parts.get("whole")
+    return Number(int(whole or 0) + over / Fraction(under.rstrip(".")), False, is_fraction=not whole)
 
 
 def _recurring(parts: dict[str, str | None]) -> Number:

@@ -52,12 +52,12 @@ def _scales(gold: Unit | None, answer: Unit | None) -> list[Fraction]:
 
 
 def same_ratio(gold: Part, answer: Part, same: Same) -> bool:
-    """Compares ratios and clock times. The label decides whether `9:20` is a time."""
+    """Compares ratios and clock times. The label decides whether `9:20` is a time.
+
+    A ratio may be written as a fraction, but equals no other number, and neither does a time.
+    """
     if isinstance(gold, Clock) and isinstance(answer, Clock):
         return gold.equals(answer)
-    for clock, other in ((gold, answer), (answer, gold)):
-        if isinstance(clock, Clock) and clock.half and isinstance(other, Number):
-            return len(clock.numbers) == 1 and clock.numbers[0] == other.value  # `9` for `9 a.m.`
     one, two = _terms(gold), _terms(answer)
     if one is None or two is None:
         return False
@@ -83,6 +83,6 @@ def _terms(part: Part) -> tuple[Part, ...] | None:
         return part.terms
     if isinstance(part, Clock) and part.half is None and min(part.numbers[1:]) > 9:  # 9:05 can only be a time
         return tuple(Number(Fraction(number), False) for number in part.numbers)
-    if isinstance(part, Number):
+    if isinstance(part, Number) and part.is_fraction:
         return (Number(Fraction(part.value.numerator), False), Number(Fraction(part.value.denominator), False))
     return None

@@ -138,7 +138,9 @@ def _whole_text(text: str) -> Part | None:
     inside = match[1].strip()
     parts = [part.strip() for part in re.split(r",\s*(?:and\b|or\b)?|\b(?:and|or)\b", inside) if part.strip()]
     if len(parts) > 1:
-        return Bracket("", "", tuple(read(rf"\text{{{part}}}") if part.isalpha() else read(part) for part in parts))
+        items = tuple(read(rf"\text{{{part}}}") if part.isalpha() else read(part) for part in parts)
+        spoken = re.findall(r"\b(?:and|or)\b", inside)
+        return Bracket("", "", items, "or" if "or" in spoken else "and" if spoken else ",")
     if match := re.fullmatch(r"([-+]?(?:\d[\d.,/:]*|\\\$ ?[\d.,]+)) ?(.*)", inside):
         return read(rf"{match[1]}\text{{ {match[2]}}}" if match[2] else match[1])
     return None

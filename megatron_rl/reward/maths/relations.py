@@ -167,6 +167,18 @@ def same_chain(gold: Chain, answer: Chain, same: Same) -> bool:
     return _are_multiples(gold, answer)
 
 
+def equations(chain: Chain) -> Bracket | None:
+    """Returns the equations `x=2, y=2` that `x=y=2` states, each with the last side, or None for any other chain."""
+    if len(chain.signs) < 2 or set(chain.signs) != {"="}:
+        return None
+    sides, texts = chain.sides, chain.texts
+    if _unknowns(texts[-1]) and not _unknowns(texts[0]):
+        sides, texts = sides[::-1], texts[::-1]
+    pairs = zip(sides[:-1], texts[:-1], strict=True)
+    items = tuple(Chain((side, sides[-1]), ("=",), (text, texts[-1])) for side, text in pairs)
+    return Bracket("", "", items, "and")
+
+
 def _with_arguments_of(gold: Chain, answer: Chain) -> Chain:
     """Renames the variable of `f(t)=t^2` to that of the label's `f(x)=x^2`.
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from .numbers import read_number
 from .scan import tokens
 from .unit_table import CHANGING, CURRENCY_SIGNS, IRREGULAR_PLURALS, MULTIPLES, SHARES, UNITS
 
@@ -83,9 +84,10 @@ def mixed_quantity(text: str) -> tuple[Fraction, Unit] | None:
         name = match["unit"].strip()
         # Without degrees before them, the marks are minutes and seconds of arc as well as feet and inches.
         unit = (_OF_ARC.get(name) if name == "^\\circ" or found else None) or read_unit(name)
-        if unit is None or unit.scale != 1:
+        number = read_number(match["number"])
+        if unit is None or unit.scale != 1 or number is None:
             return None
-        found.append((_fraction(match["number"]), unit))
+        found.append((number.value, unit))
         end = match.end()
     if end != len(text) or len(found) < 2 or len({tuple(unit.kinds.items()) for _, unit in found}) > 1:
         return None
@@ -210,8 +212,3 @@ def _product(one: Unit, other: Unit) -> Unit:
     kinds = {kind: one.kinds.get(kind, 0) + other.kinds.get(kind, 0) for kind in {*one.kinds, *other.kinds}}
     kinds = {kind: power for kind, power in sorted(kinds.items()) if power}
     return Unit(kinds, one.factor * other.factor, one.scale * other.scale)
-
-
-def _fraction(text: str) -> Fraction:
-    match = re.fullmatch(r"\\frac\{(\d+)\}\{(\d+)\}", text)
-    return Fraction(int(match[1]), int(match[2])) if match else Fraction(text)

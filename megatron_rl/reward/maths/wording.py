@@ -11,6 +11,8 @@ _OPERATOR = re.compile(r"\\(?:cdot|times|pm|mp)(?![a-zA-Z])")
 _BESIDE_OPERAND = re.compile(r"[\w)}\]'!|]\s*\\text\s*\{|\\text\s*\{[^{}]*\}\s*(?:[\w(]|\\[a-zA-Z{])")
 _INDEX = re.compile(r"_\{(?:[^{}]|\{[^{}]*\})*\}|_\w")
 _BEFORE_DIGIT = re.compile(rf"(?<![a-zA-Z\\])(?!(?:{_FUNCTIONS})\s*\d)[a-zA-Z]+ ?\d")
+_SELECTION = re.compile(r"(?<![a-zA-Z\\])[mn]\}? ?\{?[PC]\}? ?\{?[kmr](?![a-zA-Z])")
+"""The numbers of permutations and combinations `nPr` and `nCr`, which are no products."""
 _PART = r"[(\[](?:[a-zA-Z]|\d|i{1,3}|iv|vi{0,3}|ix)[)\]]"
 _PARTS = re.compile(rf"{_PART}\s*(?:\d|[^\s()\[\]^_+*/=<>'-][^()\[\]]*{_PART}\s*[\w\\-])")
 
@@ -22,4 +24,5 @@ def has_words(text: str) -> bool:
     a variable before the number that multiplies it.
     """
     text = _OPERATOR.sub("*", _LETTER.sub(r"\1", _INDEX.sub("", text)))
-    return bool(_BESIDE_OPERAND.search(text) or _BEFORE_DIGIT.search(text) or _PARTS.match(text))
+    found = (pattern.search(text) for pattern in (_BESIDE_OPERAND, _BEFORE_DIGIT, _SELECTION))
+    return any(found) or _PARTS.match(text) is not None
