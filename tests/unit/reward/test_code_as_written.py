@@ -147,6 +147,52 @@ def test_indented_blocks_are_read(text: str, source: str | None) -> None:
     assert last_block(text) == source
 
 
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("~~~python\na\n~~~", "a\n"),
+        ("~~~\na\n~~~", "a\n"),
+        ("  ~~~~ py\n  a\n  ~~~\n  ~~~~~", "a\n~~~\n"),
+        ("~~~python\n" + DOCSTRING + "~~~", DOCSTRING),
+        ("```python\na\n~~~\nb\n```", "a\n~~~\nb\n"),
+        ("~~~python\na\n```", None),
+        ("~~~cpp\na\n~~~", None),
+        ("~~~text\n```python\na\n```\n~~~", None),
+        ("Answer\n~~~~~~\n```python\na\n```", "a\n"),
+    ],
+)
+def test_blocks_between_tildes_are_read(text: str, source: str | None) -> None:
+    assert last_block(text) == source
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("> ```python\n> if a:\n>     b\n> ```", "if a:\n    b\n"),
+        (">```python\n>a\n>```\n", "a\n"),
+        ("> > ~~~python\n> > a\n>>\n> > b\n> > ~~~", "a\n\nb\n"),
+        ("> 1. ```python\n>    a\n>    ```", "a\n"),
+        ("1. So:\n   > ```python\n   > a\n   > ```", "a\n"),
+        ("> ```\n> a\n> ```\n\n```python\nb\n```", "b\n"),
+        ("> ```python\n> a\n\n```python\nb\n```", "b\n"),
+        ("> ```python\n> a\n\nText.\n\n> ```python\n> b\n> ```", "b\n"),
+        ("> ```python\n> a\n```", None),
+        ("```python\na\n> ```", None),
+        ("> ```python\n> a\n> > ```", None),
+        ("```python\n'''\n> ```\n'''\n```", "'''\n> ```\n'''\n"),
+    ],
+)
+def test_blocks_in_quotes_are_read(text: str, source: str | None) -> None:
+    assert last_block(text) == source
+
+
+@pytest.mark.parametrize(
+    "line", ["`" * 100_000 + "a`", "> " * 50_000, "~" * 100_000, ">" * 100_000 + "```", " " * 100_000]
+)
+def test_hostile_lines_are_no_blocks(line: str) -> None:
+    assert last_block(f"{line}\na") is None
+
+
 def test_a_program_in_an_indented_block_runs(reward: CodeReward, make_sample: Callable[..., Sample]) -> None:
     text = "1. The answer:\n\n   ```python\n   def f(n: List[int]):\n       return len(n)\n   ```\n\nDone."
     assert reward(make_sample(text, {"fn_name": "f", "inputs": [[[1]]], "outputs": [1]})).detail == "correct"
