@@ -12,13 +12,17 @@ ENGINES := .venv-engines
 ENGINES_PIP := $(ENGINES)/bin/python -m pip --disable-pip-version-check --no-input
 ENGINES_PIN := -c constraints-engines.txt
 REHEARSAL := .venv-rehearsal
+SINKS := .venv-sinks
+SINKS_PIP := $(SINKS)/bin/python -m pip --disable-pip-version-check --no-input
 REHEARSAL_PIP := $(REHEARSAL)/bin/python -m pip --disable-pip-version-check --no-input
+DOCS := .venv-docs
+DOCS_PACKAGES := mkdocs-material==9.8.1
 
 # Ranks share the cores: more threads each would only make them wait for one another.
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart benchmark benchmark-check reproduce dev test test-all test-browser test-slurm window test-megatron-window engines test-engines rehearsal rehearse rehearse-session rehearse-session image-test lint clean
+.PHONY: help setup quickstart docs benchmark benchmark-check reproduce dev test test-all test-browser test-slurm sinks test-sinks window test-megatron-window engines test-engines rehearsal rehearse rehearse-session image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -45,8 +49,18 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp
 	@$(PIP) install --quiet $(PIN) --no-build-isolation -e '.[dev,trl]'
 	@touch $@
 
-quickstart: setup ## train the Countdown example: make quickstart ARGS="algorithm.name=grpo"
-	$(BIN)/megatron-rl train examples/quickstart/countdown.yaml $(ARGS)
+quickstart: setup ## train GRPO and Lp-Reg side by side and compare them: make quickstart ARGS="train.steps=100"
+	$(BIN)/python examples/quickstart/demonstration.py $(ARGS)
+
+docs: $(DOCS)/.stamp ## build the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo 'the site: build/site/index.html'
+
+$(DOCS)/.stamp: Makefile
+	@echo 'installing what the documentation takes'
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(DOCS_PACKAGES)
+	@touch $@
 
 # Unit tests share the cores, a file at a time: what a file prepares is then prepared once. They start in the order in
 # which tests/conftest.py puts them. A whole run starts several processes of its own, so those go one at a time.
@@ -59,7 +73,9 @@ test: dev ## unit and invariance tests, and one whole run
 test-all: dev ## every test that needs no GPU, with more cases and examples than `make test`
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser" $(SHARED)
 	$(BIN)/pytest tests/e2e_cpu
+	$(MAKE) docs
 	$(MAKE) test-browser
+	$(MAKE) test-sinks
 	$(MAKE) test-engines
 	$(MAKE) test-slurm
 	$(MAKE) test-megatron-window
@@ -68,6 +84,22 @@ test-all: dev ## every test that needs no GPU, with more cases and examples than
 test-browser: dev ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }
 	$(BIN)/pytest -m browser
+
+sinks: $(SINKS)/.stamp ## make .venv-sinks: W&B, MLflow and Trackio beside the rest
+
+# mlflow-skinny keeps its runs in SQLite here, for which it needs SQLAlchemy and Alembic.
+$(SINKS)/.stamp: pyproject.toml setup.py constraints-cpu.txt Makefile
+	@echo '[1/3] making $(SINKS)'
+	@$(PYTHON) -m venv $(SINKS)
+	@echo '[2/3] installing torch'
+	@$(SINKS_PIP) install --quiet $(PIN) torch
+	@echo '[3/3] installing this project and the sinks'
+	@$(SINKS_PIP) install --quiet --no-build-isolation -e . pytest pytest-timeout hypothesis \
+	  'wandb>=0.20' 'mlflow-skinny>=3' sqlalchemy alembic 'trackio>=0.40'
+	@touch $@
+
+test-sinks: sinks ## the metrics of a run, read back from the real W&B, MLflow, Trackio and TensorBoard, offline
+	$(SINKS)/bin/python -m pytest tests/unit/observability/test_real_sinks.py
 
 test-slurm: dev ## train on a real Slurm (on Debian, as root, it is installed where missing)
 	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
@@ -157,7 +189,7 @@ benchmark: dev ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some
 benchmark-check: setup ## costs that no machine changes, against the kept ones (a minute)
 	$(BIN)/python benchmarks/check.py
 
-reproduce: setup ## GRPO beside Lp-Reg on the quickstart, three seeds each: the table of the README (half an hour on two cores)
+reproduce: setup ## the demonstration for ten seeds: the table of docs/demonstration.md (half an hour on two cores)
 	$(BIN)/python benchmarks/countdown_seeds.py --out runs/benchmarks/countdown_seeds.json $(ARGS)
 
 image-test: dev ## build the CPU image and start it, without Docker (on Debian, as root, buildah is installed where missing)
@@ -173,5 +205,5 @@ lint: dev ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) $(WINDOW) $(ENGINES) $(REHEARSAL) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(WINDOW) $(ENGINES) $(REHEARSAL) $(DOCS) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lpreg megatron_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +

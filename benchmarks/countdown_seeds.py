@@ -1,66 +1,72 @@
-"""GRPO and Lp-Reg on the quickstart, several seeds each, from the same warm start: the table of the README.
+"""The demonstration for several seeds, all from one warm start: the table of docs/demonstration.md.
 
-    python benchmarks/countdown_seeds.py [--seeds 3] [--out benchmarks/results/countdown_seeds.json]
+    python benchmarks/countdown_seeds.py [--seeds 0 1 2] [--set key=value ...] [--out FILE]
 
-Runs that exist already (runs/seeds-<algorithm>-<seed>) are read, not repeated. A run takes about 90 s on two quiet
-cores.
+Each seed is what `make quickstart ARGS=seed=N` trains: GRPO and Lp-Reg at the same time, in runs/seeds-N. Runs that
+have ended already are read, not repeated. A pair takes about two minutes on two quiet cores.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from rich.console import Console
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import machine
-from megatron_rl.observability.metrics import read_metrics
-
-CONFIG = "examples/quickstart/countdown.yaml"
-ALGORITHMS = ("grpo", "lp_reg")
-ROWS = "actor.rows=packed"
-"""The setting of the kept runs. With another packing, rounding differs, and so does the course of a run."""
-MEASURES = ("avg@8", "pass@8", "entropy", "p_wait_after_no")
-SUITES = ("held_out", "fresh")
+from benchmarks.machine import arguments, keep
+from benchmarks.page import countdown_seeds
+from examples.quickstart.comparison import METHODS, Outcome, outcomes
+from examples.quickstart.demonstration import CONFIG, train, watched
+from examples.quickstart.progress import Progress
+from megatron_rl.config import load_config
+from megatron_rl.evaluation.measures import estimate
 
 
-def run(algorithm: str, seed: int) -> list[dict[str, Any]]:
-    """Returns the metrics of the run's first and last evaluation, after training it if needed."""
-    name = f"seeds-{algorithm}-{seed}"
-    folder = Path("runs") / name
-    if not (folder / "report.html").exists():
-        overrides = [f"run.name={name}", f"algorithm.name={algorithm}", f"seed={seed}", "resume=auto", ROWS]
-        subprocess.run([sys.executable, "-m", "megatron_rl.cli", "train", CONFIG, *overrides], check=True)
-    evaluated = [row for row in read_metrics(folder) if f"eval/held_out/{MEASURES[0]}" in row]
-    return [evaluated[0], evaluated[-1]]
+def trained(seed: int, overrides: Sequence[str]) -> dict[str, Path]:
+    """Returns the folder of each method's run with this seed, after training what has not ended yet."""
+    config = load_config(CONFIG, list(overrides))
+    runs = watched(Path("runs") / f"seeds-{seed}", config.train.steps)
+    missing = {method: run for method, run in runs.items() if not (run.folder / "report.html").exists()}
+    progress = Progress([*missing.values()], Console())
+    if missing and train(missing, [*overrides, f"seed={seed}", "resume=auto"], progress):
+        raise SystemExit(f"seed {seed} was not trained to its end")
+    return {method: run.folder for method, run in runs.items()}
 
 
-def line(label: str, row: dict[str, Any]) -> str:
-    cells = [f"{row[f'eval/{suite}/{measure}']:.3f}" for suite in SUITES for measure in MEASURES]
-    return f"| {label} | " + " | ".join(cells) + " |"
+def over_seeds(pairs: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
+    """Returns of each measure: the means, the mean difference with its interval over seeds, how often Lp-Reg is higher,
+    and how often by more than the interval over problems."""
+    summary = {}
+    for same in zip(*pairs, strict=True):
+        differences = np.array([each.lp_reg - each.grpo for each in same])
+        summary[same[0].label] = {
+            "before": float(np.mean([each.before for each in same])),
+            **{method: float(np.mean([getattr(each, method) for each in same])) for method in METHODS},
+            "difference": asdict(estimate([differences])),
+            "higher": int((differences > 0).sum()),
+            "clearly_higher": sum(each.difference is not None and each.verdict == "ahead" for each in same),
+            "seeds": len(same),
+        }
+    return summary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/countdown_seeds.json"))
+    parser = arguments(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="default: 0 to 9")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key=value", help="for both methods")
     options = parser.parse_args()
-    results = {f"{a}, seed {s}": run(a, s) for a in ALGORITHMS for s in range(options.seeds)}
-    heads = [f"{suite} {measure}" for suite in SUITES for measure in MEASURES]
-    print("| run | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 1))
-    for label, (first, last) in results.items():
-        print(line(f"{label}, step {first['step']}", first))
-        print(line(f"{label}, step {last['step']}", last))
-    kept = {
-        label: [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
-        for label, rows in results.items()
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine(), "config": CONFIG, "runs": kept}, indent=1) + "\n")
+    pairs = {str(seed): outcomes(trained(seed, options.overrides)) for seed in options.seeds}
+    summary = over_seeds(list(pairs.values()))
+    kept = {seed: {each.label: asdict(each) for each in found} for seed, found in pairs.items()}
+    found = {"config": CONFIG.name, "overrides": options.overrides, "over_seeds": summary, "seeds": kept}
+    print(countdown_seeds(found))
+    keep(options.out, "countdown_seeds", **found)
 
 
 if __name__ == "__main__":

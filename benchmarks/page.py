@@ -1,4 +1,4 @@
-"""Writes the kept results into docs/benchmarks.md, between the markers of that page.
+"""Writes the kept results into docs/benchmarks.md and docs/demonstration.md, between the markers of these pages.
 
 python benchmarks/page.py
 """
@@ -16,7 +16,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PAGE, RESULTS, SCALING = ROOT / "docs/benchmarks.md", ROOT / "benchmarks/results", ROOT / "docs/scaling.svg"
+PAGES = (ROOT / "docs/benchmarks.md", ROOT / "docs/demonstration.md")
+RESULTS, SCALING, SEEDS = ROOT / "benchmarks/results", ROOT / "docs/scaling.svg", ROOT / "docs/demonstration.svg"
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Found = dict[str, Any]
@@ -29,7 +30,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def where(found: Found) -> str:
-    machine, load = found["machine"], found["load_average"][0]
+    machine, loads = found["machine"], found["load_average"]
+    load = (loads["after"] if isinstance(loads, dict) else loads)[0]
     return f"\n{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; load {load:.1f} at the end.\n"
 
 
@@ -153,8 +155,46 @@ def scaling(found: Found) -> str:
     return text + table((*head, "waiting for rollouts, predicted s", "measured s"), rows) + said
 
 
+def entropy_terms_cpu(found: Found) -> str:
+    def row(name: str) -> list[str]:
+        cells = [name]
+        for variant in (name, f"head, {name}"):
+            own = found["variants"][variant]
+            ratios = [ratio["value"] for ratio in found["ratios"] if ratio["of"] == variant]
+            cells += [f"{own['cpu_seconds']:.3f}", f"{ratios[0] if ratios else 1:.2f}", f"{own['peak_mib']:.0f}"]
+        return cells
+
+    head = ("", *(f"{where}: {what}" for where in ("logits given", "with head") for what in ("CPU s", "ratio", "MiB")))
+    return table(head, (row(name) for name in found["variants"] if not name.startswith("head, ")))
+
+
+def countdown_seeds(found: Found) -> str:
+    summary, seeds = found["over_seeds"], found["seeds"]
+    head = ["seed", *(f"{label}: {method}" for label in summary for method in ("GRPO", "Lp-Reg"))]
+    rows = [
+        [seed, *(f"{outcomes[label][method]:.3f}" for label in summary for method in ("grpo", "lp_reg"))]
+        for seed, outcomes in seeds.items()
+    ]
+    rows.append(["mean", *(f"**{each[method]:.3f}**" for each in summary.values() for method in ("grpo", "lp_reg"))])
+    rows.append(["before", *(cell for each in summary.values() for cell in (f"{each['before']:.3f}", ""))])
+    text = table(head, rows) + "\n"
+    for label, each in summary.items():
+        value, low, high = (each["difference"][name] for name in ("value", "low", "high"))
+        text += (
+            f"- {label}: Lp-Reg is higher for {each['higher']} of {each['seeds']} seeds; the mean difference is "
+            f"{value:+.3f} (95 % interval over seeds {low:+.3f} to {high:+.3f})"
+        )
+        clearly = f"; for {each['clearly_higher']} seeds the interval over problems excludes 0"
+        text += (clearly if label in ("accuracy", "pass@8") else "") + "\n"
+    return text
+
+
 TABLES: dict[str, Callable[[Found], str]] = {
-    f.__name__: f for f in (batching, training_step, weight_sync, start_up, driver, scaling, grading)
+    f.__name__: f
+    for f in (
+        *(batching, training_step, weight_sync, start_up, driver, scaling, grading),
+        *(entropy_terms_cpu, countdown_seeds),
+    )
 }
 
 
@@ -167,8 +207,14 @@ def rendered(name: str) -> str:
 
 
 def main() -> None:
-    text = PAGE.read_text()
-    PAGE.write_text(MARKED.sub(lambda match: f"{match[1]}{rendered(match[2])}{match[3]}", text))
+    for page in PAGES:
+        text = page.read_text()
+        page.write_text(MARKED.sub(lambda match: f"{match[1]}{rendered(match[2])}{match[3]}", text))
+    seeds = RESULTS / "countdown_seeds.json"
+    if seeds.exists():
+        from benchmarks.lp_reg_pictures import seeds_picture
+
+        seeds_picture(json.loads(seeds.read_text())["seeds"], SEEDS)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,6 +174,37 @@ def fused_recompute(problem: Problem) -> Step:
     )
 
 
+def entropy_term(problem: Problem, *, head: bool, entropy: str = "metric", **region: Any) -> Step:
+    """Log-probs with their gradient, and an entropy with its gradient: none, the policy's own, or that of plausible
+    tokens (TRE), which `region` names by an argument of `token_stats`. So the loss is another one."""
+    no_rows = torch.zeros_like(problem.selection)
+    settings: Any = region | {
+        "entropy": entropy,
+        "filter_entropy": bool(region),
+        "log_z_rows": None if region else no_rows,
+    }
+
+    def loss_of(stats: TokenStats) -> Tensor:
+        bonus = stats.filter_entropy if region else stats.entropy if entropy == "grad" else None
+        loss = problem.loss(stats.log_probs, torch.zeros_like(stats.log_probs))
+        return loss if bonus is None else loss - 0.001 * bonus.mean()
+
+    if head:
+        return _on_head(
+            problem, lambda: loss_of(fused_token_stats(problem.hidden, problem.weight, problem.targets, **settings))
+        )
+    return _on_logits(problem, lambda x: loss_of(token_stats(x, problem.targets, inplace_backward=True, **settings)))
+
+
+ENTROPY_TERMS: dict[str, dict[str, Any]] = {
+    "no entropy term": {},
+    "entropy bonus": {"entropy": "grad"},
+    "TRE, top-k 2": {"top_k": 2},
+    "TRE, top-p .99": {"top_p": 0.99},
+    "TRE, min-p .02": {"min_p": 0.02},
+}
+
+
 class _FullLpReg(PolicyLoss):
     """`Problem.loss` as a policy loss of lpreg."""
 
@@ -286,4 +318,6 @@ VARIANTS: dict[str, Callable[[Problem], Step]] = {
     "head, ours, in forward": fused_in_forward,
     "3 products alone": lambda problem: products(problem, 3),
     "4 products alone": lambda problem: products(problem, 4),
+    **{name: partial(entropy_term, head=False, **settings) for name, settings in ENTROPY_TERMS.items()},
+    **{f"head, {name}": partial(entropy_term, head=True, **settings) for name, settings in ENTROPY_TERMS.items()},
 }

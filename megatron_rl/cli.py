@@ -19,10 +19,11 @@ from megatron_rl.commands import (
     slurm,
     status,
     train,
+    view,
 )
 from megatron_rl.errors import UserError
 
-COMMANDS = (init, train, plan, doctor, slurm, report, status, checkpoints, data, convert, evaluate, push)
+COMMANDS = (init, train, plan, doctor, slurm, report, status, view, checkpoints, data, convert, evaluate, push)
 """In the order in which `megatron-rl --help` lists them."""
 
 

@@ -27,7 +27,7 @@ from megatron_rl.training.update import update
 
 def train(config: Config) -> None:
     """Trains to the last step, or to a clean stop with a checkpoint if the run is interrupted or loses its engines."""
-    with open_run(config) as run, stop_on_interrupt() as stop, checkpoint_on_outage(run):
+    with open_run(config) as run, stop_on_interrupt(run.view.message) as stop, checkpoint_on_outage(run):
         if not run.resumed:
             run.log(evaluate(run))
         stopping = stop.requested
@@ -50,26 +50,24 @@ def rl_step(run: Run, step: int) -> dict[str, float]:
     rollouts = run.rollouts.collect(step, run.learner.weight_version)
     batch, metrics = training_batch(run.config, rollouts, run.grading.shaped)
     learned: dict[str, float] = {}
-    flops = 0.0
     if not run.config.train.rollout_only:
-        batch, learned, flops = learn(run, step, batch)
+        batch, learned = learn(run, step, batch)
     run.recorder.record(step, rollouts, batch)
 
     metrics |= rollouts.metrics | rollout_metrics(rollouts, batch.advantages)
     metrics |= policy_metrics(batch.sequences, batch.scores, batch.fresh) | learned
     metrics |= run.phase.flush()
-    metrics |= run.rates(flops, metrics)
+    metrics |= run.rates(metrics)
     metrics["perf/step_seconds"] = time.perf_counter() - start
     metrics["perf/tokens_per_second"] = batch.sequences.num_sampled_tokens / metrics["perf/step_seconds"]
     return metrics
 
 
-def learn(run: Run, step: int, batch: TrainingBatch) -> tuple[TrainingBatch, dict[str, float], float]:
-    """The updates on a batch. Returns the batch with everything that was found about its tokens, metrics, and the
-    number of operations of the passes through the model."""
-    learner, seed, before = run.learner, run.seed(step), run.actors.flops
+def learn(run: Run, step: int, batch: TrainingBatch) -> tuple[TrainingBatch, dict[str, float]]:
+    """The updates on a batch. Returns the batch with everything that was found about its tokens, and metrics."""
+    learner, seed = run.learner, run.seed(step)
     run.release_engines()
-    with run.profiled(step):
+    with run.measured(step):
         with run.phase("score"):
             batch = score_old_policy(learner, batch)
         with run.phase("select"):
@@ -79,7 +77,6 @@ def learn(run: Run, step: int, batch: TrainingBatch) -> tuple[TrainingBatch, dic
             batch = score_reference(learner, batch)
         with run.phase("train"):
             batch, updated = update(learner, step, batch, lr=run.learning_rate(step), seed=seed)
-    flops = run.actors.flops - before  # without those of checks and evaluations
     with run.phase("weight_sync"):
         updated |= run.sync_weights()
-    return batch, metrics | selection_overlap(learner, batch) | updated, flops
+    return batch, metrics | selection_overlap(learner, batch) | updated

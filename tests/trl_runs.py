@@ -113,6 +113,7 @@ def run(
     """Trains the tiny model, or the given one, with 12 rows per update unless the settings say otherwise."""
     recorder = Recorder()
     refresh = {"proxy_refresh_steps": settings.pop("proxy_refresh_steps", 2)}
+    checkpoint = settings.pop("resume_from_checkpoint", None)
     config = {
         "per_device_train_batch_size": 12,
         "max_completion_length": LONGEST,
@@ -138,7 +139,7 @@ def run(
         **refresh,
     )
     trainer.recorder = recorder
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     return recorder
 
 

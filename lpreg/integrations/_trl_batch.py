@@ -93,9 +93,16 @@ def proxy_rows(loss: PolicyLoss, batch: Batch, mask: Tensor) -> Tensor:
     return rows & batch["selection"][mask] if "selection" in batch else rows
 
 
-def loss_inputs(batch: Batch, mask: Tensor, stats: dict[str, Tensor], *, off_policy: bool) -> LossInputs:
+def loss_inputs(
+    batch: Batch,
+    mask: Tensor,
+    stats: dict[str, Tensor],
+    *,
+    off_policy: bool,
+    entropy_coefficient: float | None = None,
+) -> LossInputs:
     """Returns the inputs of the loss. stats: statistics of the policy in training, [T]. Importance ratios multiply the
-    advantages (see `lpreg.correction`)."""
+    advantages (see `lpreg.correction`). entropy_coefficient: of this update, if the method has adapted it."""
     weighted = advantages(batch, mask)
     if "importance_sampling_ratio" in batch:
         weighted = weighted * batch["importance_sampling_ratio"].expand(mask.shape)[mask]
@@ -106,5 +113,6 @@ def loss_inputs(batch: Batch, mask: Tensor, stats: dict[str, Tensor], *, off_pol
         **{name: batch[name][mask] for name in (*old, "proxy_log_probs", "selection") if name in batch},
         advantages=weighted,
         sequence_ids=rows[:, None].expand(mask.shape)[mask],
+        entropy_coefficient=None if entropy_coefficient is None else torch.full_like(weighted, entropy_coefficient),
         denominator=batch["denominator"],
     )

@@ -51,10 +51,6 @@ def check_trainer(trainer: Any, loss: PolicyLoss, *, sharded: bool) -> None:
             f"lpreg.integrations.trl takes a method, not one with {inner.name} around it: TRL corrects for its engine "
             "itself (GRPOConfig(vllm_importance_sampling_mode=...)), and has no reference model without `beta`"
         )
-    if getattr(inner.settings, "target", None) is not None:
-        raise ValueError(
-            f"{inner.name}: target adapts the coefficient, which TRL's checkpoints would not keep; leave target out"
-        )
     if trainer._is_vlm:
         raise ValueError("lpreg.integrations.trl trains text-only models, but the processing class is a processor")
     if trainer.aux_loss_enabled:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lpreg import Mean, PolicyLoss, ProxyStore, make_loss
 from lpreg.integrations._trl_batch import Batch, loss_inputs, loss_mask, proxy_rows, select, set_denominator
 from lpreg.integrations._trl_checks import check_config, check_trainer, check_version
+from lpreg.integrations._trl_entropy import EntropyCoefficient
 from lpreg.integrations.causal_lm import add_token_stats, plain_head, spread
 
 check_version()
@@ -71,6 +72,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         add_token_stats(policy, fused=not sharded and plain_head(policy))
         self._group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
         self._lagged = _Lagged(self.model, proxy_refresh_steps) if self.policy_loss.proxy_source == "lagged" else None
+        if self.policy_loss.next_entropy_coefficient(None, 0.0) is not None:
+            self.add_callback(EntropyCoefficient())
         self._scores: Batch | None = None
         self._means: dict[str, Mean] = {}
 
@@ -167,17 +170,28 @@ class GRPOTrainer(trl.GRPOTrainer):
         if "proxy" in inputs:
             asked["proxy"] = ProxyStore.join(inputs["proxy"])
         stats = self._token_stats(model, *_whole(inputs), mask, **asked)
-        given = loss_inputs(inputs, mask, stats, off_policy=self._off_policy)
+        given = loss_inputs(
+            inputs, mask, stats, off_policy=self._off_policy, entropy_coefficient=self._entropy_coefficient.value
+        )
         output = self.policy_loss(given)
         means = {f"lpreg/{name}": mean for name, mean in output.metrics.items()}
         means["lpreg/kept_fraction"] = Mean.of(stats["in_filter"], given.counted)
         means["entropy"] = Mean.of(stats["entropy"], given.counted)
         self._means = {name: self._means[name] + mean if self._means else mean for name, mean in means.items()}
         if self.accelerator.sync_gradients:
-            self._log(self._over_ranks(self._means))
+            means_of_update = self._over_ranks(self._means)
+            self._log(means_of_update)
             self._means = {}
+            if self.model.training:
+                self._entropy_coefficient.adapt(self.policy_loss, means_of_update["entropy"])
         # The loss is this rank's share of a global mean, but TRL averages gradients over ranks.
         return output.loss * self.accelerator.num_processes
+
+    @property
+    def _entropy_coefficient(self) -> EntropyCoefficient:
+        """The coefficient that the method adapts. On a resume, transformers may put another object in its place."""
+        found = (callback for callback in self.callback_handler.callbacks if isinstance(callback, EntropyCoefficient))
+        return next(found, EntropyCoefficient())
 
     def _over_ranks(self, means: dict[str, Mean]) -> dict[str, float]:
         sums = torch.stack([torch.stack([mean.total, mean.count]) for mean in means.values()])

@@ -72,6 +72,13 @@ class Nodes:
         name = placement_group_table(self.group)["bundles_to_node_id"][self.bundles[node]]
         return next(str(there["NodeManagerAddress"]) for there in ray.nodes() if there["NodeID"] == name)
 
+    @property
+    def hosts(self) -> list[str]:
+        """Names of the machines, in the order of the nodes."""
+        names = {there["NodeID"]: str(there["NodeManagerHostname"]) for there in ray.nodes()}
+        of_bundles = placement_group_table(self.group)["bundles_to_node_id"]
+        return [names[of_bundles[index]] for index in self.bundles.values()]
+
     def engine_devices(self, number: int) -> str | None:
         """CUDA_VISIBLE_DEVICES of an engine that shares its GPUs with the actor; None if it has GPUs of its own."""
         shared = self.placement.shared

@@ -35,6 +35,13 @@ class MlflowSettings(Section):
     """Experiment, created if it does not exist."""
 
 
+class TrackioSettings(Section):
+    """Trackio (`pip install trackio`), which keeps metrics on this machine."""
+
+    project: Text
+    """Project, created if it does not exist."""
+
+
 class DiagnosisSettings(Section):
     """Thresholds of the warnings. Values are means over the last `window` steps, compared with the first `window`."""
 
@@ -71,6 +78,8 @@ class ObservabilitySettings(Section):
     """Send metrics to Weights & Biases."""
     mlflow: MlflowSettings | None = None
     """Send metrics to MLflow."""
+    trackio: TrackioSettings | None = None
+    """Write metrics for Trackio's dashboard, into TRACKIO_DIR (default: Hugging Face's cache)."""
     rollouts_every: Count = 10
     """Steps between rollout dumps. 0 writes none. A dump is skipped if dumps would take more than 2 % of the run's
     time. With 1, every step has its dump, which a replay needs."""

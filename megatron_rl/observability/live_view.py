@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.observability.metrics import Row
 from megatron_rl.observability.view import Metrics, TimeLeft, View
 from megatron_rl.utils.format import ASCII_BLOCKS, BLOCKS, duration, number, sparkline
 
@@ -67,6 +68,13 @@ class LiveView(View):
         self._is_over = True
         self.phase("finished" if kind is None else "stopped")
         self._live.__exit__(kind, error, traceback)
+
+    def history(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._step = max(self._step, row["step"])
+            self.eval(row["step"], {name: value for name, value in row.items() if name.startswith("eval/")})
+            for name in ("reward/mean", *STEP_ROWS):
+                self._record(name, row.get(name))
 
     def phase(self, name: str) -> None:
         self._phase = name

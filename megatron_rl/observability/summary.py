@@ -32,6 +32,8 @@ class Change:
     """One evaluation metric of one suite before and after training. `last` is None after a single evaluation."""
 
     suite: str
+    metric: str
+    """Name of the metric, such as `avg@8`."""
     label: str
     first: float
     first_step: int
@@ -79,6 +81,7 @@ def before_and_after(rows: Sequence[Row]) -> list[Change]:
             changes.append(
                 Change(
                     suite=suite,
+                    metric=metric,
                     label=metric_label(metric),
                     first=values[0],
                     first_step=steps[0],

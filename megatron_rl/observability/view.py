@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Protocol, Self
 
+from megatron_rl.observability.metrics import Row
 from megatron_rl.utils.format import duration, number
 
 Metrics = Mapping[str, float | None]
@@ -36,6 +37,9 @@ class View:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Restores the state of the terminal, also after an error."""
+
+    def history(self, rows: Sequence[Row]) -> None:
+        """Takes over what a resumed run has logged before, without printing it."""
 
     def phase(self, name: str) -> None:
         """Announces the phase that starts now: "warm start", "rollout", "train", "evaluate", ..."""
@@ -72,11 +76,19 @@ class TimeLeft:
         return (end - start) / (last - first) * (self._total - last) - (self._clock() - end)
 
 
+class Lines(Protocol):
+    """Takes lines of text, as a text file does."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+
 class PlainView(View):
     """Prints a line of `name=value` pairs every 10 steps or 10 seconds, and a line per evaluated suite."""
 
     def __init__(
-        self, total_steps: int, title: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+        self, total_steps: int, title: str, stream: Lines | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._total = total_steps
         self._title = title

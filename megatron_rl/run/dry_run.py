@@ -149,7 +149,8 @@ class DryRun:
         check_engine(self.config)
 
     def _trackers(self) -> None:
-        if self.config.observability.wandb or self.config.observability.mlflow:
+        settings = self.config.observability
+        if settings.wandb or settings.mlflow or settings.trackio:
             self._elsewhere()
             check_trackers(self.config)
 

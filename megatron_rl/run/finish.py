@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_rl.batching.sequences import sequences_of
 from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
+from megatron_rl.observability.provenance import write_beside_export
 from megatron_rl.observability.report import write_report
 from megatron_rl.plan.memory import TOKENS_OF_EXPORT_CHECK
 from megatron_rl.run.sampling import evaluation_sampling
@@ -34,11 +35,13 @@ def finish(run: Run) -> None:
         run.view.phase("exporting")
         export_hf(run.folder / "hf", config.model.path, run.actors.export_hf)
         run.view.message(check_export(run))
+        write_beside_export(run.provenance.finish(), run.folder / "hf")
     else:
         run.view.message(
             f"stopped after step {run.step} of {config.train.steps}; continue with the same command and "
             f"run.folder={run.folder} resume=auto"
         )
+    run.view.phase("writing the report")
     run.view.message(f"report: {write_report(run.folder)}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -17,15 +17,25 @@ class Stop:
     requested: bool = False
 
 
+FIRST = (
+    "{signal}: the run stops after this step, with a checkpoint. A second {signal} stops it at once, and loses the "
+    "steps since the last checkpoint"
+)
+
+
 @contextmanager
-def stop_on_interrupt() -> Iterator[Stop]:
-    """Handles both signals in the block. Yields the Stop that the first one sets; a second raises KeyboardInterrupt."""
+def stop_on_interrupt(announce: Callable[[str], None]) -> Iterator[Stop]:
+    """Handles both signals in the block. Yields the Stop that the first one sets; a second raises KeyboardInterrupt.
+
+    `announce` shows the user what the first signal does, and what a second one would do.
+    """
     stop = Stop()
 
-    def handle(_number: int, _frame: FrameType | None) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
+        announce(FIRST.format(signal="Ctrl-C" if number == signal.SIGINT else "SIGTERM"))
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals; a caller who trains in another handles them itself

@@ -32,7 +32,9 @@ from megatron_rl.models.weights_check import check_weights
 from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.make_view import make_view
 from megatron_rl.observability.metrics import MetricsLog, read_metrics
+from megatron_rl.observability.provenance import Provenance
 from megatron_rl.observability.sinks import open_sinks
+from megatron_rl.observability.state import KeptView
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View
 from megatron_rl.parallel.layout import layout_of
@@ -119,8 +121,10 @@ def open_run(config: Config) -> Iterator[Run]:
     check_engine(config)
     check_stack(config)
     with ExitStack() as stack:
-        view = stack.enter_context(make_view(config.observability.view, config.train.steps, config.run.name))
+        shown = make_view(config.observability.view, config.train.steps, config.run.name)
+        view = stack.enter_context(KeptView(shown, config.run.folder, config.train.steps, config.run.name))
         prepare(config, view)
+        view.phase("loading data")
         inputs = load_inputs(config)
         data, continues = data_file(config), False
         if resumption:
@@ -130,6 +134,8 @@ def open_run(config: Config) -> Iterator[Run]:
         if state and continues:
             cursor.load_state(state.cursor)
         changes = run_folder.create(config)
+        view.open()
+        provenance = Provenance(config)
         decode = decoder_of(inputs.tokenizer)
         grader = stack.enter_context(open_grader(config.reward, config.run.folder / "logs" / "reward.log", decode))
         grading = Grading(grader, config.reward)
@@ -143,10 +149,13 @@ def open_run(config: Config) -> Iterator[Run]:
         )
         metrics = MetricsLog(config.run.folder, keep_up_to_step=last_step, sinks=sinks)
         stack.callback(metrics.close)
+        view.history(read_metrics(config.run.folder))
+        view.phase("starting Ray")
         logs = config.run.folder / "logs"
         stack.callback(shutil.rmtree, logs / heartbeat.FOLDER, ignore_errors=True)
         shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # left by a killed run
         nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))
+        provenance.ran_on(nodes.hosts)
         origin = resumption.manifest.origin if resumption else None
         actors, engines, reference = _start(config, choice, inputs, view, stack, nodes, origin)
         weights = open_weight_sync(config, actors, engines, view, stack) if engines else None
@@ -172,9 +181,11 @@ def open_run(config: Config) -> Iterator[Run]:
                 config.run.folder, config.observability.diagnosis, config.algorithm, read_metrics(config.run.folder)
             ),
             phase=phase,
+            provenance=provenance,
         )
         if resumption:
             resume(run, resumption, with_buffer=continues)
+        view.phase("sending weights to the engines")
         run.sync_weights()
         yield run
 
@@ -193,7 +204,7 @@ def _start(
     `resumed`: origin of the checkpoint that the run resumes from. The checkpoint has the weights: no warm start.
     """
     logs, layout = config.run.folder / "logs", layout_of(config.actor)
-    view.phase("starting")
+    view.phase("starting the actor")
     actors = Actors(config.actor, layout, config.model.path, logs, nodes)
     stack.callback(actors.close)
     view.message(f"actor: {counted(layout.world_size, 'rank')}, {actors.description}")
@@ -207,6 +218,7 @@ def _start(
     actors.prepare(choice, config.actor.optimizer)
     if config.rollout.replay:
         return actors, None, reference
+    view.phase("starting engines")
     engines = Engines(config.rollout, launch_of(config, model_folder), logs, nodes, view.message)
     stack.callback(engines.close)
     return actors, engines, reference

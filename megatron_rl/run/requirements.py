@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def check_trackers(config: Config) -> None:
     """Raises UserError if a service for metrics is configured whose package is not installed."""
     settings = config.observability
-    asked = {"wandb": settings.wandb is not None, "mlflow": settings.mlflow is not None}
-    packages = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+    asked = {name: getattr(settings, name) is not None for name in ("wandb", "mlflow", "trackio")}
+    packages = {"wandb": "wandb", "mlflow": "mlflow-skinny", "trackio": "trackio"}
     missing = [name for name, wanted in asked.items() if wanted and importlib.util.find_spec(name) is None]
     if missing:
         lines = (

@@ -22,6 +22,7 @@ from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet
 from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.metrics import MetricsLog
+from megatron_rl.observability.provenance import Provenance
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View
 from megatron_rl.reward.grading import Grading
@@ -76,10 +77,13 @@ class Run:
     metrics: MetricsLog
     diagnosis: Diagnosis
     phase: Phases
+    provenance: Provenance
     step: int = 0
     """Number of steps done."""
     last_step: tuple[DriverState, dict[str, float], list[Group]] | None = None
     """Arguments for a checkpoint of the last step that this process did."""
+    step_flops: float = 0.0
+    """Operations of the last step's own scoring and training."""
     resumed: bool = False
 
     @property
@@ -146,18 +150,23 @@ class Run:
         for finding in self.diagnosis.step(self.step, metrics):
             self.view.message(str(finding))
 
-    def rates(self, flops: float, metrics: dict[str, float]) -> dict[str, float]:
-        """Returns metrics of the actor's operations per second.
-
-        flops: operations of the step's own scoring and training. metrics: with the seconds of these two phases.
-        """
+    def rates(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Returns metrics of the actor's operations per second. metrics: with the seconds of scoring and training."""
         seconds = metrics.get("perf/score_seconds", 0.0) + metrics.get("perf/train_seconds", 0.0)
         gpu = self.actors.gpu if self.config.actor.dtype != "float32" else None  # the known rate is that of bf16
-        return rate_metrics(flops, seconds, len(self.actors.ranks), gpu.flops if gpu else None)
+        return rate_metrics(self.step_flops, seconds, len(self.actors.ranks), gpu.flops if gpu else None)
 
     @contextmanager
-    def profiled(self, step: int) -> Iterator[None]:
-        """Traces the actor's work in the block, at the steps that the configuration names."""
+    def measured(self, step: int) -> Iterator[None]:
+        """Counts the operations of the actor's work in the block, and traces it at the steps that the configuration
+        names."""
+        before = self.actors.flops
+        with self._traced(step):
+            yield
+        self.step_flops = self.actors.flops - before
+
+    @contextmanager
+    def _traced(self, step: int) -> Iterator[None]:
         if step not in self.config.observability.profile:
             yield
             return

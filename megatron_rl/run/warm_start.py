@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,21 +45,43 @@ def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBas
     for number, phase in enumerate(settings.phases, start=1):
         source = folder
         folder = settings.cache_folder / f"warm_start-{number}-{_key(config, settings, number)}"
-        if folder.is_dir():
-            view.message(f"warm start, phase {number}: from the cache, {folder}")
-            continue
-        start = time.monotonic()
-        actors.load_hf(source)
-        actors.prepare(None, OptimizerSettings(lr=phase.lr, betas=settings.betas, weight_decay=settings.weight_decay))
-        for step, loss in enumerate(_train(phase, settings, _read_traces(phase.data, tokenizer), actors), start=1):
-            if not math.isfinite(loss):
-                raise UserError(f"warm start: the loss is {loss} at step {step}: try a lower lr in warm_start.phases")
-            view.warm_start(step, phase.steps, loss, (time.monotonic() - start) / step * (phase.steps - step))
-        export_hf(folder, config.model.path, actors.export_hf)
-        view.message(
-            f"warm start, phase {number}: {phase.steps} steps in {time.monotonic() - start:.0f} s, kept in {folder}"
-        )
+        with _alone(folder, view):
+            if folder.is_dir():
+                view.message(f"warm start, phase {number}: from the cache, {folder}")
+                continue
+            start = time.monotonic()
+            actors.load_hf(source)
+            optimizer = OptimizerSettings(lr=phase.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+            actors.prepare(None, optimizer)
+            for step, loss in enumerate(_train(phase, settings, _read_traces(phase.data, tokenizer), actors), start=1):
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"warm start: the loss is {loss} at step {step}: try a lower lr in warm_start.phases"
+                    )
+                view.warm_start(step, phase.steps, loss, (time.monotonic() - start) / step * (phase.steps - step))
+            export_hf(folder, config.model.path, actors.export_hf)
+            seconds = time.monotonic() - start
+            view.message(f"warm start, phase {number}: {phase.steps} steps in {seconds:.0f} s, kept in {folder}")
     return folder
+
+
+@contextmanager
+def _alone(folder: Path, view: View) -> Iterator[None]:
+    """Holds the lock of a cached result, so that runs that start at the same time train it once."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f".{folder.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(f"warm_start.cache_folder: cannot write to {folder.parent}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            view.message("warm start: another run is training the same one; waiting for its result")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            view.message(f"warm start: {folder.parent} has no locks ({error.strerror}); every run trains its own")
+        yield
 
 
 def _train(phase: WarmStartPhase, settings: WarmStartSettings, rows: SequenceBatch, actors: Actors) -> Iterator[float]:

@@ -149,6 +149,8 @@ def loss_metrics(parts: Mapping[str, tuple[float, float]], num_sampled_tokens: i
     for name, (total, count) in parts.items():
         if name in SHARES:
             count = num_sampled_tokens
+        if name.startswith("rarity/") and not count:
+            continue  # a mean over no tokens would be read as one of 0
         room = "train" if name in TRAIN or name.startswith("correction_") else "lpreg"
         metrics[f"{room}/{name}"] = total / count if count else 0.0
     return metrics

@@ -69,6 +69,18 @@ def test_lp_reg_selects_tokens(learned: Finished) -> None:
     assert np.mean(values(learned, "lpreg/selected_fraction")) > 0.001
 
 
+def test_the_folder_says_how_the_run_went_and_what_it_was_made_from(learned: Finished) -> None:
+    state = json.loads((learned.folder / "state.json").read_text())
+    assert state["ended"] == f"finished after step {STEPS} of {STEPS}"
+    log = (learned.folder / "logs" / "driver.log").read_text()
+    phases = [line.split("phase=")[1] for line in log.splitlines() if "phase=" in line]
+    assert phases[:2] == ["starting_Ray", "starting_the_actor"] and "starting_engines" in phases and "rollout" in phases
+    (start,) = [json.loads(line) for line in (learned.folder / "provenance.jsonl").read_text().splitlines()]
+    files = {path.rsplit("/", 1)[-1] for path in start["sha256"]}
+    assert {"train.jsonl", "held_out.jsonl", "model.safetensors"} <= files and start["hosts"]
+    assert json.loads((learned.folder / "hf" / "provenance.json").read_text()) == start
+
+
 def last_recorded(run: Finished, kind: str) -> str:
     """Returns the name of the last dump. Every tenth step has one, unless recording had taken too large a share of the
     time, which happens on a busy machine."""

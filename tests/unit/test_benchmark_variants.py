@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.token_stats import GROUPS
-from benchmarks.token_stats_variants import VARIANTS, Problem, why_not
+from benchmarks.token_stats_variants import ENTROPY_TERMS, VARIANTS, Problem, why_not
 
 SAME = (
     "naive",
@@ -32,6 +32,36 @@ def test_variants_compute_the_same_loss_and_gradient(variant: str) -> None:
     if problem.hidden.grad is not None:
         torch.testing.assert_close(problem.hidden.grad, plain.hidden.grad, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(problem.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("term", ENTROPY_TERMS)
+def test_an_entropy_term_is_that_of_the_definition_with_and_without_the_head(term: str) -> None:
+    def step(name: str) -> tuple[float, Problem]:
+        problem = Problem.random(64, 101, 16, torch.float32)
+        refill, step = VARIANTS[name](problem)
+        refill()
+        return step(), problem
+
+    loss, problem = step(f"head, {term}")
+    weight, hidden = problem.weight.detach().requires_grad_(), problem.hidden.detach()
+    log_p = torch.log_softmax(hidden @ weight.t(), -1)
+    p = log_p.exp()
+    ranked, order = p.sort(-1, descending=True)
+    before = torch.zeros_like(p).scatter(1, order, ranked.cumsum(-1) - ranked)
+    kept = {
+        "no entropy term": torch.zeros_like(p, dtype=torch.bool),
+        "entropy bonus": torch.ones_like(p, dtype=torch.bool),
+        "TRE, top-k 2": p >= ranked[:, 1:2],
+        "TRE, top-p .99": before < 0.99,
+        "TRE, min-p .02": p >= 0.02 * ranked[:, :1],
+    }[term]
+    q = p * kept / (p * kept).sum(-1, keepdim=True).clamp(min=1e-30)
+    entropy = -(q * q.clamp(min=1e-30).log()).sum(-1)
+    sampled = log_p.gather(1, problem.targets[:, None])[:, 0]
+    want = -(problem.advantages * sampled).sum() / 64 - 0.001 * entropy.mean()
+    want.backward()
+    assert loss == pytest.approx(want.item(), rel=1e-4) and step(term)[0] == pytest.approx(loss, rel=1e-4)
+    torch.testing.assert_close(problem.weight.grad, weight.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_every_variant_is_in_a_group() -> None:

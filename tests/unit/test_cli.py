@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -123,6 +124,16 @@ def test_an_interrupt_prints_no_traceback(monkeypatch: pytest.MonkeyPatch, capsy
 def test_the_module_runs_as_the_installed_command() -> None:
     done = subprocess.run([sys.executable, "-m", "megatron_rl.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: megatron-rl")
+
+
+def test_the_first_line_comes_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    """Importing torch takes seconds, in which a user would see nothing."""
+    printed: list[str] = []
+    stand_in = ModuleType("megatron_rl.loop")
+    stand_in.__getattr__ = lambda name: printed.append(capsys.readouterr().out) or (lambda config: None)  # type: ignore
+    monkeypatch.setitem(sys.modules, "megatron_rl.loop", stand_in)
+    assert train("run.name=mine") == 0
+    assert printed[0] == "mine: lp_reg, 200 steps, starting\n"
 
 
 def test_the_package_runs_as_the_installed_command() -> None:

@@ -78,8 +78,9 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
     assert {path for path in paths if not (ROOT / path).exists()} == set()
 
 
-def test_the_readme_counts_and_names_the_methods() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_pages_count_and_name_the_methods() -> None:
+    assert f"{len(METHODS)} losses" in (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/your-own-run.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"`algorithm\.name` is one of (\d+) methods(.*?)each with the presets", text, flags=re.S)
     assert int(section[0]) == len(METHODS)
     assert all({"paper", "reference"} <= set(method.presets) for method in METHODS.values())

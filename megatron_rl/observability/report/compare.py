@@ -8,32 +8,43 @@ from dataclasses import replace
 from megatron_rl.observability.metrics import Row, metric_names, series
 
 from .curves import Chart, Line, build_charts
-from .run_data import Group
-
-DASHES = ("solid", "dash", "dot", "dashdot")
+from .intervals import half_width
+from .run_data import Group, RunData
 
 
 def charts_of(groups: Sequence[Group]) -> list[Chart]:
     """Returns every chart for which some run has data.
 
-    For a single group these are the charts of `build_charts`. Several groups share the charts, with one colour each.
+    For a single group these are the charts of `build_charts`. Several groups share the charts, with one colour each and
+    a chart per suite.
     """
     own = [_with_seeds(group) for group in groups]
     if len(own) == 1:
         return own[0]
-    titles = dict.fromkeys(chart.title for charts in own for chart in charts)
-    return [_side_by_side(title, groups, own) for title in titles]
+    split = [[part for chart in charts for part in _by_suite(chart)] for charts in own]
+    titles = dict.fromkeys(chart.title for charts in split for chart in charts)
+    return [_side_by_side(title, groups, split) for title in titles]
 
 
 def _with_seeds(group: Group) -> list[Chart]:
     runs = [run.rows for run in group.runs]
     if len(runs) == 1:
-        return build_charts(runs[0])
+        return [_with_intervals(chart, group.runs[0]) for chart in build_charts(runs[0])]
     mean, low, high = (_over_seeds(runs, how) for how in (lambda v: sum(v) / len(v), min, max))
     return [
         replace(chart, lines=[_banded(*lines) for lines in zip(chart.lines, lower.lines, upper.lines, strict=True)])
         for chart, lower, upper in zip(*map(build_charts, (mean, low, high)), strict=True)
     ]
+
+
+def _with_intervals(chart: Chart, run: RunData) -> Chart:
+    """Adds the intervals of evaluation metrics whose graded problems the run has kept."""
+    lines = []
+    for line in chart.lines:
+        widths = [half_width(run, line.suite, line.kind, int(step)) for step in line.x] if line.suite else []
+        known = any(width is not None for width in widths)
+        lines.append(replace(line, error=[width or 0.0 for width in widths]) if known else line)
+    return replace(chart, lines=lines)
 
 
 def _banded(mean: Line, low: Line, high: Line) -> Line:
@@ -54,25 +65,34 @@ def _over_seeds(runs: Sequence[Sequence[Row]], how: Callable[[list[float]], floa
     return [rows[step] for step in sorted(rows)]
 
 
+def _by_suite(chart: Chart) -> list[Chart]:
+    """Splits a chart, so that colours can stand for runs alone: the lines of training, and those of each suite."""
+    suites = list(dict.fromkeys(line.suite for line in chart.lines))
+    if len(suites) == 1 and not suites[0]:
+        return [chart]
+    return [
+        replace(
+            chart,
+            title=f"{chart.title}: {suite}" if suite else chart.title,
+            lines=[line for line in chart.lines if line.suite == suite],
+        )
+        for suite in suites
+    ]
+
+
 def _side_by_side(title: str, groups: Sequence[Group], own: Sequence[Sequence[Chart]]) -> Chart:
     charts = {i: chart for i, part in enumerate(own) for chart in part if chart.title == title}
-    kinds = list(dict.fromkeys(line.name for chart in charts.values() for line in chart.lines))
-    lines = [
-        replace(
-            line,
-            name=groups[i].label if len(kinds) == 1 else f"{groups[i].label}: {line.name}",
-            color=i,
-            dash=DASHES[kinds.index(line.name) % len(DASHES)],
-        )
-        for i, chart in charts.items()
-        for line in chart.lines
-    ]
     first = next(iter(charts.values()))
     if first.stacked:  # the areas of several runs would hide each other
         return replace(
             first, caption="Mean over the steps so far.", stacked=False, bars=True, lines=_bars(groups, charts)
         )
-    return replace(first, lines=lines, log=any(chart.log for chart in charts.values()))
+    lines = [
+        replace(line, name=groups[i].label, color=i, kind=line.kind or line.name)
+        for i, chart in charts.items()
+        for line in chart.lines
+    ]
+    return replace(first, lines=lines, several=True, log=any(chart.log for chart in charts.values()))
 
 
 def _bars(groups: Sequence[Group], charts: Mapping[int, Chart]) -> list[Line]:

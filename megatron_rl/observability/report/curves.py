@@ -24,6 +24,12 @@ class Line:
     color: int
     """Index into the page's palette. In every chart, 0 is training, 1 the first suite, and so on."""
     dash: str = "solid"
+    kind: str = ""
+    """What the line shows of a run, if it shares the chart with other runs; its dash then stands for this kind."""
+    suite: str = ""
+    """Suite of an evaluation metric."""
+    error: list[float] | None = None
+    """Half-widths of the 95 % intervals of y."""
     smooth: list[float] | None = None
     """Moving average, drawn as the main line with y as a faint line behind it."""
     low: list[float] | None = None
@@ -39,10 +45,28 @@ class Chart:
     title: str
     caption: str
     lines: list[Line] = field(default_factory=list)
+    dashes: dict[str, str] = field(default_factory=dict)
+    """What each dash stands for, if dashes differ."""
+    unit: str = ""
     stacked: bool = False
     bars: bool = False
     log: bool = False
     """Whether the axis is logarithmic, for values that span orders of magnitude."""
+    several: bool = False
+    """Whether colours stand for runs and dashes for kinds of lines."""
+
+    @property
+    def words(self) -> str:
+        """The caption, with the meaning of those dashes that the chart has."""
+        drawn = {line.dash for line in self.lines}
+        meanings = [f"{IN_WORDS[dash]}: {what}." for dash, what in self.dashes.items() if dash in drawn]
+        intervals = ["Bars: 95 % intervals over problems."] if any(line.error for line in self.lines) else []
+        return " ".join([self.caption, *meanings, *intervals])
+
+
+IN_WORDS = {"solid": "Solid", "dash": "Dashed", "dot": "Dotted", "dashdot": "Dash and dot"}
+DASHES = tuple(IN_WORDS)
+TRAINING_OR_EVALUATION = {"solid": "training", "dash": "evaluation"}
 
 
 def build_charts(rows: Sequence[Row]) -> list[Chart]:
@@ -57,7 +81,7 @@ def window(points: int) -> int:
 
 def _train(rows: Sequence[Row], name: str, metric: str, color: int = 0, dash: str = "solid") -> list[Line]:
     x, y = series(rows, metric)
-    return [Line(name, x, y, color, dash, _smooth(y))] if x else []
+    return [Line(name, x, y, color, dash, kind=name, smooth=_smooth(y))] if x else []
 
 
 def _evaluated(rows: Sequence[Row], start: str, name: str = "", dash: str = "solid") -> list[Line]:
@@ -67,7 +91,8 @@ def _evaluated(rows: Sequence[Row], start: str, name: str = "", dash: str = "sol
         for metric in metrics:
             if metric.startswith(start):
                 x, y = series(rows, f"eval/{suite}/{metric}")
-                lines.append(Line(f"{suite} {name or metric}", x, y, index + 1, dash))
+                kind = name or metric
+                lines.append(Line(f"{suite} {kind}", x, y, index + 1, dash, kind, suite))
     return lines
 
 
@@ -93,58 +118,71 @@ def _spans(lines: Sequence[Line]) -> bool:
 
 def _reward(rows: Sequence[Row]) -> Chart:
     return Chart(
-        "Reward", "Mean reward of a step's rollouts, which training maximises.", _train(rows, "reward", "reward/mean")
+        "Reward",
+        "Mean reward of a step's rollouts, which training maximises.",
+        _train(rows, "reward", "reward/mean"),
+        unit="per response",
     )
 
 
 def _accuracy(rows: Sequence[Row]) -> Chart:
     return Chart(
-        "Accuracy and pass@k on held-out problems",
-        "Solid: share of correct answers (avg@k). Dashed: share of problems with at least one correct answer in k "
-        "(pass@k), which falls when exploration is lost.",
+        "Accuracy and pass@k",
+        "Evaluation on held-out problems. pass@k falls when exploration is lost.",
         _evaluated(rows, "avg@") + _evaluated(rows, "pass@", dash="dash"),
+        {
+            "solid": "share of correct answers (avg@k)",
+            "dash": "share of problems with at least one correct answer in k (pass@k)",
+        },
+        unit="share of 1",
     )
 
 
 def _entropy(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Entropy",
-        "Uncertainty of the policy about its next token, in nats. A fall towards zero means that exploration is lost.",
+        "Uncertainty of the policy about its next token. A fall towards zero means that exploration is lost.",
         _train(rows, "training, token mean", "entropy/token_mean")
         + _train(rows, "training, sequence mean", "entropy/sequence_mean", dash="dot")
-        + _evaluated(rows, "entropy", "evaluation"),
+        + _evaluated(rows, "entropy", "evaluation", dash="dash"),
+        {"solid": "mean over the tokens of training", "dot": "mean over its responses", "dash": "evaluation"},
+        unit="nats per token",
     )
 
 
 def _probes(rows: Sequence[Row]) -> Chart:
-    dashes = ("solid", "dash", "dot", "dashdot")
     lines = []
     for index, (suite, metrics) in enumerate(suite_metrics(rows).items()):
         for number, metric in enumerate(filter(is_probe, metrics)):
             x, y = series(rows, f"eval/{suite}/{metric}")
-            lines.append(Line(f"{suite} {metric}", x, y, index + 1, dashes[number % len(dashes)]))
+            lines.append(Line(f"{suite} {metric}", x, y, index + 1, DASHES[number % len(DASHES)], metric, suite))
     return Chart(
         "Probes",
         "Probabilities that the configuration tracks in every evaluation: that one token comes after another, such as "
         "a retry word after a failed attempt.",
         lines,
+        unit="probability",
     )
 
 
 def _response_length(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Response length",
-        "Mean number of tokens in a response.",
-        _train(rows, "training", "response_length/mean") + _evaluated(rows, "response_length", "evaluation"),
+        "Mean length of a response.",
+        _train(rows, "training", "response_length/mean") + _evaluated(rows, "response_length", "evaluation", "dash"),
+        TRAINING_OR_EVALUATION,
+        unit="tokens",
     )
 
 
 def _truncated(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Truncated responses",
-        "Share of responses that reached the token limit before they ended. If the share grows, raise the limit.",
+        "Responses that reached the token limit before they ended. If the share grows, raise the limit.",
         _train(rows, "training", "response_length/truncated_fraction")
-        + _evaluated(rows, "truncated_fraction", "evaluation"),
+        + _evaluated(rows, "truncated_fraction", "evaluation", "dash"),
+        TRAINING_OR_EVALUATION,
+        unit="share of 1",
     )
 
 
@@ -154,6 +192,7 @@ def _delta(rows: Sequence[Row]) -> Chart:
         "Lp-Reg threshold delta",
         "Tokens sampled with a lower probability than this are candidates for protection.",
         lines,
+        unit="probability",
         log=_spans(lines),
     )
 
@@ -163,6 +202,7 @@ def _selected(rows: Sequence[Row]) -> Chart:
         "Selected tokens",
         "Share of sampled tokens that the regulariser protects. Zero means that the regulariser has no effect.",
         _train(rows, "selected", "lpreg/selected_fraction"),
+        unit="share of 1",
     )
 
 
@@ -171,14 +211,16 @@ def _kept(rows: Sequence[Row]) -> Chart:
         "Kept tokens",
         "Share of tokens that the filter of the proxy distribution keeps. The others count as noise.",
         _train(rows, "kept", "lpreg/kept_fraction"),
+        unit="share of 1",
     )
 
 
 def _regularizer(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Strength of the regulariser",
-        "KL: divergence from the proxy on selected tokens. Advantage shift: mean increase of their advantage.",
-        _train(rows, "KL", "lpreg/kl") + _train(rows, "advantage shift", "lpreg/advantage_shift", color=1),
+        "What the regulariser adds on the tokens that it selects.",
+        _train(rows, "KL", "lpreg/kl") + _train(rows, "advantage shift", "lpreg/advantage_shift", color=1, dash="dash"),
+        {"solid": "KL divergence from the proxy, in nats", "dash": "mean increase of the advantage"},
     )
 
 
@@ -188,6 +230,7 @@ def _gap(rows: Sequence[Row]) -> Chart:
         "Rollout and actor log-prob gap",
         "Mean absolute difference of the log-probs of engine and actor for the same token. It should stay small.",
         lines,
+        unit="nats",
         log=_spans(lines),
     )
 
@@ -211,21 +254,25 @@ def _memory(rows: Sequence[Row]) -> Chart:
         if metric.startswith("memory/"):
             x, y = series(rows, metric)
             name = metric.removeprefix("memory/").removesuffix("_gib").replace("_", " ")
-            lines.append(Line(name, x, y, len(lines)))
-    return Chart("Memory", "Peak memory of one process so far, in GiB, by kind of process.", lines)
+            lines.append(Line(name, x, y, len(lines), DASHES[len(lines) % len(DASHES)], kind=name))
+    return Chart("Memory", "Peak memory of one process so far, by kind of process.", lines, unit="GiB")
 
 
 def _throughput(rows: Sequence[Row]) -> Chart:
     return Chart(
-        "Throughput", "Tokens per second over a complete step.", _train(rows, "tokens/s", "perf/tokens_per_second")
+        "Throughput",
+        "Sampled tokens over the time of a complete step.",
+        _train(rows, "tokens/s", "perf/tokens_per_second"),
+        unit="tokens per second",
     )
 
 
 def _operations(rows: Sequence[Row]) -> Chart:
     return Chart(
         "Operations of the actor",
-        "Model operations per second and rank during scoring and training.",
+        "Model operations during scoring and training.",
         _train(rows, "TFLOPS per rank", "perf/tflops_per_second_per_rank"),
+        unit="TFLOP per second and rank",
     )
 
 
@@ -235,8 +282,8 @@ def _phases(rows: Sequence[Row]) -> Chart:
         phase = metric.removeprefix("perf/").removesuffix("_seconds")
         if metric.startswith("perf/") and metric.endswith("_seconds") and phase != "step":
             x, y = series(rows, metric)
-            lines.append(Line(phase.replace("_", " "), x, y, len(lines)))
-    return Chart("Seconds per phase", "Time of each phase of a step.", lines, stacked=True)
+            lines.append(Line(phase.replace("_", " "), x, y, len(lines), kind=phase))
+    return Chart("Seconds per phase", "Time of each phase of a step.", lines, unit="seconds", stacked=True)
 
 
 _CHARTS: tuple[Callable[[Sequence[Row]], Chart], ...] = (
@@ -266,6 +313,8 @@ def as_json(chart: Chart) -> dict[str, Any]:
         "stacked": chart.stacked,
         "bars": chart.bars,
         "log": chart.log,
+        "unit": chart.unit,
+        "several": chart.several,
         "lines": [
             {
                 "name": line.name,
@@ -274,6 +323,8 @@ def as_json(chart: Chart) -> dict[str, Any]:
                 "raw": None if line.smooth is None else _six_digits(line.y),
                 "color": line.color,
                 "dash": line.dash,
+                "kind": line.kind,
+                "error": _six_digits(line.error),
                 "low": _six_digits(line.low),
                 "high": _six_digits(line.high),
             }

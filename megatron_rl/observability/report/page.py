@@ -22,10 +22,13 @@ from . import token_figures
 from .compare import charts_of
 from .configuration import chosen_settings, config_lines, differences
 from .curves import as_json
+from .intervals import Difference, difference, half_width, per_problem
+from .rarity import rarity_figure
 from .responses import response_groups
 from .run_data import RunData, group_runs, read_run
 from .token_figures import Classes, Figure
 from .tokens import Vocabulary, read_candidates, read_ids, read_tokens
+from .verdict import verdict
 
 FIGURE_STEPS = 5
 """Number of rollout dumps in the token figures, including the first and the last."""
@@ -44,47 +47,78 @@ def write_report(folders: Path | Sequence[Path], output: Path | None = None) -> 
     runs = [read_run(folder) for folder in folders]
     path = output or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
     with atomically(path) as partial:
-        partial.write_text(_render(runs), encoding="utf-8")
+        partial.write_text(render(runs), encoding="utf-8")
     return path
 
 
-def _render(runs: Sequence[RunData]) -> str:
-    groups = group_runs(runs)
-    charts = charts_of(groups)
-    classes = _word_classes(runs)
-    shared, per_run = _token_figures(runs, classes)
-    figures = [*shared, *(figure for own in per_run for figure in own["figures"])]
-    environment = Environment(
+def environment() -> Environment:
+    """Returns the environment of the page templates."""
+    return Environment(
         loader=PackageLoader("megatron_rl.observability.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(
-        title=runs[0].name if len(runs) == 1 else " and ".join(group.label for group in groups),
-        runs=[
-            {"name": run.name, "facts": _facts(run), "changes": before_and_after(run.rows), "findings": run.findings}
-            for run in runs
-        ],
-        changes=_changes(runs),
-        configurations=[_configuration(run) for run in runs],
-        differences=differences(runs) if len(runs) > 1 else [],
-        charts=charts,
-        shared_figures=shared,
-        token_figures=per_run,
-        figures=figures,
-        responses=_responses(runs),
-        data={
-            "charts": [as_json(chart) for chart in charts],
-            "figures": [{"traces": figure.traces, "layout": figure.layout} for figure in figures],
-        },
-        smoothed=any(line.smooth for chart in charts for line in chart.lines),
-        banded=any(line.low for chart in charts for line in chart.lines),
-        number=number,
-        signed=signed,
-        plotly=Markup(get_plotlyjs()),
+
+
+def render(runs: Sequence[RunData], refresh_seconds: int = 0) -> str:
+    """Returns the page. With `refresh_seconds` it loads itself again, which a page that is served live does."""
+    groups = group_runs(runs)
+    charts = charts_of(groups)
+    classes = _word_classes(runs)
+    shared, per_run = _token_figures(runs, classes)
+    rarity = [figure for figure in [rarity_figure(groups)] if figure.traces]
+    figures = [*rarity, *shared, *(figure for own in per_run for figure in own["figures"])]
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=runs[0].name if len(runs) == 1 else " and ".join(group.label for group in groups),
+            runs=[
+                {
+                    "name": run.name,
+                    "facts": _facts(run),
+                    "changes": [(change, *_intervals(run, change)) for change in before_and_after(run.rows)],
+                    "findings": run.findings,
+                    "provenance": run.provenance,
+                }
+                for run in runs
+            ],
+            verdict=verdict(groups),
+            changes=_changes(runs),
+            configurations=[_configuration(run) for run in runs],
+            differences=differences(runs) if len(runs) > 1 else [],
+            charts=charts,
+            rarity_figures=rarity,
+            shared_figures=shared,
+            token_figures=per_run,
+            figures=figures,
+            responses=_responses(runs),
+            data={
+                "charts": [as_json(chart) for chart in charts],
+                "figures": [
+                    {"traces": figure.traces, "layout": figure.layout, "height": figure.height} for figure in figures
+                ],
+            },
+            smoothed=any(line.smooth for chart in charts for line in chart.lines),
+            banded=any(line.low for chart in charts for line in chart.lines),
+            refresh=refresh_seconds,
+            number=number,
+            signed=signed,
+            plotly=Markup(get_plotlyjs()),
+        )
     )
+
+
+def _intervals(run: RunData, change: Change) -> tuple[float | None, float | None, Difference | None]:
+    """Returns the half-widths of the first and the last value, and the paired change; None for what is not known."""
+    first = half_width(run, change.suite, change.metric, change.first_step)
+    if change.last_step is None:
+        return first, None, None
+    values = [per_problem(run, change.suite, change.metric, step) for step in (change.last_step, change.first_step)]
+    last = half_width(run, change.suite, change.metric, change.last_step)
+    return first, last, difference([values[0]], [values[1]])
 
 
 def _configuration(run: RunData) -> dict[str, Any]:

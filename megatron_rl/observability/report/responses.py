@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rl.evaluation.problems import RIGHT
+
 from .tokens import Vocabulary, read_dump
 
-GROUPS_PER_STEP = 3
+GROUPS_PER_STEP = 4
 SAMPLES_PER_GROUP = 8
 TOKENS_PER_SAMPLE = 1500
 FILTERED, SELECTED, NOT_SAMPLED = 1, 2, 4
@@ -39,6 +41,7 @@ def _group(step: int, rows: list[dict[str, Any]], vocabulary: Vocabulary) -> dic
         "step": step,
         "prompt_id": rows[0]["prompt_id"],
         "prompt": rows[0]["prompt"],
+        "label": rows[0].get("label"),
         "samples": [_sample(row, vocabulary) for row in rows],
     }
 
@@ -55,6 +58,7 @@ def _sample(row: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     ]
     return {
         "reward": row["reward"],
+        "verdict": _verdict(row),
         "advantage": round(row["advantage"], 3),
         "answer": row["answer"],
         "detail": row["detail"],
@@ -68,6 +72,13 @@ def _sample(row: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
             for k, s, there in zip(kept, selected, sampled, strict=False)
         ][: len(ids)],
     }
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """Returns `right`, `wrong` or `not graded`, by the measure of pass@k."""
+    if (row.get("outcome") or "score") != "score":
+        return "not graded"
+    return "right" if row["reward"] > RIGHT else "wrong"
 
 
 def _known(value: float | None) -> float | None:

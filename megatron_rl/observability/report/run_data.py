@@ -13,6 +13,7 @@ import yaml
 from megatron_rl.errors import UserError
 from megatron_rl.observability.diagnosis import Finding, read_findings
 from megatron_rl.observability.metrics import Row, read_metrics
+from megatron_rl.observability.provenance import in_words, read_provenance
 from megatron_rl.rollout.dump import dumps
 
 NOT_THE_EXPERIMENT = ("run", "seed", "resume", "observability", "prepare")
@@ -45,6 +46,11 @@ class RunData:
     @property
     def findings(self) -> list[Finding]:
         return read_findings(self.folder)
+
+    @property
+    def provenance(self) -> list[tuple[str, str]]:
+        """What the run was made from, for a reader: of the last start, with the number of starts."""
+        return in_words(read_provenance(self.folder))
 
     def setting(self, section: str, key: str) -> Any:
         """Returns a value of the configuration, or None if it is missing: a report must not depend on it."""

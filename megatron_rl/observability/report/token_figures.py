@@ -20,6 +20,8 @@ LOWEST, HIGHEST = 0.01, 0.01
 """Fractions of tokens in the two word clouds, least probable and highest entropy, as in the paper."""
 UNLIKELY = 0.1
 """Probability below which a candidate counts as an unlikely one, as in the paper."""
+FEW = 60
+"""Number of values of a class, over all steps, below which a violin also shows its values as points."""
 FLOOR = 1e-8
 """Smallest probability that is drawn, because a logarithmic axis has no zero."""
 
@@ -34,6 +36,8 @@ class Figure:
     caption: str
     traces: list[dict[str, Any]]
     layout: dict[str, Any] = field(default_factory=dict)
+    height: int = 320
+    """In pixels, without the legend."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,19 @@ def violins(tables: Sequence[TokenTable], vocabulary: Vocabulary, classes: Class
     return Figure(
         "Probability of word classes when sampled",
         "Probability of these words under the policy when it sampled them. Lp-Reg aims to keep rare words alive. A "
-        "violin that vanishes means that a class has died out, one that stays at 1 that it has become a habit.",
+        "violin that vanishes means that a class has died out, one that stays at 1 that it has become a habit. The "
+        "line in a violin is its mean.",
         traces,
-        {"violinmode": "overlay", "violingap": 0.1, "yaxis": _probability_axis()},
+        {
+            "violinmode": "overlay" if len(classes) == 2 else "group",
+            "violingap": 0.1,
+            "yaxis": _probability_axis(min((value for trace in traces for value in trace["y"]), default=0.0)),
+            "xaxis": {
+                "categoryorder": "array",
+                "categoryarray": [f"step {table.step}" for table in sorted(tables, key=lambda table: table.step)],
+                "range": [-0.5, len(tables) - 0.5],
+            },
+        },
     )
 
 
@@ -77,7 +91,12 @@ def _violin(name: str, x: list[str], y: list[float], color: int, side: str) -> d
         "x": x,
         "y": y,
         "side": side,
-        "points": False,
+        # A violin of a few values is hardly visible: such values are drawn as points.
+        "points": "all" if len(y) < FEW else False,
+        "pointpos": 0,
+        "marker": {"size": 4, "color": f"@c{color}"},
+        "scalemode": "width",
+        "width": 0.8,
         "spanmode": "hard",
         "meanline": {"visible": True},
         "line": {"color": f"@c{color}", "width": 1.5},
@@ -90,7 +109,7 @@ def scatter(table: TokenTable, vocabulary: Vocabulary, classes: Classes) -> Figu
     member = class_of_tokens(table.ids, vocabulary, classes)
     kinds = [
         ("other tokens", (member < 0) & ~table.selected, "@soft", 4, 0.35),
-        ("selected", (member < 0) & table.selected, "@c6", 5, 0.9),
+        ("selected by the loss", (member < 0) & table.selected, "@text", 6, 0.9),
         *((name, member == index, f"@c{index}", 6, 0.9) for index, name in enumerate(classes)),
     ]
     traces = []
@@ -105,14 +124,19 @@ def scatter(table: TokenTable, vocabulary: Vocabulary, classes: Classes) -> Figu
                     "x": _digits(np.maximum(np.exp(table.log_probs[rows]), FLOOR)),
                     "y": _digits(table.entropy[rows]),
                     "text": [vocabulary.text(int(token)) for token in table.ids[rows]],
-                    "marker": {"color": color, "size": size, "opacity": opacity},
+                    "marker": {
+                        "color": color,
+                        "size": size,
+                        "opacity": opacity,
+                        "symbol": "square-open" if name == "selected by the loss" else "circle",
+                    },
                     "hovertemplate": "%{text}<br>p %{x:.3g}, entropy %{y:.3g}",
                 }
             )
     return Figure(
         f"Probability and entropy, step {table.step}",
-        "Each point is a sampled token. Low probability and high entropy differ: Lp-Reg selects tokens by low "
-        "probability, 80/20 by high entropy.",
+        "Each point is a sampled token; a square marks one that the loss selects, unless it is in a word class. Low "
+        "probability and high entropy differ: Lp-Reg selects tokens by low probability, 80/20 by high entropy.",
         traces,
         {
             "hovermode": "closest",
@@ -193,50 +217,83 @@ def candidate_probability(
 
 
 def frequency_figure(runs: Sequence[tuple[str, ClassCurves]]) -> Figure:
-    caption = "Share of sampled tokens, from the rollout dumps."
-    return Figure("Frequency of word classes", caption, _class_lines(runs))
+    caption = "Share of sampled tokens, from the rollout dumps." + _dashes_in_words(runs)
+    return Figure(
+        "Frequency of word classes",
+        caption,
+        _class_lines(runs),
+        {"xaxis": {"title": {"text": "step"}}, "yaxis": _axis("share of tokens")},
+    )
 
 
 def candidate_figure(runs: Sequence[tuple[str, ClassCurves]]) -> Figure:
     return Figure(
         "Probability of word classes as unlikely candidates",
         f"Mean next-token probability of words among the 64 most likely candidates with less than {UNLIKELY:g}, from "
-        "the recorded candidates. It shows whether a class stays alive even if it is not sampled.",
+        "the recorded candidates. It shows whether a class stays alive even if it is not sampled."
+        + _dashes_in_words(runs),
         _class_lines(runs),
-        {"yaxis": {"type": "log", "exponentformat": "power"}},
+        {
+            "xaxis": {"title": {"text": "step"}},
+            "yaxis": _axis("probability") | {"type": "log", "exponentformat": "power", "dtick": "D2"},
+        },
     )
+
+
+def _axis(title: str) -> dict[str, Any]:
+    return {"title": {"text": title}, "rangemode": "tozero"}
+
+
+def _dashes_in_words(runs: Sequence[tuple[str, ClassCurves]]) -> str:
+    """Returns what the dashes mean in a figure of several runs, where colours stand for runs."""
+    names = dict.fromkeys(name for _, curves in runs for name in curves.values)
+    if len(runs) == 1 or len(names) < 2:
+        return ""
+    return " " + " ".join(f"{_IN_WORDS[i % len(_IN_WORDS)]}: {name}." for i, name in enumerate(names))
+
+
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_IN_WORDS = ("Solid", "Dashed", "Dotted", "Dash and dot")
 
 
 def _class_lines(runs: Sequence[tuple[str, ClassCurves]]) -> list[dict[str, Any]]:
     """Returns one line per run and class. Colours show runs and dashes classes; for one run, colours show classes."""
-    dashes = ("solid", "dash", "dot", "dashdot")
-    return [
+    names = list(dict.fromkeys(name for _, curves in runs for name in curves.values))
+    shown: set[str] = set()
+    lines: list[dict[str, Any]] = [
         {
             "type": "scatter",
             "mode": "lines+markers",
-            "name": name if len(runs) == 1 else f"{label}: {name}",
+            "name": name if len(runs) == 1 else label,
+            "legendgroup": name if len(runs) == 1 else label,
             "x": curves.steps,
             "y": values,
             "line": {
-                "color": f"@c{index if len(runs) == 1 else number}",
-                "dash": "solid" if len(runs) == 1 else dashes[index % len(dashes)],
+                "color": f"@c{names.index(name) if len(runs) == 1 else number}",
+                "dash": "solid" if len(runs) == 1 else _DASHES[names.index(name) % len(_DASHES)],
                 "width": 2,
             },
             "marker": {"size": 5},
-            "hovertemplate": "%{y:.4~g}",
+            "hovertemplate": "%{y:.4~g}" + ("" if len(runs) == 1 else f" ({name})"),
         }
         for number, (label, curves) in enumerate(runs)
-        for index, (name, values) in enumerate(curves.values.items())
+        for name, values in curves.values.items()
         if any(values)
     ]
+    for line in lines:  # a name stands in the legend once
+        line["showlegend"] = line["name"] not in shown
+        shown.add(str(line["name"]))
+    return lines
 
 
-def _probability_axis() -> dict[str, Any]:
-    ticks = list(range(0, -9, -1))
+def _probability_axis(lowest: float) -> dict[str, Any]:
+    """An axis of log10(probability) down to `lowest`, with more ticks the fewer decades it has."""
+    steps = (1.0,) if lowest < -3 else (1.0, 0.5, 0.2)
+    values = [step * 10.0**decade for decade in range(0, -9, -1) for step in steps]
     return {
         "title": {"text": "probability when sampled"},
-        "tickvals": ticks,
-        "ticktext": ["1", "0.1", "0.01", "0.001", *(f"1e{tick}" for tick in ticks[4:])],
+        "tickvals": [float(np.log10(value)) for value in values],
+        "ticktext": [f"{value:g}" for value in values],
     }
 
 

@@ -45,6 +45,10 @@ def open_sinks(
         from .mlflow import MlflowSink
 
         sinks.append(InBackground(Guarded("MLflow", lambda: MlflowSink(mlflow, name, folder))))
+    if trackio := settings.trackio:
+        from .trackio import TrackioSink
+
+        sinks.append(InBackground(Guarded("Trackio", lambda: TrackioSink(trackio, name, config))))
     return sinks
 
 

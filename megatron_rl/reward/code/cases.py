@@ -76,6 +76,8 @@ def _same(value: Any, expected: Any) -> bool:
         return numbers and _close(value, expected)
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(_same, value, expected))
+    if isinstance(value, dict) and isinstance(expected, dict):
+        return value.keys() == expected.keys() and all(_same(value[key], expected[key]) for key in expected)
     return bool(value == expected)
 
 

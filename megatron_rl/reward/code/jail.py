@@ -30,6 +30,8 @@ import signal
 import struct
 import sys
 import traceback
+from collections import deque
+from collections.abc import KeysView, ValuesView
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +46,9 @@ LONGEST_ANSWER = 2**16
 """Characters of what one piece of code of a session prints."""
 RECURSION = 50_000
 """Python's recursion limit of a candidate. The graders whose data sets are in use set this figure."""
+STACK = 128 * 2**20
+"""Most bytes of the main thread's stack, which is part of the address space. Linux keeps this room free. Recursion
+through C, as in a function under lru_cache or a key of sorted, takes up to 2.5 KB a level in CPython 3.11."""
 MODULES = (
     *("array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools"),
     *("heapq", "io", "itertools", "json", "math", "operator", "os", "queue", "random", "re", "statistics", "string"),
@@ -103,7 +108,7 @@ def main() -> None:
         namespace["__builtins__"] = known
         _execute("tests.py", request["tests"], namespace)
         value = request["token"]
-    Path("result.json").write_text(json.dumps({"value": value}))
+    Path("result.json").write_text(json.dumps({"value": value}, default=_as_json))
 
 
 def _serve_session() -> None:
@@ -171,6 +176,21 @@ def _function(namespace: dict[str, Any], name: str) -> Any:
     raise NameError(f"there is no function {name}")
 
 
+def _as_json(value: Any) -> Any:
+    """Returns sequences as lists, numbers of numpy, fractions and decimals as numbers. Raises TypeError for the rest.
+
+    A set has no order, so it is none of these.
+    """
+    if isinstance(value, range | deque | KeysView | ValuesView):
+        return list(value)
+    if hasattr(value, "tolist"):  # arrays and scalars of numpy, and array.array
+        return value.tolist()
+    if hasattr(value, "as_integer_ratio"):
+        over, under = value.as_integer_ratio()
+        return over if under == 1 else over / under
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
 def _die_with(parent: int) -> None:
     _LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
@@ -179,9 +199,12 @@ def _die_with(parent: int) -> None:
 
 def _limit(memory_mb: int, seconds: float) -> None:
     memory, processor = memory_mb * 2**20, int(seconds) + 1
+    most_stack = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    stack = STACK if most_stack == resource.RLIM_INFINITY else min(STACK, most_stack)
     for what, most in (
         (resource.RLIMIT_CPU, processor),
         (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_STACK, stack),
         (resource.RLIMIT_FSIZE, LARGEST_FILE),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
         (resource.RLIMIT_CORE, 0),

@@ -22,7 +22,7 @@ from . import jail
 
 JAIL = Path(jail.__file__)
 LONGEST_OUTPUT = 2**20
-"""Bytes of a candidate's output that are read."""
+"""Bytes of a candidate's output, and of the value of a call as JSON, that are read."""
 LONGEST_MESSAGE = 200
 """Characters of an exception that a detail shows."""
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -37,6 +37,8 @@ class Execution:
     output: str
     value: Any
     """Value in `result.json`; None if there is none."""
+    is_cut: bool
+    """Whether the output, or the value in modes other than `run`, was longer than `LONGEST_OUTPUT`."""
     failure: str | None
     """"too slow", "killed by SIGSEGV", or the last line of the traceback; None if the candidate exited normally."""
 
@@ -78,7 +80,10 @@ class Sandbox:
             for file in (output, errors):
                 file.seek(0)
                 texts.append(file.read(LONGEST_OUTPUT).decode(errors="replace"))
-        return Execution(texts[0], _result(scratch), _failure(code, texts[1]))
+            value, is_cut = _result(scratch)
+            if mode == "run":
+                is_cut = os.fstat(output.fileno()).st_size > LONGEST_OUTPUT
+        return Execution(texts[0], value, is_cut, _failure(code, texts[1]))
 
 
 def start(settings: CodeSettings, scratch: Path, mode: Mode, stdin: Any, stdout: Any, stderr: Any) -> Any:
@@ -118,15 +123,18 @@ def check_sandbox(settings: CodeSettings) -> None:
         raise UserError(f"reward.name: code: the sandbox does not start (exit code {process.returncode}): {last}")
 
 
-def _result(scratch: Path) -> Any:
+def _result(scratch: Path) -> tuple[Any, bool]:
+    """Returns the value in `result.json`, and whether the file is too long to be read."""
     try:
         # The candidate may have created anything under this name, so links are not followed and pipes do not block.
         handle = os.open(scratch / "result.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(handle, "rb") as file:
-            regular = stat.S_ISREG(os.fstat(handle).st_mode)
-            return json.loads(file.read(LONGEST_OUTPUT))["value"] if regular else None
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LONGEST_OUTPUT:
+                return None, stat.S_ISREG(status.st_mode)
+            return json.loads(file.read(LONGEST_OUTPUT))["value"], False
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # there is no file, or the candidate wrote its own
+        return None, False  # there is no file, or the candidate wrote its own
 
 
 def _failure(code: int | None, errors: str) -> str | None:

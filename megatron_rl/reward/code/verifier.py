@@ -10,7 +10,7 @@ from megatron_rl.config.reward import RewardSettings
 from megatron_rl.types import RewardResult, Sample
 
 from .cases import Call, Case, Check, Program, passes, read_cases
-from .sandbox import Sandbox, check_sandbox
+from .sandbox import LONGEST_OUTPUT, Execution, Sandbox, check_sandbox
 
 _FENCE = re.compile(r"^([ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(`{3,})[ \t]*([\w+-]*)([^\n`]*)$", re.MULTILINE)
 """Indentation, with the mark of a list item if there is one; the fence; the language; whatever follows."""
@@ -18,11 +18,11 @@ _INDENTATION = re.compile(r"^[ \t]+", re.MULTILINE)
 _DEEPER = 3
 """A closing fence may be indented by this much more than the opening one, as in CommonMark. A docstring's fence is
 deeper."""
-_LANGUAGES = ("", "python", "python3", "py")
+_PYTHON = ("python", "python3", "py")
 
 
 class CodeReward:
-    """Scores 1 if the last complete ``` block passes every test, and 0 otherwise.
+    """Scores 1 if the last complete block in Python passes every test, and 0 otherwise. See `last_block`.
 
     The constructor raises UserError if this machine has no working sandbox.
     """
@@ -45,19 +45,23 @@ class CodeReward:
 
 
 def last_block(text: str) -> str | None:
-    """Returns the content of the last complete fenced block in Python or without a stated language.
+    """Returns the content of the last complete fenced block that is marked as Python, or else of the last one without a
+    stated language, which may be the program's output if another block is marked.
 
     The block may be indented, as in a list; its indentation is removed.
     """
-    found, opened = None, None
+    marked, unmarked, opened = None, None, None
     for fence in _FENCE.finditer(text):
         if opened is None:
             opened = fence
         elif _closes(fence, opened):
-            if opened[3].lower() in _LANGUAGES:
-                found = _dedented(text[opened.end() + 1 : fence.start()], _width(opened))
+            block = _dedented(text[opened.end() + 1 : fence.start()], _width(opened))
+            if opened[3].lower() in _PYTHON:
+                marked = block
+            elif not opened[3]:
+                unmarked = block
             opened = None
-    return found
+    return unmarked if marked is None else marked
 
 
 def _closes(fence: re.Match[str], opened: re.Match[str]) -> bool:
@@ -82,11 +86,15 @@ def _problem(sandbox: Sandbox, case: Case) -> str | None:
     match case:
         case Program(stdin, _):
             done = sandbox.run("run", stdin=stdin)
-            return done.failure or (None if passes(case, done.output, None) else "wrong output")
+            return done.failure or (None if passes(case, done.output, None) else f"wrong output{_cut(done)}")
         case Call(function, arguments, _):
             done = sandbox.run("call", request={"function": function, "arguments": arguments})
-            return done.failure or (None if passes(case, "", done.value) else "wrong result")
+            return done.failure or (None if passes(case, "", done.value) else f"wrong result{_cut(done)}")
         case Check(tests):
             token = secrets.token_hex(16)  # unknown to a candidate that exits before the tests have finished
             done = sandbox.run("check", request={"tests": tests, "token": token})
             return done.failure or (None if done.value == token else "exited before the tests had finished")
+
+
+def _cut(done: Execution) -> str:
+    return f" (only {LONGEST_OUTPUT // 2**20} MiB are read)" if done.is_cut else ""

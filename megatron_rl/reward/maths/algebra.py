@@ -20,6 +20,7 @@ from sympy.core.function import AppliedUndef
 from .names import name_of_alias, plain_names
 from .numbers import close
 from .points import Unsupported, same_at_points
+from .wording import has_words
 
 # math-verify warns once per process that its timeouts are off. They are off here on purpose.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -33,8 +34,8 @@ MOST_TERMS = 2_000
 """Most terms of an expanded power of a sum."""
 DIGITS = 60
 AGREEING_DIGITS = 50
-_MISREAD = re.compile(r"!!|\\pmod|[\d)]_\{")
-"""What the parser reads as something else: double factorials, congruences, indices of numbers."""
+_MISREAD = re.compile(r"!!|\\pmod|[\d)]_\{|\d'")
+"""What the parser reads as something else: double factorials, congruences, indices of numbers, minutes of arc."""
 _VECTOR = r"\\(?:(?:vec|overrightarrow)\{[^{}]*\}|hat\{ ?\\?[ijknrxyz](?:math)? ?\})"
 _VECTOR_PRODUCT = re.compile(rf"{_VECTOR}(?:_\{{[^{{}}]*\}})? ?\)?\\times|\\times ?\(?[\d.]* ?{_VECTOR}")
 """What the parser reads as a product of numbers. Vector products are compared as texts."""
@@ -62,7 +63,7 @@ def read(text: str) -> Any:
         raise TooLarge("too long or too deeply nested")
     if _depth(text, "([", ")]") > DEEPEST_PARENTHESES:
         raise TooLarge("too deeply nested")
-    if _MISREAD.search(text) or _VECTOR_PRODUCT.search(text):
+    if _MISREAD.search(text) or _VECTOR_PRODUCT.search(text) or has_words(text):
         raise Unparsable(text)
     try:
         expression = latex2sympy(

@@ -30,6 +30,8 @@ _FUNCTIONS = (
 _ALSO_CALLED = {"tg": "tan", "ctg": "cot", "cotg": "cot", "arctg": "arctan", "cosec": "csc"}
 _RENAMED = {"sh": "sinh", "ch": "cosh", "th": "tanh", "cth": "coth", "arcctg": "arccot"}
 _UNITS_TOO = ("min", "deg")
+_ARGUMENT = re.compile(r"[\s~]*[\w(\[{\\^|]")
+"""What follows the secant, but not the seconds of `36\\text{ sec}`."""
 _IS_FUNCTION = re.compile(rf"(?:{_FUNCTIONS})")
 _LETTERS = re.compile(r"\s*[^\W\d_]{3,}[^\W\d_ .,'-]*(?:[ -][^\W\d_]+)*\s*")
 
@@ -55,7 +57,9 @@ def plain_fonts(text: str) -> str:
                 content, index = inner
                 found.append(plain_fonts(content))
         elif match["text"]:
-            found.append(_text(plain_fonts(content) if "\\" in content else content, match["text"]))
+            is_unit = content.strip() == "sec" and not _ARGUMENT.match(text, index)
+            content = plain_fonts(content) if "\\" in content else content
+            found.append(rf"\text{{{content}}}" if is_unit else _text(content, match["text"]))
         elif match["maths"]:
             content = plain_fonts(content)
             space = " " if content[:1].isalpha() and re.search(r"\\[a-zA-Z]+$", "".join(found)) else ""

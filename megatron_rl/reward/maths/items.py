@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from .numbers import Number
-from .parts import Bracket, Chain, Expression, Part
+from .parts import Bracket, Chain, Expression, Part, Quantity
 from .relations import Same, bare_values
 
 LONGEST_WRITTEN_OUT = 1000
@@ -19,7 +19,8 @@ def same_items(gold: Bracket, answer: Bracket, same: Same) -> bool:
 
     In parentheses the order matters. A list without brackets may have any order, but every item counts; it equals a
     tuple of the same order, and a set with the same elements. A label that names each value (`a=1, b=2`) fixes the
-    order of bare values. `and` differs from `or` between relations, and `\land` from `\lor` between all items.
+    order of bare values, as does one whose values have different units (`3 apples, 4 pears`). `and` differs
+    from `or` between relations, and `\land` from `\lor` between all items.
     """
     if _contradict(gold, answer):
         return False
@@ -28,10 +29,21 @@ def same_items(gold: Bracket, answer: Bracket, same: Same) -> bool:
     named = bare_values(gold, by_name=False)
     if gold.left == "" and named != gold.items and not any(isinstance(item, Chain) for item in answer.items):
         return pairwise(named, answer.items, same)
+    if (
+        gold.left == ""
+        and _differ_in_units(gold.items)
+        and not any(isinstance(item, Quantity) for item in answer.items)
+    ):
+        return pairwise(gold.items, answer.items, same)
     one, other = with_dots(gold.items), with_dots(answer.items)
     if gold.left == answer.left == "":
         return _matched(one, other, same)
     return _covered(one, other, same) and _covered(other, one, lambda given, label: same(label, given))
+
+
+def _differ_in_units(items: Sequence[Part]) -> bool:
+    units = [item.unit for item in items if isinstance(item, Quantity)]
+    return len(units) == len(items) and all(one != other for one, other in itertools.combinations(units, 2))
 
 
 def _contradict(gold: Bracket, answer: Bracket) -> bool:

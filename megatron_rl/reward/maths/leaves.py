@@ -31,7 +31,11 @@ def same_leaves(gold: Part, answer: Part, scale: Fraction = Fraction(1)) -> bool
     try:
         return same_expression(one, other, scale)
     except Unparsable:
-        return one.replace(" ", "") == other.replace(" ", "") and scale == 1
+        return _as_written(one) == _as_written(other) and scale == 1
+
+
+def _as_written(latex: str) -> str:
+    return re.sub(r"\\text\{([^{}]*)\}", r"\1", latex).replace(" ", "")
 
 
 def latex_of(part: Part) -> str | None:

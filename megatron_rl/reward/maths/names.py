@@ -11,7 +11,7 @@ import re
 from .numbers import read_number
 from .scan import argument
 
-_GREEK = (
+GREEK = (
     "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|omicron|rho|varrho|sigma|"
     "varsigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Upsilon|Phi|Psi|Omega|hbar|ell|pi|mho"
 )
@@ -20,7 +20,7 @@ _ACCENTS = (
     "wideparen"
 )
 _NAME = re.compile(
-    rf"\\(?P<accent>{_ACCENTS})(?![a-zA-Z])|\\(?P<greek>{_GREEK})(?![a-zA-Z])|(?P<letter>(?<![a-zA-Z\\])[a-zA-Z])"
+    rf"\\(?P<accent>{_ACCENTS})(?![a-zA-Z])|\\(?P<greek>{GREEK})(?![a-zA-Z])|(?P<letter>(?<![a-zA-Z\\])[a-zA-Z])"
     r"|\\(?P<figure>angle|triangle|odot|nabla|parallel|overset)(?![a-zA-Z]) ?[A-Z]*|\\[a-zA-Z]+|(?P<more>[a-zA-Z])"
 )
 _CALLED = ("f", "g", "h", "F", "G", "H")

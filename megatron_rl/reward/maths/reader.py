@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from .domains import domain_in_words, half_line, split_domain, without_real_variable
 from .names import is_numeric
 from .notations import read_based, read_clock, read_ratio
 from .numbers import read_number
@@ -54,7 +55,8 @@ _MATRIX = re.compile(
 )
 _SET_WORDS = re.compile(
     r"(?:the |set of |all )*"
-    r"(?P<name>real numbers?|reals|integers|rational numbers|natural numbers|complex numbers)"
+    r"(?P<name>real (?:numbers?(?: [a-z])?|[a-z]|values of [a-z])|reals|integers|"
+    r"rational numbers|natural numbers|complex numbers)"
     r"(?: (?:except|other than|but|not equal to|excluding)(?: for)? (?P<without>.+))?"
 )
 _SET_NAMES = {"real": "R", "inte": "Z", "rati": "Q", "natu": "N", "comp": "C"}
@@ -90,7 +92,13 @@ def read(text: str) -> Part:
         return clock
     if (match := _CONDITION.search(text)) and match.start():
         condition = " ".join(_TEXT.sub(r" \1 ", f"{match['inside'] or match[0]} {match['rest']}").lower().split())
-        return Guarded(read(text[: match.start()]), "" if _ALL_REALS.fullmatch(condition) else condition)
+        return Guarded(
+            read(text[: match.start()]), "" if _ALL_REALS.fullmatch(condition) else domain_in_words(condition)
+        )
+    if (parts := split_domain(text)) is not None:
+        return Guarded(read(parts[0]), parts[1])
+    if (rest := without_real_variable(text)) is not None and split(rest, RELATIONS.__contains__)[1]:
+        return read(rest)
     if (mixed := mixed_quantity(text)) is not None:
         return Quantity(read_number(str(mixed[0])) or Expression(str(mixed[0])), mixed[1])
     return _words(text) or _list(text)
@@ -145,7 +153,8 @@ def _list(text: str) -> Part:
     items = [item for part in parts for item in without_plus_minus(part)]
     if len(items) == 1:
         return _relation(items[0])
-    return Bracket("", "", tuple(_relation(item) for item in items), _joint_of(found)) if items else Unreadable(text)
+    joint = "and" if len(parts) == 1 and r"\ne" in parts[0] else _joint_of(found)  # x is neither of `x\ne\pm1`
+    return Bracket("", "", tuple(_relation(item) for item in items), joint) if items else Unreadable(text)
 
 
 def _cases(text: str) -> Bracket | None:
@@ -211,6 +220,8 @@ def _bracket(text: str) -> Part:
         return EMPTY_SET
     if match := re.fullmatch(r"\\mathbb\{([RZQNC])\}", text):
         return NamedSet(match[1])
+    if (half := half_line(text)) is not None:
+        return half
     if match := _MATRIX.fullmatch(text):
         return _matrix(match["rows"]) if r"\begin" not in match["rows"] else Expression(text)
     if (group := enclosed(text)) is None or group[0] in (r"\lfloor", r"\lceil"):

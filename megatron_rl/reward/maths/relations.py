@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .leaves import latex_of
+from .names import GREEK
 from .numbers import Number
 from .parts import Bracket, Builder, Chain, Expression, Matrix, NamedSet, Part
 from .reader import read
@@ -52,7 +53,7 @@ def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
     r"""Yields the values that a chain of equations states: `x=5` and `x=2+3=5` state 5, and `\log_2(32)=5` does.
 
     An answer states its value only if its first side is a name or all sides are equal: `34=35` states nothing. `x+y=5`
-    and `x^2=4` state no value.
+    and `x^2=4` state no value, nor does `x=y=5`, because a value of one name says only half of this.
     """
     signs = set(chain.signs)
     if not signs <= {"=", r"\approx"}:
@@ -70,6 +71,8 @@ def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
         links = list(chain.signs)
         if len({text.replace(" ", "") for text in texts}) < len(texts):
             return
+    if _has_other_unknowns(texts[-len(chain.signs) :]):
+        return
     exact = [index for index, sign in enumerate(links) if sign == "="]
     if not is_label and not all(same(sides[index], sides[index + 1]) for index in exact):
         return
@@ -80,6 +83,27 @@ def value_of_chain(chain: Chain, same: Same, is_label: bool) -> Iterator[Part]:
             yield sides[first + 1]
         return
     yield sides[-1]
+
+
+def _letters(text: str) -> set[str]:
+    return set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", text)))
+
+
+def _has_other_unknowns(texts: list[str]) -> bool:
+    r"""Returns whether a side between the first and the last one names what the last does not, as in `x=2y=6`.
+
+    The texts are all sides but the first.
+    """
+    *computations, last = map(_unknowns, texts)
+    return any(not names <= last for names in computations)
+
+
+def _unknowns(text: str) -> set[str]:
+    if _BINDS.match(text):
+        return set()
+    text = re.sub(r"(?<=\d) ?\\text\{[^{}]*\}", "", text)  # the unit of a number
+    greek = re.findall(rf"\\(?:{GREEK})(?![a-zA-Z])", text)
+    return {*_letters(re.sub(r"_\{[^{}]*\}", "", text)), *greek} - {"e", "i", r"\pi"}
 
 
 def _has_other_argument(texts: list[str]) -> bool:
@@ -144,10 +168,17 @@ def same_chain(gold: Chain, answer: Chain, same: Same) -> bool:
 
 
 def _with_arguments_of(gold: Chain, answer: Chain) -> Chain:
-    """Renames the variable of `f(t)=t^2` to that of the label's `f(x)=x^2`."""
+    """Renames the variable of `f(t)=t^2` to that of the label's `f(x)=x^2`.
+
+    The letter of `P(A)=0.3` or of `f(a)=b` is no such variable: the value does not depend on it.
+    """
     calls = [re.fullmatch(r"(\\?[a-zA-Z]+'*)\(([a-zA-Z])\)", chain.texts[0]) for chain in (gold, answer)]
-    if calls[0] and calls[1] and calls[0][1] == calls[1][1] and calls[0][2] not in "".join(answer.texts[1:]):
-        changed = renamed(answer, calls[1][2], calls[0][2])
+    if not calls[0] or not calls[1] or calls[0][1] != calls[1][1]:
+        return answer
+    old, new = calls[1][2], calls[0][2]
+    golds, answers = (_letters("".join(chain.texts[1:])) for chain in (gold, answer))
+    if new in golds and old in answers and new not in answers:
+        changed = renamed(answer, old, new)
         assert isinstance(changed, Chain)
         return changed
     return answer
@@ -166,7 +197,7 @@ def _reversed(chain: Chain) -> Chain | None:
 
 
 def _same_final(gold: Chain, answer: Chain, same: Same) -> bool:
-    """Compares `x=2+3=5` with `x=5`: the same name, and the same value at the end."""
+    """Compares `x=2+3=5` with `x=5`: the same name, the same value at the end, and only computations between them."""
     if gold.texts[0].replace(" ", "") != answer.texts[0].replace(" ", "") or not is_name(gold.texts[0]):
         return False
     golds, answers = list(value_of_chain(gold, same, is_label=True)), list(value_of_chain(answer, same, is_label=False))

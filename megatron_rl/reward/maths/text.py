@@ -26,6 +26,7 @@ _SPELLINGS = {
     r"\dots ": "ldots cdots dotsc dotsb",
     r"\setminus ": "backslash smallsetminus",
     r"\epsilon ": "varepsilon",
+    r"\vec": "overrightarrow",
     r"\phi ": "varphi",
     r"\land ": "wedge",
     r"\lor ": "vee",
@@ -64,7 +65,9 @@ _BEFORE_FONTS: Rules = [
         (r"(?<=\d)(?:,\\!\s*|\{,\}|\\,|\\ |~|\\;|\\thinspace)(?=\d{3}(?!\d))", ""),
         (r"\{([,:;])\}", r"\1"),
         (r"\\!", ""),
-        (r"(?<!\\)\\[,;:> ]|~", " "),
+        (r"(?<!\\)\\[,;:> ]|~|\\[hv]space\*?\s*\{[^{}]*\}", " "),
+        (r"(?<=\d)\s*\\deg(?!\s*[a-zA-Z({\\])|(?<=\d)\^\{?\\(?:text|mathrm)\{o\}\}?", r"^\\circ "),
+        (r"^\s*\\text\s*\{\s*(?i:(?:the )?(?:final )?answer(?: is)?)\s*:?\s*\}\s*[=:]?(?=\s*\S)", ""),
         (r"^(.*\\in ?)?\\mathbf\s*\{R\}$|\\Bbb\s*\{?\s*R\s*\}?", r"\1\\mathbb{R}"),
         (r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?", r"\\mathbb{\1}"),
         (r"\\(?:text|mathrm)\s*\{ ?(Rs\.?|USD|EUR|GBP) ?\} ?(?=\d)", r"\1 "),
@@ -78,6 +81,7 @@ _AFTER_FONTS: Rules = [
         (r"\\not\s*=|!=", r"\\ne "),
         (r"(?<!\.)\.\.\.(?!\.)", r"\\dots "),
         (r"\^\s*\{\s*\\prime\s*\\prime\s*\}|\^\s*\\prime\s*\\prime", "''"),
+        (r"(?<=\d)\"", "''"),
         (r"\^\s*\{\s*\\prime\s*\}|\^\s*\\prime(?![a-zA-Z])", "'"),
         (r"(?:\^\s*)+(?:\{\s*\^?\\circ\s*\}|\\circ(?![a-zA-Z]))|(?<=\d)\s*\\circ(?![a-zA-Z])", r"^\\circ "),
         (
@@ -111,6 +115,8 @@ _STRAY = [
         r"(?P<inside>.*[\w)}\]%.])\s*\?",
     )
 ]
+_RECURRING = re.compile(r"((?<!\d)\d{0,12}\.\d{0,12}?)(\d{1,3}?)\2{2,30}\s*(?:\\[lc]?dots(?![a-zA-Z])|\.\.\.)")
+"""Digits that stand three times before dots recur: `2.333\\ldots`."""
 _EMPTY_GROUP = re.compile(r"(?<![\^_}a-zA-Z])\{\}|^\{\}|\{\}$")
 
 
@@ -121,7 +127,7 @@ _BOLD_PRODUCT = re.compile(rf"{_BOLD}\s*\\times|\\times\s*{_BOLD}")
 
 def normalise(latex: str) -> str:
     """Returns the same mathematics in one spelling of characters, fonts, spaces, signs and arguments."""
-    text = bare_answer(plain_characters(latex), with_braces=True)
+    text = bare_answer(_RECURRING.sub(r"\1\\overline{\2}", plain_characters(latex)), with_braces=True)
     text = _replaced(text, _BEFORE_FONTS)
     if _BOLD_PRODUCT.search(text):  # bold letters are vectors here, and the order of a vector product matters
         text = _BOLD_LETTER.sub(r"\\vec{\1\2}", text)

@@ -44,6 +44,7 @@ _METRIC: list[tuple[str, str, dict[str, int], str]] = [
     ("Wb", "weber", {**_ENERGY, "current": -1}, "1"),
     ("eV", "electronvolt", _ENERGY, "1.602176634e-19"),
     ("cal", "calorie", _ENERGY, "4.184"),
+    ("Wh", "", _ENERGY, "3600"),
     ("bar", "", _PRESSURE, "100000"),
 ]
 _PREFIXES = {

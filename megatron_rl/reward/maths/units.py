@@ -25,6 +25,8 @@ class Unit:
 
 PERCENT = Unit({"percent": 1}, Fraction(1, 100))
 DEGREE = Unit({"angle": 1})
+_MINUTE_OF_ARC, _SECOND_OF_ARC = Unit({"angle": 1}, Fraction(1, 60)), Unit({"angle": 1}, Fraction(1, 3600))
+_OF_ARC = {"^\\circ": DEGREE, "'": _MINUTE_OF_ARC, "''": _SECOND_OF_ARC, '"': _SECOND_OF_ARC}
 _CELSIUS, _FAHRENHEIT = Unit({"celsius": 1}), Unit({"fahrenheit": 1})
 _PERCENT = re.compile(r" ?(?:\\?%|\\text\{ ?per ?cent ?\}| ?\bper ?cent)$")
 _DEGREES = re.compile(r"\^\\circ ?(?:(?P<scale>[CFK])|\\text\{ ?(?P<worded>[CFK]) ?\})?$")
@@ -32,7 +34,7 @@ _ARGUMENT = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{-?\d+\})?[({]?[\d.]
 _FACTOR = re.compile(r"(?P<name>\\mu[a-zA-Z]+|[a-zA-Z]?\\Omega|\\\$|[^\W\d_]+\.?|[€£¥₹¢])(?:\^\{(?P<power>-?\d+)\})?")
 _PLAIN_NUMBER = re.compile(r"[+-]?[\d.,]+(?:/\d+)?|[+-]?\d*\\frac\{\d+\}\{\d+\}")
 _MIXED_PART = re.compile(
-    r"(?P<number>\d+(?:\.\d+)?(?:/\d+)?|\\frac\{\d+\}\{\d+\}) ?(?P<unit>\^\\circ|['\"]|[^\d\\^]+) ?"
+    r"(?P<number>\d+(?:\.\d+)?(?:/\d+)?|\\frac\{\d+\}\{\d+\}) ?(?P<unit>\^\\circ|''|['\"]|[^\d\\^'\"]+) ?"
 )
 _NOUN = re.compile(r"[^\W\d_]{3,}(?:['\u2019-][^\W\d_]+)*")
 _NUMERAL = re.compile(
@@ -75,13 +77,12 @@ def mixed_quantity(text: str) -> tuple[Fraction, Unit] | None:
     r"""Reads quantities of one kind in falling units, such as `1\text{ h }30\text{ min}`, in the units of the last."""
     text = re.sub(r"\\text\{ ?and ?\}| and |, ?", " ", re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)).strip()
     text = re.sub(r" +", " ", text)
-    found, end = [], 0
+    found: list[tuple[Fraction, Unit]] = []
+    end = 0
     while match := _MIXED_PART.match(text, end):
-        unit = {
-            "^\\circ": DEGREE,
-            "'": Unit({"angle": 1}, Fraction(1, 60)),
-            '"': Unit({"angle": 1}, Fraction(1, 3600)),
-        }.get(match["unit"].strip()) or read_unit(match["unit"].strip())
+        name = match["unit"].strip()
+        # Without degrees before them, the marks are minutes and seconds of arc as well as feet and inches.
+        unit = (_OF_ARC.get(name) if name == "^\\circ" or found else None) or read_unit(name)
         if unit is None or unit.scale != 1:
             return None
         found.append((_fraction(match["number"]), unit))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.evaluation.evaluate import Evaluation, Progress
 from megatron_rl.evaluation.problems import read_problems
 from megatron_rl.evaluation.table import table_of
+from megatron_rl.reward.trial import TRIAL_RESPONSE
 from megatron_rl.types import Prompt, Sample, SamplingParams
 from tests.tiers import quick_of
 from tests.unit.evaluation.conftest import ScriptedSource
@@ -98,12 +99,23 @@ def test_a_folder_of_another_evaluation_is_refused(
 
 
 def test_a_verifier_that_fails_stops_the_evaluation(
-    protocol: ProtocolSettings, source: ScriptedSource, sums: Callable[[str, int], Path], tmp_path: Path
+    protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reward scores the response of the trial call, and no other."""
+    (tmp_path / "choosy.py").write_text(f"def score(sample):\n    return {{{TRIAL_RESPONSE!r}: 0.0}}[sample.text]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = protocol.reward.model_copy(update={"name": "choosy:score", "timeout_seconds": 600.0})
+    with pytest.raises(UserError, match=r"6 of 6 samples could not be graded.*(\n.*)*KeyError"):
+        run(protocol.model_copy(update={"reward": reward}), source, tmp_path / "out")
+
+
+def test_labels_that_the_verifier_cannot_use_are_refused_before_the_folder_is_made(
+    protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path
 ) -> None:
     reward = protocol.reward.model_copy(update={"name": "countdown"})
-    broken = protocol.model_copy(update={"reward": reward})
-    with pytest.raises(UserError, match=r"6 of 6 samples could not be graded.*(\n.*)*Countdown label"):
-        run(broken, source, tmp_path / "out")
+    with pytest.raises(UserError, match=r"jsonl, line 1: reward.name: countdown cannot use the label"):
+        run(protocol.model_copy(update={"reward": reward}), source, tmp_path / "out")
+    assert source.asked == [] and not (tmp_path / "out").exists()
 
 
 def test_a_reward_that_cannot_score_is_refused_before_the_folder_is_made(

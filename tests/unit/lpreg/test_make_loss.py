@@ -190,11 +190,3 @@ def test_means_add_up() -> None:
     both = Mean(torch.tensor(3.0), torch.tensor(2)) + Mean(torch.tensor(1.0), torch.tensor(6))
     assert both.value == 0.5
     assert Mean(torch.tensor(0.0), torch.tensor(0)).value != Mean(torch.tensor(0.0), torch.tensor(0)).value  # NaN
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
-def test_the_pages_list_every_method(page: str) -> None:
-    text = (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
-    assert [name for name in METHODS if f"`{name}`" not in text] == []
-    if page == "README.md":
-        assert f"one of {len(METHODS)} methods" in text

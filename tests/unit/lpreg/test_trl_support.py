@@ -204,9 +204,45 @@ def test_a_short_training_raises_the_reward(loss: str, tmp_path: Path) -> None:
     assert sum(rewards[:3]) / 3 < 0.6 and sum(rewards[-3:]) / 3 > 0.9
 
 
-def test_wrappers_and_settings_that_trl_cannot_keep_are_refused() -> None:
+def test_wrappers_that_trl_cannot_keep_are_refused() -> None:
     trainer: Any = SimpleNamespace()
     with pytest.raises(ValueError, match="not one with reference_kl around it"):
         check_trainer(trainer, with_lp_reg(with_reference_kl(make_loss("grpo"), coefficient=0.1)), sharded=False)
-    with pytest.raises(ValueError, match="entropy_bonus: target adapts the coefficient"):
-        check_trainer(trainer, with_lp_reg(make_loss("entropy_bonus", target=0.3)), sharded=False)
+
+
+ADAPTED = {"coefficient": 0.01, "target": 4.0, "step": 0.004}
+
+
+def coefficients(seen: Recorder) -> list[float]:
+    return [row["lpreg/entropy_coefficient"] for row in seen.metrics if "lpreg/entropy_coefficient" in row]
+
+
+@pytest.mark.parametrize("target", [4.0, 0.5])
+def test_the_entropy_coefficient_follows_the_entropy_of_each_whole_update(target: float, tmp_path: Path) -> None:
+    """The entropy of this model is about 3.9: below the first target, above the second."""
+    loss = make_loss("entropy_bonus", **(ADAPTED | {"target": target}))
+    micro = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    seen = run(loss, tmp_path, steps=4, **micro)
+    entropies = [row["entropy"] for row in seen.metrics if "entropy" in row]
+    expected, coefficient = [], None
+    for entropy in entropies:
+        expected.append(0.01 if coefficient is None else coefficient)
+        coefficient = loss.next_entropy_coefficient(coefficient, entropy)
+    assert len(set(expected)) > 1 and coefficients(seen) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_resumed_run_goes_on_with_the_adapted_coefficient(restored: bool, tmp_path: Path) -> None:
+    """Also if transformers restores callbacks, and puts another object in the place of the trainer's own."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": restored}
+    whole = coefficients(run(make_loss("entropy_bonus", **ADAPTED), tmp_path / "whole", steps=4, **settings))
+    assert whole == pytest.approx([0.01, 0.014, 0.018, 0.022]), "the entropy stays below the target"
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    again = run(
+        make_loss("entropy_bonus", **ADAPTED),
+        tmp_path / "again",
+        steps=4,
+        resume_from_checkpoint=checkpoint,
+        **settings,
+    )
+    assert coefficients(again)[-2:] == pytest.approx(whole[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
@@ -13,6 +14,15 @@ import pytest
 
 from megatron_rl.rollout.dump import DumpedResponse, write_rollouts
 from megatron_rl.types import Prompt, Response, RewardResult
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests of the real sinks without their packages."""
+    missing = [name for name in ("wandb", "mlflow", "trackio") if importlib.util.find_spec(name) is None]
+    for item in items:
+        if missing and item.get_closest_marker("sinks"):
+            item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}; see make test-sinks"))
+
 
 CONFIG = """\
 run: {name: countdown-lp_reg, folder: null}
@@ -99,7 +109,7 @@ def write_dump(folder: Path, step: int, groups: int = 4, seed: int = 0) -> None:
         length = int(rng.integers(3, 12))
         ids = rng.choice(len(WORDS), size=length, p=[0.1, 0.15, 0.15, 0.02, 0.03, 0.25, 0.1, 0.1, 0.1]).tolist()
         log_probs = np.log(rng.uniform(0.001, 1, size=length))
-        prompt = Prompt(id=f"train:{index // 4}", token_ids=(1,), text=f"problem <b>{index // 4}</b>", label=None)
+        prompt = Prompt(id=f"train:{index // 4}", token_ids=(1,), text=f"problem <b>{index // 4}</b>", label=24)
         detail = "correct" if index % 2 else "wrong"
         text = " ".join(WORDS[i] for i in ids)
         dumped.append(

@@ -114,7 +114,7 @@ def test_the_report_lists_warnings(run_folder: Path) -> None:
     diagnosis = Diagnosis(run_folder, DiagnosisSettings(window=5), LP_REG, [])
     go(diagnosis, 1, 10, TURNS["no_reward"])
     text = write_report(run_folder).read_text()
-    assert "<h2>Warnings</h2>" in text and "<b>no_reward</b> from step 5: no response has had a reward" in text
+    assert ">Warnings</h2>" in text and "<b>no_reward</b> from step 5: no response has had a reward" in text
 
 
 def test_a_growing_gap_of_older_tokens_gives_no_warning(tmp_path: Path) -> None:

@@ -70,3 +70,18 @@ def test_several_runs_share_one_page(runs: list[RunData], tmp_path: Path, monkey
     assert "lp (2 seeds) and grpo-0" in text and "Settings that differ" in text
     assert write_report([run.folder for run in runs], tmp_path / "out" / "x.html") == tmp_path / "out" / "x.html"
     assert not (runs[0].folder / "report.html").exists()
+
+
+def test_colours_stand_for_runs_and_dashes_for_kinds_with_a_chart_per_suite(runs: list[RunData]) -> None:
+    charts = {chart.title: chart for chart in charts_of(group_runs(runs))}
+    assert "Accuracy and pass@k" not in charts, "a chart of two suites would need dashes for the suites too"
+    chart = charts["Accuracy and pass@k: fresh"]
+    assert {(line.name, line.color, line.kind, line.dash) for line in chart.lines} == {
+        (name, color, kind, dash)
+        for color, name in enumerate(("lp (2 seeds)", "grpo-0"))
+        for kind, dash in (("avg@8", "solid"), ("pass@8", "dash"))
+    }
+    assert "Solid: share of correct answers" in chart.words and "Dashed: share of problems" in chart.words
+    entropy = charts["Entropy: fresh"]
+    assert {line.dash for line in entropy.lines} == {"dash"}
+    assert "Dashed: evaluation" in entropy.words and "Dotted" not in entropy.words and "Solid" not in entropy.words

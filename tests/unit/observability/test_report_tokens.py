@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,26 @@ def test_tokens_that_were_not_sampled_do_not_count(recorded_run: Path) -> None:
             assert [mark == NOT_SAMPLED for mark in sample["marks"]] == [
                 i % 3 == 0 for i in range(len(sample["marks"]))
             ]
+
+
+def test_violins_stand_in_the_order_of_the_steps(recorded_run: Path, vocabulary: Vocabulary) -> None:
+    """The first class has no value at step 1; plotly would put that step last."""
+    tables = [read_tokens(step, path) for step, path in read_run(recorded_run).dumps]
+    ids = tables[0].ids.copy()
+    ids[ids == 3] = 0
+    tables[0] = replace(tables[0], ids=ids)
+    axis = token_figures.violins(tables, vocabulary, CLASSES).layout["xaxis"]
+    assert axis["categoryorder"] == "array" and axis["categoryarray"] == ["step 1", "step 100", "step 200"]
+
+
+def test_a_response_is_right_wrong_or_not_graded(recorded_run: Path, vocabulary: Vocabulary) -> None:
+    path = recorded_run / "rollouts" / "step_000001.parquet"
+    table = pq.read_table(path)
+    outcomes = ["timeout", *["score"] * (len(table) - 1)]
+    place = table.column_names.index("outcome")
+    pq.write_table(table.set_column(place, "outcome", pa.array(outcomes)), path)
+    first = response_groups([(1, path)], vocabulary)[0]
+    assert [sample["verdict"] for sample in first["samples"]] == ["not graded", "right", "wrong", "right"]
+    assert first["label"] == "24"
+    pq.write_table(table.drop_columns(["label"]), path)
+    assert response_groups([(1, path)], vocabulary)[0]["label"] is None, "a dump of an earlier version has no label"

@@ -158,6 +158,23 @@ def test_the_live_panel_shows_the_warm_start_and_then_the_steps() -> None:
     assert "warm" not in after and "step 1/200" in after
 
 
+def test_the_live_view_takes_over_the_history_of_a_resumed_run() -> None:
+    view, _, console, clock = live()
+    rows = [
+        {"step": 0} | EVALUATION,
+        *({"step": n, "time": 1.0} | METRICS | {"reward/mean": n / 10} for n in (1, 2, 3)),
+    ]
+    view.history(rows)
+    text = "\n".join(screen(view, console))
+    assert "step 3/200" in text and "left" not in text, "the time left comes from this process's steps"
+    clock.now += 5
+    view.step(4, METRICS | {"reward/mean": 0.9})
+    text = "\n".join(screen(view, console))
+    shown = {line[1:20].strip(): line[20:].split() for line in text.splitlines()}
+    assert shown["reward"][:2] == ["0.900", "0.100"] and len(shown["reward"][2]) == 4
+    assert shown["held_out accuracy"][:2] == ["0.468", "0.468"]
+
+
 def test_the_live_view_restores_the_terminal_after_an_error() -> None:
     view, stream, _, _ = live()
     before = sys.stdout

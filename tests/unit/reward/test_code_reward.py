@@ -70,6 +70,67 @@ def test_a_function_with_the_expected_results_scores_1(grade: Grade, label: Any)
     assert grade(label, RIGHT).score == 1.0
 
 
+def test_floats_in_a_dictionary_may_differ_by_rounding(grade: Grade) -> None:
+    label = {"fn_name": "f", "inputs": [[]], "outputs": [{"x": [0.3], "y": {"z": 1.5}}]}
+    assert grade(label, "def f(): return {'x': [0.1 + 0.2], 'y': {'z': 1.5}}").detail == "correct"
+    for wrong in ("{'x': [0.31], 'y': {'z': 1.5}}", "{'x': [0.3]}", "{'x': [0.3], 'y': {'z': 1.5}, 'w': 1}"):
+        assert grade(label, f"def f(): return {wrong}").detail == "test 1 of 1: wrong result"
+
+
+NUMPY = """
+    class int64:  # numpy is not in every installation; its scalars and arrays have this method
+        def tolist(self): return 3
+    def f(): return [int64()]
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def f(): return range(3)", [0, 1, 2]),
+        ("def f(): return {'a': deque([1, 2])}", {"a": [1, 2]}),
+        ("def f(): return Fraction(1, 2), Fraction(4, 2)", [0.5, 2]),
+        ("def f(): return Decimal('0.25')", 0.25),
+        ("def f(): return {1: 2}.values()", [2]),
+        ("def f(): return array.array('i', [1, 2])", [1, 2]),
+        (NUMPY, [3]),
+    ],
+)
+def test_results_with_an_obvious_json_form_are_read(grade: Grade, source: str, expected: Any) -> None:
+    label = {"fn_name": "f", "inputs": [[]], "outputs": [expected]}
+    assert grade(label, source).detail == "correct"
+    assert grade(label | {"outputs": [[7]]}, source).detail == "test 1 of 1: wrong result"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "@lru_cache(None)\ndef g(n): return 0 if n == 0 else 1 + g(n - 1)",
+        "def g(n): return 0 if n == 0 else 1 + sorted([n - 1], key=g)[0] * 0 + n - 1",
+        "def g(n): return 0 if n == 0 else 1 + max(map(g, [n - 1]))",
+    ],
+)
+def test_recursion_through_c_reaches_the_recursion_limit(grade: Grade, function: str) -> None:
+    """Recursion through C takes two levels of Python 3.11's recursion limit at a time."""
+    label = {"inputs": ["20000"], "outputs": ["20000"]}
+    assert grade(label, f"{function}\nprint(g(int(input())))").detail == "correct"
+
+
+@pytest.mark.parametrize(
+    ("label", "source", "what"),
+    [
+        ({"inputs": [""], "outputs": ["1 " * 600_000]}, "print('1 ' * 600_000)", "wrong output"),
+        (
+            {"fn_name": "f", "inputs": [[]], "outputs": ["a" * 1_200_000]},
+            "def f(): return 'a' * 1_200_000",
+            "wrong result",
+        ),
+    ],
+)
+def test_the_detail_says_that_an_output_is_too_long(grade: Grade, label: Any, source: str, what: str) -> None:
+    assert grade(label, source).detail == f"test 1 of 1: {what} (only 1 MiB are read)"
+
+
 def test_a_method_of_class_solution_scores_1(grade: Grade) -> None:
     assert grade(CALLS, "class Solution:\n    def add(self, a, b):\n        return a + b").score == 1.0
 
@@ -176,11 +237,14 @@ def test_a_result_file_that_is_a_link_or_a_pipe_is_ignored(grade: Grade) -> None
         ("```\na\n```\nthen\n```py\nb\n```", "b\n"),
         ("```python\na\n```\n```cpp\nint b;\n```", "a\n"),
         ("```python\na\n```\n```python\nunfinished", "a\n"),
+        ("```python\na\n```\nOutput:\n```\n1\n```", "a\n"),
+        ("```py\na\n```\n```Python3\nb\n```\n```\n1\n```\n```text\n2\n```", "b\n"),
+        ("```\na\n```\n```\nb\n```", "b\n"),
         ("print(1)", None),
         ("```python\nprint(1)", None),
     ],
 )
-def test_the_last_complete_block_counts(text: str, source: str | None) -> None:
+def test_the_last_complete_block_counts_and_blocks_marked_python_come_first(text: str, source: str | None) -> None:
     assert last_block(text) == source
 
 

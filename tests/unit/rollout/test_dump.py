@@ -37,6 +37,7 @@ def test_a_dump_has_one_row_per_response(tmp_path: Path) -> None:
         "prompt_id": "train:0",
         "prompt": "1 2 3 > 6 :",
         "prompt_token_ids": [1, 2],
+        "label": None,
         "response": "é 1 + 2",
         "token_ids": [5, 6, 7],
         "sampled_mask": [True, False, True],

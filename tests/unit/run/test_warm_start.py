@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,7 +273,7 @@ def test_a_second_run_takes_the_warm_start_from_the_cache() -> None:
 def test_a_warm_start_with_a_loss_of_nan_is_not_cached() -> None:
     with pytest.raises(UserError, match=r"warm start: the loss is nan at step 1.*lr"):
         start(FakeActors(loss=float("nan")), FakeView())
-    assert not Path("runs/cache").exists()
+    assert not list(Path("runs/cache").glob("warm_start-*"))
 
 
 def test_an_interrupted_warm_start_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +283,7 @@ def test_an_interrupted_warm_start_is_not_cached(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(FakeActors, "export_hf", die)
     with pytest.raises(KeyboardInterrupt):
         start(FakeActors(), FakeView())
-    assert not list(Path("runs/cache").iterdir())
+    assert not list(Path("runs/cache").glob("warm_start-*"))
 
 
 def test_another_second_phase_starts_from_the_cached_first_phase() -> None:
@@ -290,3 +292,24 @@ def test_another_second_phase_starts_from_the_cached_first_phase() -> None:
     start(actors, FakeView(), "warm_start.phases.1.lr=2e-3")
     assert len(actors.steps) == 2
     assert actors.calls[0] == f"load runs/cache/warm_start-1-{key(phases=1)}"
+
+
+def test_two_runs_that_start_together_train_each_phase_once() -> None:
+    """The second run begins while the first trains, and waits for its result."""
+    view, second, folders = FakeView(), FakeActors(), []
+    other = threading.Thread(target=lambda: folders.append(start(second, view)), daemon=True)
+
+    class Slow(FakeActors):
+        def load_hf(self, folder: Path) -> None:
+            super().load_hf(folder)
+            if not self.steps:
+                other.start()
+                while not any("another run is training" in str(told) for told in view.told):
+                    time.sleep(0.01)
+
+    first = Slow()
+    folders.append(start(first, FakeView()))
+    other.join()
+    assert folders[0] == folders[1]
+    assert len(first.steps) + len(second.steps) == 3 + 2
+    assert any("from the cache" in str(told) for told in view.told)

@@ -121,6 +121,8 @@ def test_loss_metrics() -> None:
         "candidate_kept_fraction": (1.0, 2.0),
         "kl": (0.5, 2.0),
         "clamped_fraction": (0.0, 0.0),
+        "rarity/positive/0/weight": (0.0, 0.0),  # left out: a mean over no tokens is not 0
+        "rarity/positive/0.1/weight": (3.0, 2.0),
     }
     assert loss_metrics(parts, 10) == {
         "train/ratio": 1.0,
@@ -130,6 +132,7 @@ def test_loss_metrics() -> None:
         "lpreg/candidate_kept_fraction": 0.5,
         "lpreg/kl": 0.25,
         "lpreg/clamped_fraction": 0.0,
+        "lpreg/rarity/positive/0.1/weight": 1.5,
     }
 
 

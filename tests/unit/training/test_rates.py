@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_rl import loop
+from megatron_rl.run.run import Run
 
 
 def test_a_step_counts_its_own_passes_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,15 +29,16 @@ def test_a_step_counts_its_own_passes_only(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(loop, "update", adds(8.0, ("batch", {})))
     monkeypatch.setattr(loop, "selection_overlap", lambda *_: {})
     run: Any = SimpleNamespace(
+        config=SimpleNamespace(observability=SimpleNamespace(profile=())),
         learner=None,
         actors=actors,
         seed=lambda step: 0,
         release_engines=lambda: None,
-        profiled=lambda step: nullcontext(),
         phase=lambda name: nullcontext(),
         learning_rate=lambda step: 1.0,
         sync_weights=adds(1e15, {"synced": 1.0}),  # the log-prob contract scores samples of the engines
     )
+    run.measured, run._traced = MethodType(Run.measured, run), MethodType(Run._traced, run)
     for step in (1, 2):
-        _, metrics, flops = loop.learn(run, step, "batch")  # type: ignore[arg-type]
-        assert flops == 15.0 and metrics == {"a": 1.0, "synced": 1.0}
+        _, metrics = loop.learn(run, step, "batch")  # type: ignore[arg-type]
+        assert run.step_flops == 15.0 and metrics == {"a": 1.0, "synced": 1.0}

@@ -1,9 +1,21 @@
-const colors = 8;
+const colors = 12;
 const steps = charts.filter(chart => !chart.bars).flatMap(chart => chart.lines.flatMap(line => line.x));
 const lastStep = steps.reduce((most, step) => Math.max(most, step), 1);
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // ---- curves
+
+// In a chart of several runs, the legend names each run once, and shows in grey what dashes mean.
+function legendTraces(chart) {
+  if (!chart.several) return [];
+  const silent = {x: [null], y: [null], mode: "lines", hoverinfo: "skip"};
+  const runs = new Map(chart.lines.map(line => [line.name, line.color]));
+  const kinds = new Map(chart.lines.map(line => [line.kind, line.dash]));
+  return [
+    ...[...runs].map(([name, color]) => ({...silent, name, legendgroup: name, line: {color: css(`--c${color % colors}`), width: 2}})),
+    ...(kinds.size < 2 ? [] : [...kinds].map(([name, dash]) => ({...silent, name, line: {color: css("--soft"), dash, width: 2}}))),
+  ];
+}
 
 function traces(chart) {
   return chart.lines.flatMap(line => {
@@ -17,45 +29,58 @@ function traces(chart) {
       x: line.x, y: line.y, name: line.name, mode: chart.stacked ? "lines" : marks,
       line: {color, dash: line.dash, width: 2}, marker: {size: 5}, hovertemplate: "%{y:.4~g}",
     };
+    if (chart.several) {
+      const kinds = new Set(chart.lines.map(other => other.kind)).size;
+      Object.assign(trace, {legendgroup: line.name, showlegend: false, name: line.name + (kinds > 1 ? `, ${line.kind}` : "")});
+    }
+    if (line.error !== null) {
+      trace.error_y = {type: "data", array: line.error, thickness: 1, width: 3, color};
+    }
     if (chart.stacked) {
       return [{...trace, stackgroup: "all", line: {color, width: 0.5}, fillcolor: color + "b0"}];
     }
-    const silent = {x: line.x, mode: "lines", showlegend: false, hoverinfo: "skip"};
+    const silent = {x: line.x, mode: "lines", showlegend: false, hoverinfo: "skip", legendgroup: trace.legendgroup};
     if (line.low !== null) {
       const edge = {...silent, line: {color, width: 0}};
       return [{...edge, y: line.low}, {...edge, y: line.high, fill: "tonexty", fillcolor: color + "30"}, trace];
     }
     if (line.raw === null) return [trace];
     return [{...silent, y: line.raw, line: {color, width: 1}, opacity: 0.3}, trace];
-  });
+  }).concat(legendTraces(chart));
 }
 
-// Names that do not fit in one row are listed below each other, and the plot leaves room for them.
-const legendRows = names => names.length < 2 ? 0 : names.join("").length > 70 ? names.length : 1;
+// Rows of a legend, for which the plot leaves room. Names that do not fit in one row stand in columns of equal width.
+function legendRows(names, width) {
+  const widths = names.map(name => 7 * name.length + 48);
+  if (names.length < 2) return 0;
+  if (widths.reduce((sum, part) => sum + part) <= width) return 1;
+  return Math.ceil(names.length / Math.max(1, Math.floor(width / Math.max(...widths))));
+}
 
-function frame(names) {
-  const rows = legendRows(names);
+function frame(names, width) {
+  const rows = legendRows(names, width);
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {family: "system-ui, sans-serif", size: 12, color: css("--soft")},
     margin: {l: 44, r: 8, t: rows ? 15 + 19 * rows : 12, b: 30}, hovermode: "x unified",
     hoverlabel: {bgcolor: css("--card"), bordercolor: css("--line"), font: {color: css("--text")}},
     showlegend: rows > 0,
-    legend: {orientation: rows > 1 ? "v" : "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal"},
+    legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal"},
   };
 }
 
-const names = lines => lines.map(line => line.name);
+const names = lines => lines.filter(line => line.showlegend !== false).map(line => line.name);
+const legendNames = chart => names(chart.several ? legendTraces(chart) : chart.lines);
 const axis = () => ({gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true});
 
-function layout(chart) {
+function layout(chart, width) {
   if (chart.bars) {
-    return {...frame(names(chart.lines)), hovermode: "closest", barmode: "stack", xaxis: axis(), yaxis: {...axis(), autorange: "reversed"}};
+    return {...frame(legendNames(chart), width), hovermode: "closest", barmode: "stack", xaxis: {...axis(), title: {text: chart.unit}}, yaxis: {...axis(), autorange: "reversed"}};
   }
   const large = chart.lines.some(line => line.y.some(value => Math.abs(value) >= 1000));
   return {
-    ...frame(names(chart.lines)),
-    xaxis: {...axis(), range: [-0.012 * lastStep, 1.012 * lastStep], hoverformat: "d", unifiedhovertitle: {text: "step %{x}"}},
+    ...frame(legendNames(chart), width),
+    xaxis: {...axis(), title: {text: "step", standoff: 4}, range: [-0.012 * lastStep, 1.012 * lastStep], hoverformat: "d", unifiedhovertitle: {text: "step %{x}"}},
     yaxis: {...axis(), type: chart.log ? "log" : "linear", rangemode: chart.stacked ? "tozero" : "normal",
             exponentformat: large ? "SI" : "e", nticks: 6},
   };
@@ -69,23 +94,26 @@ function themed(value) {
     return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, themed(part)]));
   }
   if (typeof value !== "string" || !value.startsWith("@")) return value;
-  return css(value === "@soft" ? "--soft" : `--c${Number(value.slice(2)) % colors}`);
+  return css(value.startsWith("@c") ? `--c${Number(value.slice(2)) % colors}` : `--${value.slice(1)}`);
 }
 
-function figureLayout(figure) {
-  const {xaxis = {}, yaxis = {}, ...rest} = figure.layout;
-  return {...frame(names(figure.traces)), ...rest, xaxis: {...axis(), ...xaxis}, yaxis: {...axis(), ...yaxis}};
+function figureLayout(figure, width) {
+  const themedAxes = Object.fromEntries(
+    Object.entries({xaxis: {}, yaxis: {}, ...figure.layout}).map(([key, part]) => [key, /^[xy]axis/.test(key) ? {...axis(), ...part} : part]));
+  return {...frame(names(figure.traces), width), ...themedAxes};
 }
 
-function plot(id, height, lines, traces, layout) {
-  document.getElementById(id).style.height = `${height + 19 * Math.max(1, legendRows(names(lines)))}px`;
-  Plotly.react(id, traces, layout, {displayModeBar: false, responsive: true});
+function plot(id, height, legend, traces, layoutFor) {
+  const place = document.getElementById(id), width = place.clientWidth - 52;
+  place.style.height = `${height + 19 * Math.max(1, legendRows(legend, width))}px`;
+  Plotly.react(id, traces, layoutFor(width), {displayModeBar: false, responsive: true});
 }
 
 function draw() {
-  charts.forEach((chart, index) => plot(`plot${index}`, 251, chart.lines, traces(chart), layout(chart)));
+  charts.forEach((chart, index) =>
+    plot(`plot${index}`, 265, legendNames(chart), traces(chart), width => layout(chart, width)));
   figures.forEach((figure, index) =>
-    plot(`figure${index}`, 320, figure.traces, figure.traces.map(themed), figureLayout(figure)));
+    plot(`figure${index}`, figure.height, names(figure.traces), figure.traces.map(themed), width => figureLayout(figure, width)));
 }
 
 // ---- light and dark
@@ -131,8 +159,8 @@ function tokenNode(sample, index) {
 
 function sampleNode(sample) {
   const node = element("div", "sample"), facts = element("div", "facts"), tokens = element("div", "tokens");
-  facts.append(element("b", "", `reward ${sample.reward ?? "none"}`),
-    `, advantage ${sample.advantage}, ${sample.texts.length + sample.cut} tokens, ended by ${sample.finish}` +
+  facts.append(element("b", `badge ${sample.verdict.replace(" ", "-")}`, sample.verdict),
+    ` reward ${sample.reward ?? "none"}, advantage ${sample.advantage}, ${sample.texts.length + sample.cut} tokens, ended by ${sample.finish}` +
     (sample.answer === null ? "" : `, answer ${sample.answer}`) + (sample.detail ? ` (${sample.detail})` : ""));
   // The tokens of a word-level vocabulary contain no spaces.
   const blanks = sample.texts.some(text => /\s/.test(text)) ? "" : " ";
@@ -142,26 +170,59 @@ function sampleNode(sample) {
   return node;
 }
 
-function showGroup(index) {
-  const group = responses[index];
-  document.getElementById("group").selectedIndex = index;
-  document.getElementById("prompt").textContent = group.prompt;
-  document.getElementById("samples").replaceChildren(...group.samples.map(sampleNode));
+function wanted(sample) {
+  const verdict = document.getElementById("verdicts").value;
+  if (verdict === "truncated") return sample.finish === "length";
+  if (verdict === "selected") return sample.marks.some(mark => mark & 2);
+  return verdict === "" || sample.verdict === verdict;
+}
+
+// The responses of a group that the filter and the search leave. A text in the prompt finds all responses to it.
+function chosen(group) {
+  const text = document.getElementById("search").value.toLowerCase();
+  const inPrompt = group.prompt.toLowerCase().includes(text);
+  return group.samples.filter(sample => wanted(sample) && (inPrompt || sample.text.includes(text)));
+}
+
+let shown = [];
+
+function showGroup(place) {
+  const group = shown[place];
+  document.getElementById("group").selectedIndex = place;
+  document.getElementById("prompt").textContent = group ? group.prompt : "";
+  document.getElementById("label").textContent = group && group.label !== null ? `Label: ${group.label}` : "";
+  document.getElementById("samples").replaceChildren(...(group ? chosen(group).map(sampleNode) : []));
+}
+
+function filterGroups() {
+  const select = document.getElementById("group"), before = shown[select.selectedIndex];
+  const several = new Set(responses.map(group => group.run)).size > 1;
+  shown = responses.filter(group => chosen(group).length);
+  select.replaceChildren(...shown.map(group =>
+    element("option", "", `${several ? group.run + ", " : ""}step ${group.step}, ${group.prompt_id}`)));
+  const count = shown.reduce((sum, group) => sum + chosen(group).length, 0);
+  document.getElementById("found").textContent = `${count} responses in ${shown.length} groups`;
+  showGroup(Math.max(0, shown.indexOf(before)));
 }
 
 if (responses.length) {
   const select = document.getElementById("group"), viewer = document.getElementById("viewer");
-  const several = new Set(responses.map(group => group.run)).size > 1;
-  responses.forEach(group =>
-    select.append(element("option", "", `${several ? group.run + ", " : ""}step ${group.step}, ${group.prompt_id}`)));
-  const move = by => showGroup((select.selectedIndex + by + responses.length) % responses.length);
+  for (const group of responses) {
+    for (const sample of group.samples) {
+      const blanks = sample.texts.some(text => /\s/.test(text)) ? "" : " ";
+      sample.text = sample.texts.join(blanks).toLowerCase();
+    }
+  }
+  const move = by => shown.length && showGroup((select.selectedIndex + by + shown.length) % shown.length);
   select.addEventListener("change", () => showGroup(select.selectedIndex));
+  document.getElementById("verdicts").addEventListener("change", filterGroups);
+  document.getElementById("search").addEventListener("input", filterGroups);
   document.getElementById("previous").addEventListener("click", () => move(-1));
   document.getElementById("next").addEventListener("click", () => move(1));
   viewer.addEventListener("keydown", event => {
-    if (event.target === select || !["ArrowLeft", "ArrowRight"].includes(event.key)) return;
+    if (event.target.matches("select, input") || !["ArrowLeft", "ArrowRight"].includes(event.key)) return;
     move(event.key === "ArrowRight" ? 1 : -1);
     event.preventDefault();
   });
-  showGroup(0);
+  filterGroups();
 }
