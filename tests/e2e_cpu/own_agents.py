@@ -22,17 +22,3 @@ async def fails_now_and_then(model: Model, prompt: Prompt) -> None:
     answer = await model.generate(prompt.token_ids)
     if sum(answer.response.token_ids) % 8 == 0:
         raise RuntimeError("the environment is gone")
-
-
-HINT = 3
-"""Token id of an observation."""
-
-
-async def with_hints(model: Model, prompt: Prompt) -> float:
-    """Makes three turns with an observation after each, and then begins anew."""
-    ids = list(prompt.token_ids)
-    for _ in range(3):
-        answer = await model.generate(ids, max_tokens=6)
-        ids += [*answer.response.token_ids.tolist(), HINT]
-    await model.generate(prompt.token_ids, max_tokens=4)
-    return float(sum(ids) % 2)
