@@ -52,6 +52,10 @@ class Response:
         return self.done
 
     @property
+    def sequences(self) -> tuple[Response]:
+        return (self,)
+
+    @property
     def sampled_mask(self) -> np.ndarray:
         return np.broadcast_to(True, self.done)
 

@@ -38,7 +38,7 @@ from megatron_rl.observability.state import KeptView
 from megatron_rl.observability.timing import Phases
 from megatron_rl.observability.view import View
 from megatron_rl.parallel.layout import layout_of
-from megatron_rl.parallel.placement import placement_of
+from megatron_rl.parallel.placement import Placement, placement_of
 from megatron_rl.reward.decode import decoder_of
 from megatron_rl.reward.grader import check_reward, open_grader
 from megatron_rl.reward.grading import Grading
@@ -116,10 +116,7 @@ def open_run(config: Config) -> Iterator[Run]:
     choice = LossChoice.of(config.algorithm)
     loss = choice.make()
     placement = placement_of(config)
-    check_gpus(placement)
-    check_trackers(config)
-    check_engine(config)
-    check_stack(config)
+    _check_machine(config, placement)
     with ExitStack() as stack:
         shown = make_view(config.observability.view, config.train.steps, config.run.name)
         view = stack.enter_context(KeptView(shown, config.run.folder, config.train.steps, config.run.name))
@@ -188,6 +185,14 @@ def open_run(config: Config) -> Iterator[Run]:
         view.phase("sending weights to the engines")
         run.sync_weights()
         yield run
+
+
+def _check_machine(config: Config, placement: Placement) -> None:
+    """Raises UserError if this machine lacks what the configuration asks for."""
+    check_gpus(placement)
+    check_trackers(config)
+    check_engine(config)
+    check_stack(config)
 
 
 def _start(

@@ -25,8 +25,8 @@ WHEELS = (
 )  # fmt: skip
 """Packages that the machine lacks, without their dependencies."""
 ON_THE_MACHINE = (
-    "torch", "numpy", "transformers", "tokenizers", "safetensors", "PyYAML", "packaging", "psutil", "pyarrow", "rich",
-    "aiohttp", "Jinja2",
+    "torch", "numpy", "transformers", "tokenizers", "huggingface_hub", "safetensors", "PyYAML",
+    "packaging", "psutil", "pyarrow", "rich", "aiohttp", "Jinja2",
 )  # fmt: skip
 """Dependencies of the project that the session may import there beside the kit's wheels."""
 LIMIT = 40 * 2**20

@@ -54,8 +54,12 @@ def test_a_configuration_may_be_loaded_before(runs: list[dict[str, Any]]) -> Non
         train(EXAMPLE, ["train.stepz=3"])
 
 
-def test_new_processes_of_a_run_do_not_import_the_script(runs: list[dict[str, Any]]) -> None:
-    main = sys.modules["__main__"]
+def test_new_processes_of_a_run_do_not_import_the_script(
+    runs: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = ModuleType("__main__")
+    main.__file__ = "script.py"
+    monkeypatch.setitem(sys.modules, "__main__", main)
     train(EXAMPLE, ["run.name=mine"])
     assert not any(key.startswith("init_main") for key in runs[0]["spawn"])
     assert any(key.startswith("init_main") for key in get_preparation_data("worker"))

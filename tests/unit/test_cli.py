@@ -116,7 +116,7 @@ def test_an_interrupt_prints_no_traceback(monkeypatch: pytest.MonkeyPatch, capsy
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_rl.config.load_config", interrupt)
+    monkeypatch.setattr("megatron_rl.api.load_config", interrupt)
     assert train() == 130
     assert capsys.readouterr().err == "interrupted\n"
 

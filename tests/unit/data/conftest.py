@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_rl.config.schema import DataSettings
-from megatron_rl.data import PromptSet, load_prompts
+from megatron_rl.data.prompts import PromptSet, load_prompts
 
 
 class WordTokenizer:

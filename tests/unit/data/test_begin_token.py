@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.config.evaluation import Template
-from megatron_rl.data import load_tokenizer
-from megatron_rl.data.tokenizer import begin_ids
+from megatron_rl.data.tokenizer import begin_ids, load_tokenizer
 
 BOS, EOS = "<s>", "</s>"
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.data import Cursor
+from megatron_rl.data.cursor import Cursor
 from megatron_rl.errors import UserError
 
 SIZES = st.integers(1, 40)

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.config.schema import DataSettings
-from megatron_rl.data import load_prompts, load_tokenizer
-from megatron_rl.data.prompts import first_prompt
+from megatron_rl.data.prompts import first_prompt, load_prompts
+from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import UserError
 
 DIGITS = "7" * (sys.get_int_max_str_digits() + 1)

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.config.schema import DataSettings
-from megatron_rl.data import load_prompts
 from megatron_rl.data.limits import Limits
+from megatron_rl.data.prompts import load_prompts
 from megatron_rl.errors import UserError
 from megatron_rl.reward.labels import label_check
 from megatron_rl.types import Prompt

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.config.schema import DataSettings
-from megatron_rl.data import load_prompts
+from megatron_rl.data.prompts import load_prompts
 from megatron_rl.errors import UserError
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2 ?"}]

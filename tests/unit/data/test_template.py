@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.config.schema import DataSettings
-from megatron_rl.data import load_tokenizer
 from megatron_rl.data.prompts import first_prompt
 from megatron_rl.data.template import render
+from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import UserError
 
 WORDS = ["<bos>", "<unk>", "<user>", "<assistant>", "hello", "world"]

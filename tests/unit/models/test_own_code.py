@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.data import load_tokenizer
 from megatron_rl.data.countdown.model import build_tokenizer
+from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import read_config
 from megatron_rl.models.own_code import refuse_own_code
