@@ -151,7 +151,7 @@ def stub_actors(meter: Meter) -> Any:
 
     class StubActors(actors.Actors):
         def __init__(self) -> None:
-            self.ranks, self._flops = [], 0.0
+            self.ranks, self.flops = [], 0.0
             self._model = Architecture.from_hf(read_config(MODEL))
             self.sent_bytes = 0
 

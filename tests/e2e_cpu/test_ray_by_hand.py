@@ -138,7 +138,7 @@ def test_without_ray_address_a_run_starts_its_own_ray(ray_address: str, tmp_path
     """Ray by default would join any cluster that it finds on the machine."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     status, output = _doctor(tmp_path, environment)
-    assert status == 0 and "1 nodes of cluster.nodes: 1, started for this" in output, output
+    assert status == 0 and "1 node of cluster.nodes: 1, started for this" in output, output
 
 
 def _doctor(folder: Path, environment: Mapping[str, str]) -> tuple[int, str]:
