@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ def _init(options: argparse.Namespace) -> None:
         print("megatron-rl init NAME, with NAME one of", *known, sep="\n  ")
         return
     if options.name not in known:
+        from difflib import get_close_matches
+
         near = get_close_matches(options.name, known, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"there is nothing to start from named {options.name}{hint} `megatron-rl init` lists all names")
