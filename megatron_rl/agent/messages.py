@@ -65,6 +65,11 @@ def _call(call: Any) -> Message:
     }
 
 
+def well_formed(text: str) -> str:
+    """Returns the text with a question mark for each lone surrogate, which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
+
+
 def key_of(message: Message) -> str:
     """Returns a text that is equal for messages that count as the same: white space around an answer does not count,
     because clients strip it."""

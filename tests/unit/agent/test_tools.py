@@ -61,6 +61,55 @@ def test_code_that_never_ends_or_ends_the_process_costs_the_names_only() -> None
     assert answers[3:] == ["error: the code ended the process; all names are gone", "2\n"]
 
 
+def test_calls_at_the_same_time_share_one_process_and_get_their_own_answers() -> None:
+    async def run() -> list[str]:
+        async with PythonTool() as box:
+            answers = await asyncio.gather(
+                *(box.python(f"x{i} = {i}\nimport os\n(x{i}, os.getpid())") for i in range(4))
+            )
+            return [*answers, await box.python("x0 + x1 + x2 + x3, os.getpid()")]
+
+    *answers, last = asyncio.run(run())
+    (process,) = {answer.split(", ")[1] for answer in [*answers, last]}
+    assert [answer.split(",")[0] for answer in answers] == ["(0", "(1", "(2", "(3"] and last == f"(6, {process}"
+
+
+def test_a_cancelled_call_ends_the_process_and_its_output_is_no_other_call_s() -> None:
+    async def run() -> list[str]:
+        async with PythonTool() as box:
+            await box.python("x = 1")
+            call = asyncio.create_task(box.python("import time\ntime.sleep(0.5)\nprint('cancelled')"))
+            await asyncio.sleep(0.1)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            return [await box.python("2"), await box.python("x")]
+
+    second, name = asyncio.run(run())
+    assert second == "2\n" and name.startswith("NameError")
+
+
+def test_code_that_writes_and_reads_the_standard_files_gets_its_own_answer() -> None:
+    forged = (
+        "import os\nfor i in range(20):\n    try: os.write(i, b'\"forged\"\\nx')\n    except OSError: pass\nprint('a')"
+    )
+    assert python(forged, "'b'", "os.read(0, 9)", "'c'") == ["a\n", "'b'\n", "b''\n", "'c'\n"]
+
+
+def test_lone_surrogates_in_what_code_prints_are_replaced() -> None:
+    assert python("print('a' + chr(0xd800))") == ["a?\n"]
+
+
+def test_a_closed_tool_refuses_calls() -> None:
+    async def run() -> None:
+        async with PythonTool() as box:
+            pass
+        await box.python("1")
+
+    with pytest.raises(RuntimeError, match="async with"):
+        asyncio.run(run())
+
+
 def test_tools_describe_themselves() -> None:
     async def describe() -> list[Any]:
         async with PythonTool() as box:
