@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from megatron_rl.agent.messages import BadRequest
-from megatron_rl.agent.session import Answer, LimitReached, Session, SessionClosed
+from megatron_rl.agent.session import LIMIT_CODE, Answer, LimitReached, Session, SessionClosed
 
 LARGEST_REQUEST = 64 * 2**20
 """Bytes of a request; a history of a million tokens has a few MB."""
@@ -79,7 +79,7 @@ class ModelServer:
         except BadRequest as error:
             return _error(_Refused(400, "invalid_request_error", str(error)))
         except LimitReached as error:
-            return _error(_Refused(400, "context_length_exceeded", str(error)))
+            return _error(_Refused(400, LIMIT_CODE, str(error)))
         except SessionClosed as error:
             return _error(_Refused(410, "session_closed", str(error)))
         whole = self._completion(session, asked, answer)

@@ -18,6 +18,10 @@ Sample = Callable[[Ids, SamplingParams], Awaitable[Response]]
 """Asks the engines for one response to a prompt."""
 
 
+LIMIT_CODE = "context_length_exceeded"
+"""OpenAI's code of the error that clients get in the place of LimitReached."""
+
+
 class LimitReached(Exception):
     """The rollout may not call the model again. It ends as a truncated response, unless the agent returns a reward."""
 
@@ -135,11 +139,13 @@ class Session:
         return first_tokens(response, low, "stop")
 
     def recorded(self, prompt: tuple[int, ...], reward: RewardResult | None) -> AgentResponse:
-        """Returns the rollout, with the text of its newest sequence in the reward."""
+        """Returns the rollout, with the text of its newest sequence in the reward. It is truncated if its last answer is,
+        or if it has reached a limit and has no reward."""
         if reward is not None and not reward.text:
             ids = self.recording.newest.tolist()
             reward = replace(reward, text=str(self.tokenizer.decode(ids, skip_special_tokens=True)))
-        return self.recording.response(prompt, "length" if self.limit_reached or self._truncated else "stop", reward)
+        truncated = self._truncated or (self.limit_reached and reward is None)
+        return self.recording.response(prompt, "length" if truncated else "stop", reward)
 
 
 def first_tokens(response: Response, count: int, reason: Any) -> Response:

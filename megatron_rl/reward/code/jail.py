@@ -115,8 +115,8 @@ def _serve_session() -> None:
     """Runs one piece of code after another. Like a notebook, it shows the value of a last line that is an expression,
     and the last line of a traceback.
 
-    An answer begins with the token of its request, by which the caller knows it. The standard files lead nowhere for the
-    code, so that code that reads or writes them directly does not disturb the channel of requests and answers.
+    An answer begins with the token of its request, by which the caller knows it. The standard files lead nowhere for
+    the code, so that code that reads or writes them directly does not disturb the channel of requests and answers.
     """
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -15,11 +15,13 @@ from megatron_rl.agent import rollouts as module
 from megatron_rl.agent.model import Model
 from megatron_rl.agent.resolve import load_agent
 from megatron_rl.agent.rollouts import AgentRollouts
+from megatron_rl.agent.session import LimitReached
 from megatron_rl.config.agent import AgentSettings
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
+from megatron_rl.reward.agent import no_reward
 from megatron_rl.reward.grading import Grading
-from megatron_rl.types import AgentResponse, Prompt, RewardResult
+from megatron_rl.types import AgentResponse, Prompt, RewardResult, Sample
 from tests.unit.agent.kit import TextEngines, sampling, tokenizer
 
 PROMPT = Prompt("p", (5, 6), "ab", "ok")
@@ -104,6 +106,51 @@ def test_failures_are_counted_outcomes() -> None:
         assert detail in response.reward.detail
     assert "test_rollouts.py, line" in one(fails).reward.detail
     assert one(fails).num_sampled_tokens == 3
+
+
+def test_only_the_limit_itself_makes_a_truncated_response_and_other_errors_after_it_count() -> None:
+    async def fails_after_the_limit(model: Model, prompt: Prompt) -> float:
+        try:
+            return await talk(model, prompt)
+        except LimitReached:
+            return 1 / 0
+
+    async def handles_the_limit(model: Model, prompt: Prompt) -> float:
+        try:
+            return await talk(model, prompt)
+        except LimitReached:
+            return 0.25
+
+    async def leaves_it_to_the_verifier(model: Model, prompt: Prompt) -> None:
+        await handles_the_limit(model, prompt)
+
+    async def in_a_task_group(model: Model, prompt: Prompt) -> float:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(talk(model, prompt))
+        return 1.0
+
+    failed = one(fails_after_the_limit, max_turns=2)
+    assert failed.reward.outcome == "error" and "ZeroDivisionError" in failed.reward.detail
+    handled = one(handles_the_limit, max_turns=2)
+    assert handled.reward.score == 0.25 and handled.finish_reason == "stop"
+    assert one(handles_the_limit, max_tokens=4).finish_reason == "length"  # its last answer is cut
+    for agent in (leaves_it_to_the_verifier, in_a_task_group):
+        response = one(agent, max_turns=2)
+        assert response.reward is None and response.finish_reason == "length"
+
+
+def test_an_agent_that_should_give_the_reward_and_returns_none_has_failed() -> None:
+    async def forgets(model: Model, prompt: Prompt) -> None:
+        await talk(model, prompt)
+
+    def graded(**limits: Any) -> RewardResult:
+        response = one(forgets, **limits)
+        text = tokenizer().decode(response.token_ids.tolist())
+        return no_reward(Sample(PROMPT, response, text))
+
+    forgotten = graded()
+    assert forgotten.outcome == "error" and "returns no score" in forgotten.detail
+    assert graded(max_turns=2) == RewardResult(0.0, detail="truncated")
 
 
 def test_an_agent_that_ignores_its_cancellation_gets_no_more_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,9 @@ PROMPT = Prompt("p", (5, 6), "ab", "ok")
 USER = [{"role": "user", "content": "ab"}]
 CALL = '<tool_call>{"name": "f", "arguments": {"x": "é"}}</tool_call>'
 
+ended: list[AgentResponse] = []
+"""The rollouts of `during`, also of those whose check has failed."""
+
 
 async def post(model: Model, /, key: str | None = None, **body: Any) -> tuple[int, Any]:
     headers = {"Authorization": f"Bearer {model.api_key if key is None else key}"}
@@ -41,14 +44,16 @@ def during(check: Callable[[Model], Any], answer: str = "abc", max_turns: int = 
             await check(model)
         except BaseException as error:
             errors.append(error)
+            raise
         return 1.0
 
     settings = AgentSettings(function="my:agent", max_turns=max_turns)
     with AgentRollouts(settings, agent, TextEngines(lambda text: answer), tokenizer(), 5000) as rollouts:
         ((response,),) = rollouts.generate([PROMPT], sampling())
+    assert isinstance(response, AgentResponse)
+    ended.append(response)
     if errors:
         raise errors[0]
-    assert isinstance(response, AgentResponse)
     return response
 
 
@@ -152,8 +157,14 @@ def test_a_limit_of_the_rollout_is_an_error_that_ends_it_as_truncated() -> None:
         assert (await post(model))[0] == 200
         status, answer = await post(model)
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        error = RuntimeError("as the openai package raises it")
+        error.code = answer["error"]["code"]  # type: ignore[attr-defined]
+        raise error
 
-    assert during(check, max_turns=1).finish_reason == "length"
+    with pytest.raises(RuntimeError):
+        during(check, max_turns=1)
+    response = ended[-1]
+    assert response.reward is None and response.finish_reason == "length"
 
 
 def test_many_clients_at_a_time() -> None:
