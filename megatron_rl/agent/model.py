@@ -42,19 +42,20 @@ class Model:
         *,
         tools: Sequence[Tool] = (),
         max_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Message:
-        """Returns the model's answer to the messages, as a message to append to them. Raises LimitReached."""
+        """Returns the model's answer to the messages, as a message to append to them. `stop`: a text or texts that end
+        the answer. Raises LimitReached."""
         schemas = [schema_of(tool) for tool in tools]
         answer = await self.session.chat(messages, tools=schemas, max_tokens=max_tokens, stop=stop)
         assert answer.message is not None
         return answer.message
 
     async def generate(
-        self, token_ids: Sequence[int], *, max_tokens: int | None = None, stop: Sequence[str] = ()
+        self, token_ids: Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = ()
     ) -> Answer:
         """Returns what the model writes after these tokens. To go on, give them back followed by the answer's
-        `response.token_ids` and your own. Raises LimitReached."""
+        `response.token_ids` and your own. Raises LimitReached, and ValueError for what is no token id."""
         return await self.session.generate(token_ids, max_tokens=max_tokens, stop=stop)
 
     async def use_tools(

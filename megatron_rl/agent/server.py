@@ -143,15 +143,12 @@ async def _json_of(request: web.Request) -> Json:
 async def _answer(session: Session, asked: Json) -> Answer:
     """Temperature, top-p and the like are those of the run, whatever the client asks for: the loss needs the log-probs
     of the policy as it is."""
-    stop = asked.get("stop") or ()
     most = asked.get("max_completion_tokens") or asked.get("max_tokens")
     if not (most is None or (isinstance(most, int) and most > 0)):
         raise BadRequest(f"max_tokens: {most!r} is not a number above 0")
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(text, str) and text for text in stops):
-        raise BadRequest("stop: a text or a list of texts is expected")
+    stop = () if asked.get("stop") is None else asked["stop"]
     tools = None if asked.get("tool_choice") == "none" else asked.get("tools")
-    return await session.chat(asked.get("messages"), tools=tools, max_tokens=most, stop=stops)
+    return await session.chat(asked.get("messages"), tools=tools, max_tokens=most, stop=stop)
 
 
 def _log_probs(session: Session, answer: Answer) -> list[Json]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.agent.conversation import Conversation
-from megatron_rl.agent.messages import BadRequest, Message, normalised
+from megatron_rl.agent.messages import BadRequest, Message, normalised, well_formed
 from megatron_rl.agent.recording import Recording
 from megatron_rl.types import AgentResponse, Ids, Response, RewardResult, SamplingParams
 
@@ -62,10 +62,10 @@ class Session:
         self._conversation = Conversation(tokenizer)
         self._sample, self._sampling, self._limits = sample, sampling, limits
         self._turns, self._truncated = 0, False
+        self._vocabulary = len(tokenizer)
+        """Token ids are below this number. A model may sample ids that its tokenizer does not have."""
 
-    async def chat(
-        self, messages: Any, *, tools: Any = None, max_tokens: int | None = None, stop: Sequence[str] = ()
-    ) -> Answer:
+    async def chat(self, messages: Any, *, tools: Any = None, max_tokens: int | None = None, stop: Any = ()) -> Answer:
         """Answers messages of the OpenAI chat format. Raises BadRequest, LimitReached or SessionClosed."""
         if not self.tokenizer.chat_template:
             raise BadRequest(
@@ -73,24 +73,27 @@ class Session:
             )
         known = normalised(messages)
         prompt = self._conversation.prompt(known, tools)
-        answer = await self.generate(prompt, max_tokens=max_tokens, stop=stop)
+        answer = await self._answer(prompt, max_tokens, stop)
         message = self._conversation.answered(known, tools, prompt, answer.response, answer.text)
         return replace(answer, message=message)
 
-    async def generate(self, prompt: Any, *, max_tokens: int | None = None, stop: Sequence[str] = ()) -> Answer:
-        """Continues token ids. `stop`: texts that end the answer; their tokens are kept as they were sampled.
+    async def generate(self, prompt: Any, *, max_tokens: int | None = None, stop: Any = ()) -> Answer:
+        """Continues token ids. `stop`: a text or texts that end the answer; their tokens are kept as they were sampled.
 
-        Raises BadRequest, LimitReached or SessionClosed.
+        Raises ValueError for what are no tokens of the vocabulary, BadRequest, LimitReached or SessionClosed.
         """
-        ids = np.asarray(prompt, dtype=np.int32)
-        if ids.ndim != 1 or not len(ids):
-            raise BadRequest("the prompt must have at least one token")
+        return await self._answer(_token_ids(prompt, self._vocabulary), max_tokens, stop)
+
+    async def _answer(self, ids: Ids, max_tokens: int | None, stop: Any) -> Answer:
+        stop = _stop_texts(stop)
         sampling = self._next(len(ids), max_tokens, stop)
         response = await self._sample(ids, sampling)
         if self.closed:
             raise SessionClosed("the rollout has ended")
         if stop:
             response = self._cut(response, stop)
+        response = self._within_limit(response)
+        self._vocabulary = max(self._vocabulary, int(response.token_ids.max(initial=0)) + 1)
         self.recording.add(ids, response)
         self._truncated = response.finish_reason == "length"
         text = str(self.tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True))
@@ -121,6 +124,19 @@ class Session:
             stop_token_ids=(*self._sampling.stop_token_ids, *ends),
         )
 
+    def _within_limit(self, response: Response) -> Response:
+        """Returns the response up to the limit of the rollout's sampled tokens, which calls at the same time share."""
+        left = self._sampling.max_tokens - self.recording.num_sampled_tokens
+        if len(response) <= left:
+            return response
+        if left < 1:
+            self.limit_reached = True
+            raise LimitReached(
+                f"calls at the same time have sampled all {self._sampling.max_tokens} tokens of the rollout "
+                "(rollout.max_response_tokens)"
+            )
+        return first_tokens(response, left, "length")
+
     def _single_tokens(self, stop: Sequence[str]) -> list[int]:
         """Stop texts that are tokens end the sampling in the engine; others are found in its answer."""
         encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in stop]
@@ -139,8 +155,8 @@ class Session:
         return first_tokens(response, low, "stop")
 
     def recorded(self, prompt: tuple[int, ...], reward: RewardResult | None) -> AgentResponse:
-        """Returns the rollout, with the text of its newest sequence in the reward. It is truncated if its last answer is,
-        or if it has reached a limit and has no reward."""
+        """Returns the rollout, with the text of its newest sequence in the reward. The rollout is truncated if its last
+        answer is, or if it has reached a limit and has no reward."""
         if reward is not None and not reward.text:
             ids = self.recording.newest.tolist()
             reward = replace(reward, text=str(self.tokenizer.decode(ids, skip_special_tokens=True)))
@@ -158,6 +174,34 @@ def first_tokens(response: Response, count: int, reason: Any) -> Response:
         tuple(change for change in response.version_changes if change[0] < count),
         response.sampled_mask[:count],
     )
+
+
+def _token_ids(prompt: Any, vocabulary: int) -> Ids:
+    """Returns the prompt as an array. Raises ValueError unless it has whole numbers from 0 to below `vocabulary` only."""
+    if not isinstance(prompt, np.ndarray):
+        prompt = list(prompt)
+        for token in prompt:
+            if isinstance(token, bool | str | bytes) or not hasattr(token, "__index__"):
+                raise ValueError(f"token {token!r} is not a whole number: a prompt is a list of token ids")
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError("the prompt must be a list with at least one token")
+    if ids.dtype.kind not in "iuO":
+        raise ValueError(f"token {ids[0]!r} is not a whole number: a prompt is a list of token ids")
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(wrong):
+        raise ValueError(f"token {wrong[0]} is not in the vocabulary of {vocabulary} tokens")
+    return ids.astype(np.int32)
+
+
+def _stop_texts(stop: Any) -> tuple[str, ...]:
+    """Returns the stop texts as a tuple. Raises BadRequest for anything but a text or several."""
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, list | tuple) or not all(isinstance(text, str) and text for text in stops):
+        raise BadRequest(f"stop: {stop!r}, but a text or a list of texts is expected, none of them empty")
+    if any(well_formed(text) != text for text in stops):
+        raise BadRequest("stop: a text has a lone surrogate, which no token has")
+    return tuple(stops)
 
 
 def _place(text: str, stop: Sequence[str]) -> int | None:
