@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.agent.messages import BadRequest, Message, answer_of, for_template, key_of
+from megatron_rl.agent.messages import BadRequest, Message, answer_of, for_template, key_of, well_formed
 from megatron_rl.types import Ids, Response
 
 PLACEHOLDER = "answer-7f3a9c"
@@ -102,6 +102,8 @@ class Conversation:
             raise BadRequest(f"the chat template refuses these messages: {type(error).__name__}: {error}") from error
 
     def _encode(self, text: str) -> Ids:
+        if well_formed(text) != text:
+            raise BadRequest("the messages or tools have a lone surrogate (half of a character), which no token has")
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
 

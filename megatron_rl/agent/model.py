@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.agent.messages import MALFORMED, Message
+from megatron_rl.agent.messages import MALFORMED, Message, well_formed
 from megatron_rl.agent.session import Answer, Session
 from megatron_rl.types import Prompt, RewardResult
 
@@ -100,6 +100,6 @@ async def call_tool(tools: Sequence[Tool], call: Message) -> str:
         return f"error: wrong arguments for {name}: {error}"
     try:
         result = tool(**values)
-        return str(await result if inspect.isawaitable(result) else result)
+        return well_formed(str(await result if inspect.isawaitable(result) else result))
     except Exception as error:  # the model learns from the errors of its tools
-        return f"error: {type(error).__name__}: {error}"
+        return well_formed(f"error: {type(error).__name__}: {error}")

@@ -177,7 +177,7 @@ def first_tokens(response: Response, count: int, reason: Any) -> Response:
 
 
 def _token_ids(prompt: Any, vocabulary: int) -> Ids:
-    """Returns the prompt as an array. Raises ValueError unless it has whole numbers from 0 to below `vocabulary` only."""
+    """Returns the prompt as an array. Raises ValueError if anything in it is no number below `vocabulary`."""
     if not isinstance(prompt, np.ndarray):
         prompt = list(prompt)
         for token in prompt:

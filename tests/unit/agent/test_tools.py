@@ -125,6 +125,30 @@ def call(text: str) -> str:
     return asyncio.run(call_tool([calculator], written))
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def test_what_a_tool_returns_or_raises_has_no_lone_surrogate() -> None:
+    def half(fails: bool) -> str:
+        if fails:
+            raise ValueError("\ud800")
+        return "a\ud800"
+
+    def answer(fails: bool) -> str:
+        asked = {"function": {"name": "half", "arguments": json.dumps({"fails": fails})}}
+        return asyncio.run(call_tool([half], asked))
+
+    assert answer(fails=False) == "a?" and answer(fails=True) == "error: ValueError: ?"
+    (written,) = answer_of('<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>', with_tools=True)[
+        "tool_calls"
+    ]
+    assert written["function"]["arguments"] == '{"x": "?"}'
+
+
 def test_what_a_policy_calls_wrongly_is_an_observation() -> None:
     right: dict[str, Any] = {"name": "calculator", "arguments": {"expression": "2 + 3"}}
     assert call(json.dumps(right)) == "5"
@@ -133,5 +157,7 @@ def test_what_a_policy_calls_wrongly_is_an_observation() -> None:
     assert "ZeroDivisionError" in call(json.dumps(right | {"arguments": {"expression": "1/0"}}))
     for malformed in ("{", "[]", "3", '{"name": 3, "arguments": {}}', '{"name": "calculator"}', json.dumps(right)[:-1]):
         assert "not JSON of the form" in call(malformed)
+    for deep in ("[" * 1000, "[" * 100_000, json.dumps(right | {"arguments": {"expression": nested(300)}})):
+        assert "not JSON of the form" in call(deep)
     assert answer_of("<tool_call>{</tool_call>", with_tools=True)["tool_calls"][0]["function"]["name"] == MALFORMED
     assert "tool_calls" not in answer_of("<tool_call>{", with_tools=True)
