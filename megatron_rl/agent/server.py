@@ -76,6 +76,8 @@ class ModelServer:
             answer = await _answer(session, asked)
         except _Refused as error:
             return _error(error)
+        except RecursionError:
+            return _error(_Refused(400, "invalid_request_error", "the request is nested too deeply"))
         except BadRequest as error:
             return _error(_Refused(400, "invalid_request_error", str(error)))
         except LimitReached as error:
@@ -97,7 +99,7 @@ class ModelServer:
         """The session whose key the request has. Whether a session exists is not told without a key."""
         session = self._sessions.get(request.match_info["id"])
         key = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if session is None or not compare_digest(key.encode(), session.key.encode()):
+        if session is None or not compare_digest(key.encode(errors="replace"), session.key.encode()):
             raise _Refused(401, "invalid_api_key", "there is no open session with this id and key")
         return session
 
@@ -106,6 +108,8 @@ class ModelServer:
             raise _Refused(
                 404, "model_not_found", f"model: {asked.get('model')!r}, but there is {self.model_name!r} only"
             )
+        if not isinstance(asked.get("stream_options"), dict | None):
+            raise BadRequest(f"stream_options: {asked['stream_options']!r} is not an object")
         if asked.get("n") not in (None, 1):
             raise BadRequest(f"n: {asked['n']!r}, but a request has one answer; make several requests")
 
@@ -133,7 +137,7 @@ class ModelServer:
 async def _json_of(request: web.Request) -> Json:
     try:
         asked = await request.json()
-    except ValueError as error:
+    except (ValueError, LookupError) as error:  # also bytes that are not in the request's character set
         raise BadRequest(f"the request is not JSON: {error}") from error
     if not isinstance(asked, dict):
         raise BadRequest("the request is not a JSON object")
@@ -143,9 +147,11 @@ async def _json_of(request: web.Request) -> Json:
 async def _answer(session: Session, asked: Json) -> Answer:
     """Temperature, top-p and the like are those of the run, whatever the client asks for: the loss needs the log-probs
     of the policy as it is."""
-    most = asked.get("max_completion_tokens") or asked.get("max_tokens")
-    if not (most is None or (isinstance(most, int) and most > 0)):
-        raise BadRequest(f"max_tokens: {most!r} is not a number above 0")
+    given = {name: asked[name] for name in ("max_completion_tokens", "max_tokens") if asked.get(name) is not None}
+    for name, count in given.items():
+        if type(count) is not int or count < 1:
+            raise BadRequest(f"{name}: {count!r} is not a whole number above 0")
+    most = next(iter(given.values()), None)
     stop = () if asked.get("stop") is None else asked["stop"]
     tools = None if asked.get("tool_choice") == "none" else asked.get("tools")
     return await session.chat(asked.get("messages"), tools=tools, max_tokens=most, stop=stop)

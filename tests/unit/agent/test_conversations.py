@@ -106,7 +106,10 @@ def test_a_conversation_that_goes_on_is_one_sequence_with_the_ids_that_were_samp
     )
 
 
-@pytest.mark.parametrize("text", ["[" * 1000, '{"name": "f", "arguments": {"x": %s1%s}}' % ("[" * 900, "]" * 900)])
+DEEP = "[" * 900 + "]" * 900
+
+
+@pytest.mark.parametrize("text", ["[" * 1000, f'{{"name": "f", "arguments": {{"x": {DEEP}}}}}'])
 def test_a_conversation_goes_on_after_a_call_that_is_nested_too_deeply(text: str) -> None:
     async def sample(prompt: Ids, sampling: SamplingParams) -> Response:
         return written(f"<tool_call>{text}</tool_call>")
