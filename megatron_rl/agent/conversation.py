@@ -13,7 +13,14 @@ from megatron_rl.types import Ids, Response
 
 PLACEHOLDER = "answer-7f3a9c"
 """Stands for an answer, to find what a template writes after it."""
+CHARACTERS_PER_TOKEN = 32
+"""A conversation that has more characters for each token of the engine's context certainly does not fit, and is not
+tokenised, which would keep all rollouts waiting. Ordinary texts have 2 to 5 characters per token."""
 Decode = Callable[[Sequence[int]], str]
+
+
+class TooLong(Exception):
+    """A conversation that does not fit into the engine's context."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,8 +41,9 @@ class _Turn:
 class Conversation:
     """The chat turns of one rollout, in any order: a history may branch from any of them."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer`: a Hugging Face tokenizer with a chat template."""
+    def __init__(self, tokenizer: Any, sequence_tokens: int) -> None:
+        """`tokenizer`: a Hugging Face tokenizer with a chat template. `sequence_tokens`: the engine's context."""
+        self._most_characters = sequence_tokens * CHARACTERS_PER_TOKEN
         self._tokenizer = tokenizer
         self._turns: list[_Turn] = []
 
@@ -44,9 +52,14 @@ class Conversation:
         and what the template adds to it. Messages that extend none are rendered and tokenised as a whole.
 
         A template that shows an earlier answer differently now, such as without its thinking, makes another
-        conversation. Raises BadRequest if the template refuses the messages.
+        conversation. Raises BadRequest if the template refuses the messages, and TooLong if they cannot fit.
         """
         text = self._render(messages, tools)
+        if len(text) > self._most_characters:
+            raise TooLong(
+                f"the conversation has {len(text)} characters, more than {CHARACTERS_PER_TOKEN} for each token that a "
+                "sequence may have (data.max_prompt_tokens + rollout.max_response_tokens)"
+            )
         keys = [key_of(message) for message in messages]
         for turn in sorted(reversed(self._turns), key=lambda turn: -len(turn.keys)):
             count = len(turn.keys)

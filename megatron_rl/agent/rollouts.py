@@ -68,7 +68,7 @@ class AgentRollouts:
         """`sequence_tokens`: most tokens of a context and its response together."""
         self.settings, self.agent, self.engines, self.tokenizer = settings, agent, engines, tokenizer
         self._limits = Limits(settings.max_turns, sequence_tokens)
-        self._server = ModelServer(settings.host, MODEL_NAME)
+        self._server = ModelServer(settings.host, MODEL_NAME, sequence_tokens)
         self._changed = threading.Condition()
         """Guards the two fields below, which both threads use."""
         self._queue: deque[_Request] = deque()

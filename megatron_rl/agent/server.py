@@ -12,11 +12,14 @@ from typing import Any
 
 from aiohttp import web
 
+from megatron_rl.agent.conversation import CHARACTERS_PER_TOKEN
 from megatron_rl.agent.messages import BadRequest
 from megatron_rl.agent.session import LIMIT_CODE, Answer, LimitReached, Session, SessionClosed
 
-LARGEST_REQUEST = 64 * 2**20
-"""Bytes of a request; a history of a million tokens has a few MB."""
+BYTES_PER_TOKEN = 8 * CHARACTERS_PER_TOKEN
+"""Bytes of a request for each token of the engine's context: JSON may write a character with 6 bytes."""
+SMALLEST_LIMIT = 2**20
+"""Bytes that a request may have in any case."""
 Json = dict[str, Any]
 
 
@@ -31,7 +34,9 @@ class _Refused(Exception):
 class ModelServer:
     """Serves the open sessions. All methods run on one event loop."""
 
-    def __init__(self, host: str, model_name: str) -> None:
+    def __init__(self, host: str, model_name: str, sequence_tokens: int) -> None:
+        """`sequence_tokens`: the engine's context, by which the size of requests is limited."""
+        self._largest_request = max(sequence_tokens * BYTES_PER_TOKEN, SMALLEST_LIMIT)
         self.host, self.model_name = host, model_name
         self._sessions: dict[str, Session] = {}
         self._port = 0
@@ -40,7 +45,7 @@ class ModelServer:
         """Listens on a free port. Raises OSError if that is not possible."""
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each session may hold a connection
-        app = web.Application(client_max_size=LARGEST_REQUEST)
+        app = web.Application(client_max_size=self._largest_request)
         app.router.add_post("/sessions/{id}/v1/chat/completions", self._completions)
         app.router.add_get("/sessions/{id}/v1/models", self._models)
         self._runner = web.AppRunner(app, access_log=None)
@@ -71,7 +76,7 @@ class ModelServer:
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         try:
             session = self._session_of(request)
-            asked = await _json_of(request)
+            asked = await self._json_of(session, request)
             self._check(asked)
             answer = await _answer(session, asked)
         except _Refused as error:
@@ -103,6 +108,17 @@ class ModelServer:
             raise _Refused(401, "invalid_api_key", "there is no open session with this id and key")
         return session
 
+    async def _json_of(self, session: Session, request: web.Request) -> Json:
+        try:
+            asked = await request.json()
+        except (ValueError, LookupError) as error:  # also bytes that are not in the request's character set
+            raise BadRequest(f"the request is not JSON: {error}") from error
+        except web.HTTPRequestEntityTooLarge as error:
+            raise session.limit(f"the request has more than {self._largest_request} bytes") from error
+        if not isinstance(asked, dict):
+            raise BadRequest("the request is not a JSON object")
+        return asked
+
     def _check(self, asked: Json) -> None:
         if asked.get("model") != self.model_name:
             raise _Refused(
@@ -132,16 +148,6 @@ class ModelServer:
                 "total_tokens": answer.prompt_tokens + count,
             },
         }
-
-
-async def _json_of(request: web.Request) -> Json:
-    try:
-        asked = await request.json()
-    except (ValueError, LookupError) as error:  # also bytes that are not in the request's character set
-        raise BadRequest(f"the request is not JSON: {error}") from error
-    if not isinstance(asked, dict):
-        raise BadRequest("the request is not a JSON object")
-    return asked
 
 
 async def _answer(session: Session, asked: Json) -> Answer:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.agent.conversation import Conversation
+from megatron_rl.agent.conversation import Conversation, TooLong
 from megatron_rl.agent.messages import BadRequest, Message, normalised, well_formed
 from megatron_rl.agent.recording import Recording
 from megatron_rl.types import AgentResponse, Ids, Response, RewardResult, SamplingParams
@@ -59,7 +59,7 @@ class Session:
         self.tokenizer = tokenizer
         self.recording, self.limit_reached = Recording(), False
         self.closed = False
-        self._conversation = Conversation(tokenizer)
+        self._conversation = Conversation(tokenizer, limits.sequence_tokens)
         self._sample, self._sampling, self._limits = sample, sampling, limits
         self._turns, self._truncated = 0, False
         self._vocabulary = len(tokenizer)
@@ -72,7 +72,10 @@ class Session:
                 "the model's tokenizer has no chat template: use `model.generate`, or another model folder"
             )
         known = normalised(messages)
-        prompt = self._conversation.prompt(known, tools)
+        try:
+            prompt = self._conversation.prompt(known, tools)
+        except TooLong as error:
+            raise self.limit(str(error)) from error
         answer = await self._answer(prompt, max_tokens, stop)
         message = self._conversation.answered(known, tools, prompt, answer.response, answer.text)
         return replace(answer, message=message)
@@ -108,8 +111,7 @@ class Session:
         unsampled = self._sampling.max_tokens - self.recording.num_sampled_tokens
         left = min(unsampled, self._limits.sequence_tokens - prompt_tokens)
         if self._turns >= self._limits.turns or left < 1:
-            self.limit_reached = True
-            raise LimitReached(
+            raise self.limit(
                 f"the rollout has had {self._turns} of {self._limits.turns} turns (rollout.agent.max_turns), may "
                 f"sample {max(unsampled, 0)} more tokens (rollout.max_response_tokens), and asks for an answer after "
                 f"{prompt_tokens} tokens, of {self._limits.sequence_tokens} that a sequence may have "
@@ -124,14 +126,18 @@ class Session:
             stop_token_ids=(*self._sampling.stop_token_ids, *ends),
         )
 
+    def limit(self, message: str) -> LimitReached:
+        """Notes that the rollout has reached a limit, and returns the error to raise."""
+        self.limit_reached = True
+        return LimitReached(message)
+
     def _within_limit(self, response: Response) -> Response:
         """Returns the response up to the limit of the rollout's sampled tokens, which calls at the same time share."""
         left = self._sampling.max_tokens - self.recording.num_sampled_tokens
         if len(response) <= left:
             return response
         if left < 1:
-            self.limit_reached = True
-            raise LimitReached(
+            raise self.limit(
                 f"calls at the same time have sampled all {self._sampling.max_tokens} tokens of the rollout "
                 "(rollout.max_response_tokens)"
             )

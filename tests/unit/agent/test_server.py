@@ -11,8 +11,10 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
+from megatron_rl.agent.conversation import CHARACTERS_PER_TOKEN, Conversation
 from megatron_rl.agent.model import Model
 from megatron_rl.agent.rollouts import AgentRollouts
+from megatron_rl.agent.server import SMALLEST_LIMIT
 from megatron_rl.config.agent import AgentSettings
 from megatron_rl.types import AgentResponse, Prompt
 from tests.unit.agent.kit import TOOLS, TextEngines, sampling, tokenizer
@@ -210,6 +212,19 @@ def test_a_limit_of_the_rollout_is_an_error_that_ends_it_as_truncated() -> None:
         during(check, max_turns=1)
     response = ended[-1]
     assert response.reward is None and response.finish_reason == "length"
+
+
+@pytest.mark.parametrize("count", [CHARACTERS_PER_TOKEN * 5000, 4 * SMALLEST_LIMIT])
+def test_a_conversation_that_cannot_fit_is_refused_without_being_tokenised(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(model: Model) -> None:
+        monkeypatch.setattr(Conversation, "_encode", None)
+        status, answer = await post(model, messages=[{"role": "user", "content": "a" * count}])
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert model.session.limit_reached
+
+    assert during(check).num_sampled_tokens == 0
 
 
 def test_many_clients_at_a_time() -> None:
