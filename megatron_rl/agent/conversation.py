@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +48,9 @@ class Conversation:
         self._most_characters = sequence_tokens * CHARACTERS_PER_TOKEN
         self._tokenizer = tokenizer
         self._turns: list[_Turn] = []
+        self._special = _pattern_of_special_tokens(tokenizer)
+        self._cut = f"cut{secrets.token_hex(8)}"
+        """Stands between the parts of a text that are tokenised apart. No text has it by chance."""
 
     def prompt(self, messages: list[Message], tools: Any) -> Ids:
         """Returns the ids that the model continues: those of the longest known conversation that the messages extend,
@@ -105,7 +110,7 @@ class Conversation:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    [for_template(message) for message in messages],
+                    [for_template(self._harmless(message)) for message in messages],
                     tools=tools or None,
                     add_generation_prompt=True,
                     tokenize=False,
@@ -117,7 +122,22 @@ class Conversation:
     def _encode(self, text: str) -> Ids:
         if well_formed(text) != text:
             raise BadRequest("the messages or tools have a lone surrogate (half of a character), which no token has")
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+        parts = [self._tokenizer.encode(part, add_special_tokens=False) for part in text.split(self._cut)]
+        return np.asarray([token for part in parts for token in part], dtype=np.int32)
+
+    def _harmless(self, message: Message) -> Message:
+        """Returns the message with every special token that a user or tool wrote cut in two, so that it is tokenised as
+        text: only the template may end a message or begin another."""
+        if message["role"] in ("system", "developer", "assistant"):
+            return message
+        cut = self._special.sub(lambda found: found[0][0] + self._cut + found[0][1:], message["content"])
+        return message | {"content": cut}
+
+
+def _pattern_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in tokens if len(token) > 1) or r"(?!)")
 
 
 def _squeezed(text: str) -> str:
