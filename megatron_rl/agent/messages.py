@@ -78,10 +78,10 @@ def well_formed(text: str) -> str:
 
 def key_of(message: Message) -> str:
     """Returns a text that is equal for messages that count as the same: white space around an answer does not count,
-    because clients strip it."""
+    because clients strip it, nor does the way in which the JSON of arguments is written."""
     content = message["content"]
     stripped = content.strip() if message["role"] == "assistant" else content
-    return json.dumps(message | {"content": stripped}, sort_keys=True)
+    return json.dumps(for_template(message) | {"content": stripped}, sort_keys=True)
 
 
 def for_template(message: Message) -> Message:

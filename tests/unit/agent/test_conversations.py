@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.agent.messages import MALFORMED, for_template, normalised
+from megatron_rl.agent.messages import MALFORMED, for_template, key_of, normalised
 from megatron_rl.agent.session import Session
 from megatron_rl.batching.sequences import sequences_of
 from megatron_rl.types import Ids, Response, SamplingParams
@@ -133,6 +133,7 @@ def test_arguments_of_a_tool_call_may_be_an_object() -> None:
         return message
 
     assert known({"x": "é"}) == known('{"x": "é"}')
+    assert key_of(known('{"x":"\\u00e9"}')) == key_of(known({"x": "é"})) != key_of(known({"x": "e"}))
     assert for_template(known({"x": "é"}))["tool_calls"][0]["function"]["arguments"] == {"x": "é"}
 
 
