@@ -11,6 +11,7 @@ from secrets import compare_digest
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import PayloadEncodingError
 
 from megatron_rl.agent.conversation import CHARACTERS_PER_TOKEN
 from megatron_rl.agent.messages import BadRequest
@@ -111,7 +112,7 @@ class ModelServer:
     async def _json_of(self, session: Session, request: web.Request) -> Json:
         try:
             asked = await request.json()
-        except (ValueError, LookupError) as error:  # also bytes that are not in the request's character set
+        except (ValueError, LookupError, PayloadEncodingError, web.RequestPayloadError) as error:
             raise BadRequest(f"the request is not JSON: {error}") from error
         except web.HTTPRequestEntityTooLarge as error:
             raise session.limit(f"the request has more than {self._largest_request} bytes") from error

@@ -163,6 +163,7 @@ def test_bad_requests_are_refused_and_nothing_is_recorded(
     [
         ({}, b"[" * 100_000, 400),
         ({}, b"\xff", 400),
+        ({"Content-Encoding": "gzip"}, b"{}", 400),
         ({"Content-Type": "application/json; charset=none"}, b"{}", 400),
         ({"Authorization": "Bearer \udcff\udcfe"}, b"{}", 401),
     ],
