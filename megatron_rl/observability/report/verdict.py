@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_rl.observability.metrics import Row, series
 from megatron_rl.observability.summary import signed, suite_metrics
-from megatron_rl.utils.format import number
+from megatron_rl.utils.format import counted, number
 
 from .intervals import Difference, difference, per_problem
 from .run_data import Group, RunData
@@ -25,18 +25,23 @@ def verdict(groups: Sequence[Group]) -> list[str]:
 
 
 def _of_one(group: Group) -> list[str]:
-    lines = []
+    lines, single = [], []
     for suite, metrics in suite_metrics(group.runs[0].rows).items():
         for metric in (name for name in metrics if name.startswith(("avg@", "pass@"))):
             steps = _common_steps(group.runs, f"eval/{suite}/{metric}")
             if len(steps) < 2:
+                single += [
+                    f"{_measure(metric)} on {suite} is {number(_mean(group.runs, f'eval/{suite}/{metric}', step))} at "
+                    f"step {step}, the only evaluation."
+                    for step in steps
+                ]
                 continue
             first, last = (_mean(group.runs, f"eval/{suite}/{metric}", steps[i]) for i in (0, -1))
             change = _compared(group.runs, group.runs, suite, metric, steps[-1], steps[0])
             lines.append(f"{_measure(metric)} on {suite} {_moved(first, last, change)} by step {steps[-1]}.")
     rows = group.runs[0].rows
     if not lines:
-        lines += _trend(rows, "reward/mean", "The training reward", "")
+        lines = single + (_trend(rows, "reward/mean", "The training reward", "") or _few_steps(rows))
     return lines + _trend(rows, "entropy/token_mean", "The entropy of training", " nats")
 
 
@@ -92,6 +97,17 @@ def _trend(rows: Sequence[Row], metric: str, name: str, unit: str) -> list[str]:
     first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
     steps = "step" if tenth == 1 else f"{tenth} steps"
     return [f"{name} went from {number(first)} to {number(last)}{unit} (means of the first and the last {steps})."]
+
+
+def _few_steps(rows: Sequence[Row]) -> list[str]:
+    """Returns a sentence about the training reward of a run with too few steps for a trend; nothing before step 1."""
+    steps, values = len({row["step"] for row in rows if row["step"] > 0}), series(rows, "reward/mean")[1]
+    if not steps:
+        return []
+    if not values:
+        return [f"{counted(steps, 'step')} of training: no reward has been logged."]
+    reward = number(values[0]) if len(values) == 1 else f"from {number(values[0])} to {number(values[-1])}"
+    return [f"{counted(steps, 'step')} of training, too few to state a trend. The training reward: {reward}."]
 
 
 def _measure(metric: str) -> str:

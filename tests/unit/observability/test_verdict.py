@@ -136,3 +136,26 @@ def test_the_figure_of_rare_tokens_has_a_line_per_run_and_panel_and_each_name_on
 
 def test_a_run_without_these_metrics_has_no_such_figure(run_folder: Path) -> None:
     assert not rarity_figure(group_runs([read_run(run_folder)])).traces
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines"),
+    [
+        ([], []),
+        ([{"step": 0, "eval/s/avg@2": 0.25}], ["Accuracy (avg@2) on s is 0.250 at step 0, the only evaluation."]),
+        (
+            [{"step": 1, "reward/mean": 0.5}],
+            ["1 step of training, too few to state a trend. The training reward: 0.500."],
+        ),
+        (
+            [{"step": step, "reward/mean": step / 10} for step in (1, 2, 3)],
+            ["3 steps of training, too few to state a trend. The training reward: from 0.100 to 0.300."],
+        ),
+        ([{"step": 1, "train/loss": 0.5}], ["1 step of training: no reward has been logged."]),
+    ],
+)
+def test_a_short_run_is_said_to_be_short(tmp_path: Path, rows: list[dict[str, float]], lines: list[str]) -> None:
+    run = RunData(tmp_path, rows, "", {})
+    assert verdict(group_runs([run])) == lines
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ("Nothing can be said yet" in write_report(tmp_path).read_text()) == (not lines)
