@@ -13,9 +13,13 @@ from .run_data import Group, RunData
 
 
 def verdict(groups: Sequence[Group]) -> list[str]:
-    """Returns what the runs show, most important first; of a single group what changed, of several how they differ."""
-    if len(groups) == 1:
-        return _of_one(groups[0])
+    """Returns what the runs show, most important first; of a single group what changed, of several how they differ.
+    The last lines tell of samples without a reward."""
+    failures = [line for group in groups for line in _failures(group, f" of {group.label}" if len(groups) > 1 else "")]
+    return (_of_one(groups[0]) if len(groups) == 1 else _of_several(groups)) + failures
+
+
+def _of_several(groups: Sequence[Group]) -> list[str]:
     lines = [line for other in groups[1:] for line in _of_two(groups[0], other)]
     if not lines:
         return ["No suite has been evaluated by two of these methods yet, so nothing can be said of their difference."]
@@ -108,6 +112,17 @@ def _few_steps(rows: Sequence[Row]) -> list[str]:
         return [f"{counted(steps, 'step')} of training: no reward has been logged."]
     reward = number(values[0]) if len(values) == 1 else f"from {number(values[0])} to {number(values[-1])}"
     return [f"{counted(steps, 'step')} of training, too few to state a trend. The training reward: {reward}."]
+
+
+def _failures(group: Group, of_group: str) -> list[str]:
+    """Returns a sentence about the samples that got no reward, if there were any in a step."""
+    parts = []
+    for metric, what in (("reward/timeout_fraction", "timed out"), ("reward/error_fraction", "ended in an error")):
+        shares = [share for run in group.runs for share in series(run.rows, metric)[1]]
+        if any(shares):
+            mean, most = number(sum(shares) / len(shares)), number(max(shares))
+            parts.append(f"a share of {mean} {what} (mean over the steps, at most {most})")
+    return [f"Some samples{of_group} got no reward: {' and '.join(parts)}."] if parts else []
 
 
 def _measure(metric: str) -> str:
