@@ -129,8 +129,12 @@ def answer(root: Path, address: str) -> str | None:
 def server(root: Path, port: int) -> ThreadingHTTPServer:
     """Returns a server on 127.0.0.1 that is ready to serve. Port 0 takes a free one.
 
-    Raises UserError if there are no runs, or the port is taken.
+    Raises UserError if there are no runs, the port is taken, or there is no such port.
     """
+    if not 0 <= port <= 65535:
+        raise UserError(
+            f"port {port}: there is no such port. Choose one from 1 to 65535 with --port, or 0 for a free one."
+        )
     run_folders(root)
 
     class Handler(BaseHTTPRequestHandler):

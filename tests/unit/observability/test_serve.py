@@ -120,3 +120,6 @@ def test_folders_without_runs_and_taken_ports_are_errors(
     assert main(["view", str(tmp_path / "empty"), "--port", "0"]) == 2
     assert "holds no runs" in capsys.readouterr().err
     assert main(["view", str(tmp_path / "nowhere")]) == 2
+    for number in ("-1", "99999"):
+        assert main(["view", str(runs), "--port", number]) == 2
+        assert f"port {number}: there is no such port" in capsys.readouterr().err
