@@ -32,7 +32,7 @@ def _init(options: argparse.Namespace) -> None:
         from difflib import get_close_matches
 
         near = get_close_matches(options.name, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise UserError(f"there is nothing to start from named {options.name}{hint} `megatron-rl init` lists all names")
     written = write_start(known[options.name], options.output)
     print(*written, sep="\n")

@@ -53,6 +53,7 @@ _VERL = {
     "data.truncation": "data.long_prompts",
     "data.filter_overlong_prompts": "data.long_prompts",
     "algorithm.adv_estimator": "algorithm.advantage",
+    "algorithm.kl_ctrl.kl_coef": "algorithm.reference_kl.coefficient",
     "algorithm.filter_groups.enable": "rollout.dynamic_sampling",
     "trainer.total_training_steps": "train.steps",
     "trainer.save_freq": "train.save_every",

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_rl.observability.metrics import Row
-from megatron_rl.observability.view import Metrics, TimeLeft, View
+from megatron_rl.observability.view import FAILURE_METRICS, Metrics, TimeLeft, View
 from megatron_rl.utils.format import ASCII_BLOCKS, BLOCKS, duration, number, sparkline
 
 REFRESH_PER_SECOND = 2
@@ -34,6 +34,8 @@ STEP_ROWS = {
     "perf/tokens_per_second": "tokens/s",
     "perf/model_flops_utilisation": "actor's utilisation",
 }
+FAILURE_ROWS = {name: label for label, name in FAILURE_METRICS}
+RECORDED = ("reward/mean", *FAILURE_ROWS, *STEP_ROWS)
 
 
 class LiveView(View):
@@ -73,7 +75,7 @@ class LiveView(View):
         for row in rows:
             self._step = max(self._step, row["step"])
             self.eval(row["step"], {name: value for name, value in row.items() if name.startswith("eval/")})
-            for name in ("reward/mean", *STEP_ROWS):
+            for name in RECORDED:
                 self._record(name, row.get(name))
 
     def phase(self, name: str) -> None:
@@ -88,7 +90,7 @@ class LiveView(View):
         self._warm_start = None
         self._step = step
         self._time_left.step(step)
-        for name in ("reward/mean", *STEP_ROWS):
+        for name in RECORDED:
             self._record(name, metrics.get(name))
 
     def eval(self, step: int, metrics: Metrics) -> None:
@@ -152,9 +154,13 @@ class LiveView(View):
         return table
 
     def _rows(self) -> list[tuple[str, str]]:
-        """Returns metric and label of each row with a value: reward, the first suites' evaluations, other metrics."""
-        evaluations = [name for name in list(self._history) if name.startswith("eval/")][:MAX_EVALUATION_ROWS]
+        """Returns metric and label of each row with a value: reward, shares of failed samples if some failed, the first
+        suites' evaluations, other metrics."""
+        failures = {name: label for name, label in FAILURE_ROWS.items() if any(self._history.get(name, ()))}
+        most = MAX_EVALUATION_ROWS - len(failures)
+        evaluations = [name for name in list(self._history) if name.startswith("eval/")][:most]
         labels = {"reward/mean": "reward"} if self._warm_start is None else {WARM_START_LOSS: WARM_START_LOSS}
+        labels |= failures
         for name in evaluations:
             suite, metric = name.removeprefix("eval/").rsplit("/", 1)
             labels[name] = f"{suite} {'accuracy' if metric.startswith('avg@') else metric}"

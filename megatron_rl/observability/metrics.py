@@ -105,7 +105,7 @@ def _read_lines(path: Path) -> list[tuple[Row, str]]:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if index == len(lines) - 1:
                 break
             raise UserError(f"{path}:{index + 1}: not a line of metrics. Delete the line and try again.") from error

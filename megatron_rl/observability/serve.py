@@ -76,13 +76,20 @@ def run_line(name: str, folder: Path, now: float) -> RunLine:
 
 
 def start_page(root: Path) -> str:
-    """Returns the table of all runs, those that changed last first."""
+    """Returns the table of all runs, those that changed last first. The line of a broken run says what is broken."""
     now = time.time()
-    lines = [run_line(name, folder, now) for name, folder in run_folders(root).items()]
+    lines = [_line(name, folder, now) for name, folder in run_folders(root).items()]
     lines.sort(key=lambda line: -line.changed)
     ages = {line.name: duration(now - line.changed) for line in lines if line.changed}
     page = environment().get_template("runs.html.j2")
     return page.render(runs=lines, ages=ages, folder=str(root), refresh=REFRESH_SECONDS)
+
+
+def _line(name: str, folder: Path, now: float) -> RunLine:
+    try:
+        return run_line(name, folder, now)
+    except UserError as error:
+        return RunLine(name, "", "", "", "", f"broken: {error}", "", _changed(folder))
 
 
 def report_page(folders: Sequence[Path]) -> str:
@@ -122,8 +129,12 @@ def answer(root: Path, address: str) -> str | None:
 def server(root: Path, port: int) -> ThreadingHTTPServer:
     """Returns a server on 127.0.0.1 that is ready to serve. Port 0 takes a free one.
 
-    Raises UserError if there are no runs, or the port is taken.
+    Raises UserError if there are no runs, the port is taken, or there is no such port.
     """
+    if not 0 <= port <= 65535:
+        raise UserError(
+            f"port {port}: there is no such port. Choose one from 1 to 65535 with --port, or 0 for a free one."
+        )
     run_folders(root)
 
     class Handler(BaseHTTPRequestHandler):

@@ -19,7 +19,9 @@ from types import TracebackType
 from typing import Self
 
 import psutil
+from pydantic import TypeAdapter, ValidationError
 
+from megatron_rl.errors import UserError
 from megatron_rl.observability.metrics import Row, read_metrics, series
 from megatron_rl.observability.view import Metrics, PlainView, View
 from megatron_rl.utils.files import atomically
@@ -150,11 +152,15 @@ def _ending(state: State, error: BaseException | None) -> str:
 
 def read_state(folder: Path) -> State | None:
     """Returns the state of a run; None for a run of an earlier version. A run whose process has vanished from this
-    machine has ended."""
+    machine has ended. Raises UserError if the file is broken; keys of a later version are left out."""
     path = folder / FILE_NAME
     if not path.is_file():
         return None
-    state = State(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        state = TypeAdapter(State).validate_json(path.read_bytes())
+    except ValidationError as error:
+        what = "; ".join(": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())
+        raise UserError(f"{path}: not the state of a run ({what}). Move the file away and try again.") from error
     if state.ended is None and state.host == socket.gethostname() and not psutil.pid_exists(state.pid):
         return replace(state, ended=f"killed in the phase {state.phase!r}: its process {state.pid} has vanished")
     return state

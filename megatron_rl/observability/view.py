@@ -25,6 +25,8 @@ PLAIN_METRICS = (
     ("selected", "lpreg/selected_fraction"),
     ("tokens/s", "perf/tokens_per_second"),
 )
+FAILURE_METRICS = (("timeouts", "reward/timeout_fraction"), ("errors", "reward/error_fraction"))
+"""Shares of the samples that got no reward. Views show them only if they are above zero."""
 
 
 class View:
@@ -116,6 +118,9 @@ class PlainView(View):
         self._time_left.step(step)
         if self._is_time(anyway=step % PLAIN_EVERY_STEPS == 0 or step in (1, self._total)):
             values = [f"{label}={number(metrics[name])}" for label, name in PLAIN_METRICS if name in metrics]
+            values += [
+                f"{label}={number(share)}" for label, name in FAILURE_METRICS if (share := metrics.get(name) or 0) > 0
+            ]
             left = f"left={_compact(self._time_left.seconds())}"
             self.message(" ".join([f"step={step}/{self._total}", *values, left]))
 

@@ -28,6 +28,9 @@ def push_to_hub(run_folder: Path | str, repository: str, *, private: bool = Fals
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    # The HTTP library of the Hub's client differs between its versions. A failed connection raises the base of this
+    # error, which that library defines.
+    http_error: type[BaseException] = HfHubHTTPError.__bases__[0]
     folder = _export(Path(run_folder))
     write_card(Path(run_folder), folder / CARD)
     api = HfApi()
@@ -36,7 +39,7 @@ def push_to_hub(run_folder: Path | str, repository: str, *, private: bool = Fals
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by megatron-rl"))
     except HFValidationError as error:
         raise UserError(f"{repository}: not a name on the Hub: {error}; give OWNER/NAME") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (http_error, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"{repository}: the Hub did not take the upload: {error}\nAre you logged in (`hf auth login`), may you "
             f"write there, and can this machine reach the Hub? The export with its card is {folder}"
@@ -56,15 +59,21 @@ def write_card(run_folder: Path, output: Path | None = None) -> Path:
 def model_card(run_folder: Path) -> str:
     """Returns the card as text: metadata of the Hub, what was trained and how, and the results before and after.
 
-    Raises UserError if the folder holds no run.
+    Raises UserError if the folder holds no run, or its configuration lacks what the card tells.
     """
     try:
         text = (run_folder / CONFIG).read_text(encoding="utf-8")
         config = read_expanded(text)
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{run_folder}: holds no run: {CONFIG} cannot be read ({error})") from error
-    name, method = config["run"]["name"], config["algorithm"]["name"]
-    base, data = hub_name(config["model"]["path"]), hub_name(config["data"]["train"])
+    try:
+        name, method, reward = config["run"]["name"], str(config["algorithm"]["name"]), config["reward"]["name"]
+        base, data = hub_name(config["model"]["path"]), hub_name(config["data"]["train"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{run_folder / CONFIG}: not the complete configuration of a run: the card needs run.name, "
+            "algorithm.name, reward.name, model.path and data.train. Restore the file that the run wrote"
+        ) from error
     rows = read_metrics(run_folder)
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     metadata |= {"base_model": base} if _on_hub(base) else {}
@@ -77,7 +86,7 @@ def model_card(run_folder: Path) -> str:
             f"---\n{dump_yaml(metadata)}---\n",
             f"# {name}\n",
             f"`{base}`, trained by reinforcement learning with verifiable rewards: {last} steps with the method "
-            f"`{method}` on `{data}`, graded by `{config['reward']['name']}`.",
+            f"`{method}` on `{data}`, graded by `{reward}`.",
             "The software is megatron-rl, an implementation of Lp-Reg (arXiv 2510.03222) on Megatron-core.\n",
             *_results(before_and_after(rows)),
             "## Settings\n",

@@ -19,9 +19,11 @@ from megatron_rl.errors import UserError
 def atomically(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to, and moves the result to `path` if the block ends without an error.
 
-    Readers therefore find either the old file or the complete new one. Raises UserError if the file system refuses the
-    write (full, read-only, not permitted).
+    Readers therefore find either the old file or the complete new one. Raises UserError if the path is a folder, or the
+    file system refuses the write (full, read-only, not permitted).
     """
+    if not path.name or path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder. Give the path of a file.")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,17 +13,18 @@ from .run_data import Group, RunData
 
 
 def charts_of(groups: Sequence[Group]) -> list[Chart]:
-    """Returns every chart for which some run has data.
+    """Returns every chart for which some run has data, without those that are shown only above zero and are not.
 
     For a single group these are the charts of `build_charts`. Several groups share the charts, with one colour each and
     a chart per suite.
     """
     own = [_with_seeds(group) for group in groups]
     if len(own) == 1:
-        return own[0]
+        return [chart for chart in own[0] if chart.is_shown]
     split = [[part for chart in charts for part in _by_suite(chart)] for charts in own]
     titles = dict.fromkeys(chart.title for charts in split for chart in charts)
-    return [_side_by_side(title, groups, split) for title in titles]
+    charts = [_side_by_side(title, groups, split) for title in titles]
+    return [chart for chart in charts if chart.is_shown]
 
 
 def _with_seeds(group: Group) -> list[Chart]:

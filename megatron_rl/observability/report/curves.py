@@ -54,6 +54,12 @@ class Chart:
     """Whether the axis is logarithmic, for values that span orders of magnitude."""
     several: bool = False
     """Whether colours stand for runs and dashes for kinds of lines."""
+    only_above_zero: bool = False
+    """Whether a report leaves the chart out if all its values are zero."""
+
+    @property
+    def is_shown(self) -> bool:
+        return not self.only_above_zero or any(value > 0 for line in self.lines for value in line.high or line.y)
 
     @property
     def words(self) -> str:
@@ -122,6 +128,18 @@ def _reward(rows: Sequence[Row]) -> Chart:
         "Mean reward of a step's rollouts, which training maximises.",
         _train(rows, "reward", "reward/mean"),
         unit="per response",
+    )
+
+
+def _failures(rows: Sequence[Row]) -> Chart:
+    return Chart(
+        "Samples without a reward",
+        "Samples whose grading took too long or ended in an error. Baseline and loss leave them out.",
+        _train(rows, "timed out", "reward/timeout_fraction")
+        + _train(rows, "error", "reward/error_fraction", color=1, dash="dash"),
+        {"solid": "timed out", "dash": "error"},
+        unit="share of 1",
+        only_above_zero=True,
     )
 
 
@@ -288,6 +306,7 @@ def _phases(rows: Sequence[Row]) -> Chart:
 
 _CHARTS: tuple[Callable[[Sequence[Row]], Chart], ...] = (
     _reward,
+    _failures,
     _accuracy,
     _entropy,
     _probes,

@@ -102,9 +102,11 @@ def _label(runs: list[RunData]) -> str:
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     if not path.exists():
         return "", {}
-    text = path.read_text(encoding="utf-8", errors="replace")
     try:
+        text = path.read_text(encoding="utf-8", errors="replace")
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}. Correct the file, or move it away.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}. Correct the file, or move it away.") from error
     return text, config if isinstance(config, dict) else {}

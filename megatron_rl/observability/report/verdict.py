@@ -6,16 +6,20 @@ from collections.abc import Sequence
 
 from megatron_rl.observability.metrics import Row, series
 from megatron_rl.observability.summary import signed, suite_metrics
-from megatron_rl.utils.format import number
+from megatron_rl.utils.format import counted, number
 
 from .intervals import Difference, difference, per_problem
 from .run_data import Group, RunData
 
 
 def verdict(groups: Sequence[Group]) -> list[str]:
-    """Returns what the runs show, most important first; of a single group what changed, of several how they differ."""
-    if len(groups) == 1:
-        return _of_one(groups[0])
+    """Returns what the runs show, most important first; of a single group what changed, of several how they differ.
+    The last lines tell of samples without a reward."""
+    failures = [line for group in groups for line in _failures(group, f" of {group.label}" if len(groups) > 1 else "")]
+    return (_of_one(groups[0]) if len(groups) == 1 else _of_several(groups)) + failures
+
+
+def _of_several(groups: Sequence[Group]) -> list[str]:
     lines = [line for other in groups[1:] for line in _of_two(groups[0], other)]
     if not lines:
         return ["No suite has been evaluated by two of these methods yet, so nothing can be said of their difference."]
@@ -25,18 +29,23 @@ def verdict(groups: Sequence[Group]) -> list[str]:
 
 
 def _of_one(group: Group) -> list[str]:
-    lines = []
+    lines, single = [], []
     for suite, metrics in suite_metrics(group.runs[0].rows).items():
         for metric in (name for name in metrics if name.startswith(("avg@", "pass@"))):
             steps = _common_steps(group.runs, f"eval/{suite}/{metric}")
             if len(steps) < 2:
+                single += [
+                    f"{_measure(metric)} on {suite} is {number(_mean(group.runs, f'eval/{suite}/{metric}', step))} at "
+                    f"step {step}, the only evaluation."
+                    for step in steps
+                ]
                 continue
             first, last = (_mean(group.runs, f"eval/{suite}/{metric}", steps[i]) for i in (0, -1))
             change = _compared(group.runs, group.runs, suite, metric, steps[-1], steps[0])
             lines.append(f"{_measure(metric)} on {suite} {_moved(first, last, change)} by step {steps[-1]}.")
     rows = group.runs[0].rows
     if not lines:
-        lines += _trend(rows, "reward/mean", "The training reward", "")
+        lines = single + (_trend(rows, "reward/mean", "The training reward", "") or _few_steps(rows))
     return lines + _trend(rows, "entropy/token_mean", "The entropy of training", " nats")
 
 
@@ -92,6 +101,28 @@ def _trend(rows: Sequence[Row], metric: str, name: str, unit: str) -> list[str]:
     first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
     steps = "step" if tenth == 1 else f"{tenth} steps"
     return [f"{name} went from {number(first)} to {number(last)}{unit} (means of the first and the last {steps})."]
+
+
+def _few_steps(rows: Sequence[Row]) -> list[str]:
+    """Returns a sentence about the training reward of a run with too few steps for a trend; nothing before step 1."""
+    steps, values = len({row["step"] for row in rows if row["step"] > 0}), series(rows, "reward/mean")[1]
+    if not steps:
+        return []
+    if not values:
+        return [f"{counted(steps, 'step')} of training: no reward has been logged."]
+    reward = number(values[0]) if len(values) == 1 else f"from {number(values[0])} to {number(values[-1])}"
+    return [f"{counted(steps, 'step')} of training, too few to state a trend. The training reward: {reward}."]
+
+
+def _failures(group: Group, of_group: str) -> list[str]:
+    """Returns a sentence about the samples that got no reward, if there were any in a step."""
+    parts = []
+    for metric, what in (("reward/timeout_fraction", "timed out"), ("reward/error_fraction", "ended in an error")):
+        shares = [share for run in group.runs for share in series(run.rows, metric)[1]]
+        if any(shares):
+            mean, most = number(sum(shares) / len(shares)), number(max(shares))
+            parts.append(f"a share of {mean} {what} (mean over the steps, at most {most})")
+    return [f"Some samples{of_group} got no reward: {' and '.join(parts)}."] if parts else []
 
 
 def _measure(metric: str) -> str:

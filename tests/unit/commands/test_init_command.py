@@ -57,6 +57,11 @@ def test_an_unknown_name_gets_the_nearest(capsys: Output) -> None:
     assert "did you mean qwen3-14b/lp_reg_paper_o" in capsys.readouterr().err
 
 
+def test_a_name_like_no_other_gets_a_whole_sentence(capsys: Output) -> None:
+    assert main(["init", "zzz"]) == 2
+    assert "named zzz. `megatron-rl init` lists all names" in capsys.readouterr().err
+
+
 def test_comments_are_kept(capsys: Output) -> None:
     assert main(["init", "qwen3-14b/grpo_on"]) == 0
     assert Path("paper.yaml").read_bytes() == (examples() / "recipes/paper.yaml").read_bytes()

@@ -36,6 +36,7 @@ def test_the_keys_of_trl_are_those_of_its_configuration() -> None:
         ("generate_max_len=4", "generate_max_len of OpenRLHF is rollout.max_response_tokens here"),
         ("actor_rollout_ref.rollout.n=4", "of verl is rollout.samples_per_prompt here"),
         ("data.train_batch_size=4", "data.train_batch_size of verl is rollout.prompts_per_step here"),
+        ("algorithm.kl_ctrl.kl_coef=0.1", "of verl is algorithm.reference_kl.coefficient here"),
         ("trainer.total_training_steps=4", "of verl is train.steps here"),
         ("--kl-loss-coef=0.1", "of slime is algorithm.reference_kl.coefficient here"),
         ("algorithm.beta=0.1", "did you mean algorithm.lp_reg.beta?; algorithm.beta of TRL is algorithm.reference_kl"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
+from megatron_rl.cli import main
 from megatron_rl.errors import UserError
 from megatron_rl.observability.report import write_report
 from megatron_rl.observability.report.curves import build_charts
@@ -123,6 +124,20 @@ def test_missing_folders_and_broken_files_are_errors(run_folder: Path) -> None:
     (run_folder / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml"):
         write_report(run_folder)
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", "folder"])
+def test_a_folder_as_output_is_an_error(
+    run_folder: Path,
+    tmp_path: Path,
+    output: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(run_folder), "--output", output]) == 2
+    assert f"cannot write {output}: it is a folder" in capsys.readouterr().err
 
 
 def test_a_failed_write_keeps_the_old_report(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

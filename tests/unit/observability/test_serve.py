@@ -91,6 +91,26 @@ def test_a_broken_run_is_an_error_in_words(port: int, runs: Path) -> None:
     assert status == 500 and "not valid YAML" in text
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("config.yaml", "{", "config.yaml: not valid YAML"),
+        ("metrics.jsonl", "[]\n{}\n", "metrics.jsonl:1: not a line of metrics"),
+        ("state.json", '{"total_st', "state.json: not the state of a run"),
+        ("state.json", "[]", "state.json: not the state of a run"),
+        ("state.json", "{}", "state.json: not the state of a run (total_steps: Field required"),
+    ],
+)
+def test_the_line_of_a_broken_run_says_what_is_broken(port: int, runs: Path, file: str, text: str, words: str) -> None:
+    (runs / "one" / file).write_text(text)
+    status, page = get(port, "/")
+    assert status == 200 and f"broken: {runs / 'one'}" in page and words in page
+    assert "two &amp; three" in page and "200 of 200" in page
+    assert get(port, "/run/two%20%26%20three")[0] == 200
+    status, page = get(port, "/run/one")
+    assert status == 500 and words in page
+
+
 def test_folders_without_runs_and_taken_ports_are_errors(
     runs: Path, port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,3 +120,6 @@ def test_folders_without_runs_and_taken_ports_are_errors(
     assert main(["view", str(tmp_path / "empty"), "--port", "0"]) == 2
     assert "holds no runs" in capsys.readouterr().err
     assert main(["view", str(tmp_path / "nowhere")]) == 2
+    for number in ("-1", "99999"):
+        assert main(["view", str(runs), "--port", number]) == 2
+        assert f"port {number}: there is no such port" in capsys.readouterr().err

@@ -54,6 +54,23 @@ def test_stops_interrupts_and_errors_are_told_apart_and_logged(tmp_path: Path) -
     assert "Traceback" in (tmp_path / "error" / LOG).read_text()
 
 
+@pytest.mark.parametrize("text", ['{"total_st', "[]", "{}", '{"total_steps": "many"}', "\xff"])
+def test_the_status_of_a_broken_state_names_the_file(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "state.json").write_text(text, encoding="latin-1")
+    assert main(["status", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'state.json'}: not the state of a run" in capsys.readouterr().err
+
+
+def test_keys_of_a_later_version_are_left_out(tmp_path: Path) -> None:
+    with kept(tmp_path) as view:
+        view.open()
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"new": 1}))
+    assert ended(tmp_path).startswith("stopped")
+
+
 def test_nothing_is_written_before_the_folder_is_opened(tmp_path: Path) -> None:
     """Until then the folder may belong to another run."""
     with pytest.raises(UserError), kept(tmp_path) as view:

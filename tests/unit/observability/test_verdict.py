@@ -136,3 +136,58 @@ def test_the_figure_of_rare_tokens_has_a_line_per_run_and_panel_and_each_name_on
 
 def test_a_run_without_these_metrics_has_no_such_figure(run_folder: Path) -> None:
     assert not rarity_figure(group_runs([read_run(run_folder)])).traces
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines"),
+    [
+        ([], []),
+        ([{"step": 0, "eval/s/avg@2": 0.25}], ["Accuracy (avg@2) on s is 0.250 at step 0, the only evaluation."]),
+        (
+            [{"step": 1, "reward/mean": 0.5}],
+            ["1 step of training, too few to state a trend. The training reward: 0.500."],
+        ),
+        (
+            [{"step": step, "reward/mean": step / 10} for step in (1, 2, 3)],
+            ["3 steps of training, too few to state a trend. The training reward: from 0.100 to 0.300."],
+        ),
+        ([{"step": 1, "train/loss": 0.5}], ["1 step of training: no reward has been logged."]),
+    ],
+)
+def test_a_short_run_is_said_to_be_short(tmp_path: Path, rows: list[dict[str, float]], lines: list[str]) -> None:
+    run = RunData(tmp_path, rows, "", {})
+    assert verdict(group_runs([run])) == lines
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ("Nothing can be said yet" in write_report(tmp_path).read_text()) == (not lines)
+
+
+def failing(folder: Path, name: str, seed: int, shares: list[float]) -> RunData:
+    """A run in whose steps these shares of the samples timed out, and none ended in an error."""
+    run = run_with(folder / f"{name}{seed}", name, {}, seed)
+    rows = [
+        {"step": step, "reward/mean": 0.5, "reward/timeout_fraction": share, "reward/error_fraction": 0.0}
+        for step, share in enumerate(shares, 1)
+    ]
+    return RunData(run.folder, rows, run.config_text, run.config)
+
+
+def test_samples_without_a_reward_are_told_of(tmp_path: Path) -> None:
+    fine, bad = failing(tmp_path, "grpo", 0, [0.0, 0.0]), failing(tmp_path, "lp_reg", 0, [0.0, 0.25])
+    words = "got no reward: a share of 0.125 timed out (mean over the steps, at most 0.250)."
+    assert verdict(group_runs([bad]))[-1] == f"Some samples {words}"
+    assert verdict(group_runs([fine, bad]))[-1] == f"Some samples of lp_reg0 {words}"
+    assert not any("got no reward" in line for line in verdict(group_runs([fine])))
+
+
+def test_the_chart_of_samples_without_a_reward_is_shown_if_there_are_any(tmp_path: Path) -> None:
+    def lines(*runs: RunData) -> list[list[float]] | None:
+        charts = {chart.title: chart for chart in charts_of(group_runs(runs))}
+        chart = charts.get("Samples without a reward")
+        return chart and [line.high or line.y for line in chart.lines]
+
+    fine, bad = failing(tmp_path, "grpo", 0, [0.0, 0.0]), failing(tmp_path, "grpo", 1, [0.0, 0.25])
+    assert lines(fine) is None
+    assert lines(bad) == [[0.0, 0.25], [0.0, 0.0]]
+    assert lines(fine, bad) == [[0.0, 0.25], [0.0, 0.0]], "seeds of one experiment share a band"
+    other = failing(tmp_path, "lp_reg", 0, [0.0, 0.5])
+    assert lines(fine, other) == [[0.0, 0.0], [0.0, 0.0], [0.0, 0.5], [0.0, 0.0]]

@@ -62,6 +62,24 @@ def test_the_plain_view_prints_steps_as_name_value_pairs() -> None:
     )
 
 
+def test_the_plain_view_prints_shares_without_a_reward_only_above_zero() -> None:
+    view, stream, _ = plain()
+    for step, share in ((10, 0.0), (20, 0.25), (30, None)):
+        view.step(step, METRICS | {"reward/timeout_fraction": share, "reward/error_fraction": 0.0})
+    lines = stream.getvalue().splitlines()
+    assert [line.count("timeouts=0.250") for line in lines] == [0, 1, 0]
+    assert "errors" not in stream.getvalue() and lines[0].count("timeouts") == lines[2].count("timeouts") == 0
+
+
+def test_the_live_panel_has_rows_of_shares_without_a_reward_once_there_are_any() -> None:
+    view, _, console, _ = live()
+    view.step(1, METRICS | {"reward/timeout_fraction": 0.0, "reward/error_fraction": 0.0})
+    assert "timeouts" not in "\n".join(screen(view, console))
+    view.step(2, METRICS | {"reward/timeout_fraction": 0.25, "reward/error_fraction": 0.0})
+    rows = {line[1:20].strip(): line[20:].split() for line in screen(view, console)}
+    assert rows["timeouts"][:2] == ["0.250", "0.000"] and "errors" not in rows
+
+
 def test_the_plain_view_prints_every_ten_seconds_and_at_the_end() -> None:
     view, stream, clock = plain(total=7)
     for step in range(1, 8):
@@ -106,14 +124,16 @@ def test_the_plain_view_prints_each_phase_once_and_throttles_the_warm_start() ->
     width=st.integers(40, 120),
     suites=st.integers(0, 12),
     warm=st.booleans(),
+    share=st.sampled_from([0.0, 0.5]),
     names=st.text(st.characters(exclude_characters="/", exclude_categories=["C", "Z"]), min_size=1, max_size=60),
 )
-def test_the_live_panel_fits_the_terminal(width: int, suites: int, warm: bool, names: str) -> None:
+def test_the_live_panel_fits_the_terminal(width: int, suites: int, warm: bool, share: float, names: str) -> None:
     view, _, console, clock = live(width)
     view.phase("warm start")
     for step in range(1, 60):
         clock.now += 100
-        view.step(step, METRICS | {"response_length/truncated_fraction": 0.1})
+        failed = {"reward/timeout_fraction": share, "reward/error_fraction": share}
+        view.step(step, METRICS | {"response_length/truncated_fraction": 0.1} | failed)
     for suite in range(suites):
         view.eval(50, {f"eval/{names}{suite}/avg@8": 0.5, f"eval/{names}{suite}/pass@8": 0.9})
     if warm:

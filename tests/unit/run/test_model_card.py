@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,23 @@ def test_a_hub_that_is_out_of_reach_is_an_error(run: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     with pytest.raises(UserError, match=r"me/mine: the Hub did not take the upload: offline\n.*hf auth login"):
+        push_to_hub(run, "me/mine")
+
+
+def test_a_machine_without_a_network_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client itself fails to connect: nothing listens at this address."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        api = huggingface_hub.HfApi(endpoint=f"http://127.0.0.1:{unused.getsockname()[1]}", token=False)
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+        with pytest.raises(UserError, match=r"(?s)me/mine: the Hub did not take the upload: .*reach the Hub"):
+            push_to_hub(run, "me/mine")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "run: 3", "{run: {name: mine}}"])
+def test_a_configuration_without_what_the_card_tells_is_an_error(run: Path, text: str) -> None:
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config.yaml: not the complete configuration of a run"):
         push_to_hub(run, "me/mine")
 
 
