@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from megatron_rl.agent.messages import BadRequest, Message, answer_of, for_template, key_of
+from megatron_rl.agent.messages import BadRequest, Message, answer_of, for_template, key_of, well_formed
 from megatron_rl.types import Ids, Response
 
 PLACEHOLDER = "answer-7f3a9c"
 """Stands for an answer, to find what a template writes after it."""
+CHARACTERS_PER_TOKEN = 32
+"""A conversation that has more characters for each token of the engine's context certainly does not fit, and is not
+tokenised, which would keep all rollouts waiting. Ordinary texts have 2 to 5 characters per token."""
 Decode = Callable[[Sequence[int]], str]
+
+
+class TooLong(Exception):
+    """A conversation that does not fit into the engine's context."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,19 +43,28 @@ class _Turn:
 class Conversation:
     """The chat turns of one rollout, in any order: a history may branch from any of them."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer`: a Hugging Face tokenizer with a chat template."""
+    def __init__(self, tokenizer: Any, sequence_tokens: int) -> None:
+        """`tokenizer`: a Hugging Face tokenizer with a chat template. `sequence_tokens`: the engine's context."""
+        self._most_characters = sequence_tokens * CHARACTERS_PER_TOKEN
         self._tokenizer = tokenizer
         self._turns: list[_Turn] = []
+        self._special = _pattern_of_special_tokens(tokenizer)
+        self._cut = f"cut{secrets.token_hex(8)}"
+        """Stands between the parts of a text that are tokenised apart. No text has it by chance."""
 
     def prompt(self, messages: list[Message], tools: Any) -> Ids:
         """Returns the ids that the model continues: those of the longest known conversation that the messages extend,
         and what the template adds to it. Messages that extend none are rendered and tokenised as a whole.
 
         A template that shows an earlier answer differently now, such as without its thinking, makes another
-        conversation. Raises BadRequest if the template refuses the messages.
+        conversation. Raises BadRequest if the template refuses the messages, and TooLong if they cannot fit.
         """
         text = self._render(messages, tools)
+        if len(text) > self._most_characters:
+            raise TooLong(
+                f"the conversation has {len(text)} characters, more than {CHARACTERS_PER_TOKEN} for each token that a "
+                "sequence may have (data.max_prompt_tokens + rollout.max_response_tokens)"
+            )
         keys = [key_of(message) for message in messages]
         for turn in sorted(reversed(self._turns), key=lambda turn: -len(turn.keys)):
             count = len(turn.keys)
@@ -92,7 +110,7 @@ class Conversation:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    [for_template(message) for message in messages],
+                    [for_template(self._harmless(message)) for message in messages],
                     tools=tools or None,
                     add_generation_prompt=True,
                     tokenize=False,
@@ -102,7 +120,24 @@ class Conversation:
             raise BadRequest(f"the chat template refuses these messages: {type(error).__name__}: {error}") from error
 
     def _encode(self, text: str) -> Ids:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+        if well_formed(text) != text:
+            raise BadRequest("the messages or tools have a lone surrogate (half of a character), which no token has")
+        parts = [self._tokenizer.encode(part, add_special_tokens=False) for part in text.split(self._cut)]
+        return np.asarray([token for part in parts for token in part], dtype=np.int32)
+
+    def _harmless(self, message: Message) -> Message:
+        """Returns the message with every special token that a user or tool wrote cut in two, so that it is tokenised as
+        text: only the template may end a message or begin another."""
+        if message["role"] in ("system", "developer", "assistant"):
+            return message
+        cut = self._special.sub(lambda found: found[0][0] + self._cut + found[0][1:], message["content"])
+        return message | {"content": cut}
+
+
+def _pattern_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in tokens if len(token) > 1) or r"(?!)")
 
 
 def _squeezed(text: str) -> str:

@@ -15,6 +15,8 @@ Message = dict[str, Any]
 
 MALFORMED = "malformed_tool_call"
 """Name of the function in a tool call that is not the JSON of a call. Its arguments are the text of the call."""
+MOST_LEVELS = 100
+"""Levels of lists and objects in the arguments of a tool call. Templates and JSON writers fail at some depth."""
 _KEPT = ("role", "content", "reasoning_content", "name", "tool_call_id")
 _TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
@@ -41,7 +43,7 @@ def _normalised(index: int, message: Any) -> Message:
     if calls := message.get("tool_calls"):
         try:
             found["tool_calls"] = [_call(call) for call in calls]
-        except (TypeError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise BadRequest(f"messages.{index}.tool_calls: a function with name and arguments is expected") from error
     return found
 
@@ -58,11 +60,20 @@ def _text(index: int, content: Any) -> str:
 
 def _call(call: Any) -> Message:
     function = call["function"]
+    arguments = function["arguments"]
     return {
         "id": str(call.get("id", "")),
         "type": "function",
-        "function": {"name": str(function["name"]), "arguments": str(function["arguments"])},
+        "function": {
+            "name": str(function["name"]),
+            "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
+        },
     }
+
+
+def well_formed(text: str) -> str:
+    """Returns the text with a question mark for each lone surrogate, which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
 
 
 def key_of(message: Message) -> str:
@@ -86,9 +97,27 @@ def for_template(message: Message) -> Message:
 
 def _object(arguments: str) -> Any:
     try:
-        return json.loads(arguments)
+        return _parsed(arguments)
     except ValueError:
         return arguments
+
+
+def _parsed(text: str) -> Any:
+    """Returns the value of a JSON text. Raises ValueError if it is none, or has more than MOST_LEVELS levels."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if _is_deeper(value, MOST_LEVELS):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
 
 
 def answer_of(text: str, *, with_tools: bool) -> Message:
@@ -103,13 +132,13 @@ def answer_of(text: str, *, with_tools: bool) -> Message:
 def _written_call(text: str) -> Message:
     name, arguments = MALFORMED, text
     try:
-        value = json.loads(text)
+        value = _parsed(text)
         if isinstance(value["name"], str) and isinstance(value["arguments"], dict):
-            name, arguments = value["name"], json.dumps(value["arguments"], ensure_ascii=False)
+            name, arguments = well_formed(value["name"]), json.dumps(value["arguments"], ensure_ascii=False)
     except (ValueError, TypeError, KeyError):
         pass  # the name says so, and the agent answers with an error that the model sees
     return {
         "id": f"call_{uuid.uuid4().hex[:24]}",
         "type": "function",
-        "function": {"name": name, "arguments": arguments},
+        "function": {"name": name, "arguments": well_formed(arguments)},
     }

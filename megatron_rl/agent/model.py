@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.agent.messages import MALFORMED, Message
+from megatron_rl.agent.messages import MALFORMED, Message, well_formed
 from megatron_rl.agent.session import Answer, Session
 from megatron_rl.types import Prompt, RewardResult
 
@@ -42,19 +42,20 @@ class Model:
         *,
         tools: Sequence[Tool] = (),
         max_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Message:
-        """Returns the model's answer to the messages, as a message to append to them. Raises LimitReached."""
+        """Returns the model's answer to the messages, as a message to append to them. `stop`: a text or texts that end
+        the answer. Raises LimitReached."""
         schemas = [schema_of(tool) for tool in tools]
         answer = await self.session.chat(messages, tools=schemas, max_tokens=max_tokens, stop=stop)
         assert answer.message is not None
         return answer.message
 
     async def generate(
-        self, token_ids: Sequence[int], *, max_tokens: int | None = None, stop: Sequence[str] = ()
+        self, token_ids: Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = ()
     ) -> Answer:
         """Returns what the model writes after these tokens. To go on, give them back followed by the answer's
-        `response.token_ids` and your own. Raises LimitReached."""
+        `response.token_ids` and your own. Raises LimitReached, and ValueError for what is no token id."""
         return await self.session.generate(token_ids, max_tokens=max_tokens, stop=stop)
 
     async def use_tools(
@@ -99,6 +100,6 @@ async def call_tool(tools: Sequence[Tool], call: Message) -> str:
         return f"error: wrong arguments for {name}: {error}"
     try:
         result = tool(**values)
-        return str(await result if inspect.isawaitable(result) else result)
+        return well_formed(str(await result if inspect.isawaitable(result) else result))
     except Exception as error:  # the model learns from the errors of its tools
-        return f"error: {type(error).__name__}: {error}"
+        return well_formed(f"error: {type(error).__name__}: {error}")

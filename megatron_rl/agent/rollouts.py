@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 
 from megatron_rl.agent.model import Agent, Model
 from megatron_rl.agent.server import ModelServer
-from megatron_rl.agent.session import Limits, Session, first_tokens
+from megatron_rl.agent.session import LIMIT_CODE, LimitReached, Limits, Session, first_tokens
 from megatron_rl.config.agent import AgentSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward.results import plain_text, result_of
@@ -68,7 +68,7 @@ class AgentRollouts:
         """`sequence_tokens`: most tokens of a context and its response together."""
         self.settings, self.agent, self.engines, self.tokenizer = settings, agent, engines, tokenizer
         self._limits = Limits(settings.max_turns, sequence_tokens)
-        self._server = ModelServer(settings.host, MODEL_NAME)
+        self._server = ModelServer(settings.host, MODEL_NAME, sequence_tokens)
         self._changed = threading.Condition()
         """Guards the two fields below, which both threads use."""
         self._queue: deque[_Request] = deque()
@@ -252,7 +252,7 @@ class AgentRollouts:
             value = task.result()
             return None if value is None else result_of(value)
         except (Exception, asyncio.CancelledError) as error:
-            if model.session.limit_reached:
+            if model.session.limit_reached and _is_limit(error):
                 return None
             return RewardResult(0.0, detail=_described(error), outcome="error")
 
@@ -288,6 +288,13 @@ def _result(future: Future[AgentResponse]) -> Response:
         return future.result()
     except CancelledError:
         return response_of([], [], "abort", 0)
+
+
+def _is_limit(error: BaseException) -> bool:
+    """Whether the error is LimitReached, also as the `openai` package raises it, or a group of nothing else."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_limit, error.exceptions))
+    return isinstance(error, LimitReached) or getattr(error, "code", None) == LIMIT_CODE
 
 
 def _described(error: BaseException) -> str:

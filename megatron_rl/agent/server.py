@@ -12,11 +12,14 @@ from typing import Any
 
 from aiohttp import web
 
+from megatron_rl.agent.conversation import CHARACTERS_PER_TOKEN
 from megatron_rl.agent.messages import BadRequest
-from megatron_rl.agent.session import Answer, LimitReached, Session, SessionClosed
+from megatron_rl.agent.session import LIMIT_CODE, Answer, LimitReached, Session, SessionClosed
 
-LARGEST_REQUEST = 64 * 2**20
-"""Bytes of a request; a history of a million tokens has a few MB."""
+BYTES_PER_TOKEN = 8 * CHARACTERS_PER_TOKEN
+"""Bytes of a request for each token of the engine's context: JSON may write a character with 6 bytes."""
+SMALLEST_LIMIT = 2**20
+"""Bytes that a request may have in any case."""
 Json = dict[str, Any]
 
 
@@ -31,7 +34,9 @@ class _Refused(Exception):
 class ModelServer:
     """Serves the open sessions. All methods run on one event loop."""
 
-    def __init__(self, host: str, model_name: str) -> None:
+    def __init__(self, host: str, model_name: str, sequence_tokens: int) -> None:
+        """`sequence_tokens`: the engine's context, by which the size of requests is limited."""
+        self._largest_request = max(sequence_tokens * BYTES_PER_TOKEN, SMALLEST_LIMIT)
         self.host, self.model_name = host, model_name
         self._sessions: dict[str, Session] = {}
         self._port = 0
@@ -40,7 +45,7 @@ class ModelServer:
         """Listens on a free port. Raises OSError if that is not possible."""
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each session may hold a connection
-        app = web.Application(client_max_size=LARGEST_REQUEST)
+        app = web.Application(client_max_size=self._largest_request)
         app.router.add_post("/sessions/{id}/v1/chat/completions", self._completions)
         app.router.add_get("/sessions/{id}/v1/models", self._models)
         self._runner = web.AppRunner(app, access_log=None)
@@ -71,15 +76,17 @@ class ModelServer:
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         try:
             session = self._session_of(request)
-            asked = await _json_of(request)
+            asked = await self._json_of(session, request)
             self._check(asked)
             answer = await _answer(session, asked)
         except _Refused as error:
             return _error(error)
+        except RecursionError:
+            return _error(_Refused(400, "invalid_request_error", "the request is nested too deeply"))
         except BadRequest as error:
             return _error(_Refused(400, "invalid_request_error", str(error)))
         except LimitReached as error:
-            return _error(_Refused(400, "context_length_exceeded", str(error)))
+            return _error(_Refused(400, LIMIT_CODE, str(error)))
         except SessionClosed as error:
             return _error(_Refused(410, "session_closed", str(error)))
         whole = self._completion(session, asked, answer)
@@ -97,15 +104,28 @@ class ModelServer:
         """The session whose key the request has. Whether a session exists is not told without a key."""
         session = self._sessions.get(request.match_info["id"])
         key = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if session is None or not compare_digest(key.encode(), session.key.encode()):
+        if session is None or not compare_digest(key.encode(errors="replace"), session.key.encode()):
             raise _Refused(401, "invalid_api_key", "there is no open session with this id and key")
         return session
+
+    async def _json_of(self, session: Session, request: web.Request) -> Json:
+        try:
+            asked = await request.json()
+        except (ValueError, LookupError) as error:  # also bytes that are not in the request's character set
+            raise BadRequest(f"the request is not JSON: {error}") from error
+        except web.HTTPRequestEntityTooLarge as error:
+            raise session.limit(f"the request has more than {self._largest_request} bytes") from error
+        if not isinstance(asked, dict):
+            raise BadRequest("the request is not a JSON object")
+        return asked
 
     def _check(self, asked: Json) -> None:
         if asked.get("model") != self.model_name:
             raise _Refused(
                 404, "model_not_found", f"model: {asked.get('model')!r}, but there is {self.model_name!r} only"
             )
+        if not isinstance(asked.get("stream_options"), dict | None):
+            raise BadRequest(f"stream_options: {asked['stream_options']!r} is not an object")
         if asked.get("n") not in (None, 1):
             raise BadRequest(f"n: {asked['n']!r}, but a request has one answer; make several requests")
 
@@ -130,28 +150,17 @@ class ModelServer:
         }
 
 
-async def _json_of(request: web.Request) -> Json:
-    try:
-        asked = await request.json()
-    except ValueError as error:
-        raise BadRequest(f"the request is not JSON: {error}") from error
-    if not isinstance(asked, dict):
-        raise BadRequest("the request is not a JSON object")
-    return asked
-
-
 async def _answer(session: Session, asked: Json) -> Answer:
     """Temperature, top-p and the like are those of the run, whatever the client asks for: the loss needs the log-probs
     of the policy as it is."""
-    stop = asked.get("stop") or ()
-    most = asked.get("max_completion_tokens") or asked.get("max_tokens")
-    if not (most is None or (isinstance(most, int) and most > 0)):
-        raise BadRequest(f"max_tokens: {most!r} is not a number above 0")
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(text, str) and text for text in stops):
-        raise BadRequest("stop: a text or a list of texts is expected")
+    given = {name: asked[name] for name in ("max_completion_tokens", "max_tokens") if asked.get(name) is not None}
+    for name, count in given.items():
+        if type(count) is not int or count < 1:
+            raise BadRequest(f"{name}: {count!r} is not a whole number above 0")
+    most = next(iter(given.values()), None)
+    stop = () if asked.get("stop") is None else asked["stop"]
     tools = None if asked.get("tool_choice") == "none" else asked.get("tools")
-    return await session.chat(asked.get("messages"), tools=tools, max_tokens=most, stop=stops)
+    return await session.chat(asked.get("messages"), tools=tools, max_tokens=most, stop=stop)
 
 
 def _log_probs(session: Session, answer: Answer) -> list[Json]:

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.agent.conversation import Conversation
-from megatron_rl.agent.messages import BadRequest, Message, normalised
+from megatron_rl.agent.conversation import Conversation, TooLong
+from megatron_rl.agent.messages import BadRequest, Message, normalised, well_formed
 from megatron_rl.agent.recording import Recording
 from megatron_rl.types import AgentResponse, Ids, Response, RewardResult, SamplingParams
 
 Sample = Callable[[Ids, SamplingParams], Awaitable[Response]]
 """Asks the engines for one response to a prompt."""
+
+
+LIMIT_CODE = "context_length_exceeded"
+"""OpenAI's code of the error that clients get in the place of LimitReached."""
 
 
 class LimitReached(Exception):
@@ -55,38 +59,44 @@ class Session:
         self.tokenizer = tokenizer
         self.recording, self.limit_reached = Recording(), False
         self.closed = False
-        self._conversation = Conversation(tokenizer)
+        self._conversation = Conversation(tokenizer, limits.sequence_tokens)
         self._sample, self._sampling, self._limits = sample, sampling, limits
         self._turns, self._truncated = 0, False
+        self._vocabulary = len(tokenizer)
+        """Token ids are below this number. A model may sample ids that its tokenizer does not have."""
 
-    async def chat(
-        self, messages: Any, *, tools: Any = None, max_tokens: int | None = None, stop: Sequence[str] = ()
-    ) -> Answer:
+    async def chat(self, messages: Any, *, tools: Any = None, max_tokens: int | None = None, stop: Any = ()) -> Answer:
         """Answers messages of the OpenAI chat format. Raises BadRequest, LimitReached or SessionClosed."""
         if not self.tokenizer.chat_template:
             raise BadRequest(
                 "the model's tokenizer has no chat template: use `model.generate`, or another model folder"
             )
         known = normalised(messages)
-        prompt = self._conversation.prompt(known, tools)
-        answer = await self.generate(prompt, max_tokens=max_tokens, stop=stop)
+        try:
+            prompt = self._conversation.prompt(known, tools)
+        except TooLong as error:
+            raise self.limit(str(error)) from error
+        answer = await self._answer(prompt, max_tokens, stop)
         message = self._conversation.answered(known, tools, prompt, answer.response, answer.text)
         return replace(answer, message=message)
 
-    async def generate(self, prompt: Any, *, max_tokens: int | None = None, stop: Sequence[str] = ()) -> Answer:
-        """Continues token ids. `stop`: texts that end the answer; their tokens are kept as they were sampled.
+    async def generate(self, prompt: Any, *, max_tokens: int | None = None, stop: Any = ()) -> Answer:
+        """Continues token ids. `stop`: a text or texts that end the answer; their tokens are kept as they were sampled.
 
-        Raises BadRequest, LimitReached or SessionClosed.
+        Raises ValueError for what are no tokens of the vocabulary, BadRequest, LimitReached or SessionClosed.
         """
-        ids = np.asarray(prompt, dtype=np.int32)
-        if ids.ndim != 1 or not len(ids):
-            raise BadRequest("the prompt must have at least one token")
+        return await self._answer(_token_ids(prompt, self._vocabulary), max_tokens, stop)
+
+    async def _answer(self, ids: Ids, max_tokens: int | None, stop: Any) -> Answer:
+        stop = _stop_texts(stop)
         sampling = self._next(len(ids), max_tokens, stop)
         response = await self._sample(ids, sampling)
         if self.closed:
             raise SessionClosed("the rollout has ended")
         if stop:
             response = self._cut(response, stop)
+        response = self._within_limit(response)
+        self._vocabulary = max(self._vocabulary, int(response.token_ids.max(initial=0)) + 1)
         self.recording.add(ids, response)
         self._truncated = response.finish_reason == "length"
         text = str(self.tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True))
@@ -101,8 +111,7 @@ class Session:
         unsampled = self._sampling.max_tokens - self.recording.num_sampled_tokens
         left = min(unsampled, self._limits.sequence_tokens - prompt_tokens)
         if self._turns >= self._limits.turns or left < 1:
-            self.limit_reached = True
-            raise LimitReached(
+            raise self.limit(
                 f"the rollout has had {self._turns} of {self._limits.turns} turns (rollout.agent.max_turns), may "
                 f"sample {max(unsampled, 0)} more tokens (rollout.max_response_tokens), and asks for an answer after "
                 f"{prompt_tokens} tokens, of {self._limits.sequence_tokens} that a sequence may have "
@@ -116,6 +125,23 @@ class Session:
             max_tokens=min(left, max_tokens or left),
             stop_token_ids=(*self._sampling.stop_token_ids, *ends),
         )
+
+    def limit(self, message: str) -> LimitReached:
+        """Notes that the rollout has reached a limit, and returns the error to raise."""
+        self.limit_reached = True
+        return LimitReached(message)
+
+    def _within_limit(self, response: Response) -> Response:
+        """Returns the response up to the limit of the rollout's sampled tokens, which calls at the same time share."""
+        left = self._sampling.max_tokens - self.recording.num_sampled_tokens
+        if len(response) <= left:
+            return response
+        if left < 1:
+            raise self.limit(
+                f"calls at the same time have sampled all {self._sampling.max_tokens} tokens of the rollout "
+                "(rollout.max_response_tokens)"
+            )
+        return first_tokens(response, left, "length")
 
     def _single_tokens(self, stop: Sequence[str]) -> list[int]:
         """Stop texts that are tokens end the sampling in the engine; others are found in its answer."""
@@ -135,11 +161,13 @@ class Session:
         return first_tokens(response, low, "stop")
 
     def recorded(self, prompt: tuple[int, ...], reward: RewardResult | None) -> AgentResponse:
-        """Returns the rollout, with the text of its newest sequence in the reward."""
+        """Returns the rollout, with the text of its newest sequence in the reward. The rollout is truncated if its last
+        answer is, or if it has reached a limit and has no reward."""
         if reward is not None and not reward.text:
             ids = self.recording.newest.tolist()
             reward = replace(reward, text=str(self.tokenizer.decode(ids, skip_special_tokens=True)))
-        return self.recording.response(prompt, "length" if self.limit_reached or self._truncated else "stop", reward)
+        truncated = self._truncated or (self.limit_reached and reward is None)
+        return self.recording.response(prompt, "length" if truncated else "stop", reward)
 
 
 def first_tokens(response: Response, count: int, reason: Any) -> Response:
@@ -152,6 +180,34 @@ def first_tokens(response: Response, count: int, reason: Any) -> Response:
         tuple(change for change in response.version_changes if change[0] < count),
         response.sampled_mask[:count],
     )
+
+
+def _token_ids(prompt: Any, vocabulary: int) -> Ids:
+    """Returns the prompt as an array. Raises ValueError if anything in it is no number below `vocabulary`."""
+    if not isinstance(prompt, np.ndarray):
+        prompt = list(prompt)
+        for token in prompt:
+            if isinstance(token, bool | str | bytes) or not hasattr(token, "__index__"):
+                raise ValueError(f"token {token!r} is not a whole number: a prompt is a list of token ids")
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError("the prompt must be a list with at least one token")
+    if ids.dtype.kind not in "iuO":
+        raise ValueError(f"token {ids[0]!r} is not a whole number: a prompt is a list of token ids")
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(wrong):
+        raise ValueError(f"token {wrong[0]} is not in the vocabulary of {vocabulary} tokens")
+    return ids.astype(np.int32)
+
+
+def _stop_texts(stop: Any) -> tuple[str, ...]:
+    """Returns the stop texts as a tuple. Raises BadRequest for anything but a text or several."""
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, list | tuple) or not all(isinstance(text, str) and text for text in stops):
+        raise BadRequest(f"stop: {stop!r}, but a text or a list of texts is expected, none of them empty")
+    if any(well_formed(text) != text for text in stops):
+        raise BadRequest("stop: a text has a lone surrogate, which no token has")
+    return tuple(stops)
 
 
 def _place(text: str, stop: Sequence[str]) -> int | None:

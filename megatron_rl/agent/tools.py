@@ -6,6 +6,7 @@ import ast
 import asyncio
 import json
 import operator
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_rl.agent.messages import well_formed
 from megatron_rl.config.reward import CodeSettings
 from megatron_rl.reward.code.sandbox import check_sandbox, invocation
 
@@ -69,12 +71,14 @@ class PythonTool:
     """Python with one namespace for all calls of a rollout, in a process without network, other files or processes.
 
     A context manager: `async with PythonTool() as box:` and then `tools=[box.python]`. The process starts with the
-    first call. A call that takes longer than `settings.test_seconds` ends the process; the next call starts a new one.
+    first call. A call that takes longer than `settings.test_seconds`, or is cancelled, ends the process; the next call
+    starts a new one. Calls at the same time run one after another.
     """
 
     def __init__(self, settings: CodeSettings | None = None) -> None:
         self._settings = settings or CodeSettings()
         self._process: asyncio.subprocess.Process | None = None
+        self._lock, self._closed = asyncio.Lock(), False
 
     async def __aenter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
@@ -83,7 +87,10 @@ class PythonTool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closed = True
         await self._end()
+        async with self._lock:  # a call that was about to start a process ends first
+            await self._end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def python(self, code: str) -> str:
@@ -92,20 +99,22 @@ class PythonTool:
         Args:
             code: The code. The value of a last line that is an expression is shown too.
         """
-        process = self._process or await self._start()
-        assert process.stdin and process.stdout
-        try:
-            async with asyncio.timeout(self._settings.test_seconds):
-                process.stdin.write(json.dumps(code).encode() + b"\n")
-                await process.stdin.drain()
-                line = await process.stdout.readline()
-            return str(json.loads(line))
-        except TimeoutError:
-            problem = f"took more than {self._settings.test_seconds:g} s"
-        except (ValueError, ConnectionError):  # it ended, or wrote into the channel of the answers
-            problem = "ended the process"
-        await self._end()
-        return f"error: the code {problem}; all names are gone"
+        async with self._lock:
+            if self._closed:
+                raise RuntimeError("the Python tool is closed: call it inside its `async with`")
+            process = self._process or await self._start()
+            try:
+                async with asyncio.timeout(self._settings.test_seconds):
+                    return await _answered(process, code)
+            except TimeoutError:
+                problem = f"took more than {self._settings.test_seconds:g} s"
+            except (ValueError, ConnectionError):  # the process ended, or wrote an endless line as its answer
+                problem = "ended the process"
+            except BaseException:  # the call is cancelled, and its answer must not be the next one's
+                await self._end()
+                raise
+            await self._end()
+            return f"error: the code {problem}; all names are gone"
 
     async def _start(self) -> asyncio.subprocess.Process:
         seconds = CALLS * self._settings.test_seconds
@@ -122,6 +131,22 @@ class PythonTool:
         if process and process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def _answered(process: asyncio.subprocess.Process, code: str) -> str:
+    """Returns what the code prints. Lines without the token of this call are not its answer.
+
+    Raises ConnectionError if the process ends, and ValueError for a line longer than LONGEST_ANSWER.
+    """
+    assert process.stdin and process.stdout
+    token = secrets.token_hex(16)
+    process.stdin.write(json.dumps([token, code]).encode() + b"\n")
+    await process.stdin.drain()
+    mark = f"{token} ".encode()
+    while line := await process.stdout.readline():
+        if line.startswith(mark):
+            return well_formed(str(json.loads(line.removeprefix(mark))))
+    raise ConnectionError("the process has ended")
 
 
 _checked: set[str] = set()

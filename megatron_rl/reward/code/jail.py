@@ -3,9 +3,9 @@
     python -I jail.py SCRATCH MEMORY_MB SECONDS MODE PARENT
 
 The module uses the standard library only. SCRATCH holds solution.py, and request.json in the modes `call` and `check`.
-Both modes write result.json. The mode `session` reads one JSON text of code per line instead, runs all of them in one
-namespace, and answers each with one JSON text of what the code printed. The kernel enforces these restrictions whatever
-the candidate does:
+Both modes write result.json. The mode `session` reads lines of JSON with a token and code instead, runs all of the code
+in one namespace, and answers each line with its token and the JSON text of what the code printed. The kernel enforces
+these restrictions whatever the candidate does:
 
 - no capabilities, even for root, and no way to regain any
 - limits on processor time, address space, file size and open files; no core dumps
@@ -113,17 +113,25 @@ def main() -> None:
 
 def _serve_session() -> None:
     """Runs one piece of code after another. Like a notebook, it shows the value of a last line that is an expression,
-    and the last line of a traceback."""
-    requests, answers = sys.stdin, os.fdopen(os.dup(1), "w")
+    and the last line of a traceback.
+
+    An answer begins with the token of its request, by which the caller knows it. The standard files lead nowhere for
+    the code, so that code that reads or writes them directly does not disturb the channel of requests and answers.
+    """
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)
     sys.stdin = io.StringIO()
     namespace = _module("__main__")
     for line in requests:
+        token, source = json.loads(line)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             try:
-                _execute_shown(json.loads(line), namespace)
+                _execute_shown(source, namespace)
             except BaseException as error:  # a candidate may raise SystemExit, and the session goes on
                 print("".join(traceback.format_exception_only(error)).strip())
-        answers.write(json.dumps(printed.getvalue()[:LONGEST_ANSWER]) + "\n")
+        answers.write(f"\n{token} {json.dumps(printed.getvalue()[:LONGEST_ANSWER])}\n")
         answers.flush()
 
 

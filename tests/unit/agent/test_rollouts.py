@@ -9,18 +9,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_rl.agent import rollouts as module
 from megatron_rl.agent.model import Model
 from megatron_rl.agent.resolve import load_agent
 from megatron_rl.agent.rollouts import AgentRollouts
+from megatron_rl.agent.session import LimitReached, Session
 from megatron_rl.config.agent import AgentSettings
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
+from megatron_rl.reward.agent import no_reward
 from megatron_rl.reward.grading import Grading
-from megatron_rl.types import AgentResponse, Prompt, RewardResult
-from tests.unit.agent.kit import TextEngines, sampling, tokenizer
+from megatron_rl.types import AgentResponse, Prompt, Response, RewardResult, Sample
+from tests.unit.agent.kit import ROOM, TextEngines, sampling, tokenizer
 
 PROMPT = Prompt("p", (5, 6), "ab", "ok")
 
@@ -104,6 +107,51 @@ def test_failures_are_counted_outcomes() -> None:
         assert detail in response.reward.detail
     assert "test_rollouts.py, line" in one(fails).reward.detail
     assert one(fails).num_sampled_tokens == 3
+
+
+def test_only_the_limit_itself_makes_a_truncated_response_and_other_errors_after_it_count() -> None:
+    async def fails_after_the_limit(model: Model, prompt: Prompt) -> float:
+        try:
+            return await talk(model, prompt)
+        except LimitReached:
+            return 1 / 0
+
+    async def handles_the_limit(model: Model, prompt: Prompt) -> float:
+        try:
+            return await talk(model, prompt)
+        except LimitReached:
+            return 0.25
+
+    async def leaves_it_to_the_verifier(model: Model, prompt: Prompt) -> None:
+        await handles_the_limit(model, prompt)
+
+    async def in_a_task_group(model: Model, prompt: Prompt) -> float:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(talk(model, prompt))
+        return 1.0
+
+    failed = one(fails_after_the_limit, max_turns=2)
+    assert failed.reward.outcome == "error" and "ZeroDivisionError" in failed.reward.detail
+    handled = one(handles_the_limit, max_turns=2)
+    assert handled.reward.score == 0.25 and handled.finish_reason == "stop"
+    assert one(handles_the_limit, max_tokens=4).finish_reason == "length"  # its last answer is cut
+    for agent in (leaves_it_to_the_verifier, in_a_task_group):
+        response = one(agent, max_turns=2)
+        assert response.reward is None and response.finish_reason == "length"
+
+
+def test_an_agent_that_should_give_the_reward_and_returns_none_has_failed() -> None:
+    async def forgets(model: Model, prompt: Prompt) -> None:
+        await talk(model, prompt)
+
+    def graded(**limits: Any) -> RewardResult:
+        response = one(forgets, **limits)
+        text = tokenizer().decode(response.token_ids.tolist())
+        return no_reward(Sample(PROMPT, response, text))
+
+    forgotten = graded()
+    assert forgotten.outcome == "error" and "returns no score" in forgotten.detail
+    assert graded(max_turns=2) == RewardResult(0.0, detail="truncated")
 
 
 def test_an_agent_that_ignores_its_cancellation_gets_no_more_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +252,63 @@ def test_stop_texts_end_an_answer_at_the_token_that_completes_them() -> None:
     assert seen == ["aa", "length"]
     assert isinstance(response, AgentResponse) and response.others == () and response.context == (5, 6)
     assert response.sampled_mask.tolist() == [True] * 4 + [False] + [True] * 2
+
+
+@pytest.mark.parametrize("tokens", [[10**6], [-1], [10**30], [1.7], ["5"], [True], [5, None], [], [[1], [2]]])
+def test_what_are_no_tokens_of_the_vocabulary_is_refused_before_the_engine_sees_it(tokens: Any) -> None:
+    async def agent(model: Model, prompt: Prompt) -> float:
+        await model.generate(tokens)
+        return 1.0
+
+    response = one(agent)
+    assert response.reward.outcome == "error" and response.num_sampled_tokens == 0
+    assert response.reward.detail.startswith("ValueError")
+    if tokens == [10**6]:
+        assert f"token 1000000 is not in the vocabulary of {len(tokenizer())} tokens" in response.reward.detail
+
+
+def test_arrays_of_tokens_and_sampled_tokens_beyond_the_tokenizer_can_be_continued() -> None:
+    beyond = len(tokenizer()) + 3
+
+    async def sample(prompt: Any, sampling: Any) -> Response:
+        return Response([beyond], [-0.5], "stop", 0)  # type: ignore[arg-type]
+
+    async def run() -> int:
+        session = Session(tokenizer(), sample, sampling(), ROOM)
+        await session.generate(np.array([5, 6]))
+        await session.generate([5, 6, beyond])
+        return session.recording.num_sampled_tokens
+
+    assert asyncio.run(run()) == 2
+
+
+def test_calls_at_the_same_time_share_the_limit_of_sampled_tokens() -> None:
+    async def agent(model: Model, prompt: Prompt) -> float:
+        answers = await asyncio.gather(*(model.generate([5, k]) for k in range(4)), return_exceptions=True)
+        assert [type(answer).__name__ for answer in answers].count("LimitReached") == 2
+        return 1.0
+
+    response = one(agent, max_tokens=4)
+    assert response.num_sampled_tokens == 4 and response.reward.score == 1.0
+
+
+@pytest.mark.parametrize("stop", ["cb", ("cb",)])
+def test_a_stop_text_may_be_given_alone(stop: Any) -> None:
+    async def agent(model: Model, prompt: Prompt) -> float:
+        assert (await model.generate([5, 6], stop=stop)).text == "aa"
+        assert (await model.chat([{"role": "user", "content": "b"}], stop=stop))["content"] == "aa"
+        return 1.0
+
+    assert one(agent, lambda text: "aacbok").reward.score == 1.0
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], [3], 3, "\ud800"])
+def test_stop_texts_that_are_none_are_refused(stop: Any) -> None:
+    async def agent(model: Model, prompt: Prompt) -> float:
+        await model.generate([5, 6], stop=stop)
+        return 1.0
+
+    assert "BadRequest: stop:" in one(agent).reward.detail
 
 
 def not_async(model: Model, prompt: Prompt) -> float:

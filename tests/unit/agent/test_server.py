@@ -6,12 +6,15 @@ import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
 
+from megatron_rl.agent.conversation import CHARACTERS_PER_TOKEN, Conversation
 from megatron_rl.agent.model import Model
 from megatron_rl.agent.rollouts import AgentRollouts
+from megatron_rl.agent.server import SMALLEST_LIMIT
 from megatron_rl.config.agent import AgentSettings
 from megatron_rl.types import AgentResponse, Prompt
 from tests.unit.agent.kit import TOOLS, TextEngines, sampling, tokenizer
@@ -19,6 +22,17 @@ from tests.unit.agent.kit import TOOLS, TextEngines, sampling, tokenizer
 PROMPT = Prompt("p", (5, 6), "ab", "ok")
 USER = [{"role": "user", "content": "ab"}]
 CALL = '<tool_call>{"name": "f", "arguments": {"x": "é"}}</tool_call>'
+
+
+def nested(levels: int) -> Any:
+    value: Any = "a"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+ended: list[AgentResponse] = []
+"""The rollouts of `during`, also of those whose check has failed."""
 
 
 async def post(model: Model, /, key: str | None = None, **body: Any) -> tuple[int, Any]:
@@ -41,14 +55,16 @@ def during(check: Callable[[Model], Any], answer: str = "abc", max_turns: int = 
             await check(model)
         except BaseException as error:
             errors.append(error)
+            raise
         return 1.0
 
     settings = AgentSettings(function="my:agent", max_turns=max_turns)
     with AgentRollouts(settings, agent, TextEngines(lambda text: answer), tokenizer(), 5000) as rollouts:
         ((response,),) = rollouts.generate([PROMPT], sampling())
+    assert isinstance(response, AgentResponse)
+    ended.append(response)
     if errors:
         raise errors[0]
-    assert isinstance(response, AgentResponse)
     return response
 
 
@@ -114,7 +130,19 @@ def test_limits_of_a_request() -> None:
         ({"messages": []}, 400, "invalid_request_error", "at least one message"),
         ({"messages": [{"content": "ab"}]}, 400, "invalid_request_error", "role"),
         ({"max_tokens": -1}, 400, "invalid_request_error", "max_tokens"),
+        ({"max_tokens": True}, 400, "invalid_request_error", "max_tokens"),
+        ({"max_completion_tokens": 0}, 400, "invalid_request_error", "max_completion_tokens"),
+        ({"max_completion_tokens": 5, "max_tokens": "x"}, 400, "invalid_request_error", "max_tokens"),
         ({"stop": [3]}, 400, "invalid_request_error", "stop"),
+        ({"stop": 3}, 400, "invalid_request_error", "stop"),
+        ({"stop": {"a": "b"}}, 400, "invalid_request_error", "stop"),
+        ({"stop": ["a", ""]}, 400, "invalid_request_error", "stop"),
+        ({"stop": "\ud800"}, 400, "invalid_request_error", "surrogate"),
+        ({"messages": [{"role": "user", "content": "a\ud800"}]}, 400, "invalid_request_error", "surrogate"),
+        ({"stream_options": "x"}, 400, "invalid_request_error", "stream_options"),
+        ({"stream_options": "x", "stream": True}, 400, "invalid_request_error", "stream_options"),
+        ({"tools": [nested(700)]}, 400, "invalid_request_error", ""),
+        ({"messages": [{"role": "user", "content": nested(700)}]}, 400, "invalid_request_error", "content"),
         ({"key": "wrong"}, 401, "invalid_api_key", "key"),
         ({"key": ""}, 401, "invalid_api_key", "key"),
     ],
@@ -124,9 +152,33 @@ def test_bad_requests_are_refused_and_nothing_is_recorded(
 ) -> None:
     async def check(model: Model) -> None:
         found, answer = await post(model, **body)
+        answer = json.loads(answer) if isinstance(answer, str) else answer
         assert (found, answer["error"]["code"]) == (status, code) and words in answer["error"]["message"]
 
     assert during(check).num_sampled_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "data", "status"),
+    [
+        ({}, b"[" * 100_000, 400),
+        ({}, b"\xff", 400),
+        ({"Content-Type": "application/json; charset=none"}, b"{}", 400),
+        ({"Authorization": "Bearer \udcff\udcfe"}, b"{}", 401),
+    ],
+)
+def test_bytes_that_are_no_request_are_refused(headers: dict[str, str], data: bytes, status: int) -> None:
+    async def check(model: Model) -> None:
+        url = urlsplit(model.base_url)
+        fields = {"Authorization": f"Bearer {model.api_key}", "Host": "x", "Content-Length": str(len(data))} | headers
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        start = f"POST {url.path}/chat/completions HTTP/1.1\r\n{head}\r\n".encode(errors="surrogateescape")
+        reader, writer = await asyncio.open_connection(url.hostname, url.port)
+        writer.write(start + data)
+        assert int((await reader.readline()).split()[1]) == status
+        writer.close()
+
+    during(check)
 
 
 def test_a_key_opens_its_own_session_only_and_ends_with_it() -> None:
@@ -152,8 +204,27 @@ def test_a_limit_of_the_rollout_is_an_error_that_ends_it_as_truncated() -> None:
         assert (await post(model))[0] == 200
         status, answer = await post(model)
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        error = RuntimeError("as the openai package raises it")
+        error.code = answer["error"]["code"]  # type: ignore[attr-defined]
+        raise error
 
-    assert during(check, max_turns=1).finish_reason == "length"
+    with pytest.raises(RuntimeError):
+        during(check, max_turns=1)
+    response = ended[-1]
+    assert response.reward is None and response.finish_reason == "length"
+
+
+@pytest.mark.parametrize("count", [CHARACTERS_PER_TOKEN * 5000, 4 * SMALLEST_LIMIT])
+def test_a_conversation_that_cannot_fit_is_refused_without_being_tokenised(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(model: Model) -> None:
+        monkeypatch.setattr(Conversation, "_encode", None)
+        status, answer = await post(model, messages=[{"role": "user", "content": "a" * count}])
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert model.session.limit_reached
+
+    assert during(check).num_sampled_tokens == 0
 
 
 def test_many_clients_at_a_time() -> None:

@@ -61,6 +61,55 @@ def test_code_that_never_ends_or_ends_the_process_costs_the_names_only() -> None
     assert answers[3:] == ["error: the code ended the process; all names are gone", "2\n"]
 
 
+def test_calls_at_the_same_time_share_one_process_and_get_their_own_answers() -> None:
+    async def run() -> list[str]:
+        async with PythonTool() as box:
+            answers = await asyncio.gather(
+                *(box.python(f"x{i} = {i}\nimport os\n(x{i}, os.getpid())") for i in range(4))
+            )
+            return [*answers, await box.python("x0 + x1 + x2 + x3, os.getpid()")]
+
+    *answers, last = asyncio.run(run())
+    (process,) = {answer.split(", ")[1] for answer in [*answers, last]}
+    assert [answer.split(",")[0] for answer in answers] == ["(0", "(1", "(2", "(3"] and last == f"(6, {process}"
+
+
+def test_a_cancelled_call_ends_the_process_and_its_output_is_no_other_call_s() -> None:
+    async def run() -> list[str]:
+        async with PythonTool() as box:
+            await box.python("x = 1")
+            call = asyncio.create_task(box.python("import time\ntime.sleep(0.5)\nprint('cancelled')"))
+            await asyncio.sleep(0.1)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            return [await box.python("2"), await box.python("x")]
+
+    second, name = asyncio.run(run())
+    assert second == "2\n" and name.startswith("NameError")
+
+
+def test_code_that_writes_and_reads_the_standard_files_gets_its_own_answer() -> None:
+    forged = (
+        "import os\nfor i in range(20):\n    try: os.write(i, b'\"forged\"\\nx')\n    except OSError: pass\nprint('a')"
+    )
+    assert python(forged, "'b'", "os.read(0, 9)", "'c'") == ["a\n", "'b'\n", "b''\n", "'c'\n"]
+
+
+def test_lone_surrogates_in_what_code_prints_are_replaced() -> None:
+    assert python("print('a' + chr(0xd800))") == ["a?\n"]
+
+
+def test_a_closed_tool_refuses_calls() -> None:
+    async def run() -> None:
+        async with PythonTool() as box:
+            pass
+        await box.python("1")
+
+    with pytest.raises(RuntimeError, match="async with"):
+        asyncio.run(run())
+
+
 def test_tools_describe_themselves() -> None:
     async def describe() -> list[Any]:
         async with PythonTool() as box:
@@ -76,6 +125,30 @@ def call(text: str) -> str:
     return asyncio.run(call_tool([calculator], written))
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def test_what_a_tool_returns_or_raises_has_no_lone_surrogate() -> None:
+    def half(fails: bool) -> str:
+        if fails:
+            raise ValueError("\ud800")
+        return "a\ud800"
+
+    def answer(fails: bool) -> str:
+        asked = {"function": {"name": "half", "arguments": json.dumps({"fails": fails})}}
+        return asyncio.run(call_tool([half], asked))
+
+    assert answer(fails=False) == "a?" and answer(fails=True) == "error: ValueError: ?"
+    (written,) = answer_of('<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>', with_tools=True)[
+        "tool_calls"
+    ]
+    assert written["function"]["arguments"] == '{"x": "?"}'
+
+
 def test_what_a_policy_calls_wrongly_is_an_observation() -> None:
     right: dict[str, Any] = {"name": "calculator", "arguments": {"expression": "2 + 3"}}
     assert call(json.dumps(right)) == "5"
@@ -84,5 +157,7 @@ def test_what_a_policy_calls_wrongly_is_an_observation() -> None:
     assert "ZeroDivisionError" in call(json.dumps(right | {"arguments": {"expression": "1/0"}}))
     for malformed in ("{", "[]", "3", '{"name": 3, "arguments": {}}', '{"name": "calculator"}', json.dumps(right)[:-1]):
         assert "not JSON of the form" in call(malformed)
+    for deep in ("[" * 1000, "[" * 100_000, json.dumps(right | {"arguments": {"expression": nested(300)}})):
+        assert "not JSON of the form" in call(deep)
     assert answer_of("<tool_call>{</tool_call>", with_tools=True)["tool_calls"][0]["function"]["name"] == MALFORMED
     assert "tool_calls" not in answer_of("<tool_call>{", with_tools=True)
