@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_rl.config import Config, load_config
-from megatron_rl.config.remarks import remarks
+from megatron_rl.config.remarks import warn
 from megatron_rl.data.hub import with_local_copies
 
 
@@ -44,8 +44,7 @@ def train(config: Config | Path | str, overrides: Sequence[str] = ()) -> RunResu
             raise ValueError("overrides apply to a YAML file; give those of a Config to load_config")
     else:
         config = load_config(config, overrides)
-    for remark in remarks(config):
-        print(f"warning: {remark}", file=sys.stderr)
+    warn(config)
     config = with_local_copies(config)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of a run share the machine
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # after the downloads

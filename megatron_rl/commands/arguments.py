@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,8 @@ def add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
 def load_with_remarks(path: Path, overrides: Sequence[str]) -> Config:
     """Loads a configuration, and warns on standard error of settings that do nothing. Raises UserError."""
     from megatron_rl.config import load_config
-    from megatron_rl.config.remarks import remarks
+    from megatron_rl.config.remarks import warn
 
     config = load_config(path, overrides)
-    for remark in remarks(config):
-        print(f"warning: {remark}", file=sys.stderr)
+    warn(config)
     return config

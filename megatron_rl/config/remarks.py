@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from lpreg.losses.registry import METHODS
 
 from .evaluation import EvaluationSettings, ProtocolSettings
@@ -13,6 +15,12 @@ def remarks(config: Config) -> list[str]:
     """Returns one sentence per setting that a user should know about."""
     unused = [f"{config.sources[key]}: {text}" for key, text in settings_not_in_use(config)]
     return [*unused, *greedy_samples(config.evaluation, "evaluation.")]
+
+
+def warn(config: Config) -> None:
+    """Prints every remark on standard error."""
+    for remark in remarks(config):
+        print(f"warning: {remark}", file=sys.stderr)
 
 
 def settings_not_in_use(config: Config) -> list[tuple[str, str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 
@@ -11,6 +9,7 @@ from megatron_rl.config import Config
 from megatron_rl.config.transport import transport_of
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
+from megatron_rl.rollout.servers.package import interpreter_of
 from megatron_rl.utils.environments import Environment, Mismatch, Question, driver_problem, nccl_problem
 from megatron_rl.utils.versions import SUPPORTED, all_outside
 
@@ -19,32 +18,11 @@ ACTOR, ENGINE = "the actor", "the engine"
 
 def check_stack(config: Config) -> None:
     """Raises UserError, with what to install, for versions that are not supported and environments that do not go
-    together, or an engine that is not installed. `actor.device` must be decided."""
+    together. `actor.device` must be decided."""
     if wrong := all_outside(SUPPORTED if config.actor.device != "cpu" else ("torch", "megatron-core")):
         raise UserError("\n".join(wrong))
-    check_engine(config)
     if faults := [str(fault) for fault in faults_of(config, environments_of(config)).values()]:
         raise UserError("\n".join(faults))
-
-
-def check_engine(config: Config) -> None:
-    """Raises UserError if the run starts a server whose package is not in the environment that it starts in."""
-    kind, server = engine_kind(config.rollout.engine), config.rollout.server
-    if not isinstance(kind, ServerKind) or server.urls or config.rollout.replay:
-        return
-    python = str(server.python or sys.executable)
-    ask = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({kind.package!r}) is None)"
-    try:
-        missing = subprocess.run([python, "-c", ask], env=os.environ | server.environment, check=False).returncode
-    except OSError as error:
-        raise UserError(f"rollout.server.python: {python} cannot be started: {error.strerror}") from error
-    if missing:
-        raise UserError(
-            f"rollout.engine: {kind.name} is not installed for {python}. On a CPU, `make engines` in a clone installs "
-            "it into .venv-engines: train with .venv-engines/bin/megatron-rl, or set "
-            "rollout.server.python=.venv-engines/bin/python. On GPUs, install it into an environment of its own, and "
-            "set rollout.server.python to its interpreter"
-        )
 
 
 def environments_of(config: Config) -> dict[str, Environment]:
@@ -58,7 +36,7 @@ def environments_of(config: Config) -> dict[str, Environment]:
     asked = {ACTOR: Question(sys.executable, {})}
     starts_servers = isinstance(engine_kind(config.rollout.engine), ServerKind) and not server.urls
     if starts_servers and not config.rollout.replay:
-        asked[ENGINE] = Question(str(server.python or sys.executable), server.environment)
+        asked[ENGINE] = Question(interpreter_of(server), server.environment)
     return {name: question.answer() for name, question in asked.items()}
 
 

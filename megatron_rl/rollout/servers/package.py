@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -32,17 +33,20 @@ def server_version(kind: ServerKind, server: ServerSettings) -> str:
     python = interpreter_of(server)
     try:
         command = [python, "-c", _ASK.replace("NAME", repr(kind.package))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+        environment = os.environ | server.environment
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
     except OSError as error:
         raise UserError(
-            f"rollout.server.python: {python}: {error.strerror}; set it to the interpreter of the engine's environment"
+            f"rollout.server.python: {python} cannot be started: {error.strerror}; set it to the interpreter of the "
+            "engine's environment"
         ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"rollout.server.python: {python} did not answer within {SECONDS} s") from None
     if version := done.stdout.strip():
         return version
     raise UserError(
-        f"rollout.engine: {kind.name} needs the package {kind.package}, which is not installed "
-        f"(rollout.server.python: {python}); install {kind.package} there, or set rollout.server.python to the "
-        "interpreter of an environment that has it"
+        f"rollout.engine: {kind.name} is not installed for {python} (rollout.server.python: {python}); on a CPU, "
+        "`make engines` in a clone installs it into .venv-engines: train with .venv-engines/bin/megatron-rl, or set "
+        "rollout.server.python=.venv-engines/bin/python. On GPUs, install it into an environment of its own, and set "
+        "rollout.server.python to its interpreter"
     )

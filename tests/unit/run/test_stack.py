@@ -13,6 +13,7 @@ from megatron_rl.config import Config, load_config
 from megatron_rl.doctor.environments import check_environments
 from megatron_rl.errors import UserError
 from megatron_rl.run import stack
+from megatron_rl.run.requirements import check_engine
 from megatron_rl.utils import versions
 from tests.unit.doctor.test_doctor_command import CONFIG
 from tests.unit.utils.test_environments import ACTOR, ENGINE, interpreter
@@ -84,9 +85,7 @@ def test_an_engine_that_is_not_installed_is_named_with_the_command(config: Confi
     for device in ("cpu", "cuda"):
         given = changed(config, tmp_path, f"rollout.server.python={without}", f"actor.device={device}")
         with pytest.raises(UserError, match=r"rollout\.engine: sglang is not installed for .*`make engines`"):
-            stack.check_engine(given)
-    stack.check_engine(
-        changed(config, tmp_path, f"rollout.server.python={without}", "rollout.server.urls=[http://x:1]")
-    )
+            check_engine(given)
+    check_engine(changed(config, tmp_path, f"rollout.server.python={without}", "rollout.server.urls=[http://x:1]"))
     with pytest.raises(UserError, match=r"rollout\.server\.python: /none/python cannot be started"):
-        stack.check_engine(changed(config, tmp_path, "rollout.server.python=/none/python"))
+        check_engine(changed(config, tmp_path, "rollout.server.python=/none/python"))
