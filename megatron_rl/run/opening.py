@@ -146,7 +146,8 @@ def open_run(config: Config) -> Iterator[Run]:
         )
         metrics = MetricsLog(config.run.folder, keep_up_to_step=last_step, sinks=sinks)
         stack.callback(metrics.close)
-        view.history(read_metrics(config.run.folder))
+        rows = read_metrics(config.run.folder)
+        view.history(rows)
         view.phase("starting Ray")
         logs = config.run.folder / "logs"
         stack.callback(shutil.rmtree, logs / heartbeat.FOLDER, ignore_errors=True)
@@ -174,9 +175,7 @@ def open_run(config: Config) -> Iterator[Run]:
             recorder=Recorder(config, config.run.folder, actors, phase),
             view=view,
             metrics=metrics,
-            diagnosis=Diagnosis(
-                config.run.folder, config.observability.diagnosis, config.algorithm, read_metrics(config.run.folder)
-            ),
+            diagnosis=Diagnosis(config.run.folder, config.observability.diagnosis, config.algorithm, rows),
             phase=phase,
             provenance=provenance,
         )
