@@ -25,14 +25,20 @@ class Assumptions:
     spread: float = 0.6
     """Standard deviation of the logarithm of response lengths."""
     training: float = 0.40
-    """Share of the GPU's matrix rate that forward and backward reach. Megatron-core reports 0.41 to 0.48 on H100 for
-    dense models and sequences of equal length; sequences of different lengths cost some of it."""
-    decoding: float = 0.60
-    """Share of the memory bandwidth that decoding reaches."""
+    """Share of the GPU's matrix rate that the passes of a dense model reach. Megatron-core reports 0.41 to 0.48 on H100
+    for sequences of equal length; sequences of different lengths cost some of it."""
+    experts: float = 0.15
+    """The same share for a model with experts, whose products are small."""
+    decoding: float = 0.40
+    """Share of the memory bandwidth that decoding reaches, all of an engine's waiting included. This share and the two
+    before it are those that explain published steps of NeMo-RL best (`benchmarks/plan.py`)."""
     prefill: float = 0.45
     """Share of the matrix rate that prefill reaches."""
     links: float = 0.75
     """Share of the rates of NVLink, PCIe and network that communication reaches."""
+    sync: float = 0.18
+    """Share of the rate of one network adapter that a weight sync over the network reaches, collecting and loading
+    included. Published figures of verl lie between 0.09 and 0.36 (`benchmarks/plan.py`)."""
     overlap: float = 0.0
     """Share of the communication that overlaps with computation."""
     decode_latency: float = 15e-6

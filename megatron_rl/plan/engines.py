@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_rl.config import Config
 from megatron_rl.config.transport import transport_of
+from megatron_rl.errors import UserError
 from megatron_rl.models.flops import body_flops, head_flops
 from megatron_rl.plan.memory import RankMemory, actor_memory
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
-from megatron_rl.rollout.engines.kind import engine_kind
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
 from megatron_rl.utils.hardware import GIB
 
 WORK_SPACE = 2 * GIB
@@ -35,15 +37,29 @@ class EngineMemory:
 
 
 def engine_memory(setup: Setup) -> EngineMemory:
-    """Returns the memory of an engine on its own GPU, or on what the actor leaves of one (`cluster.colocate`)."""
+    """Returns the memory of an engine: the share that its arguments give it, or else its usual share of a GPU, less
+    what an actor keeps on the same GPU (`cluster.colocate`)."""
     model, ranks = setup.model, setup.config.rollout.server.tensor_parallel
     weights = setup.element * model_parameters(model) / ranks
     key_heads = max(1.0, model.kv_heads / ranks)
     token = 2 * model.layers * key_heads * model.head_dim * setup.element
-    share = engine_kind(setup.config.rollout.engine).memory_share * setup.gpu.memory
-    if setup.placement.shared:
+    told = told_share(setup.config)
+    share = (told or engine_kind(setup.config.rollout.engine).memory_share) * setup.gpu.memory
+    if setup.placement.shared and told is None:
         share -= max(rank.total("rollout") for rank in actor_memory(setup)) + setup.assumed.released
     return EngineMemory(weights, share - weights - WORK_SPACE, token)
+
+
+def told_share(config: Config) -> float | None:
+    """Returns the share of a GPU's memory that `rollout.server.arguments` give the server, or None."""
+    kind, arguments = engine_kind(config.rollout.engine), list(config.rollout.server.arguments)
+    option = kind.memory_option if isinstance(kind, ServerKind) else None
+    if option is None or option not in arguments[:-1]:
+        return None
+    try:
+        return float(arguments[arguments.index(option) + 1])
+    except ValueError as error:
+        raise UserError(f"rollout.server.arguments: {option} is followed by no number") from error
 
 
 def colocated_memory(setup: Setup) -> list[RankMemory]:
@@ -98,10 +114,22 @@ def decoding_seconds(setup: Setup, memory: EngineMemory, together: float, contex
     plus two sums over the engine's ranks per layer.
     """
     assumed, gpu, ranks = setup.assumed, setup.gpu, setup.config.rollout.server.tensor_parallel
-    read = (memory.weights + together * context * memory.token) / (gpu.bandwidth * assumed.decoding)
+    weights = memory.weights * _read_share(setup, together)
+    read = (weights + together * context * memory.token) / (gpu.bandwidth * assumed.decoding)
     flops = body_flops(setup.model, 1, 2 * context) + head_flops(setup.model, 1)
     multiply = together * flops / ranks / (gpu.flops * assumed.prefill)
     return max(read, multiply) + _between_ranks(setup, together)
+
+
+def _read_share(setup: Setup, together: float) -> float:
+    """Expected share of the weights that a decoding step reads: experts that no token is routed to are not read."""
+    model, experts = setup.model, setup.model.experts
+    if experts is None:
+        return 1.0
+    sparse = sum(model.is_sparse(layer) for layer in range(model.layers))
+    share = sparse * experts.count * 3 * model.hidden * experts.ffn / model_parameters(model)
+    unread = (1 - experts.per_token / experts.count) ** together
+    return 1 - share * unread
 
 
 def _between_ranks(setup: Setup, together: float) -> float:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_rl.plan.engines import WORK_SPACE, EngineMemory, colocated_memory, engine_memory
+from megatron_rl.plan.engines import WORK_SPACE, EngineMemory, colocated_memory, engine_memory, told_share
 from megatron_rl.plan.memory import RankMemory, actor_memory, host_bytes
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
-from megatron_rl.plan.times import checkpoint_bytes, step_flops, step_seconds
+from megatron_rl.plan.times import checkpoint_bytes, step_flops, step_seconds, total_seconds
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
 from megatron_rl.utils.hardware import GIB
 
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return sum(self.seconds.values())
+        return total_seconds(self.setup, self.seconds)
 
     @property
     def gpus(self) -> int:
@@ -85,11 +85,13 @@ class Plan:
     def _remarks(self) -> Iterator[str]:
         setup, cluster = self.setup, self.setup.config.cluster
         used = sum(setup.placement.gpus(node) for node in setup.placement.nodes)
+        if setup.config.rollout.asynchronous:
+            yield "engines sample while the actor trains, so a step takes the longer of the two"
         if setup.placement.on_gpu and used < self.gpus:
             yield f"{self.gpus - used} of {self.gpus} GPUs are not used"
         kind = engine_kind(setup.config.rollout.engine)
         option = kind.memory_option if isinstance(kind, ServerKind) else None
-        if setup.placement.shared and self.engine is not None and option:
+        if setup.placement.shared and self.engine is not None and option and told_share(setup.config) is None:
             share = (self.engine.weights + self.engine.cache + WORK_SPACE) / setup.gpu.memory
             yield (
                 f"{kind.name} must be told its share of a GPU's memory: "

@@ -28,27 +28,40 @@ def step_flops(setup: Setup) -> Parts:
 
 
 def step_seconds(setup: Setup) -> Parts:
-    """Returns part of a step -> seconds. The parts follow one another."""
+    """Returns part of a step -> seconds. `total_seconds` says which parts follow one another."""
     flops, world = step_flops(setup), setup.layout.world_size
-    rate = setup.gpu.flops * setup.assumed.training
+    rate = setup.gpu.flops * (setup.assumed.experts if setup.model.experts else setup.assumed.training)
     bubble = 1 + (setup.layout.pipeline - 1) / setup.micro_batches
     visible = 1 - setup.assumed.overlap
     parts = {"rollout": rollout_seconds(setup)}
     if "log-probs" in flops:
         compute = flops["log-probs"] / world / rate
         parts["log-probs"] = bubble * (
-            compute + visible * passes_of(setup.config).forwards * _tensor_seconds(setup, sums=2)
+            compute
+            + visible
+            * passes_of(setup.config).forwards
+            * (_tensor_seconds(setup, sums=2) + _expert_seconds(setup, exchanges=2))
         )
     passes = setup.config.train.epochs_per_rollout
     sums = 6 if setup.config.actor.recompute.granularity == "full" else 4
     compute = flops["forward and backward"] / world / rate
-    parts["forward and backward"] = bubble * (compute + visible * passes * _tensor_seconds(setup, sums=sums))
+    parts["forward and backward"] = bubble * (
+        compute + visible * passes * (_tensor_seconds(setup, sums=sums) + _expert_seconds(setup, exchanges=sums))
+    )
     parts["gradients over replicas"] = setup.config.train.updates_per_rollout * visible * _replica_seconds(setup)
     parts["optimizer"] = setup.config.train.updates_per_rollout * _optimizer_seconds(setup)
     parts["weight sync"] = _sync_seconds(setup)
     if every := setup.config.train.save_every:
         parts["checkpoint, per step"] = checkpoint_bytes(setup) / _writers(setup) / setup.assumed.file_rate / every
     return parts
+
+
+def total_seconds(setup: Setup, parts: Parts) -> float:
+    """Seconds of a step. The parts follow one another, but asynchronous rollouts run beside the actor's passes."""
+    if not setup.config.rollout.asynchronous:
+        return sum(parts.values())
+    after = sum(parts.get(name, 0.0) for name in ("weight sync", "checkpoint, per step"))
+    return max(parts["rollout"], sum(parts.values()) - parts["rollout"] - after) + after
 
 
 def checkpoint_bytes(setup: Setup) -> float:
@@ -79,6 +92,21 @@ def _tensor_seconds(setup: Setup, *, sums: int) -> float:
     layers = setup.model.layers / setup.layout.pipeline
     moved = sums * layers * tokens * setup.model.hidden * setup.element * 2 * (t - 1) / t
     return moved / (setup.gpu.link * setup.assumed.links)
+
+
+def _expert_seconds(setup: Setup, *, exchanges: int) -> float:
+    """Seconds of exchanging tokens between the ranks that hold different experts. exchanges: of all routed tokens per
+    layer; a forward has two, to the experts and back."""
+    experts, layout = setup.model.experts, setup.layout
+    if experts is None or layout.expert == 1:
+        return 0.0
+    shared = layout.tensor if layout.sequence_parallel else 1
+    tokens = setup.step_tokens / layout.data / layout.context / shared
+    sparse = sum(setup.model.is_sparse(layer) for layer in range(setup.model.layers)) / layout.pipeline
+    copied = exchanges * sparse * tokens * experts.per_token * setup.model.hidden * setup.element
+    moved = copied * (layout.expert - 1) / layout.expert
+    span = layout.expert * layout.expert_tensor > setup.config.cluster.gpus_per_node
+    return moved / ((setup.gpu.network if span else setup.gpu.link) * setup.assumed.links)
 
 
 def _replica_seconds(setup: Setup) -> float:
@@ -120,4 +148,4 @@ def _sync_seconds(setup: Setup) -> float:
     if transport == "shared_memory":
         return (part + total) / (setup.gpu.host * setup.assumed.links)
     apart = len(setup.placement.nodes) > 1
-    return part / ((setup.gpu.network if apart else setup.gpu.link) * setup.assumed.links)
+    return part / (setup.gpu.network * setup.assumed.sync if apart else setup.gpu.link * setup.assumed.links)
