@@ -58,7 +58,8 @@ def stage_memory(setup: Setup, stage: int) -> RankMemory:
     if transport_of(setup.config) == "cuda_ipc":
         kept |= {"memory mapped by engines": 2.0 * _half(setup, weights)}
     else:
-        passing |= {"a bucket": _bucket(setup, weights)}
+        buckets = 2 if transport_of(setup.config) == "collective" else 1  # one on its way, and one being filled
+        passing |= {"buckets": buckets * _bucket(setup, weights)}
     forward = _forward(setup, stage)
     phases: dict[str, Parts] = {
         "load": {name: kept[name] for name in ("weights", "gradients")} | {"a tensor of the model folder": one_tensor},

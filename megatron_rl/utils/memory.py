@@ -32,3 +32,14 @@ class Reused:
         if size > self._held.numel() or self._held.device != like.device:
             self._held = like.new_empty(size, dtype=torch.uint8)
         return self._held[:size].view(like.dtype).view(tuple(shape))
+
+
+class Alternating:
+    """A `Memory` with two buffers in turns: each tensor overwrites the one before the previous one."""
+
+    def __init__(self) -> None:
+        self._buffers = Reused(), Reused()
+
+    def __call__(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        self._buffers = self._buffers[1], self._buffers[0]
+        return self._buffers[0](like, shape)

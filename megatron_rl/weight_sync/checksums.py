@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_rl.utils import heartbeat
-from megatron_rl.weight_sync.digest import digest, host_bytes
+from megatron_rl.weight_sync.digest import host_bytes
+from megatron_rl.weight_sync.digest_queue import DigestQueue
 
 VOCABULARY_MULTIPLE = 64
 """SGLang and vLLM pad the vocabulary with zeros to a multiple of this."""
@@ -65,12 +68,17 @@ class ChecksumTaker:
         """ranks: number of tensor-parallel ranks of an engine. kv_heads: number of heads of k and v, which an engine
         with more ranks than heads replicates; None: as many as ranks, or more."""
         self._ranks, self._kv_heads = ranks, kv_heads or ranks
-        self._result = Checksums({}, {})
+        self._queue = DigestQueue()
+        self._plain: dict[str, Future[str]] = {}
+        self._fused: dict[str, Future[str]] = {}
         self._parts: dict[str, list[list[Tensor]]] = {}
         """Parts of incomplete fused tensors, by name, then by rank."""
 
     def add(self, name: str, tensor: Tensor) -> None:
-        whole = self._result.plain[name] = digest(tensor)
+        """Takes the checksums of a tensor, on a CPU in other threads. The tensor's memory may be reused at once."""
+        if tensor.device.type == "cpu":
+            tensor = tensor.detach().clone()
+        whole = self._plain[name] = self._queue.add(tensor)
         *path, module, kind = name.split(".")
         if "experts" in path:
             return
@@ -78,14 +86,16 @@ class ChecksumTaker:
         if (fused := _FUSED_OF.get(module)) is None:
             for rank, piece in enumerate(pieces):
                 unchanged = piece.shape == tensor.shape
-                self._result.fused[f"{rank}:{name}"] = whole if unchanged else digest(piece)
+                self._fused[f"{rank}:{name}"] = whole if unchanged else self._queue.add(piece)
             return
         fused_name = ".".join([*path, fused, kind])
         parts = self._parts.setdefault(fused_name, [])
-        parts.append([piece.clone() for piece in pieces])  # the tensor's memory may be reused for the next one
+        # On a GPU the tensor's memory may be reused for the next one.
+        parts.append(pieces if tensor.device.type == "cpu" else [piece.clone() for piece in pieces])
         if len(parts) == len(_FUSED[fused]):
             for rank, of_rank in enumerate(zip(*self._parts.pop(fused_name), strict=True)):
-                self._result.fused[f"{rank}:{fused_name}"] = digest(torch.cat(of_rank))
+                largest = max(of_rank, key=lambda piece: piece.nbytes)
+                self._fused[f"{rank}:{fused_name}"] = self._queue.add(largest, partial(torch.cat, of_rank))
 
     def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yields the same tensors, taking the checksum of each."""
@@ -95,8 +105,10 @@ class ChecksumTaker:
             yield name, tensor
 
     def result(self) -> Checksums:
-        """Returns the checksums. A fused tensor of which a part never came has none."""
-        return self._result
+        """Returns the checksums once all are taken. A fused tensor of which a part never came has none."""
+        heartbeat.notify("taking the last checksums")
+        plain, fused = ({name: value.result() for name, value in d.items()} for d in (self._plain, self._fused))
+        return Checksums(plain, fused)
 
 
 def rank_pieces(module: str, tensor: Tensor, ranks: int, kv_heads: int) -> list[Tensor]:

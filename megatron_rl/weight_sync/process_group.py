@@ -58,6 +58,10 @@ def leave(group: dist.ProcessGroup) -> None:
     dist.destroy_process_group(group)
 
 
+class BroadcastFailed(RuntimeError):
+    """A broadcast failed, and this process has left its group."""
+
+
 class BroadcastGroup:
     """A group in which rank 0 broadcasts. A broadcast that fails raises an error in time, whatever the backend.
 
@@ -72,27 +76,50 @@ class BroadcastGroup:
         self._group: dist.ProcessGroup | None = join(member, index)
         self._store: dist.Store = c10d._world.pg_map[self._group][1]
         self._stop = threading.Event()
+        self._work: dist.Work | None = None
 
     def broadcast(self, flat: Tensor) -> None:
-        """Send the tensor from rank 0 to all members. Raises RuntimeError and leaves the group if that fails.
+        """Send the tensor from rank 0 to all members. Raises BroadcastFailed and leaves the group if that fails."""
+        self.start(flat)
+        self.finish()
+
+    def start(self, flat: Tensor) -> None:
+        """Begin a broadcast, which `finish` completes. The tensor must not be used in between. Raises BroadcastFailed."""
+        assert self._work is None, "a broadcast is under way"
+        self._raise(self._begin(flat))
+
+    def finish(self) -> None:
+        """Block until the broadcast that was started is complete; does nothing if none was. Raises BroadcastFailed."""
+        self._raise(self._end())
+
+    def _raise(self, failure: str) -> None:
+        """Leaves the group if there is a failure.
 
         The error is a new one, since torch's own would keep the group alive, and gloo closes its connections only when
         the group is freed.
         """
-        if failure := self._failure(flat):
+        if failure:
             self.abort()
-            raise RuntimeError(failure)
+            raise BroadcastFailed(failure)
 
-    def _failure(self, flat: Tensor) -> str:
-        """Broadcasts; returns the failure's message, or ""."""
+    def _begin(self, flat: Tensor) -> str:
+        """Returns the failure's message, or ""."""
         if self._group is None:
             return "the process group is closed after an earlier failure"
         try:
-            work = dist.broadcast(flat, group=self._group, group_src=0, async_op=True)
-            assert work is not None
-            if self._nccl:
+            self._work = dist.broadcast(flat, group=self._group, group_src=0, async_op=True)
+        except RuntimeError as error:
+            return str(error) or type(error).__name__
+        return ""
+
+    def _end(self) -> str:
+        """Returns the failure's message, or ""."""
+        work, self._work = self._work, None
+        try:
+            if work is not None and self._nccl:
                 self._await(work)
-            work.wait()  # raises the error of work that has failed
+            if work is not None:
+                work.wait()  # raises the error of work that has failed
         except RuntimeError as error:
             return str(error) or type(error).__name__
         return ""
@@ -118,7 +145,7 @@ class BroadcastGroup:
 
     def abort(self) -> None:
         """Leave the group after a failure."""
-        group, self._group = self._group, None
+        group, self._group, self._work = self._group, None, None
         if group is None:
             return
         if not self._nccl:
@@ -131,7 +158,9 @@ class BroadcastGroup:
         c10d._abort_process_group(group)
 
     def leave(self) -> None:
-        """Leave the group after its last broadcast has succeeded."""
+        """Leave the group after its last broadcast has succeeded; a broadcast that is still under way is aborted."""
+        if self._work is not None:
+            self.abort()
         group, self._group = self._group, None
         if group is not None:
             leave(group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -72,11 +73,19 @@ class StageBuckets:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveUpdate:
-    """One version of the weights, broadcast bucket by bucket, stage after stage, while the engine receives it."""
+    """One version of the weights, broadcast bucket by bucket while the engine receives it."""
 
     version: int
     stages: tuple[StageBuckets, ...]
     take_checksums: bool = False
+
+    def portions(self) -> list[tuple[str, tuple[TensorSpec, ...]]]:
+        """Returns (group, bucket) in the order in which every engine receives them.
+
+        The stages take turns, so that each prepares and sends a bucket while the engines load those of the others.
+        """
+        of_stages = [[(stage.group, bucket) for bucket in stage.buckets] for stage in self.stages]
+        return [portion for turn in zip_longest(*of_stages) for portion in turn if portion is not None]
 
     @property
     def nbytes(self) -> int:

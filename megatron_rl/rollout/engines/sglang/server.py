@@ -140,7 +140,7 @@ class SglangServer:
         await self._begin(timeout_seconds)
         receive = self._receive_mapped if self._mapped else self._receive_broadcast
         try:
-            calls = [(stage.group, bucket) for stage in update.stages for bucket in stage.buckets]
+            calls = update.portions()
             for number, (group, bucket) in enumerate(calls, start=1):
                 last = number == len(calls)
                 ending = {"flush_cache": last, "weight_version": str(update.version) if last else None}

@@ -16,7 +16,7 @@ from megatron_rl.rollout.engines.transformers.batch import Batch
 from megatron_rl.types import Response, SamplingParams
 from megatron_rl.utils import heartbeat
 from megatron_rl.weight_sync.checksums import Checksums, compare
-from megatron_rl.weight_sync.digest import digest
+from megatron_rl.weight_sync.digest_queue import digests
 from megatron_rl.weight_sync.transport import FolderUpdate, WeightUpdate
 
 RETIRE_BELOW = 0.8
@@ -148,7 +148,7 @@ class TransformersEngine(RolloutEngine):
 
     def verify_weights(self, version: int, sent: Checksums) -> int:
         own = as_stored(self.model.state_dict())
-        held = {name: digest(tensor) for name, tensor in own.items() if name not in self._tied}
+        held = digests((name, tensor) for name, tensor in own.items() if name not in self._tied)
         return compare(sent.plain, held, version)
 
     @property

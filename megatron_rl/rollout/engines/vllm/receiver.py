@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_rl.weight_sync.buckets import TensorSpec, unflatten
-from megatron_rl.weight_sync.digest import digest
+from megatron_rl.weight_sync.digest_queue import DigestQueue, digests
 from megatron_rl.weight_sync.mapped import MappedReceiver
 from megatron_rl.weight_sync.process_group import BroadcastGroup
 from megatron_rl.weight_sync.transport import GroupMember
@@ -35,6 +36,8 @@ class Portion:
     group: str = ""
     bucket: list[tuple[str, str, list[int]]] = field(default_factory=list)
     """(name, type, shape) of each tensor."""
+    then: list[tuple[str, int]] = field(default_factory=list)
+    """Group and bytes of the bucket after this one, if any: it is received while this one is loaded."""
     files: list[str] = field(default_factory=list)
     take_checksums: bool = False
 
@@ -50,8 +53,11 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.received: dict[str, str] = {}
+        self.received: dict[str, Future[str]] = {}
         """Checksums of the tensors received in the last update, if they were taken."""
+        self._digests = DigestQueue()
+        self._ahead: dict[str, torch.Tensor] = {}
+        """Memory of the bucket that is being received, by group."""
         self.failure: str | None = None
         self.updating = False
         """Between the start and the finish of an update."""
@@ -89,7 +95,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
 
     def _watched(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
-            self.received[name] = digest(tensor)
+            self.received[name] = self._digests.add(tensor)
             yield name, tensor
 
     def finish_weight_update(self) -> None:
@@ -109,7 +115,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
             with group.bucket(specs) as tensors:
                 yield tensors
         elif group is not None:
-            yield self._broadcast(specs, group)
+            yield self._broadcast(specs, portion)
         elif not specs:
             yield self._read(portion.files)
         else:
@@ -121,11 +127,24 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
                 for name in tensors.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                     yield name, tensors.get_tensor(name)
 
-    def _broadcast(self, specs: Sequence[TensorSpec], group: BroadcastGroup) -> Iterator[tuple[str, torch.Tensor]]:
-        flat = torch.empty(sum(spec.nbytes for spec in specs), dtype=torch.uint8, device=self.device)
-        group.broadcast(flat)
+    def _broadcast(self, specs: Sequence[TensorSpec], portion: Portion) -> Iterator[tuple[str, torch.Tensor]]:
+        if portion.group not in self._ahead:
+            self._begin(portion.group, sum(spec.nbytes for spec in specs))
+        self._member(portion.group).finish()
+        flat = self._ahead.pop(portion.group)
+        for group, nbytes in portion.then:
+            self._begin(group, nbytes)
         for name, tensor in unflatten(flat, specs):
             yield name, tensor.clone()
+
+    def _begin(self, group: str, nbytes: int) -> None:
+        self._ahead[group] = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self._member(group).start(self._ahead[group])
+
+    def _member(self, group: str) -> BroadcastGroup:
+        member = self._groups[group]
+        assert isinstance(member, BroadcastGroup), group
+        return member
 
     @contextmanager
     def _keep_failure(self) -> Iterator[None]:
@@ -135,7 +154,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
             self.failure = f"{type(error).__name__}: {error}"
 
     def shutdown(self) -> None:
-        groups, self._groups = self._groups, {}
+        groups, self._groups, self._ahead = self._groups, {}, {}
         for group in groups.values():
             group.close() if isinstance(group, MappedReceiver) else group.leave()
 
@@ -158,17 +177,17 @@ class Extension:
             self.finish_weight_update()
 
     def received_checksums(self) -> dict[str, str]:
-        return self.weight_transfer_engine.received
+        return {name: value.result() for name, value in self.weight_transfer_engine.received.items()}
 
     def held_checksums(self) -> dict[str, str]:
         """Checksums of this worker's parameters by `rank:name`, taken where the parameters lie: vLLM's own
         `/weight_checker` copies all of them to the host. Left out are modules that hold quantised weights, and
         parameters that vLLM has emptied because it has repacked them."""
         rank = get_tensor_model_parallel_rank()
-        return {
-            f"{rank}:{module_name}.{name}": digest(parameter)
+        return digests(
+            (f"{rank}:{module_name}.{name}", parameter)
             for module_name, module in self.model_runner.get_model().named_modules()
             if not any("scale" in name for name, _ in module.named_parameters(recurse=False))
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.numel()
-        }
+        )

@@ -97,14 +97,15 @@ class VllmServer:
         await self._raise_failure()
 
     async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
+        order = update.portions()
         portions = [
             {
-                "group": stage.group,
+                "group": group,
                 "bucket": [[spec.name, spec.dtype, list(spec.shape)] for spec in bucket],
+                "then": [(name, sum(spec.nbytes for spec in following)) for name, following in order[i + 1 : i + 2]],
                 "take_checksums": update.take_checksums,
             }
-            for stage in update.stages
-            for bucket in stage.buckets
+            for i, (group, bucket) in enumerate(order)
         ]
         await self._update(portions, update.version, timeout_seconds)
         self._took_checksums = update.take_checksums
