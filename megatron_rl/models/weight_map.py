@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -87,34 +88,67 @@ def _full_tensors(
     model: Stage, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None, gather: Gather, memory: Memory
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors whose shards this rank receives from `gather`."""
-    architecture = Architecture.from_hf(hf_config)
-    for name, parameter in model.named_parameters():
-        entry = _entry(model, architecture, name)
-        if architecture.tied and entry.rule.hf == (HEAD,):
-            continue  # the last stage's copy of the embedding; the first stage exports it
-        local = parameter.detach() if values is None else values[name]
+    architecture, parameters = Architecture.from_hf(hf_config), dict(model.named_parameters())
+    for exported in _export_plan(model, architecture):
+        parameter = parameters[exported.name]
+        local = parameter.detach() if values is None else values[exported.name]
         if local.shape != parameter.shape:
-            raise ValueError(f"value for {name} has shape {tuple(local.shape)}, not {tuple(parameter.shape)}")
-        for full_entry, shards in _gathered(architecture, entry, local, gather):
+            raise ValueError(f"value for {exported.name} has shape {tuple(local.shape)}, not {tuple(parameter.shape)}")
+        for hf_names, shards in _gathered(exported, local, gather):
             if shards:
-                yield from zip(full_entry.hf_names, join(entry.rule.kind, shards, architecture, memory), strict=True)
+                yield from zip(hf_names, join(exported.kind, shards, architecture, memory), strict=True)
 
 
-def _gathered(
-    architecture: Architecture, entry: Entry, local: Tensor, gather: Gather
-) -> Iterator[tuple[Entry, list[Tensor]]]:
-    """Yields a parameter's shards over tensor-parallel ranks.
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """How one of this rank's parameters is exported."""
 
-    For an expert's parameter, also yields the shards of the corresponding experts on the other expert-parallel ranks.
-    """
+    name: str
+    kind: Kind
+    of_expert: bool
+    hf_names: tuple[tuple[str, ...], ...]
+    """Names of the tensors that it becomes part of. An expert's parameter has one tuple for each expert-parallel rank,
+    since the corresponding experts of all of them are gathered together."""
+
+
+_PLANS: WeakKeyDictionary[nn.Module, tuple[Exported, ...]] = WeakKeyDictionary()
+"""Plans of the models of this process: a model with experts has thousands of names, and exports after every step."""
+
+
+def _export_plan(model: Stage, architecture: Architecture) -> tuple[Exported, ...]:
+    """Returns how each parameter is exported, in order. The plan is made once per model."""
+    if (plan := _PLANS.get(model)) is None:
+        entries = [(name, _entry(model, architecture, name)) for name, _ in model.named_parameters()]
+        plan = _PLANS[model] = tuple(
+            Exported(name, entry.rule.kind, entry.expert is not None, _hf_names(entry, architecture))
+            for name, entry in entries
+            # The last stage's copy of a tied embedding is left out; the first stage exports it.
+            if not (architecture.tied and entry.rule.hf == (HEAD,))
+        )
+    return plan
+
+
+def _hf_names(entry: Entry, architecture: Architecture) -> tuple[tuple[str, ...], ...]:
     if entry.expert is None:
-        yield entry, [local] if entry.rule.kind == "replicated" else gather(local, process_groups.tp_group())
-        return
-    ranks, tp = process_groups.expert_group().size(), process_groups.expert_tp_group().size()
-    shards = gather(local, process_groups.expert_shards_group())
+        return (entry.hf_names,)
     per_rank = _experts_per_rank(architecture)
-    for rank in range(ranks):
-        yield replace(entry, expert=rank * per_rank + entry.expert % per_rank), shards[rank * tp : (rank + 1) * tp]
+    experts = (rank * per_rank + entry.expert % per_rank for rank in range(process_groups.expert_group().size()))
+    return tuple(replace(entry, expert=expert).hf_names for expert in experts)
+
+
+def _gathered(exported: Exported, local: Tensor, gather: Gather) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
+    """Yields the names of a parameter's tensors and its shards over tensor-parallel ranks.
+
+    For an expert's parameter, also yields those of the corresponding experts on the other expert-parallel ranks.
+    """
+    if not exported.of_expert:
+        shards = [local] if exported.kind == "replicated" else gather(local, process_groups.tp_group())
+        yield exported.hf_names[0], shards
+        return
+    tp = process_groups.expert_tp_group().size()
+    shards = gather(local, process_groups.expert_shards_group())
+    for rank, hf_names in enumerate(exported.hf_names):
+        yield hf_names, shards[rank * tp : (rank + 1) * tp]
 
 
 def _local_shards(
