@@ -116,14 +116,15 @@ def count() -> dict[str, float]:
             worker.train(batch, 1e-6, batch.num_sampled_tokens, 1.0)
         with Calls() as export:
             tensors = publish_hf_weights(worker.model, worker.hf_config, reuse_memory=True)
-            size = sum(tensor.nbytes for _, tensor in tensors)
+            sizes = [tensor.nbytes for _, tensor in tensors]
         shape = Architecture.from_hf(worker.hf_config)
         worker.close()
     needed = 3 * pass_flops(shape, batch.lengths.tolist(), batch.num_sampled_tokens)
     found["operations of a training step over those it needs"] = flops.get_total_flops() / needed
     found["calls into torch in a training step"] = calls.calls
     found["bytes allocated in a training step per token"] = calls.bytes / batch.lengths.sum()
-    found["bytes allocated to publish weights over their size"] = export.bytes / size
+    found["bytes allocated to publish weights over their size"] = export.bytes / sum(sizes)
+    found["calls into torch to publish weights per tensor"] = export.calls / len(sizes)
     found["bytes of a batch on its way to the actor per token"] = len(pickle.dumps(batch, 5)) / batch.lengths.sum()
     found["modules loaded to show the help"] = modules_of_help()
     found["largest of 64 replicas over their mean, 512 sequences"] = 1 + case(draw(512, 0.6, 0), 64, 3e4)["imbalance"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -19,7 +19,7 @@ from megatron_rl.actor.platform import environment
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint.manifest import RankPart
-from megatron_rl.cluster.runtime import Nodes, host_process, results
+from megatron_rl.cluster.runtime import Nodes, host_process, results, shared
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.flops import pass_flops
 from megatron_rl.models.hf_format import read_config
@@ -100,9 +100,8 @@ class Actors:
         return results(self.submit(method, *arguments, **named))
 
     def _sent(self, batch: SequenceBatch) -> SequenceBatch:
-        """Returns the batch as an argument of `submit`: several ranks share one copy in Ray's object store, whose
-        reference Ray replaces by the batch."""
-        return cast(SequenceBatch, ray.put(batch)) if len(self.ranks) > 1 else batch
+        """Returns the batch as an argument of `submit`."""
+        return shared(batch, len(self.ranks))
 
     def _count(self, batch: SequenceBatch, passes: int) -> None:
         """`passes`: number of forward passes; a backward pass counts as two."""

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import psutil
 import ray
@@ -221,6 +221,12 @@ class HostedProcess(Generic[T]):
 
     def kill(self) -> None:
         ray.kill(self._actor)
+
+
+def shared(value: T, users: int) -> T:
+    """Returns a value as an argument of `submit` for so many processes: several share one copy in Ray's object store,
+    whose reference Ray replaces by the value. Otherwise Ray pickles the value anew for each of them."""
+    return cast(T, ray.put(value)) if users > 1 else value
 
 
 def _interface(address: str) -> str:

@@ -17,7 +17,7 @@ from megatron_rl.actor.interface import ActorRank
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engine_process import EngineProcess
 from megatron_rl.cluster.engines import Engines
-from megatron_rl.cluster.runtime import results
+from megatron_rl.cluster.runtime import results, shared
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.interface import RolloutEngine
 from megatron_rl.weight_sync.buckets import bucket_specs
@@ -223,7 +223,8 @@ class CollectiveSync(WeightSync):
                 return dict.fromkeys(answers, failure)
         update = CollectiveUpdate(self.version, self._stages, take_checksums=verify)
         pushing = self._push(verify)
-        updates = {engine: engine.submit(RolloutEngine.update_weights, update) for engine in engines}
+        order = shared(update, len(engines))  # a model with experts has tens of thousands of tensors to name
+        updates = {engine: engine.submit(RolloutEngine.update_weights, order) for engine in engines}
         answers = dict(self.engines.answers(updates, self._release))
         failure = _failure(engines, answers)
         broken = _broken(pushing)

@@ -129,6 +129,7 @@ class Actors:
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_sync, "results", lambda refs: list(refs))
+    monkeypatch.setattr(weight_sync, "shared", lambda value, users: value)
 
 
 @pytest.fixture

@@ -77,6 +77,47 @@ def test_all_tensors_of_a_portion_are_loaded_by_one_call(receiver: Any, tmp_path
     assert received == ({name: digest(tensor) for name, tensor in weights.items()} if take else {})
 
 
+def test_the_next_bucket_is_received_while_one_is_loaded(receiver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stages take turns; each bucket arrives whole, and is on its way before the one before it is loaded."""
+    seen: list[str] = []
+
+    class Group:
+        def __init__(self, name: str) -> None:
+            self.name, self.sent, self.flat = name, 0, torch.empty(0)
+
+        def start(self, flat: Tensor) -> None:
+            seen.append(f"start {self.name}")
+            self.flat = flat
+
+        def finish(self) -> None:
+            self.sent += 1
+            self.flat.view(torch.float32).fill_(self.sent)
+
+        def leave(self) -> None:
+            seen.append(f"leave {self.name}")
+
+    class Loaded(Model):
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+            seen.extend(f"load {name} {tensor.tolist()}" for name, tensor in weights)
+
+    monkeypatch.setattr(receiver, "BroadcastGroup", Group)
+    engine = receiver.Receiver(Loaded())
+    engine._groups = {"s0": Group("s0"), "s1": Group("s1")}
+    engine.start_weight_update()
+    order = [("s0", "a"), ("s1", "b"), ("s0", "c")]
+    for i, (group, name) in enumerate(order):
+        then = [(following, 8) for following, _ in order[i + 1 : i + 2]]
+        engine.receive_weights(receiver.Portion(group=group, bucket=[(name, "float32", [2])], then=then))
+    assert engine.failure is None
+    assert seen == [
+        *("start s0", "start s1", "load a [1.0, 1.0]"),
+        *("start s0", "load b [1.0, 1.0]"),
+        "load c [2.0, 2.0]",
+    ]
+    engine.shutdown()
+    assert seen[-2:] == ["leave s0", "leave s1"] and not engine._ahead
+
+
 def test_an_error_while_loading_is_kept(receiver: Any, tmp_path: Path) -> None:
     engine = receiver.Receiver(Model())
     engine.start_weight_update()

@@ -97,6 +97,30 @@ def test_every_engine_receives_every_tensor() -> None:
         end(engines)
 
 
+def test_the_next_bucket_is_collected_while_one_is_on_its_way() -> None:
+    """The sender draws no tensor of a third bucket before the first one has arrived, as there are two buffers."""
+    seen: list[str] = []
+
+    class Group:
+        def start(self, flat: torch.Tensor) -> None:
+            seen.append("start")
+
+        def finish(self) -> None:
+            seen.append("finish")
+
+    def drawn() -> Any:
+        for name, tensor in tensors():
+            seen.append(name)
+            yield name, tensor
+
+    transport = CollectiveTransport(member(1, 0, 2, 1.0), 0, LIMIT)
+    transport._group = Group()  # type: ignore[assignment]
+    transport.push(drawn(), 1)
+    first, second, third = NAMES
+    sending = [first, second, "finish", "start", third, "finish", "start", "finish", "start", "finish"]
+    assert seen == sending
+
+
 def test_an_engine_that_dies_during_an_update_is_noticed() -> None:
     transport, engines = run([3, 1])
     try:
