@@ -4,11 +4,12 @@
 
 The runs are the quickstart's: its model after supervised training, its rollouts and rewards, and Lp-Reg, with another
 learning rate. Every step leaves a checkpoint with the fp32 weights that the optimizer updates. Their bf16 rounding is
-what the engines get, and the weights of every two steps after each other are compared bit by bit. Two minutes on two quiet cores, most of which is supervised training.
+what the engines get, and the weights of every two steps after each other are compared bit by bit. A run takes about two
+minutes on two quiet cores, most of which is supervised training; the second run reuses its result.
 
 A weight changes if its update crosses the boundary between two bf16 numbers, so the share is about the mean of
-|update| / (distance of bf16 numbers), which is printed beside it (`expected`). A sparse sync that sends an index of four
-bytes with each value of two sends fewer bytes if less than a third of the weights changes.
+|update| / (distance of bf16 numbers), which is printed beside it (`expected`). A sparse sync that sends an index of
+four bytes with each value of two sends fewer bytes if less than a third of the weights changes.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ two count.
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import subprocess

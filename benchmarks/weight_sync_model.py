@@ -35,7 +35,7 @@ from megatron_rl.plan.assumptions import Assumptions
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.utils.hardware import GPUS
 from megatron_rl.utils.memory import Alternating
-from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, flattened, unflatten
+from megatron_rl.weight_sync.buckets import bucket_specs, flattened, unflatten
 
 CALL, BUCKET_CALL = 15e-6, 10e-3
 """Assumed seconds of a call into torch from Python, launch included, and of the calls that announce a bucket."""

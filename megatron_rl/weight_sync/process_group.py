@@ -84,7 +84,7 @@ class BroadcastGroup:
         self.finish()
 
     def start(self, flat: Tensor) -> None:
-        """Begin a broadcast, which `finish` completes. The tensor must not be used in between. Raises BroadcastFailed."""
+        """Begin a broadcast, which `finish` completes; the tensor must not be used before. Raises BroadcastFailed."""
         assert self._work is None, "a broadcast is under way"
         self._raise(self._begin(flat))
 
