@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ from megatron_rl.utils.rendezvous import open_port, store_at
 from megatron_rl.weight_sync import process_group
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs, unflatten
 from megatron_rl.weight_sync.folder import shared_folder
-from megatron_rl.weight_sync.transport import FolderUpdate, GroupMember
+from megatron_rl.weight_sync.process_group import BroadcastGroup
+from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember, StageBuckets
 
 SHAPE: dict[str, Any] = {
     **{"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8},
@@ -185,7 +187,7 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, rep
 
     rendezvous = Rendezvous(port, layout.world_size + 1)
     own = TransformersEngine(model, "cpu", "bfloat16")
-    held, buffer = own.model.state_dict(), torch.zeros(BUCKET, dtype=torch.uint8)
+    held, buffer, second = own.model.state_dict(), *torch.zeros(2, BUCKET, dtype=torch.uint8)
     stages = layout.world_size // layout.pipeline
     first = [stage * stages for stage in range(layout.pipeline)]
     specs = [[TensorSpec(n, d, tuple(s)) for n, d, s in json.loads(rendezvous.store.get(f"specs-{r}"))] for r in first]
@@ -195,13 +197,13 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, rep
     seconds: dict[str, list[float]] = {}
     bare: dict[str, list[float]] = {}
     for transport in TRANSPORTS:
-        groups: list[Any] = []
+        groups: dict[str, BroadcastGroup] = {}
         for version in range(repeats):
             if version == 0:
                 rendezvous.meet()
                 if transport == "gloo":
-                    groups = [process_group.join(member) for member in members(rendezvous, layout.pipeline, 1)]
-            push = rendezvous.timed(lambda g=groups: receive(g, specs, held, buffer))
+                    groups = {m.name: BroadcastGroup(m) for m in members(rendezvous, layout.pipeline, 1)}
+            push = rendezvous.timed(lambda g=groups: receive(g, specs, held, [buffer, second]))
             names = [f"parts-{transport}-{version}-{rank}" for rank in first]
             parts = tuple(Path(part) for name in names for part in json.loads(rendezvous.store.get(name)))
             take = rendezvous.timed(lambda v=version, p=parts: own.update_weights(FolderUpdate(v, p)) if p else None)
@@ -214,8 +216,8 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, rep
                 bare_push = rendezvous.timed(lambda: None)
                 bare_take = rendezvous.timed(lambda t=transport: bare_read(folders[t] / "bare", place))
             bare.setdefault(transport, []).append(bare_push + bare_take)
-        for group in groups:
-            process_group.leave(group)
+        for group in groups.values():
+            group.leave()
     rendezvous.meet()
     answer.put(
         {
@@ -230,14 +232,28 @@ def engine(layout: Layout, model: Path, folders: dict[str, Path], port: int, rep
 
 
 def receive(
-    groups: list[Any], specs: list[list[TensorSpec]], held: dict[str, torch.Tensor], buffer: torch.Tensor
+    groups: dict[str, BroadcastGroup],
+    specs: list[list[TensorSpec]],
+    held: dict[str, torch.Tensor],
+    buffers: list[torch.Tensor],
 ) -> None:
-    for group, stage in zip(groups, specs, strict=False):
-        for bucket in bucket_specs(stage, BUCKET):
-            flat = buffer[: sum(spec.nbytes for spec in bucket)]
-            dist.broadcast(flat, group=group, group_src=0)
-            for name, tensor in unflatten(flat, bucket):
-                held[name].copy_(tensor)
+    """Receives a bucket while it copies the one before, as vLLM's receiver does; the stages take turns."""
+    stages = zip(groups, specs, strict=False)
+    order = CollectiveUpdate(
+        0, tuple(StageBuckets(name, bucket_specs(part, BUCKET)) for name, part in stages)
+    ).portions()
+    flats = [
+        buffer[: sum(spec.nbytes for spec in bucket)]
+        for buffer, (_, bucket) in zip(cycle(buffers), order, strict=False)
+    ]
+    for i, (group, bucket) in enumerate(order):
+        if i == 0:
+            groups[group].start(flats[0])
+        groups[group].finish()
+        if i + 1 < len(order):
+            groups[order[i + 1][0]].start(flats[i + 1])
+        for name, tensor in unflatten(flats[i], bucket):
+            held[name].copy_(tensor)
 
 
 def bare_receive(group: dist.ProcessGroup, buffer: torch.Tensor, place: torch.Tensor) -> None:

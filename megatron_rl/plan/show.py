@@ -128,9 +128,10 @@ def _seconds(plan: Plan) -> Table:
 
 def _show_assumptions(plan: Plan, console: Console) -> None:
     assumed = plan.setup.assumed
+    training = assumed.experts if plan.setup.model.experts else assumed.training
     console.print(
         f"[dim]Estimated, not measured. Assumed: prompts of {assumed.mean_prompt:.0f} and responses of "
-        f"{assumed.mean_response:.0f} tokens on average, {assumed.training:.0%} of {plan.setup.gpu.flops / 1e12:.0f} "
+        f"{assumed.mean_response:.0f} tokens on average, {training:.0%} of {plan.setup.gpu.flops / 1e12:.0f} "
         f"TFLOPS in training, {assumed.decoding:.0%} of {plan.setup.gpu.bandwidth / 1e12:.2f} TB/s in decoding, and "
         f"{assumed.links:.0%} of the rates of the links. Change an assumption with --assume name=value.[/]"
     )
