@@ -40,6 +40,7 @@ def train(folder: Path, lr: float, steps: int) -> Path:
     """Runs the steps; returns the folder of their checkpoints."""
     command = [sys.executable, "-m", "megatron_rl", "train", str(QUICKSTART), "run.name=changed", "train.save_every=1"]
     command += [f"run.folder={folder}", f"actor.optimizer.lr={lr}", f"train.steps={steps}", "evaluation.every=0"]
+    command += [f"train.keep_checkpoints={steps}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder / "checkpoints"
 
