@@ -157,7 +157,9 @@ def picture(sweeps: dict[str, Any], path: Path) -> None:
     style |= {"axes.labelcolor": grey, "axes.edgecolor": grey, "axes.titlecolor": grey}
     colours = ["#5b8bd0", "#d08c2f", "#4f9d69", "#c65b70", "#9a78c4"]
     with plt.rc_context(style):
-        figure, panels = plt.subplots(1, len(sweeps), figsize=(10, 3.6), sharey=True, layout="constrained")
+        figure, (panels,) = plt.subplots(
+            1, len(sweeps), figsize=(10, 3.6), sharey=True, layout="constrained", squeeze=False
+        )
         for axes, (sweep, found) in zip(panels, sweeps.items(), strict=True):
             sizes = found["sizes"]
             for colour, (name, times) in zip(colours, found["seconds"].items(), strict=False):

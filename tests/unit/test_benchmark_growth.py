@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks.changed_weights import compare
-from benchmarks.growth import exponent, orders_to, partition_over
+from benchmarks.growth import LIMIT, exponent, orders_to, partition_over
+
+KEPT = Path("benchmarks/results/growth.json")
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
@@ -15,6 +20,14 @@ def test_a_power_is_found_from_the_upper_half(power: float) -> None:
     sizes = [1, 4, 16, 64, 256, 1024]
     times = [1.0 + size**power for size in sizes]
     assert exponent(sizes, times) == pytest.approx(power, abs=0.02)
+
+
+def test_every_line_of_the_kept_growth_grows_no_faster_than_its_work() -> None:
+    sweeps = json.loads((KEPT).read_text())["sweeps"]
+    for found in sweeps.values():
+        for name, times in found["seconds"].items():
+            assert found["exponents"][name] == pytest.approx(exponent(found["sizes"], times))
+            assert found["exponents"][name] <= LIMIT, name
 
 
 def test_sweeps_measure_something() -> None:
