@@ -20,9 +20,8 @@ EXAMPLE = """\
 def load_agent(settings: AgentSettings) -> Agent:
     """Returns the agent's function, or the agent of a library of environments. Raises UserError if it cannot be
     imported, or is no agent."""
-    name, _, url = settings.function.partition(":")
-    if name in ENVIRONMENTS:
-        agent: Agent = import_callable(ENVIRONMENTS[name], KEY)(url)
+    if settings.library in ENVIRONMENTS:
+        agent: Agent = import_callable(ENVIRONMENTS[settings.library], KEY)(settings.function.partition(":")[2])
         return agent
     function: Agent = import_callable(settings.function, KEY)
     if problem := _problem(function):

@@ -17,6 +17,12 @@ ENVIRONMENTS = {
     "nemo-gym": "megatron_rl.environments.nemo_gym:NemoGymAgent",
 }
 """Name -> import path of the agent of each library of environments: a class that is constructed from a URL."""
+COLUMNS = {
+    "verifiers": ("task", "environment"),
+    "harbor": ("task", "environment"),
+    "nemo-gym": ("responses_create_params",),
+}
+"""Name -> columns that a row must have beside its prompt."""
 SERVED = ("openenv", "nemo-gym")
 """The libraries whose environments are servers: the setting names their URL after the name."""
 FORMS = "package.module:function, verifiers, harbor, openenv:URL or nemo-gym:URL"
@@ -47,3 +53,8 @@ class AgentSettings(Section):
     host: Text = "127.0.0.1"
     """Address that the model's server listens on: set the node's own address if containers or other machines call
     it."""
+
+    @property
+    def library(self) -> str:
+        """Name of the library of environments that `function` names; of no meaning for a function."""
+        return self.function.partition(":")[0]

@@ -53,7 +53,9 @@ def with_local_copies(config: Config, *, download: bool = True) -> Config:
         return path if written_later(path) else local_model(path, key, download)
 
     suites = {
-        name: suite.model_copy(update={"data": data_of(suite.data, f"evaluation.suites.{name}", "test", suite.tasks)})
+        name: suite.model_copy(
+            update={"data": data_of(suite.data, f"evaluation.suites.{name}", "test", suite.tasks), "tasks": None}
+        )
         for name, suite in config.evaluation.suites.items()
     }
     train = data_of(config.data.train, "data.train", "train", config.data.tasks)
@@ -66,7 +68,7 @@ def with_local_copies(config: Config, *, download: bool = True) -> Config:
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": model_of(config.model.path, "model.path")}),
-            "data": config.data.model_copy(update={"train": train}),
+            "data": config.data.model_copy(update={"train": train, "tasks": None}),
             "algorithm": algorithm,
             "evaluation": config.evaluation.model_copy(update={"suites": suites}),
         }

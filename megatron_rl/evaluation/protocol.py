@@ -62,7 +62,7 @@ def _resolved(name: str, suite: SuiteSettings, folder: Path | None) -> SuiteSett
     """Returns the suite with the path of its file: below `folder`, or the local copy of a data set of the Hub."""
     here = folder / suite.data if folder else suite.data
     data = here if here.is_file() else local_data(suite.data, f"suites.{name}", "test", tasks=suite.tasks)
-    return suite.model_copy(update={"data": here if data == suite.data else data})
+    return suite.model_copy(update={"data": here if data == suite.data else data, "tasks": None})
 
 
 def _read(path: Path) -> ProtocolSettings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import shutil
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -11,6 +11,7 @@ import yaml
 
 from megatron_rl.rollout.dump import dumps
 from tests.e2e_cpu.conftest import CommandLine, Finished, values
+from tests.environments.conftest import MODULES
 from tests.hf_models import write_hf_model
 from tests.unit.agent.kit import tokenizer
 
@@ -32,10 +33,11 @@ COMMON: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
-    """A folder with a tiny model that has a chat template."""
+    """A folder with a tiny model that has a chat template, and the tests' own environment."""
     folder = tmp_path_factory.mktemp("environments")
     write_hf_model(folder / "model", vocab_size=len(tokenizer()), max_position_embeddings=2048)
     tokenizer().save_pretrained(folder / "model")
+    shutil.copy(MODULES / "played.py", folder)
     return CommandLine(folder)
 
 
@@ -70,7 +72,7 @@ def test_a_task_of_reasoning_gym_trains(command_line: CommandLine) -> None:
     assert all("eval/sums/avg@1" in run.metrics[place] for place in (0, -1))
 
 
-def test_an_environment_of_verifiers_trains(command_line: CommandLine, modules: Path) -> None:
+def test_an_environment_of_verifiers_trains(command_line: CommandLine) -> None:
     run = train(
         command_line,
         "played",
