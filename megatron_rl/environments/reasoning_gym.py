@@ -19,6 +19,7 @@ from megatron_rl.config.reward import RewardSettings
 from megatron_rl.environments.library import library
 from megatron_rl.errors import UserError
 from megatron_rl.types import RewardResult, Sample
+from megatron_rl.utils.boxed import last_boxed
 
 PACKAGE = "reasoning-gym"
 HELD_OUT = 10
@@ -78,9 +79,10 @@ def read_label(label: object) -> Label:
 
 
 class ReasoningGymReward:
-    """Scores a response by the task's own scorer, from 0 to 1.
+    r"""Scores a response by the task's own scorer, from 0 to 1.
 
-    The answer is the text in the last pair of <answer> tags, or the whole text of a response without them.
+    The answer is the text in the last pair of <answer> tags, or the whole text of a response without them; if this text
+    has a `\boxed{}`, the answer is the content of the last one. So each of `data.template` can be used.
     """
 
     def __init__(self, settings: RewardSettings) -> None:
@@ -142,4 +144,6 @@ def _is_held_out(question: str) -> bool:
 
 def _answer(text: str) -> str:
     tagged: str | None = library("reasoning_gym.utils", PACKAGE).extract_answer(text)
-    return text.strip() if tagged is None else tagged
+    text = text.strip() if tagged is None else tagged
+    boxed = last_boxed(text)
+    return text if boxed is None else boxed.strip()

@@ -77,7 +77,8 @@ def test_the_tasks_own_scorer_grades(task: str) -> None:
         answer = row["label"]["answer"]
         right: RewardResult = grade(sample(row, f"<think>so</think> <answer>no</answer> <answer>\n{answer}\n</answer>"))
         assert (right.score, right.detail, right.answer) == (1.0, "correct", answer.strip())
-        assert grade(sample(row, answer)).score == 1.0  # a text without tags is the answer
+        for text in (answer, rf"So \boxed{{{answer}}}.", rf"<answer> \boxed{{{answer}}} </answer>"):
+            assert grade(sample(row, text)).score == 1.0
         assert grade(sample(row, "<answer>no idea</answer>")).score < 0.1
 
 
