@@ -25,9 +25,9 @@ PROMPTS, RESPONSES, TOKENS = 8, 2, 64
 BOUNDS = {"float32": (1e-4, 1e-4)}
 """Data type of the actor -> largest difference of a token and mean difference that are allowed, in nats."""
 BOUNDS_OF_HALF = (1.0, 0.03)
-"""The same for half precision. Rounding differs between kernels, most on rare tokens. The bound of the mean therefore grows
-with the mean surprisal of the sampled tokens where that is above one nat: SmolLM2-135M in bfloat16 differs from itself in
-float32 by 0.02 to 0.035 nats in the mean, on text with 1.7 nats per token."""
+"""The same for half precision. Rounding differs between kernels, most on rare tokens. The bound of the mean therefore
+grows with the mean surprisal of the sampled tokens if that is above one nat: SmolLM2-135M in bfloat16 differs from
+itself in float32 by 0.02 to 0.035 nats in the mean, on text with 1.7 nats per token."""
 
 
 class ProbedEngine(Protocol):

@@ -24,8 +24,8 @@ TRIALS = 24
 FITS = 0.05
 """A temperature explains a difference if less than this share of the difference is left at that temperature."""
 AS_IF_ROUNDED = 0.03
-"""Mean difference that half precision can cause, in nats per nat of the tokens' mean surprisal, which counts as one if it is
-less."""
+"""Mean difference that half precision can cause, in nats per nat of the tokens' mean surprisal. A surprisal below one
+nat counts as one."""
 ONE_SIDED = 0.1
 """Truncation raises every log-prob: of the differences, less than this share lowers one. Rounding lowers as many."""
 

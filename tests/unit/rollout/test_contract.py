@@ -101,7 +101,7 @@ def rounded(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def noisy(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probs with errors to both sides, 0.04 in the mean, as kernels in half precision give for a flat distribution."""
+    """Log-probs with errors to both sides, 0.04 in the mean, as kernels in half precision give on flat text."""
     places = torch.arange(len(tokens))[:, None]
     return log_p.gather(1, tokens) + 0.04 * (1 - 2 * (places % 2))
 
