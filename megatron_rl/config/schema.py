@@ -53,8 +53,6 @@ class DataSettings(Section):
     """A .jsonl or .parquet file with the columns of slime, verl or TRL; a data set of the Hugging Face Hub,
     `owner/name`, `owner/name:split` or `owner/name:subset:split`; or the tasks of an environment, `reasoning-gym:TASK`,
     `verifiers:ENVIRONMENT` or `harbor:FOLDER`."""
-    tasks: TaskSettings | None = None
-    """Which problems an environment makes, if `train` names one. Default: 1,000 problems."""
     template: Template = "none"
     r"""none: the prompt unchanged, with messages joined by newlines. chat: the tokenizer's chat template. boxed: the
     prompt followed by a request to reason step by step and to put the answer in \boxed{}. chat-boxed: the boxed prompt
@@ -73,6 +71,8 @@ class DataSettings(Section):
     allow_changed: bool = False
     """Resume even if `train` is another file than in the checkpoint, by its SHA-256. The run then begins with the first
     prompt of the new file, and drops prompts of the old one that it had drawn and not trained on."""
+    tasks: TaskSettings | None = None
+    """Which problems an environment makes, if `train` names one. Default: 1,000 problems."""
 
 
 class WarmStartPhase(Section):
