@@ -75,8 +75,10 @@ def _group(step: int, rows: list[dict[str, Any]], vocabulary: Vocabulary, agent:
 
 
 def _sample(row: dict[str, Any], vocabulary: Vocabulary, agent: bool) -> dict[str, Any]:
-    """One sequence. The tokens of its context come first if an agent sampled it."""
+    """One sequence. The tokens of its context come first if its agent chose another one than the prompt."""
     context = row["prompt_token_ids"] if agent else []
+    if _squeezed("".join(map(vocabulary.text, context))) == _squeezed(row["prompt"]):
+        context = []
     before = context[-TOKENS_PER_SAMPLE:]
     ids = row["token_ids"][:TOKENS_PER_SAMPLE]
     blank = [None] * len(ids)
@@ -96,7 +98,9 @@ def _sample(row: dict[str, Any], vocabulary: Vocabulary, agent: bool) -> dict[st
             for k, s, there in zip(kept, selected, sampled, strict=False)
         ][: len(ids)]
     )
-    own = [not mark & NOT_SAMPLED for mark in marks]
+    turns = turns_of(texts, [not mark & NOT_SAMPLED for mark in marks]) if agent else []
+    if context and not turns:
+        turns = [("prompt", 0), ("response", len(before))]
     return {
         "reward": row["reward"],
         "verdict": _verdict(row),
@@ -111,8 +115,13 @@ def _sample(row: dict[str, Any], vocabulary: Vocabulary, agent: bool) -> dict[st
         "p": [None] * len(before) + [_known(np.exp(value)) for value in log_probs[: len(ids)]],
         "entropy": [None] * len(before) + [_known(value) for value in (row.get("entropy") or blank)[: len(ids)]],
         "marks": marks,
-        "turns": (turns_of(texts, own) or [("prompt", 0), ("response", len(before))]) if agent else [],
+        "turns": turns,
     }
+
+
+def _squeezed(text: str) -> str:
+    """The text without white space, which word-level tokens lack."""
+    return "".join(text.split())
 
 
 def _verdict(row: dict[str, Any]) -> str:
