@@ -43,9 +43,8 @@ def _init(options: argparse.Namespace) -> None:
     written = write_start(known[options.name], options.output)
     print(*written, sep="\n")
     command = f"megatron-rl train {written[0]}"
-    if options.output != Path() and any(
-        path.suffix == ".py" for path in written
-    ):  # modules are imported from the working folder
+    # Modules are imported from the working folder.
+    if options.output != Path() and any(path.suffix == ".py" for path in written):
         command = f"cd {options.output} && megatron-rl train {written[0].relative_to(options.output)}"
     print(f"next: {command}" + ("" if options.name in READY else " --dry-run"))
 
