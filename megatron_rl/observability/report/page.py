@@ -161,9 +161,7 @@ def _responses(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     return [
         {"run": run.name, **group}
         for run in runs
-        for group in response_groups(
-            spread(run.dumps, VIEWER_STEPS), _vocabulary(run), agent=bool(run.setting("rollout", "agent"))
-        )
+        for group in response_groups(spread(run.dumps, VIEWER_STEPS), _vocabulary(run))
     ]
 
 

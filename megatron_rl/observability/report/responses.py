@@ -20,31 +20,28 @@ FILTERED, SELECTED, NOT_SAMPLED = 1, 2, 4
 """Bits of the mark of a token."""
 
 
-def response_groups(
-    dumps: Sequence[tuple[int, Path]], vocabulary: Vocabulary, *, agent: bool = False
-) -> list[dict[str, Any]]:
-    """Returns some groups of each dump. Groups with non-zero advantages come first, because the loss acts on them.
-
-    `agent`: whether an agent sampled the responses. Their sequences are then shown with their own contexts.
-    """
-    return [group for step, path in dumps for group in _groups_of(step, path, vocabulary, agent)]
+def response_groups(dumps: Sequence[tuple[int, Path]], vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Returns some groups of each dump. Groups with non-zero advantages come first, because the loss acts on them. The
+    sequences that an agent sampled have their own contexts."""
+    return [group for step, path in dumps for group in _groups_of(step, path, vocabulary)]
 
 
-def _groups_of(step: int, path: Path, vocabulary: Vocabulary, agent: bool) -> list[dict[str, Any]]:
+def _groups_of(step: int, path: Path, vocabulary: Vocabulary) -> list[dict[str, Any]]:
     table = read_dump(path)
     number = np.asarray(table.column("group"))
     advantages = np.asarray(table.column("advantage"), dtype=np.float64)
     groups = list(dict.fromkeys(number.tolist()))
     groups.sort(key=lambda group: not np.any(advantages[number == group]))
     chosen = [table.take(np.flatnonzero(number == group)).to_pylist() for group in groups[:GROUPS_PER_STEP]]
-    agent = agent or any(map(_is_by_agent, chosen))
+    agent = any(map(_is_by_agent, chosen))
     return [_group(step, rows, vocabulary, agent) for rows in chosen]
 
 
 def _is_by_agent(rows: list[dict[str, Any]]) -> bool:
-    """Whether tokens were given within the responses of a group, or a response has several sequences."""
-    given = any(False in (row.get("sampled_mask") or ()) for row in rows)
-    return given or len({_rollout(place, row) for place, row in enumerate(rows)}) < len(rows)
+    """Whether an agent sampled the responses of a group. A dump of an earlier version shows it only if tokens were
+    given within the responses, or if a response has several sequences."""
+    known = any(row.get("tool_calls") is not None or False in (row.get("sampled_mask") or ()) for row in rows)
+    return known or len({_rollout(place, row) for place, row in enumerate(rows)}) < len(rows)
 
 
 def _rollout(place: int, row: dict[str, Any]) -> int:

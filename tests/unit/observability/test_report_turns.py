@@ -41,7 +41,7 @@ def test_a_role_that_the_policy_writes_begins_no_turn() -> None:
 
 
 def test_the_sequences_of_a_rollout_are_conversations_of_their_own(agent_run: Path) -> None:
-    first, _ = response_groups(read_run(agent_run).dumps, Vocabulary([agent_run]), agent=True)
+    first, _ = response_groups(read_run(agent_run).dumps, Vocabulary([agent_run]))
     assert [(s["rollout"], s["sequence"], s["sequences"]) for s in first["samples"]] == [
         (0, 1, 2),
         (0, 2, 2),
