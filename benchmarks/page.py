@@ -1,4 +1,4 @@
-"""Writes the kept results into docs/benchmarks.md and docs/demonstration.md, between the markers of these pages.
+"""Writes the kept results into the pages of `PAGES`, between their markers.
 
 python benchmarks/page.py
 """
@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PAGES = (ROOT / "docs/benchmarks.md", ROOT / "docs/demonstration.md")
+PAGES = tuple(ROOT / "docs" / name for name in ("benchmarks.md", "demonstration.md", "agents.md"))
 RESULTS, SCALING, SEEDS = ROOT / "benchmarks/results", ROOT / "docs/scaling.svg", ROOT / "docs/demonstration.svg"
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -189,11 +189,26 @@ def countdown_seeds(found: Found) -> str:
     return text
 
 
+def agent_learns(found: Found) -> str:
+    """The evaluations of the run with the calculator, and the accuracy of the run without."""
+    own, other = (found["runs"][name]["evaluations"] for name in ("with the calculator", "without"))
+    rows = (
+        [
+            step,
+            *(f"{each[name]:.2f}" for name in ("tool_calls_mean", "turns_mean")),
+            *(f"{each[name]:.3f}" for name in ("avg@8", "pass@8")),
+            f"{other[step]['avg@8']:.3f}" if step in other else "",
+        ]
+        for step, each in own.items()
+    )
+    return table(("step", "tool calls", "turns", "accuracy", "pass@8", "accuracy without calculator"), rows)
+
+
 TABLES: dict[str, Callable[[Found], str]] = {
     f.__name__: f
     for f in (
         *(batching, training_step, weight_sync, start_up, driver, scaling, grading),
-        *(entropy_terms_cpu, countdown_seeds),
+        *(entropy_terms_cpu, countdown_seeds, agent_learns),
     )
 }
 
