@@ -1,17 +1,19 @@
-"""What the agent of docs/agents.md learns: the evaluations of finished runs, with and without the calculator.
+"""What the agent of docs/agents.md learns: the evaluations of a finished run, and its last policy with and without the
+calculator.
 
-    megatron-rl train examples/agents/calculator.yaml run.name=with
-    megatron-rl train examples/agents/calculator.yaml run.name=without rollout.agent=null
-    python benchmarks/agent_learns.py runs/with runs/without [--out FILE]
+    megatron-rl train examples/agents/calculator.yaml run.name=calculator
+    megatron-rl eval runs/calculator --suites suites.yaml --out with        # the suite file of docs/agents.md
+    megatron-rl eval runs/calculator --suites plain.yaml --out without      # the same without its line `agent`
+    python benchmarks/agent_learns.py runs/calculator with without [--out FILE]
 
-Without the agent, the policy also writes what comes after `calc`. Both runs share the warm start.
+Without the agent, the policy also writes what comes after `calc`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -19,34 +21,31 @@ from benchmarks.machine import arguments, keep
 from benchmarks.page import agent_learns
 from megatron_rl.observability.metrics import read_metrics
 
-METRICS = ("avg@8", "pass@8", "tool_calls_mean", "turns_mean", "entropy")
+METRICS = ("tool_calls_mean", "turns_mean", "avg@8", "pass@8", "entropy")
 
 
 def evaluations(folder: Path) -> dict[str, dict[str, float]]:
     """Returns step -> metrics of every evaluation of a run on the fresh problems."""
-    found: dict[str, dict[str, float]] = {}
-    for row in read_metrics(folder):
-        if "eval/fresh/avg@8" in row:
-            values = {name: row.get(f"eval/fresh/{name}") for name in METRICS}
-            found[str(row["step"])] = {name: value for name, value in values.items() if value is not None}
-    return found
-
-
-def rewards(folder: Path, last: int = 10) -> dict[str, float]:
-    """Returns the mean reward of the first and of the last steps."""
-    values = [row["reward/mean"] for row in read_metrics(folder) if "reward/mean" in row]
-    return {"first": sum(values[:last]) / last, "last": sum(values[-last:]) / last}
+    rows = [row for row in read_metrics(folder) if "eval/fresh/avg@8" in row]
+    return {str(row["step"]): {name: row[f"eval/fresh/{name}"] for name in METRICS} for row in rows}
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("runs", type=Path, nargs=2, help="folders of the runs with and without the agent")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("own", type=Path, help="folder of the evaluation with the agent")
+    parser.add_argument("without", type=Path, help="folder of the evaluation without it")
     options = parser.parse_args()
-    runs: dict[str, Any] = {
-        name: {"evaluations": evaluations(folder), "reward": rewards(folder)}
-        for name, folder in zip(("with the calculator", "without"), options.runs, strict=True)
+    rewards = [row["reward/mean"] for row in read_metrics(options.run) if "reward/mean" in row]
+    found = {
+        "config": "examples/agents/calculator.yaml",
+        "evaluations": evaluations(options.run),
+        "reward of ten steps": {"first": sum(rewards[:10]) / 10, "last": sum(rewards[-10:]) / 10},
+        "last policy": {
+            name: json.loads((folder / "summary.json").read_text())["suites"]["fresh"]
+            for name, folder in (("with the calculator", options.own), ("without", options.without))
+        },
     }
-    found = {"config": "examples/agents/calculator.yaml", "runs": runs}
     print(agent_learns(found))
     keep(options.out, "agent_learns", **found)
 

@@ -190,18 +190,26 @@ def countdown_seeds(found: Found) -> str:
 
 
 def agent_learns(found: Found) -> str:
-    """The evaluations of the run with the calculator, and the accuracy of the run without."""
-    own, other = (found["runs"][name]["evaluations"] for name in ("with the calculator", "without"))
     rows = (
         [
             step,
             *(f"{each[name]:.2f}" for name in ("tool_calls_mean", "turns_mean")),
-            *(f"{each[name]:.3f}" for name in ("avg@8", "pass@8")),
-            f"{other[step]['avg@8']:.3f}" if step in other else "",
+            *(f"{each[name]:.3f}" for name in ("avg@8", "pass@8", "entropy")),
         ]
-        for step, each in own.items()
+        for step, each in found["evaluations"].items()
     )
-    return table(("step", "tool calls", "turns", "accuracy", "pass@8", "accuracy without calculator"), rows)
+    reward, last = found["reward of ten steps"], found["last policy"]
+    own, without = (
+        f"{last[name]['avg@8']['value']:.1%} (95 % interval over problems {last[name]['avg@8']['low']:.1%} to "
+        f"{last[name]['avg@8']['high']:.1%})"
+        for name in ("with the calculator", "without")
+    )
+    said = (
+        f"The mean reward of ten steps rises from {reward['first']:.2f} to {reward['last']:.2f}. `megatron-rl eval` of the "
+        f"last policy gives\n{own} with the calculator. Without it, when the policy writes all\nresults itself, "
+        f"{without}.\n"
+    )
+    return table(("step", "tool calls", "turns", "accuracy", "pass@8", "entropy"), rows) + "\n" + said
 
 
 TABLES: dict[str, Callable[[Found], str]] = {
