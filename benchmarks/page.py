@@ -205,8 +205,8 @@ def agent_learns(found: Found) -> str:
         for name in ("with the calculator", "without")
     )
     said = (
-        f"The mean reward of ten steps rises from {reward['first']:.2f} to {reward['last']:.2f}. `megatron-rl eval` of the "
-        f"last policy gives\n{own} with the calculator. Without it, when the policy writes all\nresults itself, "
+        f"The mean reward of ten steps rises from {reward['first']:.2f} to {reward['last']:.2f}. `megatron-rl eval` "
+        f"of the last policy gives\n{own} with the calculator. Without it, when the policy writes all\nresults itself, "
         f"{without}.\n"
     )
     return table(("step", "tool calls", "turns", "accuracy", "pass@8", "entropy"), rows) + "\n" + said

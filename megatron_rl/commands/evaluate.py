@@ -74,6 +74,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     if options.batch < 1:
         raise UserError(f"--batch {options.batch}: give at least 1")
+    if options.max_positions is not None and options.max_positions < 1:
+        raise UserError(f"--max-positions {options.max_positions}: give at least 1")
     protocol = load_protocol(options.suites, options.data, options.only.split(",") if options.only else None)
     check_reward(protocol.reward)
     for remark in greedy_samples(protocol):

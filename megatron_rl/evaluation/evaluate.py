@@ -145,9 +145,10 @@ class Evaluation:
         return check
 
     def _claim_folder(self) -> None:
+        unset = set() if self.protocol.agent else {"agent"}  # as evaluations of versions without agents
         identity = {
             "source": self.source.identity,
-            "protocol": self.protocol.model_dump(mode="json"),
+            "protocol": self.protocol.model_dump(mode="json", exclude=unset),
             "seed": self.seed,
             "batch": self.batch,
         }

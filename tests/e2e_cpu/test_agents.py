@@ -119,3 +119,5 @@ def test_rollouts_that_fail_have_no_reward_and_teach_nothing(quickstart: Callabl
     )
     fractions = values(run, "reward/error_fraction")
     assert sum(fractions[:STEPS]) > 0
+    failed, scores = values(run, "eval/held_out/failed_fraction"), values(run, "eval/held_out/avg@8")
+    assert len(failed) == len(scores) == 2 and all(0.02 < share < 0.4 for share in failed)
