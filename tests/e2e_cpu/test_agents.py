@@ -63,8 +63,8 @@ def test_training_makes_an_agent_use_its_calculator(tmp_path_factory: pytest.Tem
         f"seed-{seed}",
         f"seed={seed}",
         "warm_start.batch_size=64",
-        "train.steps=40",
-        "evaluation.every=40",
+        "train.steps=30",
+        "evaluation.every=30",
         config=REPOSITORY / "examples/agents/calculator.yaml",
     )
     assert run.status == 0, run.output[-5000:]
