@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from .agent import AgentSettings
 from .fields import Count, FilePath, Name, NonNegative, PositiveInt, Section, Text
 from .reward import RewardSettings
 
@@ -99,5 +100,8 @@ class ProtocolSettings(Section):
     """Sampling temperature; 0 is greedy."""
     reward: RewardSettings
     """Verifier that grades the responses."""
+    agent: AgentSettings | None = None
+    """The agent that samples the responses; the keys are those of rollout.agent. Default: the model answers in one
+    turn."""
     suites: dict[Name, Suite] = Field(min_length=1)
     """Suites by name. The macro mean is the unweighted mean over the suites."""

@@ -29,7 +29,7 @@ class RunSettings(Section):
 class PrepareSettings(Section):
     """An embedded task. The run writes its files before training unless they already exist."""
 
-    task: Literal["countdown"]
+    task: Literal["countdown", "countdown_calculator"]
     """Name of the task."""
     folder: FilePath
     """Folder for the task's model and data."""

@@ -36,6 +36,8 @@ def load_protocol(name: str, data_folder: Path | None = None, only: list[str] | 
         for suite, settings in protocol.suites.items()
         if not only or suite in only
     }
+    if protocol.reward.name == "agent" and not protocol.agent:
+        raise UserError(f"{name}: reward.name: agent takes the reward of an agent, but there is no section agent")
     missing = [f"{suite}: {settings.data}" for suite, settings in suites.items() if not settings.data.is_file()]
     if missing:
         raise UserError(
