@@ -28,6 +28,28 @@ from tests.unit.agent.kit import ROOM, TextEngines, sampling, tokenizer
 PROMPT = Prompt("p", (5, 6), "ab", "ok")
 
 
+class SlowServers(TextEngines):
+    """Servers that answer chats, and never answer other prompts."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda text: "ok", embedded=False)
+        self.of_chats: set[int] = set()
+
+    def submit(self, prompts: Any, sampling: Any) -> list[int]:
+        numbers = super().submit(prompts, sampling)
+        self.of_chats |= {n for n, prompt in zip(numbers, prompts, strict=True) if len(prompt.token_ids) > 2}
+        return numbers
+
+    def wait(self, ids: Any, seconds: float | None = None) -> set[int]:
+        time.sleep(0.01)
+        return super().wait(set(ids) & self.of_chats)
+
+    def cancel(self, ids: Any) -> None:
+        for number in list(ids):
+            del self.asked[number]
+            self.cancelled.append(number)
+
+
 def rollouts_of(agent: Any, engines: TextEngines, **settings: Any) -> AgentRollouts:
     own = AgentSettings(function="my:agent", **settings)
     return AgentRollouts(own, agent, engines, tokenizer(), sequence_tokens=5000)
@@ -220,6 +242,62 @@ def test_an_abort_cancels_rollouts_and_leaves_none_behind() -> None:
         assert rollouts.wait(third) == set(third)
     assert sorted(cleaned) == ["quick"] * 4 + ["slow"] * 2
     assert engines.aborted == 0  # all had their answers
+
+
+@pytest.mark.parametrize("fate", ["timeout", "returns", "cancelled calls"])
+def test_servers_stop_working_for_calls_that_nobody_waits_for(fate: str) -> None:
+    left_behind: list[Any] = []
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        await model.chat([{"role": "user", "content": prompt.text}])
+        if prompt.id == "left":
+            calls = [asyncio.create_task(model.generate([5, k])) for k in range(3)]
+            if fate == "timeout":
+                await asyncio.gather(*calls)
+            while engines.submitted < 5:
+                await asyncio.sleep(0.01)
+            for call in calls if fate == "cancelled calls" else []:
+                call.cancel()
+            left_behind.extend(calls)
+        return 1.0
+
+    engines = SlowServers()
+    left, other = Prompt("left", (1,), "ab", None), Prompt("other", (2,), "ok", None)
+    seconds = 0.5 if fate == "timeout" else 600.0
+    with rollouts_of(agent, engines, timeout_seconds=seconds) as rollouts:
+        first, second = rollouts.generate([left, other], sampling())
+        assert len(engines.cancelled) == 3 and not engines.asked
+    assert first[0].num_sampled_tokens == second[0].num_sampled_tokens == 3
+    assert first[0].reward.outcome == ("timeout" if fate == "timeout" else "score")  # type: ignore[attr-defined]
+    if fate == "returns":
+        assert [str(call.exception()) for call in left_behind] == ["the rollout has ended"] * 3
+
+
+def test_an_embedded_engine_does_not_begin_requests_of_rollouts_that_have_ended() -> None:
+    """A request comes while the engine works on a batch, and its rollout ends before the batch does."""
+    works, refused = threading.Event(), threading.Event()
+
+    class SlowEngine(TextEngines):
+        def wait(self, ids: Any, seconds: float | None = None) -> set[int]:
+            works.set()
+            refused.wait(30)
+            return super().wait(ids)
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        while prompt.id == "late" and not works.is_set():
+            await asyncio.sleep(0.01)
+        try:
+            await model.chat([{"role": "user", "content": prompt.text}])
+        finally:
+            if prompt.id == "late":
+                refused.set()
+        return 1.0
+
+    engines = SlowEngine(lambda text: "ok")
+    prompts = [Prompt("early", (1,), "ab", None), Prompt("late", (2,), "ok", None)]
+    with rollouts_of(agent, engines, timeout_seconds=1.0) as rollouts:
+        _, (late,) = rollouts.generate(prompts, sampling())
+    assert late.reward.outcome == "timeout" and engines.submitted == 1  # type: ignore[attr-defined]
 
 
 def test_an_agent_that_blocks_the_event_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
