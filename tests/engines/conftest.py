@@ -107,3 +107,14 @@ def engine(request: pytest.FixtureRequest, run: Run[object], model: Path) -> Ite
     run(engine.resume())
     yield engine
     run(engine.close())
+
+
+@pytest.fixture
+def lent(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> Iterator[HttpEngine]:
+    """The server that tests share, for a whole run; afterwards it gets the model's weights again."""
+    from tests.engines.test_weights import in_folder
+
+    yield engine
+    run(engine.pause())
+    run(engine.update_weights(in_folder(tmp_path / "restored", model, 200)[0]))
+    run(engine.resume())

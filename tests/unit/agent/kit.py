@@ -6,8 +6,6 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -38,8 +36,6 @@ CHATML = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 PLAIN = CHATML.replace("KEEPS_THINKING", "false")
 THINKING_REMOVED = CHATML.replace("KEEPS_THINKING", "true")
-OWN_SYSTEM = "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nok<|im_end|>\\n' }}{% endif %}" + PLAIN
-"""It has a system message of its own, as that of SmolLM2."""
 END = "<|im_end|>"
 SPECIAL = (
     *(END, "<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
@@ -54,27 +50,6 @@ SPECIAL = (
         "<|return|>",
     ),
 )
-
-
-def published(name: str) -> str:
-    """The chat template of a published model, as the TRL package has it."""
-    spec = find_spec("trl")
-    assert spec and spec.submodule_search_locations
-    return (Path(spec.submodule_search_locations[0]) / f"chat_templates/{name}.jinja").read_text()
-
-
-FAMILIES = {
-    "plain": (PLAIN, END),
-    "thinking removed": (THINKING_REMOVED, END),
-    "qwen2_5": (published("qwen2_5"), END),
-    "qwen3": (published("qwen3"), END),  # it removes thinking from earlier turns
-    "llama3": (published("llama3"), "<|eot_id|>"),
-    "llama3_1": (published("llama3_1"), "<|eot_id|>"),
-    "gpt-oss": (published("gptoss"), "<|return|>"),
-    "smollm2": (OWN_SYSTEM, END),
-}
-"""Chat template and end token."""
-
 
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "ab", "parameters": {}}}]
 STEPS = ("extend", "extend", "extend", "edit", "compact", "branch", "repeat", "other tools")

@@ -17,9 +17,9 @@ from megatron_rl.agent.session import Session
 from megatron_rl.batching.sequences import sequences_of
 from megatron_rl.types import Ids, Response, SamplingParams
 from tests.tiers import examples
+from tests.unit.agent.families import FAMILIES
 from tests.unit.agent.kit import (
     END,
-    FAMILIES,
     ROOM,
     STEPS,
     THINKING_REMOVED,

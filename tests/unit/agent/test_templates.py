@@ -12,7 +12,8 @@ import pytest
 
 from megatron_rl.agent.session import Session
 from megatron_rl.types import AgentResponse, Ids, SamplingParams
-from tests.unit.agent.kit import FAMILIES, ROOM, SPECIAL, end, sampling, tokenizer, written
+from tests.unit.agent.families import FAMILIES
+from tests.unit.agent.kit import ROOM, SPECIAL, end, sampling, tokenizer, written
 
 HARMLESS = "abc"
 Messages = list[dict[str, Any]]
