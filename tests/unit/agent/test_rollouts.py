@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from megatron_rl.reward.agent import no_reward
 from megatron_rl.reward.grading import Grading
 from megatron_rl.types import AgentResponse, Prompt, Response, RewardResult, Sample
 from tests.unit.agent.kit import ROOM, TextEngines, sampling, tokenizer
+from tests.unit.rollout.test_collector import collector_of
 
 PROMPT = Prompt("p", (5, 6), "ab", "ok")
 
@@ -298,6 +301,34 @@ def test_an_embedded_engine_does_not_begin_requests_of_rollouts_that_have_ended(
     with rollouts_of(agent, engines, timeout_seconds=1.0) as rollouts:
         _, (late,) = rollouts.generate(prompts, sampling())
     assert late.reward.outcome == "timeout" and engines.submitted == 1  # type: ignore[attr-defined]
+
+
+def test_over_sampling_and_dynamic_sampling_take_the_fastest_rollouts_and_leave_none_behind() -> None:
+    """Prompts 0 and 4 hang, and 2 has no signal."""
+    hung: list[str] = []
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        await talk(model, prompt, turns=2)
+        if prompt.id in "04":
+            try:
+                await asyncio.sleep(1e6)
+            finally:
+                hung.append(prompt.id)
+        return float(prompt.id != "2" and next(first[prompt.id]))
+
+    first = {str(i): itertools.cycle([1, 0]) for i in range(100)}
+    engines = TextEngines(lambda text: "ok", embedded=False)
+    with rollouts_of(agent, engines) as rollouts:
+        collector = collector_of({}, rollouts, over_sampling=2.0, prompts_per_step=2)
+        collector.grader = Grading(SimpleNamespace(score=list), RewardSettings(name="agent"))  # type: ignore[arg-type]
+        collector.sampling = lambda step, draw: sampling(2)
+        steps = [collector.collect(step, 0) for step in (1, 2)]
+        assert not rollouts._groups and not collector.pending
+    trained = [group.prompt.id for step in steps for group in step.groups]
+    assert len(trained) == 4 and not {"0", "2", "4"} & set(trained)
+    assert set(hung) <= {"0", "4"} and hung.count("0") == 2
+    for step in steps:
+        assert [response.num_sampled_tokens for _, response, _ in step.responses] == [6] * 4
 
 
 def test_an_agent_that_blocks_the_event_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
