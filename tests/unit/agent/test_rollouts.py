@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 
@@ -32,20 +33,21 @@ PROMPT = Prompt("p", (5, 6), "ab", "ok")
 
 
 class SlowServers(TextEngines):
-    """Servers that answer chats, and never answer other prompts."""
+    """Servers that never answer a prompt with the word `never`."""
 
     def __init__(self) -> None:
         super().__init__(lambda text: "ok", embedded=False)
-        self.of_chats: set[int] = set()
+        self.answered: set[int] = set()
 
     def submit(self, prompts: Any, sampling: Any) -> list[int]:
         numbers = super().submit(prompts, sampling)
-        self.of_chats |= {n for n, prompt in zip(numbers, prompts, strict=True) if len(prompt.token_ids) > 2}
+        texts = (tokenizer().decode(list(prompt.token_ids)) for prompt in prompts)
+        self.answered |= {number for number, text in zip(numbers, texts, strict=True) if "never" not in text}
         return numbers
 
     def wait(self, ids: Any, seconds: float | None = None) -> set[int]:
         time.sleep(0.01)
-        return super().wait(set(ids) & self.of_chats)
+        return super().wait(set(ids) & self.answered)
 
     def cancel(self, ids: Any) -> None:
         for number in list(ids):
@@ -247,17 +249,26 @@ def test_an_abort_cancels_rollouts_and_leaves_none_behind() -> None:
     assert engines.aborted == 0  # all had their answers
 
 
-@pytest.mark.parametrize("fate", ["timeout", "returns", "cancelled calls"])
+async def posts_and_goes(model: Model, messages: Any) -> None:
+    """A client that does not wait for its answer."""
+    url, headers = f"{model.base_url}/chat/completions", {"Authorization": f"Bearer {model.api_key}"}
+    timeout = aiohttp.ClientTimeout(total=0.5)
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as client:
+        await client.post(url, json={"model": model.name, "messages": messages})
+
+
+@pytest.mark.parametrize("fate", ["timeout", "returns", "cancelled calls", "clients that go"])
 def test_servers_stop_working_for_calls_that_nobody_waits_for(fate: str) -> None:
     left_behind: list[Any] = []
 
     async def agent(model: Model, prompt: Prompt) -> float:
         await model.chat([{"role": "user", "content": prompt.text}])
         if prompt.id == "left":
-            calls = [asyncio.create_task(model.generate([5, k])) for k in range(3)]
+            call = posts_and_goes if fate == "clients that go" else Model.chat
+            calls = [asyncio.create_task(call(model, [{"role": "user", "content": f"never {k}"}])) for k in range(3)]
             if fate == "timeout":
                 await asyncio.gather(*calls)
-            while engines.submitted < 5:
+            while engines.submitted < 5 or (fate == "clients that go" and len(engines.cancelled) < 3):
                 await asyncio.sleep(0.01)
             for call in calls if fate == "cancelled calls" else []:
                 call.cancel()
