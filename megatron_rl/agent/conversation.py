@@ -121,7 +121,10 @@ class Conversation:
     def _encode(self, text: str) -> Ids:
         if well_formed(text) != text:
             raise BadRequest("the messages or tools have a lone surrogate (half of a character), which no token has")
-        parts = [self._tokenizer.encode(part, add_special_tokens=False) for part in text.split(self._cut)]
+        try:
+            parts = [self._tokenizer.encode(part, add_special_tokens=False) for part in text.split(self._cut)]
+        except Exception as error:  # a tokenizer of whole words raises a plain Exception for an unknown one
+            raise BadRequest(f"the tokenizer cannot encode these messages: {error}") from error
         return np.asarray([token for part in parts for token in part], dtype=np.int32)
 
     def _as_text(self, value: Any) -> Any:

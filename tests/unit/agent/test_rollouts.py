@@ -167,6 +167,37 @@ def test_only_the_limit_itself_makes_a_truncated_response_and_other_errors_after
         assert response.reward is None and response.finish_reason == "length"
 
 
+def test_what_a_policy_does_wrongly_with_tools_is_seen_by_it_in_the_same_sequence() -> None:
+    def half(number: float) -> float:
+        """Halves a number.
+
+        Args:
+            number: The number.
+        """
+        return 1 / number
+
+    wrong = [
+        ("{not JSON", "error: the tool call is not JSON"),
+        ('{"name": "g", "arguments": {}}', "error: there is no tool 'g'; there are half"),
+        ('{"name": "half", "arguments": {"x": 1}}', "error: wrong arguments for half"),
+        ('{"name": "half", "arguments": {"number": 0}}', "error: ZeroDivisionError"),
+        ('{"name": "half", "arguments": {"number": 2}}', "0.5"),
+    ]
+
+    def policy(text: str) -> str:
+        turn = text.count("<|im_start|>tool")
+        return f"<tool_call>{wrong[turn][0]}</tool_call>" if turn < len(wrong) else "ok"
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        answer = await model.use_tools([{"role": "user", "content": "ab"}], [half])
+        return float(answer["content"] == "ok")
+
+    response = one(agent, policy)
+    assert response.reward.score == 1.0 and response.others == () and response.turns == len(wrong) + 1
+    seen = tokenizer().decode(response.token_ids[~response.sampled_mask].tolist())
+    assert [words for _, words in wrong if words not in seen] == []
+
+
 def test_an_agent_that_should_give_the_reward_and_returns_none_has_failed() -> None:
     async def forgets(model: Model, prompt: Prompt) -> None:
         await talk(model, prompt)
