@@ -10,14 +10,15 @@ from openai import AsyncOpenAI
 from megatron_rl.agent.model import Model
 from megatron_rl.types import Prompt
 
-TEMPLATE = "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
+TEMPLATE = "{{ bos_token + ' ' }}{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
 """Chat template for the words of Countdown."""
 
 
 async def two_turns(model: Model, prompt: Prompt) -> None:
     """Answers twice, the second time in a stream, and leaves a call behind that nobody waits for."""
     client = AsyncOpenAI(base_url=model.base_url, api_key=model.api_key, max_retries=0)
-    messages: list[Any] = [{"role": "user", "content": prompt.text}]
+    question = prompt.text.removeprefix("<bos> ")  # control tokens come from the template alone
+    messages: list[Any] = [{"role": "user", "content": question}]
     create = client.chat.completions.create
     first = await create(model=model.name, messages=messages, max_completion_tokens=9, n=1, temperature=0.3)
     messages += [first.choices[0].message.model_dump(), {"role": "user", "content": "so ok"}]
