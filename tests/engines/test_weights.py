@@ -21,9 +21,8 @@ from megatron_rl.rollout.servers.server import ServerUnavailable
 from megatron_rl.types import Response
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
-from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker, WeightsDamaged
+from megatron_rl.weight_sync.checksums import ChecksumTaker, WeightsDamaged
 from megatron_rl.weight_sync.collective import CollectiveTransport
-from megatron_rl.weight_sync.folder import FolderTransport
 from megatron_rl.weight_sync.mapped import MappedTransport
 from megatron_rl.weight_sync.transport import (
     CollectiveUpdate,
@@ -35,9 +34,7 @@ from megatron_rl.weight_sync.transport import (
 )
 from tests.engines.conftest import Run
 from tests.engines.test_generate import PROMPTS, SAMPLING, largest_gap
-
-BUCKET = 300_000
-"""Bytes of a bucket: an eighth of the model."""
+from tests.engines.updates import BUCKET, in_folder, tensors
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +55,6 @@ def serving(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> I
     run(engine.pause())
     run(engine.update_weights(in_folder(tmp_path / "restored", model, 100)[0]))
     run(engine.resume())
-
-
-def tensors(model: Path) -> list[tuple[str, torch.Tensor]]:
-    """The tensors in the order in which an actor sends them."""
-    order = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
-    weights = load_file(model / "model.safetensors")
-    names = sorted(
-        weights, key=lambda name: (name.split(".")[:3], [order.index(p) for p in name.split(".") if p in order])
-    )
-    return [(name, weights[name]) for name in names]
-
-
-def in_folder(folder: Path, model: Path, version: int, spoilt: str = "") -> tuple[FolderUpdate, Checksums]:
-    """spoilt: name of a tensor to write with wrong values."""
-    transport = FolderTransport(folder, 0, BUCKET)
-    transport.connect()
-    named = ((name, tensor + 1 if name == spoilt else tensor) for name, tensor in tensors(model))
-    pushed = transport.push(named, version, ChecksumTaker(1))
-    assert pushed.checksums and len(pushed.parts) > 3
-    return FolderUpdate(version, pushed.parts, take_checksums=True), pushed.checksums
 
 
 class Sender:

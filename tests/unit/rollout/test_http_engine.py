@@ -416,3 +416,23 @@ def test_a_server_that_cannot_be_reached_is_an_error() -> None:
             await HttpEngine(replace(LAUNCH, server=settings, url=url)).start()
 
     asyncio.run(scenario())
+
+
+def test_a_cancelled_call_leaves_no_request_under_way(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.seconds = 20.0
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            calls = [asyncio.create_task(engine.generate([prompt], SAMPLING)) for prompt in PROMPTS]
+            while str(engine._requests) != "2 requests under way":
+                await asyncio.sleep(0.01)
+            calls[0].cancel()
+            await asyncio.wait(calls[:1])
+            await asyncio.sleep(0.1)
+            assert str(engine._requests) == "1 requests under way" and not calls[1].done()
+            calls[1].cancel()
+            await asyncio.wait(calls)
+            assert all(call.cancelled() for call in calls)
+
+    asyncio.run(scenario())
