@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, Protocol
 
 import aiohttp
+import orjson
 
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.interface import Address
@@ -82,7 +82,8 @@ class Server(RequestServer, Protocol):
 
 
 class HttpClient:
-    """Sends and receives JSON, within one event loop."""
+    """Sends JSON and receives JSON or bytes, within one event loop. orjson parses answers: those of SGLang list every
+    token."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -98,21 +99,23 @@ class HttpClient:
         """Returns the answer: parsed if it is JSON, else its text."""
         return await self._send("POST", path, body, timeout_seconds)
 
-    async def post_for_lines(self, path: str, body: Any, *, timeout_seconds: float) -> AsyncGenerator[Any, None]:
-        """Yields each line of the answer, parsed, as soon as it has arrived."""
+    @asynccontextmanager
+    async def post_for_stream(
+        self, path: str, body: Any, *, timeout_seconds: float
+    ) -> AsyncIterator[aiohttp.StreamReader]:
+        """Gives the body of the answer, to be read as it arrives."""
         async with self._answer("POST", path, body, timeout_seconds) as response:
-            unfinished: list[bytes] = []
-            async for chunk in response.content.iter_any():
-                *ends, rest = chunk.split(b"\n")
-                for end in ends:
-                    yield json.loads(b"".join([*unfinished, end]))
-                    unfinished = []
-                unfinished.append(rest)
+            yield response.content
 
     async def _send(self, method: str, path: str, body: Any, timeout_seconds: float) -> Any:
         async with self._answer(method, path, body, timeout_seconds) as response:
-            text = await response.text()
-        return json.loads(text) if text and response.content_type == "application/json" else text
+            content = await response.read()
+        if not content or response.content_type != "application/json":
+            return content.decode(errors="replace")
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            raise ServerUnavailable(f"{method} {path}: the answer is damaged JSON, {error}") from error
 
     @asynccontextmanager
     async def _answer(

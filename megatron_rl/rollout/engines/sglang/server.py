@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from megatron_rl.rollout.engines.interface import Address, EngineLaunch, response_of
 from megatron_rl.rollout.engines.sglang import receiver as sglang_receiver
 from megatron_rl.rollout.servers.server import (
@@ -236,8 +238,9 @@ def _sampling(sampling: SamplingParams) -> dict[str, Any]:
 
 def _response(answer: dict[str, Any], stop_token_ids: Sequence[int]) -> Response:
     meta = answer["meta_info"]
-    tokens = list(answer.get("output_ids") or [])
-    log_probs = [entry[0] for entry in meta.get("output_token_logprobs") or []]
+    tokens = np.array(answer.get("output_ids") or [], dtype=np.int32)
+    entries = meta.get("output_token_logprobs") or []  # [log-prob, id, null] of each token; a log-prob of NaN is null
+    log_probs = np.array([entry[0] for entry in entries], dtype=np.float32)
     finish = meta["finish_reason"]
     if finish.get("status_code"):
         raise ServerUnavailable(f"/generate: {finish}")

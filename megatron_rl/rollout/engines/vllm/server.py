@@ -9,7 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from megatron_rl.rollout.engines.interface import Address, EngineLaunch, response_of
+from megatron_rl.rollout.engines.vllm.array_frames import Choice
 from megatron_rl.rollout.engines.vllm.plugin import BACKEND, EXTENSION
 from megatron_rl.rollout.engines.vllm.request_batcher import RequestBatcher
 from megatron_rl.rollout.servers.server import HttpClient, ServerRefused, ServerUnavailable, version_of, versions
@@ -76,8 +79,8 @@ class VllmServer:
         choices = await self._batcher.send(request, timeout_seconds)
         if choices is None:
             answer = await self._http.post("/inference/v1/generate", request, timeout_seconds=timeout_seconds)
-            choices = answer["choices"]
-        return [_response(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
+            choices = [_choice(choice) for choice in answer["choices"]]
+        return [_response(choice) for choice in sorted(choices, key=lambda choice: choice.index)]
 
     async def abort_all(self) -> None:
         await self._http.post("/abort_requests", {}, timeout_seconds=CONTROL_SECONDS)
@@ -180,11 +183,22 @@ def _sampling(sampling: SamplingParams) -> dict[str, Any]:
     }
 
 
-def _response(choice: dict[str, Any]) -> Response:
-    tokens = list(choice["token_ids"] or [])
-    entries = (choice["logprobs"] or {}).get("content") or []
-    reason = choice["finish_reason"]
+def _choice(answer: dict[str, Any]) -> Choice:
+    """One choice of vLLM's own handler."""
+    token_ids = answer["token_ids"] or []
+    entries = (answer["logprobs"] or {}).get("content") or []
+    return Choice(
+        answer["index"],
+        np.array(token_ids, dtype=np.int32),
+        np.array([entry["logprob"] for entry in entries], dtype=np.float32),
+        answer["finish_reason"],
+        answer["weight_versions"] or [],
+    )
+
+
+def _response(choice: Choice) -> Response:
+    reason = choice.finish_reason
     if reason not in ("stop", "length", "abort"):
-        raise ServerUnavailable(f"/inference/v1/generate: a response ended with {reason!r}")
-    version, changes = versions(choice["weight_versions"] or [], len(tokens))
-    return response_of(tokens, [entry["logprob"] for entry in entries], reason, version, changes)
+        raise ServerUnavailable(f"a response of vLLM ended with {reason!r}")
+    version, changes = versions(choice.weight_versions, len(choice.token_ids))
+    return response_of(choice.token_ids, choice.log_probs, reason, version, changes)
