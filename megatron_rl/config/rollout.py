@@ -100,6 +100,9 @@ class RolloutSettings(Section):
     """
     asynchronous: bool = False
     """Whether engines continue to sample while the actor trains; needs a max_staleness of 1 or more."""
+    recompute_kv_cache: bool = False
+    """For asynchronous runs: whether a weight update aborts the requests under way, which then continue after a new
+    prefill by the new weights. Else servers that can keep these requests go on with the cache of the older weights."""
     max_response_tokens: PositiveInt
     """Longest response, in tokens, its stop token included."""
     temperature: Positive = 1.0

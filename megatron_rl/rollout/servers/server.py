@@ -53,8 +53,19 @@ class Server(RequestServer, Protocol):
 
     async def weight_version(self) -> int: ...
 
+    async def cannot_freeze(self) -> str:
+        """Why requests cannot be kept across a weight update; empty if they can. Called once, before any `freeze`."""
+        ...
+
+    async def freeze(self, timeout_seconds: float) -> None:
+        """Stops sampling and keeps all requests with their KV cache until `unfreeze`. An update meanwhile leaves that
+        cache as it is, and later requests do not use it. Calling it again changes nothing."""
+        ...
+
+    async def unfreeze(self, timeout_seconds: float) -> None: ...
+
     async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
-        """Loads weights from a folder; no request may be under way."""
+        """Loads weights from a folder; no request may be under way, unless it is frozen."""
         ...
 
     async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
@@ -62,7 +73,7 @@ class Server(RequestServer, Protocol):
         ...
 
     async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
-        """Receives weights that are broadcast at the same time; no request may be under way."""
+        """Receives weights that are broadcast at the same time; no request may be under way, unless it is frozen."""
         ...
 
     async def release_memory(self, timeout_seconds: float) -> None:

@@ -69,13 +69,15 @@ class VllmServer:
         self._http = HttpClient(address)
         self._batcher = RequestBatcher(self._http)
         self._took_checksums = False
-        self._asleep = False
+        self._asleep = self._frozen = False
+        self._salt: dict[str, str] = {}
+        """Keeps the prefixes that requests share apart from those that weights before the last update computed."""
 
     async def alive(self) -> None:
         await self.weight_version()  # /health does not notice a hung engine core
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float) -> list[Response]:
-        request = {"token_ids": list(prompt), "sampling_params": _sampling(sampling)}
+        request = {"token_ids": list(prompt), "sampling_params": _sampling(sampling)} | self._salt
         choices = await self._batcher.send(request, timeout_seconds)
         if choices is None:
             answer = await self._http.post("/inference/v1/generate", request, timeout_seconds=timeout_seconds)
@@ -88,6 +90,18 @@ class VllmServer:
     async def weight_version(self) -> int:
         info = await self._http.get("/weight_info", timeout_seconds=CONTROL_SECONDS)
         return version_of(info["weight_version"])
+
+    async def cannot_freeze(self) -> str:
+        return ""
+
+    async def freeze(self, timeout_seconds: float) -> None:
+        # clear_cache is said to be ignored here, but would make vLLM compute the cache of all requests again.
+        await self._http.post("/pause?mode=keep&clear_cache=false", timeout_seconds=timeout_seconds)
+        self._frozen = True
+
+    async def unfreeze(self, timeout_seconds: float) -> None:
+        await self._http.post("/resume", timeout_seconds=timeout_seconds)
+        self._frozen = False
 
     async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
         portions = [{"files": [str(part)], "take_checksums": update.take_checksums} for part in update.parts]
@@ -118,7 +132,8 @@ class VllmServer:
         A request that was given up may still be on its way to the server, and would end vLLM if it ran with a part of
         the weights. vLLM is therefore paused until it has all of them.
         """
-        if not self._asleep:
+        paused = self._asleep or self._frozen
+        if not paused:
             await self._http.post("/pause?mode=abort", timeout_seconds=timeout_seconds)
         await self._ask_workers("end_open_update", timeout_seconds)
         await self._http.post("/start_weight_update", timeout_seconds=timeout_seconds)
@@ -126,9 +141,12 @@ class VllmServer:
             await self._http.post("/update_weights", {"update_info": portion}, timeout_seconds=timeout_seconds)
         await self._http.post("/finish_weight_update", timeout_seconds=timeout_seconds)  # also after a partial update
         await self._raise_failure()
-        await self._http.post("/reset_prefix_cache", timeout_seconds=timeout_seconds)
+        if self._frozen:
+            self._salt = {"cache_salt": str(version)}  # vLLM resets no cache that requests use
+        else:
+            await self._http.post("/reset_prefix_cache", timeout_seconds=timeout_seconds)
         await self._http.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=CONTROL_SECONDS)
-        if not self._asleep:
+        if not paused:
             await self._http.post("/resume", timeout_seconds=timeout_seconds)
 
     async def _raise_failure(self) -> None:
