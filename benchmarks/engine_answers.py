@@ -1,4 +1,4 @@
-"""Processor seconds that an engine's process spends on the answers of its server, from the socket to the driver's arrays.
+"""Processor seconds that an engine's process spends on its server's answers, from the socket to the driver's arrays.
 
     python benchmarks/engine_answers.py [--before COMMIT] [--out benchmarks/results/engine_answers.json]
     .venv-engines/bin/python benchmarks/engine_answers.py --real vllm [--out FILE]      # or sglang
