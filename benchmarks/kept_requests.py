@@ -1,12 +1,12 @@
 """Tokens that a real server prefills in a step with weight updates: requests aborted, and requests kept.
 
-    .venv-engines/bin/python benchmarks/kept_requests.py [--servers sglang vllm] [--out benchmarks/results/kept_requests.json]
+    .venv-engines/bin/python benchmarks/kept_requests.py [--servers sglang vllm] [--out FILE]
 
 The server holds a small random model on a CPU. A step has 8 prompts of 64 tokens with 8 responses of 384 tokens each,
-and three weight updates at 1/4, 1/2 and 3/4 of the time that a step without updates took, as in an asynchronous run with
-one update per step and responses that outlast it. It runs twice: requests are aborted at each update and continue after
-another prefill (`rollout.recompute_kv_cache: true`), or the server keeps them with their KV cache. The prefilled tokens
-are the server's own count: vLLM's `prompt_tokens_by_source` (local_compute), SGLang's `realtime_tokens_total`
+and three weight updates at 1/4, 1/2 and 3/4 of the time that a step without updates took, as if responses outlasted
+three steps of an asynchronous run. It runs twice: requests are aborted at each update and continue after another
+prefill (`rollout.recompute_kv_cache: true`), or the server keeps them with their KV cache. The prefilled tokens are the
+server's own count: vLLM's `prompt_tokens_by_source` (local_compute), SGLang's `realtime_tokens_total`
 (prefill_compute). Prefix caching is on in both; what is cached is not computed and not counted.
 """
 
@@ -32,7 +32,8 @@ from benchmarks.engine_answers import KINDS, random_model
 from benchmarks.machine import arguments, keep
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout.engines.interface import EngineLaunch
-from megatron_rl.rollout.engines.kind import engine_kind
+from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
+from megatron_rl.rollout.engines.vllm.server import command
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.rollout.servers.server import KEY_VARIABLE, HttpClient
 from megatron_rl.types import Response, SamplingParams
@@ -46,7 +47,14 @@ METRIC = {
     "sglang": re.compile(r'^sglang:realtime_tokens_total\{.*mode="prefill_compute".*\} (\S+)$', re.MULTILINE),
     "vllm": re.compile(r'^vllm:prompt_tokens_by_source_total\{.*source="local_compute".*\} (\S+)$', re.MULTILINE),
 }
-ARGUMENTS = {"sglang": ["--enable-metrics", "--max-total-tokens", "65536"], "vllm": ["--no-disable-log-stats"]}
+ARGUMENTS = {"sglang": ["--enable-metrics", "--max-total-tokens", "65536"], "vllm": []}
+
+
+def with_statistics(*arguments: Any) -> tuple[list[str], dict[str, str]]:
+    """vLLM's command line of a run on a CPU, which leaves out the statistics."""
+    line, environment = command(*arguments)
+    line.remove("--disable-log-stats")
+    return line, environment
 
 
 def prompts_of(step: int) -> list[list[int]]:
@@ -73,8 +81,11 @@ async def prefilled(http: HttpClient, kind: str) -> float:
 
 async def measure(kind: str, model: Path, weights: Path) -> dict[str, Any]:
     """Starts a server; attaches to it with requests aborted, and then with requests kept."""
-    settings = ServerSettings(arguments=ARGUMENTS[kind])
-    owner = HttpEngine(EngineLaunch(engine_kind(kind), model, "cpu", "float32", CONTEXT, settings))
+    server_kind, settings = engine_kind(kind), ServerSettings(arguments=ARGUMENTS[kind])
+    assert isinstance(server_kind, ServerKind)
+    if kind == "vllm":
+        server_kind = replace(server_kind, command="benchmarks.kept_requests:with_statistics")
+    owner = HttpEngine(EngineLaunch(server_kind, model, "cpu", "float32", CONTEXT, settings))
     address = await owner.start()
     assert address and address.key
     os.environ[KEY_VARIABLE] = address.key
