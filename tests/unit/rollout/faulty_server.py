@@ -22,7 +22,7 @@ class Script:
     """Faults of the next requests, and a record of the requests so far."""
 
     faults: deque[str] = field(default_factory=deque)
-    """Fault of each next request to /generate: error, drop, slow, short, refuse, stale; once they are used up, answers
+    """Fault of each next request to /generate: error, drop, slow, short, refuse, stale, damaged; once they are used up, answers
     are good."""
     update_faults: deque[str] = field(default_factory=deque)
     """Fault of each next weight update: error, drop, slow; once they are used up, updates succeed."""
@@ -130,10 +130,12 @@ class _Handler(BaseHTTPRequestHandler):
         if stopped and not aborted and len(tokens) > 2:  # it was frozen after two tokens
             spans = [spans[0] | {"end": 2}, {"version": script.version, "start": 2, "end": len(tokens)}]
         meta = {"finish_reason": {"type": reason}, "output_token_logprobs": log_probs, "weight_versions": spans}
-        self._answer(200, [{"output_ids": tokens, "meta_info": meta}] * params["n"])
+        answers = [{"output_ids": tokens, "meta_info": meta}] * params["n"]
+        self._answer(200, answers, cut_off=5 if fault == "damaged" else 0)
 
-    def _answer(self, status: int, body: Any) -> None:
+    def _answer(self, status: int, body: Any, cut_off: int = 0) -> None:
         data = json.dumps(body).encode()
+        data = data[: len(data) - cut_off]
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -77,7 +77,7 @@ async def tokens(engine: HttpEngine, sampling: SamplingParams = SAMPLING) -> lis
     return [[g.token_ids.tolist() for g in group] for group in await engine.generate(PROMPTS, sampling)]
 
 
-@pytest.mark.parametrize("fault", ["error", "drop", "error drop error", "drop drop"])
+@pytest.mark.parametrize("fault", ["error", "drop", "error drop error", "drop drop", "damaged"])
 def test_a_failed_request_is_retried(server: tuple[str, Script], fault: str) -> None:
     url, script = server
     script.faults.extend(fault.split())
