@@ -22,8 +22,8 @@ class Script:
     """Faults of the next requests, and a record of the requests so far."""
 
     faults: deque[str] = field(default_factory=deque)
-    """Fault of each next request to /generate: error, drop, slow, short, refuse, stale, damaged; once they are used up, answers
-    are good."""
+    """Fault of each next request to /generate: error, drop, slow, short, refuse, stale, damaged; once they are used up,
+    answers are good."""
     update_faults: deque[str] = field(default_factory=deque)
     """Fault of each next weight update: error, drop, slow; once they are used up, updates succeed."""
     abort_faults: int = 0

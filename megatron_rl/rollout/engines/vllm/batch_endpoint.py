@@ -22,7 +22,7 @@ from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
-from megatron_rl.rollout.engines.vllm.array_frames import IDS, LOG_PROBS, Choice, encode
+from megatron_rl.rollout.engines.vllm.array_frames import Choice, encode
 from megatron_rl.rollout.engines.vllm.key_check import App, Message, Receive, Send, has_key
 
 PATH = "/arrays/generate"
@@ -97,11 +97,11 @@ async def _choices(engine: Any, request: dict[str, Any]) -> list[Choice] | None:
 
 
 def _choice(output: Any) -> Choice:
-    token_ids = np.asarray(output.token_ids, dtype=IDS)
+    token_ids = np.asarray(output.token_ids, dtype=np.int32)
     sampled = np.asarray(output.logprobs.start_indices, dtype=np.int64)  # vLLM puts the sampled token first
     log_probs = np.asarray(output.logprobs.logprobs, dtype=np.float64)[sampled]
     if len(log_probs) != len(token_ids):
         raise ValueError(f"vLLM gave {len(log_probs)} log-probs for {len(token_ids)} tokens")
-    log_probs = np.where(log_probs > LOWEST_LOG_PROB, log_probs, LOWEST_LOG_PROB).astype(LOG_PROBS)
+    log_probs[~(log_probs > LOWEST_LOG_PROB)] = LOWEST_LOG_PROB
     spans = [asdict(span) for span in output.weight_versions or []]
-    return Choice(output.index, token_ids, log_probs, output.finish_reason, spans)
+    return Choice(output.index, token_ids, log_probs.astype(np.float32), output.finish_reason, spans)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from megatron_rl.rollout.engines.vllm.array_frames import Choice
 from megatron_rl.rollout.engines.vllm.plugin import BACKEND, EXTENSION
 from megatron_rl.rollout.engines.vllm.request_batcher import RequestBatcher
 from megatron_rl.rollout.servers.server import HttpClient, ServerRefused, ServerUnavailable, version_of, versions
-from megatron_rl.types import Response, SamplingParams
+from megatron_rl.types import FinishReason, Response, SamplingParams
 from megatron_rl.utils.nccl import agreed_environment
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
@@ -215,7 +215,7 @@ def _choice(answer: dict[str, Any]) -> Choice:
 
 
 def _response(choice: Choice) -> Response:
-    reason = choice.finish_reason
+    reason = cast(FinishReason, choice.finish_reason)
     if reason not in ("stop", "length", "abort"):
         raise ServerUnavailable(f"a response of vLLM ended with {reason!r}")
     version, changes = versions(choice.weight_versions, len(choice.token_ids))
