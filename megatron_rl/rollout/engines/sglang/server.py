@@ -70,6 +70,7 @@ def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[li
     line = [str(settings.python or sys.executable), "-m", "sglang.launch_server"]
     line += [word for pair in arguments.items() for word in pair]
     line += ["--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
+    line += ["--disable-overlap-schedule"] if launch.device == "cpu" else []  # there, it gains nothing: `cannot_freeze`
     line += ["--enable-memory-saver"] if launch.colocated else []
     return [*line, *settings.arguments], environment | settings.environment
 
