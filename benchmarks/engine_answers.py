@@ -1,7 +1,7 @@
 """Processor seconds that an engine's process spends on its server's answers, from the socket to the driver's arrays.
 
     python benchmarks/engine_answers.py [--before COMMIT] [--out benchmarks/results/engine_answers.json]
-    .venv-engines/bin/python benchmarks/engine_answers.py --real vllm [--out FILE]      # or sglang
+    .venv-engines/bin/python benchmarks/engine_answers.py --real [--servers vllm] [--out FILE]
 
 A local stand-in answers in the real wire format of each server, as fast as it can be read: 256 responses (the share of
 one of eight engines in a step of 2,048) of mean 4,000 tokens in groups of eight, with made-up tokens. A fresh process
@@ -130,7 +130,7 @@ def serve() -> None:
     def cache(form: Callable[[int, Any], bytes]) -> Callable[[int, int], bytes]:
         return lru_cache(None)(lambda place, number: form(place, groups[number]))
 
-    whole = [sglang_answer(group) for group in groups]
+    whole = cache(lambda _, group: sglang_answer(group))
     parts = {"/arrays/generate": cache(vllm_frame), "/brief/generate": cache(vllm_line)}
 
     async def version(_: web.Request) -> web.Response:
@@ -138,7 +138,7 @@ def serve() -> None:
 
     async def generate(request: web.Request) -> web.Response:
         number = (await request.json())["input_ids"][0]
-        return web.Response(body=whole[number], content_type="application/json")
+        return web.Response(body=whole(0, number), content_type="application/json")
 
     async def batch(request: web.Request) -> web.StreamResponse:
         asked = [one["token_ids"][0] for one in await request.json()]
@@ -269,30 +269,33 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--before", default=BEFORE, metavar="COMMIT", help="the commit to compare with")
     parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--real", choices=KINDS, nargs="+", default=[], help="real servers in place of the stand-in")
+    parser.add_argument("--servers", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--real", action="store_true", help="real servers in place of the stand-in")
     options = parser.parse_args()
+    known = json.loads(options.out.read_text())["cases"] if options.out and options.out.exists() else []
+    others = [case for case in known if case["server"] not in options.servers]  # servers may be measured one by one
     with tempfile.TemporaryDirectory() as name:
         before = code_of(options.before, Path(name))
         if options.real:
             model = random_model(Path(name) / "model")
-            cases = [pairs_of(kind, before, model, options.pairs) for kind in options.real]
+            cases = [pairs_of(kind, before, model, options.pairs) for kind in options.servers]
         else:
-            cases = against_stand_in(before, options.pairs)
+            cases = against_stand_in(before, options.servers, options.pairs)
     for case in cases:
         rates = {side: case[f"{side}_microseconds_per_token"] for side in ("before", "after")}
         line = f"{case['server']}: {rates['before']:.2f} us per token before, {rates['after']:.2f} after"
         if "seconds" in case:
             line += f"; {case['seconds']:.2f} s for {RESPONSES} responses of mean {MEAN} ({SECONDS:g} s allowed)"
         Console().print(line, highlight=False)
-    keep(options.out, "engine_answers", before=options.before, real=bool(options.real), cases=cases)
+    keep(options.out, "engine_answers", before=options.before, real=options.real, cases=[*others, *cases])
 
 
-def against_stand_in(before: Path, pairs: int) -> list[dict[str, Any]]:
+def against_stand_in(before: Path, kinds: list[str], pairs: int) -> list[dict[str, Any]]:
     server = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout
         url = f"http://127.0.0.1:{int(server.stdout.readline())}"
-        cases = [pairs_of(kind, before, url, pairs) for kind in KINDS]
+        cases = [pairs_of(kind, before, url, pairs) for kind in kinds]
     finally:
         server.kill()
         server.wait()
