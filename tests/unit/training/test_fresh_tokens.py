@@ -26,7 +26,7 @@ def config_of(tmp_path: Path, **rollout: Any) -> Config:
             "data": {"train": "x.jsonl"},
             "algorithm": {"correction": {"weights": "truncated"}},
             "rollout": {"prompts_per_step": 1, "samples_per_prompt": 2, "max_response_tokens": 4, "max_staleness": 1}
-            | {"engine": "vllm", "asynchronous": True, **rollout},
+            | {"engine": "vllm", "asynchronous": True, "recompute_kv_cache": False, **rollout},
             "reward": {"name": "math"},
             "train": {"steps": 1},
         }
