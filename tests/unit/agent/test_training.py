@@ -53,7 +53,9 @@ def rollouts() -> Rollouts:
 
 def batch_of(rollouts: Rollouts) -> TrainingBatch:
     algorithm = AlgorithmSettings.model_validate({"advantage": "dr_grpo"})
-    config: Any = SimpleNamespace(algorithm=algorithm, rollout=SimpleNamespace(max_response_tokens=6))
+    config: Any = SimpleNamespace(
+        algorithm=algorithm, rollout=SimpleNamespace(max_response_tokens=6), keeps_requests=False
+    )
     batch, _ = training_batch(config, rollouts, lambda results: [result.score for result in results])
     return batch
 
