@@ -43,6 +43,8 @@ def test_the_wheel_has_everything_that_a_user_without_a_clone_needs(tmp_path: Pa
     assert {f"megatron_rl/{name}" for name in tracked} <= names
     python = {str(path.relative_to(ROOT)) for room in ("lpreg", "megatron_rl") for path in (ROOT / room).rglob("*.py")}
     assert python <= names
+    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_rl/models/configs").glob("*.json")}
+    assert configs and configs <= names
     assert {"megatron_rl/py.typed", "lpreg/py.typed", "megatron_rl/evaluation/suites/paper.yaml"} <= names
     assert not any(name.startswith(("tests", "benchmarks", "tools", "examples", "lpreg/build")) for name in names)
     assert f"\nVersion: {megatron_rl.__version__}\n" in metadata

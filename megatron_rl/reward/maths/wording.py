@@ -14,11 +14,12 @@ _BEFORE_DIGIT = re.compile(rf"(?<![a-zA-Z\\])(?!(?:{_FUNCTIONS})\s*\d)[a-zA-Z]+ 
 _SELECTION = re.compile(r"(?:(?<![a-zA-Z\\])[mnN]|\))\}? ?\{?[PC]\}? ?\{?[kmnrR](?![a-zA-Z])")
 """The numbers of permutations and combinations `nPr` and `(n+1)Cr`, which are no products."""
 _OPERATOR_LETTER = (
-    r"\\(?:(?:mathcal|mathbb|mathscr|mathfrak|cal|hat|widehat)(?: ?\{[^{}]*\}| ?\\?[a-zA-Z]+)|(?:nabla|Delta|partial)(?![a-zA-Z]))"
-    r"'*(?:\^\{[^{}]*\})?"
+    r"\\(?:(?:mathcal|mathbb|mathscr|mathfrak|cal|hat|widehat)(?: ?\{[^{}]*\}| ?\\?[a-zA-Z]+)"
+    r"|(?:nabla|Delta|partial)(?![a-zA-Z]))'*(?:\^\{[^{}]*\})?"
 )
+_SIGNS = "cdot|times|pm|mp|cup|cap|setminus|le|ge|ne|in|to|mid|dots|sim|approx"
 _APPLIED = re.compile(
-    rf"{_OPERATOR_LETTER} ?(?:[\w]|\\(?!cdot|times|pm|mp|cup|cap|setminus|le|ge|ne|in|to|mid|dots|sim|approx|[{{}}])[a-zA-Z])"
+    rf"{_OPERATOR_LETTER} ?(?:\w|\\(?!(?:{_SIGNS})(?![a-zA-Z]))[a-zA-Z])"
     rf"|{_OPERATOR_LETTER} ?\\times|\\times ?{_OPERATOR_LETTER}"
 )
 r"""Letters that may be operators before their operand: `n\mathcal{C}r`, `\mathcal{L}f`, `\hat{H}\psi`, `\nabla f`."""
