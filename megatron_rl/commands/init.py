@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 
-QUICKSTART, OWN_DATA = "quickstart", "own_data"
+QUICKSTART, OWN_DATA, AGENTS = "quickstart", "own_data", "agents"
+DEMONSTRATION = f"{QUICKSTART}/demonstration"
 _FILES = {QUICKSTART: "quickstart/countdown.yaml", OWN_DATA: "own_data.yaml"}
 """Short names, and the files below `examples/` that they stand for."""
 
@@ -16,7 +17,9 @@ _FILES = {QUICKSTART: "quickstart/countdown.yaml", OWN_DATA: "own_data.yaml"}
 def add(commands: Any) -> None:
     """Declares `init`."""
     parser = commands.add_parser("init", help="write a configuration to start from; without a name, list them")
-    parser.add_argument("name", nargs="?", metavar="NAME", help=f"{QUICKSTART}, {OWN_DATA}, or a recipe")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help=f"{QUICKSTART}, {OWN_DATA}, a recipe, or another of the list"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path(), metavar="FOLDER", help="folder of the files; default: the working folder"
     )
@@ -36,7 +39,14 @@ def _init(options: argparse.Namespace) -> None:
         raise UserError(f"there is nothing to start from named {options.name}{hint} `megatron-rl init` lists all names")
     written = write_start(known[options.name], options.output)
     print(*written, sep="\n")
-    print(f"next: megatron-rl train {written[0]}" + ("" if options.name == QUICKSTART else " --dry-run"))
+    print(f"next: {_next(options.name, written)}")
+
+
+def _next(name: str, written: list[Path]) -> str:
+    """Returns the command that runs what was written, or checks it if files of the user's are still missing."""
+    if name == DEMONSTRATION:
+        return f"python {written[0].with_suffix('.py')}"
+    return f"megatron-rl train {written[0]}" + ("" if name.startswith((QUICKSTART, AGENTS)) else " --dry-run")
 
 
 def examples() -> Path:
@@ -51,25 +61,27 @@ def starting_points() -> dict[str, Path]:
     folder = examples()
     files = sorted(path for path in (folder / "recipes").glob("*/*.yaml") if path.name != "base.yaml")
     variants = sorted(path for path in (folder / "quickstart").glob("*.yaml") if path != folder / _FILES[QUICKSTART])
-    return (
-        {name: folder / file for name, file in _FILES.items()}
-        | {f"{QUICKSTART}/{path.stem}": path for path in variants}
-        | {f"{path.parent.name}/{path.stem}": path for path in files}
-    )
+    agents = sorted((folder / AGENTS).glob("*.yaml"))
+    return {name: folder / file for name, file in _FILES.items()} | {
+        f"{path.parent.name}/{path.stem}": path for path in [*variants, *agents, *files]
+    }
 
 
 def write_start(source: Path, folder: Path) -> list[Path]:
-    """Copies a configuration and the files that it builds on, comments included. Returns the copies, the configuration
-    first.
+    """Copies a configuration, the files that it builds on, and its code, comments included. Returns the copies, the
+    configuration first.
 
-    The files keep their places relative to one another, which their `base` names. Raises UserError if a file exists
+    The files keep their places relative to one another, which their `base` names. Code keeps its place below
+    `examples/`, which its imports name. Raises UserError if a file exists
     already with another content, or cannot be written; then nothing is written.
     """
     from megatron_rl.config.files import read_layers
 
     layers = [layer.path.resolve() for layer in reversed(read_layers(source))]
-    root = min((path.parent for path in layers), key=lambda parent: len(parent.parts))
-    copies = {path: folder / path.relative_to(root) for path in layers}
+    code = _code(source.resolve())
+    top = min((path.parent for path in layers), key=lambda parent: len(parent.parts))
+    root = examples().resolve().parent if code else top
+    copies = {path: folder / path.relative_to(root) for path in [*layers, *code]}
     for path, copy in copies.items():
         if copy.exists() and (not copy.is_file() or copy.read_bytes() != path.read_bytes()):
             raise UserError(f"{copy} exists already; choose another folder with --output FOLDER")
@@ -80,3 +92,8 @@ def write_start(source: Path, folder: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
     return list(copies.values())
+
+
+def _code(source: Path) -> list[Path]:
+    """Returns the Python files of a configuration's folder if one of them has its name."""
+    return sorted(source.parent.glob("*.py")) if source.with_suffix(".py").is_file() else []

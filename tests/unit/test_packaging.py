@@ -39,7 +39,9 @@ def test_the_wheel_has_everything_that_a_user_without_a_clone_needs(tmp_path: Pa
     if not (ROOT / ".git").exists():
         pytest.skip("the list of files comes from git")
     names, metadata = wheel_of(ROOT, tmp_path)
-    tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*.yaml")}
+    tracked = {
+        str(path.relative_to(ROOT)) for kind in ("yaml", "py") for path in (ROOT / "examples").rglob(f"*.{kind}")
+    }
     assert {f"megatron_rl/{name}" for name in tracked} <= names
     python = {str(path.relative_to(ROOT)) for room in ("lpreg", "megatron_rl") for path in (ROOT / room).rglob("*.py")}
     assert python <= names

@@ -35,7 +35,24 @@ def test_a_copy_is_the_same_configuration(name: str, empty_folder: Path, capsys:
     assert load_config(written, naming) == load_config(starting_points()[name], naming)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in starting_points() if not name.startswith("quickstart")))
+def test_a_start_with_code_keeps_the_places_that_imports_name(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["init", "quickstart/demonstration"]) == 0
+    assert capsys.readouterr().out.endswith("next: python examples/quickstart/demonstration.py\n")
+    code = {path.name for path in Path("examples/quickstart").glob("*.py")}
+    assert code == {path.name for path in (examples() / "quickstart").glob("*.py")}
+    assert main(["init", "agents/countdown"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "examples/agents/countdown.yaml",
+        "examples/quickstart/countdown.yaml",
+        "examples/agents/countdown.py",
+        "next: megatron-rl train examples/agents/countdown.yaml",
+    ]
+
+
+RECIPES = sorted(name for name in starting_points() if not name.startswith(("quickstart", "agents")))
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_plan_of_a_start_needs_no_model(name: str, capsys: Output) -> None:
     assert main(["init", name]) == 0
     written = capsys.readouterr().out.splitlines()[0]

@@ -242,9 +242,9 @@ def test_a_configuration_names_everything_that_has_no_local_copy(cache: Cache) -
     findings = [finding for finding in examine(config, quick=True) if finding.check == "model and data"]
     assert [finding.state for finding in findings] == ["failure", "failure"]
     assert findings[0].remedy == "fetch it with `hf download Qwen/Qwen3-0.6B`"
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as dry:
         dry_run(config, "run.yaml", caught.value)
-    assert str(caught.value).count("model.path: ") == 1 and str(caught.value).count("data.train: ") == 1
+    assert str(dry.value).count("model.path: ") == 1 and str(dry.value).count("data.train: ") == 1
 
 
 def test_convert_takes_an_id_of_the_hub(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
