@@ -1,9 +1,10 @@
 """Makes the pictures of README and docs from runs, in the Chromium of this machine.
 
-    python tools/pictures.py runs/MINE --compared runs/rarity-grpo runs/rarity-dppo runs/rarity-dppo-lp_reg
+    python tools/pictures.py runs/quickstart-.../lp_reg --compared runs/rarity-{grpo,dppo,dppo-lp_reg,lp_reg}
 
-writes docs/report.png (the head of the run's report), docs/runs.png (the start page of `megatron-rl view`), and with
-compared runs docs/rarity.png (what their losses do to rare tokens; `benchmarks/rarity.py` makes such runs).
+writes docs/report.png (the head of the run's report) and docs/runs.png (the start page of `megatron-rl view` for the
+run's folder), and with compared runs docs/rarity.png (what their losses do to rare tokens; `benchmarks/rarity.py` makes
+such runs).
 """
 
 from __future__ import annotations
