@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 
-QUICKSTART, OWN_DATA, AGENTS = "quickstart", "own_data", "agents"
+QUICKSTART, OWN_DATA, RECIPES = "quickstart", "own_data", "recipes"
 DEMONSTRATION = f"{QUICKSTART}/demonstration"
 _FILES = {QUICKSTART: "quickstart/countdown.yaml", OWN_DATA: "own_data.yaml"}
 """Short names, and the files below `examples/` that they stand for."""
@@ -46,7 +46,7 @@ def _next(name: str, written: list[Path]) -> str:
     """Returns the command that runs what was written, or checks it if files of the user's are still missing."""
     if name == DEMONSTRATION:
         return f"python {written[0].with_suffix('.py')}"
-    return f"megatron-rl train {written[0]}" + ("" if name.startswith((QUICKSTART, AGENTS)) else " --dry-run")
+    return f"megatron-rl train {written[0]}" + ("" if name.startswith((QUICKSTART, "agents/")) else " --dry-run")
 
 
 def examples() -> Path:
@@ -59,12 +59,15 @@ def examples() -> Path:
 def starting_points() -> dict[str, Path]:
     """Returns the files that a run can start from, by name. Files that only others build on are left out."""
     folder = examples()
-    files = sorted(path for path in (folder / "recipes").glob("*/*.yaml") if path.name != "base.yaml")
-    variants = sorted(path for path in (folder / "quickstart").glob("*.yaml") if path != folder / _FILES[QUICKSTART])
-    agents = sorted((folder / AGENTS).glob("*.yaml"))
-    return {name: folder / file for name, file in _FILES.items()} | {
-        f"{path.parent.name}/{path.stem}": path for path in [*variants, *agents, *files]
-    }
+    named = {name: folder / file for name, file in _FILES.items()}
+    others = sorted(
+        path
+        for path in folder.rglob("*.yaml")
+        if path.name != "base.yaml" and path.parent != folder / RECIPES and path not in named.values()
+    )
+    # The recipes stand last: they are many.
+    others.sort(key=lambda path: path.is_relative_to(folder / RECIPES))
+    return named | {f"{path.parent.name}/{path.stem}": path for path in others}
 
 
 def write_start(source: Path, folder: Path) -> list[Path]:
@@ -95,5 +98,6 @@ def write_start(source: Path, folder: Path) -> list[Path]:
 
 
 def _code(source: Path) -> list[Path]:
-    """Returns the Python files of a configuration's folder if one of them has its name."""
-    return sorted(source.parent.glob("*.py")) if source.with_suffix(".py").is_file() else []
+    """Returns the Python files of a configuration's folder, if it names one of them in a key or a comment."""
+    scripts, text = sorted(source.parent.glob("*.py")), source.read_text(encoding="utf-8")
+    return scripts if any(script.name in text for script in scripts) else []
