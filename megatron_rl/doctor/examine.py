@@ -51,8 +51,8 @@ def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
 
 def _split(problem: str) -> tuple[str, str]:
     """Separates what is missing from the command that fetches it."""
-    found, _, remedy = problem.partition(". Fetch")
-    return found, f"fetch{remedy}"
+    found, fetch, remedy = problem.partition(". Fetch")
+    return found, f"fetch{remedy}" if fetch else ""
 
 
 def _check_disk(config: Config | None) -> Finding:

@@ -238,10 +238,10 @@ def test_a_configuration_names_everything_that_has_no_local_copy(cache: Cache) -
     config = load_config("run.yaml")
     with pytest.raises(UserError) as caught:
         with_local_copies(config, download=False)
-    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["model.path", "data.train"]
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["data.train", "model.path"]
     findings = [finding for finding in examine(config, quick=True) if finding.check == "model and data"]
     assert [finding.state for finding in findings] == ["failure", "failure"]
-    assert findings[0].remedy == "fetch it with `hf download Qwen/Qwen3-0.6B`"
+    assert findings[1].remedy == "fetch it with `hf download Qwen/Qwen3-0.6B`"
     with pytest.raises(UserError) as dry:
         dry_run(config, "run.yaml", caught.value)
     assert str(dry.value).count("model.path: ") == 1 and str(dry.value).count("data.train: ") == 1
