@@ -59,7 +59,8 @@ class ContractSettings(Section):
     max_difference: Positive | None = None
     """Largest difference for a token, in nats; unset: 1e-4 in float32, 1 in bfloat16."""
     mean_difference: Positive | None = None
-    """Largest mean difference over the tokens, in nats; unset: 1e-4 in float32, 0.03 in bfloat16."""
+    """Largest mean difference over the tokens, in nats; unset: 1e-4 in float32, in bfloat16 the larger of 0.03 and 3 %
+    of the tokens' mean surprisal."""
 
 
 class RolloutSettings(Section):
@@ -100,6 +101,10 @@ class RolloutSettings(Section):
     """
     asynchronous: bool = False
     """Whether engines continue to sample while the actor trains; needs a max_staleness of 1 or more."""
+    recompute_kv_cache: bool = True
+    """For asynchronous runs: whether a weight update aborts the requests under way, which then continue after a new
+    prefill by the new weights. False: servers that can keep these requests go on with the cache of the older weights;
+    this has not been run with real servers yet."""
     max_response_tokens: PositiveInt
     """Longest response, in tokens, its stop token included."""
     temperature: Positive = 1.0
