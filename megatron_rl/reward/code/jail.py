@@ -4,8 +4,8 @@
 
 The module uses the standard library only. SCRATCH holds solution.py, and request.json in the modes `call` and `check`.
 Both modes write result.json. The mode `session` reads lines of JSON with a token and code instead, runs all of the code
-in one namespace, and answers each line with its token and the JSON text of what the code printed. Whatever the candidate
-does, the kernel enforces `restrictions` and the list of `system_calls`.
+in one namespace, and answers each line with its token and the JSON text of what the code printed. The kernel enforces
+`restrictions` and the list of `system_calls`, whatever the candidate does.
 """
 
 from __future__ import annotations

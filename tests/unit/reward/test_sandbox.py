@@ -27,7 +27,7 @@ from megatron_rl.reward.code import CodeReward, jail, restrictions, system_calls
 from megatron_rl.reward.code.sandbox import Sandbox, _result, check_sandbox, invocation
 from megatron_rl.types import Sample
 from megatron_rl.utils.files import remove_tree
-from tests.tiers import slow
+from tests.tiers import quick_of, slow
 from tests.unit.reward.attacks import DRIVER, ORDINARY, PREAMBLE, PRIVILEGED
 
 MakeSample = Callable[..., Sample]
@@ -79,7 +79,7 @@ def inside(victims: dict[str, Any]) -> dict[str, Any]:
         done = sandbox.run("run", stdin=given)
     assert done.failure is None
     assert sorted(path.name for path in Path(victims["folder"]).iterdir()) == ["link", "secret", "socket"]
-    assert psutil.Process(victims["victim"]).nice() == 0
+    assert psutil.Process(victims["victim"]).nice() == psutil.Process().nice()
     assert Path(victims["secret"]).read_text() == "secret"
     return dict(json.loads(done.output))
 
@@ -128,7 +128,6 @@ def scored(settings: CodeSettings, make_sample: MakeSample, source: str, label: 
         ("open('result.json', 'w').write('[' * 100_000)", "wrong output"),
         ("import sys; sys.stderr.buffer.write(bytes(range(256)) * 4096); sys.exit(3)", "test 1 of 1"),
         ("open('x' * 255, 'w'); print(10**5000)", "Exceeds the limit"),
-        ("import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()", "test 1 of 1"),
     ],
 )
 def test_a_hostile_program_scores_0_and_leaves_nothing(
@@ -325,28 +324,27 @@ _LACKS_SECCOMP = "refuse(157, 0, 22, 22)\n"  # prctl(PR_SET_SECCOMP): EINVAL
 
 
 def on_a_kernel(lacks: str, code: str) -> subprocess.CompletedProcess[str]:
-    program = _LACKING + lacks + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", _LACKING + lacks + code], capture_output=True, text=True)
 
 
 GRADE = """
-    from megatron_rl.config.reward import CodeSettings, RewardSettings
-    from megatron_rl.errors import UserError
-    from megatron_rl.reward.code import CodeReward
-    from megatron_rl.types import Prompt, Response, Sample
-    try:
-        verifier = CodeReward(RewardSettings(name="code", code=CodeSettings(require_landlock={required})))
-    except UserError as error:
-        raise SystemExit(str(error))
-    source = '''
+from megatron_rl.config.reward import CodeSettings, RewardSettings
+from megatron_rl.errors import UserError
+from megatron_rl.reward.code import CodeReward
+from megatron_rl.types import Prompt, Response, Sample
+try:
+    verifier = CodeReward(RewardSettings(name="code", code=CodeSettings(require_landlock={required})))
+except UserError as error:
+    raise SystemExit(str(error))
+source = '''
 try: open("/etc/passwd"); print("read")
 except OSError: print("not read")
 import os
 try: os.fork(); print("forked")
 except OSError: print("not forked")
 '''
-    prompt = Prompt("p:0", (1,), "", {{"inputs": [""], "outputs": ["read not forked"]}})
-    print(verifier(Sample(prompt, Response([2], [-0.5], "stop", 0), "```python" + source + "```")).detail)
+prompt = Prompt("p:0", (1,), "", {{"inputs": [""], "outputs": ["read not forked"]}})
+print(verifier(Sample(prompt, Response([2], [-0.5], "stop", 0), "```python" + source + "```")).detail)
 """
 
 
@@ -367,7 +365,7 @@ def test_a_kernel_without_seccomp_is_refused_in_every_mode() -> None:
     assert done.returncode == 1 and "reward.name=remote" in done.stderr
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("version", quick_of([1, 2, 3, 4, 5], {1}))
 def test_older_versions_of_landlock_protect_files_too(tmp_path: Path, version: int, victims: dict[str, Any]) -> None:
     """These kernels know fewer rights; the list of system calls makes up for truncation."""
     files = {name: code for name, code in ORDINARY.items() if name.split(":")[0] in ("files", "metadata", "links")}
@@ -380,7 +378,7 @@ assert restrictions.confine_files(Path.cwd(), newest={version})
 restrictions.drop_capabilities()
 assert system_calls.filter_system_calls(restrictions.LIBC)
 """
-    given = json.dumps({"attempts": files, "victims": victims})
+    given = json.dumps({"attempts": files, "victims": victims | {"target": str(tmp_path.parent / "taken")}})
     done = subprocess.run(
         [sys.executable, "-c", setup + PREAMBLE + DRIVER], input=given, capture_output=True, text=True
     )
