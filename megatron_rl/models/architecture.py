@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.errors import UserError
+from megatron_rl.models.config_check import check_config
 
 SUPPORTED = {
     "qwen3": "Qwen3ForCausalLM",
@@ -97,6 +98,7 @@ class Architecture:
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any]) -> Architecture:
         """Reads a `config.json`. Raises UserError if the model is not supported or a key is missing."""
+        check_config(hf_config)
         family = _family(hf_config)
         hf_config = {"rms_norm_eps": 1e-6, **DEFAULTS[family], **hf_config}
         _refuse_variants(hf_config)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.buffer import Group
@@ -36,10 +34,7 @@ class Replay:
     def collect(self, step: int, weight_version: int) -> Rollouts:
         """Returns the recorded rollouts of this run's step 1, 2, ..., with the groups and scores that they had."""
         recorded, path = self._dumps[step - 1]
-        try:
-            rows = pq.ParquetFile(path).read().to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: not a readable rollout dump ({error})") from error
+        rows = read_parquet(path).to_pylist()
         if not rows:
             raise UserError(f"{path} (step {recorded}) holds no responses")
         if "prompt_token_ids" not in rows[0]:
