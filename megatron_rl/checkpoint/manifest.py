@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import HASHING_THREADS, file_sha256
-from megatron_rl.utils.bounded import parse_json, read_bytes, read_json_object
+from megatron_rl.utils.bounded import read_json_object
 
 MANIFEST = "manifest.json"
 RNG = "rng.json"
@@ -146,16 +146,23 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}")
     try:
-        text = read_bytes(path)
-        written = parse_json(text, str(path)).get("format")
+        content = _content(path)
+        written = content.get("format")
         if written != FORMAT:
             raise UserError(
                 f"{folder} was written in checkpoint format {written}; this version of megatron-rl reads format "
                 f"{FORMAT}: resume with the version that wrote it, or start a new run from that run's HF export"
             )
-        return _ADAPTER.validate_json(text)
-    except (ValueError, AttributeError) as error:
+        return _ADAPTER.validate_python(content)
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({_short(error)}): {_ANOTHER}") from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}): {_ANOTHER}") from error
 
 
 def _short(error: Exception) -> str:
@@ -176,7 +183,7 @@ def write_rng(folder: Path, states: RandomStates) -> ShardFile:
 
 def read_rng(folder: Path) -> RandomStates:
     try:
-        return RandomStates(**read_json_object(folder / RNG))
+        return RandomStates(**_content(folder / RNG))
     except TypeError as error:
         raise UserError(f"{folder / RNG} is damaged ({error}): {_ANOTHER}") from error
 

@@ -10,7 +10,7 @@ from .schemas import Message
 from .tokenizer import Tokenizer
 
 TEMPLATE_SECONDS, TEMPLATE_MEBIBYTES = 10.0, 1024
-"""Processor time and memory that rendering one prompt may take. A template is a program, and its loops can be endless."""
+"""Processor time and memory that rendering one prompt may take: a template is a program."""
 BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 """The request of Qwen's maths models and of most evaluations of this kind."""
 R1_ZERO = (

@@ -13,6 +13,7 @@ from megatron_rl.config.evaluation import ProtocolSettings, SuiteSettings
 from megatron_rl.config.yaml_text import MOST_YAML, parse_yaml, yaml_problem
 from megatron_rl.data.hub import local_data
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import read_text
 
 BUILT_IN = Path(__file__).parent / "suites"
 

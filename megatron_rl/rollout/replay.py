@@ -13,6 +13,7 @@ from megatron_rl.rollout.buffer import Group
 from megatron_rl.rollout.dump import dumps
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.types import AgentResponse, AgentSequence, Prompt, Response, RewardResult
+from megatron_rl.utils.bounded import read_parquet
 
 
 class Replay:

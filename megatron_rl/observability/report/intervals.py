@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 
+from megatron_rl.utils.bounded import read_parquet
+
 from .run_data import RunData
 
 FACTOR = 1.96

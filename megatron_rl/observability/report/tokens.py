@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import read_parquet
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TOKENIZER = "tokenizer.json"
