@@ -55,19 +55,20 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in _batches(file):
-                for row in batch.to_pylist():
+                for row in batch:
                     yield f"row {number}", row
                     number += 1
     except (pyarrow.ArrowException, OverBudget) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
 
 
-def _batches(file: Any) -> Iterator[Any]:
-    """Yields a Parquet file in batches, each within a budget: a kilobyte of Parquet can stand for gigabytes."""
+def _batches(file: Any) -> Iterator[list[Row]]:
+    """Yields the rows of a Parquet file in batches, within a budget: a kilobyte of Parquet can stand for gigabytes."""
     batches = file.iter_batches(_PARQUET_BATCH)
     while True:
         with budget("a batch of rows", seconds=math.inf, mebibytes=_PARQUET_MEBIBYTES):
             batch = next(batches, None)
-        if batch is None:
+            rows = None if batch is None else batch.to_pylist()
+        if rows is None:
             return
-        yield batch
+        yield rows

@@ -41,9 +41,10 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path}: a plain file is expected, not a folder, pipe or device")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise UserError(f"{path}: a plain file is expected, not a folder, pipe or device")
         yield file
 
 
