@@ -20,10 +20,16 @@ LOOPBACK_VARIABLE, TOKEN_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AU
 
 @contextmanager
 def private_ray() -> Iterator[dict[str, Any]]:
-    """Yields the options of `ray.init`, which is to be called within the block. What the user has set stays."""
+    """Yields the options of `ray.init`, which is to be called within the block. What the user has set stays, and a Ray
+    that RAY_ADDRESS names needs no options."""
     from ray._private import ray_constants
 
+    if os.environ.get("RAY_ADDRESS"):
+        yield {}
+        return
+
     folder = private_folder(f"mrl-ray-{os.getuid()}")  # short, because names of sockets are
+    folder.chmod(0o700)
     if not {TOKEN_VARIABLE, "RAY_AUTH_TOKEN"} & os.environ.keys():
         os.environ[TOKEN_VARIABLE] = str(_token_file(folder))
     close_default_token()

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -115,7 +115,7 @@ def ray_runtime(placement: Placement, watch: Watch | None = None) -> Iterator[No
         if not placement.on_gpu:
             options["object_store_memory"] = OBJECT_STORE_BYTES
     try:
-        with nullcontext({}) if os.environ.get("RAY_ADDRESS") else private_ray() as private:
+        with private_ray() as private:
             ray.init(**options, **private)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
