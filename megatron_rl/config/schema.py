@@ -9,7 +9,7 @@ from pydantic import Field, PrivateAttr
 from .actor import ActorSettings
 from .algorithm import AlgorithmSettings
 from .cluster import ClusterSettings
-from .evaluation import EvaluationSettings, Template
+from .evaluation import EvaluationSettings, TaskSettings, Template
 from .fields import Betas, Count, FilePath, NonNegative, Positive, PositiveInt, Section, ShareOrZero, Text
 from .observability import ObservabilitySettings
 from .reward import RewardSettings
@@ -29,7 +29,7 @@ class RunSettings(Section):
 class PrepareSettings(Section):
     """An embedded task. The run writes its files before training unless they already exist."""
 
-    task: Literal["countdown"]
+    task: Literal["countdown", "countdown_calculator"]
     """Name of the task."""
     folder: FilePath
     """Folder for the task's model and data."""
@@ -50,8 +50,9 @@ class DataSettings(Section):
     """Training prompts. The keys from `template` to `label_field` also apply to the evaluation suites."""
 
     train: FilePath
-    """A .jsonl or .parquet file with the columns of slime, verl or TRL; or a data set of the Hugging Face Hub,
-    `owner/name`, `owner/name:split` or `owner/name:subset:split`."""
+    """A .jsonl or .parquet file with the columns of slime, verl or TRL; a data set of the Hugging Face Hub,
+    `owner/name`, `owner/name:split` or `owner/name:subset:split`; or the tasks of an environment, `reasoning-gym:TASK`,
+    `verifiers:ENVIRONMENT` or `harbor:FOLDER`."""
     template: Template = "none"
     r"""none: the prompt unchanged, with messages joined by newlines. chat: the tokenizer's chat template. boxed: the
     prompt followed by a request to reason step by step and to put the answer in \boxed{}. chat-boxed: the boxed prompt
@@ -70,6 +71,8 @@ class DataSettings(Section):
     allow_changed: bool = False
     """Resume even if `train` is another file than in the checkpoint, by its SHA-256. The run then begins with the first
     prompt of the new file, and drops prompts of the old one that it had drawn and not trained on."""
+    tasks: TaskSettings | None = None
+    """Which problems an environment makes, if `train` names one. Default: 1,000 problems."""
 
 
 class WarmStartPhase(Section):
