@@ -189,13 +189,11 @@ import sys
 from pathlib import Path
 from megatron_rl.data import rows
 from megatron_rl.errors import UserError
-from megatron_rl.utils.bounded import read_parquet
 rows._PARQUET_MEBIBYTES = 128
-for read in (lambda path: next(rows.read_rows(path)), lambda path: read_parquet(path, mebibytes=128)):
-    try:
-        read(Path(sys.argv[1]))
-    except UserError as error:
-        print(error)
+try:
+    next(rows.read_rows(Path(sys.argv[1])))
+except UserError as error:
+    print(error)
 """
 
 
@@ -203,7 +201,7 @@ def test_a_parquet_bomb_is_refused(tmp_path: Path) -> None:
     """The reader is a process of its own: memory that other tests have left would not count as growth."""
     path = parquet_bomb(tmp_path / "rows.parquet", 4)
     done = subprocess.run([sys.executable, "-c", READ_BOMB, str(path)], capture_output=True, text=True)
-    assert done.stdout.count("rows.parquet: not a readable Parquet file") == 2, done.stderr
+    assert "rows.parquet: not a readable Parquet file" in done.stdout, done.stderr
 
 
 def tokenizer(template: str) -> Any:
