@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr
 
+from megatron_rl.rollout.engines.kind import engine_kind
+
 from .actor import ActorSettings
 from .algorithm import AlgorithmSettings
 from .cluster import ClusterSettings
@@ -192,6 +194,14 @@ class Config(Section):
     def keeps_rollouts(self) -> bool:
         """Whether rollouts that a step did not finish or use are kept for the next step."""
         return self.rollout.max_staleness > 0
+
+    @property
+    def keeps_requests(self) -> bool:
+        """Whether servers are to keep requests across weight updates, with the KV cache that older weights computed. A
+        router does not know which requests its servers keep."""
+        rollout = self.rollout
+        wanted = rollout.asynchronous and not rollout.recompute_kv_cache and rollout.server.router is None
+        return wanted and getattr(engine_kind(rollout.engine), "keeps_requests", False)
 
     @property
     def versions_late(self) -> int:

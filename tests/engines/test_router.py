@@ -22,7 +22,7 @@ from tests.e2e_cpu.conftest import CommandLine
 from tests.engines.conftest import Run, launch, server_processes
 from tests.engines.test_generate import largest_gap
 from tests.engines.test_training import Training, assert_it_continues
-from tests.engines.test_weights import in_folder
+from tests.engines.updates import in_folder
 
 SETTINGS = ServerSettings(router="round_robin")
 PROMPTS = [(1, 20 + i, 31, 7) for i in range(16)]

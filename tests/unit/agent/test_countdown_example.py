@@ -39,6 +39,9 @@ class Script:
     def abort(self, ids: Iterable[int]) -> None:
         pass
 
+    def cancel(self, ids: Iterable[int]) -> None:
+        pass
+
 
 def played(*parts: str, agent: Agent = solve) -> tuple[AgentResponse, str, set[tuple[int, ...]]]:
     engines = Script(list(parts))

@@ -37,7 +37,19 @@ def test_a_copy_is_the_same_configuration(name: str, empty_folder: Path, capsys:
     assert load_config(written, naming) == load_config(starting_points()[name], naming)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in starting_points() if name.split("/")[0] not in TASKS))
+def test_a_start_with_scripts_keeps_the_places_that_imports_name(capsys: Output) -> None:
+    assert main(["init", "quickstart/demonstration"]) == 0
+    assert capsys.readouterr().out.endswith("next: python examples/quickstart/demonstration.py\n")
+    code = {path.name for path in Path("examples/quickstart").glob("*.py")}
+    assert code == {path.name for path in (examples() / "quickstart").glob("*.py")}
+    assert main(["init", "smollm2/lp_reg"]) == 0
+    assert "\nexamples/smollm2/prepare.py\n" in capsys.readouterr().out
+
+
+PLANNED = sorted(name for name in starting_points() if name == "own_data" or name.startswith("qwen"))
+
+
+@pytest.mark.parametrize("name", PLANNED)
 def test_the_plan_of_a_start_needs_no_model(name: str, capsys: Output) -> None:
     assert main(["init", name]) == 0
     written = capsys.readouterr().out.splitlines()[0]
