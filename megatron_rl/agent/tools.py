@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import atexit
 import json
 import operator
 import secrets
-import shutil
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +18,7 @@ from typing import Any, Self
 from megatron_rl.agent.messages import well_formed
 from megatron_rl.config.reward import CodeSettings
 from megatron_rl.reward.code.sandbox import check_sandbox, invocation
+from megatron_rl.utils.files import owned_folder, remove_tree
 
 LARGEST_EXPONENT = 1000
 LONGEST_EXPRESSION = 1000
@@ -81,7 +83,7 @@ class PythonTool:
         self._lock, self._closed = asyncio.Lock(), False
 
     async def __aenter__(self) -> Self:
-        self._folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
+        self._folder = Path(tempfile.mkdtemp(dir=_folder_of_process()))
         return self
 
     async def __aexit__(
@@ -91,7 +93,7 @@ class PythonTool:
         await self._end()
         async with self._lock:  # a call that was about to start a process ends first
             await self._end()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_tree(self._folder)
 
     async def python(self, code: str) -> str:
         """Runs Python code and returns what it prints. Names stay defined for later calls.
@@ -147,6 +149,14 @@ async def _answered(process: asyncio.subprocess.Process, code: str) -> str:
         if line.startswith(mark):
             return well_formed(str(json.loads(line.removeprefix(mark))))
     raise ConnectionError("the process has ended")
+
+
+@cache
+def _folder_of_process() -> Path:
+    """The parent of all sandboxes of this process. If the process is killed, the next one removes the folder."""
+    folder = owned_folder("megatron-rl-tools-", Path(tempfile.gettempdir()))
+    atexit.register(remove_tree, folder)
+    return folder
 
 
 _checked: set[str] = set()

@@ -12,8 +12,10 @@ from pathlib import Path
 import yaml
 
 from megatron_rl.checkpoint.manifest import MANIFEST, checkpoints, read_manifest, verify
+from megatron_rl.config.yaml_text import MOST_YAML, parse_yaml
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import INDEX, copy_all_but_weights
+from megatron_rl.utils.bounded import read_text
 
 WEIGHTS = "weights"
 
@@ -38,8 +40,8 @@ def trained_from(checkpoint: Path, option: str) -> Path:
     if not config.is_file():
         raise UserError(f"{checkpoint} is no longer in its run's folder. Name the run's model with {option} FOLDER.")
     try:
-        folder = Path(yaml.safe_load(config.read_text())["model"]["path"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        folder = Path(parse_yaml(read_text(config, MOST_YAML))["model"]["path"])
+    except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(
             f"{config} does not say which model was trained ({error!r}). Name it with {option} FOLDER."
         ) from error

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import HASHING_THREADS, file_sha256
+from megatron_rl.utils.bounded import read_json_object
 
 MANIFEST = "manifest.json"
 RNG = "rng.json"
@@ -23,6 +25,10 @@ PARTIAL = ".partial"
 FORMAT = 2
 _ANOTHER = "choose another checkpoint with resume=PATH"
 Watch = Callable[[Sequence[str]], Iterable[str]]
+LARGEST_STEP = 10**9
+StepNumber = Annotated[int, Field(ge=0, le=LARGEST_STEP)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=255)]
+"""A name without folders, so that a manifest names files of its own folder only."""
 RandomState = dict[str, Any]
 """State of all random number generators of a process, as `checkpoint/rng.py` writes it."""
 
@@ -31,8 +37,8 @@ RandomState = dict[str, Any]
 class DriverState:
     """State of the driver that a resumed run needs."""
 
-    step: int
-    weight_version: int
+    step: StepNumber
+    weight_version: StepNumber
     cursor: dict[str, Any]
     entropy_coefficient: float | None = None
     """Weight of the entropy bonus in the next update, if the loss adapts it."""
@@ -117,7 +123,7 @@ class Manifest:
     """The step's metrics, as in metrics.jsonl."""
     origin: Origin
     optimizer_steps: int
-    files: dict[str, ShardFile]
+    files: dict[FileName, ShardFile]
 
     @property
     def bytes(self) -> int:
@@ -137,19 +143,26 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Raises UserError if the manifest is missing, damaged or of another format."""
     path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}")
     try:
-        text = path.read_bytes()
-        written = json.loads(text).get("format")
+        content = _content(path)
+        written = content.get("format")
         if written != FORMAT:
             raise UserError(
                 f"{folder} was written in checkpoint format {written}; this version of megatron-rl reads format "
                 f"{FORMAT}: resume with the version that wrote it, or start a new run from that run's HF export"
             )
-        return _ADAPTER.validate_json(text)
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError, AttributeError) as error:
+        return _ADAPTER.validate_python(content)
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({_short(error)}): {_ANOTHER}") from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}): {_ANOTHER}") from error
 
 
 def _short(error: Exception) -> str:
@@ -169,7 +182,10 @@ def write_rng(folder: Path, states: RandomStates) -> ShardFile:
 
 
 def read_rng(folder: Path) -> RandomStates:
-    return RandomStates(**json.loads((folder / RNG).read_bytes()))
+    try:
+        return RandomStates(**_content(folder / RNG))
+    except TypeError as error:
+        raise UserError(f"{folder / RNG} is damaged ({error}): {_ANOTHER}") from error
 
 
 def verify(folder: Path, manifest: Manifest, *, hashes: bool = True, watch: Watch = iter) -> None:
@@ -182,6 +198,8 @@ def verify(folder: Path, manifest: Manifest, *, hashes: bool = True, watch: Watc
         path = folder / name
         if not path.is_file():
             raise UserError(f"checkpoint file {path} is missing: {_ANOTHER}")
+        if path.is_symlink():
+            raise UserError(f"checkpoint file {path} is a link; a checkpoint has none: {_ANOTHER}")
         if path.stat().st_size != entry.bytes:
             raise UserError(
                 f"checkpoint file {path} is damaged ({path.stat().st_size} bytes instead of {entry.bytes}): {_ANOTHER}"
@@ -204,8 +222,11 @@ def read_checkpoint(folder: Path, watch: Watch = iter) -> Manifest:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Returns the complete checkpoints in a folder, oldest first. Their files are not verified."""
-    named = (path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal())
+    named = (path for path in folder.glob("step_*") if _NAME.fullmatch(path.name))
     return sorted((path for path in named if (path / MANIFEST).is_file()), key=step_of)
+
+
+_NAME = re.compile(r"step_[0-9]{1,12}")
 
 
 def step_of(path: Path) -> int:

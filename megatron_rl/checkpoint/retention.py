@@ -26,7 +26,7 @@ def prune(folder: Path, retention: Retention) -> None:
     if retention.last:
         kept = {*checkpoints(folder)[-retention.last :], *best(folder, retention.best)}
         for path in checkpoints(folder):
-            if path not in kept:
+            if path not in kept and not path.is_symlink():  # what a user's link leads to is not this run's
                 shutil.rmtree(path)
 
 

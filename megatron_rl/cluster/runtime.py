@@ -17,6 +17,7 @@ from ray import ObjectRef
 from ray.util import get_node_ip_address, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_rl.cluster.local_ray import private_ray
 from megatron_rl.cluster.watch import ProgressDeadline, Watch, finished
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.placement import Placement
@@ -114,7 +115,8 @@ def ray_runtime(placement: Placement, watch: Watch | None = None) -> Iterator[No
         if not placement.on_gpu:
             options["object_store_memory"] = OBJECT_STORE_BYTES
     try:
-        ray.init(**options)
+        with private_ray() as private:
+            ray.init(**options, **private)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
             f"RAY_ADDRESS: {os.environ.get('RAY_ADDRESS')} refuses the connection: {error}\nIs its head up, the port "

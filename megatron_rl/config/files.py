@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import read_text
 
 from .keys import Key
-from .yaml_text import parse_yaml, show, yaml_problem
+from .yaml_text import MOST_YAML, parse_yaml, show, yaml_problem
 
 BASE = "base"
 
@@ -79,11 +80,9 @@ def _merged(below: Any, above: Any) -> Any:
 
 def _read(path: Path, named_by: str) -> dict[Any, Any]:
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file{named_by}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+        if not path.exists():
+            raise UserError(f"{path}: no such configuration file{named_by}")
+        tree = parse_yaml(read_text(path, MOST_YAML))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {yaml_problem(error)}") from error
     if tree is None:

@@ -12,12 +12,15 @@ from megatron_rl.errors import UserError
 from .keys import Key
 from .yaml_text import parse_yaml, yaml_problem
 
+LONGEST_SHOWN = 200
+
 
 @dataclass(frozen=True)
 class Override:
     """One override, with its value parsed as YAML."""
 
     text: str
+    """The override as given, or its beginning if it is long, for messages."""
     key: Key
     value: Any
 
@@ -25,11 +28,12 @@ class Override:
 def parse_override(text: str) -> Override:
     """Returns the override that a text states. Raises UserError if the text is malformed."""
     dotted, equals, value = text.partition("=")
+    text = text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
     key = tuple(dotted.strip().split("."))
     if not equals or not all(key):
         raise UserError(f"override {text}: expected key.path=value, such as train.steps=100")
     if not value.strip():
-        raise UserError(f"override {text}: nothing after the =; write {dotted}=null to clear the key")
+        raise UserError(f"override {text}: nothing after the =; write {dotted[:LONGEST_SHOWN]}=null to clear the key")
     try:
         return Override(text, key, parse_yaml(value))
     except yaml.YAMLError as error:

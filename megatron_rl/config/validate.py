@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import read_json_object
 from megatron_rl.utils.import_path import import_callable, is_import_path
 
 from .methods import method_settings
@@ -92,8 +92,9 @@ def _check_model(config: Config, prepared: bool, weights: bool) -> Iterator[str]
     if weights and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
         yield f"model.path: {folder} has no weights (*.safetensors)"
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        yield f"model.path: {folder} has no config.json; a Hugging Face model folder is expected"
-    except (OSError, ValueError) as error:
-        yield f"model.path: {folder / 'config.json'} cannot be read: {error}"
+        if (folder / "config.json").exists():
+            read_json_object(folder / "config.json")
+        else:
+            yield f"model.path: {folder} has no config.json; a Hugging Face model folder is expected"
+    except UserError as error:
+        yield f"model.path: {error}"

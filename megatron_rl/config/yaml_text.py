@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,47 @@ for _cls in (_Loader, _Dumper):
     _cls.add_implicit_resolver(_FLOAT, _FLOAT_PATTERN, list("-+." + _DIGITS))
 
 
+MOST_VALUES = 100_000
+"""Most values of a YAML text, with those that aliases repeat."""
+MOST_YAML = 2**22
+"""Largest YAML file, in bytes."""
+
+
 def parse_yaml(text: str) -> Any:
-    """Returns the value of a YAML text. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+    """Returns the value of a YAML text. Raises yaml.YAMLError, also for a text whose aliases multiply its values."""
+    with _loaded(text) as (loader, root):
+        return None if root is None else loader.construct_document(root)
+
+
+@contextmanager
+def _loaded(text: str) -> Iterator[tuple[_Loader, yaml.Node | None]]:
+    try:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            if root is not None:
+                _count(root, {})
+            yield loader, root
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _count(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Returns the number of values below a node, each as often as aliases repeat it. Raises yaml.YAMLError if there are
+    more than MOST_VALUES, or if a value contains itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = MOST_VALUES + 1  # while the node itself is being counted
+        below = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        counted[id(node)] = 1 + sum(_count(part, counted) for part in below)
+    if counted[id(node)] > MOST_VALUES:
+        raise yaml.YAMLError(f"more than {MOST_VALUES} values, counted with those that aliases repeat")
+    return counted[id(node)]
 
 
 def dump_yaml(tree: dict[str, Any]) -> str:
@@ -77,12 +116,8 @@ class Leaf:
 
 def leaves(text: str) -> list[Leaf]:
     """The values of a YAML text with their places, in order. Raises yaml.YAMLError."""
-    loader = _Loader(text)
-    try:
-        root = loader.get_single_node()
+    with _loaded(text) as (loader, root):
         return [] if root is None else list(_leaves(root, (), loader))
-    finally:
-        loader.dispose()
 
 
 def _leaves(node: yaml.Node, key: tuple[str, ...], loader: _Loader) -> Iterator[Leaf]:

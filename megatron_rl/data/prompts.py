@@ -17,6 +17,8 @@ from .template import begins_as_tokenizer, check_template, render
 from .tokenizer import Tokenizer, begin_ids, load_tokenizer, token_ids_of
 
 Check = Callable[[Prompt], None]
+LONGEST_PROMPT = 2**24
+"""Most characters of a rendered prompt."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,18 @@ def first_prompt(path: Path, *, model_folder: Path, settings: DataSettings) -> s
     for place, row in read_rows(path):
         try:
             prompt = recognise(list(row), label_field=settings.label_field, source=f"{path}, {place}").prompt(row)
-            return render(prompt, tokenizer=tokenizer, template=settings.template)
+            text = render(prompt, tokenizer=tokenizer, template=settings.template)
+            check_length(text)
+            return text
         except ValueError as error:
             raise UserError(f"{path}, {place}: {error}") from error
     raise UserError(f"{path}: the data set is empty")
+
+
+def check_length(text: str) -> None:
+    """Raises ValueError for a prompt that no model could read, before it is tokenized."""
+    if len(text) > LONGEST_PROMPT:
+        raise ValueError(f"column prompt: the prompt has {len(text)} characters; at most {LONGEST_PROMPT} are read")
 
 
 class _Loading:
@@ -96,6 +106,7 @@ class _Loading:
 
     def _add(self, index: int, row: Row, schema: Schema) -> None:
         text = render(schema.prompt(row), tokenizer=self.tokenizer, template=self.settings.template)
+        check_length(text)
         text.encode()  # raises ValueError for lone surrogates, which JSON allows and tokenizers do not
         label = schema.label(row)
         if self.settings.drop_duplicates:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import OverBudget, budget, parse_json, read_lines
 
 from .schemas import Row
 
-_PARQUET_BATCH = 4096
+_PARQUET_BATCH = 64
+"""Rows that are read at a time. Few, because a row of a compressed file may have megabytes."""
+_PARQUET_MEBIBYTES = 1024
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -30,21 +34,17 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})") from error
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not UTF-8: {error.reason} (byte {error.start})") from error
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-                raise UserError(f"{path}, line {number}: JSON that Python cannot read: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected an object, {{...}}, found {line.strip()[:40]!r}")
-            yield f"line {number}", row
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, line {number}: not UTF-8: {error.reason} (byte {error.start})") from error
+        row = parse_json(text, f"{path}, line {number}")
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: expected an object, {{...}}, found {line.strip()[:40]!r}")
+        yield f"line {number}", row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -54,9 +54,21 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(_PARQUET_BATCH):
-                for row in batch.to_pylist():
+            for batch in _batches(file):
+                for row in batch:
                     yield f"row {number}", row
                     number += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OverBudget) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _batches(file: Any) -> Iterator[list[Row]]:
+    """Yields the rows of a Parquet file in batches, within a budget: a kilobyte of Parquet can stand for gigabytes."""
+    batches = file.iter_batches(_PARQUET_BATCH)
+    while True:
+        with budget("a batch of rows", seconds=math.inf, mebibytes=_PARQUET_MEBIBYTES):
+            batch = next(batches, None)
+            rows = None if batch is None else batch.to_pylist()
+        if rows is None:
+            return
+        yield rows

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from megatron_rl.config.evaluation import Template
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import OverBudget, budget
 
 from .schemas import Message
 from .tokenizer import Tokenizer
 
+TEMPLATE_SECONDS, TEMPLATE_MEBIBYTES = 10.0, 1024
+"""Processor time and memory that rendering one prompt may take: a template is a program."""
 BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 """The request of Qwen's maths models and of most evaluations of this kind."""
 R1_ZERO = (
@@ -63,7 +66,10 @@ def render(prompt: str | list[Message], *, tokenizer: Tokenizer | None, template
 
 def _chat(messages: list[Message], tokenizer: Tokenizer) -> str:
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        with budget("the chat template", seconds=TEMPLATE_SECONDS, mebibytes=TEMPLATE_MEBIBYTES):
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except OverBudget as error:
+        raise ValueError(f"column prompt: {error} for these messages; use another model folder or template") from error
     except Exception as error:  # a template is a program, and may raise whatever Python raises
         raise ValueError(
             f"column prompt: the chat template refuses these messages: {type(error).__name__}: {error}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rl.config.validate import TOKENIZER_FILES
 from megatron_rl.errors import UserError
 from megatron_rl.models.own_code import refuse_own_code
+from megatron_rl.utils.bounded import read_json_object
 
 from .schemas import Message
 
@@ -84,10 +84,7 @@ def stop_token_ids(tokenizer: Any, model_folder: Path, chosen: list[int] | None)
     if chosen is not None:
         return tuple(chosen)
     generation = model_folder / "generation_config.json"
-    try:
-        ends = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{generation} is not a JSON object: {error}") from error
+    ends = read_json_object(generation).get("eos_token_id") if generation.is_file() else None
     if ends is None or ends == []:
         ends = tokenizer.eos_token_id
     if ends is None:
@@ -95,4 +92,7 @@ def stop_token_ids(tokenizer: Any, model_folder: Path, chosen: list[int] | None)
             f"nothing ends a response: neither {generation} nor the tokenizer names an end token; "
             f"set rollout.stop_token_ids"
         )
-    return tuple(ends) if isinstance(ends, list) else (int(ends),)
+    found = ends if isinstance(ends, list) else [ends]
+    if not all(type(end) is int and end >= 0 for end in found):
+        raise UserError(f"{generation}: eos_token_id: token ids are expected, found {str(ends)[:80]}")
+    return tuple(found)

@@ -10,9 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_rl.config.evaluation import ProtocolSettings, SuiteSettings
-from megatron_rl.config.yaml_text import parse_yaml, yaml_problem
+from megatron_rl.config.yaml_text import MOST_YAML, parse_yaml, yaml_problem
 from megatron_rl.data.hub import local_data
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import read_text
 
 BUILT_IN = Path(__file__).parent / "suites"
 
@@ -69,12 +70,10 @@ def _resolved(name: str, suite: SuiteSettings, folder: Path | None) -> SuiteSett
 
 def _read(path: Path) -> ProtocolSettings:
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(read_text(path, MOST_YAML))
         return ProtocolSettings.model_validate(tree)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {yaml_problem(error)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     except ValidationError as error:
         raise UserError("\n".join(f"{path}: {_problem(item)}" for item in error.errors())) from error
 

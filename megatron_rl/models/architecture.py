@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.errors import UserError
+from megatron_rl.models.config_check import check_config
 
 SUPPORTED = {
     "qwen3": "Qwen3ForCausalLM",
@@ -97,10 +98,11 @@ class Architecture:
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any]) -> Architecture:
         """Reads a `config.json`. Raises UserError if the model is not supported or a key is missing."""
+        check_config(hf_config)
         family = _family(hf_config)
         hf_config = {"rms_norm_eps": 1e-6, **DEFAULTS[family], **hf_config}
-        _refuse_variants(hf_config)
         try:
+            _refuse_variants(hf_config)
             heads = hf_config["num_attention_heads"]
             return cls(
                 family=family,
@@ -122,6 +124,8 @@ class Architecture:
             )
         except KeyError as error:
             raise UserError(f"The model's config.json lacks {error.args[0]!r}, which a {family} needs.") from None
+        except TypeError as error:  # a null for a value that the family needs
+            raise UserError(f"The model's config.json has a null that no {family} has: {error}") from None
 
 
 def _family(hf_config: Mapping[str, Any]) -> str:

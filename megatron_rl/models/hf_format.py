@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_rl.errors import UserError
 from megatron_rl.models.own_code import refuse_own_code
+from megatron_rl.utils.bounded import read_json_object
 
 if TYPE_CHECKING:
     from torch import Tensor  # a dry run reads configs without torch
@@ -35,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
     refuse_own_code(folder)
-    return _read_json(path)
+    return read_json_object(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +96,11 @@ def open_weights(folder: Path) -> FolderWeights:
     """Opens the weights of a folder, in one file or many. Raises UserError if there are none or a shard is missing."""
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
-        files = _read_json(index).get("weight_map")
+        files = read_json_object(index).get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
-            raise UserError(f"{index} has no weight_map. Copy the model again.")
+            raise UserError(f"{index} has no weight_map of names of files. Copy the model again.")
+        if strange := sorted({file for file in files.values() if not file or file != Path(file).name or "\0" in file}):
+            raise UserError(f"{index} names a file outside its folder: {strange[0][:200]!r}. Copy the model again.")
         missing = sorted({file for file in files.values() if not (folder / file).is_file()})
         if missing:
             raise UserError(f"{index} names files that are not there: {', '.join(missing)}. Copy the model again.")
@@ -160,29 +163,45 @@ def file_sha256(path: Path) -> str:
 
 
 def copy_all_but_weights(source: Path, folder: Path) -> None:
-    """Copies all files of a model folder (config, tokenizer, ...) except the weights and hidden folders."""
-    for file in sorted(source.rglob("*")):
+    """Copies all files of a model folder (config, tokenizer, ...) except the weights and hidden folders.
+
+    Raises UserError as `check_links` does, before anything is copied.
+    """
+    check_links(source)
+    for file in _all_but_weights(source):
         place = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in place.parent.parts)
-        if file.is_file() and not hidden and not file.name.endswith(_WEIGHT_SUFFIXES):
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / place)
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / place)
+
+
+def check_links(folder: Path) -> None:
+    """Raises UserError if a file that an export would copy is a link to a file outside the model folder.
+
+    The cache of the Hugging Face Hub is built of links, from `snapshots/<revision>` to `blobs`, which are permitted.
+    """
+    inside = folder.resolve()
+    permitted = (inside, inside.parents[1] / "blobs") if inside.parent.name == "snapshots" else (inside,)
+    for file in _all_but_weights(folder):
+        target = file.resolve()
+        if not any(target.is_relative_to(place) for place in permitted):
+            raise UserError(
+                f"{file} is a link to {target}, outside the model folder, and exports would hold a copy of that file. "
+                "Put the file itself into the folder, or remove the link"
+            )
+
+
+def _all_but_weights(folder: Path) -> list[Path]:
+    def counts(file: Path) -> bool:
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parent.parts)
+        return file.is_file() and not hidden and not file.name.endswith(_WEIGHT_SUFFIXES)
+
+    return sorted(filter(counts, folder.rglob("*")))
 
 
 def _check_holds(path: Path, file: Any, names: Iterable[str]) -> None:
     missing = sorted(set(names) - set(file.keys()))
     if missing:
         raise UserError(f"{path} does not hold {missing[0]}, although {INDEX} lists it there. Copy the model again.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    return content
 
 
 def _open(path: Path, framework: str = "pt") -> Any:

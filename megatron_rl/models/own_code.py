@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import read_json
 
 FILES = ("config.json", "tokenizer_config.json")
 
@@ -27,8 +27,8 @@ def refuse_own_code(folder: Path) -> None:
 def _auto_map(path: Path) -> str:
     """Returns the entries of a file's auto_map as text; empty if there are none, or the file cannot be read."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content: Any = read_json(path)
+    except UserError:
         return ""  # whoever needs the file says what is wrong with it
     entries = content.get("auto_map") if isinstance(content, dict) else None
     if isinstance(entries, dict):

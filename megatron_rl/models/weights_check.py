@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.families import EMBEDDING, HEAD, entries
-from megatron_rl.models.hf_format import FolderWeights, Header, open_weights, read_config, stored_bytes
+from megatron_rl.models.hf_format import FolderWeights, Header, check_links, open_weights, read_config, stored_bytes
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that can be trained, by their names in safetensors files."""
@@ -22,11 +22,13 @@ _BUFFER = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
 def check_weights(folder: Path) -> None:
-    """Raises UserError if a file is missing or cut off, or names, shapes or types are not those of config.json's model.
+    """Raises UserError if a file is missing or cut off, or names, shapes or types are not those of config.json's model,
+    or if an export could not copy the folder's other files (`hf_format.check_links`).
 
     Of the contents, only those of an LM head are read that config.json says is tied to the embedding.
     """
     architecture = Architecture.from_hf(read_config(folder))
+    check_links(folder)
     weights = open_weights(folder)
     check_names(architecture, weights)
     check_headers(architecture, weights.headers())

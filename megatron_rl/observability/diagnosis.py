@@ -9,8 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_rl.errors import UserError
 from megatron_rl.observability.method_rules import Watched, filters, less_entropy, more_entropy, selections
-from megatron_rl.observability.metrics import Row, series
+from megatron_rl.observability.metrics import LONGEST_LINE, Row, series
+from megatron_rl.utils.bounded import parse_json, read_lines
 from megatron_rl.utils.files import atomically, write_error
 from megatron_rl.utils.format import number
 
@@ -34,6 +38,9 @@ class Finding:
 
     def __str__(self) -> str:
         return f"warning {self.name}: {self.what}. {self.remedy}"
+
+
+_FINDING = TypeAdapter(Finding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +98,15 @@ class Diagnosis:
 def read_findings(folder: Path) -> list[Finding]:
     """Returns the warnings of a run so far, by step. An incomplete last line is ignored."""
     path = folder / FILE_NAME
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [Finding(**json.loads(line)) for line in lines if line.endswith("\n")]
+    lines = read_lines(path, LONGEST_LINE) if path.exists() else []
+    return [_finding(line, f"{path}, line {number}") for number, line in lines if line.endswith(b"\n")]
+
+
+def _finding(line: bytes, where: str) -> Finding:
+    try:
+        return _FINDING.validate_python(parse_json(line, where))
+    except ValidationError as error:
+        raise UserError(f"{where}: not a warning of a run. Delete the line and try again.") from error
 
 
 def _line(finding: Finding) -> str:

@@ -11,10 +11,16 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 from megatron_rl.observability.sinks import Sink
+from megatron_rl.utils.bounded import read_lines
 from megatron_rl.utils.files import atomically, write_error
 
 FILE_NAME = "metrics.jsonl"
 
+LONGEST_LINE = 2**24
+"""Longest line, in bytes."""
+LARGEST_STEP = 10**9
+LATEST = 253402300799
+"""The last second of the year 9999, the last that Python's calendar knows."""
 Row = dict[str, Any]
 """One line: `step` (int), `time` (Unix seconds), and every metric as float or None."""
 
@@ -89,7 +95,10 @@ def metric_names(rows: Sequence[Row]) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _finite(value: float | None) -> float | None:
@@ -99,18 +108,30 @@ def _finite(value: float | None) -> float | None:
 def _read_lines(path: Path) -> list[tuple[Row, str]]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     parsed: list[tuple[Row, str]] = []
-    for index, line in enumerate(lines):
+    broken = 0
+    for number, content in read_lines(path, LONGEST_LINE):
+        if broken:
+            break
+        line = content.decode("utf-8", errors="replace").rstrip("\r\n")
         try:
-            row = json.loads(line)
-            row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            if index == len(lines) - 1:
-                break
-            raise UserError(f"{path}:{index + 1}: not a line of metrics. Delete the line and try again.") from error
-        parsed.append((row, line))
-    return parsed
+            parsed.append((_row(line), line))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken = number  # an error, unless it is the last line, which a killed run left incomplete
+    else:
+        return parsed
+    raise UserError(f"{path}:{broken}: not a line of metrics. Delete the line and try again.")
+
+
+def _row(line: str) -> Row:
+    """Returns the content of a line. Raises ValueError, KeyError, TypeError or RecursionError."""
+    row = json.loads(line)
+    step, moment = row["step"], row.get("time", 0)
+    if not (_is_number(step) and 0 <= step <= LARGEST_STEP and int(step) == step):
+        raise ValueError("the step is no step")
+    if not (_is_number(moment) and 0 <= moment <= LATEST):
+        raise ValueError("the time is no time")
+    return {**row, "step": int(step)}
 
 
 def _keep_lines(path: Path, last_step: int) -> None:

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl import __version__
+from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import file_sha256
+from megatron_rl.observability.metrics import LATEST, LONGEST_LINE
+from megatron_rl.utils.bounded import parse_json, read_lines
 from megatron_rl.utils.files import atomically
 
 if TYPE_CHECKING:
@@ -82,7 +85,19 @@ class Provenance:
 def read_provenance(folder: Path) -> list[Start]:
     """Returns the starts of a run, in order; empty for a run of an earlier version."""
     path = folder / FILE_NAME
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = read_lines(path, LONGEST_LINE) if path.exists() else []
+    return [_checked(parse_json(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in lines]
+
+
+def _checked(start: Any, where: str) -> Start:
+    """Raises UserError unless a reader finds what `in_words` shows."""
+    kinds = {"version": str, "command": str, "host": str, "python": str, "hosts": list, "packages": dict}
+    known = isinstance(start, dict) and all(isinstance(start.get(name), kind) for name, kind in kinds.items())
+    moment = start.get("time") if known else None
+    hashes = start.get("sha256") if known else None
+    if not isinstance(moment, int | float) or not 0 <= moment <= LATEST or not isinstance(hashes, dict | None):
+        raise UserError(f"{where}: not the start of a run. Move the file away and try again.")
+    return dict(start) | {"hosts": [str(host) for host in start["hosts"]], "commit": start.get("commit")}
 
 
 def write_beside_export(start: Mapping[str, Any], export: Path) -> None:

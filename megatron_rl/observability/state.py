@@ -16,14 +16,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Annotated, Self
 
 import psutil
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_rl.errors import UserError
-from megatron_rl.observability.metrics import Row, read_metrics, series
+from megatron_rl.observability.metrics import LARGEST_STEP, LATEST, LONGEST_LINE, Row, read_metrics, series
 from megatron_rl.observability.view import Metrics, PlainView, View
+from megatron_rl.utils.bounded import read_bytes
 from megatron_rl.utils.files import atomically
 from megatron_rl.utils.format import duration, number
 
@@ -35,13 +36,13 @@ RECENT_STEPS = 50
 class State:
     """The state of a run. Times are in Unix seconds."""
 
-    total_steps: int
+    total_steps: Annotated[int, Field(ge=0, le=LARGEST_STEP)]
     phase: str
-    since: float
+    since: Annotated[float, Field(ge=0, le=LATEST)]
     """Time at which the phase began."""
-    pid: int
+    pid: Annotated[int, Field(ge=0, le=2**22)]
     host: str
-    step: int = 0
+    step: Annotated[int, Field(ge=0, le=LARGEST_STEP)] = 0
     ended: str | None = None
     """How the run has ended; None while it is in progress."""
 
@@ -157,7 +158,7 @@ def read_state(folder: Path) -> State | None:
     if not path.is_file():
         return None
     try:
-        state = TypeAdapter(State).validate_json(path.read_bytes())
+        state = TypeAdapter(State).validate_json(read_bytes(path, LONGEST_LINE))
     except ValidationError as error:
         what = "; ".join(": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())
         raise UserError(f"{path}: not the state of a run ({what}). Move the file away and try again.") from error

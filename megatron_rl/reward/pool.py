@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import resource
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +26,7 @@ from megatron_rl.reward.decode import text_of
 from megatron_rl.reward.resolve import load_reward
 from megatron_rl.reward.results import plain_text, result_of
 from megatron_rl.types import Decode, Reward, RewardResult, Sample
-from megatron_rl.utils.files import redirect_output
+from megatron_rl.utils.files import owned_folder, redirect_output, remove_tree
 
 CHUNKS_PER_WORKER = 4
 """More chunks even out the load; fewer chunks cost fewer round trips."""
@@ -102,6 +104,8 @@ class RewardPool:
         """Ends the workers, whether busy or not. Calling it again is harmless."""
         self._pool.stop()
         self._pool.join()
+        with suppress(OSError):  # the next pool on this machine removes what a dying program still holds
+            remove_tree(self._folder)
 
     def __enter__(self) -> Self:
         return self
@@ -112,10 +116,12 @@ class RewardPool:
         self.close()
 
     def _start(self) -> ProcessPool:
+        # Temporary files of workers that are killed stay behind there, and go with the folder.
+        self._folder = owned_folder("megatron-rl-reward-", Path(tempfile.gettempdir()))
         pool = ProcessPool(
             max_workers=self._settings.workers,
             initializer=_prepare_worker,
-            initargs=(self._settings, self._log_file, self._decode),
+            initargs=(self._settings, self._log_file, self._decode, self._folder),
             # Spawn, because a fork would copy the driver's threads and memory.
             context=multiprocessing.get_context("spawn"),
         )
@@ -162,8 +168,9 @@ _patience: float
 _memory: MemoryLimit
 
 
-def _prepare_worker(settings: RewardSettings, log_file: Path | None, decode: Decode | None) -> None:
+def _prepare_worker(settings: RewardSettings, log_file: Path | None, decode: Decode | None, folder: Path) -> None:
     global _reward, _decode, _patience, _memory
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
     if log_file:
         redirect_output(log_file)
     else:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.buffer import Group
 from megatron_rl.rollout.dump import dumps
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.types import AgentResponse, AgentSequence, Prompt, Response, RewardResult
+from megatron_rl.utils.bounded import read_parquet
 
 
 class Replay:
@@ -36,10 +35,7 @@ class Replay:
     def collect(self, step: int, weight_version: int) -> Rollouts:
         """Returns the recorded rollouts of this run's step 1, 2, ..., with the groups and scores that they had."""
         recorded, path = self._dumps[step - 1]
-        try:
-            rows = pq.ParquetFile(path).read().to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: not a readable rollout dump ({error})") from error
+        rows = read_parquet(path).to_pylist()
         if not rows:
             raise UserError(f"{path} (step {recorded}) holds no responses")
         if "prompt_token_ids" not in rows[0]:

@@ -27,6 +27,9 @@ from megatron_rl.run.requirements import check_engine, check_trackers
 from megatron_rl.run.tokens import check_tokens
 from megatron_rl.run.traces import check_traces, trace_files
 
+MOST_SHOWN = 20_000
+"""Characters of the first prompt that are printed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -195,7 +198,8 @@ def _show_prompt(config: Config) -> None:
     if config.data.train.is_file() and config.model.path.is_dir():
         text = first_prompt(config.data.train, model_folder=config.model.path, settings=config.data)
         print(f"# first prompt, as the model will see it (data.template: {config.data.template}):", file=sys.stderr)
-        print(text, file=sys.stderr)
+        more = f"\n... and {len(text) - MOST_SHOWN} more characters" if len(text) > MOST_SHOWN else ""
+        print(text[:MOST_SHOWN] + more, file=sys.stderr)
 
 
 def _show_passes(config: Config) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -52,8 +52,33 @@ def owned_folder(prefix: str, parent: Path) -> Path:
     for leftover in parent.glob(f"{prefix}*"):
         owner = leftover.name.removeprefix(prefix).split("-")[0]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(leftover, ignore_errors=True)
+            with suppress(OSError):  # another user's folder
+                remove_tree(leftover)
     return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder whose contents a program made that nobody trusts: folders nested by the thousand, of which
+    `shutil.rmtree` gives up, and folders without permissions.
+
+    Every inner folder is emptied into the outer one, so that no path grows long. Links are not followed. Raises OSError
+    if the folder cannot be removed; a folder that does not exist is none.
+    """
+    number, mark = 0, secrets.token_hex(8)
+    while folder.is_dir():
+        for entry in os.scandir(folder):
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, 0o700)
+            for inner in os.scandir(entry.path):
+                number += 1
+                if inner.is_dir(follow_symlinks=False):
+                    os.chmod(inner.path, 0o700)  # a folder moves only if it is writable, since its `..` changes
+                os.rename(inner.path, folder / f".{mark}-{number}")
+            os.rmdir(entry.path)
+        with suppress(OSError):  # the renamed entries are still in it
+            os.rmdir(folder)
 
 
 def redirect_output(log_file: Path) -> None:

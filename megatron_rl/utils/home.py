@@ -23,17 +23,18 @@ def provide_home() -> Path | None:
     home = os.environ.get("HOME")
     if home and os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK):
         return None
-    folder = _private_folder()
+    folder = private_folder(f"megatron-rl-home-{os.getuid()}")
     os.environ["HOME"] = str(folder)
     # Inductor asks for the user's name, which does not exist for an unknown user id.
     os.environ.setdefault("LOGNAME", str(os.getuid()))
     return folder
 
 
-def _private_folder() -> Path:
-    """Returns this user's folder among the temporary ones. Nobody else can write to it: its content is executed."""
+def private_folder(name: str) -> Path:
+    """Returns this user's folder among the temporary ones, or one with a longer name if that name is taken. Nobody else
+    can write to it: its content is executed. Raises UserError if no temporary folder is writable."""
     try:
-        folder = Path(tempfile.gettempdir()) / f"megatron-rl-home-{os.getuid()}"
+        folder = Path(tempfile.gettempdir()) / name
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise UserError(

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 
-import pyarrow.parquet as pq
+from megatron_rl.utils.bounded import read_parquet
 
 from .run_data import RunData
 
@@ -44,7 +44,7 @@ def per_problem(run: RunData, suite: str, metric: str, step: int) -> PerProblem 
 
 @lru_cache(maxsize=512)
 def _read(path: Path, _changed: int) -> tuple[PerProblem, PerProblem]:
-    table = pq.read_table(path, columns=["id", "mean_score", "right"]).to_pydict()
+    table = read_parquet(path, columns=["id", "mean_score", "right"]).to_pydict()
     solved = [float(right > 0) for right in table["right"]]
     return dict(zip(table["id"], table["mean_score"], strict=True)), dict(zip(table["id"], solved, strict=True))
 

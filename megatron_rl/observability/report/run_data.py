@@ -10,11 +10,13 @@ from typing import Any
 
 import yaml
 
+from megatron_rl.config.yaml_text import MOST_YAML, parse_yaml
 from megatron_rl.errors import UserError
 from megatron_rl.observability.diagnosis import Finding, read_findings
 from megatron_rl.observability.metrics import Row, read_metrics
 from megatron_rl.observability.provenance import in_words, read_provenance
 from megatron_rl.rollout.dump import dumps
+from megatron_rl.utils.bounded import read_bytes
 
 NOT_THE_EXPERIMENT = ("run", "seed", "resume", "observability", "prepare")
 """Sections in which runs of the same experiment may differ."""
@@ -103,10 +105,8 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     if not path.exists():
         return "", {}
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        config = yaml.safe_load(text)
+        text = read_bytes(path, MOST_YAML).decode("utf-8", errors="replace")
+        config = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}. Correct the file, or move it away.") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}. Correct the file, or move it away.") from error
     return text, config if isinstance(config, dict) else {}

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import read_parquet
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TOKENIZER = "tokenizer.json"
@@ -87,8 +87,8 @@ def read_candidates(path: Path) -> tuple[Array, Array]:
 def read_dump(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Reads a dump as a table. Raises UserError if the file is not a dump."""
     try:
-        return pq.ParquetFile(path).read(columns=columns)
-    except (OSError, pa.ArrowInvalid) as error:
+        return read_parquet(path, columns)
+    except UserError as error:
         raise UserError(f"{path}: not a readable rollout dump ({error}). Move it out of the folder.") from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any, Literal, Self
 
 from megatron_rl.config.reward import CodeSettings
 from megatron_rl.errors import UserError
+from megatron_rl.utils.files import remove_tree
 
 from . import jail
 
@@ -57,12 +57,13 @@ class Sandbox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_tree(self._folder)
 
     def run(self, mode: Mode, *, stdin: str = "", request: dict[str, Any] | None = None) -> Execution:
         """Runs the candidate once: as a program with `stdin` in mode `run`, as `jail` describes in other modes."""
         scratch = Path(tempfile.mkdtemp(dir=self._folder))
-        (scratch / "solution.py").write_text(self._source)
+        # Python refuses a lone surrogate in the file, so that the candidate fails and not the verifier.
+        (scratch / "solution.py").write_text(self._source, "utf-8", "surrogatepass")
         if request is not None:
             (scratch / "request.json").write_text(json.dumps(request))
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
@@ -143,5 +144,6 @@ def _failure(code: int | None, errors: str) -> str | None:
     if code is None or code == -signal.SIGXCPU:
         return "too slow"
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
+        named = {known.value: known.name for known in signal.Signals}  # real-time signals have no names
+        return f"killed by {named.get(-code, f'signal {-code}')}"
     return (errors.strip().splitlines() or [f"exit code {code}"])[-1][:LONGEST_MESSAGE]

@@ -219,7 +219,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such configuration file"):
         load_config(tmp_path / "absent.yaml", [])
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not UTF-8"):
         load_config(tmp_path / "binary.yaml", [])
 
 

@@ -67,5 +67,5 @@ def test_a_model_without_an_end_token_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '"x"'])
 def test_a_damaged_generation_config_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(UserError, match=r"generation_config\.json is not a JSON object"):
+    with pytest.raises(UserError, match=r"generation_config\.json: "):
         stop_token_ids(Tokenizer(1), tmp_path, None)

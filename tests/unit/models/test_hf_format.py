@@ -26,8 +26,8 @@ def test_a_missing_model_folder_is_refused(tmp_path: Path) -> None:
     [
         (None, "has no config.json"),
         ("{", "not valid JSON"),
-        ("[1]", "not hold a JSON object"),
-        ("\xff", "not valid JSON"),
+        ("[1]", "a JSON object is expected"),
+        ("\xff", "not UTF-8"),
     ],
 )
 def test_a_missing_or_invalid_config_is_refused(tmp_path: Path, content: str | None, words: str) -> None:
