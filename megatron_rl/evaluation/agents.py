@@ -56,3 +56,7 @@ class _InProcess:
         return self._answers.pop(request)
 
     def abort(self, ids: Iterable[int]) -> None: ...
+
+    def cancel(self, ids: Iterable[int]) -> None:
+        for request in ids:
+            self._answers.pop(request, None)
