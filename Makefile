@@ -14,6 +14,7 @@ ENGINES_PIN := -c constraints-engines.txt
 REHEARSAL := .venv-rehearsal
 SINKS := .venv-sinks
 SINKS_PIP := $(SINKS)/bin/python -m pip --disable-pip-version-check --no-input
+ENVIRONMENTS := verifiers==0.4.0 reasoning-gym==0.1.25
 REHEARSAL_PIP := $(REHEARSAL)/bin/python -m pip --disable-pip-version-check --no-input
 DOCS := .venv-docs
 DOCS_PACKAGES := mkdocs-material==9.8.1
@@ -22,7 +23,7 @@ DOCS_PACKAGES := mkdocs-material==9.8.1
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart docs benchmark benchmark-check reproduce dev test test-all test-browser test-slurm sinks test-sinks window test-megatron-window engines test-engines rehearsal rehearse rehearse-session image-test lint clean
+.PHONY: help setup quickstart docs benchmark benchmark-check reproduce dev test test-all test-browser test-slurm sinks test-sinks test-environments window test-megatron-window engines test-engines rehearsal rehearse rehearse-session image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -76,6 +77,7 @@ test-all: dev ## every test that needs no GPU, with more cases and examples than
 	$(MAKE) docs
 	$(MAKE) test-browser
 	$(MAKE) test-sinks
+	$(MAKE) test-environments
 	$(MAKE) test-engines
 	$(MAKE) test-slurm
 	$(MAKE) test-megatron-window
@@ -85,7 +87,7 @@ test-browser: dev ## look at a report in a real browser (on Debian, as root, Chr
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }
 	$(BIN)/pytest -m browser
 
-sinks: $(SINKS)/.stamp ## make .venv-sinks: W&B, MLflow and Trackio beside the rest
+sinks: $(SINKS)/.stamp ## make .venv-sinks: W&B, MLflow, Trackio, verifiers and reasoning-gym beside the rest
 
 # mlflow-skinny keeps its runs in SQLite here, for which it needs SQLAlchemy and Alembic.
 $(SINKS)/.stamp: pyproject.toml setup.py constraints-cpu.txt Makefile
@@ -95,11 +97,15 @@ $(SINKS)/.stamp: pyproject.toml setup.py constraints-cpu.txt Makefile
 	@$(SINKS_PIP) install --quiet $(PIN) torch
 	@echo '[3/3] installing this project and the sinks'
 	@$(SINKS_PIP) install --quiet --no-build-isolation -e . pytest pytest-timeout hypothesis \
-	  'wandb>=0.20' 'mlflow-skinny>=3' sqlalchemy alembic 'trackio>=0.40'
+	  'wandb>=0.20' 'mlflow-skinny>=3' sqlalchemy alembic 'trackio>=0.40' $(ENVIRONMENTS)
+	@$(SINKS_PIP) install --quiet --no-deps openenv==0.10.0 # with its dependencies, it wants another mcp than verifiers
 	@touch $@
 
 test-sinks: sinks ## the metrics of a run, read back from the real W&B, MLflow, Trackio and TensorBoard, offline
 	$(SINKS)/bin/python -m pytest tests/unit/observability/test_real_sinks.py
+
+test-environments: sinks ## environments of verifiers, reasoning-gym and OpenEnv, played and trained on
+	$(SINKS)/bin/python -m pytest -m environments tests/environments
 
 test-slurm: dev ## train on a real Slurm (on Debian, as root, it is installed where missing)
 	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \

@@ -1,9 +1,10 @@
 """Makes the pictures of README and docs from runs, in the Chromium of this machine.
 
-    python tools/pictures.py runs/MINE --compared runs/rarity-grpo runs/rarity-dppo runs/rarity-dppo-lp_reg
+    python tools/pictures.py runs/quickstart-.../lp_reg --compared runs/rarity-{grpo,dppo,dppo-lp_reg,lp_reg}
 
-writes docs/report.png (the head of the run's report), docs/runs.png (the start page of `megatron-rl view`), and with
-compared runs docs/rarity.png (what their losses do to rare tokens; `benchmarks/rarity.py` makes such runs).
+writes docs/report.png (the head of the run's report), and with compared runs docs/rarity.png (what their losses do to
+rare tokens; `benchmarks/rarity.py` makes such runs) and docs/runs.png (the start page of `megatron-rl view` for their
+folder).
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def main() -> None:
         if options.compared:
             several = write_report(options.compared, Path(folder) / "several.html")
             take(page, several, "rarity.png", "figure:has(#figure0)")
-        runs = Path(folder) / "runs.html"
-        runs.write_text(start_page(options.run.parent).replace(str(options.run.parent), "runs"), encoding="utf-8")
-        page.set_viewport_size({"width": WIDTH, "height": 420})
-        take(page, runs, "runs.png")
+            runs, among = Path(folder) / "runs.html", options.compared[0].parent
+            runs.write_text(start_page(among).replace(str(among), "runs"), encoding="utf-8")
+            page.set_viewport_size({"width": WIDTH, "height": 420})
+            take(page, runs, "runs.png")
 
 
 if __name__ == "__main__":

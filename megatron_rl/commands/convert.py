@@ -15,7 +15,9 @@ def add(commands: Any) -> None:
         help="convert a model between Hugging Face, run checkpoint and Megatron formats, and verify the result",
     )
     convert.add_argument(
-        "source", type=Path, help="a Hugging Face folder, a run or its checkpoint, or a Megatron checkpoint"
+        "source",
+        type=Path,
+        help="a Hugging Face folder or an id of the Hub, a run or its checkpoint, or a Megatron checkpoint",
     )
     convert.add_argument("target", type=Path, help="a folder that does not exist yet")
     convert.add_argument(
@@ -27,7 +29,7 @@ def add(commands: Any) -> None:
         "--model",
         type=Path,
         metavar="FOLDER",
-        help="the Hugging Face folder of the source's model, if no file beside the source names it",
+        help="the Hugging Face folder or Hub id of the source's model, if no file beside the source names it",
     )
     convert.add_argument(
         "--dtype",
@@ -42,6 +44,10 @@ def add(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    from megatron_rl.data.hub import local_model
+
+    source = local_model(options.source, "source")
+    model = local_model(options.model, "--model") if options.model else None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
@@ -49,10 +55,10 @@ def _convert(options: argparse.Namespace) -> None:
     from megatron_rl.models.hf_shards import parse_bytes
 
     convert(
-        options.source,
+        source,
         options.target,
         to=options.format,
-        model=options.model,
+        model=model,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         max_shard_bytes=parse_bytes(options.max_shard_size),
         logits=not options.no_logits,

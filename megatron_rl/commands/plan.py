@@ -67,14 +67,14 @@ def _with_model(config: Config) -> Config:
     """Returns the configuration with the local copy of a model of the Hub, if there is one. Says if the plan has to use
     the published sizes of a model that is not here."""
     from megatron_rl.data.hub import is_hub_id, local_model
-    from megatron_rl.models.published import PUBLISHED, published_name
+    from megatron_rl.models.published import published_config, published_name
 
     path = config.model.path
     if is_hub_id(path):
         with suppress(UserError):  # the model is not in the cache
             path = local_model(path, "model.path", download=False)
-    if not path.is_dir() and (name := published_name(path)) in PUBLISHED:
-        print(f"{path} is not here: the plan uses the published sizes of {name}", file=sys.stderr)
+    if not path.is_dir() and published_config(path) is not None:
+        print(f"{path} is not here: the plan uses the published sizes of {published_name(path)}", file=sys.stderr)
     return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.errors import UserError
+
 from .arguments import add_config, load_with_remarks
 
 
@@ -42,8 +44,12 @@ def _train(options: argparse.Namespace) -> None:
         from megatron_rl.data.hub import with_local_copies
         from megatron_rl.run.dry_run import dry_run
 
-        config = with_local_copies(load_with_remarks(options.config, overrides), download=False)
-        dry_run(config, str(options.config))
+        config, missing = load_with_remarks(options.config, overrides), None
+        try:
+            config = with_local_copies(config, download=False)
+        except UserError as error:  # all other checks are made nevertheless
+            missing = error
+        dry_run(config, str(options.config), missing)
         return
     from megatron_rl.api import train
 

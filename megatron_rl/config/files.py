@@ -61,8 +61,10 @@ def read_layers(path: Path) -> list[Layer]:
 
 
 def merge(layers: list[Layer]) -> dict[Any, Any]:
-    """Returns the merged tree: sections are merged key by key, anything else (lists too) replaces the base's value. A
-    null clears the base's value."""
+    """Returns the merged tree: sections are merged key by key, anything else (lists too) replaces the base's value.
+
+    A null clears the base's value, and so does an empty mapping: `suites: {}` leaves none of the base's suites.
+    """
     merged: dict[Any, Any] = {}
     for layer in layers:
         merged = _merged(merged, layer.tree)
@@ -70,7 +72,7 @@ def merge(layers: list[Layer]) -> dict[Any, Any]:
 
 
 def _merged(below: Any, above: Any) -> Any:
-    if not (isinstance(below, dict) and isinstance(above, dict)):
+    if not (isinstance(below, dict) and isinstance(above, dict) and above):
         return above
     return {**below, **{name: _merged(below.get(name), value) for name, value in above.items()}}
 

@@ -30,8 +30,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
     overrides: texts `key.path=value`, with the value in YAML.
 
-    A null, in the file or as `key=null`, clears the key, which then has its default. Raises UserError with every
-    problem found, each with its key and where it was set.
+    A null or an empty mapping, in the file or as `key=null`, clears the key, which then has its default.
+    Raises UserError with every problem found, each with its key and where it was set.
     """
     path = Path(path)
     layers = read_layers(path)

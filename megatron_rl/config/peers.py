@@ -1,7 +1,7 @@
 """Keys of other trainers, and the key with the same meaning here, for the messages about unknown keys.
 
-The names are those of verl's ppo_trainer.yaml (dotted), TRL's GRPOConfig, and the command lines of slime, Megatron and
-OpenRLHF, without their dashes.
+The names are those of verl's ppo_trainer.yaml and its example scripts (dotted), TRL's GRPOConfig, and the command lines
+of slime, Megatron and OpenRLHF, without their dashes. OpenRLHF has dotted names since 2026, and plain ones before.
 """
 
 from __future__ import annotations
@@ -45,6 +45,18 @@ _VERL = {
     "actor_rollout_ref.rollout.tensor_model_parallel_size": "rollout.server.tensor_parallel",
     "actor_rollout_ref.rollout.val_kwargs.n": "evaluation.samples_per_prompt",
     "actor_rollout_ref.rollout.val_kwargs.temperature": "evaluation.temperature",
+    "actor_rollout_ref.rollout.gpu_memory_utilization": "rollout.server.arguments",
+    "actor_rollout_ref.rollout.max_num_batched_tokens": "rollout.server.arguments",
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": "actor.micro_batch_tokens",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": "actor.micro_batch_tokens",
+    "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes": "weight_sync.bucket_megabytes",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": "actor.micro_batch_tokens",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": "actor.micro_batch_tokens",
+    "actor_rollout_ref.actor.use_dynamic_bsz": "actor.micro_batch_tokens",
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload": "actor.offload_optimizer",
+    "actor_rollout_ref.actor.megatron.override_transformer_config.recompute_granularity": "actor.recompute.granularity",
+    "actor_rollout_ref.actor.optim.override_optimizer_config.optimizer_cpu_offload": "actor.offload_optimizer",
+    "actor_rollout_ref.model.enable_gradient_checkpointing": "actor.recompute.granularity",
     "data.train_files": "data.train",
     "data.val_files": "evaluation.suites",
     "data.train_batch_size": "rollout.prompts_per_step",
@@ -53,9 +65,13 @@ _VERL = {
     "data.truncation": "data.long_prompts",
     "data.filter_overlong_prompts": "data.long_prompts",
     "algorithm.adv_estimator": "algorithm.advantage",
+    "algorithm.norm_adv_by_std_in_grpo": "algorithm.advantage",
+    "algorithm.use_kl_in_reward": "algorithm.reference_kl.coefficient",
     "algorithm.kl_ctrl.kl_coef": "algorithm.reference_kl.coefficient",
     "algorithm.filter_groups.enable": "rollout.dynamic_sampling",
     "trainer.total_training_steps": "train.steps",
+    "trainer.total_epochs": "train.steps",
+    "trainer.logger": "observability.wandb",
     "trainer.save_freq": "train.save_every",
     "trainer.test_freq": "evaluation.every",
     "trainer.nnodes": "cluster.nodes",
@@ -183,6 +199,43 @@ _OPENRLHF = {
     "save_path": "run.folder",
     "max_ckpt_num": "train.keep_checkpoints",
     "colocate_all_models": "cluster.colocate",
+    "actor.model_name_or_path": "model.path",
+    "actor.num_nodes": "cluster.nodes",
+    "actor.eps_clip_low_high": "algorithm.clip_higher.clip_low",
+    "actor.gradient_checkpointing_enable": "actor.recompute.granularity",
+    "data.prompt_dataset": "data.train",
+    "rollout.batch_size": "rollout.prompts_per_step",
+    "rollout.n_samples_per_prompt": "rollout.samples_per_prompt",
+    "rollout.max_new_tokens": "rollout.max_response_tokens",
+    "train.batch_size": "train.updates_per_rollout",
+    "train.micro_batch_size": "actor.micro_batch_tokens",
+    "train.async_enable": "rollout.asynchronous",
+    "train.partial_rollout_enable": "rollout.max_staleness",
+    "train.colocate_all": "cluster.colocate",
+    "train.agent_func_path": "rollout.agent.function",
+    "vllm.num_engines": "rollout.engines",
+    "vllm.tensor_parallel_size": "rollout.server.tensor_parallel",
+    "vllm.gpu_memory_utilization": "rollout.server.arguments",
+    "ds.tensor_parallel_size": "actor.tensor_parallel",
+    "ds.ring_attn_size": "actor.context_parallel",
+    "algo.kl.init_coef": "algorithm.reference_kl.coefficient",
+    "algo.kl.use_loss": "algorithm.reference_kl.coefficient",
+    "algo.kl.estimator": "algorithm.reference_kl.estimator",
+    "algo.advantage.estimator": "algorithm.advantage",
+    "algo.advantage.no_std_norm": "algorithm.advantage",
+    "algo.advantage.is_correction_enable": "algorithm.correction.weights",
+    "algo.advantage.is_correction_threshold": "algorithm.correction.high",
+    "algo.dynamic_filtering_enable": "rollout.dynamic_sampling",
+    "reward.remote_url": "reward.remote.url",
+    "eval.dataset": "evaluation.suites",
+    "eval.steps": "evaluation.every",
+    "eval.temperature": "evaluation.temperature",
+    "eval.n_samples_per_prompt": "evaluation.samples_per_prompt",
+    "ckpt.output_dir": "run.folder",
+    "ckpt.max_num": "train.keep_checkpoints",
+    "ckpt.load_enable": "resume",
+    "logger.wandb.project": "observability.wandb.project",
+    "logger.wandb.run_name": "run.name",
 }
 
 PEERS = {"verl": _VERL, "TRL": _TRL, "slime": _SLIME, "OpenRLHF": _OPENRLHF}
@@ -192,10 +245,11 @@ PEERS = {"verl": _VERL, "TRL": _TRL, "slime": _SLIME, "OpenRLHF": _OPENRLHF}
 def translation(key: tuple[str, ...]) -> tuple[str, str] | None:
     """Returns our key and the trainers that have the given one; None if none of them has it.
 
-    A key of verl is known by its path or the end of it, any other by its last name, wherever it was put.
+    A dotted key is known by its path, one of verl also by the end of it, and a plain one by its last name, wherever it
+    was put.
     """
-    dotted, name = ".".join(key), key[-1].lstrip("-").replace("-", "_")
-    found = {peer: ours for peer, keys in PEERS.items() if peer != "verl" and (ours := keys.get(name))}
+    dotted, name = ".".join(key).lstrip("-"), key[-1].lstrip("-").replace("-", "_")
+    found = {peer: ours for peer, keys in PEERS.items() if (ours := keys.get(dotted) or keys.get(name))}
     for path, ours in _VERL.items():
         if path == dotted or (len(key) > 1 and path.endswith(f".{dotted}")):
             found.setdefault("verl", ours)

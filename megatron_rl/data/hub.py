@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import Config
+from megatron_rl.config.evaluation import TaskSettings
 from megatron_rl.config.validate import DATA_SUFFIXES
 from megatron_rl.errors import UserError
+from megatron_rl.models.published import PUBLISHER, published_config, published_name
 from megatron_rl.utils.files import atomically
 
+from .environments import check_held_out, is_environment, write_tasks
+from .hub_errors import cause_and_remedy, disk_problem
 from .published import SETS, prepare
 
 if TYPE_CHECKING:
@@ -40,32 +45,50 @@ def with_local_copies(config: Config, *, download: bool = True) -> Config:
     download: fetch what is not in the local cache. Raises UserError, with the command that fetches it, for anything
     that is not to be had.
     """
+    problems: list[str] = []
 
     def written_later(path: Path) -> bool:
         return config.prepare is not None and path.resolve().is_relative_to(config.prepare.folder.resolve())
 
-    def data_of(path: Path, key: str, split: str) -> Path:
-        return path if written_later(path) else local_data(path, key, split, download)
+    def had(path: Path, find: Callable[[], Path]) -> Path:
+        if written_later(path):
+            return path
+        try:
+            return find()
+        except UserError as error:
+            problems.append(str(error))
+            return path
+
+    def data_of(path: Path, key: str, split: str, tasks: TaskSettings | None) -> Path:
+        return had(path, lambda: local_data(path, key, split, download, tasks))
 
     def model_of(path: Path, key: str) -> Path:
-        return path if written_later(path) else local_model(path, key, download)
+        return had(path, lambda: local_model(path, key, download))
 
     suites = {
-        name: suite.model_copy(update={"data": data_of(suite.data, f"evaluation.suites.{name}", "test")})
+        name: suite.model_copy(
+            update={"data": data_of(suite.data, f"evaluation.suites.{name}", "test", suite.tasks), "tasks": None}
+        )
         for name, suite in config.evaluation.suites.items()
     }
+    train = data_of(config.data.train, "data.train", "train", config.data.tasks)
+    if is_environment(config.data.train) and not problems:
+        check_held_out(train, {name: suites[name].data for name in suites})
     algorithm, reference = config.algorithm, config.algorithm.reference_kl
     if reference.active and reference.model is not None:
         folder = model_of(reference.model, "algorithm.reference_kl.model")
         algorithm = algorithm.model_copy(update={"reference_kl": reference.model_copy(update={"model": folder})})
-    return config.model_copy(
+    found = config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": model_of(config.model.path, "model.path")}),
-            "data": config.data.model_copy(update={"train": data_of(config.data.train, "data.train", "train")}),
+            "data": config.data.model_copy(update={"train": train, "tasks": None}),
             "algorithm": algorithm,
             "evaluation": config.evaluation.model_copy(update={"suites": suites}),
         }
     )
+    if problems:
+        raise UserError("\n".join(problems))
+    return found
 
 
 def local_model(path: Path, key: str, download: bool = True) -> Path:
@@ -76,18 +99,36 @@ def local_model(path: Path, key: str, download: bool = True) -> Path:
     return _snapshot(path, key, "model", download, _MODEL_FILES) if is_hub_id(path) else path
 
 
-def local_data(path: Path, key: str, split: str, download: bool = True) -> Path:
-    """Returns the file of a data set: of its copy in the cache if `path` is an id of the Hub, otherwise `path`.
+def local_data(path: Path, key: str, split: str, download: bool = True, tasks: TaskSettings | None = None) -> Path:
+    """Returns the file of a data set: of its copy in the cache if `path` is an id of the Hub, the file of its tasks if
+    `path` names an environment, otherwise `path`.
 
     The published sets that `megatron-rl data prepare` knows are prepared by it. split: the split to take if the id
     names none and the set has several. Raises UserError if the set is not to be had, or has no such split.
     """
+    if is_environment(path):
+        return write_tasks(path, key, split, tasks)
+    if tasks is not None:
+        raise UserError(f"{key}: {path} is no environment, and the section tasks beside it is for environments only")
     if not is_hub_id(path):
         return path
+    from huggingface_hub import constants
+
+    folder = _snapshot(path, key, "dataset", download, None)
+    try:
+        return _as_one_file(folder, path, key, split)
+    except (OSError, UserError) as error:
+        cause = disk_problem(error, constants.HF_ASSETS_CACHE)
+        if cause is None and isinstance(error, UserError):
+            raise
+        raise UserError(f"{key}: {path}: {cause or f'its rows cannot be written: {error}'}") from error
+
+
+def _as_one_file(folder: Path, path: Path, key: str, split: str) -> Path:
+    """Returns the file with the rows of one split, which is written if the cache does not have it yet."""
     from huggingface_hub import cached_assets_path
 
     named = _parts(path)
-    folder = _snapshot(path, key, "dataset", download, None)
     cache = cached_assets_path("megatron-rl", namespace="data", subfolder=named["id"].replace("/", "--"))
     part = f"-{named['part'].replace(':', '-')}" if named["part"] else f"-{split}"
     file = cache / f"{named['id'].replace('/', '--')}{part}-{folder.name[:12]}.parquet"
@@ -114,14 +155,8 @@ def _parts(path: Path) -> dict[str, Any]:
 
 def _snapshot(path: Path, key: str, kind: str, download: bool, files: list[str] | None) -> Path:
     """Returns the folder of a repository in the local cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     named = _parts(path)
     wanted: dict[str, Any] = {"repo_id": named["id"], "repo_type": kind, "revision": named["revision"]}
@@ -129,34 +164,35 @@ def _snapshot(path: Path, key: str, kind: str, download: bool, files: list[str] 
         return Path(snapshot_download(**wanted, allow_patterns=files, local_files_only=True))
     except LocalEntryNotFoundError:
         pass  # not in the cache, or not completely
-    command = f"hf download {named['id']}" + (" --repo-type dataset" if kind == "dataset" else "")
-    command += f" --revision {named['revision']}" if named["revision"] else ""
+    except Exception as error:  # a cache that cannot be read
+        raise UserError(f"{key}: {path}: {cause_and_remedy(error, kind, constants.HF_HUB_CACHE)}") from error
     missing = f"{key}: {path} is neither a path (relative to {Path.cwd()}) nor in the cache of the Hugging Face Hub"
+    command = f"Fetch it with `{_command(path, kind)}`"
     if not download:
-        raise UserError(f"{missing}. Fetch it with `{command}`")
+        raise UserError(f"{missing}. {command}")
     try:
         return Path(snapshot_download(**wanted, allow_patterns=files))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{key}: {path}: the Hub gives this {kind} to those who accepted its terms: accept them on its page, then "
-            "`hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(
-            f"{missing}, and the Hub has no such {kind}, or shows it to others only. Correct the path or the id; for a "
-            "private one, `hf auth login`"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{missing}, and the Hub cannot be reached from here ({type(error).__name__}). Fetch it with `{command}` "
-            "on a machine that reaches the Hub and shares the cache (HF_HOME), or give the path of a copy"
-        ) from error
+    except Exception as error:  # errors of the Hub, of httpx, of the disk and of hf_xet
+        cause = cause_and_remedy(error, kind, constants.HF_HUB_CACHE)
+        raise UserError(f"{missing}, and {cause}. {command}") from error
+
+
+def _command(path: Path, kind: str) -> str:
+    """Returns the command that fetches a model or a data set.
+
+    A published model that is expected in a folder here (`models/Qwen3-14B-Base`) is fetched into that folder.
+    """
+    named = _parts(path)
+    if kind == "model" and published_config(path) is not None and path.parent.name != PUBLISHER:
+        return f"hf download {PUBLISHER}/{published_name(path)} --local-dir {path}"
+    revision = f" --revision {named['revision']}" if named["revision"] else ""
+    return f"hf download {named['id']}" + (" --repo-type dataset" if kind == "dataset" else "") + revision
 
 
 def _rows(folder: Path, path: Path, key: str, part: str | None, split: str) -> Dataset:
     """Returns the rows of one split of a downloaded data set."""
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError as error:
         raise UserError(
             f"{key}: {path} is a data set of the Hub, which needs the package datasets: pip install datasets"
@@ -164,9 +200,10 @@ def _rows(folder: Path, path: Path, key: str, part: str | None, split: str) -> D
 
     subset, _, wanted = (part or "").rpartition(":")
     try:
-        splits = load_dataset(str(folder), subset or None)
+        splits = datasets.load_dataset(str(folder), subset or None)
     except Exception as error:  # datasets raises errors of many kinds for what it cannot read
-        raise UserError(f"{key}: {path} cannot be read as a data set: {error}") from error
+        cause = disk_problem(error, str(datasets.config.HF_DATASETS_CACHE))
+        raise UserError(f"{key}: {path}: {cause or f'cannot be read as a data set: {error}'}") from error
     name = wanted or (split if split in splits or len(splits) > 1 else next(iter(splits)))
     if name not in splits:
         whole = str(path).partition(":")[0] + (f":{subset}" if subset else "")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rl.config import Config
+from megatron_rl.data.hub import with_local_copies
 from megatron_rl.doctor.findings import Finding
 from megatron_rl.doctor.machine import check_disk, check_gpus, check_limits, check_ports, check_shared_memory
 from megatron_rl.doctor.versions import check_server, check_versions
@@ -19,6 +20,12 @@ LEAST_BYTES = 5 * 2**30
 
 def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
     """Check this machine and, unless `quick`, the cluster that the configuration needs."""
+    if config:
+        try:
+            config = with_local_copies(config, download=False)
+        except UserError as error:
+            for problem in str(error).splitlines():
+                yield Finding("model and data", "failure", *_split(problem))
     device = config.actor.device if config else "auto"
     if device == "auto":  # asking torch would take seconds
         device = "cuda" if shutil.which("nvidia-smi") else "cpu"
@@ -40,6 +47,12 @@ def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
     decided = config.actor.model_copy(update={"device": device})
     yield from check_environments(config.model_copy(update={"actor": decided}))
     yield from check_cluster(config)
+
+
+def _split(problem: str) -> tuple[str, str]:
+    """Separates what is missing from the command that fetches it."""
+    found, fetch, remedy = problem.partition(". Fetch")
+    return found, f"fetch{remedy}" if fetch else ""
 
 
 def _check_disk(config: Config | None) -> Finding:

@@ -12,7 +12,7 @@ from megatron_rl.config.actor import FusionSettings
 from megatron_rl.config.kernels import missing_fusion
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.hf_format import read_config
+from megatron_rl.models.published import known_config, published_config
 from megatron_rl.parallel.layout import VOCABULARY_UNIT, Layout, layout_of, padded_vocabulary
 
 
@@ -20,10 +20,12 @@ def check_layout(config: Config) -> None:
     """Raises UserError if the configured model cannot be split under the configured layout, or lacks the experts that a
     kernel is for.
 
-    A model folder that `prepare` has yet to write is not checked.
+    A published model that is not here yet is checked by its published config. A model that `prepare` has yet to write
+    is not checked.
     """
-    if config.model.path.exists():
-        hf_config = read_config(config.model.path)
+    path = config.model.path
+    if path.exists() or published_config(path) is not None:
+        hf_config = known_config(path)
         validate_layout(hf_config, layout_of(config.actor), config.actor.pad_vocabulary)
         check_experts_wanted(hf_config, config.actor.fusions)
 

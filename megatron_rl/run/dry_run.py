@@ -17,6 +17,7 @@ from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import has_weights
 from megatron_rl.models.layout_check import check_layout
+from megatron_rl.models.published import published_config
 from megatron_rl.models.weights_check import check_weights
 from megatron_rl.reward.grader import check_reward
 from megatron_rl.reward.trial import try_reward
@@ -47,8 +48,10 @@ class _NotChecked(Exception):
 class DryRun:
     """The checks of one configuration, the cheapest first."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, missing: UserError | None = None) -> None:
+        """`missing`: the models and data sets that are ids of the Hub and have no local copy, a line each."""
         self.config = config
+        self.missing = missing
         self.prompts: RunPrompts | None = None
 
     def check(self) -> Report:
@@ -69,7 +72,7 @@ class DryRun:
         return report
 
     def _checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        yield "files", lambda: check_inputs(self.config, prepared=False, weights=False)
+        yield "files", self._files
         yield "your own functions", self._own
         if self.config.rollout.agent:
             yield "agent", self._agent
@@ -88,6 +91,17 @@ class DryRun:
         if self.config.rollout.server.urls or self.config.reward.name == REMOTE:
             yield "servers that run already: a dry run makes no connection"
 
+    def _files(self) -> None:
+        """Says of a file only once that it is missing."""
+        lines = str(self.missing).splitlines() if self.missing else []
+        keys = {line.partition(":")[0] for line in lines}
+        try:
+            check_inputs(self.config, prepared=False, weights=False)
+        except UserError as error:
+            lines += [line for line in str(error).splitlines() if line.partition(":")[0] not in keys]
+        if lines:
+            raise UserError("\n".join(lines))
+
     def _own(self) -> None:
         if importlib.util.find_spec("torch") is None:
             raise _NotChecked("they are imported with torch, which is not installed here")
@@ -105,7 +119,8 @@ class DryRun:
         load_agent(self.config.rollout.agent)
 
     def _layout(self) -> None:
-        self._prepared()
+        if published_config(self.config.model.path) is None:
+            self._prepared()
         check_layout(self.config)
         check_reference(self.config)
 
@@ -163,12 +178,12 @@ class DryRun:
             raise _NotChecked("this machine has no GPU (actor.device: cuda), so the run's software may be elsewhere")
 
 
-def dry_run(config: Config, name: str) -> None:
+def dry_run(config: Config, name: str, missing: UserError | None = None) -> None:
     """Checks a configuration, and prints the first prompt, the forwards of a step, and what was checked.
 
-    Raises UserError with every problem.
+    missing: what has no local copy, see `DryRun`. Raises UserError with every problem.
     """
-    report = DryRun(config).check()
+    report = DryRun(config, missing).check()
     _show_prompt(config)
     _show_passes(config)
     print(report, file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.hf_format import read_config
+from megatron_rl.models.published import known_config
 
 
 def model_folders(config: Config) -> list[Path]:
@@ -19,7 +19,7 @@ def model_folders(config: Config) -> list[Path]:
 
 def check_reference(config: Config) -> None:
     """Raises UserError if the reference model has another architecture than the policy, whose ranks compute it."""
-    policy, *others = (Architecture.from_hf(read_config(folder)) for folder in model_folders(config))
+    policy, *others = (Architecture.from_hf(known_config(folder)) for folder in model_folders(config))
     for other in others:
         differing = [
             f"{field.name} {getattr(other, field.name)} instead of {getattr(policy, field.name)}"

@@ -34,7 +34,7 @@ FAULTS = {
         "/end_weight_update": [*GOOD * 6, "drop"],
     },
     "vllm": {
-        "/brief/generate": [*GOOD * CHECKS, *SOME, *GOOD * 12, "down"],
+        "/arrays/generate": [*GOOD * CHECKS, *SOME, *GOOD * 12, "down"],
         "/start_weight_update": [*GOOD * 2, "lost", *GOOD, "error"],
         "/update_weights": [*GOOD * 14, "error", *GOOD * 5, "lost", *GOOD * 3, "slow"],
         "/finish_weight_update": [*GOOD * 6, "drop", "lost"],

@@ -39,10 +39,14 @@ def test_the_wheel_has_everything_that_a_user_without_a_clone_needs(tmp_path: Pa
     if not (ROOT / ".git").exists():
         pytest.skip("the list of files comes from git")
     names, metadata = wheel_of(ROOT, tmp_path)
-    tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*.yaml")}
+    tracked = {
+        str(path.relative_to(ROOT)) for kind in ("yaml", "py") for path in (ROOT / "examples").rglob(f"*.{kind}")
+    }
     assert {f"megatron_rl/{name}" for name in tracked} <= names
     python = {str(path.relative_to(ROOT)) for room in ("lpreg", "megatron_rl") for path in (ROOT / room).rglob("*.py")}
     assert python <= names
+    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_rl/models/configs").glob("*.json")}
+    assert configs and configs <= names
     assert {"megatron_rl/py.typed", "lpreg/py.typed", "megatron_rl/evaluation/suites/paper.yaml"} <= names
     assert not any(name.startswith(("tests", "benchmarks", "tools", "examples", "lpreg/build")) for name in names)
     assert f"\nVersion: {megatron_rl.__version__}\n" in metadata

@@ -41,7 +41,9 @@ _VECTOR_PRODUCT = re.compile(rf"{_VECTOR}(?:_\{{[^{{}}]*\}})? ?\)?\\times|\\time
 """What the parser reads as a product of numbers. Vector products are compared as texts."""
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _INFINITY = re.compile(r"[+-]?\\infty")
+_POWER_OF_INFINITY = re.compile(r"\\infty[)}]*\^")
 _SIDE = re.compile(r"\^\{[+-]\}")
+_LIMIT = re.compile(r"\\lim(?![a-zA-Z])")
 _WHOLE = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit)
 """Operators that are computed before the comparison."""
 
@@ -77,21 +79,37 @@ def read(text: str) -> Any:
     if not isinstance(expression, sympy.Expr | sympy.MatrixExpr):
         raise Unparsable(text)
     size(expression)
+    expression = _from_both_sides(expression, text)
     if not _has_value(expression, text):
         raise Unparsable(text)
     return _with_plain_symbols(expression, text)
 
 
+def _from_both_sides(expression: Any, text: str) -> Any:
+    r"""Makes limits at a point two-sided if the text names no side. The parser reads them as limits from the right.
+
+    Raises Unparsable if the text names sides for some of its limits only, because the parser does not say for which.
+    """
+    limits = [limit for limit in expression.atoms(sympy.Limit) if limit.args[2] not in (sympy.oo, -sympy.oo)]
+    if not limits:
+        return expression
+    if _SIDE.search(text):
+        if len(_LIMIT.findall(text)) > len(_SIDE.findall(text)):
+            raise Unparsable(text)
+        return expression
+    return expression.xreplace({limit: sympy.Limit(*limit.args[:3], dir="+-") for limit in limits})
+
+
 def _has_value(expression: Any, text: str) -> bool:
     r"""Returns whether no part is undefined or infinite, as `\frac{1}{0}`, `\tan 90^\circ` and `2\infty` are to sympy.
 
-    The infinities alone have a value, and sums and limits may have infinite bounds.
+    The infinities alone have a value, and sums and limits may have infinite bounds. The parser computes `\infty^0`.
     """
     if expression.has(sympy.zoo, sympy.nan):
         return False
     if not expression.has(sympy.oo, -sympy.oo) or expression.has(*_WHOLE) or _INFINITY.fullmatch(text):
         return True
-    return not expression.doit().has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
+    return not _POWER_OF_INFINITY.search(text) and not _done(expression).has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
 
 
 def same_expression(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
@@ -167,7 +185,19 @@ def _is_odd_root(exponent: Any) -> bool:
 
 
 def _computed(expression: Any) -> Any:
-    return expression.doit() if expression.has(*_WHOLE) else expression
+    if not expression.has(*_WHOLE):
+        return expression
+    value = _done(expression)
+    if value.has(sympy.zoo, sympy.nan):
+        raise Unparsable(str(expression))
+    return value
+
+
+def _done(expression: Any) -> Any:
+    try:
+        return expression.doit()
+    except ValueError as error:  # a limit that differs on both sides
+        raise Unparsable(str(expression)) from error
 
 
 def size(expression: sympy.Basic) -> float:

@@ -24,7 +24,8 @@ _NAME = re.compile(
     r"|\\(?P<figure>angle|triangle|odot|nabla|parallel|overset)(?![a-zA-Z]) ?[A-Z]*|\\[a-zA-Z]+|(?P<more>[a-zA-Z])"
 )
 _CALLED = ("f", "g", "h", "F", "G", "H")
-"""Letters that name a function if parentheses follow."""
+"""Letters that name a function if parentheses follow, as letters in these fonts do: `\\mathcal{P}(A)`."""
+_FONTS = ("mathcal", "mathbb", "mathfrak", "mathscr")
 _READ_OTHERWISE = ("I", "E", r"\gamma", r"\Gamma", r"\mho")
 _PLAIN_WORDS = re.compile(
     r"(?<![a-zA-Z\\])(?:np\.|math\.)?(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|pi)(?![a-zA-Z])"
@@ -85,7 +86,8 @@ def _whole_name(text: str, match: re.Match[str]) -> tuple[str, int]:
             name, index = name + "'", index + 1
     if power := re.compile(r"\^\{(?:T|\\top|\\dagger|\*|\\ast|c|C)\}").match(text, index) if name.isupper() else None:
         name, index, is_plain = name + power[0], power.end(), False
-    if name.rstrip("'")[:1] in _CALLED and text.startswith("(", index) and (end := _closing(text, index)):
+    is_called = name.rstrip("'")[:1] in _CALLED or match["accent"] in _FONTS
+    if is_called and text.startswith("(", index) and (end := _closing(text, index)):
         name, index, is_plain = name + text[index:end].replace(" ", ""), end, False
     return (match[0] if is_plain else alias(name)), index
 

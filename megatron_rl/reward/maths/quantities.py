@@ -13,15 +13,21 @@ from .reader import read
 from .relations import Same
 from .units import DEGREE, PERCENT, Unit
 
+_INFINITE = re.compile(r"\\(?:infty|lim)(?![a-zA-Z])")
 _UNSPACED = re.compile(r"^([\d.]+)([a-zA-Z]+)$")
 
 
 def same_quantity(gold: Part, answer: Part, same: Same) -> bool:
-    """Compares values with units. A unit may be missing on one side; if both have one, the quantities must agree."""
+    """Compares values with units. A unit may be missing on one side; if both have one, the quantities must agree.
+
+    What may be infinite must have the same unit on both sides: infinity is no number that a unit or a per cent scales.
+    """
     if isinstance(gold, Quantity) and isinstance(answer, Expression):
         answer = read(_UNSPACED.sub(r"\1 \2", answer.latex))  # the label says that the letters are a unit
     gold_unit, answer_unit = (part.unit if isinstance(part, Quantity) else None for part in (gold, answer))
     left, right = (part.value if isinstance(part, Quantity) else part for part in (gold, answer))
+    if gold_unit != answer_unit and any(_INFINITE.search(latex_of(part) or "") for part in (left, right)):
+        return False
     if DEGREE in (gold_unit, answer_unit) and None in (gold_unit, answer_unit):
         left, right = _in_radians(left, gold_unit, right), _in_radians(right, answer_unit, left)
     scales = _scales(gold_unit, answer_unit)

@@ -99,7 +99,7 @@ _AFTER_FONTS: Rules = [
         (r"(?<=[\w)}]) ?\*\* ?(?=[\w({\\-])", "^"),
         (r"\^ ?\(([^()]*)\)", r"^{\1}"),
         (r"\\(max|min|gcd|lcm) ?\\\{([^{}]*)\\\}", r"\\\1(\2)"),
-        (r"\\(vec|overrightarrow|hat) ?(\\[ij]math|[a-zA-Z])(?![a-zA-Z])", r"\\\1{\2}"),
+        (r"\\(vec|overrightarrow|hat|mathcal|mathscr|mathfrak) ?(\\[ij]math|[a-zA-Z])(?![a-zA-Z])", r"\\\1{\2}"),
         (r"\s+", " "),
         (r"(\\[a-zA-Z]+) (?![a-zA-Z])", r"\1"),
         (r" ?([=<>+\-*/(){}\[\]^&|]) ?", r"\1"),

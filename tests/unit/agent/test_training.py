@@ -37,6 +37,8 @@ FORKED = AgentResponse(
     sampled_mask=[True, False, True],  # type: ignore[arg-type]
     context=(1, 2),
     others=(FIRST,),
+    tool_calls=2,
+    tool_errors=1,
 )
 PLAIN = Response([4], [-0.5], "stop", 2)  # type: ignore[arg-type]
 LOST = AgentResponse([], [], "stop", 0, context=(1, 2))  # type: ignore[arg-type]
@@ -51,7 +53,9 @@ def rollouts() -> Rollouts:
 
 def batch_of(rollouts: Rollouts) -> TrainingBatch:
     algorithm = AlgorithmSettings.model_validate({"advantage": "dr_grpo"})
-    config: Any = SimpleNamespace(algorithm=algorithm, rollout=SimpleNamespace(max_response_tokens=6))
+    config: Any = SimpleNamespace(
+        algorithm=algorithm, rollout=SimpleNamespace(max_response_tokens=6), keeps_requests=False
+    )
     batch, _ = training_batch(config, rollouts, lambda results: [result.score for result in results])
     return batch
 
@@ -90,6 +94,8 @@ def test_a_dump_of_several_sequences_is_replayed_as_it_was(tmp_path: Path) -> No
     again = batch_of(replayed)
     assert_as_trained(again)
     assert [len(response.sequences) for _, response, _ in replayed.responses] == [2, 1, 1, 1]
+    first = replayed.responses[0][1]
+    assert isinstance(first, AgentResponse) and (first.turns, first.tool_calls, first.tool_errors) == (3, 2, 1)
 
 
 @examples(50)

@@ -55,6 +55,21 @@ def test_lists_replace_and_null_clears() -> None:
     assert config.actor.optimizer.betas == (0.8, 0.9)
 
 
+@pytest.mark.parametrize("empty", ["{}", "null"])
+def test_an_empty_mapping_clears_as_null_does(empty: str) -> None:
+    """The rule holds for every mapping, and for overrides."""
+    evaluation = "evaluation: {every: 3, suites: {a: a.jsonl}}\n"
+    write(low="base: common.yaml\nactor: {optimizer: {lr: 0.5}}\n" + evaluation)
+    write(suites=f"base: low.yaml\nevaluation: {{suites: {empty}}}\n", section=f"base: low.yaml\nevaluation: {empty}\n")
+    write(optimizer=f"base: low.yaml\nactor: {{optimizer: {empty}}}\n")
+    for config in (read("suites"), read("low", f"evaluation.suites={empty}")):
+        assert config.evaluation.suites == {} and config.evaluation.every == 3
+    for config in (read("section"), read("low", f"evaluation={empty}")):
+        assert config.evaluation == read("common").evaluation
+    for config in (read("optimizer"), read("low", f"actor.optimizer={empty}")):
+        assert config.actor.optimizer == read("common").actor.optimizer
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -32,7 +32,11 @@ def test_the_keys_of_trl_are_those_of_its_configuration() -> None:
     ("override", "words"),
     [
         ("num_generations=4", "num_generations of TRL is rollout.samples_per_prompt here"),
-        ("rollout.n_samples_per_prompt=4", "of slime is rollout.samples_per_prompt here"),
+        ("rollout.n_samples_per_prompt=4", "of slime and OpenRLHF is rollout.samples_per_prompt here"),
+        ("--rollout.max_new_tokens=4", "of OpenRLHF is rollout.max_response_tokens here"),
+        ("algo.kl.init_coef=0.1", "of OpenRLHF is algorithm.reference_kl.coefficient here"),
+        ("trainer.total_epochs=1", "of verl is train.steps here"),
+        ("actor_rollout_ref.rollout.gpu_memory_utilization=0.5", "of verl is rollout.server.arguments here"),
         ("generate_max_len=4", "generate_max_len of OpenRLHF is rollout.max_response_tokens here"),
         ("actor_rollout_ref.rollout.n=4", "of verl is rollout.samples_per_prompt here"),
         ("data.train_batch_size=4", "data.train_batch_size of verl is rollout.prompts_per_step here"),

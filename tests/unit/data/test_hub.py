@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import _cache_assets
 
+from megatron_rl.cli import main
 from megatron_rl.config import load_config
 from megatron_rl.data.hub import is_hub_id, local_data, local_model, with_local_copies
 from megatron_rl.data.rows import read_rows
+from megatron_rl.doctor.examine import examine
 from megatron_rl.errors import UserError
+from megatron_rl.run.dry_run import dry_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Cache = Callable[[str, str, dict[str, str]], Path]
@@ -152,3 +164,90 @@ def test_a_configuration_gets_its_local_copies(cache: Cache) -> None:
     assert rows_of(config.data.train) == rows_of(config.evaluation.suites["held_out"].data)
     later = load_config("run.yaml", ["model.path=later/model"])
     assert with_local_copies(later).model.path == Path("later/model")  # the task writes it
+
+
+def http_error(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    return kind("refused", response=httpx2.Response(status, request=httpx2.Request("GET", "http://hub.example")))
+
+
+def caused(error: Exception) -> Exception:
+    """Returns the error with which `snapshot_download` wraps another one."""
+    whole = LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub")
+    whole.__cause__ = error
+    return whole
+
+
+FAILURES = [
+    (httpx2.ConnectError("no route to host"), r"cannot be reached from here \(ConnectError: no route to host\)"),
+    (caused(httpx2.ReadTimeout("timed out")), r"the download broke off.*\(ReadTimeout: timed out\).*keeps what is"),
+    (RuntimeError("xet: stream ended"), r"the download broke off.*\(RuntimeError: xet: stream ended\)"),
+    (OSError(errno.ENOSPC, "No space left on device"), r"the disk of \S+hub is full. Make room, or set HF_HOME"),
+    (caused(OSError(errno.ENOSPC, "No space left on device")), r"the disk of \S+hub is full"),
+    (
+        PermissionError(errno.EACCES, "Permission denied"),
+        r"hub cannot be written .*Set HF_HOME to a folder of your own",
+    ),
+    (http_error(HfHubHTTPError, 401), r"the Hub refuses access \(401\). Log in with `hf auth login`"),
+    (http_error(HfHubHTTPError, 404), r"no such model, revision or file \(404\). Correct the id"),
+    (http_error(HfHubHTTPError, 429), r"limits the rate of requests \(429\). Wait some minutes"),
+    (http_error(HfHubHTTPError, 503), r"has a problem of its own \(503\). Try again later"),
+    (http_error(RepositoryNotFoundError, 401), r"the Hub has no such model, or shows it to others only"),
+    (http_error(RevisionNotFoundError, 404), r"no such revision. Correct what follows the @"),
+    (http_error(GatedRepoError, 403), r"to those who accepted its terms. Accept them on its page"),
+    (caused(OfflineModeIsEnabled("offline")), r"HF_HUB_OFFLINE is set.*Unset it"),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), FAILURES, ids=lambda value: type(value).__name__)
+def test_every_failure_of_a_download_has_a_cause_and_a_remedy(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def stub(**options: Any) -> str:
+        raise LocalEntryNotFoundError("not here") if options.get("local_files_only") else error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stub)
+    with pytest.raises(UserError, match=rf"^model\.path: Qwen/Qwen3-4B is neither a path.*{words}") as caught:
+        local_model(Path("Qwen/Qwen3-4B"), "model.path")
+    assert "\n" not in str(caught.value) and "Fetch it with `hf download Qwen/Qwen3-4B`" in str(caught.value)
+
+
+def test_a_full_disk_while_rows_are_written_is_an_error_that_names_the_folder(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache("dataset", "me/maths", {"train.jsonl": lines({"prompt": "1+1", "label": "2"})})
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("datasets.Dataset.to_parquet", full)
+    with pytest.raises(UserError, match=r"data\.train: me/maths: the disk of .* is full"):
+        local_data(Path("me/maths"), "data.train", "train")
+
+
+def test_a_published_model_that_a_recipe_expects_in_a_folder_is_fetched_there(cache: Cache) -> None:
+    command = r"`hf download Qwen/Qwen3-14B-Base --local-dir models/Qwen3-14B-Base`"
+    with pytest.raises(UserError, match=command):
+        local_model(Path("models/Qwen3-14B-Base"), "model.path", download=False)
+
+
+def test_a_configuration_names_everything_that_has_no_local_copy(cache: Cache) -> None:
+    Path("run.yaml").write_text(
+        "model: {path: Qwen/Qwen3-0.6B}\ndata: {train: me/maths}\nreward: {name: math}\ntrain: {steps: 1}\n"
+        "rollout: {prompts_per_step: 2, samples_per_prompt: 2, max_response_tokens: 8}\n"
+    )
+    config = load_config("run.yaml")
+    with pytest.raises(UserError) as caught:
+        with_local_copies(config, download=False)
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["data.train", "model.path"]
+    findings = [finding for finding in examine(config, quick=True) if finding.check == "model and data"]
+    assert [finding.state for finding in findings] == ["failure", "failure"]
+    assert findings[1].remedy == "fetch it with `hf download Qwen/Qwen3-0.6B`"
+    with pytest.raises(UserError) as dry:
+        dry_run(config, "run.yaml", caught.value)
+    assert str(dry.value).count("model.path: ") == 1 and str(dry.value).count("data.train: ") == 1
+
+
+def test_convert_takes_an_id_of_the_hub(cache: Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "Qwen/Qwen3-0.6B", "out"]) == 2
+    err = capsys.readouterr().err
+    assert "source: Qwen/Qwen3-0.6B is neither a path" in err and "`hf download Qwen/Qwen3-0.6B`" in err

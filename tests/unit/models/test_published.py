@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.published import PUBLISHED, known_config
+from megatron_rl.models.layout_check import check_layout
+from megatron_rl.models.published import known_config, published_models
 from megatron_rl.plan.parameters import model_parameters
 
-FIXTURES = Path(__file__).parents[2] / "fixtures/models"
+ROOT = Path(__file__).parents[3]
+FIXTURES = ROOT / "tests/fixtures/models"
 
 PARAMETERS = {
     "Qwen3-0.6B": 596_049_920,
@@ -34,9 +37,26 @@ PARAMETERS = {
 """As the Hub shows them for the safetensors of each model."""
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", published_models())
 def test_a_model_has_the_published_number_of_parameters(name: str) -> None:
-    assert model_parameters(Architecture.from_hf(PUBLISHED[name])) == PARAMETERS[name]
+    size = name.removesuffix("-Base").removesuffix("-Instruct")
+    assert model_parameters(Architecture.from_hf(known_config(Path(name)))) == PARAMETERS[size]
+
+
+def test_every_published_size_has_a_config() -> None:
+    assert set(PARAMETERS) <= set(published_models())
+
+
+def test_models_of_one_size_differ_in_positions() -> None:
+    names = ("Qwen3-14B", "Qwen3-14B-Base", "Qwen2.5-7B", "Qwen2.5-7B-Instruct")
+    positions = [Architecture.from_hf(known_config(Path("Qwen", name))).max_positions for name in names]
+    assert positions == [40_960, 32_768, 131_072, 32_768]
+
+
+def test_the_layout_of_a_published_model_is_checked_before_the_model_is_here() -> None:
+    config = load_config(ROOT / "examples/recipes/qwen3-14b/dppo_with_lp_reg_off.yaml", ["actor.tensor_parallel=3"])
+    with pytest.raises(UserError, match=r"tensor_parallel is 3.*attention heads \(40\)"):
+        check_layout(config)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-14B-Base", "Qwen2.5-32B"])
