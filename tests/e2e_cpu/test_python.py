@@ -40,6 +40,7 @@ def test_a_script_trains_without_a_guard(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     output = output_of(process, "the script")
     assert process.returncode == 0, output[-5000:]

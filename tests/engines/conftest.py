@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import psutil
@@ -32,11 +33,14 @@ CONTEXT = 64
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests, and those with SGLang: `make test-engines` runs these beside the others."""
     here = Path(__file__).parent
     for item in items:
         if not item.path.is_relative_to(here):
             continue  # pytest passes the whole collection
         item.add_marker(pytest.mark.engines)
+        if "sglang" in getattr(item, "callspec", SimpleNamespace(params={})).params.values():
+            item.add_marker(pytest.mark.sglang)
         if not all(importlib.util.find_spec(kind) for kind in KINDS):
             item.add_marker(pytest.mark.skip(reason="SGLang and vLLM are not installed: make test-engines"))
 

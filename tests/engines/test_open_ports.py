@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import aiohttp
@@ -40,15 +41,19 @@ async def statuses(url: str, routes: list[tuple[str, str]], headers: dict[str, s
     return found
 
 
+@cache
+def routes(kind: str) -> list[tuple[str, str]]:
+    """The routes of the server's own application, whose modules list them; listing them takes long."""
+    return [(method, path) for method, path in printed("routes:", "tests.engines.their_routes", kind)]
+
+
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}], ids=["no key", "a wrong key"])
 def test_no_route_answers_without_the_key(engine: HttpEngine, run: Run[Any], headers: dict[str, str]) -> None:
-    """The routes are those of the server's own application, whose modules list them."""
     kind = engine.kind.name
-    routes = [tuple(route) for route in printed("routes:", "tests.engines.their_routes", kind)]
-    assert len(routes) > 50 and ("POST", "/v1/completions") in routes
+    assert len(routes(kind)) > 50 and ("POST", "/v1/completions") in routes(kind)
     address = engine._server._http.address  # type: ignore[attr-defined]
     assert address.key
-    found = run(statuses(address.url, [*routes, ("POST", "/brief/generate"), ("GET", "/no/such/path")], headers))
+    found = run(statuses(address.url, [*routes(kind), ("POST", "/brief/generate"), ("GET", "/no/such/path")], headers))
     assert {route for route, status in found.items() if status not in REFUSED} == OPEN[kind]
     assert run(engine.health()) is not None
 

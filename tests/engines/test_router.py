@@ -24,6 +24,8 @@ from tests.engines.test_generate import largest_gap
 from tests.engines.test_training import Training, assert_it_continues
 from tests.engines.test_weights import in_folder
 
+pytestmark = pytest.mark.sglang
+
 SETTINGS = ServerSettings(router="round_robin")
 PROMPTS = [(1, 20 + i, 31, 7) for i in range(16)]
 SAMPLING = SamplingParams(n=4, max_tokens=56, temperature=1.0, stop_token_ids=(94,), seed=1)

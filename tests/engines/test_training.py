@@ -199,6 +199,7 @@ def test_a_server_without_memory_is_replaced(command_line: CommandLine) -> None:
     assert_it_continues(run, losses=1)
 
 
+@pytest.mark.sglang
 def test_a_run_without_engines_stops_with_a_checkpoint_and_can_be_resumed(command_line: CommandLine) -> None:
     """When the resumed run's driver is killed, its servers end too."""
     settings = ("rollout.server.outage_seconds=5", "train.steps=2000")
