@@ -2,8 +2,9 @@
 
     python tools/side_by_side.py TARGET...
 
-Targets start in the given order. What a target prints goes to `build/parts/TARGET.log`; here stands a line when it
-starts and one when it ends. If a target fails, the others are interrupted, as by Ctrl-C, and its output is printed last.
+Targets start in the given order. What a target prints goes to `build/parts/TARGET.log`; this script prints a line when
+it starts and one when it ends. If a target fails, the others are interrupted, as by Ctrl-C, and what it printed comes
+last.
 """
 
 from __future__ import annotations

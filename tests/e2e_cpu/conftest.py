@@ -35,7 +35,7 @@ LONGEST = ("test_quickstart.py", "test_eval.py", "test_resume.py", "test_agents.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives what shares a run to one process of `--dist loadgroup`: the tests of a file, and all files with `learned`."""
+    """Groups what shares a run, for `--dist loadgroup`: the tests of a file, and all files with `learned`."""
     here = [item for item in items if item.path.parent == Path(__file__).parent]
     with_learned = {item.path for item in here if "learned" in getattr(item, "fixturenames", ())}
     for item in here:

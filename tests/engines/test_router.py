@@ -12,16 +12,13 @@ import psutil
 import pytest
 
 from megatron_rl.config.rollout import ServerSettings
-from megatron_rl.data.countdown import write_task
 from megatron_rl.rollout.engines.interface import Address
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.rollout.servers.router import Router
 from megatron_rl.rollout.servers.server import UNSYNCED, HttpClient, ServerRefused
 from megatron_rl.types import Response, SamplingParams
-from tests.e2e_cpu.conftest import CommandLine
 from tests.engines.conftest import Run, launch, server_processes
 from tests.engines.test_generate import largest_gap
-from tests.engines.test_training import Training, assert_it_continues
 from tests.engines.test_weights import in_folder
 
 pytestmark = pytest.mark.sglang
@@ -171,28 +168,3 @@ def test_no_request_is_lost_with_a_killed_server(routed: Routed, run: Run[Any], 
         return await asyncio.wait_for(asking, 60)
 
     assert_complete(model, run(scenario()), routed.version)
-
-
-def test_a_run_continues_when_an_engine_and_then_the_router_is_killed(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("routed")
-    write_task(folder / "runs/countdown-task")
-    run = Training(
-        CommandLine(folder),
-        "sglang",
-        "routed",
-        "rollout.engines=2",
-        "rollout.server.router=round_robin",
-        "train.steps=2000",  # more steps than the run takes until all are back
-    )
-    run.until("step=1/")
-    servers = [server[0] for server in run.servers()]
-    (router,) = [server for server in servers if "router" in " ".join(server.cmdline())]
-    next(server for server in servers if server != router).kill()
-    run.until("is lost, another takes its place: its server has ended")
-    run.until("step=")
-    run.until("serves again")
-    run.until("step=")
-    router.kill()
-    run.until("the router is lost, another takes its place: its server has ended")
-    run.until("the router serves again")
-    assert_it_continues(run, losses=2)

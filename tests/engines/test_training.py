@@ -225,3 +225,27 @@ def test_a_run_without_engines_stops_with_a_checkpoint_and_can_be_resumed(comman
     assert killed.status == -signal.SIGKILL
     assert [row["step"] for row in killed.metrics] == list(range(len(killed.metrics)))
     assert_nothing_was_lost_or_counted_twice(killed)
+
+
+@pytest.mark.sglang
+def test_a_run_continues_when_an_engine_and_then_the_router_is_killed(command_line: CommandLine) -> None:
+    run = Training(
+        command_line,
+        "sglang",
+        "routed",
+        "rollout.engines=2",
+        "rollout.server.router=round_robin",
+        "train.steps=2000",  # more steps than the run takes until all are back
+    )
+    run.until("step=1/")
+    servers = [server[0] for server in run.servers()]
+    (router,) = [server for server in servers if "router" in " ".join(server.cmdline())]
+    next(server for server in servers if server != router).kill()
+    run.until("is lost, another takes its place: its server has ended")
+    run.until("step=")
+    run.until("serves again")
+    run.until("step=")
+    router.kill()
+    run.until("the router is lost, another takes its place: its server has ended")
+    run.until("the router serves again")
+    assert_it_continues(run, losses=2)
