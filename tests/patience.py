@@ -77,11 +77,24 @@ class Patience:
         return "\n\n".join([f"{self.what}: the processes {reason}", *stacks])
 
 
-def _of_ray(process: psutil.Process) -> bool:
+def command_of(process: psutil.Process) -> list[str]:
+    """Returns the process's command line; [] if it has ended, as any process may while a test looks at it."""
     try:
-        line = " ".join(process.cmdline())
+        return process.cmdline()
     except psutil.Error:
+        return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Returns whether the process has not ended. A zombie has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
+
+
+def _of_ray(process: psutil.Process) -> bool:
+    line = " ".join(command_of(process))
     return any(part in line for part in RAY)
 
 

@@ -22,7 +22,7 @@ from megatron_rl.rollout.engines.kind import engine_kind
 from megatron_rl.rollout.servers import guard
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from tests.e2e_cpu.conftest import CommandLine
-from tests.patience import output_of
+from tests.patience import command_of, output_of
 
 T = TypeVar("T")
 Run = Callable[[Awaitable[T]], T]
@@ -100,7 +100,7 @@ def printed(word: str, *command: str) -> Any:
 
 def server_processes(guarding: psutil.Process) -> list[psutil.Process]:
     """The processes of the server that a guard watches, in the order of their start."""
-    return [process for process in guarding.children(recursive=True) if guard.__file__ not in process.cmdline()]
+    return [process for process in guarding.children(recursive=True) if guard.__file__ not in command_of(process)]
 
 
 @pytest.fixture(scope="session", params=KINDS)

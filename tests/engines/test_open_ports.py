@@ -27,7 +27,7 @@ REFUSED = (401, 403)
 async def statuses(url: str, routes: list[tuple[str, str]], headers: dict[str, str]) -> dict[tuple[str, str], int]:
     """The status of each route's answer; 101 for a websocket that opens."""
     found = {}
-    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(60)) as session:
+    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(600)) as session:
         for method, path in routes:
             if method == WEBSOCKET:
                 try:
@@ -73,5 +73,5 @@ def test_other_ports_of_a_server_are_closed_to_other_machines(engine: HttpEngine
     ours = int(engine._server._http.address.url.rpartition(":")[2])  # type: ignore[attr-defined]
     assert ours in {port for _, port, _ in listening}
     for _, port, _ in (entry for entry in listening if entry[0] not in ("127.0.0.1", "::1")):
-        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=600))
         assert engine.kind.name == "sglang" and store.num_keys(), "this port is no store of torch"
