@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pytest
 
 from megatron_rl.data.countdown import write_task
 from megatron_rl.observability.metrics import read_metrics
-from tests.patience import Patience, output_of
+from tests.patience import Patience, output_of, start
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples/quickstart/countdown.yaml"
@@ -117,15 +116,8 @@ class CommandLine:
         self.started: dict[int, Descendants] = {}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", self.program, *arguments],
-            cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        command = [sys.executable, "-m", self.program, *arguments]
+        process = start(command, self.folder, PYTHONPATH=str(REPOSITORY))
         self.started[process.pid] = Descendants(process.pid)
         return process
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from megatron_rl.rollout.engines.kind import engine_kind
 from megatron_rl.rollout.servers import guard
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from tests.e2e_cpu.conftest import CommandLine
-from tests.patience import command_of, output_of
+from tests.patience import command_of, completed
 
 T = TypeVar("T")
 Run = Callable[[Awaitable[T]], T]
@@ -86,16 +85,9 @@ def launch(kind: str, model: Path, **changes: Any) -> EngineLaunch:
 def printed(word: str, *command: str) -> Any:
     """Returns what a module of these tests prints after the word, run in a process of its own: the servers' packages
     change the process that imports them."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    output = output_of(process, command[0])
-    assert process.returncode == 0, output
-    return json.loads(next(line for line in output.splitlines() if line.startswith(word)).removeprefix(word))
+    done = completed([sys.executable, "-m", *command], command[0])
+    assert done.returncode == 0, done.stdout
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith(word)).removeprefix(word))
 
 
 def server_processes(guarding: psutil.Process) -> list[psutil.Process]:
