@@ -17,8 +17,8 @@ DOCS_PACKAGES := mkdocs-material==9.8.1
 PIP     = $(@D)/bin/python -m pip --disable-pip-version-check --no-input
 INSTALL = $(PIP) install --quiet
 
-# Every environment begins in this way: $(call environment,STEPS,WHAT COMES FIRST,ITS REQUIREMENTS,OPTIONS OF VENV). What comes
-# first is torch, alone: it is most of the download, and brings the setuptools that builds this package.
+# Every environment begins in this way: $(call environment,STEPS,WHAT COMES FIRST,ITS REQUIREMENTS,OPTIONS OF VENV). torch comes
+# first and alone: it is most of the download, and brings the setuptools that builds this package.
 define environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
   { echo 'This needs Python 3.11 or newer as "$(PYTHON)"; name another: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
@@ -95,7 +95,7 @@ chromium:
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }
 
 test-browser: dev chromium ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
-	$(BIN)/pytest -m browser
+	$(BIN)/pytest -m browser $$(grep -rl --include='*.py' pytest.mark.browser tests) # collecting all takes longer than they do
 
 sinks: $(SINKS)/.stamp ## make .venv-sinks: W&B, MLflow and Trackio beside the rest
 
