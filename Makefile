@@ -94,8 +94,9 @@ test-runs: dev ## whole runs
 chromium:
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }
 
+# From the files that have such tests: to collect all takes longer than the tests do.
 test-browser: dev chromium ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
-	$(BIN)/pytest -m browser $$(grep -rl --include='*.py' pytest.mark.browser tests) # collecting all takes longer than they do
+	$(BIN)/pytest -m browser $$(grep -rl --include='*.py' pytest.mark.browser tests)
 
 sinks: $(SINKS)/.stamp ## make .venv-sinks: W&B, MLflow and Trackio beside the rest
 

@@ -18,7 +18,6 @@ def test_both_methods_train_from_one_warm_start_on_the_same_prompts(command_line
     program = CommandLine(command_line.folder, "examples.quickstart.demonstration")
     short = [text for text in SHORT_WARM_START if text.startswith("warm_start.")]
     short += ["warm_start.cache_folder=runs/new-cache", "train.steps=2", "evaluation.every=0"]
-    short += ["actor.tensor_parallel=1", "rollout.engines=1"]
     process = program.start(*short)
     finished = program.finish(process, "")
     assert finished.status == 0, finished.output[-5000:]
