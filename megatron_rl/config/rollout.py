@@ -59,7 +59,8 @@ class ContractSettings(Section):
     max_difference: Positive | None = None
     """Largest difference for a token, in nats; unset: 1e-4 in float32, 1 in bfloat16."""
     mean_difference: Positive | None = None
-    """Largest mean difference over the tokens, in nats; unset: 1e-4 in float32, 0.03 in bfloat16."""
+    """Largest mean difference over the tokens, in nats; unset: 1e-4 in float32, in bfloat16 the larger of 0.03 and 3 %
+    of the tokens' mean surprisal."""
 
 
 class RolloutSettings(Section):

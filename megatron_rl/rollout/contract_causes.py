@@ -24,7 +24,10 @@ TRIALS = 24
 FITS = 0.05
 """A temperature explains a difference if less than this share of the difference is left at that temperature."""
 AS_IF_ROUNDED = 0.03
-"""Mean difference in nats that half precision can cause."""
+"""Mean difference that half precision can cause, in nats per nat of the tokens' mean surprisal. A surprisal below one
+nat counts as one."""
+ONE_SIDED = 0.1
+"""Truncation raises every log-prob: of the differences, less than this share lowers one. Rounding lowers as many."""
 
 
 def likely_cause(
@@ -68,13 +71,14 @@ def likely_cause(
             "argument of the server, or something between this run and the server, set another temperature?"
         )
     higher = engines - actors
-    if higher.mean() > 0 and hold(np.maximum(-higher, 0.0)):
+    lower = np.maximum(-higher, 0.0)
+    if lower.mean() < ONE_SIDED * np.abs(higher).mean() and hold(lower):
         return (
             f"truncated sampling (top-p, top-k or min-p): no log-prob is lower than the actor's, as if "
             f"{1 - math.exp(-higher.mean()):.1%} of the distribution had been cut off and the rest scaled up. Such "
             "settings come from an argument of the server or from a generation_config.json that the server reads."
         )
-    if np.abs(higher).mean() < AS_IF_ROUNDED:
+    if np.abs(higher).mean() < AS_IF_ROUNDED * max(1.0, -float(actors.mean())):
         return (
             "another precision: the differences are as small as those of rounding. Look for --dtype, --quantization or "
             "--kv-cache-dtype in rollout.server.arguments. If the precision is intended, raise "
