@@ -33,6 +33,7 @@ LONGEST = ("test_quickstart.py", "test_eval.py", "test_resume.py", "test_agents.
 """Files that take longest, longest first, so that no core is idle at the end while another works on one of them."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups what shares a run, for `--dist loadgroup`: the tests of a file, and all files with `learned`."""
     here = [item for item in items if item.path.parent == Path(__file__).parent]
