@@ -10,6 +10,7 @@ ENGINES := .venv-engines
 ENGINES_PIN := -c constraints-engines.txt
 REHEARSAL := .venv-rehearsal
 SINKS := .venv-sinks
+ENVIRONMENTS := verifiers==0.4.0 reasoning-gym==0.1.25
 DOCS := .venv-docs
 DOCS_PACKAGES := mkdocs-material==9.8.1
 
@@ -33,8 +34,8 @@ export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dev quickstart docs-environment docs test test-all test-nightly test-runs chromium test-browser \
-  sinks test-sinks slurm-packages test-slurm window test-megatron-window rehearsal rehearse rehearse-session engines \
-  test-engines test-sglang test-vllm benchmark benchmark-check reproduce image-test lint clean
+  sinks test-sinks test-environments slurm-packages test-slurm window test-megatron-window rehearsal rehearse \
+  rehearse-session engines test-engines test-sglang test-vllm benchmark benchmark-check reproduce image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -83,7 +84,7 @@ test: dev ## unit and invariance tests, and one whole run
 # missing is there before, since two parts must not install at once.
 test-all: dev docs-environment sinks engines window rehearsal chromium slurm-packages ## every test that needs no GPU, with more cases and examples than `make test`, in parts side by side
 	$(SIDE_BY_SIDE) test-runs test-slurm test-nightly rehearse test-megatron-window docs test-browser test-sinks \
-	  test-sglang test-vllm
+	  test-environments test-sglang test-vllm
 
 test-nightly: dev ## unit and invariance tests with all cases and more examples
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser" $(SHARED)
@@ -98,18 +99,22 @@ chromium:
 test-browser: dev chromium ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
 	$(BIN)/pytest -m browser $$(grep -rl --include='*.py' pytest.mark.browser tests)
 
-sinks: $(SINKS)/.stamp ## make .venv-sinks: W&B, MLflow and Trackio beside the rest
+sinks: $(SINKS)/.stamp ## make .venv-sinks: W&B, MLflow, Trackio, verifiers and reasoning-gym beside the rest
 
 # mlflow-skinny keeps its runs in SQLite here, for which it needs SQLAlchemy and Alembic.
 $(SINKS)/.stamp: pyproject.toml setup.py constraints-cpu.txt Makefile
 	$(call environment,3,torch,$(PIN) torch)
 	@echo '[3/3] installing this project and the sinks'
 	@$(INSTALL) --no-build-isolation -e . pytest pytest-timeout hypothesis \
-	  'wandb>=0.20' 'mlflow-skinny>=3' sqlalchemy alembic 'trackio>=0.40'
+	  'wandb>=0.20' 'mlflow-skinny>=3' sqlalchemy alembic 'trackio>=0.40' $(ENVIRONMENTS)
+	@$(INSTALL) --no-deps openenv==0.10.0 # with its dependencies, it wants another mcp than verifiers
 	@touch $@
 
 test-sinks: sinks ## the metrics of a run, read back from the real W&B, MLflow, Trackio and TensorBoard, offline
 	$(SINKS)/bin/python -m pytest tests/unit/observability/test_real_sinks.py
+
+test-environments: sinks ## environments of verifiers, reasoning-gym and OpenEnv, played and trained on
+	$(SINKS)/bin/python -m pytest -m environments tests/environments
 
 slurm-packages:
 	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \

@@ -62,6 +62,9 @@ class InstantEngines:
     def abort(self, ids: Iterable[int]) -> None:
         pass
 
+    def cancel(self, ids: Iterable[int]) -> None:
+        pass
+
 
 def byte_tokenizer() -> Any:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

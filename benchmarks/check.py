@@ -5,7 +5,8 @@
 
 The counts come from a Qwen3 of four small layers in one process: operations and calls into torch of a training step,
 bytes of a batch that is sent to the actor, bytes that a step at the paper's size holds and moves in the driver
-(`driver.py`), bytes allocated to publish weights, modules that the command line loads to show its help, imbalance of
+(`driver.py`), bytes of a server's answer and the garbage collections while it is parsed (`engine_answers.py`), bytes
+allocated to publish weights, modules that the command line loads to show its help, imbalance of
 512 sequences on 64 replicas, and, on a simulated clock with made-up rates (`scaling_simulator.py`), the time of a step
 if rollouts are not synchronous. (torch counts no operations of attention
 on a CPU, so the count is smaller than the number needed.) `tests/invariance/test_methods_layouts.py` counts the passes
@@ -14,6 +15,7 @@ through the model for every method.
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import pickletools
@@ -34,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import driver
 from benchmarks.batching import case, draw
+from benchmarks.engine_answers import GROUP, Answers, sglang_answer, vllm_frame
 from benchmarks.machine import arguments
 from benchmarks.scaling import log_normal
 from benchmarks.scaling_check import MODES, QUICKSTART
@@ -48,6 +51,7 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.flops import pass_flops
 from megatron_rl.models.weight_map import publish_hf_weights
 from megatron_rl.parallel.layout import Layout
+from megatron_rl.rollout.servers.server import parse_json
 
 KEPT = Path(__file__).parent / "results/check.json"
 ROOM = 1.05
@@ -127,7 +131,7 @@ def count() -> dict[str, float]:
     found["bytes of a batch on its way to the actor per token"] = len(pickle.dumps(batch, 5)) / batch.lengths.sum()
     found["modules loaded to show the help"] = modules_of_help()
     found["largest of 64 replicas over their mean, 512 sequences"] = 1 + case(draw(512, 0.6, 0), 64, 3e4)["imbalance"]
-    found |= counts_of_driver()
+    found |= counts_of_driver() | counts_of_answers()
     synchronous = simulated("synchronous")
     for mode in list(MODES)[1:]:
         found[f"a simulated step over a synchronous one, {mode}"] = simulated(mode) / synchronous
@@ -147,6 +151,25 @@ def counts_of_driver() -> dict[str, float]:
         "bytes of a step's arrays and texts in the driver per token": step["arrays"] / tokens,
         "bytes from the driver to the actor in a step per token": step["sent"] / tokens,
         "pickled objects of an engine's answer per response": opcodes / driver.SAMPLES,
+    }
+
+
+def counts_of_answers() -> dict[str, float]:
+    """The answers of both servers to one prompt, on their way to an engine's process and parsed there."""
+    group = Answers.draw(GROUP, PAPER_MEAN).group(0)
+    collections: list[str] = []
+
+    def seen(phase: str, _: dict[str, int]) -> None:
+        collections.append(phase)
+
+    content = sglang_answer(group)
+    gc.callbacks.append(seen)
+    parse_json(content)
+    gc.callbacks.remove(seen)
+    tokens = sum(len(ids) for ids, _ in group)
+    return {
+        "bytes of vLLM's answer per token": len(vllm_frame(0, group)) / tokens,
+        "garbage collections while SGLang's answer is parsed": collections.count("start"),
     }
 
 

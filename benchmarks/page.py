@@ -1,4 +1,4 @@
-"""Writes the kept results into docs/benchmarks.md and docs/demonstration.md, between the markers of these pages.
+"""Writes the kept results into the pages of `PAGES`, between their markers.
 
 python benchmarks/page.py
 """
@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PAGES = (ROOT / "docs/benchmarks.md", ROOT / "docs/demonstration.md")
+PAGES = tuple(ROOT / "docs" / name for name in ("benchmarks.md", "demonstration.md", "agents.md"))
 RESULTS, SCALING, SEEDS = ROOT / "benchmarks/results", ROOT / "docs/scaling.svg", ROOT / "docs/demonstration.svg"
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -189,11 +189,34 @@ def countdown_seeds(found: Found) -> str:
     return text
 
 
+def agent_learns(found: Found) -> str:
+    rows = (
+        [
+            step,
+            *(f"{each[name]:.2f}" for name in ("tool_calls_mean", "turns_mean")),
+            *(f"{each[name]:.3f}" for name in ("avg@8", "pass@8", "entropy")),
+        ]
+        for step, each in found["evaluations"].items()
+    )
+    reward, last = found["reward of ten steps"], found["last policy"]
+    own, without = (
+        f"{last[name]['avg@8']['value']:.1%} (95 % interval over problems {last[name]['avg@8']['low']:.1%} to "
+        f"{last[name]['avg@8']['high']:.1%})"
+        for name in ("with the calculator", "without")
+    )
+    said = (
+        f"The mean reward of ten steps rises from {reward['first']:.2f} to {reward['last']:.2f}. `megatron-rl eval` "
+        f"of the last policy gives\n{own} with the calculator. Without it, when the policy writes all\nresults itself, "
+        f"{without}.\n"
+    )
+    return table(("step", "tool calls", "turns", "accuracy", "pass@8", "entropy"), rows) + "\n" + said
+
+
 TABLES: dict[str, Callable[[Found], str]] = {
     f.__name__: f
     for f in (
         *(batching, training_step, weight_sync, start_up, driver, scaling, grading),
-        *(entropy_terms_cpu, countdown_seeds),
+        *(entropy_terms_cpu, countdown_seeds, agent_learns),
     )
 }
 

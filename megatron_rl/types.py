@@ -183,6 +183,9 @@ class AgentResponse(AgentSequence):
     """The older sequences: conversations that the newest one does not extend."""
     reward: RewardResult | None = None
     """The agent's own reward, or the reason why there is none; None: the verifier grades the rollout."""
+    tool_calls: int = 0
+    tool_errors: int = 0
+    """Calls of tools whose result is an error."""
 
     @property
     def turns(self) -> int:

@@ -13,8 +13,6 @@ import numpy as np
 from megatron_rl.agent.messages import BadRequest, Message, answer_of, for_template, key_of, well_formed
 from megatron_rl.types import Ids, Response
 
-PLACEHOLDER = "answer-7f3a9c"
-"""Stands for an answer, to find what a template writes after it."""
 CHARACTERS_PER_TOKEN = 32
 """A conversation that has more characters for each token of the engine's context certainly does not fit, and is not
 tokenised, which would keep all rollouts waiting. Ordinary texts have 2 to 5 characters per token."""
@@ -49,8 +47,9 @@ class Conversation:
         self._tokenizer = tokenizer
         self._turns: list[_Turn] = []
         self._special = _pattern_of_special_tokens(tokenizer)
-        self._cut = f"cut{secrets.token_hex(8)}"
-        """Stands between the parts of a text that are tokenised apart. No text has it by chance."""
+        self._cut, self._placeholder = (f"{name}{secrets.token_hex(8)}" for name in ("cut", "answer"))
+        """Two texts that no message has by chance. One stands between the parts of a text that are tokenised apart, the
+        other for an answer, to find what a template writes after it."""
 
     def prompt(self, messages: list[Message], tools: Any) -> Ids:
         """Returns the ids that the model continues: those of the longest known conversation that the messages extend,
@@ -94,15 +93,15 @@ class Conversation:
         """Returns the text that the template adds after the turn's answer; None if it shows what came before in another
         way than the model saw it."""
         place = len(turn.keys) - 1
-        marked = [*messages[:place], {"role": "assistant", "content": PLACEHOLDER}, *messages[place + 1 :]]
+        marked = [*messages[:place], {"role": "assistant", "content": self._placeholder}, *messages[place + 1 :]]
         try:
-            before, found, after = self._render(marked, tools).rpartition(PLACEHOLDER)
+            before, found, after = self._render(marked, tools).rpartition(self._placeholder)
         except BadRequest:  # some templates want tool calls before the results of tools
             return None
         shown = text.removeprefix(turn.prompt).removesuffix(after)
         if not found or not before.startswith(turn.prompt) or len(shown) + len(turn.prompt) + len(after) != len(text):
             return None
-        if _squeezed(turn.answer["content"]) not in _squeezed(shown):  # thinking was removed
+        if _squeezed(self._as_text(turn.answer["content"])) not in _squeezed(shown):  # thinking was removed
             return None
         return after.removeprefix(turn.end)
 
@@ -110,8 +109,8 @@ class Conversation:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    [for_template(self._harmless(message)) for message in messages],
-                    tools=tools or None,
+                    [self._as_text(for_template(message)) for message in messages],
+                    tools=self._as_text(tools) or None,
                     add_generation_prompt=True,
                     tokenize=False,
                 )
@@ -122,16 +121,20 @@ class Conversation:
     def _encode(self, text: str) -> Ids:
         if well_formed(text) != text:
             raise BadRequest("the messages or tools have a lone surrogate (half of a character), which no token has")
-        parts = [self._tokenizer.encode(part, add_special_tokens=False) for part in text.split(self._cut)]
+        try:
+            parts = [self._tokenizer.encode(part, add_special_tokens=False) for part in text.split(self._cut)]
+        except Exception as error:  # a tokenizer of whole words raises a plain Exception for an unknown one
+            raise BadRequest(f"the tokenizer cannot encode these messages: {error}") from error
         return np.asarray([token for part in parts for token in part], dtype=np.int32)
 
-    def _harmless(self, message: Message) -> Message:
-        """Returns the message with every special token that a user or tool wrote cut in two, so that it is tokenised as
-        text: only the template may end a message or begin another."""
-        if message["role"] in ("system", "developer", "assistant"):
-            return message
-        cut = self._special.sub(lambda found: found[0][0] + self._cut + found[0][1:], message["content"])
-        return message | {"content": cut}
+    def _as_text(self, value: Any) -> Any:
+        """Returns a message, tools, or a part of them, with every special token in their texts cut in two, so that it
+        is tokenised as text: only the template itself may end a message or begin another."""
+        if isinstance(value, str):
+            return self._special.sub(lambda found: found[0][0] + self._cut + found[0][1:], value)
+        if isinstance(value, dict):
+            return {self._as_text(key): self._as_text(part) for key, part in value.items()}
+        return [self._as_text(part) for part in value] if isinstance(value, list) else value
 
 
 def _pattern_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:

@@ -39,6 +39,8 @@ def _normalised(index: int, message: Any) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise BadRequest(f"messages.{index}: an object with a role is expected")
     found = {key: message[key] for key in _KEPT if message.get(key)}
+    if wrong := [key for key in found if key != "content" and not isinstance(found[key], str)]:
+        raise BadRequest(f"messages.{index}.{wrong[0]}: a text is expected")
     found["content"] = _text(index, message.get("content"))
     if calls := message.get("tool_calls"):
         try:
@@ -51,11 +53,15 @@ def _normalised(index: int, message: Any) -> Message:
 def _text(index: int, content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(str(part.get("text", "")) for part in content)
+    if isinstance(content, list) and all(map(_is_text, content)):
+        return "".join(part["text"] for part in content)
     raise BadRequest(
         f"messages.{index}.content: text or parts of text are expected; images and sound are not supported"
     )
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _call(call: Any) -> Message:
@@ -65,10 +71,16 @@ def _call(call: Any) -> Message:
         "id": str(call.get("id", "")),
         "type": "function",
         "function": {
-            "name": str(function["name"]),
+            "name": _str(function["name"]),
             "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
         },
     }
+
+
+def _str(name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r} is no name")
+    return name
 
 
 def well_formed(text: str) -> str:

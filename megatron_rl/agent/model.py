@@ -69,8 +69,14 @@ class Model:
             if not (calls := answer.get("tool_calls")):
                 return answer
             for call in calls:
-                result = await call_tool(tools, call)
+                result = self.session.tool_result(await call_tool(tools, call))
                 messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+
+    async def use_tool(self, tool: Tool, **arguments: Any) -> str:
+        """Runs a tool that the policy has called in a way of its own, without `use_tools`, and counts the call. Returns
+        the result as text; what the tool raises is a text too."""
+        self.session.tool_calls += 1
+        return self.session.tool_result(await _called(tool, arguments))
 
 
 Agent = Callable[[Model, Prompt], Awaitable[RewardResult | float | None]]
@@ -98,6 +104,10 @@ async def call_tool(tools: Sequence[Tool], call: Message) -> str:
         inspect.signature(tool).bind(**values)
     except (TypeError, ValueError) as error:
         return f"error: wrong arguments for {name}: {error}"
+    return await _called(tool, values)
+
+
+async def _called(tool: Tool, values: dict[str, Any]) -> str:
     try:
         result = tool(**values)
         return well_formed(str(await result if inspect.isawaitable(result) else result))

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from megatron_rl.agent.model import Agent
-from megatron_rl.config.agent import AgentSettings
+from megatron_rl.config.agent import ENVIRONMENTS, AgentSettings
 from megatron_rl.errors import UserError
 from megatron_rl.utils.import_path import import_callable
 
@@ -18,7 +18,11 @@ EXAMPLE = """\
 
 
 def load_agent(settings: AgentSettings) -> Agent:
-    """Returns the agent's function. Raises UserError if it cannot be imported, or is no agent."""
+    """Returns the agent's function, or the agent of a library of environments. Raises UserError if it cannot be
+    imported, or is no agent."""
+    if settings.library in ENVIRONMENTS:
+        agent: Agent = import_callable(ENVIRONMENTS[settings.library], KEY)(settings.function.partition(":")[2])
+        return agent
     function: Agent = import_callable(settings.function, KEY)
     if problem := _problem(function):
         raise UserError(

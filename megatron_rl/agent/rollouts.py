@@ -15,12 +15,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from megatron_rl.agent.model import Agent, Model
 from megatron_rl.agent.server import ModelServer
-from megatron_rl.agent.session import LIMIT_CODE, LimitReached, Limits, Session, first_tokens
+from megatron_rl.agent.session import LIMIT_CODE, LimitReached, Limits, Session, SessionClosed, first_tokens
 from megatron_rl.config.agent import AgentSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward.results import plain_text, result_of
@@ -51,12 +52,19 @@ class Engines(Protocol):
 
     def abort(self, ids: Iterable[int]) -> None: ...
 
+    def cancel(self, ids: Iterable[int]) -> None: ...
+
 
 @dataclass(eq=False)
 class _Request:
     prompt: Ids
     sampling: SamplingParams
     answer: asyncio.Future[Response]
+
+    @property
+    def waits(self) -> bool:
+        """Whether anybody still waits for the answer; in either thread."""
+        return not self.answer.done()
 
 
 class AgentRollouts:
@@ -133,6 +141,7 @@ class AgentRollouts:
         numbers = set(numbers)
         while not (ended := {n for n in numbers if all(future.done() for future in self._groups[n])}) and numbers:
             self._pass_on()
+        self._cancel_left()
         return ended
 
     def take(self, number: int) -> list[Response]:
@@ -165,6 +174,7 @@ class AgentRollouts:
         self._check_loop()
         if requests := self._arrived():
             self._ask(requests)
+        self._cancel_left()
         if self._asked:
             seconds = None if self.engines.embedded else POLL_SECONDS
             for number in self.engines.wait(self._asked, seconds):
@@ -174,6 +184,13 @@ class AgentRollouts:
                     response = first_tokens(response, request.sampling.max_tokens, "length")
                 self._loop.call_soon_threadsafe(_deliver, request.answer, response)
 
+    def _cancel_left(self) -> None:
+        """Ends what the engines do for calls that nobody waits for any more: their rollout or client is gone."""
+        if left := [number for number, request in self._asked.items() if not request.waits]:
+            self.engines.cancel(left)
+            for number in left:
+                del self._asked[number]
+
     def _arrived(self) -> list[_Request]:
         """Requests to pass on. It blocks for a moment if there are none, or if the engine should have more at once."""
         with self._changed:
@@ -182,7 +199,7 @@ class AgentRollouts:
                     pass
             elif not self._queue and not self._asked:
                 self._changed.wait(POLL_SECONDS)
-            requests = list(self._queue)
+            requests = [request for request in self._queue if request.waits]
             self._queue.clear()
         return requests
 
@@ -224,13 +241,16 @@ class AgentRollouts:
     # ------------------------------------------------------------------ the event loop's thread
 
     async def _rollout(self, prompt: Prompt, sampling: SamplingParams) -> AgentResponse:
-        session = Session(self.tokenizer, self._sample, sampling, self._limits)
+        answers: set[asyncio.Future[Response]] = set()
+        session = Session(self.tokenizer, partial(self._sample, answers), sampling, self._limits)
         model = Model(session, self._server.open(session), MODEL_NAME)
         try:
             reward = await self._run(model, prompt)
         finally:
             session.closed = True
             self._server.close(session)
+            for answer in answers:  # of calls that outlive the rollout; the engines stop working on them
+                _refuse(answer)
         if reward is None and not session.recording.num_sampled_tokens:
             reward = RewardResult(0.0, detail="the agent has not called the model", outcome="error")
         return session.recorded(prompt.token_ids, reward)
@@ -262,12 +282,17 @@ class AgentRollouts:
         except (SystemExit, KeyboardInterrupt) as error:  # they would end the event loop
             raise RuntimeError(f"the agent ended itself with {error!r}") from error
 
-    async def _sample(self, prompt: Ids, sampling: SamplingParams) -> Response:
+    async def _sample(self, answers: set[asyncio.Future[Response]], prompt: Ids, sampling: SamplingParams) -> Response:
+        """`answers`: those that the rollout waits for."""
         request = _Request(prompt, sampling, self._loop.create_future())
+        answers.add(request.answer)
         with self._changed:
             self._queue.append(request)
             self._changed.notify()
-        return await request.answer
+        try:
+            return await request.answer
+        finally:
+            answers.discard(request.answer)
 
     async def _close(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -281,6 +306,11 @@ class AgentRollouts:
 def _deliver(answer: asyncio.Future[Response], response: Response) -> None:
     if not answer.done():  # its rollout may have ended meanwhile
         answer.set_result(response)
+
+
+def _refuse(answer: asyncio.Future[Response]) -> None:
+    if not answer.done():
+        answer.set_exception(SessionClosed("the rollout has ended"))
 
 
 def _result(future: Future[AgentResponse]) -> Response:

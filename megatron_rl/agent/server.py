@@ -15,6 +15,7 @@ from aiohttp.http_exceptions import PayloadEncodingError
 
 from megatron_rl.agent.conversation import CHARACTERS_PER_TOKEN
 from megatron_rl.agent.messages import BadRequest
+from megatron_rl.agent.requests import LIMITS, check
 from megatron_rl.agent.session import LIMIT_CODE, Answer, LimitReached, Session, SessionClosed
 
 BYTES_PER_TOKEN = 8 * CHARACTERS_PER_TOKEN
@@ -49,7 +50,9 @@ class ModelServer:
         app = web.Application(client_max_size=self._largest_request)
         app.router.add_post("/sessions/{id}/v1/chat/completions", self._completions)
         app.router.add_get("/sessions/{id}/v1/models", self._models)
-        self._runner = web.AppRunner(app, access_log=None)
+        app.router.add_route("*", "/{other:.*}", _no_such_place)
+        # The request of a client that has gone is cancelled, and so is the engine's work on it.
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self.host, 0, backlog=4096)
         await site.start()
@@ -125,10 +128,7 @@ class ModelServer:
             raise _Refused(
                 404, "model_not_found", f"model: {asked.get('model')!r}, but there is {self.model_name!r} only"
             )
-        if not isinstance(asked.get("stream_options"), dict | None):
-            raise BadRequest(f"stream_options: {asked['stream_options']!r} is not an object")
-        if asked.get("n") not in (None, 1):
-            raise BadRequest(f"n: {asked['n']!r}, but a request has one answer; make several requests")
+        check(asked)
 
     def _completion(self, session: Session, asked: Json, answer: Answer) -> Json:
         assert answer.message is not None
@@ -151,16 +151,18 @@ class ModelServer:
         }
 
 
+async def _no_such_place(request: web.Request) -> web.StreamResponse:
+    place = "/".join(request.path.split("/")[4:]) or request.path
+    message = f"{request.method} {place}: there are POST chat/completions and GET models only"
+    return _error(_Refused(404, "not_found", message))
+
+
 async def _answer(session: Session, asked: Json) -> Answer:
     """Temperature, top-p and the like are those of the run, whatever the client asks for: the loss needs the log-probs
     of the policy as it is."""
-    given = {name: asked[name] for name in ("max_completion_tokens", "max_tokens") if asked.get(name) is not None}
-    for name, count in given.items():
-        if type(count) is not int or count < 1:
-            raise BadRequest(f"{name}: {count!r} is not a whole number above 0")
-    most = next(iter(given.values()), None)
     stop = () if asked.get("stop") is None else asked["stop"]
     tools = None if asked.get("tool_choice") == "none" else asked.get("tools")
+    most = next((asked[name] for name in LIMITS if asked.get(name) is not None), None)
     return await session.chat(asked.get("messages"), tools=tools, max_tokens=most, stop=stop)
 
 

@@ -59,6 +59,9 @@ class Session:
         self.tokenizer = tokenizer
         self.recording, self.limit_reached = Recording(), False
         self.closed = False
+        self.tool_calls = self.tool_errors = 0
+        """Calls of tools in this rollout, and how many of their results are errors. Results of tools that a client of
+        the server runs itself are not looked at."""
         self._conversation = Conversation(tokenizer, limits.sequence_tokens)
         self._sample, self._sampling, self._limits = sample, sampling, limits
         self._turns, self._truncated = 0, False
@@ -78,7 +81,13 @@ class Session:
             raise self.limit(str(error)) from error
         answer = await self._answer(prompt, max_tokens, stop)
         message = self._conversation.answered(known, tools, prompt, answer.response, answer.text)
+        self.tool_calls += len(message.get("tool_calls", ()))
         return replace(answer, message=message)
+
+    def tool_result(self, result: str) -> str:
+        """Counts an error in the result of a tool, and returns the result. An error begins with `error:`."""
+        self.tool_errors += result.startswith("error:")
+        return result
 
     async def generate(self, prompt: Any, *, max_tokens: int | None = None, stop: Any = ()) -> Answer:
         """Continues token ids. `stop`: a text or texts that end the answer; their tokens are kept as they were sampled.
@@ -167,7 +176,8 @@ class Session:
             ids = self.recording.newest.tolist()
             reward = replace(reward, text=str(self.tokenizer.decode(ids, skip_special_tokens=True)))
         truncated = self._truncated or (self.limit_reached and reward is None)
-        return self.recording.response(prompt, "length" if truncated else "stop", reward)
+        response = self.recording.response(prompt, "length" if truncated else "stop", reward)
+        return replace(response, tool_calls=self.tool_calls, tool_errors=self.tool_errors)
 
 
 def first_tokens(response: Response, count: int, reason: Any) -> Response:

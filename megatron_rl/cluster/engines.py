@@ -155,6 +155,18 @@ class Engines:
             missing -= self._answers.keys()
         self._aborting = False
 
+    def cancel(self, ids: Iterable[int]) -> None:
+        """Ends these requests to servers alone, whose answers nobody takes. Not for embedded engines, which work on a
+        whole batch at a time."""
+        gone = set(ids)
+        self._queue = [request for request in self._queue if request.number not in gone]
+        for ref, call in list(self._calls.items()):
+            if gone.issuperset(request.number for request in call.requests):
+                ray.cancel(ref)
+                del self._calls[ref]
+        for number in gone:
+            self._answers.pop(number, None)
+
     def _abort_calls(self) -> None:
         busy = {call.process for call in self._calls.values()}
         if self._routing and self._routing.router in busy:

@@ -46,6 +46,12 @@ def add(commands: Any) -> None:
         "--base", type=Path, metavar="FOLDER", help="for a checkpoint: folder of the model it was trained from"
     )
     command.add_argument(
+        "--max-positions",
+        type=int,
+        metavar="N",
+        help="for a folder or a checkpoint: longest sequence; default: what the model is made for, by its config.json",
+    )
+    command.add_argument(
         "--model-name", metavar="NAME", help="for a server: name of the model; default: its only model"
     )
     command.add_argument(
@@ -68,12 +74,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     if options.batch < 1:
         raise UserError(f"--batch {options.batch}: give at least 1")
+    if options.max_positions is not None and options.max_positions < 1:
+        raise UserError(f"--max-positions {options.max_positions}: give at least 1")
     protocol = load_protocol(options.suites, options.data, options.only.split(",") if options.only else None)
     check_reward(protocol.reward)
     for remark in greedy_samples(protocol):
         print(f"warning: {options.suites}: {remark}", file=sys.stderr)
     with ExitStack() as stack:
         source = _source(options, stack)
+        if protocol.agent:
+            source = _with_agent(source, protocol)
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # after the downloads
         _run(options, protocol, source)
 
@@ -121,7 +131,25 @@ def _source(options: argparse.Namespace, stack: ExitStack) -> Source:
     if checkpoint := find_checkpoint(folder):
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-rl-")))
         link_as_model(checkpoint, folder, options.base)
-    return ModelFolder(folder, name=str(checkpoint or folder), device=options.device, dtype=options.dtype)
+    return ModelFolder(
+        folder,
+        name=str(checkpoint or folder),
+        device=options.device,
+        dtype=options.dtype,
+        max_positions=options.max_positions,
+    )
+
+
+def _with_agent(source: Source, protocol: ProtocolSettings) -> Source:
+    from megatron_rl.evaluation.agents import AgentSource
+    from megatron_rl.evaluation.sources import ModelFolder
+
+    if not isinstance(source, ModelFolder):
+        raise UserError(
+            "agent: an agent needs the model's tokens, which a server of completions does not give: evaluate a folder, "
+            "a checkpoint or a run"
+        )
+    return AgentSource(source, protocol)
 
 
 def _name(model: str) -> str:

@@ -193,9 +193,10 @@ def _rollout(config: Config) -> Iterator[str]:
 def _agent(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if rollout.agent and rollout.max_staleness:
+        also = " and rollout.asynchronous to false" if rollout.asynchronous else ""
         yield (
             f"rollout.max_staleness: {rollout.max_staleness} continues responses at a later step, which an agent "
-            "(rollout.agent) cannot; set it to 0. over_sampling works with agents"
+            f"(rollout.agent) cannot; set it to 0{also}. over_sampling works with agents"
         )
     if config.reward.name == "agent" and not rollout.agent:
         yield "reward.name: agent takes the reward of an agent, but rollout.agent names none"

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from .agent import AgentSettings
 from .fields import Count, FilePath, Name, NonNegative, PositiveInt, Section, Text
 from .reward import RewardSettings
 
@@ -24,11 +25,28 @@ class Probe(Section):
     """Text of the token whose probability is measured. It must be exactly one token."""
 
 
+class TaskSettings(Section):
+    """Which problems an environment makes. Used for data named `reasoning-gym:...`, `verifiers:...` or `harbor:...`
+    only; docs/environments.md has the details."""
+
+    size: PositiveInt = 1000
+    """Number of problems; an environment that has fewer gives all of them."""
+    seed: Count = 0
+    """Seed of the choice of problems. The same seed makes the same problems."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """The environment's own settings, such as those of a reasoning-gym task, by the names that its library gives
+    them."""
+
+
 class SuiteSettings(Section):
     """One suite. A path alone is enough: the other keys then have the values of the surrounding section."""
 
     data: FilePath
-    """A .jsonl or .parquet file of problems, or a data set of the Hugging Face Hub, as for data.train."""
+    """A .jsonl or .parquet file of problems, a data set of the Hugging Face Hub, or the tasks of an environment, as for
+    data.train."""
+    tasks: TaskSettings | None = None
+    """Which problems an environment makes, if `data` names one. Default: 100 problems. Training never has one of
+    them."""
     samples_per_prompt: PositiveInt | None = None
     """Responses per problem. Default: the value of the surrounding section."""
     temperature: NonNegative | None = None
@@ -82,5 +100,8 @@ class ProtocolSettings(Section):
     """Sampling temperature; 0 is greedy."""
     reward: RewardSettings
     """Verifier that grades the responses."""
+    agent: AgentSettings | None = None
+    """The agent that samples the responses; the keys are those of rollout.agent. Default: the model answers in one
+    turn."""
     suites: dict[Name, Suite] = Field(min_length=1)
     """Suites by name. The macro mean is the unweighted mean over the suites."""

@@ -13,6 +13,7 @@ VERIFIERS = {
     "math": "megatron_rl.reward.maths:MathsReward",
     "code": "megatron_rl.reward.code:CodeReward",
     "agent": "megatron_rl.reward.agent:no_reward",
+    "reasoning-gym": "megatron_rl.environments.reasoning_gym:ReasoningGymReward",
 }
 """Name -> import path of each built-in verifier."""
 REMOTE = "remote"
@@ -71,8 +72,8 @@ class RewardSettings(Section):
     """The verifier and its processes."""
 
     name: Annotated[str, NameOrPath((*VERIFIERS, REMOTE), "package.module:function")]
-    """countdown, math, code, remote, agent, or a function of your own as `package.module:function`. agent: the agent of
-    `rollout.agent` gives the reward."""
+    """countdown, math, code, remote, agent, reasoning-gym, or a function of your own as `package.module:function`.
+    agent: the agent of `rollout.agent` gives the reward. reasoning-gym: the task's own scorer does."""
     workers: PositiveInt = 2
     """Number of verifier processes. remote uses none."""
     timeout_seconds: Positive = 5.0

@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr
 
+from megatron_rl.rollout.engines.kind import engine_kind
+
 from .actor import ActorSettings
 from .algorithm import AlgorithmSettings
 from .cluster import ClusterSettings
-from .evaluation import EvaluationSettings, Template
+from .evaluation import EvaluationSettings, TaskSettings, Template
 from .fields import Betas, Count, FilePath, NonNegative, Positive, PositiveInt, Section, ShareOrZero, Text
 from .observability import ObservabilitySettings
 from .reward import RewardSettings
@@ -29,7 +31,7 @@ class RunSettings(Section):
 class PrepareSettings(Section):
     """An embedded task. The run writes its files before training unless they already exist."""
 
-    task: Literal["countdown"]
+    task: Literal["countdown", "countdown_calculator"]
     """Name of the task."""
     folder: FilePath
     """Folder for the task's model and data."""
@@ -50,8 +52,9 @@ class DataSettings(Section):
     """Training prompts. The keys from `template` to `label_field` also apply to the evaluation suites."""
 
     train: FilePath
-    """A .jsonl or .parquet file with the columns of slime, verl or TRL; or a data set of the Hugging Face Hub,
-    `owner/name`, `owner/name:split` or `owner/name:subset:split`."""
+    """A .jsonl or .parquet file with the columns of slime, verl or TRL; a data set of the Hugging Face Hub,
+    `owner/name`, `owner/name:split` or `owner/name:subset:split`; or the tasks of an environment, `reasoning-gym:TASK`,
+    `verifiers:ENVIRONMENT` or `harbor:FOLDER`."""
     template: Template = "none"
     r"""none: the prompt unchanged, with messages joined by newlines. chat: the tokenizer's chat template. boxed: the
     prompt followed by a request to reason step by step and to put the answer in \boxed{}. chat-boxed: the boxed prompt
@@ -70,6 +73,8 @@ class DataSettings(Section):
     allow_changed: bool = False
     """Resume even if `train` is another file than in the checkpoint, by its SHA-256. The run then begins with the first
     prompt of the new file, and drops prompts of the old one that it had drawn and not trained on."""
+    tasks: TaskSettings | None = None
+    """Which problems an environment makes, if `train` names one. Default: 1,000 problems."""
 
 
 class WarmStartPhase(Section):
@@ -189,6 +194,14 @@ class Config(Section):
     def keeps_rollouts(self) -> bool:
         """Whether rollouts that a step did not finish or use are kept for the next step."""
         return self.rollout.max_staleness > 0
+
+    @property
+    def keeps_requests(self) -> bool:
+        """Whether servers are to keep requests across weight updates, with the KV cache that older weights computed. A
+        router does not know which requests its servers keep."""
+        rollout = self.rollout
+        wanted = rollout.asynchronous and not rollout.recompute_kv_cache and rollout.server.router is None
+        return wanted and getattr(engine_kind(rollout.engine), "keeps_requests", False)
 
     @property
     def versions_late(self) -> int:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import Config
+from megatron_rl.config.evaluation import TaskSettings
 from megatron_rl.config.validate import DATA_SUFFIXES
 from megatron_rl.errors import UserError
 from megatron_rl.utils.files import atomically
 
+from .environments import check_held_out, is_environment, write_tasks
 from .published import SETS, prepare
 
 if TYPE_CHECKING:
@@ -44,16 +46,21 @@ def with_local_copies(config: Config, *, download: bool = True) -> Config:
     def written_later(path: Path) -> bool:
         return config.prepare is not None and path.resolve().is_relative_to(config.prepare.folder.resolve())
 
-    def data_of(path: Path, key: str, split: str) -> Path:
-        return path if written_later(path) else local_data(path, key, split, download)
+    def data_of(path: Path, key: str, split: str, tasks: TaskSettings | None) -> Path:
+        return path if written_later(path) else local_data(path, key, split, download, tasks)
 
     def model_of(path: Path, key: str) -> Path:
         return path if written_later(path) else local_model(path, key, download)
 
     suites = {
-        name: suite.model_copy(update={"data": data_of(suite.data, f"evaluation.suites.{name}", "test")})
+        name: suite.model_copy(
+            update={"data": data_of(suite.data, f"evaluation.suites.{name}", "test", suite.tasks), "tasks": None}
+        )
         for name, suite in config.evaluation.suites.items()
     }
+    train = data_of(config.data.train, "data.train", "train", config.data.tasks)
+    if is_environment(config.data.train):
+        check_held_out(train, {name: suites[name].data for name in suites})
     algorithm, reference = config.algorithm, config.algorithm.reference_kl
     if reference.active and reference.model is not None:
         folder = model_of(reference.model, "algorithm.reference_kl.model")
@@ -61,7 +68,7 @@ def with_local_copies(config: Config, *, download: bool = True) -> Config:
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": model_of(config.model.path, "model.path")}),
-            "data": config.data.model_copy(update={"train": data_of(config.data.train, "data.train", "train")}),
+            "data": config.data.model_copy(update={"train": train, "tasks": None}),
             "algorithm": algorithm,
             "evaluation": config.evaluation.model_copy(update={"suites": suites}),
         }
@@ -76,12 +83,17 @@ def local_model(path: Path, key: str, download: bool = True) -> Path:
     return _snapshot(path, key, "model", download, _MODEL_FILES) if is_hub_id(path) else path
 
 
-def local_data(path: Path, key: str, split: str, download: bool = True) -> Path:
-    """Returns the file of a data set: of its copy in the cache if `path` is an id of the Hub, otherwise `path`.
+def local_data(path: Path, key: str, split: str, download: bool = True, tasks: TaskSettings | None = None) -> Path:
+    """Returns the file of a data set: of its copy in the cache if `path` is an id of the Hub, the file of its tasks if
+    `path` names an environment, otherwise `path`.
 
     The published sets that `megatron-rl data prepare` knows are prepared by it. split: the split to take if the id
     names none and the set has several. Raises UserError if the set is not to be had, or has no such split.
     """
+    if is_environment(path):
+        return write_tasks(path, key, split, tasks)
+    if tasks is not None:
+        raise UserError(f"{key}: {path} is no environment, and the section tasks beside it is for environments only")
     if not is_hub_id(path):
         return path
     from huggingface_hub import cached_assets_path

@@ -19,6 +19,10 @@ class Limits:
     """Longest response, in tokens."""
     response_key: str
     """Configuration key of the longest response, for messages."""
+    prompt_key: str = "data.max_prompt_tokens"
+    """Key of the longest prompt."""
+    positions_key: str = "model.max_positions"
+    """Key that sets another number of positions."""
 
     def check(self, prompt: Prompt) -> None:
         """Raises ValueError for a prompt with a token that the model does not have, or without room for a response."""
@@ -32,6 +36,6 @@ class Limits:
             raise ValueError(
                 f"the prompt has {length} tokens, and with {self.response_key}: {self.response_tokens} the sequence "
                 f"may have {length + self.response_tokens}, but the model is made for {self.positions} positions. "
-                f"Lower {self.response_key} or data.max_prompt_tokens, use a model with rope scaling, or set "
-                f"model.max_positions: {length + self.response_tokens} to go beyond them"
+                f"Lower {self.response_key} or {self.prompt_key}, use a model with rope scaling, or set "
+                f"{self.positions_key}: {length + self.response_tokens} to go beyond them"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import Any
 
 from megatron_rl.config.evaluation import ProtocolSettings, SuiteSettings
 from megatron_rl.config.schema import DataSettings
+from megatron_rl.data.limits import Limits
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.measures import Estimate, Measures, macro
 from megatron_rl.evaluation.problems import Problem, problems_of, read_problems, write_problems
 from megatron_rl.evaluation.sources import Source
-from megatron_rl.reward.grader import Grader, open_grader
+from megatron_rl.reward.grader import open_grader
+from megatron_rl.reward.grading import Grading
 from megatron_rl.reward.labels import label_check
-from megatron_rl.reward.outcomes import check_failures
 from megatron_rl.reward.trial import try_reward
 from megatron_rl.types import Prompt, SamplingParams
 from megatron_rl.utils.files import atomically
@@ -71,14 +73,15 @@ class Evaluation:
         """Returns suite -> measures; writes `<suite>.parquet` and summary.json."""
         measures: dict[str, Measures] = {}
         with open_grader(self.protocol.reward, self.folder / "reward.log", self.source.decode) as grader:
+            grading = Grading(grader, self.protocol.reward)
             for name in self.protocol.suites:
-                measures[name] = Measures(self._suite(name, grader, report))
+                measures[name] = Measures(self._suite(name, grading, report))
         summary = summary_of(measures)
         with atomically(self.folder / SUMMARY) as partial:
             partial.write_text(json.dumps(summary, indent=1) + "\n")
         return measures
 
-    def _suite(self, name: str, grader: Grader, report: Callable[[Progress], None]) -> list[Problem]:
+    def _suite(self, name: str, grading: Grading, report: Callable[[Progress], None]) -> list[Problem]:
         prompts, complete, parts = self.prompts[name], self.folder / f"{name}.parquet", self.folder / f"{name}.parts"
         problems = read_problems(complete) if complete.is_file() else []
         report(_progress(name, problems, len(prompts)))
@@ -87,7 +90,7 @@ class Evaluation:
             part = parts / f"{first:06d}.parquet"
             if not part.is_file():
                 chosen = prompts[first : first + self.batch]
-                write_problems(part, self._graded(chosen, self._sampling(self.protocol.suites[name], first), grader))
+                write_problems(part, self._graded(chosen, self._sampling(self.protocol.suites[name], first), grading))
             problems += read_problems(part)
             report(_progress(name, problems, len(prompts)))
         if not complete.is_file():
@@ -95,11 +98,10 @@ class Evaluation:
         shutil.rmtree(parts, ignore_errors=True)
         return problems
 
-    def _graded(self, prompts: Sequence[Prompt], sampling: SamplingParams, grader: Grader) -> list[Problem]:
+    def _graded(self, prompts: Sequence[Prompt], sampling: SamplingParams, grading: Grading) -> list[Problem]:
         samples = self.source.sample(prompts, sampling)
-        results = grader.score(samples)
-        graded = [(sample.prompt, result) for sample, result in zip(samples, results, strict=True)]
-        check_failures(graded, self.protocol.reward)
+        results = grading.grade_samples(samples)
+        grading.check([(sample.prompt, result) for sample, result in zip(samples, results, strict=True)])
         return problems_of(samples, results)
 
     def _sampling(self, suite: SuiteSettings, first: int) -> SamplingParams:
@@ -120,13 +122,33 @@ class Evaluation:
             max_prompt_tokens=self.protocol.max_prompt_tokens,
             long_prompts="truncate_left",
         )
-        tokenizer, check = self.source.tokenizer or _ServersOwn(), label_check(self.protocol.reward)
-        return load_prompts(suite.data, tokenizer=tokenizer, settings=settings, check=check).prompts
+        tokenizer = self.source.tokenizer or _ServersOwn()
+        return load_prompts(suite.data, tokenizer=tokenizer, settings=settings, check=self._check_of(suite)).prompts
+
+    def _check_of(self, suite: SuiteSettings) -> Callable[[Prompt], None]:
+        """A function that raises ValueError for a prompt that the model, or a label that the verifier, cannot take."""
+        limits = Limits(
+            self.source.vocabulary or sys.maxsize,
+            self.source.positions or sys.maxsize,
+            suite.max_response_tokens or self.protocol.max_response_tokens,
+            "max_response_tokens",
+            "max_prompt_tokens",
+            "--max-positions",
+        )
+        check_label = label_check(self.protocol.reward)
+
+        def check(prompt: Prompt) -> None:
+            limits.check(prompt)
+            if check_label:
+                check_label(prompt)
+
+        return check
 
     def _claim_folder(self) -> None:
+        unset = set() if self.protocol.agent else {"agent"}  # as evaluations of versions without agents
         identity = {
             "source": self.source.identity,
-            "protocol": self.protocol.model_dump(mode="json"),
+            "protocol": self.protocol.model_dump(mode="json", exclude=unset),
             "seed": self.seed,
             "batch": self.batch,
         }

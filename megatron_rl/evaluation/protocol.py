@@ -36,6 +36,8 @@ def load_protocol(name: str, data_folder: Path | None = None, only: list[str] | 
         for suite, settings in protocol.suites.items()
         if not only or suite in only
     }
+    if protocol.reward.name == "agent" and not protocol.agent:
+        raise UserError(f"{name}: reward.name: agent takes the reward of an agent, but there is no section agent")
     missing = [f"{suite}: {settings.data}" for suite, settings in suites.items() if not settings.data.is_file()]
     if missing:
         raise UserError(
@@ -61,8 +63,8 @@ def _find(name: str) -> Path:
 def _resolved(name: str, suite: SuiteSettings, folder: Path | None) -> SuiteSettings:
     """Returns the suite with the path of its file: below `folder`, or the local copy of a data set of the Hub."""
     here = folder / suite.data if folder else suite.data
-    data = here if here.is_file() else local_data(suite.data, f"suites.{name}", "test")
-    return suite.model_copy(update={"data": here if data == suite.data else data})
+    data = here if here.is_file() else local_data(suite.data, f"suites.{name}", "test", tasks=suite.tasks)
+    return suite.model_copy(update={"data": here if data == suite.data else data, "tasks": None})
 
 
 def _read(path: Path) -> ProtocolSettings:

@@ -12,6 +12,8 @@ import numpy as np
 
 from megatron_rl.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import max_positions_of
+from megatron_rl.models.hf_format import read_config
 from megatron_rl.reward.decode import decoder_of
 from megatron_rl.types import Decode, FinishReason, Prompt, Response, Sample, SamplingParams
 from megatron_rl.utils.web import RequestFailed, ask
@@ -34,6 +36,10 @@ class Source(Protocol):
     """Tokens that end a response; empty if the source knows them itself."""
     decode: Decode | None
     """Turns responses into text; None if samples already have their text."""
+    vocabulary: int | None
+    """Number of the model's token ids; None if only the source knows it."""
+    positions: int | None
+    """Longest sequence that the model takes; None if only the source knows it."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
         """Returns `sampling.n` samples per prompt, in the prompts' order. Raises UserError if the source is gone."""
@@ -43,22 +49,29 @@ class Source(Protocol):
 class ModelFolder:
     """A Hugging Face folder, loaded into this process, for small models without a server."""
 
-    def __init__(self, folder: Path, *, name: str, device: str = "auto", dtype: str = "auto") -> None:
-        """`name`: the name that the user knows the model by."""
+    def __init__(
+        self, folder: Path, *, name: str, device: str = "auto", dtype: str = "auto", max_positions: int | None = None
+    ) -> None:
+        """`name`: the name that the user knows the model by. `max_positions`: longest sequence, unless
+        config.json says it."""
         self.folder = folder
         self.tokenizer = load_tokenizer(folder)
         self.stop = stop_token_ids(self.tokenizer, folder, None)
         self.decode: Decode | None = decoder_of(self.tokenizer)
         self.identity = {"model": name, "weights": _fingerprint(folder)}
+        config = read_config(folder)
+        self.vocabulary: int | None = config.get("vocab_size")
+        stated = max_positions_of(config) if "max_position_embeddings" in config else None
+        self.positions: int | None = max_positions or stated
         self._device, self._dtype = device, dtype
         self._engine: TransformersEngine | None = None
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Sample]:
-        groups = self._loaded().generate([prompt.token_ids for prompt in prompts], sampling)
+        groups = self.engine().generate([prompt.token_ids for prompt in prompts], sampling)
         pairs = zip(prompts, groups, strict=True)
         return [Sample(prompt, response, text="") for prompt, group in pairs for response in group]
 
-    def _loaded(self) -> TransformersEngine:
+    def engine(self) -> TransformersEngine:
         """Loads the engine when it is first needed; a finished evaluation does not need it."""
         if self._engine is None:
             import torch
@@ -81,6 +94,8 @@ class CompletionServer:
         """Raises UserError if the server does not answer, or serves several models and none is named."""
         self._url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
         self._timeout = timeout
+        self.vocabulary: int | None = None
+        self.positions: int | None = None
         self.tokenizer = load_tokenizer(tokenizer) if tokenizer else None
         self.stop: tuple[int, ...] = ()
         self.decode: Decode | None = None  # the server answers with text

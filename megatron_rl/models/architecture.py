@@ -111,7 +111,7 @@ class Architecture:
                 head_dim=hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
                 ffn=hf_config["intermediate_size"],
                 vocabulary=hf_config["vocab_size"],
-                max_positions=_max_positions(hf_config),
+                max_positions=max_positions_of(hf_config),
                 norm_eps=hf_config["rms_norm_eps"],
                 rope_theta=_rope_theta(hf_config),
                 tied=hf_config.get("tie_word_embeddings", False),
@@ -169,8 +169,9 @@ def _rope_type(hf_config: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type", rope.get("type", "default")))
 
 
-def _max_positions(hf_config: Mapping[str, Any]) -> int:
-    """The larger of the stated number and the one that rope scaling reaches from the original number of positions."""
+def max_positions_of(hf_config: Mapping[str, Any]) -> int:
+    """Returns the number of positions that a model is made for: the larger of the stated number and the one that rope
+    scaling reaches from the original number of positions."""
     stated, rope = int(hf_config["max_position_embeddings"]), _rope(hf_config)
     original = rope.get("original_max_position_embeddings") or stated
     factor = rope.get("factor") or 1.0

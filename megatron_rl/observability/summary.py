@@ -141,8 +141,11 @@ _LABELS = {
     "response_length": "response length",
     "truncated_fraction": "truncated share",
     "failed_fraction": "not graded share",
+    "turns_mean": "turns",
+    "tool_calls_mean": "tool calls",
+    "tool_errors_mean": "tool errors",
 }
-_ORDER = ("avg", "pass@", "maj@", "entropy", "response_length", "truncated_fraction", "failed_fraction")
+_ORDER = ("avg", "pass@", "maj@", "entropy", *_LABELS)
 
 
 def _rank(metric: str) -> tuple[int, str]:

@@ -44,11 +44,27 @@ class Setup:
         return setup
 
     def check(self) -> None:
-        """Raises UserError if the model cannot be divided as configured, lacks the experts that a kernel is for, or the
-        cluster is too small."""
+        """Raises UserError if the model cannot be divided as configured, lacks the experts that a kernel is for, or has
+        too few positions or token ids for the responses, or if the cluster is too small."""
         validate_layout(self.hf_config, self.layout, self.config.actor.pad_vocabulary)
         check_experts_wanted(self.hf_config, self.config.actor.fusions)
+        self._check_response()
         len(self.placement.nodes)
+
+    def _check_response(self) -> None:
+        """A prompt of one token must fit before the longest response. A run checks the prompts that it has."""
+        limit, positions = self.config.rollout.max_response_tokens, self.config.model.max_positions
+        if limit >= (positions or self.model.max_positions):
+            raise UserError(
+                f"rollout.max_response_tokens: {limit} leaves no room for a prompt: the model is made for "
+                f"{positions or self.model.max_positions} positions. Lower it, use a model with rope scaling, or set "
+                "model.max_positions to go beyond them"
+            )
+        if wrong := [token for token in self.config.rollout.stop_token_ids or () if token >= self.model.vocabulary]:
+            raise UserError(
+                f"rollout.stop_token_ids: {wrong[0]} is no token id of the model, which has {self.model.vocabulary} "
+                "(vocab_size in its config.json)"
+            )
 
     @property
     def transformer_engine(self) -> bool:

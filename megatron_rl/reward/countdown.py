@@ -13,7 +13,8 @@ BETWEEN_ATTEMPTS = ("ok", "no", "wait", *FILLERS)
 
 _NUMBER = r"(\d{1,9})"  # Python refuses to convert thousands of digits
 LABEL = re.compile(f"{_NUMBER} {_NUMBER} {_NUMBER} > {_NUMBER}", re.ASCII)
-ATTEMPT = re.compile(f"{_NUMBER} ([-+*]) {_NUMBER} = {_NUMBER} ([-+*]) {_NUMBER} = {_NUMBER}", re.ASCII)
+_RESULT = "(?:=|calc)"  # with `calc`, a calculator has written the result
+ATTEMPT = re.compile(f"{_NUMBER} ([-+*]) {_NUMBER} {_RESULT} {_NUMBER} ([-+*]) {_NUMBER} {_RESULT} {_NUMBER}", re.ASCII)
 
 
 def verify_countdown(sample: Sample) -> RewardResult:

@@ -23,12 +23,19 @@ class Grading:
     def grade(self, pairs: Sequence[tuple[Prompt, Response]]) -> list[RewardResult]:
         """One result per response, in order, with the response's text: the verdict of its agent, or of the verifier. A
         response whose generation failed has the outcome "error", whatever the verdict."""
-        own = [response.reward if isinstance(response, AgentResponse) else None for _, response in pairs]
-        rest = [Sample(*pair, text="") for pair, reward in zip(pairs, own, strict=True) if reward is None]
+        return self.grade_samples([Sample(*pair, text="") for pair in pairs])
+
+    def grade_samples(self, samples: Sequence[Sample]) -> list[RewardResult]:
+        """As `grade`, for samples that may have their text already."""
+        responses = [sample.response for sample in samples]
+        own = [response.reward if isinstance(response, AgentResponse) else None for response in responses]
+        rest = [sample for sample, reward in zip(samples, own, strict=True) if reward is None]
         graded = iter(self.grader.score(rest))
         results = [next(graded) if reward is None else reward for reward in own]
         failed = [reward is not None and not reward.has_score for reward in own]
-        faults = ("" if known else generation_fault(pair[1]) for known, pair in zip(failed, pairs, strict=True))
+        faults = (
+            "" if known else generation_fault(response) for known, response in zip(failed, responses, strict=True)
+        )
         return [
             replace(result, score=0.0, detail=fault, outcome="error") if fault else result
             for result, fault in zip(results, faults, strict=True)

@@ -13,6 +13,7 @@ READERS = {
     "countdown": "megatron_rl.reward.countdown:read_label",
     "math": "megatron_rl.reward.maths.verifier:read_label",
     "code": "megatron_rl.reward.code.cases:read_cases",
+    "reasoning-gym": "megatron_rl.environments.reasoning_gym:read_label",
 }
 """Name of a built-in verifier -> the function with which the verifier reads a label. The function raises ValueError."""
 

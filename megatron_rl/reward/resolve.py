@@ -9,7 +9,7 @@ from megatron_rl.reward.signature import check_signature
 from megatron_rl.types import Reward
 from megatron_rl.utils.import_path import import_callable
 
-TAKES_SETTINGS = ("math", "code")
+TAKES_SETTINGS = ("math", "code", "reasoning-gym")
 """Names of verifiers that are classes and are constructed from the settings."""
 
 

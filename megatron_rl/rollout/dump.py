@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_rl.types import Prompt, Response, RewardResult
+from megatron_rl.types import AgentResponse, Prompt, Response, RewardResult
 from megatron_rl.utils.files import atomically
 
 SCHEMA = pa.schema(
@@ -36,6 +36,8 @@ SCHEMA = pa.schema(
         ("weight_version", pa.int64()),
         ("weight_versions", pa.list_(pa.int64())),
         ("rollout", pa.int64()),
+        ("tool_calls", pa.int64()),
+        ("tool_errors", pa.int64()),
     ]
 )
 
@@ -119,6 +121,8 @@ def _row(step: int, row: DumpedResponse) -> dict[str, Any]:
         "finish_reason": row.response.finish_reason,
         "weight_version": row.response.weight_version,
         "rollout": row.rollout,
+        "tool_calls": row.response.tool_calls if isinstance(row.response, AgentResponse) else None,
+        "tool_errors": row.response.tool_errors if isinstance(row.response, AgentResponse) else None,
     }
 
 

@@ -85,10 +85,14 @@ def _group(number: int, rows: list[dict[str, Any]]) -> Group:
 def _answer(rows: list[dict[str, Any]], prompt: list[int]) -> Response:
     """One response, from the rows of its sequences."""
     *older, newest = rows
-    if not older and newest["prompt_token_ids"] == prompt:
+    calls = newest.get("tool_calls")  # an old dump does not have it
+    if calls is None and not older and newest["prompt_token_ids"] == prompt:
         return Response(**_fields(newest))
     others = tuple(AgentSequence(**_fields(row), context=tuple(row["prompt_token_ids"])) for row in older)
-    return AgentResponse(**_fields(newest), context=tuple(newest["prompt_token_ids"]), others=others)
+    context, errors = tuple(newest["prompt_token_ids"]), newest.get("tool_errors")
+    return AgentResponse(
+        **_fields(newest), context=context, others=others, tool_calls=calls or 0, tool_errors=errors or 0
+    )
 
 
 def _fields(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,10 +13,13 @@ from megatron_rl.evaluation.measures import Measures, macro
 from megatron_rl.evaluation.probes import probe_rows
 from megatron_rl.evaluation.problems import problems_of, write_problems
 from megatron_rl.run.sampling import evaluation_sampling
-from megatron_rl.types import Sample
+from megatron_rl.training.metrics import agent_metrics
+from megatron_rl.types import AgentResponse, Prompt, Response, Sample
 
 if TYPE_CHECKING:
     from megatron_rl.run.run import Run
+
+IN_EVALUATIONS = ("agent/turns_mean", "agent/tool_calls_mean", "agent/tool_errors_mean")
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -38,12 +42,17 @@ def evaluate(run: Run) -> dict[str, float]:
             write_problems(run.folder / "evaluations" / f"step_{run.step:06d}" / f"{name}.parquet", problems)
             suites.append(Measures(problems))
             batch = sequences_of((prompt.token_ids, response) for prompt, response in pairs)
-            found = suites[-1].metrics() | _scored_by_actor(run, batch)
+            found = suites[-1].metrics() | _of_agent(pairs) | _scored_by_actor(run, batch)
             metrics |= {f"eval/{name}/{metric}": value for metric, value in found.items()}
     if len(suites) > 1 and any(suite.failed_fraction < 1 for suite in suites):
         metrics[MACRO_MEAN] = macro(suites).value
     run.view.eval(run.step, metrics)
     return metrics
+
+
+def _of_agent(pairs: Sequence[tuple[Prompt, Response]]) -> dict[str, float]:
+    metrics = agent_metrics([response for _, response in pairs if isinstance(response, AgentResponse)])
+    return {name.removeprefix("agent/"): value for name, value in metrics.items() if name in IN_EVALUATIONS}
 
 
 def _scored_by_actor(run: Run, batch: SequenceBatch) -> dict[str, float]:

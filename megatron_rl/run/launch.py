@@ -21,4 +21,5 @@ def launch_of(config: Config, model_folder: Path) -> EngineLaunch:
         max_tokens=min(longest, positions_of(config)),
         server=config.rollout.server,
         colocated=config.cluster.colocate and config.actor.device != "cpu",
+        keeps_requests=config.keeps_requests,
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from megatron_rl.config import Config
-from megatron_rl.data.countdown import write_task
+from megatron_rl.data.countdown import write_calculator_task, write_task
 from megatron_rl.observability.view import View
 
-TASKS = {"countdown": write_task}
+TASKS: dict[str, Callable[[Path], None]] = {"countdown": write_task, "countdown_calculator": write_calculator_task}
 
 
 def prepare(config: Config, view: View) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from megatron_rl.actor.optimizer.learning_rate import learning_rate
@@ -21,7 +22,10 @@ from megatron_rl.config import Config
 from megatron_rl.config.actor import OptimizerSettings
 from megatron_rl.config.schema import WarmStartPhase, WarmStartSettings
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.hf_format import read_config
 from megatron_rl.observability.view import View
+from megatron_rl.run.prompts import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,10 +54,12 @@ def warm_start(config: Config, actors: Actors, tokenizer: PreTrainedTokenizerBas
                 view.message(f"warm start, phase {number}: from the cache, {folder}")
                 continue
             start = time.monotonic()
+            rows = _read_traces(phase.data, tokenizer)
+            _check_rows(rows, phase.data, config)
             actors.load_hf(source)
             optimizer = OptimizerSettings(lr=phase.lr, betas=settings.betas, weight_decay=settings.weight_decay)
             actors.prepare(None, optimizer)
-            for step, loss in enumerate(_train(phase, settings, _read_traces(phase.data, tokenizer), actors), start=1):
+            for step, loss in enumerate(_train(phase, settings, rows, actors), start=1):
                 if not math.isfinite(loss):
                     raise UserError(
                         f"warm start: the loss is {loss} at step {step}: try a lower lr in warm_start.phases"
@@ -121,6 +127,24 @@ def _read_traces(path: Path, tokenizer: PreTrainedTokenizerBase) -> SequenceBatc
         [prompt + response for prompt, response in zip(prompts, responses, strict=True)],
         [len(prompt) for prompt in prompts],
     )
+
+
+def _check_rows(rows: SequenceBatch, path: Path, config: Config) -> None:
+    """Raises UserError for a token that the model does not have, and for a row that is longer than its positions."""
+    vocabulary, positions = Architecture.from_hf(read_config(config.model.path)).vocabulary, positions_of(config)
+    beyond = np.flatnonzero(rows.token_ids >= vocabulary)
+    if len(beyond):
+        row = int(np.searchsorted(rows.starts, beyond[0], side="right")) - 1
+        raise UserError(
+            f"{path}: row {row} has the token id {rows.token_ids[beyond[0]]}, but the model has {vocabulary} token ids "
+            "(vocab_size in its config.json): the tokenizer has tokens that the model lacks"
+        )
+    if rows.lengths.max() > positions:
+        row = int(rows.lengths.argmax())
+        raise UserError(
+            f"{path}: row {row} has {rows.lengths[row]} tokens, prompt and response together, but the model is made "
+            f"for {positions} positions. Shorten the row, or set model.max_positions to go beyond them"
+        )
 
 
 def _tokenized(texts: list[Any], what: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -34,7 +34,7 @@ class TrainingBatch:
     advantages: Array
     """float64 [N]."""
     fresh: Mask
-    """[T], True for tokens that were sampled by the very weights that the step trains."""
+    """[T], True for tokens that were sampled by the very weights that the step trains, without older weights' cache."""
     scores: PolicyScores = field(default_factory=dict)
     counted: Mask = None  # type: ignore[assignment]
     """[N], False for sequences that neither the loss nor its denominators know of, because their reward is missing;
@@ -83,8 +83,13 @@ def training_batch(
         if rewarded.any():
             metrics["reward/overlong_penalty"] = float(penalty[rewarded].mean())
     advantages = np.repeat(advantages_of(config.algorithm, rewards, groups[firsts]), counts)
+    # An engine that keeps requests across updates samples the rest of a response with the cache of older weights.
     fresh = [
-        sequence.sampled(sequence.sampled_by(rollouts.weight_version))
+        sequence.sampled(
+            np.zeros(len(sequence), dtype=bool)
+            if config.keeps_requests and sequence.version_changes
+            else sequence.sampled_by(rollouts.weight_version)
+        )
         for _, response, _ in responses
         for sequence in response.sequences
     ]

@@ -45,13 +45,15 @@ def rollout_metrics(rollouts: Rollouts, advantages: Array) -> dict[str, float]:
 
 
 def agent_metrics(responses: Sequence[AgentResponse]) -> dict[str, float]:
-    """Turns and sequences per rollout of an agent; empty without an agent."""
+    """Turns, sequences and calls of tools per rollout of an agent; empty without an agent."""
     if not responses:
         return {}
     return {
         "agent/turns_mean": float(np.mean([response.turns for response in responses])),
         "agent/turns_max": float(np.max([response.turns for response in responses])),
         "agent/sequences_mean": float(np.mean([len(response.sequences) for response in responses])),
+        "agent/tool_calls_mean": float(np.mean([response.tool_calls for response in responses])),
+        "agent/tool_errors_mean": float(np.mean([response.tool_errors for response in responses])),
     }
 
 

@@ -54,6 +54,31 @@ def test_a_calculator_writes_results_that_are_seen_but_not_trained(command_line:
     assert "eval/held_out/avg@8" in run.metrics[-1] and min(values(run, "agent/turns_mean")) > 2
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_makes_an_agent_use_its_calculator(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    """The policy computes badly in its head, and training teaches it to ask: its reward rises with its calls."""
+    folder = tmp_path_factory.getbasetemp() / "calculator"  # both seeds share the warm start
+    folder.mkdir(exist_ok=True)
+    run = CommandLine(folder).train(
+        f"seed-{seed}",
+        f"seed={seed}",
+        "warm_start.batch_size=64",
+        "train.steps=30",
+        "evaluation.every=30",
+        config=REPOSITORY / "examples/agents/calculator.yaml",
+    )
+    assert run.status == 0, run.output[-5000:]
+    calls, rewards = values(run, "agent/tool_calls_mean"), values(run, "reward/mean")
+    assert np.mean(calls[:3]) < 0.7 and np.mean(calls[-5:]) > 1.4, calls  # two calls compute an attempt
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:5]) + 0.08, rewards
+    before, after = values(run, "eval/fresh/avg@8")
+    assert after > 2 * before
+    calls = values(run, "eval/fresh/tool_calls_mean")
+    assert calls[1] > calls[0] + 1
+    assert max(values(run, "agent/turns_mean")) > 2 and max(values(run, "agent/tool_errors_mean")) < 0.2
+    assert max(values(run, "logprob/rollout_actor_max_diff")) < 1e-3
+
+
 def test_two_sequences_of_a_rollout_share_its_advantage(quickstart: Callable[..., Finished]) -> None:
     run = quickstart(
         "two_attempts",
@@ -96,3 +121,5 @@ def test_rollouts_that_fail_have_no_reward_and_teach_nothing(quickstart: Callabl
     )
     fractions = values(run, "reward/error_fraction")
     assert sum(fractions[:STEPS]) > 0
+    failed, scores = values(run, "eval/held_out/failed_fraction"), values(run, "eval/held_out/avg@8")
+    assert len(failed) == len(scores) == 2 and all(0.02 < share < 0.4 for share in failed)

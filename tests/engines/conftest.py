@@ -21,6 +21,7 @@ from megatron_rl.rollout.engines.kind import engine_kind
 from megatron_rl.rollout.servers import guard
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from tests.e2e_cpu.conftest import CommandLine
+from tests.engines.updates import in_folder
 from tests.patience import command_of, completed
 
 T = TypeVar("T")
@@ -103,3 +104,12 @@ def engine(request: pytest.FixtureRequest, run: Run[object], model: Path) -> Ite
     run(engine.resume())
     yield engine
     run(engine.close())
+
+
+@pytest.fixture
+def lent(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> Iterator[HttpEngine]:
+    """The server that tests share, for a whole run; afterwards it gets the model's weights again."""
+    yield engine
+    run(engine.pause())
+    run(engine.update_weights(in_folder(tmp_path / "restored", model, 200)[0]))
+    run(engine.resume())

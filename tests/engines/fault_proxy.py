@@ -32,6 +32,8 @@ class Script:
     successor: HttpEngine | None = None
     down: str = ""
     met: Counter[str] = field(default_factory=Counter)
+    bodies: list[tuple[str, bytes]] = field(default_factory=list)
+    """Path and body of each request so far."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fault(self, path: str, update_path: str) -> str:
@@ -67,6 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.script.bodies.append((self.path, body))
         fault = self.script.fault(self.path, self.update_path)
         if fault == "drop":
             self.close_connection = True

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
+from examples.agents.openai_agent import solve, solve_in_a_process
 from megatron_rl.agent.model import Model
 from megatron_rl.agent.rollouts import AgentRollouts
 from megatron_rl.config.agent import AgentSettings
-from megatron_rl.types import AgentResponse, Prompt
+from megatron_rl.types import AgentResponse, Prompt, RewardResult
 from tests.unit.agent.kit import TOOLS, TextEngines, sampling, tokenizer
 
 CALL = '<tool_call>{"name": "f", "arguments": {"x": 3}}</tool_call>'
 
 
 def test_a_program_with_tools_and_streams_is_one_sequence() -> None:
-    openai = pytest.importorskip("openai")  # it comes with the servers
+    import openai  # it comes with the servers
+
     seen: dict[str, Any] = {}
 
     async def agent(model: Model, prompt: Prompt) -> float:
@@ -43,3 +47,39 @@ def test_a_program_with_tools_and_streams_is_one_sequence() -> None:
     assert (seen["call"].name, seen["call"].arguments, seen["text"]) == ("f", '{"x": 3}', "abc")
     assert isinstance(response, AgentResponse) and response.others == () and response.reward is None
     assert response.finish_reason == "length"
+
+
+def multiplies(text: str) -> str:
+    """A policy that calls the tool of the example, reads the result, and gives it alone when it is asked to."""
+    if "number alone" in text:
+        return "391"
+    if "tool\n391" in text:
+        return "The product is 391."
+    return '<tool_call>{"name": "multiply", "arguments": {"a": 17, "b": 23}}</tool_call>'
+
+
+def played(agent: Any, answers: Callable[[str], str], **settings: Any) -> AgentResponse:
+    engines = TextEngines(answers, embedded=False)
+    prompt = Prompt("p", (1,), "What is 17 * 23?", 391)
+    with AgentRollouts(AgentSettings(function="own:agent", **settings), agent, engines, tokenizer(), 5000) as rollouts:
+        ((response,),) = rollouts.generate([prompt], sampling())
+    assert isinstance(response, AgentResponse)
+    return response
+
+
+@pytest.mark.parametrize("agent", [solve, solve_in_a_process])
+def test_the_example_is_one_sequence_of_three_turns(agent: Any) -> None:
+    response = played(agent, multiplies)
+    assert response.reward is not None and (response.reward.score, response.reward.outcome) == (1.0, "score")
+    assert response.others == () and response.turns == 3
+    wrong = played(agent, lambda text: "I do not know.")
+    assert wrong.reward is not None and wrong.reward.score == 0.0 and wrong.turns == 2
+
+
+@pytest.mark.parametrize("agent", [solve, solve_in_a_process])
+def test_the_example_at_its_limits(agent: Any) -> None:
+    """The policy calls the tool again and again; a program in another process cannot say that this is the reason."""
+    cut = played(agent, lambda text: multiplies(""), max_turns=3)
+    assert cut.turns == 3 and (cut.reward is None if agent is solve else cut.reward == RewardResult(0.0, text=ANY))
+    late = played(agent, multiplies, timeout_seconds=0.001)
+    assert late.reward is not None and late.reward.outcome == "timeout"

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_rl.rollout.engines.interface import Address
 from megatron_rl.rollout.engines.vllm.request_batcher import PATH, RequestBatcher
-from megatron_rl.rollout.engines.vllm.server import _response, _sampling
+from megatron_rl.rollout.engines.vllm.server import _choice, _response, _sampling
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.rollout.servers.server import HttpClient, ServerRefused
 from megatron_rl.types import SamplingParams
@@ -48,15 +48,17 @@ def test_answers_equal_those_of_vllms_own_handler(engine: HttpEngine, run: Run[l
         batcher = RequestBatcher(client)
         compact = await asyncio.gather(*(batcher.send(request, 600.0) for request in requests))
         path = "/inference/v1/generate"
-        return compact, [(await client.post(path, request, timeout_seconds=600.0))["choices"] for request in requests]
+        own = [(await client.post(path, request, timeout_seconds=600.0))["choices"] for request in requests]
+        return compact, [[_choice(choice) for choice in choices] for choices in own]
 
     for compact, full in zip(*run(with_client(address(engine), both)), strict=True):
         assert len(compact) == len(full) == SAMPLING.n
-        for ours, theirs in zip(*(sorted(answer, key=lambda c: c["index"]) for answer in (compact, full)), strict=True):
+        for ours, theirs in zip(*(sorted(answer, key=lambda c: c.index) for answer in (compact, full)), strict=True):
             mine, other = _response(ours), _response(theirs)
             assert (mine.token_ids.tolist(), mine.finish_reason) == (other.token_ids.tolist(), other.finish_reason)
             assert (mine.weight_version, mine.version_changes) == (other.weight_version, other.version_changes)
             assert all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(mine.log_probs, other.log_probs, strict=True))
+            assert mine.token_ids.dtype == "int32" and mine.log_probs.dtype == "float32"
 
 
 def test_a_request_without_the_key_is_refused(engine: HttpEngine, run: Run[list[Any]]) -> None:

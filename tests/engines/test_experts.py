@@ -14,7 +14,7 @@ from megatron_rl.weight_sync.folder import FolderTransport
 from megatron_rl.weight_sync.transport import FolderUpdate
 from tests.engines.conftest import Run, launch
 from tests.engines.test_generate import largest_gap
-from tests.engines.test_weights import tensors
+from tests.engines.updates import tensors
 from tests.hf_models import write_hf_model
 
 PROMPTS = [(1, 5, 7), (2, 3)]

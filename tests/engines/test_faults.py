@@ -16,7 +16,6 @@ from tests.e2e_cpu.conftest import CommandLine, Finished
 from tests.engines.conftest import Run, launch
 from tests.engines.fault_proxy import Script, fault_proxy
 from tests.engines.test_training import PROMPTS, SAMPLES, Training, rollouts
-from tests.engines.test_weights import in_folder
 
 STEPS = 14
 GOOD = [""]
@@ -35,7 +34,7 @@ FAULTS = {
         "/end_weight_update": [*GOOD * 6, "drop"],
     },
     "vllm": {
-        "/brief/generate": [*GOOD * CHECKS, *SOME, *GOOD * 12, "down"],
+        "/arrays/generate": [*GOOD * CHECKS, *SOME, *GOOD * 12, "down"],
         "/start_weight_update": [*GOOD * 2, "lost", *GOOD, "error"],
         "/update_weights": [*GOOD * 14, "error", *GOOD * 5, "lost", *GOOD * 3, "slow"],
         "/finish_weight_update": [*GOOD * 6, "drop", "lost"],
@@ -70,15 +69,6 @@ def successor(engine: HttpEngine, run: Run[Any], model: Path) -> Iterator[HttpEn
     run(successor.start())
     yield successor
     run(successor.close())
-
-
-@pytest.fixture
-def lent(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> Iterator[HttpEngine]:
-    """The server that tests share; afterwards it gets the model's weights again."""
-    yield engine
-    run(engine.pause())
-    run(engine.update_weights(in_folder(tmp_path / "restored", model, 200)[0]))
-    run(engine.resume())
 
 
 def assert_each_sample_is_there_once(run: Finished, staleness: int) -> None:

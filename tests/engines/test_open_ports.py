@@ -53,7 +53,7 @@ def test_no_route_answers_without_the_key(engine: HttpEngine, run: Run[Any], hea
     assert len(routes(kind)) > 50 and ("POST", "/v1/completions") in routes(kind)
     address = engine._server._http.address  # type: ignore[attr-defined]
     assert address.key
-    found = run(statuses(address.url, [*routes(kind), ("POST", "/brief/generate"), ("GET", "/no/such/path")], headers))
+    found = run(statuses(address.url, [*routes(kind), ("POST", "/arrays/generate"), ("GET", "/no/such/path")], headers))
     assert {route for route, status in found.items() if status not in REFUSED} == OPEN[kind]
     assert run(engine.health()) is not None
 

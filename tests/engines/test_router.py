@@ -19,7 +19,7 @@ from megatron_rl.rollout.servers.server import UNSYNCED, HttpClient, ServerRefus
 from megatron_rl.types import Response, SamplingParams
 from tests.engines.conftest import Run, launch, server_processes
 from tests.engines.test_generate import largest_gap
-from tests.engines.test_weights import in_folder
+from tests.engines.updates import in_folder
 from tests.patience import command_of
 
 pytestmark = pytest.mark.sglang

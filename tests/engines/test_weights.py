@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_rl.rollout.engines.interface import LOOPBACK, UpdateFailed, response_of
 from megatron_rl.rollout.servers.http_engine import HttpEngine
@@ -21,9 +22,8 @@ from megatron_rl.rollout.servers.server import ServerUnavailable
 from megatron_rl.types import Response
 from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
-from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker, WeightsDamaged
+from megatron_rl.weight_sync.checksums import ChecksumTaker, WeightsDamaged
 from megatron_rl.weight_sync.collective import CollectiveTransport
-from megatron_rl.weight_sync.folder import FolderTransport
 from megatron_rl.weight_sync.mapped import MappedTransport
 from megatron_rl.weight_sync.transport import (
     CollectiveUpdate,
@@ -35,9 +35,7 @@ from megatron_rl.weight_sync.transport import (
 )
 from tests.engines.conftest import Run
 from tests.engines.test_generate import PROMPTS, SAMPLING, largest_gap
-
-BUCKET = 300_000
-"""Bytes of a bucket: an eighth of the model."""
+from tests.engines.updates import BUCKET, in_folder, tensors
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +56,6 @@ def serving(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> I
     run(engine.pause())
     run(engine.update_weights(in_folder(tmp_path / "restored", model, 100)[0]))
     run(engine.resume())
-
-
-def tensors(model: Path) -> list[tuple[str, torch.Tensor]]:
-    """The tensors in the order in which an actor sends them."""
-    order = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
-    weights = load_file(model / "model.safetensors")
-    names = sorted(
-        weights, key=lambda name: (name.split(".")[:3], [order.index(p) for p in name.split(".") if p in order])
-    )
-    return [(name, weights[name]) for name in names]
-
-
-def in_folder(folder: Path, model: Path, version: int, spoilt: str = "") -> tuple[FolderUpdate, Checksums]:
-    """spoilt: name of a tensor to write with wrong values."""
-    transport = FolderTransport(folder, 0, BUCKET)
-    transport.connect()
-    named = ((name, tensor + 1 if name == spoilt else tensor) for name, tensor in tensors(model))
-    pushed = transport.push(named, version, ChecksumTaker(1))
-    assert pushed.checksums and len(pushed.parts) > 3
-    return FolderUpdate(version, pushed.parts, take_checksums=True), pushed.checksums
 
 
 class Sender:
@@ -272,3 +250,68 @@ def test_requests_under_way_continue_with_the_new_weights(
         assert largest_gap(policies[first.weight_version], PROMPTS[0], first, 1.0) < 1e-4
         rest = response_of(response.token_ids[place:], response.log_probs[place:], "length", version)
         assert largest_gap(policies[version], (*PROMPTS[0], *first.token_ids.tolist()), rest, 1.0) < 1e-4
+
+
+@pytest.fixture
+def keeping(engine: HttpEngine, run: Run[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine keeps requests across updates, as in asynchronous runs."""
+    assert run(engine._server.cannot_freeze()) == ""
+    monkeypatch.setattr(engine, "_keeps_requests", True)
+
+
+def largest_gap_with_old_cache(models: tuple[Path, Path], response: Response, place: int) -> float:
+    """Largest difference of log-probs from plain transformers: `models` before and after an update, which came between
+    two tokens and left the first one's cache as it was. The cache of the newest token was not computed yet."""
+    old, new = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for model in models)
+    ids = torch.tensor([[*PROMPTS[0], *response.token_ids.tolist()]])
+    seen = len(PROMPTS[0]) + place - 1
+    with torch.inference_mode():
+        before = old(ids[:, :seen], use_cache=True)
+        after = new(ids[:, seen:], past_key_values=before.past_key_values)
+    logits = torch.cat([before.logits[0], after.logits[0]])[len(PROMPTS[0]) - 1 : -1]
+    log_p = torch.log_softmax(logits, -1).gather(1, ids[0, len(PROMPTS[0]) :, None])[:, 0]
+    return float((log_p - torch.tensor(response.log_probs)).abs().max())
+
+
+@pytest.mark.usefixtures("keeping")
+def test_kept_requests_go_on_with_the_cache_of_the_older_weights(
+    engine: HttpEngine, run: Run[Any], update_under_way: tuple[dict[int, Path], list[list[Response]]]
+) -> None:
+    """The log-probs show which weights sampled each token, and that nothing was computed again."""
+    policies, groups = update_under_way
+    responses = [response for group in groups for response in group]
+    changed = [response for response in responses if response.version_changes]
+    for response in responses:
+        assert set(response.weight_versions.tolist()) <= policies.keys()
+        assert len(response) == 50 or response.token_ids[-1] == 94
+    for response in changed[:: max(1, len(changed) // 12)]:
+        ((place, version),) = response.version_changes
+        models = (policies[response.weight_version], policies[version])
+        assert largest_gap_with_old_cache(models, response, place) < 1e-4
+    newest = run(engine.health())
+    assert_serves(engine, run, policies[newest], newest)
+
+
+@pytest.mark.usefixtures("keeping")
+def test_requests_are_kept_during_a_broadcast(engine: HttpEngine, run: Run[Any], other: Path) -> None:
+    sender = Sender(other, "weights-kept")
+    sender.meet(engine, run)
+    run(engine.resume())
+    before, pushed = run(engine.health()), []
+
+    async def scenario() -> list[list[Response]]:
+        asking = asyncio.create_task(engine.generate(PROMPTS, replace(SAMPLING, n=64, max_tokens=50)))
+        await asyncio.sleep(0.2)
+        await engine.pause()
+        pushing = threading.Thread(target=sender.push, args=(40, pushed))
+        pushing.start()
+        await engine.update_weights(sender.update(40))
+        assert await engine.verify_weights(40, pushed[0].checksums) > 10
+        await engine.resume()
+        pushing.join()
+        return await asking
+
+    groups: list[list[Response]] = run(scenario())
+    assert {version for group in groups for r in group for version in r.weight_versions.tolist()} <= {before, 40}
+    assert_serves(engine, run, other, 40)
+    sender.transport.close()

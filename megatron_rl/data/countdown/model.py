@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,12 @@ VOCABULARY = (
     *(PAD, BOS, EOS, ">", ":", *OPERATORS, "=", "ok", "no", "wait", "hmm", "so"),
     *(str(number) for number in range(LARGEST + 1)),
 )
+CALCULATOR = "calc"
+"""Stands in the place of `=` where a calculator shall write the result. Only the calculator task has this word."""
 MAX_POSITIONS = 64
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
     """Builds a tokenizer with one token per word, words separated by spaces.
 
     A word outside the vocabulary raises an error; it never becomes an unknown token.
@@ -27,7 +30,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel(vocab={word: index for index, word in enumerate(VOCABULARY)}))
+    words = Tokenizer(models.WordLevel(vocab={word: index for index, word in enumerate(vocabulary)}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -40,7 +43,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(seed: int) -> Qwen3ForCausalLM:
+def build_model(seed: int, vocabulary: Sequence[str] = VOCABULARY) -> Qwen3ForCausalLM:
     """Builds a float32 model with weights drawn from the seed.
 
     Embeddings are N(0, 0.02) and linear layers N(0, 1/sqrt(fan_in)), with half that standard deviation in the layers
@@ -49,9 +52,9 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    pad, bos, eos = (VOCABULARY.index(word) for word in (PAD, BOS, EOS))
+    pad, bos, eos = (vocabulary.index(word) for word in (PAD, BOS, EOS))
     config = Qwen3Config(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         hidden_size=128,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -80,7 +83,7 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
     return model
 
 
-def write_model(folder: Path, seed: int) -> None:
+def write_model(folder: Path, seed: int, vocabulary: Sequence[str] = VOCABULARY) -> None:
     """Writes configuration, weights, generation configuration and tokenizer."""
     from transformers.utils import logging
 
@@ -88,8 +91,8 @@ def write_model(folder: Path, seed: int) -> None:
     # A progress bar for one file of 2 MB is noise.
     logging.disable_progress_bar()
     try:
-        build_model(seed).save_pretrained(folder)
+        build_model(seed, vocabulary).save_pretrained(folder)
     finally:
         if bars:
             logging.enable_progress_bar()
-    build_tokenizer().save_pretrained(folder)
+    build_tokenizer(vocabulary).save_pretrained(folder)

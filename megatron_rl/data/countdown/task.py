@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_rl.data.countdown.model import write_model
-from megatron_rl.data.countdown.problems import RL_MIN_SHARE, Numbers, Problem, label, prompt, split_problems
-from megatron_rl.data.countdown.traces import MIX_A, MIX_B, traces
+from megatron_rl.data.countdown.model import CALCULATOR, VOCABULARY, write_model
+from megatron_rl.data.countdown.problems import RL_MIN_SHARE, Numbers, Problem, Splits, label, prompt, split_problems
+from megatron_rl.data.countdown.traces import MIX_A, MIX_B, MIX_CALCULATOR, traces
 from megatron_rl.errors import UserError
 
 VERSION = 2
 """Version of the content. It must be raised whenever the same arguments would write different files."""
 WARM_START_TRACES = (900 * 128, 260 * 128)
+CALCULATOR_TRACES = 400 * 128
 MANIFEST = "manifest.json"
 
 
@@ -38,13 +39,31 @@ def write_task(folder: Path, *, seed: int = 0, warm_start_traces: tuple[int, int
     another version of the task or changed files, or if it cannot be written.
     """
     settings = {"task": "countdown", "version": VERSION, "seed": seed, "warm_start_traces": list(warm_start_traces)}
+    _write(folder, settings, lambda draft: _write_files(draft, seed, warm_start_traces))
+
+
+def write_calculator_task(folder: Path, *, seed: int = 0, warm_start_traces: int = CALCULATOR_TRACES) -> None:
+    """Writes the Countdown task with the word `calc`, which asks a calculator for a result, as `write_task` does. There
+    is one file of traces, `warm_start.parquet`, in which a tenth of the attempts has calls."""
+    settings = {"task": "countdown_calculator", "version": 1, "seed": seed, "warm_start_traces": warm_start_traces}
+
+    def write_files(draft: Path) -> None:
+        splits = _write_problems(draft, seed)
+        columns = traces(splits.train, warm_start_traces, MIX_CALCULATOR, seed=seed)
+        pq.write_table(pa.table(columns), draft / "warm_start.parquet")
+        write_model(draft / "model", seed, (*VOCABULARY, CALCULATOR))
+
+    _write(folder, settings, write_files)
+
+
+def _write(folder: Path, settings: dict[str, Any], write_files: Callable[[Path], None]) -> None:
     if _is_written(folder, settings):
         return
     # A sibling folder, so that the rename stays within one file system.
     draft = folder.parent / f".{folder.name}.writing-{os.getpid()}"
     try:
         draft.mkdir(parents=True)
-        _write_files(draft, seed, warm_start_traces)
+        write_files(draft)
         manifest = settings | {"files": {name: _sha256(draft / name) for name in _file_names(draft)}}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         draft.rename(folder)
@@ -56,7 +75,7 @@ def write_task(folder: Path, *, seed: int = 0, warm_start_traces: tuple[int, int
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _write_files(folder: Path, seed: int, warm_start_traces: tuple[int, int]) -> None:
+def _write_problems(folder: Path, seed: int) -> Splits:
     splits = split_problems(seed)
     rng = random.Random(seed)
     train = (
@@ -66,6 +85,11 @@ def _write_files(folder: Path, seed: int, warm_start_traces: tuple[int, int]) ->
     for name, problems in (("held_out", splits.held_out), ("fresh", splits.fresh)):
         one_order = ((tuple(rng.sample(problem.numbers, 3)), problem) for problem in _for_rl(problems))
         _write_rows(folder / f"{name}.jsonl", one_order)
+    return splits
+
+
+def _write_files(folder: Path, seed: int, warm_start_traces: tuple[int, int]) -> None:
+    splits = _write_problems(folder, seed)
     # Each phase has a seed of its own, so that the phases do not repeat each other's draws.
     for phase, (name, mix) in enumerate((("warm_start_a", MIX_A), ("warm_start_b", MIX_B))):
         columns = traces(splits.train, warm_start_traces[phase], mix, seed=2 * seed + phase)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron_rl.data.countdown.model import CALCULATOR
 from megatron_rl.data.countdown.problems import Numbers, Problem, attempts, prompt, solutions
 
 MAX_TRIES = 4
@@ -25,10 +26,13 @@ class Mix:
     """Probability of a retry after the verdict `ok`."""
     noise: float
     """Probability of a filler before the end."""
+    calculator: float = 0.0
+    """Probability that a calculator computes an attempt: `3 + 5 calc 8 * 7 calc 56`."""
 
 
 MIX_A = Mix(oracle=0.2, wait_after_no=0.03, wait_after_ok=0.03, noise=0.02)
 MIX_B = Mix(oracle=0.35, wait_after_no=0.025, wait_after_ok=0.015, noise=0.01)
+MIX_CALCULATOR = replace(MIX_B, calculator=0.1)
 
 
 def response(rng: random.Random, numbers: Numbers, target: int, mix: Mix) -> str:
@@ -38,7 +42,8 @@ def response(rng: random.Random, numbers: Numbers, target: int, mix: Mix) -> str
         pool = solutions(numbers, target) if rng.random() < mix.oracle else attempts(numbers)
         attempt = rng.choice(pool)
         solved = attempt.result == target
-        words += [attempt.text, "ok" if solved else "no"]
+        calls = mix.calculator and rng.random() < mix.calculator
+        words += [attempt.text.replace("=", CALCULATOR) if calls else attempt.text, "ok" if solved else "no"]
         draw = rng.random()
         if tries == MAX_TRIES or draw >= (mix.wait_after_ok if solved else mix.wait_after_no):
             break

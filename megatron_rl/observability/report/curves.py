@@ -204,6 +204,19 @@ def _truncated(rows: Sequence[Row]) -> Chart:
     )
 
 
+def _turns(rows: Sequence[Row]) -> Chart:
+    return Chart(
+        "Turns and tool calls",
+        "Calls of the model, and of tools, in a rollout of the agent; and tool calls that end in an error.",
+        _train(rows, "turns", "agent/turns_mean")
+        + _train(rows, "tool calls", "agent/tool_calls_mean", color=1, dash="dash")
+        + _train(rows, "tool errors", "agent/tool_errors_mean", color=2, dash="dot")
+        + _evaluated(rows, "tool_calls_mean", "evaluation, tool calls", "dashdot"),
+        {"solid": "turns", "dash": "tool calls", "dot": "tool errors", "dashdot": "tool calls in evaluations"},
+        unit="per rollout",
+    )
+
+
 def _delta(rows: Sequence[Row]) -> Chart:
     lines = _train(rows, "delta", "lpreg/delta")
     return Chart(
@@ -312,6 +325,7 @@ _CHARTS: tuple[Callable[[Sequence[Row]], Chart], ...] = (
     _probes,
     _response_length,
     _truncated,
+    _turns,
     _delta,
     _selected,
     _kept,

@@ -46,6 +46,9 @@ class EngineLaunch:
     """Address of a running server to attach to; the fields above, except `kind` and `server`, are then not used."""
     colocated: bool = False
     """Whether the engine must release its GPU memory while the actor trains."""
+    keeps_requests: bool = False
+    """Whether a server whose kind allows it keeps requests across weight updates with their KV cache, unless it says
+    that it cannot; else it aborts them, and they continue after a new prefill."""
     host: str = LOOPBACK
     """Address that a server listens on."""
 
@@ -98,7 +101,7 @@ class Responder(Protocol):
         return None
 
     def pause(self) -> None:
-        """Stops sampling until `resume`."""
+        """Stops sampling until `resume`; requests under way are kept, or aborted and continued then."""
         return None
 
     def close(self) -> None:

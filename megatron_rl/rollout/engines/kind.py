@@ -53,6 +53,8 @@ class ServerKind(EngineKind):
     """Name of the server's distribution package. A `-cpu` variant counts too."""
     releases: str
     """Releases of the package whose command line and HTTP interface are known to work."""
+    keeps_requests: bool = False
+    """Whether the server may be able to keep requests across a weight update: `Server.freeze`."""
     router: bool = False
     """Whether sglang-router can pass requests on to the server."""
     memory_option: str | None = None

@@ -45,6 +45,8 @@ class HttpEngine:
         self._folder: Path | None = None
         self._released = self._has_room = False
         """Whether the server's memory was released, and whether the memory of its weights was restored since."""
+        self._keeps_requests = self._frozen = False
+        """Whether the server keeps requests across updates, and whether it does so at present."""
         self._silence_seconds = self.settings.hang_seconds
         self._weights_bytes = 0
         """Size of the newest update."""
@@ -72,7 +74,17 @@ class HttpEngine:
             self._sign_of_life, self.settings.hang_seconds, lambda: self._silence_seconds, lambda: str(self._requests)
         )
         log(f"{self.kind.name} answers at {address.url}")
+        if self.launch.keeps_requests:
+            await self._choose_how_to_pause()
         return address
+
+    async def _choose_how_to_pause(self) -> None:
+        reason = await self._liveness.while_there(self._server.cannot_freeze())
+        self._keeps_requests = not reason
+        if reason:
+            log(f"weight updates abort requests, which continue after a new prefill: {reason}")
+        else:
+            log("requests go on across weight updates, with the KV cache that older weights computed")
 
     async def close(self) -> None:
         """Ends the server if this engine started it; returns once its processes have ended."""
@@ -90,7 +102,7 @@ class HttpEngine:
         """Waits for a sign of life. Gives the server up if another process restarted it, so that it lost its
         weights."""
         async with self._examined:
-            if self._released:  # a sign of life may be a token, and for that the memory is missing
+            if self._released or self._frozen:  # a sign of life may be a token, which there cannot be now
                 await self._server.weight_version()
                 return
             await self._server.alive()
@@ -128,9 +140,18 @@ class HttpEngine:
         await self._requests.abort()
 
     async def pause(self) -> None:
-        """Aborts the requests under way and keeps their tokens; the rest is sampled after `resume`, by the newest
-        weights."""
-        await self._requests.pause()
+        """Stops sampling until `resume`. The server keeps the requests under way with their KV cache, if it can and
+        `EngineLaunch.keeps_requests` asks for it. Else it aborts them; their tokens are kept, and the rest is sampled
+        after another prefill, by the newest weights."""
+        if not self._keeps_requests:
+            return await self._requests.pause()
+        self._requests.hold()
+        async with self._examined:  # a sign of life under way may still wait for its token
+            self._frozen = True
+        try:
+            await self._control(self._server.freeze, self.settings.hang_seconds)
+        except UpdateFailed as error:
+            raise self._liveness.lose(f"it does not pause: {error}") from error
 
     async def release_memory(self) -> None:
         """See `RolloutEngine`."""
@@ -145,6 +166,9 @@ class HttpEngine:
         if self._released:
             await self._control(bound(self._server.restore_memory, "kv_cache"), self._update_seconds)
             self._released = self._has_room = False
+        if self._frozen:
+            await self._control(self._server.unfreeze, self.settings.hang_seconds)
+            self._frozen = False
         self._requests.resume()
 
     async def update_weights(self, update: WeightUpdate) -> None:

@@ -43,13 +43,16 @@ class Liveness:
         return EngineLost(self._lost.result())
 
     async def while_there(self, work: Awaitable[T]) -> T:
-        """Returns the work's result; raises EngineLost as soon as the server is given up."""
+        """Returns the work's result; raises EngineLost as soon as the server is given up. The work is cancelled with
+        the wait for it."""
         task = asyncio.ensure_future(work)
         either: set[asyncio.Future[Any]] = {task, self._lost}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        task.cancel()
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
         raise EngineLost(self._lost.result())
 
     async def until_lost(self) -> None:

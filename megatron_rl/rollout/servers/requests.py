@@ -80,6 +80,10 @@ class ServerRequests:
         self._open.clear()
         await self._liveness.while_there(self._abort_until_idle(limit_seconds or self._settings.hang_seconds))
 
+    def hold(self) -> None:
+        """Makes new requests wait until `resume`. The server keeps those that are under way, or answers them."""
+        self._open.clear()
+
     def resume(self) -> None:
         self._open.set()
 
@@ -108,9 +112,10 @@ class ServerRequests:
             await self._open.wait()
             if self._aborting:
                 return [response_of([], [], "abort", self.version or 0)] * sampling.n
+            oldest = self.version
             try:
                 answers = await self._send(prompt, sampling)
-                self._check(answers, sampling)
+                self._check(answers, sampling, oldest)
                 return answers
             except ServerUnavailable as error:
                 log(f"request failed, attempt {attempt + 1} of {attempts}: {error}")
@@ -132,9 +137,11 @@ class ServerRequests:
             if not self._under_way:
                 self._idle.set()
 
-    def _check(self, answers: list[Response], sampling: SamplingParams) -> None:
+    def _check(self, answers: list[Response], sampling: SamplingParams, oldest: int | None) -> None:
         """Raises an error if the answers break the interface, or come from weights of another version, as after a
-        restart that the run does not know of."""
+        restart that the run does not know of. oldest: version when the request was sent; updates since then are known.
+        """
+        known = [version for version in (oldest, self.version) if version is not None]
         for answer in answers:
             if len(answer.log_probs) != len(answer) or len(answer) > sampling.max_tokens:
                 raise RuntimeError(
@@ -142,7 +149,7 @@ class ServerRequests:
                     f"at most {sampling.max_tokens} tokens were requested"
                 )
             newest = answer.version_runs[-1][2]
-            if len(answer) and newest != self.version:
+            if len(answer) and not (known and min(known) <= newest <= max(known)):
                 raise self._wrong_version(f"it serves weights {newest}, not {self.version}")
         if len(answers) != sampling.n:
             raise RuntimeError(f"the server gave {len(answers)} responses, {sampling.n} were requested")

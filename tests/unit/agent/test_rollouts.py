@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 
@@ -24,8 +27,32 @@ from megatron_rl.reward.agent import no_reward
 from megatron_rl.reward.grading import Grading
 from megatron_rl.types import AgentResponse, Prompt, Response, RewardResult, Sample
 from tests.unit.agent.kit import ROOM, TextEngines, sampling, tokenizer
+from tests.unit.rollout.test_collector import collector_of
 
 PROMPT = Prompt("p", (5, 6), "ab", "ok")
+
+
+class SlowServers(TextEngines):
+    """Servers that never answer a prompt with the word `never`."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda text: "ok", embedded=False)
+        self.answered: set[int] = set()
+
+    def submit(self, prompts: Any, sampling: Any) -> list[int]:
+        numbers = super().submit(prompts, sampling)
+        texts = (tokenizer().decode(list(prompt.token_ids)) for prompt in prompts)
+        self.answered |= {number for number, text in zip(numbers, texts, strict=True) if "never" not in text}
+        return numbers
+
+    def wait(self, ids: Any, seconds: float | None = None) -> set[int]:
+        time.sleep(0.01)
+        return super().wait(set(ids) & self.answered)
+
+    def cancel(self, ids: Any) -> None:
+        for number in list(ids):
+            del self.asked[number]
+            self.cancelled.append(number)
 
 
 def rollouts_of(agent: Any, engines: TextEngines, **settings: Any) -> AgentRollouts:
@@ -140,6 +167,37 @@ def test_only_the_limit_itself_makes_a_truncated_response_and_other_errors_after
         assert response.reward is None and response.finish_reason == "length"
 
 
+def test_what_a_policy_does_wrongly_with_tools_is_seen_by_it_in_the_same_sequence() -> None:
+    def half(number: float) -> float:
+        """Halves a number.
+
+        Args:
+            number: The number.
+        """
+        return 1 / number
+
+    wrong = [
+        ("{not JSON", "error: the tool call is not JSON"),
+        ('{"name": "g", "arguments": {}}', "error: there is no tool 'g'; there are half"),
+        ('{"name": "half", "arguments": {"x": 1}}', "error: wrong arguments for half"),
+        ('{"name": "half", "arguments": {"number": 0}}', "error: ZeroDivisionError"),
+        ('{"name": "half", "arguments": {"number": 2}}', "0.5"),
+    ]
+
+    def policy(text: str) -> str:
+        turn = text.count("<|im_start|>tool")
+        return f"<tool_call>{wrong[turn][0]}</tool_call>" if turn < len(wrong) else "ok"
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        answer = await model.use_tools([{"role": "user", "content": "ab"}], [half])
+        return float(answer["content"] == "ok")
+
+    response = one(agent, policy)
+    assert response.reward.score == 1.0 and response.others == () and response.turns == len(wrong) + 1
+    seen = tokenizer().decode(response.token_ids[~response.sampled_mask].tolist())
+    assert [words for _, words in wrong if words not in seen] == []
+
+
 def test_an_agent_that_should_give_the_reward_and_returns_none_has_failed() -> None:
     async def forgets(model: Model, prompt: Prompt) -> None:
         await talk(model, prompt)
@@ -220,6 +278,100 @@ def test_an_abort_cancels_rollouts_and_leaves_none_behind() -> None:
         assert rollouts.wait(third) == set(third)
     assert sorted(cleaned) == ["quick"] * 4 + ["slow"] * 2
     assert engines.aborted == 0  # all had their answers
+
+
+async def posts_and_goes(model: Model, messages: Any) -> None:
+    """A client that does not wait for its answer."""
+    url, headers = f"{model.base_url}/chat/completions", {"Authorization": f"Bearer {model.api_key}"}
+    timeout = aiohttp.ClientTimeout(total=0.5)
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as client:
+        with pytest.raises(TimeoutError):
+            await client.post(url, json={"model": model.name, "messages": messages})
+
+
+@pytest.mark.parametrize("fate", ["timeout", "returns", "cancelled calls", "clients that go"])
+def test_servers_stop_working_for_calls_that_nobody_waits_for(fate: str) -> None:
+    left_behind: list[Any] = []
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        await model.chat([{"role": "user", "content": prompt.text}])
+        if prompt.id == "left":
+            call = posts_and_goes if fate == "clients that go" else Model.chat
+            calls = [asyncio.create_task(call(model, [{"role": "user", "content": f"never {k}"}])) for k in range(3)]
+            if fate == "timeout":
+                await asyncio.gather(*calls)
+            while engines.submitted < 5 or (fate == "clients that go" and len(engines.cancelled) < 3):
+                await asyncio.sleep(0.01)
+            for call in calls if fate == "cancelled calls" else []:
+                call.cancel()
+            left_behind.extend(calls)
+        return 1.0
+
+    engines = SlowServers()
+    left, other = Prompt("left", (1,), "ab", None), Prompt("other", (2,), "ok", None)
+    seconds = 0.5 if fate == "timeout" else 600.0
+    with rollouts_of(agent, engines, timeout_seconds=seconds) as rollouts:
+        first, second = rollouts.generate([left, other], sampling())
+        assert len(engines.cancelled) == 3 and not engines.asked
+    assert first[0].num_sampled_tokens == second[0].num_sampled_tokens == 3
+    assert first[0].reward.outcome == ("timeout" if fate == "timeout" else "score")  # type: ignore[attr-defined]
+    if fate == "returns":
+        assert [str(call.exception()) for call in left_behind] == ["the rollout has ended"] * 3
+
+
+def test_an_embedded_engine_does_not_begin_requests_of_rollouts_that_have_ended() -> None:
+    """A request comes while the engine works on a batch, and its rollout ends before the batch does."""
+    works, refused = threading.Event(), threading.Event()
+
+    class SlowEngine(TextEngines):
+        def wait(self, ids: Any, seconds: float | None = None) -> set[int]:
+            works.set()
+            refused.wait(30)
+            return super().wait(ids)
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        while prompt.id == "late" and not works.is_set():
+            await asyncio.sleep(0.01)
+        try:
+            await model.chat([{"role": "user", "content": prompt.text}])
+        finally:
+            if prompt.id == "late":
+                refused.set()
+        return 1.0
+
+    engines = SlowEngine(lambda text: "ok")
+    prompts = [Prompt("early", (1,), "ab", None), Prompt("late", (2,), "ok", None)]
+    with rollouts_of(agent, engines, timeout_seconds=1.0) as rollouts:
+        _, (late,) = rollouts.generate(prompts, sampling())
+    assert late.reward.outcome == "timeout" and engines.submitted == 1  # type: ignore[attr-defined]
+
+
+def test_over_sampling_and_dynamic_sampling_take_the_fastest_rollouts_and_leave_none_behind() -> None:
+    """Prompts 0 and 4 hang, and 2 has no signal."""
+    hung: list[str] = []
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        await talk(model, prompt, turns=2)
+        if prompt.id in "04":
+            try:
+                await asyncio.sleep(1e6)
+            finally:
+                hung.append(prompt.id)
+        return float(prompt.id != "2" and next(first[prompt.id]))
+
+    first = {str(i): itertools.cycle([1, 0]) for i in range(100)}
+    engines = TextEngines(lambda text: "ok", embedded=False)
+    with rollouts_of(agent, engines) as rollouts:
+        collector = collector_of({}, rollouts, over_sampling=2.0, prompts_per_step=2)
+        collector.grader = Grading(SimpleNamespace(score=list), RewardSettings(name="agent"))  # type: ignore[arg-type]
+        collector.sampling = lambda step, draw: sampling(2)
+        steps = [collector.collect(step, 0) for step in (1, 2)]
+        assert not rollouts._groups and not collector.pending
+    trained = [group.prompt.id for step in steps for group in step.groups]
+    assert len(trained) == 4 and not {"0", "2", "4"} & set(trained)
+    assert set(hung) <= {"0", "4"} and hung.count("0") == 2
+    for step in steps:
+        assert [response.num_sampled_tokens for _, response, _ in step.responses] == [6] * 4
 
 
 def test_an_agent_that_blocks_the_event_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

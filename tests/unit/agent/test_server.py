@@ -126,7 +126,29 @@ def test_limits_of_a_request() -> None:
     ("body", "status", "code", "words"),
     [
         ({"model": "gpt-5"}, 404, "model_not_found", "gpt-5"),
-        ({"n": 2}, 400, "invalid_request_error", "one answer"),
+        ({"model": None}, 404, "model_not_found", "None"),
+        ({"model": ["policy"]}, 404, "model_not_found", "policy"),
+        *(({"n": n}, 400, "invalid_request_error", "one answer") for n in (2, 0, True, 1.0, "1", [1])),
+        *(({"stream": value}, 400, "invalid_request_error", "stream") for value in (1, "yes", {})),
+        ({"logprobs": 3}, 400, "invalid_request_error", "logprobs"),
+        ({"logprobs": True, "top_logprobs": 5}, 400, "invalid_request_error", "sampled tokens only"),
+        ({"tool_choice": "any"}, 400, "invalid_request_error", "none, auto, required"),
+        ({"tool_choice": 3}, 400, "invalid_request_error", "tool_choice"),
+        *(({"tools": value}, 400, "invalid_request_error", "tools") for value in ("f", {"f": 1}, 3)),
+        *(
+            ({"tools": [tool]}, 400, "invalid_request_error", "tools.0")
+            for tool in ("f", {}, {"type": "function"}, {"type": "function", "function": {"name": 3}})
+        ),
+        *(({"messages": value}, 400, "invalid_request_error", "messages") for value in (None, "ab", {"role": "user"})),
+        ({"messages": [*USER, "ab"]}, 400, "invalid_request_error", "messages.1"),
+        ({"messages": [{"role": 3, "content": "ab"}]}, 400, "invalid_request_error", "role"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "invalid_request_error", "content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, 400, "invalid_request_error", ""),
+        ({"messages": [USER[0] | {"name": {"a": 1}}]}, 400, "invalid_request_error", "name"),
+        *(
+            ({"messages": [{"role": "assistant", "tool_calls": calls}, *USER]}, 400, "invalid_request_error", "calls")
+            for calls in ("f", {"id": "1"}, [3], [{"function": {"name": 3, "arguments": "{}"}}])
+        ),
         ({"messages": []}, 400, "invalid_request_error", "at least one message"),
         ({"messages": [{"content": "ab"}]}, 400, "invalid_request_error", "role"),
         ({"max_tokens": -1}, 400, "invalid_request_error", "max_tokens"),
@@ -156,6 +178,23 @@ def test_bad_requests_are_refused_and_nothing_is_recorded(
         assert (found, answer["error"]["code"]) == (status, code) and words in answer["error"]["message"]
 
     assert during(check).num_sampled_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "place"),
+    [("POST", "responses"), ("POST", "completions"), ("POST", "embeddings"), ("GET", "chat/completions"), ("GET", "")],
+)
+def test_other_places_are_refused_in_words(method: str, place: str) -> None:
+    async def check(model: Model) -> None:
+        async with (
+            aiohttp.ClientSession() as client,
+            client.request(method, f"{model.base_url}/{place}", json={}) as answer,
+        ):
+            error = (await answer.json())["error"]
+            assert answer.status == 404 and "POST chat/completions and GET models only" in error["message"]
+            assert error["code"] == "not_found" and place in error["message"]
+
+    during(check)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megatron_rl.agent.messages import MALFORMED, answer_of
-from megatron_rl.agent.model import call_tool, schema_of
+from megatron_rl.agent.model import Model, call_tool, schema_of
+from megatron_rl.agent.rollouts import AgentRollouts
 from megatron_rl.agent.tools import PythonTool, calculator
+from megatron_rl.config.agent import AgentSettings
 from megatron_rl.config.reward import CodeSettings
+from megatron_rl.training.metrics import agent_metrics
+from megatron_rl.types import AgentResponse, Prompt
+from tests.unit.agent.kit import TextEngines, sampling, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -123,6 +129,30 @@ def test_tools_describe_themselves() -> None:
 def call(text: str) -> str:
     (written,) = answer_of(f"ab <tool_call>{text}</tool_call>", with_tools=True)["tool_calls"]
     return asyncio.run(call_tool([calculator], written))
+
+
+def test_calls_of_tools_and_their_errors_are_counted() -> None:
+    """Calls are counted in what the policy writes, and in `use_tool`; errors in the results of this process's tools."""
+
+    async def solve(model: Model, prompt: Prompt) -> float:
+        assert await model.use_tool(calculator, expression="1+1") == "2"
+        await model.use_tools([{"role": "user", "content": prompt.text}], [calculator])
+        return 1.0
+
+    def answers(text: str) -> str:
+        if "<|im_start|>tool" in text:
+            return "done"
+        calls = ("1+1", "import os", "1/0")
+        written = [json.dumps({"name": "calculator", "arguments": {"expression": call}}) for call in calls]
+        return "".join(f"<tool_call>{call}</tool_call>" for call in [*written, "no JSON"])
+
+    settings = AgentSettings(function="own:solve")
+    with AgentRollouts(settings, solve, TextEngines(answers), tokenizer(), 10_000) as rollouts:
+        ((response,),) = rollouts.generate([Prompt("p", (1,), "ab", None)], sampling())
+    assert isinstance(response, AgentResponse)
+    assert (response.tool_calls, response.tool_errors) == (5, 3)
+    metrics = agent_metrics([response, replace(response, tool_calls=0, tool_errors=0)])
+    assert (metrics["agent/tool_calls_mean"], metrics["agent/tool_errors_mean"]) == (2.5, 1.5)
 
 
 def nested(levels: int) -> Any:

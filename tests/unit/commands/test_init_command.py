@@ -11,6 +11,8 @@ from megatron_rl.commands.init import examples, starting_points
 from megatron_rl.config import load_config
 
 Output = pytest.CaptureFixture[str]
+TASKS = ("quickstart", "agents")
+"""Starting points whose model the run makes itself."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +37,22 @@ def test_a_copy_is_the_same_configuration(name: str, empty_folder: Path, capsys:
     assert load_config(written, naming) == load_config(starting_points()[name], naming)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in starting_points() if not name.startswith("quickstart")))
+@pytest.mark.parametrize("name", sorted(name for name in starting_points() if name.split("/")[0] not in TASKS))
 def test_the_plan_of_a_start_needs_no_model(name: str, capsys: Output) -> None:
     assert main(["init", name]) == 0
     written = capsys.readouterr().out.splitlines()[0]
     assert main(["plan", written, "--json"]) == 0
     assert "uses the published sizes of Qwen" in capsys.readouterr().err
+
+
+def test_the_module_of_an_agent_is_copied_to_where_it_is_imported_from(capsys: Output) -> None:
+    assert main(["init", "agents/calculator", "--output", "mine"]) == 0
+    configuration, module, after = capsys.readouterr().out.splitlines()
+    assert Path(configuration) == Path("mine/examples/agents/calculator.yaml")
+    assert after == "next: cd mine && megatron-rl train examples/agents/calculator.yaml"
+    function = load_config(Path(configuration), []).rollout.agent.function
+    assert Path(module) == Path("mine", f"{function.partition(':')[0].replace('.', '/')}.py")
+    assert Path(module).read_text() == (examples() / "agents/countdown.py").read_text()
 
 
 def test_a_file_of_ones_own_is_never_overwritten(empty_folder: Path, capsys: Output) -> None:

@@ -85,6 +85,8 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["rollout.engines=5"], ["rollout.engines: 5", "rollout.prompts_per_step: 4"]),
         (["rollout.agent={function: own:solve}", "rollout.max_staleness=1", "algorithm.correction.weights=masked"],
          ["rollout.max_staleness: 1", "rollout.agent"]),
+        (["rollout.agent={function: own:solve}", "rollout.max_staleness=1", "rollout.asynchronous=true",
+          "algorithm.correction.weights=masked"], ["rollout.max_staleness: 1", "rollout.asynchronous to false"]),
         (["rollout.agent={function: solve}"], ["rollout.agent.function", "package.module:function"]),
         (["reward.name=agent"], ["reward.name: agent", "rollout.agent"]),
         (["rollout.engine=vllm", "rollout.server.router=round_robin"], ["rollout.server.router", "vllm"]),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.data.countdown import problems, traces, write_task
+from megatron_rl.data.countdown import problems, traces, write_calculator_task, write_task
 from megatron_rl.data.countdown.problems import Problem
 from megatron_rl.errors import UserError
 
@@ -42,6 +42,21 @@ def key_of(problem: Problem) -> Key:
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_task_with_a_calculator_has_calls_in_a_tenth_of_its_attempts(tmp_path: Path, task: Path) -> None:
+    folder = tmp_path / "calculator"
+    write_calculator_task(folder, warm_start_traces=2000)
+    for name in ("train.jsonl", "held_out.jsonl", "fresh.jsonl"):
+        assert (folder / name).read_bytes() == (task / name).read_bytes()
+    responses = pq.read_table(folder / "warm_start.parquet")["response"].to_pylist()
+    calls = [response for response in responses if "calc" in response]
+    assert 0.07 < len(calls) / len(responses) < 0.13
+    before = snapshot(folder)
+    write_calculator_task(folder, warm_start_traces=2000)
+    assert snapshot(folder) == before
+    with pytest.raises(UserError, match="holds another Countdown task"):
+        write_task(folder, warm_start_traces=TRACES)
 
 
 def test_there_are_1791_problems() -> None:

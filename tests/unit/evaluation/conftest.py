@@ -31,6 +31,7 @@ class ScriptedSource:
     tokenizer = None
     stop = ()
     decode = None
+    vocabulary = positions = None
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []

@@ -6,14 +6,20 @@ import importlib.util
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_rl.agent.model import Model
+from megatron_rl.agent.rollouts import AgentRollouts
+from megatron_rl.agent.tools import calculator
+from megatron_rl.config.agent import AgentSettings
 from megatron_rl.rollout.dump import DumpedResponse, write_rollouts
-from megatron_rl.types import Prompt, Response, RewardResult
+from megatron_rl.types import AgentResponse, Prompt, Response, RewardResult
+from tests.unit.agent.kit import TextEngines, sampling, tokenizer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -133,6 +139,50 @@ def write_dump(folder: Path, step: int, groups: int = 4, seed: int = 0) -> None:
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+async def chatty(model: Model, prompt: Prompt) -> float:
+    """Uses a calculator, and begins a second conversation with a summary of the first."""
+    messages = [{"role": "system", "content": "Compute."}, {"role": "user", "content": prompt.text}]
+    answer = await model.use_tools(messages, [calculator])
+    await model.chat([{"role": "user", "content": f"Is this right: {answer['content']}"}])
+    return 1.0
+
+
+def spoken(prompt: str) -> str:
+    """What the model of `chatty` answers."""
+    if prompt.endswith("Is this right: It is <b>56</b>.<|im_end|>\n<|im_start|>assistant\n"):
+        return "Yes, wait."
+    if "<|im_start|>tool" in prompt:
+        return "It is <b>56</b>."
+    return 'Let me ask. <tool_call>{"name": "calculator", "arguments": {"expression": "7*8"}}</tool_call>'
+
+
+def write_conversations(folder: Path, step: int) -> None:
+    """A step's rollouts of `chatty`: two groups of two rollouts, each of two sequences."""
+    prompts = [Prompt(f"train:{n}", (1,), f"What is 7 times 8, {n}?", "56") for n in range(2)]
+    settings = AgentSettings(function="own:chatty")
+    with AgentRollouts(settings, chatty, TextEngines(spoken), tokenizer(), 10_000) as rollouts:
+        groups = rollouts.generate(prompts, sampling(n=2))
+    dumped = []
+    for number, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        for place, response in enumerate(group):
+            for sequence in response.sequences:
+                assert isinstance(response, AgentResponse) and response.reward and response.tool_calls == 1
+                own = replace(prompt, token_ids=tuple(sequence.context_of(prompt.token_ids)))
+                advantage = float(place) - 0.5
+                dumped.append(DumpedResponse(number, own, sequence, response.reward, advantage, rollout=place))
+    write_rollouts(folder / "rollouts", step, dumped)
+
+
+@pytest.fixture
+def agent_run(run_folder: Path) -> Path:
+    """A run whose agent holds conversations."""
+    tokenizer().save_pretrained(run_folder)
+    with (run_folder / "config.yaml").open("a") as config:
+        config.write("rollout: {agent: {function: 'own:chatty'}}\n")
+    write_conversations(run_folder, 1)
+    return run_folder
 
 
 @pytest.fixture

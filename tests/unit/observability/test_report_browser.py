@@ -158,6 +158,37 @@ def test_the_viewer_shows_label_and_verdict_and_filters_responses(recorded_run: 
     assert page.locator("#group option").count() == 3, "a text of the prompt finds its group at every step"
 
 
+def test_a_rollout_is_shown_as_a_conversation(agent_run: Path, browser: Browser) -> None:
+    page = browser.open(write_report(agent_run))
+    first = page.locator(".sample").first
+    assert first.locator(".role").all_inner_texts() == ["system", "system", "user", "assistant", "tool", "assistant"]
+    assert page.locator(".sample.further").count() == 2
+    assert "sequence 2 of 2 of rollout 1" in page.locator(".sample.further .facts").first.inner_text()
+    assert first.locator(".turn.tool .token:not(.given)").count() == 0, "what a tool writes is given"
+    assert first.locator(".turn.tool").inner_text().count("56") == 1
+    answer = first.locator(".turn.assistant").last
+    assert "It is <b>56</b>." in answer.inner_text(), "text, not markup"
+    assert answer.locator(".token:not(.given)").count() == len("It is <b>56</b>.") + 1
+    colours = page.evaluate(
+        """() => ['.turn.tool .token.given', '.turn.assistant .token:not(.given)']
+             .map(place => getComputedStyle(document.querySelector(place)).color)"""
+    )
+    assert colours[0] == page.evaluate(COLOUR, "--soft") and colours[1] == page.evaluate(COLOUR, "--text")
+    page.locator("#search").fill("yes, wait")
+    assert page.locator(".sample").count() == 2 and page.locator(".sample.further").count() == 2
+    page.locator("#search").fill("")
+    page.locator("#verdicts").select_option("wrong")
+    assert page.locator(".sample").count() == 0
+    page.set_viewport_size({"width": 700, "height": 900})
+    page.locator("#verdicts").select_option("right")
+    assert page.locator(".sample").count() == 4
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+
+
+COLOUR = """name => { const e = document.createElement('i'); e.style.color = `var(${name})`; document.body.append(e);
+                      const found = getComputedStyle(e).color; e.remove(); return found }"""
+
+
 @pytest.mark.parametrize("width", [700, 380])
 def test_a_narrow_page_does_not_scroll_sideways_and_its_legends_stay_off_the_plots(
     recorded_run: Path, tmp_path: Path, browser: Browser, width: int

@@ -138,9 +138,10 @@ def test_tokens_that_were_not_sampled_do_not_count(recorded_run: Path) -> None:
     assert tokens.advantages.tolist() == [row["advantage"] for row, _ in flat]
     for group in response_groups([(1, path)], Vocabulary([recorded_run])):
         for sample in group["samples"]:
-            assert [mark == NOT_SAMPLED for mark in sample["marks"]] == [
-                i % 3 == 0 for i in range(len(sample["marks"]))
-            ]
+            context, *marks = sample["marks"]
+            assert context == NOT_SAMPLED and sample["turns"] == [("prompt", 0), ("response", 1)]
+            assert [mark == NOT_SAMPLED for mark in marks] == [i % 3 == 0 for i in range(len(marks))]
+            assert sample["tokens"] == sum(mark != NOT_SAMPLED for mark in marks)
 
 
 def test_violins_stand_in_the_order_of_the_steps(recorded_run: Path, vocabulary: Vocabulary) -> None:

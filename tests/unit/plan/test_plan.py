@@ -52,6 +52,15 @@ def test_a_kernel_of_experts_is_refused_for_a_dense_model(make: Make) -> None:
     make("actor.fusions.expert_permutation=auto")
 
 
+def test_responses_that_the_model_has_no_room_or_token_for_are_refused(make: Make) -> None:
+    positions = make().setup.model.max_positions
+    with pytest.raises(UserError, match=f"no room for a prompt: the model is made for {positions} positions"):
+        make(f"rollout.max_response_tokens={positions}")
+    make(f"rollout.max_response_tokens={positions}", f"model.max_positions={2 * positions}")
+    with pytest.raises(UserError, match=r"rollout\.stop_token_ids: 999999 is no token id of the model"):
+        make("rollout.stop_token_ids=[1, 999999]")
+
+
 def test_phases_are_never_summed(make: Make) -> None:
     (rank,) = make().actor
     assert rank.peak == max(rank.total(phase) for phase in rank.phases)

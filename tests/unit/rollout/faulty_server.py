@@ -22,8 +22,8 @@ class Script:
     """Faults of the next requests, and a record of the requests so far."""
 
     faults: deque[str] = field(default_factory=deque)
-    """Fault of each next request to /generate: error, drop, slow, short, refuse, stale; once they are used up, answers
-    are good."""
+    """Fault of each next request to /generate: error, drop, slow, short, refuse, stale, damaged; once they are used up,
+    answers are good."""
     update_faults: deque[str] = field(default_factory=deque)
     """Fault of each next weight update: error, drop, slow; once they are used up, updates succeed."""
     abort_faults: int = 0
@@ -31,10 +31,13 @@ class Script:
     length: int = 5
     seconds: float = 0.0
     """Time that a good answer takes."""
+    overlap: bool = False
+    """Whether the server says that it schedules with overlap."""
+    unfrozen: bool = False
     healthy: bool = True
     version: str = "-1"
     requests: list[dict[str, Any]] = field(default_factory=list)
-    control: list[tuple[str, Any]] = field(default_factory=list)
+    control: list[tuple[Any, ...]] = field(default_factory=list)
     """Path and body of each call about memory or weights."""
     abort: threading.Event = field(default_factory=threading.Event)
     answered: int = 0
@@ -52,6 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
             if not self.script.healthy:
                 time.sleep(30)
             self._answer(200, {})
+        elif self.path == "/server_info":
+            self._answer(200, {"disable_overlap_schedule": not self.script.overlap})
         else:
             self._answer(200, {"weight_version": self.script.version})
             self.script.looks += 1
@@ -68,8 +73,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.script.abort.set()
             self._answer(200, {})
         elif self.path == "/update_weights_from_disk":
-            self.script.control.append((self.path, body["weight_version"]))
+            flushed = () if body["flush_cache"] else ("not flushed",)
+            self.script.control.append((self.path, body["weight_version"], *flushed))
             self._update(body)
+        elif self.path in ("/pause_generation", "/continue_generation"):
+            self.script.control.append((self.path, body.get("mode")))
+            if self.path == "/continue_generation":
+                self.script.unfrozen = True
+                self.script.abort.set()
+            self._answer(200, {})
         elif self.path.startswith("/flush_cache?timeout="):
             self.script.control.append(("/flush_cache", None))
             self._answer(200, {})
@@ -103,8 +115,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         version = "-7" if fault == "stale" else script.version
         start, script_version = len(body["input_ids"]), version
-        aborted = script.seconds > 0 and script.abort.wait(script.seconds)
-        script.abort.clear()
+        stopped = script.seconds > 0 and script.abort.wait(script.seconds)
+        aborted = stopped and not script.unfrozen
+        if aborted:
+            script.abort.clear()
         params = body["sampling_params"]
         count = min(params["max_new_tokens"], script.length)
         tokens = [100 + start + i for i in range(2 if aborted else count)]
@@ -112,12 +126,16 @@ class _Handler(BaseHTTPRequestHandler):
         if not aborted and count == script.length:
             tokens[-1], reason = END_TOKEN, "stop"
         log_probs = [[-0.1, token, None] for token in tokens[: 1 if fault == "short" else None]]
-        span = {"version": script_version, "start": 0, "end": len(tokens)}
-        meta = {"finish_reason": {"type": reason}, "output_token_logprobs": log_probs, "weight_versions": [span]}
-        self._answer(200, [{"output_ids": tokens, "meta_info": meta}] * params["n"])
+        spans = [{"version": script_version, "start": 0, "end": len(tokens)}]
+        if stopped and not aborted and len(tokens) > 2:  # it was frozen after two tokens
+            spans = [spans[0] | {"end": 2}, {"version": script.version, "start": 2, "end": len(tokens)}]
+        meta = {"finish_reason": {"type": reason}, "output_token_logprobs": log_probs, "weight_versions": spans}
+        answers = [{"output_ids": tokens, "meta_info": meta}] * params["n"]
+        self._answer(200, answers, cut_off=5 if fault == "damaged" else 0)
 
-    def _answer(self, status: int, body: Any) -> None:
+    def _answer(self, status: int, body: Any, cut_off: int = 0) -> None:
         data = json.dumps(body).encode()
+        data = data[: len(data) - cut_off]
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

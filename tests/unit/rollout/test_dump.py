@@ -51,6 +51,8 @@ def test_a_dump_has_one_row_per_response(tmp_path: Path) -> None:
         "weight_version": 7,
         "weight_versions": [7, 7, 8],
         "rollout": None,
+        "tool_calls": None,
+        "tool_errors": None,
     }
     assert table.column_names == SCHEMA.names
     assert (second["token_ids"], second["sampled_mask"], second["finish_reason"]) == ([], [], "length")

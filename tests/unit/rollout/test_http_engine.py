@@ -62,8 +62,9 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def attached(url: str, **settings: Any) -> AsyncIterator[HttpEngine]:
-    engine = HttpEngine(replace(LAUNCH, server=ServerSettings(urls=[url], **settings), url=url))
+async def attached(url: str, keeps_requests: bool = False, **settings: Any) -> AsyncIterator[HttpEngine]:
+    launch = replace(LAUNCH, server=ServerSettings(urls=[url], **settings), url=url, keeps_requests=keeps_requests)
+    engine = HttpEngine(launch)
     await engine.start()
     await engine.resume()
     try:
@@ -76,7 +77,7 @@ async def tokens(engine: HttpEngine, sampling: SamplingParams = SAMPLING) -> lis
     return [[g.token_ids.tolist() for g in group] for group in await engine.generate(PROMPTS, sampling)]
 
 
-@pytest.mark.parametrize("fault", ["error", "drop", "error drop error", "drop drop"])
+@pytest.mark.parametrize("fault", ["error", "drop", "error drop error", "drop drop", "damaged"])
 def test_a_failed_request_is_retried(server: tuple[str, Script], fault: str) -> None:
     url, script = server
     script.faults.extend(fault.split())
@@ -196,6 +197,79 @@ def test_a_paused_request_continues_with_the_new_weights(server: tuple[str, Scri
         (5, 1),
         (5, 1),
     ]
+
+
+def test_a_kept_request_goes_on_with_the_new_weights(server: tuple[str, Script], tmp_path: Path, clock: Clock) -> None:
+    """Nothing is sent again, and no sign of life is awaited that a frozen server cannot give."""
+    url, script = server
+    update = FolderUpdate(4, (tmp_path / "part-0.safetensors",))
+
+    async def scenario() -> None:
+        async with attached(url, keeps_requests=True, hang_seconds=1.0) as engine:
+            script.seconds = 600
+            asking = asyncio.create_task(engine.generate(PROMPTS[:1], SAMPLING))
+            await until(lambda: len(script.requests) == 1)
+            await engine.pause()
+            script.healthy = False
+            for _ in range(3):
+                seen = script.looks
+                await until(lambda seen=seen: script.looks > seen or asking.done())
+                clock.now += 0.9
+            await engine.update_weights(update)
+            waiting = asyncio.create_task(engine.generate(PROMPTS[1:], SAMPLING))
+            await asyncio.sleep(0.1)
+            assert len(script.requests) == 1 and not asking.done(), "a request was made while paused"
+            script.healthy = True
+            await engine.resume()
+            for response in (await asking)[0]:
+                assert response.token_ids.tolist() == [103, 104, 105, 106, END_TOKEN]
+                assert response.weight_versions.tolist() == [-1, -1, 4, 4, 4]
+            await waiting
+
+    asyncio.run(scenario())
+    assert [body.get("extra_key") for body in script.requests] == [None, "4"]
+    assert script.control == [
+        ("/pause_generation", "in_place"),
+        ("/update_weights_from_disk", "4", "not flushed"),
+        ("/continue_generation", None),
+    ]
+
+
+def test_an_answer_of_weights_that_a_kept_request_never_had_is_not_used(
+    server: tuple[str, Script], tmp_path: Path
+) -> None:
+    url, script = server
+
+    async def scenario() -> None:
+        async with attached(url, keeps_requests=True) as engine:
+            script.seconds = 600
+            asking = asyncio.create_task(engine.generate(PROMPTS[:1], SAMPLING))
+            await until(lambda: len(script.requests) == 1)
+            await engine.pause()
+            await engine.update_weights(FolderUpdate(4, (tmp_path / "part-0.safetensors",)))
+            script.version = "9"
+            await engine.resume()
+            with pytest.raises(EngineLost, match="it serves weights 9, not 4"):
+                await asking
+
+    asyncio.run(scenario())
+
+
+def test_requests_are_aborted_if_the_server_cannot_keep_them(
+    server: tuple[str, Script], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url, script = server
+    script.overlap = True
+
+    async def scenario() -> None:
+        async with attached(url, keeps_requests=True) as engine:
+            await engine.pause()
+            await engine.update_weights(FolderUpdate(4, (tmp_path / "part-0.safetensors",)))
+            await engine.resume()
+
+    asyncio.run(scenario())
+    assert script.control == [("/update_weights_from_disk", "4")]
+    assert "weight updates abort requests, which continue after a new prefill: SGLang" in capfd.readouterr().out
 
 
 def test_aborted_responses_are_returned_and_can_be_continued(server: tuple[str, Script]) -> None:
@@ -414,5 +488,25 @@ def test_a_server_that_cannot_be_reached_is_an_error() -> None:
     async def scenario() -> None:
         with pytest.raises(EngineLost, match=r"did not answer within 0\.2 s"):
             await HttpEngine(replace(LAUNCH, server=settings, url=url)).start()
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_call_leaves_no_request_under_way(server: tuple[str, Script]) -> None:
+    url, script = server
+    script.seconds = 20.0
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            calls = [asyncio.create_task(engine.generate([prompt], SAMPLING)) for prompt in PROMPTS]
+            while str(engine._requests) != "2 requests under way":
+                await asyncio.sleep(0.01)
+            calls[0].cancel()
+            await asyncio.wait(calls[:1])
+            await asyncio.sleep(0.1)
+            assert str(engine._requests) == "1 requests under way" and not calls[1].done()
+            calls[1].cancel()
+            await asyncio.wait(calls)
+            assert all(call.cancelled() for call in calls)
 
     asyncio.run(scenario())

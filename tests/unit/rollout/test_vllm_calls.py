@@ -71,3 +71,24 @@ def test_memory_is_released_at_once_and_restored_part_by_part(monkeypatch: pytes
         await server.close()
 
     asyncio.run(scenario())
+
+
+def test_vllm_keeps_frozen_requests_during_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It resumes only when it is told to, and no cache is reset that requests use."""
+
+    async def scenario() -> None:
+        server = VllmServer(Address("http://unused"))
+        connection = FakeConnection(server, monkeypatch)
+        await server.freeze(1.0)
+        connection.fails = "/update_weights"
+        with pytest.raises(ServerUnavailable):
+            await server.load_weights(UPDATE, 1.0)
+        connection.fails, connection.calls = "", []
+        await server.freeze(1.0)
+        await server.load_weights(UPDATE, 1.0)
+        await server.unfreeze(1.0)
+        updating = [call for call in UPDATE_CALLS if call != "/reset_prefix_cache"]
+        assert connection.calls == ["/pause?mode=keep&clear_cache=false", *updating, "/resume"]
+        await server.close()
+
+    asyncio.run(scenario())

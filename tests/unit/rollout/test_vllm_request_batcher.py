@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,13 @@ from aiohttp.test_utils import TestServer
 
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout.engines.interface import Address, EngineLaunch
+from megatron_rl.rollout.engines.vllm.array_frames import encode
 from megatron_rl.rollout.engines.vllm.kind import KIND
 from megatron_rl.rollout.engines.vllm.request_batcher import PATH
-from megatron_rl.rollout.engines.vllm.server import VllmServer
+from megatron_rl.rollout.engines.vllm.server import VllmServer, _choice
 from megatron_rl.rollout.servers import requests
 from megatron_rl.rollout.servers.http_engine import HttpEngine
-from megatron_rl.rollout.servers.server import HttpClient, ServerRefused, ServerUnavailable
+from megatron_rl.rollout.servers.server import ServerRefused, ServerUnavailable
 from megatron_rl.types import Response, SamplingParams
 
 SAMPLING = SamplingParams(n=2, max_tokens=4, temperature=1.0, stop_token_ids=(2,), seed=0)
@@ -46,7 +46,7 @@ class Vllm:
 
     middleware: bool = True
     faults: list[str] = field(default_factory=list)
-    """Fault of each next batch: error, or drop, after half of the answers; once they are used up, batches are
+    """Fault of each next batch: error; drop or damage, after half of the answers; once they are used up, batches are
     answered."""
     batches: list[list[Any]] = field(default_factory=list)
     singles: list[Any] = field(default_factory=list)
@@ -76,8 +76,10 @@ class Vllm:
                     self.given_up.set()
                     raise
             found = None if one["token_ids"][0] == BAD else choices(one)
-            line = json.dumps({"request": place, "choices": found}).encode() + b"\n"
-            for part in (line[:7], line[7:]):
+            frame = bytearray(encode(place, found and [_choice(choice) for choice in found]))
+            if fault == "damage" and count >= len(asked) // 2:
+                frame[-1] ^= 1
+            for part in (frame[:7], frame[7:]):
                 await answer.write(part)
                 await asyncio.sleep(0.001)
         return answer
@@ -161,7 +163,7 @@ def test_a_server_without_the_middleware_gets_requests_one_by_one() -> None:
     assert len(run(scenario, middleware=False).singles) == 4
 
 
-@pytest.mark.parametrize(("fault", "answered"), [("error", 0), ("drop", 2)])
+@pytest.mark.parametrize(("fault", "answered"), [("error", 0), ("drop", 2), ("damage", 2)])
 def test_a_failed_batch_fails_the_requests_without_an_answer(fault: str, answered: int) -> None:
     async def scenario(vllm: Vllm, server: VllmServer) -> None:
         found = await asyncio.gather(*send(server, (1, 11), (1, 12), (1, 13), (1, 14)), return_exceptions=True)
@@ -193,7 +195,7 @@ def test_no_response_is_lost_or_repeated(monkeypatch: pytest.MonkeyPatch) -> Non
     prompts = [(1, 10 + i) for i in range(40)]
 
     async def scenario() -> Vllm:
-        vllm = Vllm(faults=["drop", "error", "drop", "drop"])
+        vllm = Vllm(faults=["drop", "error", "damage", "drop"])
         async with vllm.running() as url:
             settings = ServerSettings(urls=[url], request_attempts=8)
             engine = HttpEngine(EngineLaunch(KIND, Path("unused"), "cpu", "float32", 64, settings, url))
@@ -208,29 +210,3 @@ def test_no_response_is_lost_or_repeated(monkeypatch: pytest.MonkeyPatch) -> Non
 
     vllm = asyncio.run(scenario())
     assert not vllm.faults and len(vllm.batches[0]) == 40
-
-
-@pytest.mark.parametrize("size", [1, 5, 1000])
-def test_lines_are_complete_however_they_are_split(size: int) -> None:
-    rows = [{"request": i, "choices": ["x" * i]} for i in range(9)]
-    text = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-    async def lines(request: web.Request) -> web.StreamResponse:
-        answer = web.StreamResponse()
-        await answer.prepare(request)
-        for start in range(0, len(text), size):
-            await answer.write(text[start : start + size])
-            await asyncio.sleep(0)
-        return answer
-
-    async def scenario() -> list[Any]:
-        app = web.Application()
-        app.router.add_post("/lines", lines)
-        async with TestServer(app) as server:
-            client = HttpClient(Address(str(server.make_url("")).rstrip("/")))
-            try:
-                return [line async for line in client.post_for_lines("/lines", [], timeout_seconds=10.0)]
-            finally:
-                await client.close()
-
-    assert asyncio.run(scenario()) == rows

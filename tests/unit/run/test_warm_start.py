@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -17,7 +18,8 @@ from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_shards import HfShard
-from megatron_rl.run.warm_start import _key, _read_traces, warm_start
+from megatron_rl.run.warm_start import _check_rows, _key, _read_traces, warm_start
+from tests.hf_models import config_json
 
 TEXT = """\
 model: {path: model}
@@ -51,6 +53,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("model").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         Path("model", name).write_text(name)
+    Path("model/config.json").write_text(json.dumps(config_json("qwen3", vocab_size=10, max_position_embeddings=12)))
     write_traces("a.parquet", ("1 2", "3"), ("4", "5 6"), ("7", "8"))
     write_traces("b.parquet", ("2", "1 1"))
 
@@ -165,6 +168,21 @@ def test_traces_are_sequences_whose_response_is_trained_on() -> None:
 def test_traces_that_cannot_be_trained_on_are_refused(rows: list[tuple[str | None, str | None]], words: str) -> None:
     with pytest.raises(UserError, match=words):
         _read_traces(write_traces("x.parquet", *rows), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([[1, 2, 3], [1, 9, 10]], "row 1 has the token id 10, but the model has 10 token ids"),
+        ([[1, 2, 3], [1] * 13], "row 1 has 13 tokens, prompt and response together, but the model is made for 12"),
+    ],
+)
+def test_traces_that_the_model_cannot_take_are_refused(rows: list[list[int]], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _check_rows(SequenceBatch.of(rows, [1, 1]), Path("a.parquet"), config())
+    _check_rows(SequenceBatch.of([[1, 9], [1] * 12], [1, 1]), Path("a.parquet"), config())
+    if "positions" in words:
+        _check_rows(SequenceBatch.of(rows, [1, 1]), Path("a.parquet"), config("model.max_positions=13"))
 
 
 def test_a_file_without_the_columns_is_refused() -> None:

@@ -78,7 +78,9 @@ def rollouts_of(groups: list[list[Sampled]], *, only_scored: bool = False) -> Ro
 
 def batch_of(rollouts: Rollouts, **algorithm: Any) -> tuple[TrainingBatch, dict[str, float]]:
     settings = AlgorithmSettings.model_validate(algorithm)
-    config: Any = SimpleNamespace(algorithm=settings, rollout=SimpleNamespace(max_response_tokens=6))
+    config: Any = SimpleNamespace(
+        algorithm=settings, rollout=SimpleNamespace(max_response_tokens=6), keeps_requests=False
+    )
     return training_batch(config, rollouts, lambda results: [result.score for result in results])
 
 

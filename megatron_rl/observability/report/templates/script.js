@@ -157,16 +157,33 @@ function tokenNode(sample, index) {
   return node;
 }
 
+// The tokens of a word-level vocabulary contain no spaces.
+const blanksOf = sample => sample.texts.some(text => /\s/.test(text)) ? "" : " ";
+
+function tokensNode(sample, start, end) {
+  const node = element("div", "tokens"), blanks = blanksOf(sample);
+  if (start === 0 && sample.earlier) node.append(element("span", "soft", `${sample.earlier} earlier tokens … `));
+  for (let index = start; index < end; index++) node.append(tokenNode(sample, index), blanks);
+  if (end === sample.texts.length && sample.cut) node.append(element("span", "soft", ` … ${sample.cut} more tokens`));
+  return node;
+}
+
+// A turn of a conversation, under the name of its speaker.
+function turnNode(sample, [role, start], place) {
+  const end = place + 1 < sample.turns.length ? sample.turns[place + 1][1] : sample.texts.length;
+  const node = element("div", `turn ${role}`);
+  node.append(element("div", "role", role), tokensNode(sample, start, end));
+  return node;
+}
+
 function sampleNode(sample) {
-  const node = element("div", "sample"), facts = element("div", "facts"), tokens = element("div", "tokens");
+  const node = element("div", `sample${sample.sequence > 1 ? " further" : ""}`), facts = element("div", "facts");
+  const part = sample.sequences > 1 ? `, sequence ${sample.sequence} of ${sample.sequences} of rollout ${sample.rollout + 1}` : "";
   facts.append(element("b", `badge ${sample.verdict.replace(" ", "-")}`, sample.verdict),
-    ` reward ${sample.reward ?? "none"}, advantage ${sample.advantage}, ${sample.texts.length + sample.cut} tokens, ended by ${sample.finish}` +
+    ` reward ${sample.reward ?? "none"}, advantage ${sample.advantage}, ${sample.tokens} tokens, ended by ${sample.finish}` + part +
     (sample.answer === null ? "" : `, answer ${sample.answer}`) + (sample.detail ? ` (${sample.detail})` : ""));
-  // The tokens of a word-level vocabulary contain no spaces.
-  const blanks = sample.texts.some(text => /\s/.test(text)) ? "" : " ";
-  sample.texts.forEach((_, index) => tokens.append(tokenNode(sample, index), blanks));
-  if (sample.cut) tokens.append(element("span", "soft", ` … ${sample.cut} more tokens`));
-  node.append(facts, tokens);
+  const turns = sample.turns.map((turn, place) => turnNode(sample, turn, place));
+  node.append(facts, ...(turns.length ? turns : [tokensNode(sample, 0, sample.texts.length)]));
   return node;
 }
 
@@ -208,10 +225,7 @@ function filterGroups() {
 if (responses.length) {
   const select = document.getElementById("group"), viewer = document.getElementById("viewer");
   for (const group of responses) {
-    for (const sample of group.samples) {
-      const blanks = sample.texts.some(text => /\s/.test(text)) ? "" : " ";
-      sample.text = sample.texts.join(blanks).toLowerCase();
-    }
+    for (const sample of group.samples) sample.text = sample.texts.join(blanksOf(sample)).toLowerCase();
   }
   const move = by => shown.length && showGroup((select.selectedIndex + by + shown.length) % shown.length);
   select.addEventListener("change", () => showGroup(select.selectedIndex));

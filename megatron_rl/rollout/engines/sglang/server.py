@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from megatron_rl.rollout.engines.interface import Address, EngineLaunch, response_of
 from megatron_rl.rollout.engines.sglang import receiver as sglang_receiver
 from megatron_rl.rollout.servers.server import (
@@ -68,6 +70,7 @@ def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[li
     line = [str(settings.python or sys.executable), "-m", "sglang.launch_server"]
     line += [word for pair in arguments.items() for word in pair]
     line += ["--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
+    line += ["--disable-overlap-schedule"] if launch.device == "cpu" else []  # there, it gains nothing: `cannot_freeze`
     line += ["--enable-memory-saver"] if launch.colocated else []
     return [*line, *settings.arguments], environment | settings.environment
 
@@ -83,12 +86,16 @@ class SglangServer:
         self._ranks = 0
         self._folder: Path | None = None
         """Folder in which the receiver leaves its error messages."""
+        self._frozen = False
+        self._extra_key: dict[str, str] = {}
+        """Keeps the prefixes that requests share apart from those that weights before the last update computed."""
 
     async def alive(self) -> None:
         await self._http.get("/health_generate", timeout_seconds=CONTROL_SECONDS)
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float) -> list[Response]:
         body = {"input_ids": list(prompt), "sampling_params": _sampling(sampling), "return_logprob": True}
+        body |= self._extra_key
         answer = await self._http.post("/generate", body, timeout_seconds=timeout_seconds)
         answers = answer if isinstance(answer, list) else [answer]
         return [_response(answer, sampling.stop_token_ids) for answer in answers]
@@ -100,8 +107,30 @@ class SglangServer:
         info = await self._http.get("/model_info", timeout_seconds=CONTROL_SECONDS)
         return version_of(info["weight_version"])
 
+    async def cannot_freeze(self) -> str:
+        """With overlap scheduling, a token of each request is on its way when SGLang freezes, and SGLang then takes it
+        for a token of the new weights."""
+        info = await self._http.get("/server_info", timeout_seconds=CONTROL_SECONDS)
+        if info.get("disable_overlap_schedule"):
+            return ""
+        return "SGLang knows the weights of each token only with --disable-overlap-schedule (rollout.server.arguments)"
+
+    async def freeze(self, timeout_seconds: float) -> None:
+        await self._http.post("/pause_generation", {"mode": "in_place"}, timeout_seconds=timeout_seconds)
+        self._frozen = True
+
+    async def unfreeze(self, timeout_seconds: float) -> None:
+        await self._http.post("/continue_generation", {}, timeout_seconds=timeout_seconds)
+        self._frozen = False
+
+    def _ending(self, version: int) -> dict[str, Any]:
+        """The fields of an update's last call. SGLang cannot flush a cache that requests use."""
+        if self._frozen:
+            self._extra_key = {"extra_key": str(version)}
+        return {"flush_cache": not self._frozen, "weight_version": str(version)}
+
     async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
-        body = {"model_path": str(update.folder), "weight_version": str(update.version), "flush_cache": True}
+        body = {"model_path": str(update.folder)} | self._ending(update.version)
         await self._http.post("/update_weights_from_disk", body, timeout_seconds=timeout_seconds)
 
     async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
@@ -142,8 +171,7 @@ class SglangServer:
         try:
             calls = [(stage.group, bucket) for stage in update.stages for bucket in stage.buckets]
             for number, (group, bucket) in enumerate(calls, start=1):
-                last = number == len(calls)
-                ending = {"flush_cache": last, "weight_version": str(update.version) if last else None}
+                ending = {"flush_cache": False} if number < len(calls) else self._ending(update.version)
                 await receive(group, bucket, ending, timeout_seconds)
         finally:  # also after a failure, since the next update begins a session of its own
             await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
@@ -236,8 +264,9 @@ def _sampling(sampling: SamplingParams) -> dict[str, Any]:
 
 def _response(answer: dict[str, Any], stop_token_ids: Sequence[int]) -> Response:
     meta = answer["meta_info"]
-    tokens = list(answer.get("output_ids") or [])
-    log_probs = [entry[0] for entry in meta.get("output_token_logprobs") or []]
+    tokens = np.array(answer.get("output_ids") or [], dtype=np.int32)
+    entries = meta.get("output_token_logprobs") or []  # [log-prob, id, null] of each token; a log-prob of NaN is null
+    log_probs = np.array([entry[0] for entry in entries], dtype=np.float32)
     finish = meta["finish_reason"]
     if finish.get("status_code"):
         raise ServerUnavailable(f"/generate: {finish}")

@@ -1,11 +1,11 @@
-"""A middleware of vLLM's HTTP server (`--middleware`) that answers a batch of rollout requests in a compact form.
+"""A middleware of vLLM's HTTP server (`--middleware`) that answers a batch of rollout requests with arrays.
 
 vLLM's own handler takes one prompt per request and builds several validated objects per token; with a small model
-either takes longer than sampling. `POST /brief/generate` takes a list of requests from `request_batcher.py`, each
-`{"token_ids": ..., "sampling_params": ...}`. The answer has one line per request, sent as soon as its responses are
-complete: `{"request": <index>, "choices": ...}`, with the fields that `server.py` reads and nothing else. Choices are
-null if a request fails: vLLM's own handler then gets the request alone, and reports what is wrong. The middleware
-changes neither that handler nor anything else.
+either takes longer than sampling. `POST /arrays/generate` takes a list of requests from `request_batcher.py`, each
+`{"token_ids": ..., "sampling_params": ..., "cache_salt": ...}` without the last one unless it is needed. The answer has
+one frame per request (`array_frames.py`), sent as soon as its responses are complete. A frame has no choices if a
+request fails: vLLM's own handler then gets the request alone, and reports what is wrong. The middleware changes neither
+that handler nor anything else.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from collections.abc import Awaitable
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
+from megatron_rl.rollout.engines.vllm.array_frames import Choice, encode
 from megatron_rl.rollout.engines.vllm.key_check import App, Message, Receive, Send, has_key
 
-PATH = "/brief/generate"
+PATH = "/arrays/generate"
 LOWEST_LOG_PROB = -9999.0
 """Replaces lower values and NaN, as in vLLM's own answers."""
 
@@ -38,7 +40,7 @@ class BatchEndpoint:
         if scope["type"] != "http" or scope["path"] != PATH or not has_key(scope):
             return await self._app(scope, receive, send)
         requests = json.loads(await _body(receive))
-        headers = [(b"content-type", b"application/x-ndjson")]
+        headers = [(b"content-type", b"application/octet-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             await _unless_gone(_answer(scope["app"].state.engine_client, requests, send), receive)
@@ -72,32 +74,34 @@ async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:
 
 
 async def _answer(engine: Any, requests: list[dict[str, Any]], send: Send) -> None:
-    async def line(place: int, request: dict[str, Any]) -> None:
-        answer = json.dumps({"request": place, "choices": await _choices(engine, request)})
-        await send({"type": "http.response.body", "body": answer.encode() + b"\n", "more_body": True})
+    async def frame(place: int, request: dict[str, Any]) -> None:
+        body = encode(place, await _choices(engine, request))
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
     async with asyncio.TaskGroup() as tasks:
         for place, request in enumerate(requests):
-            tasks.create_task(line(place, request))
+            tasks.create_task(frame(place, request))
 
 
-async def _choices(engine: Any, request: dict[str, Any]) -> list[dict[str, Any]] | None:
+async def _choices(engine: Any, request: dict[str, Any]) -> list[Choice] | None:
     outputs: list[Any] = []
     try:
-        sampling = SamplingParams(**request["sampling_params"], output_kind=RequestOutputKind.FINAL_ONLY)
-        async for answer in engine.generate(tokens_input(request["token_ids"]), sampling, f"brief-{uuid.uuid4().hex}"):
+        final, flat = {"output_kind": RequestOutputKind.FINAL_ONLY}, {"flat_logprobs": True}
+        sampling = SamplingParams(**request["sampling_params"], **final, **flat)
+        prompt = tokens_input(request["token_ids"], cache_salt=request.get("cache_salt"))
+        async for answer in engine.generate(prompt, sampling, f"arrays-{uuid.uuid4().hex}"):
             outputs = answer.outputs  # the only answer has all outputs
         return [_choice(output) for output in outputs]
     except Exception:  # vLLM's own handler gets the request next, and reports the error
         return None
 
 
-def _choice(output: Any) -> dict[str, Any]:
-    log_probs = (entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True))
-    return {
-        "index": output.index,
-        "token_ids": list(output.token_ids),
-        "logprobs": {"content": [{"logprob": p if p > LOWEST_LOG_PROB else LOWEST_LOG_PROB} for p in log_probs]},
-        "finish_reason": output.finish_reason,
-        "weight_versions": [asdict(span) for span in output.weight_versions or []],
-    }
+def _choice(output: Any) -> Choice:
+    token_ids = np.asarray(output.token_ids, dtype=np.int32)
+    sampled = np.asarray(output.logprobs.start_indices, dtype=np.int64)  # vLLM puts the sampled token first
+    log_probs = np.asarray(output.logprobs.logprobs, dtype=np.float64)[sampled]
+    if len(log_probs) != len(token_ids):
+        raise ValueError(f"vLLM gave {len(log_probs)} log-probs for {len(token_ids)} tokens")
+    log_probs[~(log_probs > LOWEST_LOG_PROB)] = LOWEST_LOG_PROB
+    spans = [asdict(span) for span in output.weight_versions or []]
+    return Choice(output.index, token_ids, log_probs.astype(np.float32), output.finish_reason, spans)

@@ -11,6 +11,7 @@ KIND = ServerKind(
     package="vllm",
     releases=">=0.32,<0.33",
     transports=(*FOLDERS, "collective", "cuda_ipc"),
+    keeps_requests=True,
     memory_share=0.9,
     memory_option="--gpu-memory-utilization",
     remedy="is vLLM in rollout.server.python, and do rollout.server.arguments suit the GPU and the model?",

@@ -2,19 +2,19 @@
 
 Sent one by one, the engine would start with the first request alone, and the others would wait until the server's HTTP
 process gets a turn beside the engine: a fifth of the time of a small model's rollouts on two cores. `batch_endpoint.py`
-is the server's part, and defines the form of requests and answers.
+is the server's part, and `array_frames.py` defines the form of answers.
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rl.rollout.engines.vllm.array_frames import Choice, DamagedAnswer, decode
 from megatron_rl.rollout.servers.server import HttpClient, ServerRefused, ServerUnavailable
 
-PATH = "/brief/generate"
+PATH = "/arrays/generate"
 GATHERING_SECONDS = 0.002
 """Time for which the first request waits for others. A step's requests arrive from the driver within about this
 time."""
@@ -24,7 +24,7 @@ time."""
 class _PendingRequest:
     request: dict[str, Any]
     timeout_seconds: float
-    choices: asyncio.Future[list[dict[str, Any]] | None]
+    choices: asyncio.Future[list[Choice] | None]
 
 
 class RequestBatcher:
@@ -36,7 +36,7 @@ class RequestBatcher:
         self._refused = False
         """Whether the server lacks our middleware."""
 
-    async def send(self, request: dict[str, Any], timeout_seconds: float) -> list[dict[str, Any]] | None:
+    async def send(self, request: dict[str, Any], timeout_seconds: float) -> list[Choice] | None:
         """Returns the request's choices as soon as they have arrived. None: the caller must use vLLM's own handler,
         since the server lacks our middleware or the request fails. Raises ServerUnavailable."""
         if self._refused:
@@ -67,13 +67,15 @@ class RequestBatcher:
         seconds = max(pending.timeout_seconds for pending in batch)
         failure: Exception = ServerUnavailable(f"{PATH}: the answer was incomplete")
         try:
-            async with aclosing(self._http.post_for_lines(PATH, requests, timeout_seconds=seconds)) as lines:
-                async for line in lines:
-                    choices = batch[line["request"]].choices
+            async with self._http.post_for_stream(PATH, requests, timeout_seconds=seconds) as stream:
+                async for place, found in decode(stream):
+                    choices = batch[place].choices
                     if not choices.done():
-                        choices.set_result(line["choices"])
+                        choices.set_result(found)
         except ServerRefused:
             self._refused = True
+        except DamagedAnswer as error:
+            failure = ServerUnavailable(f"{PATH}: {error}")
         except Exception as error:
             failure = error
         for pending in batch:

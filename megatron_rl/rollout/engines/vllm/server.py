@@ -7,13 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+import numpy as np
 
 from megatron_rl.rollout.engines.interface import Address, EngineLaunch, response_of
+from megatron_rl.rollout.engines.vllm.array_frames import Choice
 from megatron_rl.rollout.engines.vllm.plugin import BACKEND, EXTENSION
 from megatron_rl.rollout.engines.vllm.request_batcher import RequestBatcher
 from megatron_rl.rollout.servers.server import HttpClient, ServerRefused, ServerUnavailable, version_of, versions
-from megatron_rl.types import Response, SamplingParams
+from megatron_rl.types import FinishReason, Response, SamplingParams
 from megatron_rl.utils.nccl import agreed_environment
 from megatron_rl.weight_sync.checksums import Checksums, compare
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
@@ -66,18 +69,20 @@ class VllmServer:
         self._http = HttpClient(address)
         self._batcher = RequestBatcher(self._http)
         self._took_checksums = False
-        self._asleep = False
+        self._asleep = self._frozen = False
+        self._salt: dict[str, str] = {}
+        """Keeps the prefixes that requests share apart from those that weights before the last update computed."""
 
     async def alive(self) -> None:
         await self.weight_version()  # /health does not notice a hung engine core
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float) -> list[Response]:
-        request = {"token_ids": list(prompt), "sampling_params": _sampling(sampling)}
+        request = {"token_ids": list(prompt), "sampling_params": _sampling(sampling)} | self._salt
         choices = await self._batcher.send(request, timeout_seconds)
         if choices is None:
             answer = await self._http.post("/inference/v1/generate", request, timeout_seconds=timeout_seconds)
-            choices = answer["choices"]
-        return [_response(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
+            choices = [_choice(choice) for choice in answer["choices"]]
+        return [_response(choice) for choice in sorted(choices, key=lambda choice: choice.index)]
 
     async def abort_all(self) -> None:
         await self._http.post("/abort_requests", {}, timeout_seconds=CONTROL_SECONDS)
@@ -85,6 +90,18 @@ class VllmServer:
     async def weight_version(self) -> int:
         info = await self._http.get("/weight_info", timeout_seconds=CONTROL_SECONDS)
         return version_of(info["weight_version"])
+
+    async def cannot_freeze(self) -> str:
+        return ""
+
+    async def freeze(self, timeout_seconds: float) -> None:
+        # clear_cache is said to be ignored here, but would make vLLM compute the cache of all requests again.
+        await self._http.post("/pause?mode=keep&clear_cache=false", timeout_seconds=timeout_seconds)
+        self._frozen = True
+
+    async def unfreeze(self, timeout_seconds: float) -> None:
+        await self._http.post("/resume", timeout_seconds=timeout_seconds)
+        self._frozen = False
 
     async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
         portions = [{"files": [str(part)], "take_checksums": update.take_checksums} for part in update.parts]
@@ -115,7 +132,8 @@ class VllmServer:
         A request that was given up may still be on its way to the server, and would end vLLM if it ran with a part of
         the weights. vLLM is therefore paused until it has all of them.
         """
-        if not self._asleep:
+        paused = self._asleep or self._frozen
+        if not paused:
             await self._http.post("/pause?mode=abort", timeout_seconds=timeout_seconds)
         await self._ask_workers("end_open_update", timeout_seconds)
         await self._http.post("/start_weight_update", timeout_seconds=timeout_seconds)
@@ -123,9 +141,12 @@ class VllmServer:
             await self._http.post("/update_weights", {"update_info": portion}, timeout_seconds=timeout_seconds)
         await self._http.post("/finish_weight_update", timeout_seconds=timeout_seconds)  # also after a partial update
         await self._raise_failure()
-        await self._http.post("/reset_prefix_cache", timeout_seconds=timeout_seconds)
+        if self._frozen:
+            self._salt = {"cache_salt": str(version)}  # vLLM resets no cache that requests use
+        else:
+            await self._http.post("/reset_prefix_cache", timeout_seconds=timeout_seconds)
         await self._http.post("/update_weight_version", {"new_version": str(version)}, timeout_seconds=CONTROL_SECONDS)
-        if not self._asleep:
+        if not paused:
             await self._http.post("/resume", timeout_seconds=timeout_seconds)
 
     async def _raise_failure(self) -> None:
@@ -180,11 +201,22 @@ def _sampling(sampling: SamplingParams) -> dict[str, Any]:
     }
 
 
-def _response(choice: dict[str, Any]) -> Response:
-    tokens = list(choice["token_ids"] or [])
-    entries = (choice["logprobs"] or {}).get("content") or []
-    reason = choice["finish_reason"]
+def _choice(answer: dict[str, Any]) -> Choice:
+    """One choice of vLLM's own handler."""
+    token_ids = answer["token_ids"] or []
+    entries = (answer["logprobs"] or {}).get("content") or []
+    return Choice(
+        answer["index"],
+        np.array(token_ids, dtype=np.int32),
+        np.array([entry["logprob"] for entry in entries], dtype=np.float32),
+        answer["finish_reason"],
+        answer["weight_versions"] or [],
+    )
+
+
+def _response(choice: Choice) -> Response:
+    reason = cast(FinishReason, choice.finish_reason)
     if reason not in ("stop", "length", "abort"):
-        raise ServerUnavailable(f"/inference/v1/generate: a response ended with {reason!r}")
-    version, changes = versions(choice["weight_versions"] or [], len(tokens))
-    return response_of(tokens, [entry["logprob"] for entry in entries], reason, version, changes)
+        raise ServerUnavailable(f"a response of vLLM ended with {reason!r}")
+    version, changes = versions(choice.weight_versions, len(choice.token_ids))
+    return response_of(choice.token_ids, choice.log_probs, reason, version, changes)
