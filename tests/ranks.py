@@ -27,7 +27,8 @@ PRELOAD = [
     *("tests.hf_models", "tests.trl_runs", "pytest", "hypothesis"),
 ]
 """Modules that the server imports before it forks. Modules that are not installed are left out."""
-_ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+_ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
+"""The last one is what ranks on a CPU have in a run: `actor/platform/environment.py`."""
 
 
 def context() -> Any:

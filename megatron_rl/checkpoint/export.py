@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
@@ -43,6 +41,10 @@ def largest_logit_difference(folder: Path, batch: SequenceBatch, actor_logits: A
 
     actor_logits: [T, V], the actor's logits of the T sampled tokens. Returns the largest absolute difference.
     """
+    # Its models take seconds to import, which a run should not spend before its first step.
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()  # the loading bar of transformers would overwrite the terminal view
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False

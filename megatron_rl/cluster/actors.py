@@ -59,7 +59,7 @@ class Actors:
     def __init__(self, settings: ActorSettings, layout: Layout, model_folder: Path, logs: Path, nodes: Nodes) -> None:
         self.stages = layout.pipeline
         self._shares_gpus = bool(nodes.placement.shared)
-        variables = environment.rank_environment(settings) if nodes.placement.on_gpu else {}
+        variables = environment.rank_environment(settings) if nodes.placement.on_gpu else environment.ON_CPU
         self.ranks = [
             host_process(
                 partial(_worker, settings, layout, rank),
@@ -76,7 +76,7 @@ class Actors:
         host = results([self.ranks[0].node_address()])[0]
         port = results([self.ranks[0].submit(ActorRank.open_port, host)])[0]
         self.description: str = self._all(ActorRank.start, host, port, model_folder)[0]
-        if variables:
+        if nodes.placement.on_gpu:
             self.description += f"\n  {environment.describe(variables)}"
         self.gpu = known_gpu(results([self.ranks[0].submit(ActorRank.device_name)])[0])
         """The actor's GPU; None on a CPU, and for a GPU of unknown rate."""

@@ -99,6 +99,8 @@ def ray_runtime(placement: Placement, watch: Watch | None = None) -> Iterator[No
     provide_home()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would start processes for work without an environment of its own, which a run does not have.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # The run repeats the calls to a lost engine on another and does not read their errors, which Ray would print.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

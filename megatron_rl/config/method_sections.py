@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, create_model, model_serializer
 
 from lpreg import PolicyLoss
 from lpreg.losses.lp_reg_term import LpRegTermSettings
@@ -26,6 +26,9 @@ BESIDE = ("proxy_source",)
 
 class MethodSection(Section):
     """The settings of one method. Those of a method that is not the configured one may be unset."""
+
+    # The classes below have no source of their own, in which pydantic would look for docstrings at some cost.
+    model_config = ConfigDict(use_attribute_docstrings=False)
 
     @model_serializer(mode="wrap")
     def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -57,6 +60,8 @@ def _section(method: type[PolicyLoss]) -> type[MethodSection]:
 
 class _TermSection(Section):
     """The settings of Lp-Reg's term on another method."""
+
+    model_config = ConfigDict(use_attribute_docstrings=False)
 
     @property
     def replaced(self) -> dict[str, str]:

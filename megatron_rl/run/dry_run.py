@@ -7,25 +7,19 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from megatron_rl.agent.resolve import load_agent
-from megatron_rl.config import Config, check_inputs
+from megatron_rl.config import Config
 from megatron_rl.config.passes import passes_of
-from megatron_rl.config.reward import REMOTE, VERIFIERS
+from megatron_rl.config.reward import REMOTE
 from megatron_rl.data.prompts import first_prompt
-from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import has_weights
-from megatron_rl.models.layout_check import check_layout
 from megatron_rl.models.published import published_config
-from megatron_rl.models.weights_check import check_weights
-from megatron_rl.reward.grader import check_reward
-from megatron_rl.reward.trial import try_reward
-from megatron_rl.run.models import check_reference, model_folders
-from megatron_rl.run.prompts import RunPrompts, load_run_prompts
+from megatron_rl.run.inputs import InputChecks
+from megatron_rl.run.models import model_folders
 from megatron_rl.run.requirements import check_engine, check_trackers
-from megatron_rl.run.tokens import check_tokens
-from megatron_rl.run.traces import check_traces, trace_files
+from megatron_rl.run.traces import trace_files
 
 MOST_SHOWN = 20_000
 """Characters of the first prompt that are printed."""
@@ -49,13 +43,26 @@ class _NotChecked(Exception):
 
 
 class DryRun:
-    """The checks of one configuration, the cheapest first."""
+    """The checks of one configuration that can be done on this machine."""
 
     def __init__(self, config: Config, missing: UserError | None = None) -> None:
         """`missing`: the models and data sets that are ids of the Hub and have no local copy, a line each."""
         self.config = config
         self.missing = missing
-        self.prompts: RunPrompts | None = None
+        self.inputs = InputChecks(config, complete=False)
+        self.requirements = {
+            "reward": self._software,
+            "agent": self._software,
+            "the model's layout": self._model_or_published,
+            "weights": self._model_with_weights,
+            "traces of the warm start": self._trace_files,
+            "prompts and labels": self._data_files,
+            "a trial call of the reward": self._prompt,
+            "your own functions": self._torch,
+            "engine": self._software_with_torch,
+            "packages of wandb and mlflow": self._trackers,
+        }
+        """Functions that raise _NotChecked if the check of this name cannot be done here."""
 
     def check(self) -> Report:
         """Raises UserError with the problems of all checks. Nothing is written, and nothing is left running."""
@@ -63,6 +70,7 @@ class DryRun:
         problems: list[str] = []
         for what, check in self._checks():
             try:
+                self.requirements.get(what, lambda: None)()
                 check()
                 report.checked.append(what)
             except _NotChecked as reason:
@@ -75,17 +83,11 @@ class DryRun:
         return report
 
     def _checks(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        yield "files", self._files
-        yield "your own functions", self._own
-        if self.config.rollout.agent:
-            yield "agent", self._agent
-        yield "the model's layout", self._layout
-        yield "weights", self._weights
-        yield "traces of the warm start", self._traces
-        yield "prompts and labels", self._prompts
-        yield "reward", self._reward
-        yield "engine", self._engine
-        yield "packages of wandb and mlflow", self._trackers
+        for what, check in self.inputs.in_order():
+            yield what, partial(self._files, check) if what == "files" else check
+        yield "your own functions", lambda: None  # the check of files imports them, if torch is there
+        yield "engine", lambda: check_engine(self.config)
+        yield "packages of wandb and mlflow", lambda: check_trackers(self.config)
 
     def _never(self) -> Iterator[str]:
         yield "memory: `megatron-rl plan` estimates it"
@@ -94,85 +96,64 @@ class DryRun:
         if self.config.rollout.server.urls or self.config.reward.name == REMOTE:
             yield "servers that run already: a dry run makes no connection"
 
-    def _files(self) -> None:
+    def _files(self, check: Callable[[], None]) -> None:
         """Says of a file only once that it is missing."""
         lines = str(self.missing).splitlines() if self.missing else []
         keys = {line.partition(":")[0] for line in lines}
         try:
-            check_inputs(self.config, prepared=False, weights=False)
+            check()
         except UserError as error:
             lines += [line for line in str(error).splitlines() if line.partition(":")[0] not in keys]
         if lines:
             raise UserError("\n".join(lines))
 
-    def _own(self) -> None:
+    def _torch(self) -> None:
         if importlib.util.find_spec("torch") is None:
-            raise _NotChecked("they are imported with torch, which is not installed here")
+            raise _NotChecked("torch is not installed here, with which they are imported")
 
-    def _prepared(self) -> None:
+    def _model(self) -> None:
         prepare, folder = self.config.prepare, self.config.model.path
         if prepare is not None and not folder.exists():
             raise _NotChecked(f"the run itself writes {folder} (prepare.task: {prepare.task})")
         if not (folder / "config.json").is_file():
             raise _NotChecked(f"{folder} has no config.json")
 
-    def _agent(self) -> None:
-        self._elsewhere()
-        assert self.config.rollout.agent
-        load_agent(self.config.rollout.agent)
-
-    def _layout(self) -> None:
+    def _model_or_published(self) -> None:
         if published_config(self.config.model.path) is None:
-            self._prepared()
-        check_layout(self.config)
-        check_reference(self.config)
+            self._model()
 
-    def _weights(self) -> None:
-        self._prepared()
-        folders = model_folders(self.config)
-        if absent := [folder for folder in folders if not has_weights(folder)]:
+    def _model_with_weights(self) -> None:
+        self._model()
+        if absent := [folder for folder in model_folders(self.config) if not has_weights(folder)]:
             raise _NotChecked(f"{absent[0]} has none yet")
-        for folder in folders:
-            check_weights(folder)
 
-    def _traces(self) -> None:
+    def _trace_files(self) -> None:
         if absent := [path for path in trace_files(self.config) if not path.is_file()]:
             raise _NotChecked(f"{absent[0]} is not there")
-        check_traces(self.config)
 
-    def _prompts(self) -> None:
-        self._prepared()
+    def _data_files(self) -> None:
+        self._model()
         files = [self.config.data.train, *(suite.data for suite in self.config.evaluation.suites.values())]
         if absent := [str(path) for path in files if not path.is_file()]:
             raise _NotChecked(f"{absent[0]} is not there")
         if importlib.util.find_spec("transformers") is None:
             raise _NotChecked("tokenizers need transformers, which is not installed here")
-        tokenizer = load_tokenizer(self.config.model.path)
-        check_tokens(self.config, tokenizer)
-        self.prompts = load_run_prompts(self.config, tokenizer)
 
-    def _reward(self) -> None:
-        self._elsewhere()
-        check_reward(self.config.reward)
-        if self.config.reward.name in (*VERIFIERS, REMOTE):
-            return
-        if self.prompts is None:
-            raise _NotChecked("a trial call needs a prompt, and these were not checked")
-        try_reward(self.config.reward, self.prompts.train.prompts[0])
+    def _prompt(self) -> None:
+        self._software()
+        if self.inputs.prompts is None:
+            raise _NotChecked("it needs a prompt, and these were not checked")
 
-    def _engine(self) -> None:
-        self._elsewhere()
-        if importlib.util.find_spec("torch") is None:
-            raise _NotChecked("engines need torch, which is not installed here")
-        check_engine(self.config)
+    def _software_with_torch(self) -> None:
+        self._software()
+        self._torch()
 
     def _trackers(self) -> None:
         settings = self.config.observability
         if settings.wandb or settings.mlflow or settings.trackio:
-            self._elsewhere()
-            check_trackers(self.config)
+            self._software()
 
-    def _elsewhere(self) -> None:
+    def _software(self) -> None:
         """Raises _NotChecked if the software of this machine is not that of the run."""
         container = self.config.cluster.slurm.container
         if container != "none":

@@ -20,15 +20,12 @@ from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engines import Engines
 from megatron_rl.cluster.runtime import Nodes, ray_runtime
 from megatron_rl.cluster.watch import Watch
-from megatron_rl.config import Config, check_inputs
+from megatron_rl.config import Config
 from megatron_rl.config.checks import contradictions
 from megatron_rl.config.passes import passes_of
 from megatron_rl.data.cursor import Cursor
 from megatron_rl.data.prompts import PromptSet
-from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.errors import UserError
-from megatron_rl.models.layout_check import check_layout
-from megatron_rl.models.weights_check import check_weights
 from megatron_rl.observability.diagnosis import Diagnosis
 from megatron_rl.observability.make_view import make_view
 from megatron_rl.observability.metrics import MetricsLog, read_metrics
@@ -40,18 +37,16 @@ from megatron_rl.observability.view import View
 from megatron_rl.parallel.layout import layout_of
 from megatron_rl.parallel.placement import Placement, placement_of
 from megatron_rl.reward.decode import decoder_of
-from megatron_rl.reward.grader import check_reward, open_grader
+from megatron_rl.reward.grader import open_grader
 from megatron_rl.reward.grading import Grading
-from megatron_rl.reward.trial import try_reward
 from megatron_rl.rollout.collector import RolloutCollector
 from megatron_rl.rollout.contract import Contract
 from megatron_rl.rollout.group_filter import group_filter_of
 from megatron_rl.rollout.replay import Replay
 from megatron_rl.run import folder as run_folder
+from megatron_rl.run.inputs import InputChecks
 from megatron_rl.run.launch import launch_of
-from megatron_rl.run.models import check_reference, model_folders
 from megatron_rl.run.prepare import prepare
-from megatron_rl.run.prompts import load_run_prompts
 from megatron_rl.run.recorder import Recorder
 from megatron_rl.run.reference import find_reference
 from megatron_rl.run.requirements import check_engine, check_gpus, check_trackers
@@ -59,8 +54,6 @@ from megatron_rl.run.resume import check_resumption, data_file, origin_of, resum
 from megatron_rl.run.run import Inputs, Run
 from megatron_rl.run.sampling import rollout_sampling, step_sampling
 from megatron_rl.run.stack import check_stack
-from megatron_rl.run.tokens import check_tokens
-from megatron_rl.run.traces import check_traces
 from megatron_rl.run.warm_start import warm_start
 from megatron_rl.run.weights import open_weight_sync
 from megatron_rl.training.learner import Learner
@@ -73,25 +66,16 @@ LONGEST_EXAMPLE = 2_000
 
 def load_inputs(config: Config) -> Inputs:
     """Loads and checks everything that a run reads. Nothing is started or written yet. Raises UserError."""
-    check_inputs(config)
-    check_layout(config)
-    check_reward(config.reward)
-    if config.rollout.agent:
-        load_agent(config.rollout.agent)
-    check_reference(config)
-    for folder in model_folders(config):
-        check_weights(folder)
-    check_traces(config)
-    tokenizer = load_tokenizer(config.model.path)
-    stops, probes = check_tokens(config, tokenizer)
-    prompts = load_run_prompts(config, tokenizer)
-    try_reward(config.reward, prompts.train.prompts[0])
+    inputs = InputChecks(config)
+    for _, check in inputs.in_order():
+        check()
+    assert inputs.prompts
     return Inputs(
-        tokenizer=tokenizer,
-        train=prompts.train,
-        suites={name: suite.prompts for name, suite in prompts.suites.items()},
-        probes=probes,
-        stop_token_ids=stops,
+        tokenizer=inputs.tokenizer,
+        train=inputs.prompts.train,
+        suites={name: suite.prompts for name, suite in inputs.prompts.suites.items()},
+        probes=inputs.probes,
+        stop_token_ids=inputs.stop_token_ids,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pytest
 
 from megatron_rl.data.countdown import write_task
 from megatron_rl.observability.metrics import read_metrics
-from tests.patience import Patience, output_of
+from tests.patience import Patience, output_of, start
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples/quickstart/countdown.yaml"
@@ -28,6 +27,21 @@ STEPS = 40
 """Steps of `learned`."""
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Processes of Ray that outlive a killed driver: they try for 60 s, a constant of Ray, to report that it is gone."""
+
+
+LONGEST = ("test_quickstart.py", "test_eval.py", "test_resume.py", "test_agents.py", "test_demonstration.py")
+"""Files that take longest, longest first, so that no core is idle at the end while another works on one of them."""
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook too
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups what shares a run, for `--dist loadgroup`: the tests of a file, and all files with `learned`."""
+    here = [item for item in items if item.path.parent == Path(__file__).parent]
+    with_learned = {item.path for item in here if "learned" in getattr(item, "fixturenames", ())}
+    for item in here:
+        item.add_marker(pytest.mark.xdist_group("learned" if item.path in with_learned else item.path.stem))
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)) if item in here else -1)
 
 
 @dataclass(frozen=True)
@@ -103,15 +117,8 @@ class CommandLine:
         self.started: dict[int, Descendants] = {}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", self.program, *arguments],
-            cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        command = [sys.executable, "-m", self.program, *arguments]
+        process = start(command, self.folder, PYTHONPATH=str(REPOSITORY))
         self.started[process.pid] = Descendants(process.pid)
         return process
 

@@ -83,6 +83,7 @@ def test_two_sequences_of_a_rollout_share_its_advantage(quickstart: Callable[...
     run = quickstart(
         "two_attempts",
         *SHORT,
+        "rollout.engines=1",
         "rollout.agent={function: tests.e2e_cpu.own_agents:two_attempts}",
         "reward.name=agent",
     )
@@ -106,6 +107,7 @@ def test_rollouts_that_fail_have_no_reward_and_teach_nothing(quickstart: Callabl
     run = quickstart(
         "failing_agent",
         *SHORT,
+        "rollout.engines=1",
         "rollout.agent={function: tests.e2e_cpu.own_agents:fails_now_and_then}",
         "reward.max_failed_fraction=0.9",
     )

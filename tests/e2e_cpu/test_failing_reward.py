@@ -29,6 +29,7 @@ OVERRIDES = (
     "train.updates_per_rollout=2",
     "observability.rollouts_every=1",
     "rollout.engines=1",
+    "actor.tensor_parallel=1",
 )
 
 

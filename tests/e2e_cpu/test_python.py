@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 from megatron_rl.data.countdown import write_task
-from tests.patience import output_of
+from tests.patience import completed
 
 from .conftest import QUICKSTART, REPOSITORY
 
@@ -33,16 +31,9 @@ for result in (train(config), train(QUICKSTART, [*small, "run.name=second", "tra
 def test_a_script_trains_without_a_guard(tmp_path: Path) -> None:
     write_task(tmp_path / "runs/countdown-task")
     (tmp_path / "script.py").write_text(SCRIPT.replace("QUICKSTART", repr(str(QUICKSTART))))
-    process = subprocess.Popen(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    output = output_of(process, "the script")
-    assert process.returncode == 0, output[-5000:]
+    done = completed([sys.executable, "script.py"], "the script", tmp_path, PYTHONPATH=str(REPOSITORY))
+    output = done.stdout
+    assert done.returncode == 0, output[-5000:]
     logs = "".join(path.read_text() for path in tmp_path.glob("runs/*/logs/*.log"))
     assert (output + logs).count("the script is run") == 1
     first, second = [json.loads(line[8:]) for line in output.splitlines() if line.startswith("result: ")]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from ray.util import get_node_ip_address
 
 from megatron_rl.rollout.servers.server_process import free_port
 from tests.e2e_cpu.conftest import QUICKSTART, REPOSITORY, CommandLine
-from tests.patience import output_of
+from tests.patience import completed
 from tests.tiers import slow
 
 pytestmark = [pytest.mark.e2e, slow]
@@ -119,9 +119,9 @@ def test_two_nodes_train(ray_address: str, command_line: CommandLine) -> None:
 
 def test_colocated_engines_see_the_gpus_of_their_ranks(ray_address: str, tmp_path: Path) -> None:
     """Ray only counts GPUs, so the test needs none."""
-    status, output = _run(sys.executable, "-c", DEVICES, folder=tmp_path)
-    assert status == 0, output[-3000:]
-    ranks, engines = json.loads(next(line for line in output.splitlines() if line.startswith("[[")))
+    done = completed([sys.executable, "-c", DEVICES], "the placement", tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    ranks, engines = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
     assert sorted(ranks[:2]) == sorted(ranks[2:]) == ["0", "1"]
     assert engines == [f"{ranks[0]},{ranks[1]}", f"{ranks[2]},{ranks[3]}"]
 
@@ -129,34 +129,22 @@ def test_colocated_engines_see_the_gpus_of_their_ranks(ray_address: str, tmp_pat
 def test_doctor_reports_a_wrong_token(ray_address: str, tmp_path: Path) -> None:
     token = tmp_path / "other"
     token.write_text(secrets.token_hex(32))
-    status, output = _doctor(tmp_path, os.environ | {"RAY_AUTH_TOKEN_PATH": str(token)})
+    status, output = _doctor(tmp_path, RAY_AUTH_TOKEN_PATH=str(token))
     assert status == 1, output
     assert f"RAY_ADDRESS: {ray_address} refuses the connection" in output and "RAY_AUTH_TOKEN_PATH" in output
 
 
-def test_without_ray_address_a_run_starts_its_own_ray(ray_address: str, tmp_path: Path) -> None:
+def test_without_ray_address_a_run_starts_its_own_ray(
+    ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray by default would join any cluster that it finds on the machine."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    status, output = _doctor(tmp_path, environment)
+    monkeypatch.delenv("RAY_ADDRESS")
+    status, output = _doctor(tmp_path)
     assert status == 0 and "1 node of cluster.nodes: 1, started for this" in output, output
 
 
-def _doctor(folder: Path, environment: Mapping[str, str]) -> tuple[int, str]:
+def _doctor(folder: Path, **environment: str) -> tuple[int, str]:
     layout = ("actor.device=cpu", "actor.tensor_parallel=1")
     command = [sys.executable, "-m", "megatron_rl.cli", "doctor", str(QUICKSTART), *layout]
-    status, output = _run(*command, folder=folder, environment=environment)
-    return status, " ".join(output.split())
-
-
-def _run(*command: str, folder: Path, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    output = output_of(process, command[2])
-    return process.returncode, output
+    done = completed(command, "doctor", folder, **environment)
+    return done.returncode, " ".join(done.stdout.split())

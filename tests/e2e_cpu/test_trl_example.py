@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.patience import output_of
+from tests.patience import completed
 from tests.tiers import slow
 
 ROOT = Path(__file__).parents[2]
@@ -30,18 +28,9 @@ def test_the_trl_example_trains(tmp_path: Path) -> None:
         assert original in code
         code = code.replace(original, shorter)
     (tmp_path / "countdown.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "countdown.py"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    output = output_of(process, "the example for TRL")
-    assert process.returncode == 0, output
+    done = completed([sys.executable, "countdown.py"], "the example for TRL", tmp_path, PYTHONPATH=str(ROOT))
+    output = done.stdout
+    assert done.returncode == 0, output
     evaluations = re.findall(r"'eval_reward': '([\d.e-]+)'", output)
     assert len(evaluations) == 2
     assert len(re.findall(r"'lpreg/selected_fraction': '([\d.e-]+)'", output)) == 2

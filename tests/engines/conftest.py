@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import psutil
@@ -22,7 +22,7 @@ from megatron_rl.rollout.servers import guard
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from tests.e2e_cpu.conftest import CommandLine
 from tests.engines.updates import in_folder
-from tests.patience import output_of
+from tests.patience import command_of, completed
 
 T = TypeVar("T")
 Run = Callable[[Awaitable[T]], T]
@@ -33,11 +33,14 @@ CONTEXT = 64
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests, and those with SGLang: `make test-engines` runs these beside the others."""
     here = Path(__file__).parent
     for item in items:
         if not item.path.is_relative_to(here):
             continue  # pytest passes the whole collection
         item.add_marker(pytest.mark.engines)
+        if "sglang" in getattr(item, "callspec", SimpleNamespace(params={})).params.values():
+            item.add_marker(pytest.mark.sglang)
         if not all(importlib.util.find_spec(kind) for kind in KINDS):
             item.add_marker(pytest.mark.skip(reason="SGLang and vLLM are not installed: make test-engines"))
 
@@ -83,21 +86,14 @@ def launch(kind: str, model: Path, **changes: Any) -> EngineLaunch:
 def printed(word: str, *command: str) -> Any:
     """Returns what a module of these tests prints after the word, run in a process of its own: the servers' packages
     change the process that imports them."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    output = output_of(process, command[0])
-    assert process.returncode == 0, output
-    return json.loads(next(line for line in output.splitlines() if line.startswith(word)).removeprefix(word))
+    done = completed([sys.executable, "-m", *command], command[0])
+    assert done.returncode == 0, done.stdout
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith(word)).removeprefix(word))
 
 
 def server_processes(guarding: psutil.Process) -> list[psutil.Process]:
     """The processes of the server that a guard watches, in the order of their start."""
-    return [process for process in guarding.children(recursive=True) if guard.__file__ not in process.cmdline()]
+    return [process for process in guarding.children(recursive=True) if guard.__file__ not in command_of(process)]
 
 
 @pytest.fixture(scope="session", params=KINDS)

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 
-SLOW_SECONDS = 13.0
+SLOW_SECONDS = 25.0
 """Longer than the time for which the engines of the tests wait for an answer."""
 
 

@@ -46,9 +46,9 @@ def test_answers_equal_those_of_vllms_own_handler(engine: HttpEngine, run: Run[l
 
     async def both(client: HttpClient) -> tuple[list[Any], list[Any]]:
         batcher = RequestBatcher(client)
-        compact = await asyncio.gather(*(batcher.send(request, 60.0) for request in requests))
+        compact = await asyncio.gather(*(batcher.send(request, 600.0) for request in requests))
         path = "/inference/v1/generate"
-        own = [(await client.post(path, request, timeout_seconds=60.0))["choices"] for request in requests]
+        own = [(await client.post(path, request, timeout_seconds=600.0))["choices"] for request in requests]
         return compact, [[_choice(choice) for choice in choices] for choices in own]
 
     for compact, full in zip(*run(with_client(address(engine), both)), strict=True):
@@ -65,13 +65,13 @@ def test_a_request_without_the_key_is_refused(engine: HttpEngine, run: Run[list[
     for key in (None, "guessed"):
         stranger = Address(address(engine).url, key)
         with pytest.raises(ServerRefused, match=r"status 40[14]"):
-            run(with_client(stranger, lambda client: client.post(PATH, [REQUEST], timeout_seconds=60.0)))
+            run(with_client(stranger, lambda client: client.post(PATH, [REQUEST], timeout_seconds=600.0)))
 
 
 def test_invalid_requests_are_left_to_vllms_handler(engine: HttpEngine, run: Run[list[Any]]) -> None:
     async def answers(client: HttpClient) -> list[Any]:
         batcher = RequestBatcher(client)
-        return await asyncio.gather(*(batcher.send(request, 60.0) for request in [*WRONG, REQUEST]))
+        return await asyncio.gather(*(batcher.send(request, 600.0) for request in [*WRONG, REQUEST]))
 
     *wrong, right = run(with_client(address(engine), answers))
     assert wrong == [None, None] and len(right) == SAMPLING.n
@@ -79,4 +79,4 @@ def test_invalid_requests_are_left_to_vllms_handler(engine: HttpEngine, run: Run
 
 def test_vllms_handler_reports_what_is_wrong(engine: HttpEngine, run: Run[list[Any]]) -> None:
     with pytest.raises(ServerRefused, match=r"status 400.*(?i:context|length)"):
-        run(engine._server.generate([1, 5] * 64, SAMPLING, 60.0))
+        run(engine._server.generate([1, 5] * 64, SAMPLING, 600.0))

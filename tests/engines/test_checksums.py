@@ -11,6 +11,7 @@ from tests.engines.conftest import KINDS, printed
 from tests.engines.their_layouts import CASES, SHAPES, weights
 
 
+@pytest.mark.sglang
 def test_the_tile_hash_is_that_of_sglangs_kernels() -> None:
     theirs = printed("hashes:", "tests.engines.their_hash")
     assert theirs == {name: tile_hash(tensor) for name, tensor in their_hash.tensors()}

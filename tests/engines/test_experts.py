@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.types import SamplingParams
 from megatron_rl.weight_sync.checksums import ChecksumTaker
@@ -19,6 +21,7 @@ PROMPTS = [(1, 5, 7), (2, 3)]
 SAMPLING = SamplingParams(n=4, max_tokens=20, temperature=1.0, stop_token_ids=(49,), seed=1)
 
 
+@pytest.mark.sglang
 def test_experts_take_new_weights(run: Run[Any], tmp_path: Path) -> None:
     shape = {"tie_word_embeddings": False, "initializer_range": 0.3, "head_dim": 32}
     before, after = (write_hf_model(tmp_path / str(seed), "qwen3_moe", seed=seed, **shape) for seed in (0, 1))

@@ -53,8 +53,8 @@ SETTINGS = {
 }
 LIMITS = (
     f"rollout.server.request_attempts={ATTEMPTS}",
-    "rollout.server.request_timeout_seconds=6",
-    "rollout.server.update_timeout_seconds=10",
+    "rollout.server.request_timeout_seconds=20",
+    "rollout.server.update_timeout_seconds=20",
     "weight_sync.bucket_megabytes=1",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import aiohttp
@@ -26,7 +27,7 @@ REFUSED = (401, 403)
 async def statuses(url: str, routes: list[tuple[str, str]], headers: dict[str, str]) -> dict[tuple[str, str], int]:
     """The status of each route's answer; 101 for a websocket that opens."""
     found = {}
-    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(60)) as session:
+    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(600)) as session:
         for method, path in routes:
             if method == WEBSOCKET:
                 try:
@@ -40,15 +41,19 @@ async def statuses(url: str, routes: list[tuple[str, str]], headers: dict[str, s
     return found
 
 
+@cache
+def routes(kind: str) -> list[tuple[str, str]]:
+    """The routes of the server's own application, whose modules list them; listing them takes long."""
+    return [(method, path) for method, path in printed("routes:", "tests.engines.their_routes", kind)]
+
+
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}], ids=["no key", "a wrong key"])
 def test_no_route_answers_without_the_key(engine: HttpEngine, run: Run[Any], headers: dict[str, str]) -> None:
-    """The routes are those of the server's own application, whose modules list them."""
     kind = engine.kind.name
-    routes = [tuple(route) for route in printed("routes:", "tests.engines.their_routes", kind)]
-    assert len(routes) > 50 and ("POST", "/v1/completions") in routes
+    assert len(routes(kind)) > 50 and ("POST", "/v1/completions") in routes(kind)
     address = engine._server._http.address  # type: ignore[attr-defined]
     assert address.key
-    found = run(statuses(address.url, [*routes, ("POST", "/arrays/generate"), ("GET", "/no/such/path")], headers))
+    found = run(statuses(address.url, [*routes(kind), ("POST", "/arrays/generate"), ("GET", "/no/such/path")], headers))
     assert {route for route, status in found.items() if status not in REFUSED} == OPEN[kind]
     assert run(engine.health()) is not None
 
@@ -68,5 +73,5 @@ def test_other_ports_of_a_server_are_closed_to_other_machines(engine: HttpEngine
     ours = int(engine._server._http.address.url.rpartition(":")[2])  # type: ignore[attr-defined]
     assert ours in {port for _, port, _ in listening}
     for _, port, _ in (entry for entry in listening if entry[0] not in ("127.0.0.1", "::1")):
-        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=600))
         assert engine.kind.name == "sglang" and store.num_keys(), "this port is no store of torch"

@@ -12,17 +12,17 @@ import psutil
 import pytest
 
 from megatron_rl.config.rollout import ServerSettings
-from megatron_rl.data.countdown import write_task
 from megatron_rl.rollout.engines.interface import Address
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.rollout.servers.router import Router
 from megatron_rl.rollout.servers.server import UNSYNCED, HttpClient, ServerRefused
 from megatron_rl.types import Response, SamplingParams
-from tests.e2e_cpu.conftest import CommandLine
 from tests.engines.conftest import Run, launch, server_processes
 from tests.engines.test_generate import largest_gap
-from tests.engines.test_training import Training, assert_it_continues
 from tests.engines.updates import in_folder
+from tests.patience import command_of
+
+pytestmark = pytest.mark.sglang
 
 SETTINGS = ServerSettings(router="round_robin")
 PROMPTS = [(1, 20 + i, 31, 7) for i in range(16)]
@@ -49,7 +49,7 @@ class Routed:
         """Number of responses under way in each server, as the server reports it."""
         clients = [HttpClient(address) for address in self.addresses]
         answers = await asyncio.gather(
-            *(client.get("/v1/loads?include=core", timeout_seconds=10.0) for client in clients)
+            *(client.get("/v1/loads?include=core", timeout_seconds=600.0) for client in clients)
         )
         for client in clients:
             await client.close()
@@ -100,12 +100,12 @@ def test_requests_without_the_key_are_refused_and_no_command_line_has_a_key(rout
     for address, path in ((url, "/workers"), (routed.addresses[1].url, "/generate")):
         stranger = HttpClient(Address(address))
         with pytest.raises(ServerRefused, match="status 401"):
-            run(stranger.post(path, {"url": "http://127.0.0.1:9"}, timeout_seconds=5.0))
+            run(stranger.post(path, {"url": "http://127.0.0.1:9"}, timeout_seconds=600.0))
         run(stranger.close())
     keys = [str(address.key) for address in routed.addresses]
     keys.append(str(servers._control.address.key))
     started = [process for process in psutil.Process().children(recursive=True) if process.is_running()]
-    lines = [" ".join(process.cmdline()) for process in started]
+    lines = [" ".join(command_of(process)) for process in started]
     assert len(lines) > 3 and not any(key in line for key in keys for line in lines)
 
 
@@ -116,7 +116,7 @@ def test_an_abort_reaches_requests_in_all_servers_and_they_are_continued(
         for _ in range(20):
             asking = await routed.begin()
             await routed.router.abort()
-            aborted = await asyncio.wait_for(asking, 5)
+            aborted = await asking
             if any(len(g) and g.finish_reason == "abort" for group in aborted for g in group):
                 return aborted, await routed.router.generate(PROMPTS, SAMPLING, aborted)
         raise AssertionError("no response was aborted in the middle")
@@ -166,31 +166,6 @@ def test_no_request_is_lost_with_a_killed_server(routed: Routed, run: Run[Any], 
             await routed.engines[0].until_lost()
         reached = await routed.router.serve(routed.addresses[1:], routed.version)
         assert reached == {routed.addresses[1].url}
-        return await asyncio.wait_for(asking, 60)
+        return await asking
 
     assert_complete(model, run(scenario()), routed.version)
-
-
-def test_a_run_continues_when_an_engine_and_then_the_router_is_killed(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("routed")
-    write_task(folder / "runs/countdown-task")
-    run = Training(
-        CommandLine(folder),
-        "sglang",
-        "routed",
-        "rollout.engines=2",
-        "rollout.server.router=round_robin",
-        "train.steps=2000",  # more steps than the run takes until all are back
-    )
-    run.until("step=1/")
-    servers = [server[0] for server in run.servers()]
-    (router,) = [server for server in servers if "router" in " ".join(server.cmdline())]
-    next(server for server in servers if server != router).kill()
-    run.until("is lost, another takes its place: its server has ended")
-    run.until("step=")
-    run.until("serves again")
-    run.until("step=")
-    router.kill()
-    run.until("the router is lost, another takes its place: its server has ended")
-    run.until("the router serves again")
-    assert_it_continues(run, losses=2)

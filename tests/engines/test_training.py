@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_rl.rollout.servers import guard
 from megatron_rl.utils.heartbeat import FOLDER
 from tests.e2e_cpu.conftest import QUICKSTART, CommandLine, Finished
 from tests.engines.conftest import server_processes
+from tests.patience import command_of, is_alive
 
 PROMPTS, SAMPLES = 8, 4
 SMALL = (
@@ -40,8 +42,8 @@ SMALL = (
 
 def computing(server: list[psutil.Process]) -> list[psutil.Process]:
     """The processes of vLLM behind its HTTP process."""
-    found = [process for process in server[1:] if " ".join(process.cmdline()).startswith("VLLM::")]
-    assert found, [process.cmdline() for process in server]
+    found = [process for process in server[1:] if " ".join(command_of(process)).startswith("VLLM::")]
+    assert found, [command_of(process) for process in server]
     return found
 
 
@@ -73,7 +75,7 @@ class Training:
     def servers(self) -> list[list[psutil.Process]]:
         """The processes of each server; servers and processes are in the order of their start."""
         tree = psutil.Process(self.process.pid).children(recursive=True)
-        leaders = [p for p in tree if guard.__file__ in p.cmdline() and os.getpgid(p.pid) == p.pid]
+        leaders = [p for p in tree if guard.__file__ in command_of(p) and os.getpgid(p.pid) == p.pid]
         return [server_processes(leader) for leader in sorted(leaders, key=psutil.Process.create_time)]
 
     def end(self) -> Finished:
@@ -199,6 +201,7 @@ def test_a_server_without_memory_is_replaced(command_line: CommandLine) -> None:
     assert_it_continues(run, losses=1)
 
 
+@pytest.mark.sglang
 def test_a_run_without_engines_stops_with_a_checkpoint_and_can_be_resumed(command_line: CommandLine) -> None:
     """When the resumed run's driver is killed, its servers end too."""
     settings = ("rollout.server.outage_seconds=5", "train.steps=2000")
@@ -218,9 +221,33 @@ def test_a_run_without_engines_stops_with_a_checkpoint_and_can_be_resumed(comman
     resumed.until(f"step={last + 1}/")
     (server,) = resumed.servers()
     os.kill(resumed.process.pid, signal.SIGKILL)
-    _, left = psutil.wait_procs(server, timeout=30)
-    assert not left
+    while any(is_alive(process) for process in server):
+        time.sleep(0.1)
     killed = resumed.end()  # it also checks that no other process is left
     assert killed.status == -signal.SIGKILL
     assert [row["step"] for row in killed.metrics] == list(range(len(killed.metrics)))
     assert_nothing_was_lost_or_counted_twice(killed)
+
+
+@pytest.mark.sglang
+def test_a_run_continues_when_an_engine_and_then_the_router_is_killed(command_line: CommandLine) -> None:
+    run = Training(
+        command_line,
+        "sglang",
+        "routed",
+        "rollout.engines=2",
+        "rollout.server.router=round_robin",
+        "train.steps=2000",  # more steps than the run takes until all are back
+    )
+    run.until("step=1/")
+    servers = [server[0] for server in run.servers()]
+    (router,) = [server for server in servers if "router" in " ".join(command_of(server))]
+    next(server for server in servers if server != router).kill()
+    run.until("is lost, another takes its place: its server has ended")
+    run.until("step=")
+    run.until("serves again")
+    run.until("step=")
+    router.kill()
+    run.until("the router is lost, another takes its place: its server has ended")
+    run.until("the router serves again")
+    assert_it_continues(run, losses=2)

@@ -65,7 +65,7 @@ class Sender:
         """mapped: whether weights go through mapped memory, which on a GPU is the GPU's and here the host's."""
         self.model = model
         self.member = GroupMember(
-            group, LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, timeout_seconds=20.0, mapped=mapped
+            group, LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, timeout_seconds=600.0, mapped=mapped
         )
         self.transport: WeightTransport = CollectiveTransport(self.member, 0, BUCKET)
         if mapped:

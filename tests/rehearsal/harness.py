@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.patience import output_of
+from tests.patience import completed
 from tests.rehearsal.__main__ import ROOT, environment
 from tests.rehearsal.cases import BASE, ROWS, Case, write_model
 from tests.rehearsal.versions import Pair
@@ -48,17 +46,10 @@ def run_cases(
     for number, case in enumerate(cases.values()):
         (folder / f"{number:03d}").mkdir(parents=True)
         (folder / f"{number:03d}" / "case.json").write_text(json.dumps(case))
-    process = subprocess.Popen(
-        [sys.executable, str(DRIVER), str(folder)],
-        env=os.environ | environment(engine, megatron, plain=plain) | variables,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    output = output_of(process, f"Transformer Engine {engine}, megatron-core {megatron}")
-    assert process.returncode == 0, output[-5000:]
+    variables = environment(engine, megatron, plain=plain) | variables
+    what = f"Transformer Engine {engine}, megatron-core {megatron}"
+    done = completed([sys.executable, str(DRIVER), str(folder)], what, ROOT, **variables)
+    assert done.returncode == 0, done.stdout[-5000:]
     return {name: _outcome(folder / f"{number:03d}") for number, name in enumerate(cases)}
 
 

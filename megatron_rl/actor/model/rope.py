@@ -14,8 +14,6 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformers import AutoConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +28,9 @@ class ScaledRope:
     @classmethod
     def of(cls, hf_config: Mapping[str, Any], rope_type: str) -> ScaledRope:
         """Computes the frequencies and the factor of a model's config.json."""
+        from transformers import AutoConfig  # most models need it not, and it takes a second to import
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         config = AutoConfig.for_model(**hf_config)
         return cls(*ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu"))
 

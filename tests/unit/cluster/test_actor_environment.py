@@ -57,9 +57,9 @@ def test_every_rank_on_a_gpu_gets_the_same_variables(monkeypatch: pytest.MonkeyP
     assert ActorRank.release_memory.__name__ not in started.calls
 
 
-def test_ranks_on_a_cpu_get_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ranks_on_a_cpu_do_without_torchs_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started, given = start(monkeypatch, tmp_path, on_gpu=False, shared=False)
-    assert given == [{}, {}] and "environment" not in started.description
+    assert given == [{"TORCHDYNAMO_DISABLE": "1"}] * 2 and "environment" not in started.description
 
 
 def test_ranks_free_memory_if_engines_share_their_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

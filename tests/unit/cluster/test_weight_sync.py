@@ -147,20 +147,22 @@ def opened(request: pytest.FixtureRequest, messages: list[str]) -> Open:
         actors: Any = Actors()
         if request.param == "folder":
             return FolderSync(actors, engines, 1, messages.append, folder=Path("f"), bucket_bytes=9), engines
-        mapped = request.param == "mapped"
-        collective = CollectiveSync(
-            actors,
-            engines,
-            1,
-            messages.append,
-            backend="gloo",
-            bucket_bytes=9,
-            update_seconds=lambda nbytes: 1.0,
-            mapped=mapped,
-        )
-        return collective, engines
+        return collective(actors, engines, messages, mapped=request.param == "mapped"), engines
 
     return open_sync
+
+
+def collective(actors: Any, engines: Any, messages: list[str], *, mapped: bool) -> CollectiveSync:
+    return CollectiveSync(
+        actors,
+        engines,
+        1,
+        messages.append,
+        backend="gloo",
+        bucket_bytes=9,
+        update_seconds=lambda nbytes: 1.0,
+        mapped=mapped,
+    )
 
 
 def versions(engines: Engines) -> list[int | None]:
@@ -253,16 +255,7 @@ def test_an_engine_that_dies_in_an_update_does_not_block_the_others(opened: Open
 def test_engines_unmap_memory_before_its_owner_frees_it(messages: list[str]) -> None:
     engines: Any = Engines(1)
     actors: Any = Actors()
-    sync = CollectiveSync(
-        actors,
-        engines,
-        1,
-        messages.append,
-        backend="gloo",
-        bucket_bytes=9,
-        update_seconds=lambda nbytes: 1.0,
-        mapped=True,
-    )
+    sync = collective(actors, engines, messages, mapped=True)
     held: list[int] = []
     submit = actors.submit
 

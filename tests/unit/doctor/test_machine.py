@@ -12,6 +12,7 @@ import pytest
 from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.doctor import machine, versions
 from megatron_rl.doctor.findings import Finding
+from megatron_rl.rollout.servers.server_process import free_port
 
 
 def states(findings: object) -> dict[str, str]:
@@ -78,10 +79,10 @@ def test_missing_gpus_are_a_failure_only_for_cuda(tmp_path: Path, monkeypatch: p
 
 
 def test_a_port_in_use_is_named() -> None:
+    port = free_port()  # none of those that the system gives away, so that nobody else takes it meanwhile
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.bind(("127.0.0.1", port))
         taken.listen()
-        port = taken.getsockname()[1]
         finding = machine.check_ports([port])
         assert finding.state == "warning" and str(port) in finding.found
     assert machine.check_ports([port]).state == "ok"

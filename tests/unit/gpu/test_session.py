@@ -72,7 +72,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     steps = tuple(
         Step(name, f"Is it {name}?", (str(file), "-k", name), seconds)
-        for name, seconds in (("good", 60), ("bad", 60), ("endless", 3))
+        for name, seconds in (("good", 1200), ("bad", 1200), ("endless", 3))
     )
     engine = Step("engine", "Does it run?", (str(file),), 60, transformer_engine=True)
     monkeypatch.setattr(session, "STEPS", (*steps, engine))
@@ -80,7 +80,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "out"
 
 
-def run(out: Path, minutes: float = 5) -> tuple[dict[str, dict], str]:  # type: ignore[type-arg]
+def run(out: Path, minutes: float = 60) -> tuple[dict[str, dict], str]:  # type: ignore[type-arg]
     out.mkdir()
     session.run(out, Paths(sys.executable, {"PYTHONPATH": ""}, None), minutes * 60, dry=False)
     found = json.loads((out / "session.json").read_text())

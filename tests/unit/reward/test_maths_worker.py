@@ -11,6 +11,7 @@ import pytest
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward import RewardPool
 from megatron_rl.types import Sample
+from tests.patience import command_of
 from tests.tiers import quick_of
 
 ENDLESS = r"\boxed{\int_0^1 e^{e^{e^{x^x}}}\,dx}"
@@ -20,12 +21,12 @@ ENDLESS = r"\boxed{\int_0^1 e^{e^{e^{x^x}}}\,dx}"
 def test_an_endless_comparison_is_a_timeout_and_leaves_no_process_behind(
     make_sample: Callable[..., Sample], grader: str
 ) -> None:
-    settings = RewardSettings(name="math", workers=1, timeout_seconds=2.0, math={"grader": grader})
+    settings = RewardSettings(name="math", workers=1, timeout_seconds=5.0, math={"grader": grader})
     with RewardPool(settings) as pool:
         results = pool.score([make_sample(ENDLESS, "5"), make_sample(r"\boxed{5}", "5")])
     outcomes = [(result.outcome, result.score) for result in results]
     assert outcomes == [("timeout", 0.0), ("score", 1.0)]
-    left = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    left = [" ".join(command_of(process)) for process in psutil.Process().children(recursive=True)]
     assert [command for command in left if "spawn_main" in command] == []
 
 

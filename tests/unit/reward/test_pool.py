@@ -19,6 +19,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.reward import RewardPool, outcome_rates
 from megatron_rl.reward.results import ACCEPTED
 from megatron_rl.types import Outcome, RewardResult, Sample
+from tests.patience import command_of
 from tests.tiers import slow
 
 MISBEHAVING = """
@@ -108,7 +109,7 @@ def impatient_pool(verifiers: Path) -> Iterator[RewardPool]:
 
 def workers() -> list[psutil.Process]:
     """The workers of all pools. Python's own resource tracker stays as long as the process that uses it."""
-    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(command_of(child))]
 
 
 def wait_for_end(processes: list[psutil.Process]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,29 +13,30 @@ import pytest
 
 from megatron_rl.rollout.servers import guard
 from megatron_rl.rollout.servers.server_process import ServerProcess
+from tests.patience import is_alive
 
 TREE = "import subprocess, sys, time; subprocess.Popen(['sleep', '100']); print('up', flush=True); time.sleep(100)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {TREE}"
 
 
-def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if is_alive(process)]
 
 
-async def started(program: str) -> tuple[ServerProcess, list[int]]:
-    """The server process, and the ids of the guard's two processes and of the program's."""
+async def started(program: str) -> tuple[ServerProcess, list[psutil.Process]]:
+    """The server process, and the guard's two processes and the program's."""
     process = await ServerProcess.start([sys.executable, "-c", program], {})
     root = psutil.Process(process._process.pid)
     while len(tree := root.children(recursive=True)) < 3:
         await asyncio.sleep(0.05)
-    return process, [root.pid, *(child.pid for child in tree)]
+    return process, [root, *tree]
 
 
 def test_stop_ends_all_processes() -> None:
     async def scenario() -> None:
-        process, pids = await started(STUBBORN)
+        process, tree = await started(STUBBORN)
         await process.stop()
-        assert alive(pids) == []
+        assert alive(tree) == []
 
     asyncio.run(scenario())
 
@@ -52,9 +51,9 @@ def test_a_server_can_end_in_order(tmp_path: Path) -> None:
     )
 
     async def scenario() -> None:
-        process, pids = await started(program)
+        process, tree = await started(program)
         await process.stop()
-        assert alive(pids) == []
+        assert alive(tree) == []
 
     asyncio.run(scenario())
     assert (tmp_path / "ended").exists()
@@ -62,11 +61,11 @@ def test_a_server_can_end_in_order(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_takes_the_others_along() -> None:
     async def scenario() -> None:
-        process, pids = await started(TREE)
-        os.kill(pids[2], signal.SIGKILL)
+        process, tree = await started(TREE)
+        tree[2].kill()
         await process.ended()
         await process.stop()
-        assert alive(pids) == []
+        assert alive(tree) == []
 
     asyncio.run(scenario())
 
@@ -84,22 +83,22 @@ def test_all_processes_end_with_an_owner_that_was_killed(guard_as_well: bool) ->
         stdout=subprocess.PIPE,
     )
     assert owner.stdout is not None and owner.stdout.readline() == b"up\n"
-    pids = [child.pid for child in psutil.Process(owner.pid).children(recursive=True)]
-    assert len(pids) == 4
+    tree = psutil.Process(owner.pid).children(recursive=True)
+    assert len(tree) == 4
     if guard_as_well:
-        os.kill(pids[0], signal.SIGKILL)
+        tree[0].kill()
     owner.kill()
     owner.wait()
-    while alive(pids):
+    while alive(tree):
         time.sleep(0.1)
 
 
 def test_all_processes_end_with_the_watching_half_of_the_guard() -> None:
     async def scenario() -> None:
-        process, pids = await started(TREE)
-        os.kill(pids[1], signal.SIGKILL)
+        process, tree = await started(TREE)
+        tree[1].kill()
         await process.ended()
         await process.stop()
-        assert alive(pids) == []
+        assert alive(tree) == []
 
     asyncio.run(scenario())

@@ -127,7 +127,7 @@ Scenario = Callable[[Vllm, VllmServer], Awaitable[None]]
 def run(scenario: Scenario, **vllm: Any) -> Vllm:
     async def main() -> Vllm:
         fake = Vllm(**vllm)
-        async with asyncio.timeout(20), server_of(fake) as server:
+        async with asyncio.timeout(600), server_of(fake) as server:
             await scenario(fake, server)
         return fake
 

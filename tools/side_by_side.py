@@ -1,0 +1,83 @@
+"""Runs targets of the Makefile, two at a time, and stops at the first that fails.
+
+    python tools/side_by_side.py TARGET...
+
+Targets start in the given order. What a target prints goes to `build/parts/TARGET.log`; this script prints a line when
+it starts and one when it ends. If a target fails, the others are interrupted, as by Ctrl-C, and what it printed comes
+last.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+AT_A_TIME = 2
+LOGS = Path("build/parts")
+GRACE_SECONDS = 120.0
+"""How long an interrupted target may take to end what it has started."""
+
+
+class Part:
+    """A target that runs."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.log, self.since = target, LOGS / f"{target}.log", time.monotonic()
+        with self.log.open("wb") as output:
+            command = ["make", "--no-print-directory", target]
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        print(f"{target} starts: {self.log}", flush=True)
+
+    def report(self) -> bool:
+        """Prints how the target has ended, and returns whether it has succeeded."""
+        minutes, seconds = divmod(int(time.monotonic() - self.since), 60)
+        last = (self.log.read_text(errors="replace").rstrip().splitlines() or [""])[-1].strip("= ")
+        print(f"{self.target} ended after {minutes}:{seconds:02} with {self.process.returncode}: {last}", flush=True)
+        return self.process.returncode == 0
+
+
+def interrupt(parts: Iterable[Part]) -> None:
+    """Ends the parts, with what they have started."""
+    parts = list(parts)
+    for part in parts:
+        os.killpg(part.process.pid, signal.SIGINT)
+    until = time.monotonic() + GRACE_SECONDS
+    for part in parts:
+        try:
+            part.process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(part.process.pid, signal.SIGKILL)
+            part.process.wait()
+        print(f"{part.target} was interrupted", flush=True)
+
+
+def run(targets: Iterable[str]) -> Part | None:
+    """Runs the targets. Returns the first that fails, after which none is left running; None if all succeed."""
+    waiting, running = deque(targets), list[Part]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < AT_A_TIME:
+                running.append(Part(waiting.popleft()))
+            time.sleep(0.2)
+            for part in [part for part in running if part.process.poll() is not None]:
+                running.remove(part)
+                if not part.report():
+                    return part
+    finally:
+        interrupt(running)
+    return None
+
+
+if __name__ == "__main__":
+    LOGS.mkdir(parents=True, exist_ok=True)
+    if failed := run(sys.argv[1:]):
+        print(f"\n{failed.log}:\n{failed.log.read_text(errors='replace')}\n{failed.target} failed", flush=True)
+        sys.exit(1)
