@@ -82,9 +82,10 @@ test: dev ## unit and invariance tests, and one whole run
 
 # First what waits beside what computes, at last the servers, which answer within limits. What is installed where it is
 # missing is there before, since two parts must not install at once.
+# The longest parts come first, but the servers of SGLang and vLLM do not come together: they would take 20 GiB.
 test-all: dev docs-environment sinks engines window rehearsal chromium slurm-packages ## every test that needs no GPU, with more cases and examples than `make test`, in parts side by side
-	$(SIDE_BY_SIDE) test-runs test-slurm test-nightly rehearse test-megatron-window docs test-browser test-sinks \
-	  test-environments test-sglang test-vllm
+	$(SIDE_BY_SIDE) test-sglang test-runs test-nightly test-vllm rehearse test-slurm test-megatron-window \
+	  test-environments docs test-browser test-sinks
 
 test-nightly: dev ## unit and invariance tests with all cases and more examples
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser" $(SHARED)
