@@ -70,15 +70,13 @@ $(DOCS)/.stamp: Makefile
 	@touch $@
 
 # Tests share the cores, a file at a time: what a file prepares is then prepared once. They start in the order in which
-# tests/conftest.py puts them. A whole run waits about half of its time, so two go at a time; those that share one are a
-# group (tests/e2e_cpu/conftest.py).
+# tests/conftest.py puts them. A whole run waits about half of its time, so two of these go at a time as well.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
-SHARED_RUNS := -n 2 --dist loadgroup --no-loadscope-reorder
 SIDE_BY_SIDE := $(PYTHON) tools/side_by_side.py
 
 test: dev ## unit and invariance tests, and one whole run
 	$(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser and not slow" $(SHARED)
-	$(BIN)/pytest tests/e2e_cpu -m "not slow" $(SHARED_RUNS)
+	$(BIN)/pytest tests/e2e_cpu -m "not slow" $(SHARED)
 
 # First what waits beside what computes, at last the servers, which answer within limits. What is installed where it is
 # missing is there before, since two parts must not install at once.
@@ -91,7 +89,7 @@ test-nightly: dev ## unit and invariance tests with all cases and more examples
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser" $(SHARED)
 
 test-runs: dev ## whole runs
-	$(BIN)/pytest tests/e2e_cpu $(SHARED_RUNS)
+	$(BIN)/pytest tests/e2e_cpu $(SHARED)
 
 chromium:
 	@which chromium chromium-browser google-chrome chrome | grep -q . || { apt-get update -q && apt-get install -q -y chromium; }

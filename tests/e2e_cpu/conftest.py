@@ -33,15 +33,9 @@ LONGEST = ("test_quickstart.py", "test_eval.py", "test_resume.py", "test_agents.
 """Files that take longest, longest first, so that no core is idle at the end while another works on one of them."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups what shares a run, for `--dist loadgroup`: the tests of a file, and all files with `learned`."""
-    here = [item for item in items if item.path.parent == Path(__file__).parent]
-    with_learned = {item.path for item in here if "learned" in getattr(item, "fixturenames", ())}
-    for item in here:
-        item.add_marker(pytest.mark.xdist_group("learned" if item.path in with_learned else item.path.stem))
-    place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)) if item in here else -1)
+    here, place = Path(__file__).parent, {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)) if item.path.parent == here else -1)
 
 
 @dataclass(frozen=True)
