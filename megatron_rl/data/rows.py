@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_rl.errors import UserError
-from megatron_rl.utils.bounded import OverBudget, budget, parse_json, read_lines
+from megatron_rl.utils.bounded import parse_json, read_lines
+from megatron_rl.utils.parquet import check_batches
 
 from .schemas import Row
 
 _PARQUET_BATCH = 64
 """Rows that are read at a time. Few, because a row of a compressed file may have megabytes."""
-_PARQUET_MEBIBYTES = 1024
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -53,22 +51,11 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
     number = 0
     try:
+        check_batches(path, _PARQUET_BATCH)
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in _batches(file):
-                for row in batch:
+            for batch in file.iter_batches(_PARQUET_BATCH):
+                for row in batch.to_pylist():
                     yield f"row {number}", row
                     number += 1
-    except (pyarrow.ArrowException, OverBudget) as error:
+    except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
-
-
-def _batches(file: Any) -> Iterator[list[Row]]:
-    """Yields the rows of a Parquet file in batches, within a budget: a kilobyte of Parquet can stand for gigabytes."""
-    batches = file.iter_batches(_PARQUET_BATCH)
-    while True:
-        with budget("a batch of rows", seconds=math.inf, mebibytes=_PARQUET_MEBIBYTES):
-            batch = next(batches, None)
-            rows = None if batch is None else batch.to_pylist()
-        if rows is None:
-            return
-        yield rows

@@ -26,6 +26,7 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import read_config
 from megatron_rl.observability.view import View
 from megatron_rl.run.prompts import positions_of
+from megatron_rl.utils.parquet import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,6 +116,7 @@ def _train(phase: WarmStartPhase, settings: WarmStartSettings, rows: SequenceBat
 def _read_traces(path: Path, tokenizer: PreTrainedTokenizerBase) -> SequenceBatch:
     """Reads the text columns `prompt` and `response` of a parquet file. Raises UserError if they are unusable."""
     try:
+        check_whole(path, ["prompt", "response"])
         table = pq.read_table(path, columns=["prompt", "response"])
     except Exception as error:
         raise UserError(f"{path}: a parquet file with the columns prompt and response is expected: {error}") from error

@@ -16,11 +16,10 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from megatron_rl.errors import UserError
+from megatron_rl.utils.parquet import check_whole
 
 MOST_BYTES = 2**28
 """Largest JSON or text file, in bytes. The index of a model with 100,000 tensors has 10 MB."""
-MOST_PARQUET_MEBIBYTES = 8192
-"""Most memory of a Parquet file that is read whole."""
 LONGEST_LINE = 2**28
 """Longest line of JSON, in bytes. Rows with the tests of a program take tens of megabytes."""
 
@@ -105,18 +104,22 @@ def read_lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[tuple[int, b
             yield number, line
 
 
-def read_parquet(path: Path, columns: list[str] | None = None, mebibytes: int = MOST_PARQUET_MEBIBYTES) -> Any:
-    """Returns the `pyarrow.Table` of a Parquet file. Raises UserError, also if the table takes more memory."""
+def read_parquet(path: Path, columns: list[str] | None = None) -> Any:
+    """Returns the `pyarrow.Table` of a Parquet file. Raises UserError, also as `parquet.check_whole` does."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with open_plain(path):
         pass
     try:
-        with budget("the table", seconds=math.inf, mebibytes=mebibytes):
-            return pq.ParquetFile(path).read(columns=columns)
-    except (OSError, pa.ArrowException, OverBudget) as error:
+        check_whole(path, columns)
+        return pq.ParquetFile(path).read(columns=columns)
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Two threads would each restore the limits that they found, and the last one might leave the other's for good."""
 
 
 class _Late(BaseException):
@@ -127,9 +130,14 @@ class _Late(BaseException):
 def budget(what: str, *, seconds: float, mebibytes: int) -> Iterator[None]:
     """Raises OverBudget if the block takes more processor time, or allocates more memory at a time.
 
-    The memory is a limit on the growth of the address space. The time is bounded in the main thread only, which alone
-    receives signals.
+    The memory is a limit on the growth of the address space of the whole process, so that one thread at a time has a
+    budget. The time is bounded in the main thread only, which alone receives signals.
     """
+    with _ONE_AT_A_TIME:
+        yield from _within(what, seconds, mebibytes)
+
+
+def _within(what: str, seconds: float, mebibytes: int) -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     most = _address_space() + mebibytes * 2**20
     most = most if limits[0] == resource.RLIM_INFINITY else min(most, limits[0])

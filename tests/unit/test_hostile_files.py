@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -35,7 +34,7 @@ from megatron_rl.observability.metrics import read_metrics
 from megatron_rl.observability.provenance import in_words, read_provenance
 from megatron_rl.observability.report.run_data import read_run
 from megatron_rl.observability.state import read_state
-from megatron_rl.utils import bounded
+from megatron_rl.utils import bounded, parquet
 from megatron_rl.utils.bounded import OverBudget, budget, read_json, read_parquet
 from tests.hf_models import config_json, write_hf_model
 
@@ -174,34 +173,67 @@ def test_a_start_with_an_impossible_time_is_refused(tmp_path: Path) -> None:
     refused(lambda: read_provenance(tmp_path), "line 1: not the start of a run")
 
 
-def parquet_bomb(path: Path, megabytes: int) -> Path:
-    """A few kilobytes that stand for 4096 texts of `megabytes` each."""
-    text = pa.DictionaryArray.from_arrays(pa.array([0] * 4096, pa.int32()), pa.array(["x" * (megabytes * 2**20)]))
-    pq.write_table(
-        pa.table({"prompt": text.cast(pa.dictionary(pa.int32(), pa.large_string()))}), path, compression="zstd"
-    )
-    assert path.stat().st_size < 2**20
-    return path
+def named_in_dictionary(count: int, mebibytes: int) -> Any:
+    text = pa.array(["x" * (mebibytes * 2**20)])
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), text)
 
 
-READ_BOMB = """
-import sys
-from pathlib import Path
-from megatron_rl.data import rows
-from megatron_rl.errors import UserError
-rows._PARQUET_MEBIBYTES = 128
-try:
-    next(rows.read_rows(Path(sys.argv[1])))
-except UserError as error:
-    print(error)
-"""
+def in_one_list(values: Any) -> Any:
+    roles = pa.array(["user"] * len(values))
+    messages = pa.StructArray.from_arrays([roles, values], ["role", "content"])
+    return pa.ListArray.from_arrays(pa.array([0, len(messages)], pa.int32()), messages)
 
 
-def test_a_parquet_bomb_is_refused(tmp_path: Path) -> None:
-    """The reader is a process of its own: memory that other tests have left would not count as growth."""
-    path = parquet_bomb(tmp_path / "rows.parquet", 4)
-    done = subprocess.run([sys.executable, "-c", READ_BOMB, str(path)], capture_output=True, text=True)
-    assert "rows.parquet: not a readable Parquet file" in done.stdout, done.stderr
+PARQUET_BOMBS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "texts of a dictionary": (lambda: named_in_dictionary(4096, 17), {}),
+    "texts in the lists of one row": (lambda: in_one_list(named_in_dictionary(4096, 3)), {}),
+    "lists of equal numbers": (lambda: pa.array([np.zeros(2**20, np.int8)]), {}),
+    "texts that compress": (lambda: pa.array(["x" * 2**24 + str(n) for n in range(3)]), {"use_dictionary": False}),
+    "texts that repeat the last one": (
+        lambda: pa.array(["x" * 2**20] * 50),
+        {"use_dictionary": False, "column_encoding": {"prompt": "DELTA_BYTE_ARRAY"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PARQUET_BOMBS)
+def test_a_parquet_bomb_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The bounds count the file's own statements, whatever memory the process holds."""
+    if kind not in ("texts of a dictionary", "texts in the lists of one row"):
+        monkeypatch.setattr(parquet, "MOST_BYTES", 2**20 - 1)
+        monkeypatch.setattr(parquet, "MOST_OF_BATCH", 2**20)
+    make, options = PARQUET_BOMBS[kind]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": make()}), path, compression="zstd", **options)
+    assert path.stat().st_size < 2**17
+    monkeypatch.setattr(pq.ParquetFile, "read", None)
+    refused(lambda: read_parquet(path), r"rows\.parquet: its values take more than")
+    refused(lambda: next(read_rows(path)), r"rows\.parquet: its rows stand for far more than the file has")
+
+
+def test_large_parquet_files_of_real_texts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts are measured, because a dictionary of this size could stand for more than the bounds."""
+    monkeypatch.setattr(parquet, "MOST_BYTES", 2**24)
+    monkeypatch.setattr(parquet, "MOST_OF_BATCH", 2**20)
+    texts = [f"{n} " * 100 for n in range(5000)]
+    chats = [[{"role": "user", "content": text}] * (n % 3) for n, text in enumerate(texts)]
+    rows = {"prompt": chats, "label": texts, "none": [None] * 5000, "map": [{"a": text} for text in texts]}
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(rows), path)
+    assert [row["label"] for _, row in read_rows(path)] == texts
+    assert read_parquet(path, ["prompt"]).column("prompt").to_pylist() == chats
+    monkeypatch.setattr(parquet, "MOST_BYTES", 2**21)
+    refused(lambda: read_parquet(path), "its values take more than 2 MiB")
+
+
+def test_a_parquet_file_with_a_broken_page_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": ["a"] * 10}), path)
+    path.write_bytes(path.read_bytes()[:4] + b"\xff" * 40 + path.read_bytes()[44:])
+    refused(lambda: read_parquet(path), "not a readable Parquet file")
+    refused(lambda: next(read_rows(path)), "not a readable Parquet file|cannot be read")
 
 
 def tokenizer(template: str) -> Any:
