@@ -22,7 +22,7 @@ from . import jail
 
 JAIL = Path(jail.__file__)
 LONGEST_OUTPUT = 2**20
-"""Bytes of a candidate's output, and of the value of a call as JSON, that are read."""
+"""Bytes of a candidate's output, and of the value of a call as JSON, that are read, unless a test expects more."""
 LONGEST_MESSAGE = 200
 """Characters of an exception that a detail shows."""
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -38,7 +38,7 @@ class Execution:
     value: Any
     """Value in `result.json`; None if there is none."""
     is_cut: bool
-    """Whether the output, or the value in modes other than `run`, was longer than `LONGEST_OUTPUT`."""
+    """Whether the output, or the value in modes other than `run`, was longer than what is read."""
     failure: str | None
     """"too slow", "killed by SIGSEGV", or the last line of the traceback; None if the candidate exited normally."""
 
@@ -59,14 +59,24 @@ class Sandbox:
     ) -> None:
         remove_tree(self._folder)
 
-    def run(self, mode: Mode, *, stdin: str = "", request: dict[str, Any] | None = None) -> Execution:
-        """Runs the candidate once: as a program with `stdin` in mode `run`, as `jail` describes in other modes."""
+    def run(
+        self, mode: Mode, *, stdin: str = "", request: dict[str, Any] | None = None, longest: int = LONGEST_OUTPUT
+    ) -> Execution:
+        """Runs the candidate once: as a program with `stdin` in mode `run`, as `jail` describes in other modes.
+
+        longest: bytes of the output or value that are read.
+        """
         scratch = Path(tempfile.mkdtemp(dir=self._folder))
         # Python refuses a lone surrogate in the file, so that the candidate fails and not the verifier.
         (scratch / "solution.py").write_text(self._source, "utf-8", "surrogatepass")
         if request is not None:
             (scratch / "request.json").write_text(json.dumps(request))
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        # Files without a name in the program's own folder, so that it can open them as /dev/stdin and /dev/stdout.
+        with (
+            tempfile.TemporaryFile(dir=scratch) as given,
+            tempfile.TemporaryFile(dir=scratch) as output,
+            tempfile.TemporaryFile(dir=scratch) as errors,
+        ):
             given.write(stdin.encode())
             given.seek(0)
             process = start(self._settings, scratch, mode, given, output, errors)
@@ -80,10 +90,10 @@ class Sandbox:
             texts = []
             for file in (output, errors):
                 file.seek(0)
-                texts.append(file.read(LONGEST_OUTPUT).decode(errors="replace"))
-            value, is_cut = _result(scratch)
+                texts.append(file.read(longest).decode(errors="replace"))
+            value, is_cut = _result(scratch, longest)
             if mode == "run":
-                is_cut = os.fstat(output.fileno()).st_size > LONGEST_OUTPUT
+                is_cut = os.fstat(output.fileno()).st_size > longest
         return Execution(texts[0], value, is_cut, _failure(code, texts[1]))
 
 
@@ -124,16 +134,16 @@ def check_sandbox(settings: CodeSettings) -> None:
         raise UserError(f"reward.name: code: the sandbox does not start (exit code {process.returncode}): {last}")
 
 
-def _result(scratch: Path) -> tuple[Any, bool]:
+def _result(scratch: Path, longest: int = LONGEST_OUTPUT) -> tuple[Any, bool]:
     """Returns the value in `result.json`, and whether the file is too long to be read."""
     try:
         # The candidate may have created anything under this name, so links are not followed and pipes do not block.
         handle = os.open(scratch / "result.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(handle, "rb") as file:
             status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > LONGEST_OUTPUT:
+            if not stat.S_ISREG(status.st_mode) or status.st_size > longest:
                 return None, stat.S_ISREG(status.st_mode)
-            return json.loads(file.read(LONGEST_OUTPUT))["value"], False
+            return json.loads(file.read(longest))["value"], False
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None, False  # there is no file, or the candidate wrote its own
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import textwrap
@@ -115,11 +116,12 @@ def _dedented(code: str, width: int) -> str:
 def _problem(sandbox: Sandbox, case: Case) -> str | None:
     """Returns why the candidate fails the test case, or None if it passes."""
     match case:
-        case Program(stdin, _):
-            done = sandbox.run("run", stdin=stdin)
+        case Program(stdin, stdout):
+            done = sandbox.run("run", stdin=stdin, longest=_longest(stdout.encode()))
             return done.failure or (None if passes(case, done.output, None) else f"wrong output{_cut(done)}")
-        case Call(function, arguments, _):
-            done = sandbox.run("call", request={"function": function, "arguments": arguments})
+        case Call(function, arguments, expected):
+            request = {"function": function, "arguments": arguments}
+            done = sandbox.run("call", request=request, longest=_longest(json.dumps(expected).encode()))
             return done.failure or (None if passes(case, "", done.value) else f"wrong result{_cut(done)}")
         case Check(tests):
             token = secrets.token_hex(16)  # unknown to a candidate that exits before the tests have finished
@@ -127,5 +129,10 @@ def _problem(sandbox: Sandbox, case: Case) -> str | None:
             return done.failure or (None if done.value == token else "exited before the tests had finished")
 
 
+def _longest(expected: bytes) -> int:
+    """Returns how much of an output is read: a right one may have other spaces, and numbers with more digits."""
+    return max(LONGEST_OUTPUT, 2 * len(expected))
+
+
 def _cut(done: Execution) -> str:
-    return f" (only {LONGEST_OUTPUT // 2**20} MiB are read)" if done.is_cut else ""
+    return " (too long: only its beginning is read)" if done.is_cut else ""

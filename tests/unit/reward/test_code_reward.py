@@ -118,16 +118,28 @@ def test_recursion_through_c_reaches_the_recursion_limit(grade: Grade, function:
 @pytest.mark.parametrize(
     ("label", "source", "what"),
     [
-        ({"inputs": [""], "outputs": ["1 " * 600_000]}, "print('1 ' * 600_000)", "wrong output"),
-        (
-            {"fn_name": "f", "inputs": [[]], "outputs": ["a" * 1_200_000]},
-            "def f(): return 'a' * 1_200_000",
-            "wrong result",
-        ),
+        ({"inputs": [""], "outputs": ["1 " * 500]}, "print('1 ' * 600_000)", "wrong output"),
+        ({"fn_name": "f", "inputs": [[]], "outputs": ["a"]}, "def f(): return 'a' * 1_200_000", "wrong result"),
     ],
 )
 def test_the_detail_says_that_an_output_is_too_long(grade: Grade, label: Any, source: str, what: str) -> None:
-    assert grade(label, source).detail == f"test 1 of 1: {what} (only 1 MiB are read)"
+    assert grade(label, source).detail == f"test 1 of 1: {what} (too long: only its beginning is read)"
+
+
+def test_an_output_as_long_as_the_expected_one_is_read(grade: Grade) -> None:
+    assert grade({"inputs": [""], "outputs": ["1\n" * 1_500_000]}, "print('1 ' * 1_500_000)").score == 1.0
+    call = {"fn_name": "f", "inputs": [[]], "outputs": [[1] * 700_000]}
+    assert grade(call, "def f(): return [1] * 700_000").score == 1.0
+
+
+def test_a_candidate_does_not_find_the_tests_and_their_token_in_a_file(grade: Grade) -> None:
+    source = """
+        import json, os
+        token = json.load(open("request.json"))["token"]
+        json.dump({"value": token}, open("result.json", "w"))
+        os._exit(0)
+    """
+    assert "No such file or directory: 'request.json'" in str(grade(ASSERTS, source).detail)
 
 
 def test_a_method_of_class_solution_scores_1(grade: Grade) -> None:

@@ -222,6 +222,10 @@ REAL_PROGRAMS = {
         assert os.sysconf("SC_PAGE_SIZE") and os.getcwd() and os.environ["HOME"] and locale.getlocale()
         r, w = os.pipe(); os.write(w, b"7"); sys.stdout.buffer.write(os.read(r, 1)); sys.stdout.flush()
     """,
+    "standard files by name": """
+        print(7, file=open("/dev/stdout", "a"), flush=True)
+        assert open("/dev/stdin").read() == ""
+    """,
     "logging and tests": """
         import contextlib, doctest, io, logging, pprint, traceback, unittest, warnings
         logging.basicConfig(filename="log"); logging.warning("x"); warnings.warn("x")
