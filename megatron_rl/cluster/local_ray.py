@@ -17,6 +17,9 @@ from megatron_rl.utils.home import private_folder
 
 LOOPBACK_VARIABLE, TOKEN_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_TOKEN_PATH"
 
+LONGEST_FOLDER = 40
+"""Bytes of the folder's path. A Unix socket may have 107, of which the names of Ray's session and sockets take 66."""
+
 
 @contextmanager
 def private_ray() -> Iterator[dict[str, Any]]:
@@ -28,7 +31,7 @@ def private_ray() -> Iterator[dict[str, Any]]:
         yield {}
         return
 
-    folder = private_folder(f"mrl-ray-{os.getuid()}")  # short, because names of sockets are
+    folder = private_folder(f"mrl-ray-{os.getuid()}", LONGEST_FOLDER)
     folder.chmod(0o700)
     if not {TOKEN_VARIABLE, "RAY_AUTH_TOKEN"} & os.environ.keys():
         os.environ[TOKEN_VARIABLE] = str(_token_file(folder))

@@ -177,13 +177,15 @@ def copy_all_but_weights(source: Path, folder: Path) -> None:
 def check_links(folder: Path) -> None:
     """Raises UserError if a file that an export would copy is a link to a file outside the model folder.
 
-    The cache of the Hugging Face Hub is built of links, from `snapshots/<revision>` to `blobs`, which are permitted.
+    The cache of the Hugging Face Hub keeps contents in `models--<owner>--<name>/blobs`. Links to these are permitted:
+    its own snapshots consist of them, and so do folders of `--local-dir` that older releases made.
     """
     inside = folder.resolve()
-    permitted = (inside, inside.parents[1] / "blobs") if inside.parent.name == "snapshots" else (inside,)
+    blobs = (inside.parents[1] / "blobs").resolve() if inside.parent.name == "snapshots" else inside
     for file in _all_but_weights(folder):
         target = file.resolve()
-        if not any(target.is_relative_to(place) for place in permitted):
+        of_hub = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+        if not (of_hub or target.is_relative_to(inside) or target.is_relative_to(blobs)):
             raise UserError(
                 f"{file} is a link to {target}, outside the model folder, and exports would hold a copy of that file. "
                 "Put the file itself into the folder, or remove the link"

@@ -30,11 +30,15 @@ def provide_home() -> Path | None:
     return folder
 
 
-def private_folder(name: str) -> Path:
+def private_folder(name: str, longest: int = 4095) -> Path:
     """Returns this user's folder among the temporary ones, or one with a longer name if that name is taken. Nobody else
-    can write to it: its content is executed. Raises UserError if no temporary folder is writable."""
+    can write to it: its content is executed. Raises UserError if no temporary folder is writable.
+
+    longest: bytes of the path; the folder is in /tmp if the path would be longer.
+    """
     try:
         folder = Path(tempfile.gettempdir()) / name
+        folder = folder if len(os.fsencode(folder)) <= longest else Path("/tmp") / name
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise UserError(
@@ -43,4 +47,4 @@ def private_folder(name: str) -> Path:
         ) from error
     found = folder.lstat()
     own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-    return folder if own else Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+    return folder if own else Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))

@@ -344,6 +344,16 @@ def test_the_links_of_the_hub_s_cache_are_permitted(tmp_path: Path) -> None:
     (snapshot / "config.json").symlink_to("../../blobs/123")
     copy_all_but_weights(snapshot, tmp_path / "export")
     assert (tmp_path / "export/config.json").read_text() == "{}"
+    (tmp_path / "disk").mkdir()
+    blobs.rename(tmp_path / "disk/moved")
+    blobs.symlink_to(tmp_path / "disk/moved")
+    check_links(snapshot)
+    blobs.unlink()
+    (tmp_path / "disk/moved").rename(blobs)
+    local = tmp_path / "local"  # as huggingface_hub made it before 0.23
+    local.mkdir()
+    (local / "tokenizer.json").symlink_to(blobs / "123")
+    check_links(local)
     (snapshot / "README.md").symlink_to(tmp_path / "models--a--b/refs")
     (tmp_path / "models--a--b/refs").write_text("main")
     refused(lambda: check_links(snapshot), "outside the model folder")

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from ray._private import ray_constants
 
+from megatron_rl.cluster import local_ray
 from megatron_rl.cluster.local_ray import LOOPBACK_VARIABLE, TOKEN_VARIABLE, close_default_token, private_ray
 
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(local_ray, "LONGEST_FOLDER", 4095)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(TOKEN_VARIABLE, "")  # for its restoration
     for variable in (TOKEN_VARIABLE, "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_TMPDIR", LOOPBACK_VARIABLE):
@@ -48,6 +50,16 @@ def test_a_folder_that_another_user_could_have_made_is_not_used(temporary: Path)
     taken.chmod(0o777)
     with private_ray() as options:
         assert Path(options["_temp_dir"]).parent != taken and mode(Path(options["_temp_dir"]).parent) == 0o700
+
+
+def test_a_long_temporary_folder_leaves_no_room_for_the_names_of_sockets(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch system may set TMPDIR to a long path. Ray refuses sockets of more than 107 bytes."""
+    monkeypatch.setattr(local_ray, "LONGEST_FOLDER", 40)
+    with private_ray() as options:
+        socket = f"{options['_temp_dir']}/session_2026-11-30_16-40-53_828644_4194304/sockets/plasma_store"
+        assert len(socket) <= 107 and options["_temp_dir"].startswith("/tmp/mrl-ray-")
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
