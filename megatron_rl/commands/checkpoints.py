@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.errors import UserError
 
+from .arguments import add_output, printed_to
+
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.manifest import Manifest
 
@@ -18,6 +20,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("checkpoints", help="list the checkpoints of a run and check that they are complete")
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
+    add_output(parser)
     parser.set_defaults(command=_list)
 
 
@@ -45,9 +48,10 @@ def _list(options: argparse.Namespace) -> None:
         layouts.add(manifest.origin.layout_in_words)
         size, state = f"{manifest.bytes / 2**30:.2f}", "intact" if options.verify else "complete"
         table.add_row(*_name(path), size, state, _evaluation(manifest))
-    Console().print(table)
-    print(f"layout: {' or '.join(sorted(layouts))}; {'checksums' if options.verify else 'sizes'} compared")
-    print(*problems, sep="\n")
+    with printed_to(options.output):
+        Console().print(table)
+        print(f"layout: {' or '.join(sorted(layouts))}; {'checksums' if options.verify else 'sizes'} compared")
+        print(*problems, sep="\n")
 
 
 def _name(path: Path) -> list[str]:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.errors import UserError
+
 
 def add(commands: Any) -> None:
     """Declares `convert`."""
@@ -19,7 +21,10 @@ def add(commands: Any) -> None:
         type=Path,
         help="a Hugging Face folder or an id of the Hub, a run or its checkpoint, or a Megatron checkpoint",
     )
-    convert.add_argument("target", type=Path, help="a folder that does not exist yet")
+    target = convert.add_argument("target", type=Path, help="a folder that does not exist yet")
+    convert.add_argument(
+        "--output", action=_Output, type=Path, target=target, metavar="FOLDER", help="another way to give the target"
+    )
     convert.add_argument(
         "--format",
         choices=("hf", "torch_dist"),
@@ -43,9 +48,26 @@ def add(commands: Any) -> None:
     convert.set_defaults(command=_convert)
 
 
+class _Output(argparse.Action):
+    """The option in place of the positional argument `target`.
+
+    With nargs="?" the argument could not come after an option: argparse would take it as left out.
+    """
+
+    def __init__(self, *, target: argparse.Action, **options: Any) -> None:
+        super().__init__(**options)
+        self._target = target
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        self._target.required = False
+        namespace.output = values
+
+
 def _convert(options: argparse.Namespace) -> None:
     from megatron_rl.data.hub import local_model
 
+    if options.target and options.output:
+        raise UserError(f"convert: two targets: {options.target} and --output {options.output}; give one")
     source = local_model(options.source, "source")
     model = local_model(options.model, "--model") if options.model else None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,7 +78,7 @@ def _convert(options: argparse.Namespace) -> None:
 
     convert(
         source,
-        options.target,
+        options.target or options.output,
         to=options.format,
         model=model,
         dtype=getattr(torch, options.dtype) if options.dtype else None,

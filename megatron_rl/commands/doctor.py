@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import add_config, load_with_remarks
+from .arguments import add_config, add_output, load_with_remarks, printed_to
 
 
 def add(commands: Any) -> None:
@@ -13,6 +13,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="look for problems that would keep a run from starting or finishing")
     add_config(parser, optional=True)
     parser.add_argument("--quick", action="store_true", help="check this machine only, in about a second")
+    add_output(parser)
     parser.set_defaults(command=_doctor)
 
 
@@ -23,4 +24,6 @@ def _doctor(options: argparse.Namespace) -> int:
     from megatron_rl.doctor.findings import show
 
     config = load_with_remarks(options.config, options.overrides) if options.config else None
-    return 0 if show(examine(config, quick=options.quick), Console()) else 1
+    findings = examine(config, quick=options.quick)
+    with printed_to(options.output):
+        return 0 if show(findings, Console()) else 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.errors import UserError
 
-from .arguments import add_config, load_with_remarks
+from .arguments import add_config, add_output, load_with_remarks, printed_to
 
 if TYPE_CHECKING:
     from megatron_rl.config import Config
@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="replace one assumption, such as mean_response=3000; may be repeated",
     )
+    add_output(parser)
     parser.set_defaults(command=_plan)
 
 
@@ -50,17 +51,18 @@ def _plan(options: argparse.Namespace) -> None:
     config = _with_model(load_with_remarks(options.config, options.overrides))
     setup = setup_of(config, **_assumptions(options.assume))
     plan = Plan(setup)
-    if options.search:
-        found = layouts(setup)
-        if options.json:
-            shown = [{"overrides": choice.overrides} | plan.as_json() for choice, plan in found[:SHOWN]]
-            print(json.dumps(shown, indent=2))
+    with printed_to(options.output):
+        if options.search:
+            found = layouts(setup)
+            if options.json:
+                shown = [{"overrides": choice.overrides} | plan.as_json() for choice, plan in found[:SHOWN]]
+                print(json.dumps(shown, indent=2))
+            else:
+                show_layouts(found, SHOWN, Console())
+        elif options.json:
+            print(json.dumps(plan.as_json(), indent=2))
         else:
-            show_layouts(found, SHOWN, Console())
-    elif options.json:
-        print(json.dumps(plan.as_json(), indent=2))
-    else:
-        show_plan(plan, nearest(setup) if plan.problems else [], Console())
+            show_plan(plan, nearest(setup) if plan.problems else [], Console())
 
 
 def _with_model(config: Config) -> Config:
