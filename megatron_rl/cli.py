@@ -41,6 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()  # the error stands last, also where both streams go to one file
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: permission denied for this user", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 AT_A_TIME = 2
@@ -48,13 +49,15 @@ def interrupt(parts: Iterable[Part]) -> None:
     """Ends the parts, with what they have started."""
     parts = list(parts)
     for part in parts:
-        os.killpg(part.process.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):  # it has ended in the meantime
+            os.killpg(part.process.pid, signal.SIGINT)
     until = time.monotonic() + GRACE_SECONDS
     for part in parts:
         try:
             part.process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(part.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(part.process.pid, signal.SIGKILL)
             part.process.wait()
         print(f"{part.target} was interrupted", flush=True)
 

@@ -100,7 +100,7 @@ class Architecture:
         """Reads a `config.json`. Raises UserError if the model is not supported or a key is missing."""
         check_config(hf_config)
         family = _family(hf_config)
-        hf_config = {"rms_norm_eps": 1e-6, **DEFAULTS[family], **hf_config}
+        hf_config = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, **DEFAULTS[family], **hf_config}
         try:
             _refuse_variants(hf_config)
             heads = hf_config["num_attention_heads"]

@@ -171,3 +171,14 @@ def test_the_plan_of_one_node_says_node(capsys: Output) -> None:
     assert main(["plan", str(EXAMPLE.parents[1] / "own_data.yaml")]) == 0
     out, err = capsys.readouterr()
     assert " on 1 node\n" in out and "uses the published sizes of Qwen3-0.6B" in err
+
+
+def test_a_folder_of_another_user_is_an_error_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    def locked(self: Path, **_: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.stat", locked)
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: permission denied for this user\n"

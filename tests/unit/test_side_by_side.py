@@ -21,8 +21,14 @@ broken:
 """
 
 
-def run(folder: Path, *targets: str) -> tuple[int, str]:
-    (folder / "Makefile").write_text(MAKEFILE)
+MAKEFILE_OF_TWO = """
+first second:
+	@touch $@.began; while [ ! -e first.began -o ! -e second.began ]; do sleep 0.01; done; echo '$@ went wrong'; false
+"""
+
+
+def run(folder: Path, *targets: str, makefile: str = MAKEFILE) -> tuple[int, str]:
+    (folder / "Makefile").write_text(makefile)
     done = subprocess.run([sys.executable, SCRIPT, *targets], cwd=folder, capture_output=True, text=True)
     return done.returncode, done.stdout
 
@@ -43,3 +49,9 @@ def test_the_first_failure_ends_all_and_is_printed_last(tmp_path: Path, targets:
     assert "endless was interrupted\n" in output and not (tmp_path / "late.began").exists()
     last = output[output.index("endless was interrupted") :]
     assert "this is what went wrong" in last and last.endswith("broken failed\n")
+
+
+def test_two_failures_at_once_end_with_what_the_first_printed(tmp_path: Path) -> None:
+    status, output = run(tmp_path, "first", "second", makefile=MAKEFILE_OF_TWO)
+    assert status == 1 and output.endswith(("first failed\n", "second failed\n")), output
+    assert "went wrong" in output
