@@ -211,7 +211,7 @@ REAL_PROGRAMS = {
     """,
     "mathematics": """
         import cmath, decimal, fractions, hashlib, itertools, math, mmap, secrets, statistics, struct, unicodedata, zlib
-        mapped = mmap.mmap(-1, 2**20); mapped[:1] = b"7"
+        mapped = mmap.mmap(-1, 2**20); mapped[:1] = b"7"; mapped.flush()
         assert decimal.Decimal(2).sqrt() and statistics.stdev([1, 2]) and hashlib.sha256(b"").digest()
         assert sum(1 for _ in itertools.permutations(range(7))) == 5040
         print(mapped[:1].decode())
