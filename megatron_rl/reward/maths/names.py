@@ -20,7 +20,8 @@ _ACCENTS = (
     "wideparen"
 )
 _NAME = re.compile(
-    rf"\\(?P<accent>{_ACCENTS})(?![a-zA-Z])|\\(?P<greek>{GREEK})(?![a-zA-Z])|(?P<letter>(?<![a-zA-Z\\])[a-zA-Z])"
+    rf"(?P<change>\\Delta ?(?:[a-zA-Z]|\\(?:{GREEK})(?![a-zA-Z])))"
+    rf"|\\(?P<accent>{_ACCENTS})(?![a-zA-Z])|\\(?P<greek>{GREEK})(?![a-zA-Z])|(?P<letter>(?<![a-zA-Z\\])[a-zA-Z])"
     r"|\\(?P<figure>angle|triangle|odot|nabla|parallel|overset)(?![a-zA-Z]) ?[A-Z]*|\\[a-zA-Z]+|(?P<more>[a-zA-Z])"
 )
 _CALLED = ("f", "g", "h", "F", "G", "H")
@@ -69,11 +70,13 @@ def _as_fraction(match: re.Match[str]) -> str:
 def _whole_name(text: str, match: re.Match[str]) -> tuple[str, int]:
     """Returns the name at `match`, as it is or replaced, and where it ends."""
     name, index = match[0].strip(), match.end()
-    if not (match["accent"] or match["greek"] or match["letter"] or match["figure"] or match["more"]):
+    if not any(match.groupdict().values()):
         return match[0], index
+    if match["change"]:  # `\Delta t` is one quantity
+        name = name.replace(" ", "")
     if match["accent"] and (group := argument(text, index)):
         name, index = f"{name}{{{group[0].strip()}}}", group[1]
-    is_plain = not match["accent"] and not match["figure"] and name not in _READ_OTHERWISE
+    is_plain = not (match["accent"] or match["figure"] or match["change"]) and name not in _READ_OTHERWISE
     if text.startswith("'", index) and name != "e":
         end = re.compile("'+").match(text, index).end()  # type: ignore[union-attr]
         name, index, is_plain = name + text[index:end], end, False

@@ -15,7 +15,7 @@ _SELECTION = re.compile(r"(?:(?<![a-zA-Z\\])[mnN]|\))\}? ?\{?[PC]\}? ?\{?[kmnrR]
 """The numbers of permutations and combinations `nPr` and `(n+1)Cr`, which are no products."""
 _OPERATOR_LETTER = (
     r"\\(?:(?:mathcal|mathbb|mathscr|mathfrak|cal|hat|widehat)(?: ?\{[^{}]*\}| ?\\?[a-zA-Z]+)"
-    r"|(?:nabla|Delta|partial)(?![a-zA-Z]))'*(?:\^\{[^{}]*\})?"
+    r"|(?:nabla|partial)(?![a-zA-Z]))'*(?:\^\{[^{}]*\})?"
 )
 _SIGNS = "cdot|times|pm|mp|cup|cap|setminus|le|ge|ne|in|to|mid|dots|sim|approx"
 _APPLIED = re.compile(
