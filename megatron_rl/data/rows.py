@@ -57,5 +57,5 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
                 for row in batch.to_pylist():
                     yield f"row {number}", row
                     number += 1
-    except pyarrow.ArrowException as error:
+    except (ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error

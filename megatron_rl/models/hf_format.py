@@ -101,7 +101,7 @@ def open_weights(folder: Path) -> FolderWeights:
             raise UserError(f"{index} has no weight_map of names of files. Copy the model again.")
         if strange := sorted({file for file in files.values() if not file or file != Path(file).name or "\0" in file}):
             raise UserError(f"{index} names a file outside its folder: {strange[0][:200]!r}. Copy the model again.")
-        missing = sorted({file for file in files.values() if not (folder / file).is_file()})
+        missing = sorted(file for file in set(files.values()) if not (folder / file).is_file())
         if missing:
             raise UserError(f"{index} names files that are not there: {', '.join(missing)}. Copy the model again.")
         return FolderWeights(folder, files)

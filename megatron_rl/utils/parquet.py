@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import UserError
+from megatron_rl.utils.parquet_footer import DELTA_BYTE_ARRAY, Chunk, dictionary_bytes, read_footer
 
 MOST_BYTES = 2**33
 """Most bytes of a file that is read whole, and of the lists of numbers in a row group that is read in batches."""
@@ -21,7 +22,6 @@ MOST_RATIO = 200
 """How many times its compressed size a row group of more than MOST_OF_BATCH may take. Ordinary texts take 2 to 20."""
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12, "BYTE_ARRAY": 4}
 """Bytes of a value in memory; of a text, those of its offset."""
-_DICTIONARY_PAGE = 2
 _AT_A_TIME = 2**16
 """Rows that are measured at a time. Many, because Arrow copies the dictionary for each batch."""
 
@@ -31,18 +31,16 @@ def check_whole(path: Path, columns: list[str] | None = None) -> None:
 
     The sizes of compressed pages are those that the file's footer states.
     """
-    import pyarrow.parquet as pq
-
-    with path.open("rb") as file, pq.ParquetFile(file) as parquet:
+    with path.open("rb") as file:
         total = 0
-        for group in range(parquet.num_row_groups):
-            for chunk, schema in _chunks(parquet.metadata, group):
-                if columns is None or schema.path.partition(".")[0] in columns:
-                    size = max(0, chunk.total_uncompressed_size, chunk.num_values * _width(schema))
-                    if largest := _largest_text(file, chunk):
-                        size += largest * chunk.num_values
+        for group, chunks in enumerate(_chunks(file)):
+            for chunk, column in chunks:
+                if columns is None or column.path.partition(".")[0] in columns:
+                    size = max(chunk.unpacked, chunk.values * _width(column))
+                    if largest := _largest_text(file, chunk, column):
+                        size += largest * chunk.values
                         if total + size > MOST_BYTES:
-                            size = sum(_texts(file, group, schema.path))
+                            size = sum(_texts(file, group, column.path))
                     total += size
                 if total > MOST_BYTES:
                     raise UserError(f"{path}: its values take more than {MOST_BYTES >> 20} MiB, the most that is read")
@@ -54,20 +52,16 @@ def check_batches(path: Path, rows: int) -> None:
 
     The sizes of compressed pages are those that the file's footer states.
     """
-    import pyarrow.parquet as pq
-
-    with path.open("rb") as file, pq.ParquetFile(file) as parquet:
-        for group in range(parquet.num_row_groups):
-            chunks = list(_chunks(parquet.metadata, group))
-            size = sum(chunk.total_uncompressed_size for chunk, _ in chunks)
-            packed = sum(chunk.total_compressed_size for chunk, _ in chunks)
-            numbers = sum(chunk.num_values * _width(schema) for chunk, schema in chunks if _repeats(schema))
+    with path.open("rb") as file:
+        for group, chunks in enumerate(_chunks(file)):
+            size, packed = sum(chunk.unpacked for chunk, _ in chunks), sum(chunk.packed for chunk, _ in chunks)
+            numbers = sum(chunk.values * _width(column) for chunk, column in chunks if _repeats(column))
             if numbers > MOST_BYTES or (size > MOST_OF_BATCH and size > MOST_RATIO * packed):
                 raise _refusal(path)
-            for chunk, schema in chunks:
-                count = chunk.num_values if _repeats(schema) else min(rows, chunk.num_values)
-                if _largest_text(file, chunk) * count > MOST_OF_BATCH and any(
-                    size > MOST_OF_BATCH for size in _texts(file, group, schema.path, rows)
+            for chunk, column in chunks:
+                count = chunk.values if _repeats(column) else min(rows, chunk.values)
+                if _largest_text(file, chunk, column) * count > MOST_OF_BATCH and any(
+                    size > MOST_OF_BATCH for size in _texts(file, group, column.path, rows)
                 ):
                     raise _refusal(path)
 
@@ -80,49 +74,34 @@ def _refusal(path: Path) -> UserError:
     )
 
 
-def _chunks(metadata: Any, group: int) -> Iterator[tuple[Any, Any]]:
-    for number in range(metadata.num_columns):
-        yield metadata.row_group(group).column(number), metadata.schema.column(number)
+def _chunks(file: Any) -> list[list[tuple[Chunk, Any]]]:
+    """Returns the chunks of each row group with their columns. Raises errors as pyarrow does, or OSError."""
+    import pyarrow.parquet as pq
+
+    schema = pq.ParquetFile(file).schema
+    columns, groups = [schema.column(number) for number in range(len(schema))], read_footer(file)
+    if any(len(group) != len(columns) for group in groups):
+        raise OSError("a row group has other columns than the file")
+    return [list(zip(group, columns, strict=True)) for group in groups]
 
 
-def _repeats(schema: Any) -> bool:
-    return bool(schema.max_repetition_level)
+def _repeats(column: Any) -> bool:
+    return bool(column.max_repetition_level)
 
 
-def _width(schema: Any) -> int:
-    return int(_WIDTHS.get(schema.physical_type) or schema.length)
+def _width(column: Any) -> int:
+    return int(_WIDTHS.get(column.physical_type) or column.length)
 
 
-def _largest_text(file: Any, chunk: Any) -> int:
+def _largest_text(file: Any, chunk: Chunk, column: Any) -> int:
     """Returns an upper bound of the bytes of a text of the column's dictionary; 0 without a dictionary.
 
     The bound is the size of the dictionary's page, from the head of that page, which the reader goes by. In the
     encoding DELTA_BYTE_ARRAY a text repeats a part of the last one, so that it may be as long as the column.
     """
-    if chunk.physical_type != "BYTE_ARRAY":
+    if column.physical_type != "BYTE_ARRAY":
         return 0
-    if "DELTA_BYTE_ARRAY" in chunk.encodings:
-        return int(chunk.total_uncompressed_size)
-    file.seek(min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0))
-    kind, size = _head_of_page(file.read(32))
-    return size if kind == _DICTIONARY_PAGE else 0
-
-
-def _head_of_page(head: bytes) -> tuple[int, int]:
-    """Returns kind and uncompressed size of a page: fields 1 and 2 of PageHeader (parquet.thrift), in Thrift's compact
-    protocol. Each is a byte 0x15 and a number, 7 bits a byte, zigzag."""
-    numbers, rest = [], iter(head)
-    for _ in range(2):
-        if next(rest, None) != 0x15:
-            raise OSError("the head of a page is broken")
-        value = shift = 0
-        for byte in rest:
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
-        numbers.append(value >> 1)
-    return numbers[0], numbers[1]
+    return chunk.unpacked if DELTA_BYTE_ARRAY in chunk.encodings else dictionary_bytes(file, chunk)
 
 
 def _texts(file: Any, group: int, column: str, rows: int = _AT_A_TIME) -> Iterator[int]:

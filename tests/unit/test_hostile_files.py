@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,25 @@ def test_a_parquet_file_with_a_broken_page_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:4] + b"\xff" * 40 + path.read_bytes()[44:])
     refused(lambda: read_parquet(path), "not a readable Parquet file")
     refused(lambda: next(read_rows(path)), "not a readable Parquet file|cannot be read")
+
+
+def test_a_forged_parquet_file_is_read_or_refused(tmp_path: Path) -> None:
+    """pyarrow's own view of some of these footers ends the process."""
+    path, numbers = tmp_path / "rows.parquet", random.Random(1)
+    chats = [[{"role": "user", "content": f"x{n % 7}"}] for n in range(100)]
+    pq.write_table(pa.table({"prompt": chats, "label": ["7"] * 100}), path, compression="zstd")
+    whole, refusals = path.read_bytes(), 0
+    for _ in range(300):
+        forged = bytearray(whole)
+        forged[numbers.randrange(len(whole) // 3, len(whole))] = numbers.randrange(256)
+        path.write_bytes(forged)
+        for reader in (read_parquet, lambda path: list(read_rows(path))):
+            try:
+                reader(path)
+            except UserError as error:
+                assert "rows.parquet: " in str(error)
+                refusals += 1
+    assert refusals > 50
 
 
 def tokenizer(template: str) -> Any:
