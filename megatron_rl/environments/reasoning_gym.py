@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_rl.config.evaluation import TaskSettings
 from megatron_rl.config.reward import RewardSettings
+from megatron_rl.environments.evaluated_answers import is_program
 from megatron_rl.environments.library import library
 from megatron_rl.errors import UserError
 from megatron_rl.types import RewardResult, Sample
@@ -96,6 +97,8 @@ class ReasoningGymReward:
         if str(entry["answer"]) != label["answer"]:
             raise ValueError("the installed reasoning-gym makes another problem than the one that was asked")
         answer = _answer(sample.text)
+        if is_program(task, answer):
+            return RewardResult(0.0, answer, "the task would run the answer as a program")
         source = _cached(task, settings)
         try:
             score = float(source.score_answer(answer=answer, entry=entry))
