@@ -99,9 +99,10 @@ def test_an_answer_that_is_a_program_is_not_run() -> None:
     assert grade(sample(row, f"<answer>{list(row['label']['answer'])}</answer>")).score == 0.1
 
 
-def test_a_problem_that_the_package_makes_otherwise_is_no_zero() -> None:
+@pytest.mark.parametrize("part", ["question", "answer"])
+def test_a_problem_that_the_package_makes_otherwise_is_no_zero(part: str) -> None:
     row = rows("chain_sum", size=1)[0]
-    row["label"]["answer"] = "another"
+    row["label"][part] = "another"
     with pytest.raises(ValueError, match="makes another problem"):
         load_reward(SETTINGS)(sample(row, "1"))
 
