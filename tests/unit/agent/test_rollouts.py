@@ -463,6 +463,20 @@ def test_stop_texts_that_are_none_are_refused(stop: Any) -> None:
     assert "BadRequest: stop:" in one(agent).reward.detail
 
 
+def test_a_stop_text_that_the_tokenizer_cannot_encode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a tokenizer of whole words does for a word that it does not know."""
+
+    def encode(text: str, **_: Any) -> list[int]:
+        raise Exception(f"{text} is unknown")
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        monkeypatch.setattr(model.tokenizer, "encode", encode)
+        await model.generate([5, 6], stop="word")
+        return 1.0
+
+    assert "BadRequest: stop: the tokenizer cannot encode a text: word is unknown" in one(agent).reward.detail
+
+
 def not_async(model: Model, prompt: Prompt) -> float:
     return 1.0
 
