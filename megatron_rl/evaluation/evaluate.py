@@ -145,7 +145,9 @@ class Evaluation:
         return check
 
     def _claim_folder(self) -> None:
-        unset = set() if self.protocol.agent else {"agent"}  # as evaluations of versions without agents
+        # As evaluations of versions without agents and environments. The data file is named after the tasks.
+        unset: dict[str, Any] = {} if self.protocol.agent else {"agent": True}
+        unset["suites"] = {"__all__": {"tasks"}}
         identity = {
             "source": self.source.identity,
             "protocol": self.protocol.model_dump(mode="json", exclude=unset),

@@ -82,6 +82,15 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(
     assert again.asked == []
 
 
+def test_a_protocol_without_newer_sections_is_that_of_earlier_versions(
+    protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path
+) -> None:
+    run(protocol, source, tmp_path / "out")
+    identity = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert "agent" not in identity["protocol"]
+    assert all("tasks" not in suite and "data" in suite for suite in identity["protocol"]["suites"].values())
+
+
 def test_a_folder_of_another_evaluation_is_refused(
     protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path
 ) -> None:
