@@ -113,6 +113,9 @@ def test_failures_are_counted_outcomes() -> None:
     async def never_asks(model: Model, prompt: Prompt) -> None:
         pass
 
+    async def asks_too_long(model: Model, prompt: Prompt) -> None:
+        await model.generate([5] * 6000)
+
     async def hangs(model: Model, prompt: Prompt) -> None:
         await model.chat([{"role": "user", "content": "ab"}])
         await asyncio.sleep(1e6)
@@ -125,6 +128,7 @@ def test_failures_are_counted_outcomes() -> None:
         ends_itself: ("error", "SystemExit(3)"),
         says_nothing: ("error", "not a number"),
         never_asks: ("error", "has not called the model"),
+        asks_too_long: ("error", "reached a limit before its first token"),
         hangs: ("timeout", "rollout.agent.timeout_seconds"),
         asks_wrongly: ("error", "images and sound are not supported"),
     }
@@ -251,6 +255,16 @@ def test_a_thousand_rollouts_need_no_thread_each() -> None:
         (group,) = rollouts.generate([PROMPT], sampling(1000))
     assert len(group) == 1000 and all(response.reward.score == 0.5 for response in group)  # type: ignore[attr-defined]
     assert [thread.name for thread in threads - before] == ["agents"]
+    assert set(threading.enumerate()) <= before
+
+
+def test_an_address_that_is_not_ours_is_an_error_and_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+    with (
+        pytest.raises(UserError, match=r"rollout\.agent\.host: cannot listen on 192\.0\.2\.1"),
+        rollouts_of(talk, TextEngines(lambda text: "ok"), host="192.0.2.1"),
+    ):
+        pass
     assert set(threading.enumerate()) <= before
 
 
