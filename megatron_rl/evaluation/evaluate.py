@@ -126,7 +126,7 @@ class Evaluation:
         return load_prompts(suite.data, tokenizer=tokenizer, settings=settings, check=self._check_of(suite)).prompts
 
     def _check_of(self, suite: SuiteSettings) -> Callable[[Prompt], None]:
-        """A function that raises ValueError for a prompt that the model, or a label that the verifier, cannot take."""
+        """A function that raises ValueError for a row that the model, the agent or the verifier cannot take."""
         limits = Limits(
             self.source.vocabulary or sys.maxsize,
             self.source.positions or sys.maxsize,
@@ -139,6 +139,8 @@ class Evaluation:
 
         def check(prompt: Prompt) -> None:
             limits.check(prompt)
+            if self.protocol.agent:
+                self.protocol.agent.check_columns(prompt.metadata)
             if check_label:
                 check_label(prompt)
 
