@@ -26,7 +26,7 @@ QUICKSTART = REPOSITORY / "examples/quickstart/countdown.yaml"
 STEPS = 40
 """Steps of `learned`."""
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Processes of Ray that outlive a killed driver, or a Ray whose own patience with its parts ended on a busy machine: they
+"""Processes of Ray that outlive a killed driver, or a Ray that lost patience with its parts on a busy machine. They
 try for 60 s, a constant of Ray, to report what is gone."""
 
 
