@@ -95,6 +95,7 @@ class AgentRollouts:
         try:
             asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result()
         except OSError as error:
+            self._end_loop()
             raise UserError(f"rollout.agent.host: cannot listen on {self.settings.host}: {error}") from error
         self._ping.set()
         return self
@@ -107,6 +108,9 @@ class AgentRollouts:
             closing.result(2 * CLEAN_UP_SECONDS)
         except TimeoutError:
             return  # an agent blocks the event loop, whose thread ends with the process
+        self._end_loop()
+
+    def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -252,7 +256,13 @@ class AgentRollouts:
             for answer in answers:  # of calls that outlive the rollout; the engines stop working on them
                 _refuse(answer)
         if reward is None and not session.recording.num_sampled_tokens:
-            reward = RewardResult(0.0, detail="the agent has not called the model", outcome="error")
+            reached = session.limit_reached
+            why = (
+                "the rollout reached a limit before its first token"
+                if reached
+                else "the agent has not called the model"
+            )
+            reward = RewardResult(0.0, detail=why, outcome="error")
         return session.recorded(prompt.token_ids, reward)
 
     async def _run(self, model: Model, prompt: Prompt) -> RewardResult | None:

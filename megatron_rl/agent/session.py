@@ -126,8 +126,8 @@ class Session:
                 f"{prompt_tokens} tokens, of {self._limits.sequence_tokens} that a sequence may have "
                 "(data.max_prompt_tokens + rollout.max_response_tokens)"
             )
-        self._turns += 1
         ends = tuple(self._single_tokens(stop))
+        self._turns += 1
         return replace(
             self._sampling.reseeded(self._turns),
             n=1,
@@ -154,7 +154,10 @@ class Session:
 
     def _single_tokens(self, stop: Sequence[str]) -> list[int]:
         """Stop texts that are tokens end the sampling in the engine; others are found in its answer."""
-        encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in stop]
+        try:
+            encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in stop]
+        except Exception as error:  # a tokenizer of whole words raises a plain Exception for an unknown one
+            raise BadRequest(f"stop: the tokenizer cannot encode a text: {error}") from error
         return sorted({ids[0] for ids in encoded if len(ids) == 1})
 
     def _cut(self, response: Response, stop: Sequence[str]) -> Response:

@@ -48,6 +48,8 @@ def _init(options: argparse.Namespace) -> None:
     moved = options.output != Path() and has_code
     file = written[0].relative_to(options.output) if moved else written[0]
     command = f"python {file.with_suffix('.py')}" if options.name == DEMONSTRATION else f"megatron-rl train {file}"
+    if any(f"verifiers:{path.stem}" in written[0].read_text(encoding="utf-8") for path in written[1:]):
+        command = f"PYTHONPATH={file.parent} {command}"  # verifiers imports the module of an environment by its name
     command = f"cd {options.output} && {command}" if moved else command
     print(f"next: {command}" + ("" if options.name in READY else " --dry-run"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -58,3 +59,10 @@ class AgentSettings(Section):
     def library(self) -> str:
         """Name of the library of environments that `function` names; of no meaning for a function."""
         return self.function.partition(":")[0]
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raises ValueError if the columns of a row, beside its prompt, lack one that the agent of a library needs."""
+        if missing := [name for name in COLUMNS.get(self.library, ()) if name not in columns]:
+            raise ValueError(
+                f"the row has no column {missing[0]}, which the agent {self.library} needs: see docs/environments.md"
+            )

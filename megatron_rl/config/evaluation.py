@@ -30,7 +30,8 @@ class TaskSettings(Section):
     only; docs/environments.md has the details."""
 
     size: PositiveInt = 1000
-    """Number of problems; an environment that has fewer gives all of them."""
+    """Number of problems; in a suite, 100 if it is not set. An environment of verifiers or Harbor that has fewer gives
+    all of them, a task of reasoning-gym is refused then."""
     seed: Count = 0
     """Seed of the choice of problems. The same seed makes the same problems."""
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -45,8 +46,8 @@ class SuiteSettings(Section):
     """A .jsonl or .parquet file of problems, a data set of the Hugging Face Hub, or the tasks of an environment, as for
     data.train."""
     tasks: TaskSettings | None = None
-    """Which problems an environment makes, if `data` names one. Default: 100 problems. Training never has one of
-    them."""
+    """Which problems an environment makes, if `data` names one. Default: 100 problems. A run whose training has one of
+    them does not start."""
     samples_per_prompt: PositiveInt | None = None
     """Responses per problem. Default: the value of the surrounding section."""
     temperature: NonNegative | None = None

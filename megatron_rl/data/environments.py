@@ -28,6 +28,7 @@ SOURCES = {
 """Name of a library -> import path of the function that makes rows: of the name after the colon, the settings, and
 whether the rows are held out for evaluation. The function raises UserError without the key."""
 SUITE_SIZE = 100
+"""Problems of a suite that does not say how many."""
 
 
 def is_environment(path: Path) -> bool:
@@ -44,7 +45,9 @@ def write_tasks(path: Path, key: str, split: str, settings: TaskSettings | None)
     from huggingface_hub import cached_assets_path
 
     library, _, name = str(path).partition(":")
-    settings = settings or TaskSettings(size=1000 if split == "train" else SUITE_SIZE)
+    settings = settings or TaskSettings()
+    if split != "train" and "size" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"size": SUITE_SIZE})
     try:
         rows = list(import_callable(SOURCES[library], key)(name, settings, split != "train"))
     except UserError as error:

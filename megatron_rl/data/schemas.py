@@ -15,6 +15,8 @@ _MEDIA = ("image", "images", "picture", "pictures", "video", "videos", "audio", 
 """Columns that hold media in published data sets."""
 _PARTS = ("image", "image_url", "video", "video_url", "audio", "input_audio", "input_image")
 """Types of a message's parts that are no text."""
+_WHOLE = "responses_create_params"
+"""A column that rows of NeMo Gym have. Gym's servers read the rest of the row, its label included."""
 _KNOWN = """\
   slime: prompt (text or messages), label
   verl:  prompt (messages or text), reward_model.ground_truth
@@ -61,8 +63,9 @@ class Schema:
         return value
 
     def metadata(self, row: Row) -> dict[str, Any]:
-        """Returns the other columns."""
-        return {name: value for name, value in row.items() if name not in ("prompt", self.label_column)}
+        """Returns the other columns, and for a row of NeMo Gym the label too."""
+        left_out = ("prompt",) if _WHOLE in row else ("prompt", self.label_column)
+        return {name: value for name, value in row.items() if name not in left_out}
 
 
 def recognise(columns: list[str], *, label_field: str | None, source: str) -> Schema:

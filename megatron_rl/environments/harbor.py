@@ -36,7 +36,10 @@ def tasks(name: str, settings: TaskSettings, held_out: bool) -> Iterator[dict[st
     random.Random(settings.seed).shuffle(folders)
     _trial_config(folders[0], settings.settings, {}, Path())
     for folder in folders[: settings.size]:
-        text = (folder / INSTRUCTION).read_text(encoding="utf-8")
+        try:
+            text = (folder / INSTRUCTION).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder / INSTRUCTION} cannot be read: {error}") from error
         yield {"prompt": text, "task": str(folder), "environment": json.dumps(settings.settings)}
 
 
@@ -81,7 +84,10 @@ def _chosen(rewards: dict[str, float]) -> float:
 def _trial_config(task: Path, settings: dict[str, Any], policy: dict[str, Any], folder: Path) -> Any:
     """Returns Harbor's TrialConfig. Raises UserError for settings that Harbor refuses."""
     config = library("harbor.models.trial.config", PACKAGE).TrialConfig
-    agent = AGENT | settings.get("agent", {}) | policy
+    chosen = settings.get("agent", {})
+    if not isinstance(chosen, dict):
+        raise UserError(f"tasks.settings.agent: {chosen!r}, but a section is expected, such as {{name: terminus-2}}")
+    agent = AGENT | chosen | policy
     try:
         return config.model_validate(settings | {"task": {"path": task}, "agent": agent, "trials_dir": folder})
     except ValueError as error:

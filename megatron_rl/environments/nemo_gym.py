@@ -7,9 +7,10 @@ model server copies `metadata.extra_body` of a row into the body of every call o
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
@@ -34,16 +35,19 @@ class NemoGymAgent:
     def __init__(self, url: str) -> None:
         """`url`: that of the agent server, with `?policy=HOST:PORT`, where Gym finds the policy. Raises UserError for a
         URL without it."""
-        parts = urlsplit(url)
-        address = parse_qs(parts.query).get("policy", [""])[0]
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        try:
+            parts = urlsplit(url)
+            address = urlsplit("//" + parse_qs(parts.query).get("policy", [""])[0])
+            host, port = address.hostname, address.port
+        except ValueError:  # a port above 65535, or a bracket alone
+            host = port = None
+        if not host or not port:
             raise UserError(
                 f"rollout.agent.function: nemo-gym:{url} must end in ?policy=HOST:PORT, the address of the policy for "
                 "Gym, which is started with +policy_base_url=http://HOST:PORT/v1"
             )
         self._run = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + "/run", "", ""))
-        self._gateway = _Gateway(host.strip("[]"), int(port))
+        self._gateway = _Gateway(host, port)
 
     async def __call__(self, model: Model, prompt: Prompt) -> RewardResult | None:
         """Returns the reward; None if Gym fails after the rollout has reached a limit of the run.
@@ -83,25 +87,36 @@ class _Gateway:
     def __init__(self, host: str, port: int) -> None:
         self._host, self._port = host, port
         self._models: dict[str, Model] = {}
-        self._runner: web.AppRunner | None = None
+        self._listening: asyncio.Task[web.AppRunner] | None = None
 
     @asynccontextmanager
     async def passes_on(self, model: Model) -> AsyncIterator[None]:
         """Passes on the requests of this rollout. Raises OSError if the address cannot be listened on."""
         self._models[model.api_key] = model
         try:
-            if self._runner is None:
-                app = web.Application(client_max_size=LARGEST_REQUEST)
-                app.router.add_post("/v1/chat/completions", self._completions)
-                self._runner = web.AppRunner(app, access_log=None)
-                await self._runner.setup()
-                await web.TCPSite(self._runner, self._host, self._port, backlog=4096).start()
+            if self._listening is None:
+                self._listening = asyncio.ensure_future(self._listen())
+            await asyncio.shield(self._listening)  # rollouts that start at the same time wait for the one server
             yield
         finally:
             del self._models[model.api_key]
-            if not self._models and self._runner is not None:
-                runner, self._runner = self._runner, None
-                await runner.cleanup()
+            if not self._models and self._listening is not None:
+                listening, self._listening = self._listening, None
+                with suppress(OSError):  # it never listened, as every rollout was told
+                    await (await listening).cleanup()
+
+    async def _listen(self) -> web.AppRunner:
+        app = web.Application(client_max_size=LARGEST_REQUEST)
+        app.router.add_post("/v1/chat/completions", self._completions)
+        # A request that Gym gives up is cancelled, and so is the engine's work on it.
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, self._host, self._port, backlog=4096).start()
+        except OSError:
+            await runner.cleanup()
+            raise
+        return runner
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_rl.config.evaluation import TaskSettings
 from megatron_rl.config.reward import RewardSettings
+from megatron_rl.environments.evaluated_answers import is_program
 from megatron_rl.environments.library import library
 from megatron_rl.errors import UserError
 from megatron_rl.types import RewardResult, Sample
@@ -35,8 +36,8 @@ BY_HASH = ("isomorphic_strings", "polynomial_multiplication", "ransom_note")
 """Tasks of reasoning-gym 0.1.25 that iterate over sets of texts, whose order is another in every process of Python."""
 HASH_SEED = "PYTHONHASHSEED"
 Label = dict[str, Any]
-LABEL = {"task": str, "number": int, "settings": dict, "answer": str}
-"""Keys of a label, and their types."""
+LABEL = {"task": str, "number": int, "settings": dict, "question": str, "answer": str}
+"""Keys of a label, and their types. `question` is a hash: some tasks have two answers only, or none of their own."""
 
 
 def tasks(name: str, settings: TaskSettings, held_out: bool) -> Iterator[dict[str, Any]]:
@@ -58,7 +59,7 @@ def tasks(name: str, settings: TaskSettings, held_out: bool) -> Iterator[dict[st
             raise UserError(f"the task cannot make problem {number}: {type(error).__name__}: {error}") from error
         if _is_held_out(entry["question"]) == held_out:
             found += 1
-            label = {"task": name, "number": number, "settings": choice, "answer": str(entry["answer"])}
+            label = {"task": name, "number": number, "settings": choice, **_sign(entry)}
             yield {"prompt": entry["question"], "label": label}
         if found == settings.size:
             return
@@ -93,9 +94,11 @@ class ReasoningGymReward:
         label = read_label(sample.prompt.label)
         task, settings = label["task"], json.dumps(label["settings"])
         entry = _problem(task, label["number"], settings)
-        if str(entry["answer"]) != label["answer"]:
+        if _sign(entry) != {key: label[key] for key in ("question", "answer")}:
             raise ValueError("the installed reasoning-gym makes another problem than the one that was asked")
         answer = _answer(sample.text)
+        if is_program(task, answer):
+            return RewardResult(0.0, answer, "the task would run the answer as a program")
         source = _cached(task, settings)
         try:
             score = float(source.score_answer(answer=answer, entry=entry))
@@ -139,7 +142,16 @@ def _check_task(name: str) -> None:
 
 
 def _is_held_out(question: str) -> bool:
-    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8]) % HELD_OUT == 0
+    return int(_hash(question), 16) % HELD_OUT == 0
+
+
+def _sign(entry: dict[str, Any]) -> dict[str, str]:
+    """Returns what tells a problem from others, as labels have it."""
+    return {"question": _hash(entry["question"]), "answer": str(entry["answer"])}
+
+
+def _hash(question: str) -> str:
+    return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
 def _answer(text: str) -> str:

@@ -126,7 +126,7 @@ class Evaluation:
         return load_prompts(suite.data, tokenizer=tokenizer, settings=settings, check=self._check_of(suite)).prompts
 
     def _check_of(self, suite: SuiteSettings) -> Callable[[Prompt], None]:
-        """A function that raises ValueError for a prompt that the model, or a label that the verifier, cannot take."""
+        """A function that raises ValueError for a row that the model, the agent or the verifier cannot take."""
         limits = Limits(
             self.source.vocabulary or sys.maxsize,
             self.source.positions or sys.maxsize,
@@ -139,13 +139,17 @@ class Evaluation:
 
         def check(prompt: Prompt) -> None:
             limits.check(prompt)
+            if self.protocol.agent:
+                self.protocol.agent.check_columns(prompt.metadata)
             if check_label:
                 check_label(prompt)
 
         return check
 
     def _claim_folder(self) -> None:
-        unset = set() if self.protocol.agent else {"agent"}  # as evaluations of versions without agents
+        # As evaluations of versions without agents and environments. The data file is named after the tasks.
+        unset: dict[str, Any] = {} if self.protocol.agent else {"agent": True}
+        unset["suites"] = {"__all__": {"tasks"}}
         identity = {
             "source": self.source.identity,
             "protocol": self.protocol.model_dump(mode="json", exclude=unset),

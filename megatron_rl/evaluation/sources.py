@@ -123,7 +123,9 @@ class CompletionServer:
         }
         answer = self._ask("/completions", body)
         try:
-            choice, tokens = answer["choices"][0], int(answer["usage"]["completion_tokens"])
+            # An empty answer is an answer, but a response without a token counts as failed. Some servers do not count
+            # the token that ends a response.
+            choice, tokens = answer["choices"][0], max(1, int(answer["usage"]["completion_tokens"]))
             reason: FinishReason = "length" if choice["finish_reason"] == "length" else "stop"
             # The server reports the number of tokens, not their ids.
             return Sample(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config import Config
-from megatron_rl.config.agent import COLUMNS
 from megatron_rl.data.limits import Limits
 from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.models.architecture import Architecture
@@ -59,18 +58,12 @@ def _load(config: Config, tokenizer: Any, suite: str | None, response_tokens: in
     model = Architecture.from_hf(read_config(config.model.path))
     limits = Limits(model.vocabulary, config.model.max_positions or model.max_positions, response_tokens, key)
     check_label = label_check(config.reward)
-
     agent = config.rollout.agent
-    columns = COLUMNS.get(agent.library, ()) if agent else ()
 
     def check(prompt: Prompt) -> None:
         limits.check(prompt)
-        if missing := [name for name in columns if name not in prompt.metadata]:
-            assert agent
-            raise ValueError(
-                f"the row has no column {missing[0]}, which rollout.agent.function: {agent.library} needs: see "
-                "docs/environments.md"
-            )
+        if agent:
+            agent.check_columns(prompt.metadata)
         if check_label:
             check_label(prompt)
 

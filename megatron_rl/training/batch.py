@@ -9,9 +9,10 @@ import numpy as np
 
 from megatron_rl.batching.arrays import Array, Indices, Mask
 from megatron_rl.batching.sequences import SequenceBatch, sequences_of
+from megatron_rl.rollout.buffer import Group
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.training.advantages import advantages_of, counted_responses, overlong_penalty
-from megatron_rl.types import RewardResult
+from megatron_rl.types import Response, RewardResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,14 +84,10 @@ def training_batch(
         if rewarded.any():
             metrics["reward/overlong_penalty"] = float(penalty[rewarded].mean())
     advantages = np.repeat(advantages_of(config.algorithm, rewards, groups[firsts]), counts)
-    # An engine that keeps requests across updates samples the rest of a response with the cache of older weights.
     fresh = [
-        sequence.sampled(
-            np.zeros(len(sequence), dtype=bool)
-            if config.keeps_requests and sequence.version_changes
-            else sequence.sampled_by(rollouts.weight_version)
-        )
-        for _, response, _ in responses
+        sequence.sampled(_fresh(config, rollouts, group, sequence))
+        for group in rollouts.groups
+        for response in group.responses
         for sequence in response.sequences
     ]
     batch = TrainingBatch(
@@ -101,3 +98,14 @@ def training_batch(
         counted=counted,
     )
     return batch, metrics
+
+
+def _fresh(config: Config, rollouts: Rollouts, group: Group, sequence: Response) -> Mask:
+    """[n], `TrainingBatch.fresh` of the tokens of a sequence.
+
+    An engine that keeps requests across updates goes on with the cache of older weights. A request that waited in the
+    engine during the update, before its first token, may use what the older weights cached of its prompt.
+    """
+    if config.keeps_requests and (sequence.version_changes or group.since != rollouts.weight_version):
+        return np.zeros(len(sequence), dtype=bool)
+    return sequence.sampled_by(rollouts.weight_version)

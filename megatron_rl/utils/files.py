@@ -66,6 +66,7 @@ def remove_tree(folder: Path) -> None:
     """
     number, mark = 0, secrets.token_hex(8)
     while folder.is_dir():
+        before = number
         for entry in os.scandir(folder):
             if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.path)
@@ -77,8 +78,11 @@ def remove_tree(folder: Path) -> None:
                     os.chmod(inner.path, 0o700)  # a folder moves only if it is writable, since its `..` changes
                 os.rename(inner.path, folder / f".{mark}-{number}")
             os.rmdir(entry.path)
-        with suppress(OSError):  # the renamed entries are still in it
+        try:
             os.rmdir(folder)
+        except OSError:
+            if number == before:  # otherwise the renamed entries are still in it
+                raise
 
 
 def redirect_output(log_file: Path) -> None:

@@ -26,7 +26,8 @@ QUICKSTART = REPOSITORY / "examples/quickstart/countdown.yaml"
 STEPS = 40
 """Steps of `learned`."""
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Processes of Ray that outlive a killed driver: they try for 60 s, a constant of Ray, to report that it is gone."""
+"""Processes of Ray that outlive a killed driver, or a Ray that lost patience with its parts on a busy machine. They
+try for 60 s, a constant of Ray, to report what is gone."""
 
 
 LONGEST = ("test_quickstart.py", "test_eval.py", "test_resume.py", "test_agents.py", "test_demonstration.py")
@@ -74,19 +75,25 @@ class Descendants(threading.Thread):
             process.pid: title for process in {*self.seen, *psutil.process_iter()} if (title := self._title(process))
         }
 
-    def wait_for_end(self, lingering: tuple[str, ...]) -> None:
-        """Blocks until all have ended but those whose titles begin in a given way. They may take their time as long as
-        they become fewer or work at their end."""
+    def wait_for_end(self, *, of_agents: bool) -> None:
+        """Blocks until all have ended, those of AGENTS only on request. They may take their time as long as they become
+        fewer or work at their end."""
+        self._wait(AGENTS, window=30.0)
+        if of_agents:
+            self._wait((), window=90.0)
+
+    def _wait(self, lingering: tuple[str, ...], window: float) -> None:
+        """lingering: beginnings of the titles of processes that may go on."""
 
         def left() -> list[int]:
             return [pid for pid, title in self.alive().items() if not title.startswith(lingering)]
 
         count = 0
-        patience = Patience(left, "processes that outlive their run", window=30.0, ceiling=60.0)
+        patience = Patience(left, "processes that outlive their run", window=window, ceiling=60.0)
         while pids := left():
             if len(pids) != count:
                 count = len(pids)
-                patience = Patience(left, "processes that outlive their run", window=30.0, ceiling=60.0)
+                patience = Patience(left, "processes that outlive their run", window=window, ceiling=60.0)
             patience.check()
             time.sleep(0.2)
 
@@ -125,7 +132,7 @@ class CommandLine:
         output = output_of(process, name)
         descendants = self.started.pop(process.pid)
         descendants.join()
-        descendants.wait_for_end(AGENTS if process.returncode == -signal.SIGKILL else ())
+        descendants.wait_for_end(of_agents=process.returncode != -signal.SIGKILL)
         return Finished(self.folder / "runs" / name, process.returncode, output)
 
 

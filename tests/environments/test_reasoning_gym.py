@@ -91,9 +91,18 @@ def test_problems_are_graded_in_the_reward_workers() -> None:
     assert all(result.has_score for result in results)
 
 
-def test_a_problem_that_the_package_makes_otherwise_is_no_zero() -> None:
+def test_an_answer_that_is_a_program_is_not_run() -> None:
+    row = rows("string_insertion", size=1)[0]
+    grade = load_reward(SETTINGS)
+    result: RewardResult = grade(sample(row, "<answer>entry['answer']</answer>"))
+    assert (result.score, result.detail) == (0.0, "the task would run the answer as a program")
+    assert grade(sample(row, f"<answer>{list(row['label']['answer'])}</answer>")).score == 0.1
+
+
+@pytest.mark.parametrize("part", ["question", "answer"])
+def test_a_problem_that_the_package_makes_otherwise_is_no_zero(part: str) -> None:
     row = rows("chain_sum", size=1)[0]
-    row["label"]["answer"] = "another"
+    row["label"][part] = "another"
     with pytest.raises(ValueError, match="makes another problem"):
         load_reward(SETTINGS)(sample(row, "1"))
 

@@ -29,8 +29,9 @@ _OPENING = re.compile(r"<\W*(im_start|start_header_id|start_of_turn|start_of_rol
 _NAME = re.compile(rf"\s*({_NAMES})\b", re.IGNORECASE)
 LONGEST_NAME = 12
 """Most tokens that a role's name has: one in most vocabularies, and one per letter in some."""
-_TOOL_RESPONSE = re.compile(r"\W*(\w+\W*?){1,2}<tool_response>")
-"""Beginning of a user's turn in which templates such as Qwen's put the results of tools."""
+_TOOL_RESPONSE = re.compile(r"\W*(\w++\W*?){1,2}<tool_response>")
+"""Beginning of a user's turn in which templates such as Qwen's put the results of tools. A word is taken as a whole:
+otherwise the search would try each way to divide a long one in two."""
 
 
 def turns_of(texts: Sequence[str], sampled: Sequence[bool]) -> list[tuple[str, int]]:

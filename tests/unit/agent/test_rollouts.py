@@ -113,6 +113,9 @@ def test_failures_are_counted_outcomes() -> None:
     async def never_asks(model: Model, prompt: Prompt) -> None:
         pass
 
+    async def asks_too_long(model: Model, prompt: Prompt) -> None:
+        await model.generate([5] * 6000)
+
     async def hangs(model: Model, prompt: Prompt) -> None:
         await model.chat([{"role": "user", "content": "ab"}])
         await asyncio.sleep(1e6)
@@ -125,6 +128,7 @@ def test_failures_are_counted_outcomes() -> None:
         ends_itself: ("error", "SystemExit(3)"),
         says_nothing: ("error", "not a number"),
         never_asks: ("error", "has not called the model"),
+        asks_too_long: ("error", "reached a limit before its first token"),
         hangs: ("timeout", "rollout.agent.timeout_seconds"),
         asks_wrongly: ("error", "images and sound are not supported"),
     }
@@ -251,6 +255,16 @@ def test_a_thousand_rollouts_need_no_thread_each() -> None:
         (group,) = rollouts.generate([PROMPT], sampling(1000))
     assert len(group) == 1000 and all(response.reward.score == 0.5 for response in group)  # type: ignore[attr-defined]
     assert [thread.name for thread in threads - before] == ["agents"]
+    assert set(threading.enumerate()) <= before
+
+
+def test_an_address_that_is_not_ours_is_an_error_and_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+    with (
+        pytest.raises(UserError, match=r"rollout\.agent\.host: cannot listen on 192\.0\.2\.1"),
+        rollouts_of(talk, TextEngines(lambda text: "ok"), host="192.0.2.1"),
+    ):
+        pass
     assert set(threading.enumerate()) <= before
 
 
@@ -461,6 +475,20 @@ def test_stop_texts_that_are_none_are_refused(stop: Any) -> None:
         return 1.0
 
     assert "BadRequest: stop:" in one(agent).reward.detail
+
+
+def test_a_stop_text_that_the_tokenizer_cannot_encode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a tokenizer of whole words does for a word that it does not know."""
+
+    def encode(text: str, **_: Any) -> list[int]:
+        raise Exception(f"{text} is unknown")
+
+    async def agent(model: Model, prompt: Prompt) -> float:
+        monkeypatch.setattr(model.tokenizer, "encode", encode)
+        await model.generate([5, 6], stop="word")
+        return 1.0
+
+    assert "BadRequest: stop: the tokenizer cannot encode a text: word is unknown" in one(agent).reward.detail
 
 
 def not_async(model: Model, prompt: Prompt) -> float:

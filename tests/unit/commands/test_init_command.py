@@ -67,6 +67,13 @@ def test_the_module_of_an_agent_is_copied_to_where_it_is_imported_from(capsys: O
     assert Path(module).read_text() == (examples() / "agents/countdown.py").read_text()
 
 
+def test_the_module_of_an_environment_is_found_by_the_next_command(capsys: Output) -> None:
+    assert main(["init", "environments/higher_lower"]) == 0
+    assert Path("examples/environments/higher_lower.py").is_file()
+    train = "megatron-rl train examples/environments/higher_lower.yaml --dry-run"
+    assert capsys.readouterr().out.endswith(f"next: PYTHONPATH=examples/environments {train}\n")
+
+
 def test_a_file_of_ones_own_is_never_overwritten(empty_folder: Path, capsys: Output) -> None:
     (empty_folder / "paper.yaml").write_text("seed: 1\n")
     assert main(["init", "qwen3-14b/grpo_on"]) == 2

@@ -74,6 +74,13 @@ def test_trl_finds_a_label_by_its_usual_names(read, column):
     assert found.prompts[0].metadata == {"other": 1}
 
 
+@pytest.mark.parametrize("column", ["label", "answer", "ground_truth"])
+def test_a_row_of_nemo_gym_stays_whole(read, column):
+    row = {"responses_create_params": {"input": "p"}, column: "42"}
+    (prompt,) = read([{"prompt": "p", **row}]).prompts
+    assert (prompt.label, prompt.metadata) == ("42", row)
+
+
 def test_label_field_selects_the_label_in_any_schema(read):
     rows = [{"prompt": "p", "label": "no", "target": "yes"}]
     (prompt,) = read(rows, label_field="target").prompts

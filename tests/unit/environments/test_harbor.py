@@ -105,6 +105,11 @@ def test_a_folder_of_tasks_is_a_data_set(folder: Path) -> None:
         rows(folder / "notes")
     with pytest.raises(UserError, match="Harbor refuses them: colour"):
         rows(folder, colour="red")
+    with pytest.raises(UserError, match=r"tasks\.settings\.agent: 'mini', but a section is expected"):
+        rows(folder, agent="mini")
+    (folder / "second" / "instruction.md").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"second/instruction.md cannot be read: .*utf-8"):
+        rows(folder)
 
 
 def test_a_trial_samples_from_the_policy_and_gives_the_reward(folder: Path) -> None:

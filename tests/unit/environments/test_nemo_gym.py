@@ -10,6 +10,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -19,6 +20,7 @@ from aiohttp import web
 from megatron_rl.agent.resolve import load_agent
 from megatron_rl.agent.rollouts import AgentRollouts
 from megatron_rl.config.agent import AgentSettings
+from megatron_rl.environments.nemo_gym import _Gateway
 from megatron_rl.errors import UserError
 from megatron_rl.types import AgentResponse, Prompt, RewardResult
 from tests.unit.agent.kit import TextEngines, sampling, tokenizer
@@ -129,6 +131,28 @@ def test_a_rollout_at_its_limit_is_truncated(gym: Gym) -> None:
     assert response.reward is None and response.finish_reason == "length" and response.turns == 2
 
 
-def test_the_address_of_the_policy_is_needed() -> None:
+@pytest.mark.parametrize(
+    "end", ["", "?policy=", "?policy=a", "?policy=a:0", "?policy=a:65536", "?policy=[a:1", "[?policy=a:1"]
+)
+def test_the_address_of_the_policy_is_needed(end: str) -> None:
     with pytest.raises(UserError, match=r"must end in \?policy=HOST:PORT"):
-        load_agent(AgentSettings(function="nemo-gym:http://127.0.0.1:1"))
+        load_agent(AgentSettings(function=f"nemo-gym:http://127.0.0.1:1{end}"))
+
+
+def test_every_rollout_waits_until_its_gateway_listens() -> None:
+    port = free_port()
+
+    async def reached(gateway: _Gateway, key: str) -> bool:
+        async with gateway.passes_on(SimpleNamespace(api_key=key)):  # type: ignore[arg-type]
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    async def twice() -> list[Any]:
+        gateway = _Gateway("127.0.0.1", port)
+        return await asyncio.gather(reached(gateway, "a"), reached(gateway, "b"), return_exceptions=True)
+
+    assert asyncio.run(twice()) == [True, True]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        assert [type(error) for error in asyncio.run(twice())] == [OSError, OSError]

@@ -119,6 +119,13 @@ def test_errors_name_the_key() -> None:
         configured("{train: 'harbor:a', tasks: {size: 0}}")
 
 
+def test_a_suite_that_does_not_say_how_many_has_100_problems() -> None:
+    config = configured("{train: 'harbor:a'}", "{suites: {s: {data: 'harbor:a', tasks: {seed: 3}}}}")
+    assert len(prompts_of(config.data.train)) == 1000
+    found = prompts_of(config.evaluation.suites["s"].data)
+    assert len(found) == 100 and found[0] == "a 7"
+
+
 def test_suite_files_name_environments_too() -> None:
     Path("suites.yaml").write_text("reward: {name: math}\nsuites: {s: {data: 'harbor:a', tasks: {size: 2}}}\n")
     assert prompts_of(load_protocol("suites.yaml").suites["s"].data) == ["a 1", "a 3"]

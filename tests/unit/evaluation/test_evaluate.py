@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.config.agent import AgentSettings
 from megatron_rl.config.evaluation import ProtocolSettings
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.evaluate import Evaluation, Progress
@@ -80,6 +81,23 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(
     again = ScriptedSource()
     run(protocol, again, tmp_path / "cut")
     assert again.asked == []
+
+
+def test_a_protocol_without_newer_sections_is_that_of_earlier_versions(
+    protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path
+) -> None:
+    run(protocol, source, tmp_path / "out")
+    identity = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert "agent" not in identity["protocol"]
+    assert all("tasks" not in suite and "data" in suite for suite in identity["protocol"]["suites"].values())
+
+
+def test_a_row_without_what_the_agent_needs_is_refused(
+    protocol: ProtocolSettings, source: ScriptedSource, tmp_path: Path
+) -> None:
+    with_agent = protocol.model_copy(update={"agent": AgentSettings(function="harbor")})
+    with pytest.raises(UserError, match="line 1: the row has no column task, which the agent harbor needs"):
+        run(with_agent, source, tmp_path / "out")
 
 
 def test_a_folder_of_another_evaluation_is_refused(

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.sources import CompletionServer, _fingerprint
+from megatron_rl.reward.grading import generation_fault
 from megatron_rl.types import Prompt, SamplingParams
 
 Answer = Callable[[dict[str, Any]], tuple[int, Any]]
@@ -83,6 +84,13 @@ def test_every_response_has_its_own_request(server: Server, suffix: str) -> None
     assert {(r["model"], r["max_tokens"], r["temperature"], r["top_p"]) for r in server.requests} == {
         ("only", 9, 0.5, 1.0)
     }
+
+
+def test_an_empty_answer_is_no_failed_generation(server: Server) -> None:
+    server.answer = lambda body: complete(body | {"prompt": ""})
+    samples = connect(server.url).sample(PROMPTS, SAMPLING)
+    assert {sample.text for sample in samples} == {""}
+    assert {generation_fault(sample.response) for sample in samples} == {""}
 
 
 def test_a_server_with_several_models_needs_a_name(server: Server) -> None:

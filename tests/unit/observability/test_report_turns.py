@@ -40,6 +40,11 @@ def test_a_role_that_the_policy_writes_begins_no_turn() -> None:
     assert turns_of(["3", "+", "5", "calc", "8"], [True] * 4 + [False]) == []
 
 
+def test_a_long_word_where_a_cut_context_begins_is_read_once() -> None:
+    texts = ["a" * 1_000_000, "<|im_start|>", "user", "\n", "b"]
+    assert turns_of(texts, [False] * len(texts)) == [("user", 0)]
+
+
 def test_the_sequences_of_a_rollout_are_conversations_of_their_own(agent_run: Path) -> None:
     first, _ = response_groups(read_run(agent_run).dumps, Vocabulary([agent_run]))
     assert [(s["rollout"], s["sequence"], s["sequences"]) for s in first["samples"]] == [

@@ -44,7 +44,9 @@ def rollouts() -> Rollouts:
 
 def batch_of(**algorithm: Any) -> tuple[TrainingBatch, dict[str, float]]:
     settings = AlgorithmSettings.model_validate(algorithm)
-    config: Any = SimpleNamespace(algorithm=settings, rollout=SimpleNamespace(max_response_tokens=10))
+    config: Any = SimpleNamespace(
+        algorithm=settings, rollout=SimpleNamespace(max_response_tokens=10), keeps_requests=False
+    )
     return training_batch(config, rollouts(), lambda results: [result.score for result in results])
 
 
@@ -74,7 +76,7 @@ def test_a_batch_holds_the_groups_to_train_on_with_an_advantage_per_sampled_toke
 
 
 def test_the_reward_is_shaped_before_the_advantages() -> None:
-    config: Any = SimpleNamespace(algorithm=AlgorithmSettings(advantage="dr_grpo"), rollout=None)
+    config: Any = SimpleNamespace(algorithm=AlgorithmSettings(advantage="dr_grpo"), rollout=None, keeps_requests=False)
     shaped, _ = training_batch(config, rollouts(), lambda results: [1.0, 0.0, 0.5, 0.0, 0.0, 0.0])
     np.testing.assert_allclose(shaped.advantages, [0.5, -0.5, 0, 0, 0, 0], atol=1e-12)
 
@@ -96,7 +98,7 @@ def test_fresh_tokens_are_those_that_the_weights_in_training_sampled() -> None:
         Group(number, number, prompt, 4, (response,), (RewardResult(0.0),))
         for number, response in enumerate([continued, with_tool, with_tool])
     ]
-    config: Any = SimpleNamespace(algorithm=AlgorithmSettings(), rollout=None)
+    config: Any = SimpleNamespace(algorithm=AlgorithmSettings(), rollout=None, keeps_requests=False)
     for version, fresh in ((4, [False, False, True, True, True]), (None, [False] * 5)):
         step = Rollouts(groups, np.array([True, False, True]), weight_version=version)
         batch, _ = training_batch(config, step, lambda results: [0.0] * len(results))

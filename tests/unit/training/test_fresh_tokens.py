@@ -45,8 +45,11 @@ def config_of(tmp_path: Path, **rollout: Any) -> Config:
     ],
 )
 def test_the_rest_of_a_kept_response_is_not_fresh(tmp_path: Path, rollout: dict[str, Any], kept: bool) -> None:
-    group = Group(0, 0, Prompt("p:0", (1, 2), "", None), 1, (CHANGED, NEW), (RewardResult(1.0), RewardResult(0.0)))
     config = config_of(tmp_path, **rollout)
     assert config.keeps_requests == kept
-    batch, _ = training_batch(config, Rollouts([group], np.ones(1, bool), 2), lambda found: [r.score for r in found])
-    assert batch.fresh.tolist() == [False, not kept, not kept, True, True]
+    prompt, rewards = Prompt("p:0", (1, 2), "", None), (RewardResult(1.0), RewardResult(0.0))
+    asked = Group(0, 0, prompt, 2, (CHANGED, NEW), rewards)
+    waited = Group(1, 1, prompt, 1, (NEW, NEW), rewards)  # asked for before the update, and sampled after it
+    rollouts = Rollouts([asked, waited], np.ones(2, bool), 2)
+    batch, _ = training_batch(config, rollouts, lambda found: [r.score for r in found])
+    assert batch.fresh.tolist() == [False, not kept, not kept, True, True] + [not kept] * 4
