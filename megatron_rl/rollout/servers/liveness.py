@@ -25,6 +25,8 @@ class Liveness:
     def __init__(self) -> None:
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._watches: list[asyncio.Task[None]] = []
+        self._seconds = 0.0
+        """Seconds for which this process has watched. While it is stopped or blocked, it cannot hear the server."""
 
     async def begin(self, alive: Callable[[], Awaitable[None]], timeout_seconds: float) -> None:
         """Returns at the server's first sign of life. Raises EngineLost if there is none in time."""
@@ -74,6 +76,7 @@ class Liveness:
         """hang_seconds: time limit of one call of `alive`. progress_deadline: returns the seconds for which the server
         may be silent at present, `hang_seconds` or more. doing: describes the work under way, for this process's own
         heartbeat."""
+        self._watch(self._count_seconds(min(1.0, hang_seconds / 8)))
         self._watch(self._lose_when_silent(alive, hang_seconds, progress_deadline, doing))
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
@@ -93,6 +96,11 @@ class Liveness:
         await process.ended()
         self.lose("its server has ended")
 
+    async def _count_seconds(self, at_a_time: float) -> None:
+        while not self._lost.done():
+            await asyncio.sleep(at_a_time)
+            self._seconds += at_a_time
+
     async def _lose_when_silent(
         self,
         alive: Callable[[], Awaitable[None]],
@@ -100,7 +108,7 @@ class Liveness:
         progress_deadline: Callable[[], float],
         doing: Callable[[], str],
     ) -> None:
-        heard = time.monotonic()
+        heard = self._seconds
         while not self._lost.done():
             heartbeat.notify(doing())
             await asyncio.sleep(min(5.0, hang_seconds / 4))
@@ -109,10 +117,10 @@ class Liveness:
                     await alive()
             except (ServerUnavailable, ServerRefused, TimeoutError) as error:
                 limit = progress_deadline()
-                if time.monotonic() - heard > limit:
+                if self._seconds - heard > limit:
                     self.lose(f"it has given no sign of life for {limit:g} s: {error}")
             else:
-                heard = time.monotonic()
+                heard = self._seconds
 
 
 def log(line: str) -> None:
