@@ -61,8 +61,8 @@ def test_python_is_in_the_sandbox(tmp_path: Any) -> None:
 
 
 def test_code_that_never_ends_or_ends_the_process_costs_the_names_only() -> None:
-    answers = python("x = 1", "while True: pass", "x", "import os\nos._exit(1)", "2", test_seconds=1.0)
-    assert answers[1] == "error: the code took more than 1 s; all names are gone"
+    answers = python("x = 1", "while True: pass", "x", "import os\nos._exit(1)", "2", test_seconds=4.0)
+    assert answers[1] == "error: the code took more than 4 s; all names are gone"
     assert answers[2].startswith("NameError")
     assert answers[3:] == ["error: the code ended the process; all names are gone", "2\n"]
 

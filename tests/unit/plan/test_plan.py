@@ -80,7 +80,7 @@ def test_phases_are_never_summed(make: Make) -> None:
         (["actor.offload_optimizer=true"], []),
         ([], ["actor.lm_head=materialised"]),
         ([], ["actor.micro_batch_tokens=32768"]),
-        ([], ["rollout.max_response_tokens=32768"]),
+        ([], ["rollout.max_response_tokens=30000"]),
         (["actor.pipeline_parallel=2", "actor.data_parallel=2"], []),
     ],
 )

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -31,9 +32,10 @@ def test_an_endless_comparison_is_a_timeout_and_leaves_no_process_behind(
 
 
 @pytest.mark.parametrize("grader", ["standard", "published"])
-def test_a_worker_imports_the_algebra_when_it_starts(grader: str) -> None:
+def test_a_worker_imports_the_algebra_when_it_starts(tmp_path: Path, grader: str) -> None:
     program = f"""
     import sys
+    from pathlib import Path
     from megatron_rl.config.reward import RewardSettings
     from megatron_rl.reward import pool
     from megatron_rl.types import Prompt, Response, Sample
@@ -44,7 +46,7 @@ def test_a_worker_imports_the_algebra_when_it_starts(grader: str) -> None:
 
     settings = RewardSettings(name="math", math={{"grader": "{grader}"}})
     assert "sympy" not in sys.modules, "a login node imports this"
-    pool._prepare_worker(settings, None, None)
+    pool._prepare_worker(settings, None, None, Path({str(tmp_path)!r}))
     loaded = set(sys.modules)
     assert {{"sympy", "math_verify", "latex2sympy2_extended"}} <= loaded
     assert grade("x^2+2x+1", "(x+1)^2") == 1.0

@@ -48,7 +48,7 @@ def test_a_path_that_names_no_verifier_is_an_error(name: str, words: str) -> Non
     [
         ("countdwon", "did you mean countdown?"),
         ("maths", "did you mean math?"),
-        ("zzz", "one of countdown, math, code, agent, remote, or package.module:function"),
+        ("zzz", "one of countdown, math, code, agent, reasoning-gym, remote, or package.module:function"),
         ("", "package.module:function"),
         ("math:", "package.module:function"),
         (":score", "package.module:function"),
