@@ -14,7 +14,19 @@ from .schema import Config
 def remarks(config: Config) -> list[str]:
     """Returns one sentence per setting that a user should know about."""
     unused = [f"{config.sources[key]}: {text}" for key, text in settings_not_in_use(config)]
-    return [*unused, *greedy_samples(config.evaluation, "evaluation.")]
+    return [*unused, *aborted_requests(config), *greedy_samples(config.evaluation, "evaluation.")]
+
+
+def aborted_requests(config: Config) -> list[str]:
+    """Returns a sentence if an asynchronous run is to keep requests across weight updates, but cannot."""
+    rollout = config.rollout
+    if not rollout.asynchronous or rollout.recompute_kv_cache or config.keeps_requests:
+        return []
+    where = "servers behind a router" if rollout.server.router else f"the engine {rollout.engine}"
+    return [
+        f"rollout.recompute_kv_cache=false does nothing: {where} cannot keep requests across weight updates; they "
+        "continue after another prefill"
+    ]
 
 
 def warn(config: Config) -> None:

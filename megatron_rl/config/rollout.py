@@ -103,8 +103,8 @@ class RolloutSettings(Section):
     """Whether engines continue to sample while the actor trains; needs a max_staleness of 1 or more."""
     recompute_kv_cache: bool = True
     """For asynchronous runs: whether a weight update aborts the requests under way, which then continue after a new
-    prefill by the new weights. False: servers that can keep these requests go on with the cache of the older weights;
-    this has not been run with real servers yet."""
+    prefill by the new weights. False: vLLM servers keep these requests and go on with the cache of the older
+    weights; this was run with a server on a CPU only."""
     max_response_tokens: PositiveInt
     """Longest response, in tokens, its stop token included."""
     temperature: Positive = 1.0

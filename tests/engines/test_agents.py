@@ -28,7 +28,7 @@ def prompts_sent(script: Script) -> Iterator[tuple[int, ...]]:
     for path, body in script.bodies:
         if path == "/generate":
             yield tuple(json.loads(body)["input_ids"])
-        elif path == "/brief/generate":
+        elif path == "/arrays/generate":
             yield from (tuple(request["token_ids"]) for request in json.loads(body))
 
 

@@ -273,6 +273,7 @@ def largest_gap_with_old_cache(models: tuple[Path, Path], response: Response, pl
     return float((log_p - torch.tensor(response.log_probs)).abs().max())
 
 
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
 @pytest.mark.usefixtures("keeping")
 def test_kept_requests_go_on_with_the_cache_of_the_older_weights(
     engine: HttpEngine, run: Run[Any], update_under_way: tuple[dict[int, Path], list[list[Response]]]
@@ -292,6 +293,7 @@ def test_kept_requests_go_on_with_the_cache_of_the_older_weights(
     assert_serves(engine, run, policies[newest], newest)
 
 
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
 @pytest.mark.usefixtures("keeping")
 def test_requests_are_kept_during_a_broadcast(engine: HttpEngine, run: Run[Any], other: Path) -> None:
     sender = Sender(other, "weights-kept")

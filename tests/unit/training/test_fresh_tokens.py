@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_rl.config import Config
+from megatron_rl.config.remarks import aborted_requests
 from megatron_rl.rollout.buffer import Group
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.training.batch import training_batch
@@ -40,13 +41,14 @@ def config_of(tmp_path: Path, **rollout: Any) -> Config:
         ({"recompute_kv_cache": True}, False),
         ({"asynchronous": False}, False),
         ({"engine": "transformers"}, False),
-        ({"engine": "sglang"}, True),
-        ({"engine": "sglang", "server": {"router": "round_robin"}}, False),
+        ({"engine": "sglang"}, False),
     ],
 )
 def test_the_rest_of_a_kept_response_is_not_fresh(tmp_path: Path, rollout: dict[str, Any], kept: bool) -> None:
     config = config_of(tmp_path, **rollout)
     assert config.keeps_requests == kept
+    wanted = config.rollout.asynchronous and not config.rollout.recompute_kv_cache
+    assert len(aborted_requests(config)) == (wanted and not kept)
     prompt, rewards = Prompt("p:0", (1, 2), "", None), (RewardResult(1.0), RewardResult(0.0))
     asked = Group(0, 0, prompt, 2, (CHANGED, NEW), rewards)
     waited = Group(1, 1, prompt, 1, (NEW, NEW), rewards)  # asked for before the update, and sampled after it

@@ -70,7 +70,6 @@ def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[li
     line = [str(settings.python or sys.executable), "-m", "sglang.launch_server"]
     line += [word for pair in arguments.items() for word in pair]
     line += ["--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"]
-    line += ["--disable-overlap-schedule"] if launch.device == "cpu" else []  # there, it gains nothing: `cannot_freeze`
     line += ["--enable-memory-saver"] if launch.colocated else []
     return [*line, *settings.arguments], environment | settings.environment
 
@@ -86,16 +85,12 @@ class SglangServer:
         self._ranks = 0
         self._folder: Path | None = None
         """Folder in which the receiver leaves its error messages."""
-        self._frozen = False
-        self._extra_key: dict[str, str] = {}
-        """Keeps the prefixes that requests share apart from those that weights before the last update computed."""
 
     async def alive(self) -> None:
         await self._http.get("/health_generate", timeout_seconds=CONTROL_SECONDS)
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams, timeout_seconds: float) -> list[Response]:
         body = {"input_ids": list(prompt), "sampling_params": _sampling(sampling), "return_logprob": True}
-        body |= self._extra_key
         answer = await self._http.post("/generate", body, timeout_seconds=timeout_seconds)
         answers = answer if isinstance(answer, list) else [answer]
         return [_response(answer, sampling.stop_token_ids) for answer in answers]
@@ -108,29 +103,18 @@ class SglangServer:
         return version_of(info["weight_version"])
 
     async def cannot_freeze(self) -> str:
-        """With overlap scheduling, a token of each request is on its way when SGLang freezes, and SGLang then takes it
-        for a token of the new weights."""
-        info = await self._http.get("/server_info", timeout_seconds=CONTROL_SECONDS)
-        if info.get("disable_overlap_schedule"):
-            return ""
-        return "SGLang knows the weights of each token only with --disable-overlap-schedule (rollout.server.arguments)"
+        """SGLang's in-place pause was tried on a CPU with release 0.5.23: the log-probs of kept responses are not those
+        that the reported weights give on the cache of the older ones."""
+        return "SGLang's log-probs are not as expected for requests that it keeps"
 
     async def freeze(self, timeout_seconds: float) -> None:
-        await self._http.post("/pause_generation", {"mode": "in_place"}, timeout_seconds=timeout_seconds)
-        self._frozen = True
+        raise NotImplementedError("see cannot_freeze")
 
     async def unfreeze(self, timeout_seconds: float) -> None:
-        await self._http.post("/continue_generation", {}, timeout_seconds=timeout_seconds)
-        self._frozen = False
-
-    def _ending(self, version: int) -> dict[str, Any]:
-        """The fields of an update's last call. SGLang cannot flush a cache that requests use."""
-        if self._frozen:
-            self._extra_key = {"extra_key": str(version)}
-        return {"flush_cache": not self._frozen, "weight_version": str(version)}
+        raise NotImplementedError("see cannot_freeze")
 
     async def load_weights(self, update: FolderUpdate, timeout_seconds: float) -> None:
-        body = {"model_path": str(update.folder)} | self._ending(update.version)
+        body = {"model_path": str(update.folder), "weight_version": str(update.version), "flush_cache": True}
         await self._http.post("/update_weights_from_disk", body, timeout_seconds=timeout_seconds)
 
     async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
@@ -171,7 +155,8 @@ class SglangServer:
         try:
             calls = update.portions()
             for number, (group, bucket) in enumerate(calls, start=1):
-                ending = {"flush_cache": False} if number < len(calls) else self._ending(update.version)
+                last = number == len(calls)
+                ending = {"flush_cache": last, "weight_version": str(update.version) if last else None}
                 await receive(group, bucket, ending, timeout_seconds)
         finally:  # also after a failure, since the next update begins a session of its own
             await self._http.post("/end_weight_update", {}, timeout_seconds=timeout_seconds)
