@@ -79,7 +79,10 @@ def routed(run: Run[Any], model: Path) -> Iterator[Routed]:
 def assert_complete(model: Path, groups: list[list[Response]], version: int) -> None:
     assert [len(group) for group in groups] == [SAMPLING.n] * len(PROMPTS)
     for prompt, group in zip(PROMPTS, groups, strict=True):
-        assert len({tuple(response.token_ids.tolist()) for response in group}) == SAMPLING.n
+        longer = [
+            tuple(response.token_ids.tolist()) for response in group if len(response) > 2
+        ]  # short ones may be equal
+        assert len(set(longer)) == len(longer)
         for response in group:
             assert len(response) == SAMPLING.max_tokens or response.token_ids[-1] == 94
             assert response.finish_reason != "abort"

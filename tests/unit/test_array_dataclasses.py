@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+from tests.sources import parsed
+
 ROOT = Path(__file__).parents[2]
 ARRAYS = re.compile(r"\b(Array|Indices|Mask|Ids|NDArray|ndarray|Tensor|PolicyScores)\b")
 
@@ -14,7 +16,7 @@ def comparable_dataclasses_with_arrays(source: str) -> list[str]:
     """The names of dataclasses that have a field of arrays and would compare it."""
     return [
         node.name
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parsed(source))
         if isinstance(node, ast.ClassDef)
         for decorator in map(ast.unparse, node.decorator_list)
         if decorator.startswith("dataclass") and "eq=False" not in decorator

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import parsed
+
 ROOT = Path(__file__).parents[2]
 FLOORS: list[list[str]] = tomllib.loads((ROOT / "floors.toml").read_text(encoding="utf-8"))["floors"]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -31,7 +33,7 @@ def imports_of(module: str, source: str) -> set[str]:
     is_package = FILES.get(module, Path("x.py")).name == "__init__.py"
     package = module.removesuffix(".__init__") if is_package else module.rpartition(".")[0]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import parsed
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("lpreg", "megatron_rl", "tools") for path in (ROOT / folder).rglob("*.py"))
 
@@ -58,7 +60,7 @@ def walk(node: ast.AST, *, at_import: bool) -> Iterator[ast.AST]:
 def imported(source: str, package: str = "", *, at_import: bool = False) -> set[str]:
     """Returns the absolute dotted names that `source`, a module of `package`, imports."""
     names: set[str] = set()
-    for node in walk(ast.parse(source), at_import=at_import):
+    for node in walk(parsed(source), at_import=at_import):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -157,7 +159,7 @@ def test_files_are_short() -> None:
 def test_functions_are_short() -> None:
     long = {}
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
                 lines = node.end_lineno - node.lineno + 1
                 if lines > MAX_FUNCTION_LINES:

@@ -73,8 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.script.abort.set()
             self._answer(200, {})
         elif self.path == "/update_weights_from_disk":
-            flushed = () if body["flush_cache"] else ("not flushed",)
-            self.script.control.append((self.path, body["weight_version"], *flushed))
+            self.script.control.append((self.path, body["weight_version"]))
             self._update(body)
         elif self.path in ("/pause_generation", "/continue_generation"):
             self.script.control.append((self.path, body.get("mode")))

@@ -15,6 +15,7 @@ import pytest
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout.engines.interface import EngineLaunch, EngineLost, UpdateFailed
 from megatron_rl.rollout.engines.sglang.kind import KIND
+from megatron_rl.rollout.engines.sglang.server import SglangServer
 from megatron_rl.rollout.servers import liveness, requests
 from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.rollout.servers.server import ServerRefused
@@ -199,7 +200,25 @@ def test_a_paused_request_continues_with_the_new_weights(server: tuple[str, Scri
     ]
 
 
-def test_a_kept_request_goes_on_with_the_new_weights(server: tuple[str, Script], tmp_path: Path, clock: Clock) -> None:
+@pytest.fixture
+def freezing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server can keep requests across updates."""
+
+    async def can(server: SglangServer) -> str:
+        return ""
+
+    async def freeze(server: SglangServer, seconds: float) -> None:
+        await server._http.post("/pause_generation", {"mode": "in_place"}, timeout_seconds=seconds)
+
+    async def unfreeze(server: SglangServer, seconds: float) -> None:
+        await server._http.post("/continue_generation", {}, timeout_seconds=seconds)
+
+    for name, method in (("cannot_freeze", can), ("freeze", freeze), ("unfreeze", unfreeze)):
+        monkeypatch.setattr(SglangServer, name, method)
+
+
+@pytest.mark.usefixtures("freezing")
+def test_a_kept_request_goes_on_with_the_new_weights(server: tuple[str, Script], tmp_path: Path) -> None:
     """Nothing is sent again, and no sign of life is awaited that a frozen server cannot give."""
     url, script = server
     update = FolderUpdate(4, (tmp_path / "part-0.safetensors",))
@@ -211,10 +230,8 @@ def test_a_kept_request_goes_on_with_the_new_weights(server: tuple[str, Script],
             await until(lambda: len(script.requests) == 1)
             await engine.pause()
             script.healthy = False
-            for _ in range(3):
-                seen = script.looks
-                await until(lambda seen=seen: script.looks > seen or asking.done())
-                clock.now += 0.9
+            await asyncio.sleep(1.5)  # longer than a server that is not paused may be silent
+            assert not asking.done()
             await engine.update_weights(update)
             waiting = asyncio.create_task(engine.generate(PROMPTS[1:], SAMPLING))
             await asyncio.sleep(0.1)
@@ -227,14 +244,14 @@ def test_a_kept_request_goes_on_with_the_new_weights(server: tuple[str, Script],
             await waiting
 
     asyncio.run(scenario())
-    assert [body.get("extra_key") for body in script.requests] == [None, "4"]
     assert script.control == [
         ("/pause_generation", "in_place"),
-        ("/update_weights_from_disk", "4", "not flushed"),
+        ("/update_weights_from_disk", "4"),
         ("/continue_generation", None),
     ]
 
 
+@pytest.mark.usefixtures("freezing")
 def test_an_answer_of_weights_that_a_kept_request_never_had_is_not_used(
     server: tuple[str, Script], tmp_path: Path
 ) -> None:
