@@ -31,8 +31,6 @@ class Script:
     length: int = 5
     seconds: float = 0.0
     """Time that a good answer takes."""
-    overlap: bool = False
-    """Whether the server says that it schedules with overlap."""
     unfrozen: bool = False
     healthy: bool = True
     version: str = "-1"
@@ -55,8 +53,6 @@ class _Handler(BaseHTTPRequestHandler):
             if not self.script.healthy:
                 time.sleep(30)
             self._answer(200, {})
-        elif self.path == "/server_info":
-            self._answer(200, {"disable_overlap_schedule": not self.script.overlap})
         else:
             self._answer(200, {"weight_version": self.script.version})
             self.script.looks += 1

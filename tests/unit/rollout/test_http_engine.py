@@ -276,7 +276,6 @@ def test_requests_are_aborted_if_the_server_cannot_keep_them(
     server: tuple[str, Script], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     url, script = server
-    script.overlap = True
 
     async def scenario() -> None:
         async with attached(url, keeps_requests=True) as engine:
