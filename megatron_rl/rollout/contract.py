@@ -17,17 +17,15 @@ from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch, sequences_of
 from megatron_rl.config.rollout import ContractSettings
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.contract_causes import Score, likely_cause, paths
+from megatron_rl.rollout.contract_causes import Score, likely_cause, mean_of_rounding, paths
 from megatron_rl.types import Prompt, Response, SamplingParams
 
 PROMPTS, RESPONSES, TOKENS = 8, 2, 64
 """Size of a probe: number of prompts, responses per prompt, and maximum number of tokens per response."""
 BOUNDS = {"float32": (1e-4, 1e-4)}
 """Data type of the actor -> largest difference of a token and mean difference that are allowed, in nats."""
-BOUNDS_OF_HALF = (1.0, 0.03)
-"""The same for half precision. Rounding differs between kernels, most on rare tokens. The bound of the mean therefore
-grows with the mean surprisal of the sampled tokens if that is above one nat: SmolLM2-135M in bfloat16 differs from
-itself in float32 by 0.02 to 0.035 nats in the mean, on text with 1.7 nats per token."""
+LARGEST_OF_HALF = 1.0
+"""Largest difference of a token in half precision, whose mean difference is bounded by `mean_of_rounding`."""
 
 
 class ProbedEngine(Protocol):
@@ -67,9 +65,7 @@ class Bounds:
     @classmethod
     def of(cls, settings: ContractSettings, dtype: str, actors: Array) -> Bounds:
         """Returns the bounds for tokens of which the actor's log-probs are `actors` [T]."""
-        largest, mean = BOUNDS.get(dtype, BOUNDS_OF_HALF)
-        if dtype not in BOUNDS:
-            mean *= max(1.0, -float(np.mean(actors)))
+        largest, mean = BOUNDS.get(dtype) or (LARGEST_OF_HALF, mean_of_rounding(actors))
         return cls(settings.max_difference or largest, settings.mean_difference or mean)
 
     def hold(self, gap: Array) -> bool:

@@ -24,8 +24,8 @@ TRIALS = 24
 FITS = 0.05
 """A temperature explains a difference if less than this share of the difference is left at that temperature."""
 AS_IF_ROUNDED = 0.03
-"""Mean difference that half precision can cause, in nats per nat of the tokens' mean surprisal. A surprisal below one
-nat counts as one."""
+"""Mean difference that half precision can cause, in nats per nat of the tokens' mean surprisal. SmolLM2-135M in
+bfloat16 differs from itself in float32 by 0.02 to 0.035 nats in the mean, on text with 1.7 nats per token."""
 ONE_SIDED = 0.1
 """Truncation raises every log-prob: of the differences, less than this share lowers one. Rounding lowers as many."""
 
@@ -78,7 +78,7 @@ def likely_cause(
             f"{1 - math.exp(-higher.mean()):.1%} of the distribution had been cut off and the rest scaled up. Such "
             "settings come from an argument of the server or from a generation_config.json that the server reads."
         )
-    if np.abs(higher).mean() < AS_IF_ROUNDED * max(1.0, -float(actors.mean())):
+    if np.abs(higher).mean() < mean_of_rounding(actors):
         return (
             "another precision: the differences are as small as those of rounding. Look for --dtype, --quantization or "
             "--kv-cache-dtype in rollout.server.arguments. If the precision is intended, raise "
@@ -88,6 +88,14 @@ def likely_cause(
         "none of the known ones alone (raw log-probs, temperature, truncation, rounding). Perhaps the engine has other "
         "weights than the actor: not synced, quantised, or of another model; or several causes act at once."
     )
+
+
+def mean_of_rounding(actors: Array) -> float:
+    """Returns the mean difference in nats that half precision can cause on tokens whose log-probs are `actors` [T].
+
+    Rounding differs between kernels, most on rare tokens. A mean surprisal below one nat counts as one.
+    """
+    return AS_IF_ROUNDED * max(1.0, -float(np.mean(actors)))
 
 
 def paths(rows: SequenceBatch, log_probs: Array) -> dict[tuple[int, ...], float]:

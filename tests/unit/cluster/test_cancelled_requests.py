@@ -18,16 +18,10 @@ from megatron_rl.rollout.engines.kind import EngineKind
 from megatron_rl.types import Prompt, SamplingParams
 from tests.patience import Patience
 from tests.tiers import slow
+from tests.unit.config.conftest import MINIMAL
 
 KIND = EngineKind(name="waiting", engine=f"{__name__}:WaitingEngine", embedded=False)
-CONFIG = """\
-model: {path: model}
-data: {train: train.jsonl, max_prompt_tokens: 8}
-rollout: {prompts_per_step: 4, samples_per_prompt: 2, max_response_tokens: 8}
-reward: {name: countdown}
-train: {steps: 10}
-actor: {device: cpu}
-"""
+CONFIG = MINIMAL + "actor: {device: cpu}\n"
 
 
 class WaitingEngine(RolloutEngine):
@@ -76,7 +70,7 @@ def test_a_cancelled_request_ends_in_its_engine_alone(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     (tmp_path / "mine.yaml").write_text(CONFIG)
-    config = load_config(tmp_path / "mine.yaml", [f"rollout.engine={__name__}:KIND"])
+    config = load_config(tmp_path / "mine.yaml", [f"rollout.engine={__name__}:KIND", "data.max_prompt_tokens=8"])
     launch = EngineLaunch(KIND, tmp_path, "cpu", "float32", 16)
     prompts = [Prompt("", (number,), "", None) for number in (1, 2, 3, 4)]
 

@@ -28,15 +28,9 @@ from megatron_rl.types import Prompt, SamplingParams
 from megatron_rl.utils.import_path import import_object
 from tests.hf_models import write_hf_model
 from tests.tiers import slow
+from tests.unit.config.conftest import MINIMAL
 
-CONFIG = """\
-model: {path: model}
-data: {train: train.jsonl, max_prompt_tokens: 8}
-rollout: {prompts_per_step: 4, samples_per_prompt: 2, max_response_tokens: 8}
-reward: {name: countdown}
-train: {steps: 10}
-actor: {device: cpu}
-"""
+CONFIG = MINIMAL + "actor: {device: cpu}\n"
 TOY = '''\
 """An engine that answers every prompt with its last token, as often as the limit allows."""
 
@@ -92,7 +86,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     monkeypatch.delitem(sys.modules, "toy_engine", raising=False)
 
     def load_it(*overrides: str) -> Config:
-        return load_config(tmp_path / "mine.yaml", list(overrides))
+        return load_config(tmp_path / "mine.yaml", ["data.max_prompt_tokens=8", *overrides])
 
     return load_it
 
