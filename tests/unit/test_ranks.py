@@ -40,7 +40,7 @@ def test_an_error_in_a_rank_is_raised_and_ends_the_others() -> None:
 
 def test_processes_that_do_not_move_are_stuck() -> None:
     started = ranks.start(sleep_or_fail, 1)
-    patience = Patience(started.pids, "a rank that sleeps", window=0.0)
+    patience = Patience(started.pids, "a rank that sleeps", window=2.0)
     with pytest.raises(Stuck, match=r"a rank that sleeps: the processes used .*\n(.*\n)*.*sleep_or_fail"):
         while True:
             patience.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,8 @@ def test_an_answer_of_weights_that_a_kept_request_never_had_is_not_used(
             await engine.pause()
             await engine.update_weights(FolderUpdate(4, (tmp_path / "part-0.safetensors",)))
             script.version = "9"
-            await engine.resume()
+            with suppress(EngineLost):  # the regular look at the server may come first
+                await engine.resume()
             with pytest.raises(EngineLost, match="it serves weights 9, not 4"):
                 await asking
 
