@@ -9,10 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from megatron_rl.config.evaluation import TaskSettings
 from megatron_rl.config.reward import RewardSettings
@@ -32,7 +36,7 @@ SEEDS_APART = 10**7
 data set is long."""
 CACHED = 4096
 """Problems that a worker keeps: the responses to one prompt come close together."""
-BY_HASH = ("isomorphic_strings", "polynomial_multiplication", "ransom_note")
+BY_HASH = ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder")
 """Tasks of reasoning-gym 0.1.25 that iterate over sets of texts, whose order is another in every process of Python."""
 HASH_SEED = "PYTHONHASHSEED"
 Label = dict[str, Any]
@@ -54,7 +58,7 @@ def tasks(name: str, settings: TaskSettings, held_out: bool) -> Iterator[dict[st
     source = _dataset(name, choice)
     for number in range(draws):
         try:
-            entry = source[number]
+            entry = _make(source, number)
         except Exception as error:  # a generator may raise anything for settings that contradict each other
             raise UserError(f"the task cannot make problem {number}: {type(error).__name__}: {error}") from error
         if _is_held_out(entry["question"]) == held_out:
@@ -110,8 +114,7 @@ class ReasoningGymReward:
 
 @lru_cache(maxsize=CACHED)
 def _problem(task: str, number: int, settings: str) -> dict[str, Any]:
-    problem: dict[str, Any] = _cached(task, settings)[number]
-    return problem
+    return _make(_cached(task, settings), number)
 
 
 @lru_cache(maxsize=64)
@@ -121,10 +124,35 @@ def _cached(task: str, settings: str) -> Any:
 
 
 def _dataset(task: str, settings: dict[str, Any]) -> Any:
+    create = library("reasoning_gym", PACKAGE).create_dataset
     try:
-        return library("reasoning_gym", PACKAGE).create_dataset(task, **settings)
+        with _shared_random_numbers(settings["seed"]):
+            return create(task, **settings)
     except Exception as error:  # a task checks its settings by assertions, or fails with them
         raise UserError(f"tasks.settings: the task refuses them: {type(error).__name__}: {error}") from error
+
+
+def _make(source: Any, number: int) -> dict[str, Any]:
+    """Returns a problem, which depends on the data set's settings and the number alone."""
+    with _shared_random_numbers(source.seed + number):
+        problem: dict[str, Any] = source[number]
+    return problem
+
+
+@contextmanager
+def _shared_random_numbers(seed: int) -> Iterator[None]:
+    """Seeds the random numbers that all of a process share, and afterwards restores them.
+
+    Some generators of reasoning-gym (list_functions, pool_matrix in 0.1.25) draw from them or seed them.
+    """
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _check_task(name: str) -> None:

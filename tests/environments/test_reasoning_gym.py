@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def sample(row: dict[str, Any], text: str) -> Sample:
 def test_the_same_seed_makes_the_same_problems_in_every_process() -> None:
     script = (
         "import json; from tests.environments.test_reasoning_gym import rows; "
-        "print(json.dumps([rows('chain_sum'), rows('maze', size=2, seed=3)]))"
+        "print(json.dumps([rows(task, seed=1) for task in ('chain_sum', 'maze', 'list_functions', 'pool_matrix')]))"
     )
     found = [
         subprocess.run(
@@ -57,7 +58,18 @@ def test_the_same_seed_makes_the_same_problems_in_every_process() -> None:
         for seed in ("1", "2")
     ]
     assert found[0] == found[1]
-    assert json.loads(found[0])[0] == rows("chain_sum") != rows("chain_sum", seed=1)
+    assert json.loads(found[0])[0] == rows("chain_sum", seed=1) != rows("chain_sum")
+
+
+@pytest.mark.parametrize("task", ["list_functions", "pool_matrix"])
+def test_problems_do_not_depend_on_random_numbers_that_others_draw(task: str) -> None:
+    """The generators of these tasks draw from the random numbers that all of a process share."""
+    first = rows(task, size=20)
+    random.seed(7)
+    np.random.seed(7)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    assert rows(task, size=20) == first
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
 def test_training_never_has_a_problem_of_an_evaluation() -> None:
@@ -71,7 +83,8 @@ def test_training_never_has_a_problem_of_an_evaluation() -> None:
 
 
 @pytest.mark.parametrize("task", KINDS)
-def test_the_tasks_own_scorer_grades(task: str) -> None:
+def test_the_tasks_own_scorer_grades(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # word_ladder wants it; all is done in this process
     grade = load_reward(SETTINGS)
     for row in rows(task, seed=2):
         answer = row["label"]["answer"]
@@ -115,6 +128,7 @@ def test_a_problem_that_the_package_makes_otherwise_is_no_zero(part: str) -> Non
         ("chain_sum", {"colour": 1}, "unexpected keyword argument 'colour'"),
         ("chain_sum", {"seed": 1}, "set tasks.seed instead"),
         ("ransom_note", {}, "PYTHONHASHSEED=0"),
+        ("word_ladder", {}, "PYTHONHASHSEED=0"),
     ],
 )
 def test_bad_names_and_settings_are_errors_with_the_key(
