@@ -42,6 +42,9 @@ FP8_BLOCK = 128
 
 TABLE = ("log_probs", "entropy", "log_z", "in_filter")
 
+PROXY_ROWS = 8192
+"""Tokens of which a proxy is stored at a time."""
+
 
 class Passes:
     """Runs this rank's pipeline stage over its share of a batch."""
@@ -82,7 +85,7 @@ class Passes:
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
             if loss is None:
-                stats = self.head.statistics(hidden, part, part.targets, temperature)
+                stats = self.head.statistics(self.head.predicting(hidden, part), part, part.targets, temperature)
                 value, metrics = -stats.log_probs.sum() / denominator, {}
             else:
                 output, stats = self.head.loss(hidden, part, loss, temperature=temperature, denominator=denominator)
@@ -102,28 +105,50 @@ class Passes:
 
         `loss`: the loss whose settings of the statistics apply; None: the defaults of `lpreg.token_stats`.
         """
+        settings = loss.token_stats_kwargs() if loss else {}
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
-            targets, wanted = part.values.get("probe_targets", part.targets), part.values.get("proxy_wanted")
-            settings = loss.token_stats_kwargs() if loss else {}
-            stats = self.head.statistics(hidden, part, targets, temperature, proxy_rows=wanted, **settings)
+            rows, targets = self.head.predicting(hidden, part), part.values.get("probe_targets", part.targets)
+            stats = self.head.statistics(rows, part, targets, temperature, **settings)
             columns = [getattr(stats, name) for name in TABLE] if self.reports else []
-            store = stats.proxy_store
-            entries = [] if store is None else [store.counts, store.ids.int(), store.log_q.float()]
-            return stats.log_probs.sum(), (part.rows, columns, entries)
+            marked = None if part.marked is None else rows[part.marked]
+            return stats.log_probs.sum(), _Scored(part, columns, marked)
 
         results, checks = self._run(batch, on_hidden)
-        stored = any(entries for *_, entries in results)
-        if not self.reports and not stored:
+        marked = [part for part in results if part.marked is not None]
+        with lpreg.postponed_checks() as more:
+            entries = self._proxy_entries(marked, temperature, settings) if marked else []
+        if not self.reports and not marked:
             return None
-        tensors = [tensor for _, columns, entries in results for tensor in (*columns, *entries)]
-        arrays = iter(_checked(tensors, checks))
-        tables, proxies = [], []
-        for rows, columns, entries in results:
-            tables.append((rows, dict(zip(TABLE, islice(arrays, len(columns)), strict=False))))
-            proxies.append(tuple(islice(arrays, len(entries))))
-        table = _table(tables)
-        return replace(table, proxy=_stored_proxy(proxies)) if stored else table
+        columns = [column for part in results for column in part.columns]
+        arrays = _checked([*columns, *entries], [*checks, *more])
+        found = iter(arrays[: len(columns)])
+        table = _table(
+            [(part.batch.rows, dict(zip(TABLE, islice(found, len(part.columns)), strict=False))) for part in results]
+        )
+        if not marked:
+            return table
+        counts, ids, log_q = arrays[len(columns) :]
+        return replace(table, proxy=StoredProxy(_spread(results, counts), ids, log_q))
+
+    def _proxy_entries(
+        self, marked: Sequence[_Scored], temperature: float, settings: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Returns counts, ids and log q of the proxy's entries of the marked tokens of all micro-batches.
+
+        How many entries there are is known only after a wait for the GPU, so this comes after the last micro-batch.
+        """
+        rows = torch.cat([part.marked for part in marked if part.marked is not None])
+        targets = torch.cat([part.batch.marked_targets for part in marked])
+        stores = []
+        with torch.no_grad():
+            for some, sampled in zip(rows.split(PROXY_ROWS), targets.split(PROXY_ROWS), strict=True):
+                every = torch.ones_like(sampled, dtype=torch.bool)
+                stats = self.head.statistics_of(some, sampled, temperature, proxy_rows=every, **settings)
+                assert stats.proxy_store is not None
+                stores.append(stats.proxy_store)
+        store = lpreg.ProxyStore.join(stores)
+        return [store.counts, store.ids.int(), store.log_q.float()]
 
     def logits(self, batch: SequenceBatch) -> Table | None:
         """Returns gathered logits [T, V] of the sampled tokens, for checks on a few sequences."""
@@ -141,11 +166,10 @@ class Passes:
         that the batch marks as `wanted`, the likeliest first; -1 and NaN at the others."""
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
-            wanted = mine = part.values["wanted"]
-            if part.places is not None:
-                mine = wanted[part.places]
+            assert part.marked is not None
+            rows = self.head.predicting(hidden, part)
             ids, log_probs = top_candidates(
-                self.head.logits(self.head.predicting(hidden, part)[mine]),
+                self.head.logits(rows[part.marked]),
                 count,
                 temperature=temperature,
                 vocabulary=self.architecture.vocabulary,
@@ -153,9 +177,9 @@ class Passes:
             )
             table = {}
             for name, values, nothing in (("candidate_ids", ids, -1), ("candidate_log_probs", log_probs, torch.nan)):
-                rows = values.new_full((len(mine), count), nothing)
-                rows[mine, : values.shape[1]] = values
-                table[name] = gather_rows(rows, part.places, len(wanted))
+                column = values.new_full((rows.shape[0], count), nothing)
+                column[:, : values.shape[1]].index_copy_(0, part.marked, values)
+                table[name] = gather_rows(column, part.places, len(part.targets))
             return log_probs.new_zeros(()), (part.rows, table)
 
         results, checks = self._run(batch, on_hidden)
@@ -197,6 +221,17 @@ class _Part:
     metrics: Mapping[str, lpreg.Mean]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scored:
+    """What a micro-batch of scores leaves on the device."""
+
+    batch: MicroBatch
+    columns: list[Tensor]
+    """The columns of TABLE, on a reporting rank."""
+    marked: Tensor | None
+    """[R, d], hidden states that predict the marked tokens."""
+
+
 def _checked(tensors: Sequence[Tensor], checks: Sequence[lpreg.PostponedCheck]) -> list[np.ndarray]:
     """Returns the tensors as arrays, with one copy. Raises ValueError if a check failed."""
     if not checks:
@@ -231,10 +266,17 @@ def _sums(mean: lpreg.Mean) -> tuple[Tensor, Tensor]:
     return mean.total.double(), mean.count.double()
 
 
-def _stored_proxy(parts: Sequence[tuple[np.ndarray, ...]]) -> StoredProxy:
-    """Joins the stores of consecutive micro-batches."""
-    counts, ids, log_q = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return StoredProxy(counts, ids, log_q)
+def _spread(parts: Sequence[_Scored], counts: np.ndarray) -> np.ndarray:
+    """Turns values of the marked tokens of all micro-batches into values of all of their tokens, 0 elsewhere."""
+    sizes = [len(part.batch.targets) for part in parts]
+    places = [
+        part.batch.marked_places + start
+        for part, start in zip(parts, np.cumsum(sizes) - sizes, strict=True)
+        if part.batch.marked_places is not None
+    ]
+    spread = np.zeros(sum(sizes), dtype=counts.dtype)
+    spread[np.concatenate(places)] = counts
+    return spread
 
 
 def _table_of(
