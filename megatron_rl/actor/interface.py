@@ -12,7 +12,7 @@ from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.models.hf_shards import HfShard
 from megatron_rl.weight_sync.buckets import TensorSpec
-from megatron_rl.weight_sync.transport import GroupMember, Pushed
+from megatron_rl.weight_sync.transport import GroupMember, NodeFolders, Pushed
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import OptimizerSettings
@@ -53,7 +53,9 @@ class ActorRank(Protocol):
 
     def weight_specs(self) -> list[TensorSpec] | None: ...
 
-    def connect_weights(self, places: Sequence[Path | GroupMember], bucket_bytes: int) -> None: ...
+    def weights_folder(self) -> Path: ...
+
+    def connect_weights(self, places: Sequence[Path | NodeFolders | GroupMember], bucket_bytes: int) -> None: ...
 
     def push_weights(self, version: int, checksums_for: int) -> Pushed | None: ...
 

@@ -27,6 +27,7 @@ from megatron_rl.models.hf_shards import HfShard
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.utils.hardware import known_gpu
 from megatron_rl.weight_sync.buckets import TensorSpec
+from megatron_rl.weight_sync.transport import NodeFolders
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings, OptimizerSettings
@@ -58,7 +59,7 @@ class Actors:
 
     def __init__(self, settings: ActorSettings, layout: Layout, model_folder: Path, logs: Path, nodes: Nodes) -> None:
         self.stages = layout.pipeline
-        self._shares_gpus = bool(nodes.placement.shared)
+        self.placement = nodes.placement
         variables = environment.rank_environment(settings) if nodes.placement.on_gpu else environment.ON_CPU
         self.ranks = [
             host_process(
@@ -177,7 +178,7 @@ class Actors:
 
     def release_memory(self) -> None:
         """Makes the ranks leave to the engines all GPU memory that they do not use, if they share GPUs."""
-        if self._shares_gpus:
+        if self.placement.shared:
             self._all(ActorRank.release_memory)
 
     def publishers(self) -> list[tuple[str, int]]:
@@ -186,6 +187,18 @@ class Actors:
         hosts = results([rank.node_address() for rank in chosen])
         ports = results([rank.submit(ActorRank.open_port, host) for rank, host in zip(chosen, hosts, strict=True)])
         return list(zip(hosts, ports, strict=True))
+
+    def node_folders(self) -> tuple[dict[int, Path], list[NodeFolders]]:
+        """Makes a folder in the shared memory of each node that has engines or a first rank of a stage.
+
+        Returns the folders by node, and what `ActorRank.connect_weights` takes for each stage. Raises UserError as
+        `Placement.writers` does.
+        """
+        stages = self.placement.writers(self.stages)
+        ranks = {node: rank for stage in stages for node, rank in stage.items()}
+        made = results([self.ranks[rank].submit(ActorRank.weights_folder) for rank in ranks.values()])
+        folders = dict(zip(ranks, made, strict=True))
+        return folders, [{rank: folders[node] for node, rank in stage.items()} for stage in stages]
 
     def weight_specs(self) -> list[list[TensorSpec]]:
         """Returns the tensors that each pipeline stage sends, in stage order."""
