@@ -127,7 +127,7 @@ def filter_entries(shard: Shard, rows: Tensor | None, scale: RowScale, log_z: Te
         x = shard.read(chunk, buffer)
         inside = x >= scale.threshold[chunk, None]
         place, column = inside.nonzero().unbind(1)
-        parts.append((inside.sum(-1), column, scale.log_p_(x, chunk)[inside] - log_z[chunk][place]))
+        parts.append((inside.sum(-1), column, scale.log_p_(x, chunk)[place, column] - log_z[chunk][place]))
     counts, columns, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
     return counts, columns, log_q
 

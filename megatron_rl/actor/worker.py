@@ -27,7 +27,7 @@ from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import Snapshot, Table, TrainResult, Weights
 from megatron_rl.actor.profiling import Profiler
 from megatron_rl.actor.rank_state import HeldState, RankState, export_stage
-from megatron_rl.batching.sequences import SequenceBatch
+from megatron_rl.batching.replicas import Batch, Sharing
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import open_weights, read_config
@@ -109,6 +109,10 @@ class MegatronWorker:
         """Returns the name of this rank's device."""
         return platform.device_name()
 
+    def sharing(self) -> Sharing:
+        """Returns how batches are divided over replicas."""
+        return self.passes.sharing
+
     def load_hf(self, folder: Path) -> None:
         """Loads weights from a Hugging Face folder. Call `build_optimizer` again afterwards."""
         load_hf_weights(self.model, self.hf_config, open_weights(folder))
@@ -122,7 +126,7 @@ class MegatronWorker:
 
     # ------------------------------------------------------------------ passes
 
-    def train(self, batch: SequenceBatch, lr: float, denominator: float, temperature: float) -> TrainResult | None:
+    def train(self, batch: Batch, lr: float, denominator: float, temperature: float) -> TrainResult | None:
         """Takes one optimizer step. `denominator`: sampled tokens of the global batch, including dropped sequences."""
         self.optimizer.zero_grad()
         result = self.passes.gradients(batch, self.loss, denominator, temperature)
@@ -130,15 +134,15 @@ class MegatronWorker:
             grad_norm = self.optimizer.step(lr)
         return replace(result, grad_norm=grad_norm) if result else None
 
-    def score(self, batch: SequenceBatch, temperature: float, weights: Weights = "current") -> Table | None:
+    def score(self, batch: Batch, temperature: float, weights: Weights = "current") -> Table | None:
         """Like `Passes.score`, with the actor's current weights or those of a snapshot."""
         with self.snapshots.in_use(weights):
             return self.passes.score(batch, self.loss, temperature)
 
-    def logits(self, batch: SequenceBatch) -> Table | None:
+    def logits(self, batch: Batch) -> Table | None:
         return self.passes.logits(batch)
 
-    def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
+    def candidates(self, batch: Batch, temperature: float, count: int) -> Table | None:
         return self.passes.candidates(batch, temperature, count)
 
     def release_memory(self) -> None:

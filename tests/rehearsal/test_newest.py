@@ -20,7 +20,7 @@ CEILINGS = Path(__file__).with_name("ceilings.json")
 """Layout -> "phase: kind, owner" -> waits for the GPU and blocking copies to it, as `totals` counts them."""
 
 
-STORED = {"proxy_source": "old", "kl_estimator": "full"}
+STORED = {"kl_estimator": "full"}
 """Settings of Lp-Reg with which a stored proxy distribution takes part in the loss."""
 
 

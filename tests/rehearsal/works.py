@@ -190,7 +190,8 @@ def waits(rank: int, folder: Path) -> None:
     parts = [len(worker.passes._share(batch)) for batch in (small, large)]
     found = {}
     for name, work in {
-        "scores": lambda batch: worker.score(marking(batch, "proxy_wanted"), 1.0),
+        "scores": lambda batch: worker.score(batch, 1.0),
+        "scores with a proxy": lambda batch: worker.score(marking(batch, "proxy_wanted"), 1.0),
         "candidates": lambda batch: worker.candidates(marking(batch, "wanted"), 1.0, 4),
         "gradients": lambda batch: worker.passes.gradients(batch, worker.loss, batch.num_sampled_tokens, 1.0),
     }.items():

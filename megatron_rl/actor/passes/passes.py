@@ -24,9 +24,8 @@ from megatron_rl.actor.passes.head import Head
 from megatron_rl.actor.passes.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.passes.results import Table, TrainResult, add_up
 from megatron_rl.actor.passes.schedule import OnHidden, run_schedule
-from megatron_rl.batching.balance import row_costs
 from megatron_rl.batching.packing import PackingSpec, packed_length
-from megatron_rl.batching.partition import partition, partition_trees
+from megatron_rl.batching.replicas import Batch, Sharing
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.models.architecture import Architecture
@@ -59,7 +58,6 @@ class Passes:
         device: torch.device,
     ) -> None:
         self.chunks, self.head, self.architecture, self.layout, self.device = chunks, head, architecture, layout, device
-        self.micro_batch_tokens = settings.micro_batch_tokens
         fp8_block = 1 if settings.fp8 == "none" else FP8_BLOCK
         self.spec = PackingSpec(
             rows=platform.packing_form(settings, device),
@@ -68,13 +66,22 @@ class Passes:
             context_rank=process_groups.cp_rank(),
         )
 
+        self.sharing = Sharing(
+            replicas=layout.data,
+            rows=self.spec.rows,
+            token_budget=settings.micro_batch_tokens * layout.context,
+            even_length=architecture.even_length,
+            count_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
+            same_count=layout.expert > 1,  # ranks that share experts run every forward together
+        )
+
     @property
     def reports(self) -> bool:
         """Whether this rank is the reporting rank of its data-parallel replica."""
         return process_groups.is_last_stage() and process_groups.tp_rank() == 0 and process_groups.cp_rank() == 0
 
     def gradients(
-        self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, denominator: float, temperature: float
+        self, batch: Batch, loss: lpreg.PolicyLoss | None, denominator: float, temperature: float
     ) -> TrainResult | None:
         """Runs forward and backward. Afterwards `main_grad` holds the sum over the whole batch.
 
@@ -96,7 +103,7 @@ class Passes:
         results, checks = self._run(batch, on_hidden, backward=True)
         return _train_result(results, checks) if self.reports else None
 
-    def score(self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, temperature: float) -> Table | None:
+    def score(self, batch: Batch, loss: lpreg.PolicyLoss | None, temperature: float) -> Table | None:
         """Returns log-prob, entropy, log Z and filter membership of every sampled token, without gradients.
 
         The batch may carry `probe_targets` [T]: then log-probs are those of the given tokens in place of the sampled
@@ -150,7 +157,7 @@ class Passes:
         store = lpreg.ProxyStore.join(stores)
         return [store.counts, store.ids.int(), store.log_q.float()]
 
-    def logits(self, batch: SequenceBatch) -> Table | None:
+    def logits(self, batch: Batch) -> Table | None:
         """Returns gathered logits [T, V] of the sampled tokens, for checks on a few sequences."""
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
@@ -161,7 +168,7 @@ class Passes:
         results, checks = self._run(batch, on_hidden)
         return _table_of(results, checks) if self.reports else None
 
-    def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
+    def candidates(self, batch: Batch, temperature: float, count: int) -> Table | None:
         """Returns `candidate_ids` and `candidate_log_probs` [T, count]: the likeliest next tokens at each sampled token
         that the batch marks as `wanted`, the likeliest first; -1 and NaN at the others."""
 
@@ -186,28 +193,25 @@ class Passes:
         return _table_of(results, checks) if self.reports else None
 
     def _run(
-        self, batch: SequenceBatch, on_hidden: OnHidden[Any], *, backward: bool = False
+        self, batch: Batch, on_hidden: OnHidden[Any], *, backward: bool = False
     ) -> tuple[list[Any], list[lpreg.PostponedCheck]]:
         """Returns the results of all micro-batches, and checks that the host has not read yet."""
         with lpreg.postponed_checks() as checks:
             return run_schedule(self.chunks, self._share(batch), on_hidden, backward=backward), checks
 
-    def _share(self, batch: SequenceBatch) -> list[MicroBatch]:
+    def _share(self, batch: Batch) -> list[MicroBatch]:
         """Returns the micro-batches of this data-parallel replica."""
-        interleaved, even_length = self.layout.virtual_pipeline > 1, self.architecture.even_length
-        settings: dict[str, Any] = dict(
-            token_budget=self.micro_batch_tokens * self.layout.context,
-            count_multiple=self.layout.pipeline if interleaved else 1,
-            same_count=self.layout.expert > 1,  # ranks that share experts run every forward together
-        )
-        if self.spec.rows == "prefix_tree":
-            shares = partition_trees(batch.sequences, self.layout.data, even_length=even_length, **settings)
-        else:
-            costs, packed = row_costs(batch.lengths, even_length), self.spec.rows == "packed"
-            shares = partition(batch.lengths.tolist(), self.layout.data, packed=packed, costs=costs, **settings)
-        own = shares[process_groups.dp_rank()]
-        length = max((packed_length(batch, rows, self.spec) for rows in own), default=0) if interleaved else 0
-        return [micro_batch(batch, rows, self.device, self.spec, length) for rows in own]
+        replica = process_groups.dp_rank()
+        own = self.sharing.part_of(batch, replica) if isinstance(batch, SequenceBatch) else batch
+        if own.replica != replica:
+            raise RuntimeError(f"replica {replica} got the sequences of replica {own.replica}")
+        length = 0
+        if self.layout.virtual_pipeline > 1:
+            length = max((packed_length(own.sequences, rows, self.spec) for rows in own.micro_batches), default=0)
+        return [
+            replace(micro_batch(own.sequences, rows, self.device, self.spec, length), rows=tuple(own.rows[rows]))
+            for rows in own.micro_batches
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
