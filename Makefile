@@ -70,13 +70,12 @@ $(DOCS)/.stamp: Makefile
 	@touch $@
 
 # Tests share the cores, a file at a time: what a file prepares is then prepared once. They start in the order in which
-# tests/conftest.py puts them. A whole run waits about half of its time, so two of these go at a time as well.
+# tests/conftest.py puts them. A whole run waits about half of its time, so other tests, or a second run, go beside it.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 SIDE_BY_SIDE := $(PYTHON) tools/side_by_side.py
 
 test: dev ## unit and invariance tests, and one whole run
-	$(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser and not slow" $(SHARED)
-	$(BIN)/pytest tests/e2e_cpu -m "not slow" $(SHARED)
+	$(BIN)/pytest tests/unit tests/invariance tests/e2e_cpu -m "not gpu and not browser and not slow" $(SHARED)
 
 # First what waits beside what computes, at last the servers, which answer within limits. What is installed where it is
 # missing is there before, since two parts must not install at once.

@@ -26,14 +26,29 @@ for _profile, _examples in (("quick", 25), ("nightly", 150)):
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 FIRST = (
-    *(
-        "invariance/test_methods_layouts.py",
-        "invariance/test_actor_layouts.py",
-        "invariance/test_conversion_layouts.py",
-    ),
-    *("invariance/test_megatron_matches_hf.py", "unit/plan/test_memory_of_actor.py"),
+    "e2e_cpu/test_quickstart.py",
+    "invariance/test_methods_layouts.py",
+    "e2e_cpu/test_resume.py",
+    "invariance/test_actor_layouts.py",
+    "e2e_cpu/test_agents.py",
+    "e2e_cpu/test_staleness.py",
+    "e2e_cpu/test_demonstration.py",
+    "e2e_cpu/test_processes.py",
+    "e2e_cpu/test_experts.py",
+    "e2e_cpu/test_ray_by_hand.py",
+    "e2e_cpu/test_failing_reward.py",
+    "e2e_cpu/test_python.py",
+    "invariance/test_conversion_layouts.py",
+    "unit/doctor/test_doctor_command.py",
+    "unit/docker/test_resolution.py",
+    "unit/plan/test_plan.py",
+    "unit/plan/test_memory_of_actor.py",
+    "unit/reward/test_pool.py",
+    "unit/reward/test_grading_corpus.py",
+    "invariance/test_megatron_matches_hf.py",
+    "unit/lpreg/test_trl_trainer.py",
 )
-"""Files that take longest. They come first, so that no core is idle at the end while another works on one of them."""
+"""Files that take longest, longest first, so that no core is idle at the end while another works on one of them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -80,6 +80,8 @@ def run(targets: Iterable[str]) -> Part | None:
 
 
 if __name__ == "__main__":
+    # A shell that starts this script in the background makes it ignore SIGINT, and the parts would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     LOGS.mkdir(parents=True, exist_ok=True)
     if failed := run(sys.argv[1:]):
         print(f"\n{failed.log}:\n{failed.log.read_text(errors='replace')}\n{failed.target} failed", flush=True)

@@ -183,14 +183,16 @@ def _over_ranks(head: Head, log_z_rows: Tensor | None, proxy: ShardProxy | None)
     packs = [summarise(head.project(rows), with_entropy, likeliest) for _, rows in head.chunks()]
     totals = combine(torch.cat(packs, 1), head.settings)
     wanted = None if log_z_rows is None else log_z_rows.nonzero().squeeze(1)
-    masses = [
-        filter_masses(head.project(rows), None, totals.scale.of(rows), head.settings.filter_entropy)
-        for _, rows in head.chunks(wanted)
-    ]
+    masses, divergence = [], []
+    for _, rows in head.chunks(wanted):
+        shard, scale = head.project(rows), totals.scale.of(rows)
+        masses.append(filter_masses(shard, None, scale, head.settings.filter_entropy))
+        if proxy is not None and wanted is None:
+            divergence.append(proxy.take(rows).divergence(shard, scale))
     if proxy is None:
         return finish(totals, torch.cat(masses, 1), wanted, head.settings)
-    divergence = [
-        proxy.take(rows).divergence(head.project(rows), totals.scale.of(rows))
-        for _, rows in head.chunks(proxy.stored.nonzero().squeeze(1))
-    ]
+    if wanted is not None:  # rows with a stored proxy may be others
+        divergence = [
+            proxy.take(rows).divergence(head.project(rows), totals.scale.of(rows)) for _, rows in head.chunks()
+        ]
     return finish(totals, torch.cat(masses, 1), wanted, head.settings, proxy.stored, torch.cat(divergence))

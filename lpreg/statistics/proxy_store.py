@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lpreg.statistics import kernels
+from lpreg.statistics.checks import refuse
 from lpreg.statistics.shard import Rows, RowScale, Shard
 
 
@@ -41,12 +43,14 @@ class ProxyStore:
                 f"counts must be int64 of shape {list(self.stored.shape)} to fit stored, "
                 f"got {self.counts.dtype} of shape {list(self.counts.shape)}"
             )
-        entries = int(self.counts.sum())
+        entries = self.ids.shape[0]
         if self.ids.shape != (entries,) or self.log_q.shape != (entries,) or self.ids.dtype != torch.int64:
             raise ValueError(
-                f"ids must be int64 and log_q floating point, both of shape [{entries}] to fit counts, "
+                "ids must be int64 and log_q floating point, both of shape [E], "
                 f"got {self.ids.dtype} {list(self.ids.shape)} and {self.log_q.dtype} {list(self.log_q.shape)}"
             )
+        wrong = self.counts.sum() != entries
+        refuse(wrong, lambda: f"there are {entries} ids, but counts sum up to {int(self.counts.sum())}")
 
     def split(self, sizes: Sequence[int]) -> list[ProxyStore]:
         """Returns the stores of consecutive tokens, `sizes` tokens each."""
@@ -62,48 +66,54 @@ class ProxyStore:
 
     def shard(self, first: int, columns: int) -> ShardProxy:
         """Returns the entries of the rank that holds the ids in [first, first + columns)."""
-        token = torch.repeat_interleave(self.counts)
-        own = (self.ids >= first) & (self.ids < first + columns)
-        counts = torch.bincount(token[own], minlength=self.counts.shape[0])
-        return ShardProxy(self.stored, counts, counts.cumsum(0) - counts, self.ids[own] - first, self.log_q[own])
+        token = torch.repeat_interleave(self.counts, output_size=self.ids.shape[0])
+        whole = ShardProxy(self.stored, token, self.ids - first, self.log_q)
+        return whole.only((whole.columns >= 0) & (whole.columns < columns), columns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardProxy:
-    """A store's entries in one rank's columns, ready to be read a few tokens at a time."""
+    """A store's entries in one rank's columns, ready to be read a few tokens at a time.
+
+    On a GPU a selection keeps its size, since the host would wait to learn a smaller one: entries that are not selected
+    have q = 0, at a token and a column that exist.
+    """
 
     stored: Tensor
     """[T] bool, over all ranks."""
-    counts: Tensor
-    """[T], number of entries of each token."""
-    starts: Tensor
-    """[T], index in `columns` of each token's first entry."""
+    tokens: Tensor
+    """[E] int64, the token of each entry."""
     columns: Tensor
     """[E] int64, columns of this rank."""
     log_q: Tensor
     """[E]."""
 
-    def entries(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (place of the token among `rows`, column, log q) of each entry of some tokens."""
-        counts, starts = self.counts[rows], self.starts[rows]
-        place = torch.repeat_interleave(counts)
-        begins = counts.cumsum(0) - counts
-        entry = starts[place] + torch.arange(place.shape[0], device=place.device) - begins[place]
-        return place, self.columns[entry], self.log_q[entry]
+    def only(self, own: Tensor, places: int) -> ShardProxy:
+        """Returns the entries marked by `own` [E]. places: number of columns, or of tokens, that there are; with 0 no
+        entry is marked."""
+        if places == 0 or not kernels.on_gpu(own):
+            return ShardProxy(self.stored, self.tokens[own], self.columns[own], self.log_q[own])
+        tokens, columns = (torch.where(own, index, 0) for index in (self.tokens, self.columns))
+        return ShardProxy(self.stored, tokens, columns, torch.where(own, self.log_q, -torch.inf))
 
     def take(self, rows: Rows) -> ShardProxy:
-        """Returns the entries of the given tokens, in the given order."""
-        counts = self.counts[rows]
-        _, columns, log_q = self.entries(rows)
-        return ShardProxy(self.stored[rows], counts, counts.cumsum(0) - counts, columns, log_q)
+        """Returns the entries of the given tokens, each of which is named once; their order becomes the tokens'."""
+        stored = self.stored[rows]
+        if isinstance(rows, slice):
+            tokens = self.tokens - rows.indices(self.stored.shape[0])[0]
+        else:
+            places = torch.arange(rows.shape[0], device=rows.device)
+            tokens = torch.full_like(self.stored, -1, dtype=torch.int64).index_copy_(0, rows, places)[self.tokens]
+        moved = ShardProxy(stored, tokens, self.columns, self.log_q)
+        return moved.only((tokens >= 0) & (tokens < stored.shape[0]), stored.shape[0])
 
     def divergence(self, shard: Shard, scale: RowScale) -> Tensor:
-        """Returns this shard's part of KL(q || p) of the stored tokens, [R]."""
-        row, columns, log_q = self.entries(slice(None))
-        x = shard.logits[row, columns].to(shard.dtype) / shard.temperature
-        log_p = (x - scale.max_logit[row]) - scale.log_total[row]
-        log_q = log_q.to(shard.dtype)
-        return torch.zeros_like(scale.log_total).index_add_(0, row, log_q.exp() * (log_q - log_p))[self.stored]
+        """Returns this shard's part of KL(q || p), [T]; 0 for tokens that are not stored."""
+        x = shard.logits[self.tokens, self.columns].to(shard.dtype) / shard.temperature
+        log_p = (x - scale.max_logit[self.tokens]) - scale.log_total[self.tokens]
+        log_q = self.log_q.to(shard.dtype)
+        parts = torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0.0)
+        return torch.zeros_like(scale.log_total).index_add_(0, self.tokens, parts)
 
 
 def filter_entries(shard: Shard, rows: Tensor | None, scale: RowScale, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +127,7 @@ def filter_entries(shard: Shard, rows: Tensor | None, scale: RowScale, log_z: Te
         x = shard.read(chunk, buffer)
         inside = x >= scale.threshold[chunk, None]
         place, column = inside.nonzero().unbind(1)
-        parts.append((inside.sum(-1), column, scale.log_p_(x, chunk)[inside] - log_z[chunk][place]))
+        parts.append((inside.sum(-1), column, scale.log_p_(x, chunk)[place, column] - log_z[chunk][place]))
     counts, columns, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
     return counts, columns, log_q
 

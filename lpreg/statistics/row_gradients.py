@@ -48,12 +48,10 @@ class RowGradients:
 
     @property
     def beyond_kernels(self) -> Tensor:
-        """[T] bool, rows whose gradient the kernels do not write."""
-        beyond = torch.zeros_like(self.target, dtype=torch.bool)
-        for factor in (self.proxy, self.filter_entropy):
-            if factor is not None:
-                beyond |= factor != 0
-        return beyond
+        """[T] bool, rows whose gradient the kernels do not write: those with the filtered distribution's entropy."""
+        return (
+            torch.zeros_like(self.target, dtype=torch.bool) if self.filter_entropy is None else self.filter_entropy != 0
+        )
 
     def of(self, rows: Rows) -> RowGradients:
         """Returns the factors of the given rows."""

@@ -193,15 +193,13 @@ def finish(
     divergence: Tensor | None = None,
 ) -> RowStatistics:
     """Returns the statistics with log Z from this rank's result of `filter_masses` [2 or 4, R], for the given rows or
-    (None) all rows; and with KL(q || p) from this rank's part of it [S] in the S `stored` rows ([T] bool), if given.
-    One collective."""
+    (None) all rows; and with KL(q || p) from this rank's part of it [T], in the `stored` rows ([T] bool), if given. One
+    collective."""
     local = masses.flatten() if divergence is None else torch.cat([masses.flatten(), divergence])
     whole = _gather(local, settings.tp_group).sum(0)
     inside, outside, *of_entropy = whole[: masses.numel()].view_as(masses)
     scale, zeros = totals.scale, torch.zeros_like(totals.target)
-    proxy_kl = zeros.clone()
-    if stored is not None:
-        proxy_kl.masked_scatter_(stored, whole[masses.numel() :])
+    proxy_kl = zeros.clone() if stored is None else torch.where(stored, whole[masses.numel() :], 0.0)
     # On a peaked row the mass inside rounds to 1 and its log keeps no digits; the mass outside keeps them all.
     log_z = torch.where(outside < 0.5, torch.log1p(-outside), inside.log())
     filter_entropy = filter_extent = torch.zeros_like(log_z)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lpreg.statistics import kernels
 from lpreg.statistics.row_gradients import RowGradients
-from lpreg.statistics.shard import RowScale, Shard
+from lpreg.statistics.shard import Rows, RowScale, Shard
 
 # exp(LOG_FLOOR) is 0 in fp64 too, and unlike -inf LOG_FLOOR may be multiplied by 0 (entropy of impossible tokens).
 LOG_FLOOR = -1e4
@@ -82,14 +82,21 @@ def write_gradient(out: Tensor, shard: Shard, grads: RowGradients, scale: RowSca
     if shard.columns == 0 or out.shape[0] == 0:
         return
     if kernels.usable(shard.logits) and kernels.usable(out):
-        # The kernels handle neither a stored proxy, which few rows have, nor the entropy of the filtered distribution.
+        entries = _entry_gradients(shard, grads, scale)  # before the kernels write, maybe over the logits
         left = grads.beyond_kernels
         kernels.load().write_gradient(out, shard, grads, scale, leave=left)
-        if grads.proxy is None and grads.filter_entropy is None:
-            return
+        if grads.filter_entropy is not None:
+            _write_rows(out, shard, grads, scale, left)
+        if entries is not None:
+            rows, columns, values = entries
+            out[rows, columns] = values.to(out.dtype)
     else:
-        left = grads.active
-        out.index_fill_(0, (~left).nonzero().squeeze(1), 0.0)
+        out.index_fill_(0, (~grads.active).nonzero().squeeze(1), 0.0)
+        _write_rows(out, shard, grads, scale, grads.active)
+
+
+def _write_rows(out: Tensor, shard: Shard, grads: RowGradients, scale: RowScale, left: Tensor) -> None:
+    """Fills the rows of `out` that `left` [T] marks, without the kernels."""
     parts = [(left, False)]
     if grads.filtered is not None:
         parts = [(left & ~grads.filtered, False), (left & grads.filtered, True)]
@@ -98,23 +105,46 @@ def write_gradient(out: Tensor, shard: Shard, grads: RowGradients, scale: RowSca
         rows = mask.nonzero().squeeze(1)
         every_row = rows.shape[0] == mask.shape[0]
         for _, chunk in shard.chunks(None if every_row else rows):
-            x = shard.read(chunk, buffer)
-            coefficient = grads.dropped[chunk, None]
-            inside = x >= scale.threshold[chunk, None] if filtered else None
-            scale.log_p_(x, chunk)
-            if inside is not None:
-                kept = grads.kept[chunk, None]
-                if grads.filter_entropy is not None and grads.filter_offset is not None:
-                    log_q_and_entropy = x.clamp_min(LOG_FLOOR).add_(grads.filter_offset[chunk, None])
-                    kept = kept - grads.filter_entropy[chunk, None] * log_q_and_entropy
-                coefficient = torch.where(inside, kept, coefficient)
-            if grads.entropy is not None:
-                log_p = x.clamp_min(LOG_FLOOR)
-                coefficient = coefficient - grads.entropy[chunk, None] * log_p.add_(scale.entropy[chunk, None])
-            x.exp_().mul_(coefficient)
+            x = _gradient_(shard.read(chunk, buffer), chunk, grads, scale, filtered)
             onehot = torch.where(shard.owned[chunk], grads.target[chunk], 0.0)
             x.scatter_add_(1, shard.target_columns[chunk, None], onehot[:, None])
             if grads.proxy is not None and grads.stored is not None:
-                place, columns, log_q = grads.stored.entries(chunk)
-                x[place, columns] -= grads.proxy[chunk][place] * log_q.to(x.dtype).exp()
+                stored = grads.stored.take(chunk)
+                of_q = grads.proxy[chunk][stored.tokens] * stored.log_q.to(x.dtype).exp()
+                x.index_put_((stored.tokens, stored.columns), -of_q, accumulate=True)
             out[chunk, : shard.columns] = x.to(out.dtype)
+
+
+def _gradient_(x: Tensor, rows: Rows, grads: RowGradients, scale: RowScale, filtered: bool) -> Tensor:
+    """Overwrites x [R, C] of the given rows with p * (coefficient - entropy * (log p + H)), and returns it. filtered:
+    whether the coefficient inside the filter differs."""
+    coefficient = grads.dropped[rows, None]
+    inside = x >= scale.threshold[rows, None] if filtered else None
+    scale.log_p_(x, rows)
+    if inside is not None:
+        kept = grads.kept[rows, None]
+        if grads.filter_entropy is not None and grads.filter_offset is not None:
+            log_q_and_entropy = x.clamp_min(LOG_FLOOR).add_(grads.filter_offset[rows, None])
+            kept = kept - grads.filter_entropy[rows, None] * log_q_and_entropy
+        coefficient = torch.where(inside, kept, coefficient)
+    if grads.entropy is not None:
+        log_p = x.clamp_min(LOG_FLOOR)
+        coefficient = coefficient - grads.entropy[rows, None] * log_p.add_(scale.entropy[rows, None])
+    return x.exp_().mul_(coefficient)
+
+
+def _entry_gradients(shard: Shard, grads: RowGradients, scale: RowScale) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Returns (row, column, d loss / d x) at the entries of a stored proxy, or None without one: p - q, rounded once.
+
+    Entries without q become copies of the first one that has some, so that no place gets two different values.
+    """
+    stored = grads.stored
+    if grads.proxy is None or stored is None or stored.tokens.shape[0] == 0:
+        return None
+    own = stored.log_q > -torch.inf
+    first = own.int().argmax()[None]
+    rows, columns, log_q = (torch.where(own, v, v[first]) for v in (stored.tokens, stored.columns, stored.log_q))
+    x = shard.logits[rows, columns].to(shard.dtype)[:, None] / shard.temperature
+    values = _gradient_(x, rows, grads, scale, grads.filtered is not None)[:, 0]
+    onehot = torch.where(shard.targets[rows] == columns, grads.target[rows], 0.0)
+    return rows, columns, values + onehot - grads.proxy[rows] * log_q.to(shard.dtype).exp()

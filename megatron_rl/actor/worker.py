@@ -6,7 +6,7 @@ Every method is collective: the driver calls it on all ranks. Only the reporting
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,21 +27,22 @@ from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import Snapshot, Table, TrainResult, Weights
 from megatron_rl.actor.profiling import Profiler
 from megatron_rl.actor.rank_state import HeldState, RankState, export_stage
-from megatron_rl.batching.sequences import SequenceBatch
+from megatron_rl.batching.replicas import Batch, Sharing
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import open_weights, read_config
 from megatron_rl.models.hf_shards import HfShard
-from megatron_rl.models.weight_map import load_hf_weights, publish_hf_weights
+from megatron_rl.models.weight_map import load_hf_weights, publish_hf_weights, sends_shards
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.utils import rendezvous
 from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.collective import CollectiveTransport
-from megatron_rl.weight_sync.folder import FolderTransport
+from megatron_rl.weight_sync.folder import FolderTransport, shared_folder
 from megatron_rl.weight_sync.mapped import MappedTransport
-from megatron_rl.weight_sync.transport import GroupMember, Pushed, WeightTransport
+from megatron_rl.weight_sync.relay import FolderRelay
+from megatron_rl.weight_sync.transport import GroupMember, NodeFolders, Pushed, WeightTransport
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings, OptimizerSettings
@@ -57,6 +58,7 @@ class MegatronWorker:
         self.held: HeldState | None = None
         self.loss: lpreg.PolicyLoss | None = None
         self.transport: WeightTransport | None = None
+        self.relay: FolderRelay | None = None
 
     def open_port(self, host: str) -> int:
         """Opens a port at an address of this machine, where the ranks find each other. Returns the port."""
@@ -107,6 +109,10 @@ class MegatronWorker:
         """Returns the name of this rank's device."""
         return platform.device_name()
 
+    def sharing(self) -> Sharing:
+        """Returns how batches are divided over replicas."""
+        return self.passes.sharing
+
     def load_hf(self, folder: Path) -> None:
         """Loads weights from a Hugging Face folder. Call `build_optimizer` again afterwards."""
         load_hf_weights(self.model, self.hf_config, open_weights(folder))
@@ -120,7 +126,7 @@ class MegatronWorker:
 
     # ------------------------------------------------------------------ passes
 
-    def train(self, batch: SequenceBatch, lr: float, denominator: float, temperature: float) -> TrainResult | None:
+    def train(self, batch: Batch, lr: float, denominator: float, temperature: float) -> TrainResult | None:
         """Takes one optimizer step. `denominator`: sampled tokens of the global batch, including dropped sequences."""
         self.optimizer.zero_grad()
         result = self.passes.gradients(batch, self.loss, denominator, temperature)
@@ -128,15 +134,15 @@ class MegatronWorker:
             grad_norm = self.optimizer.step(lr)
         return replace(result, grad_norm=grad_norm) if result else None
 
-    def score(self, batch: SequenceBatch, temperature: float, weights: Weights = "current") -> Table | None:
+    def score(self, batch: Batch, temperature: float, weights: Weights = "current") -> Table | None:
         """Like `Passes.score`, with the actor's current weights or those of a snapshot."""
         with self.snapshots.in_use(weights):
             return self.passes.score(batch, self.loss, temperature)
 
-    def logits(self, batch: SequenceBatch) -> Table | None:
+    def logits(self, batch: Batch) -> Table | None:
         return self.passes.logits(batch)
 
-    def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
+    def candidates(self, batch: Batch, temperature: float, count: int) -> Table | None:
         return self.passes.candidates(batch, temperature, count)
 
     def release_memory(self) -> None:
@@ -167,17 +173,27 @@ class MegatronWorker:
         specs = [TensorSpec.of(name, tensor) for name, tensor in tensors]
         return specs if self.publishes() else None
 
-    def connect_weights(self, places: Sequence[Path | GroupMember], bucket_bytes: int) -> None:
+    def weights_folder(self) -> Path:
+        """Makes a folder for weights in this node's shared memory, which is removed with the connection."""
+        return shared_folder()
+
+    def connect_weights(self, places: Sequence[Path | NodeFolders | GroupMember], bucket_bytes: int) -> None:
         """Connects this rank's pipeline stage to the destination of its weights.
 
-        places: one per pipeline stage, either the folder that receives the stage's weights, or the group that the stage
-        shares with the engines. The engines must join that group at the same time.
+        places: one per pipeline stage: the folder that receives the stage's weights, or one folder on each node, or the
+        group that the stage shares with the engines. The engines must join that group at the same time.
         """
         self.disconnect_weights()
+        folders = [place for place in places if isinstance(place, Mapping)]
+        if folders:
+            self.relay = FolderRelay(folders, bucket_bytes, self.device)
+            self.relay.connect(self.weight_specs() or ())
+            return
         if not self.publishes():
             return
         stage = process_groups.pp_rank()
         place = places[stage]
+        assert not isinstance(place, Mapping)
         if isinstance(place, Path):
             self.transport = FolderTransport(place, stage, bucket_bytes)
         elif place.mapped:
@@ -192,11 +208,13 @@ class MegatronWorker:
         checksums_for: number of tensor-parallel ranks per engine; 0 means no checksums.
         """
         tensors = publish_hf_weights(self.model, self.hf_config, reuse_memory=True)
+        kv_heads = Architecture.from_hf(self.hf_config).kv_heads
+        taker = ChecksumTaker(checksums_for, kv_heads) if checksums_for else None
+        if self.relay is not None:
+            return self.relay.push(tensors, sends_shards(self.model, self.hf_config), version, taker)
         try:
             if self.transport is None:
                 return None
-            kv_heads = Architecture.from_hf(self.hf_config).kv_heads
-            taker = ChecksumTaker(checksums_for, kv_heads) if checksums_for else None
             return self.transport.push(tensors, version, taker)
         finally:
             for _ in tensors:  # the gathers are collective: ranks that do not send, or failed to, must take part
@@ -208,9 +226,10 @@ class MegatronWorker:
             transport.stop()
 
     def disconnect_weights(self) -> None:
-        if self.transport is not None:
-            self.transport.close()
-        self.transport = None
+        for connection in (self.transport, self.relay):
+            if connection is not None:
+                connection.close()
+        self.transport = self.relay = None
 
     def write_state(self, folder: Path) -> RankPart:
         """Writes this rank's part of a checkpoint, one file at a time."""

@@ -16,6 +16,7 @@ from megatron_rl.actor.interface import ActorRank
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import Snapshot, Sums, TrainResult, Weights, add_up, merge_tables
 from megatron_rl.actor.platform import environment
+from megatron_rl.batching.replicas import ReplicaBatch
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint.manifest import RankPart
@@ -27,6 +28,7 @@ from megatron_rl.models.hf_shards import HfShard
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.utils.hardware import known_gpu
 from megatron_rl.weight_sync.buckets import TensorSpec
+from megatron_rl.weight_sync.transport import NodeFolders
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import ActorSettings, OptimizerSettings
@@ -58,7 +60,7 @@ class Actors:
 
     def __init__(self, settings: ActorSettings, layout: Layout, model_folder: Path, logs: Path, nodes: Nodes) -> None:
         self.stages = layout.pipeline
-        self._shares_gpus = bool(nodes.placement.shared)
+        self.placement = nodes.placement
         variables = environment.rank_environment(settings) if nodes.placement.on_gpu else environment.ON_CPU
         self.ranks = [
             host_process(
@@ -78,6 +80,8 @@ class Actors:
         self.description: str = self._all(ActorRank.start, host, port, model_folder)[0]
         if nodes.placement.on_gpu:
             self.description += f"\n  {environment.describe(variables)}"
+        self._layout = layout
+        self._sharing = results([self.ranks[0].submit(ActorRank.sharing)])[0]
         self.gpu = known_gpu(results([self.ranks[0].submit(ActorRank.device_name)])[0])
         """The actor's GPU; None on a CPU, and for a GPU of unknown rate."""
         self._model = Architecture.from_hf(read_config(model_folder))
@@ -99,9 +103,20 @@ class Actors:
     def _all(self, method: Callable[Concatenate[ActorRank, P], R], *arguments: P.args, **named: P.kwargs) -> list[R]:
         return results(self.submit(method, *arguments, **named))
 
-    def _sent(self, batch: SequenceBatch) -> SequenceBatch:
-        """Returns the batch as an argument of `submit`."""
-        return shared(batch, len(self.ranks))
+    def _submit_parts(
+        self,
+        method: Callable[Concatenate[ActorRank, ReplicaBatch, P], R],
+        batch: SequenceBatch,
+        *arguments: P.args,
+        **named: P.kwargs,
+    ) -> list[ObjectRef[R]]:
+        """Calls a method on all ranks without waiting, each with its replica's part of the batch."""
+        parts = self._sharing.divide(batch)
+        sent = [shared(part, len(self.ranks) // len(parts)) for part in parts]
+        return [
+            rank.submit(method, sent[self._layout.replica_of(number)], *arguments, **named)
+            for number, rank in enumerate(self.ranks)
+        ]
 
     def _count(self, batch: SequenceBatch, passes: int) -> None:
         """`passes`: number of forward passes; a backward pass counts as two."""
@@ -127,7 +142,7 @@ class Actors:
         """Starts an optimizer step without waiting, so that the caller can prepare the next batch meanwhile. Ranks run
         calls in order."""
         self._count(batch, passes=3)
-        return self.submit(ActorRank.train, self._sent(batch), lr, denominator, temperature)
+        return self._submit_parts(ActorRank.train, batch, lr, denominator, temperature)
 
     def train_result(self, refs: list[ObjectRef[TrainResult | None]], batch: SequenceBatch) -> StepResult:
         """Waits for the step that `submit_train` started on the batch, and returns its result."""
@@ -150,18 +165,19 @@ class Actors:
     ) -> tuple[dict[str, np.ndarray], StoredProxy]:
         """Returns the scores as `score` does, and the proxy distribution of the tokens marked as `proxy_wanted`."""
         self._count(batch, passes=1)
-        tables = self._all(ActorRank.score, self._sent(batch), temperature, weights) if len(batch) else []
+        calls = self._submit_parts(ActorRank.score, batch, temperature, weights) if len(batch) else []
+        tables = results(calls)
         return merge_tables(batch, [table for table in tables if table is not None])
 
     def logits(self, batch: SequenceBatch) -> np.ndarray:
         """Returns [T, V], the logits that predict the sampled tokens, for checks on a few sequences."""
-        tables = self._all(ActorRank.logits, self._sent(batch))
+        tables = results(self._submit_parts(ActorRank.logits, batch))
         return merge_tables(batch, [table for table in tables if table is not None])[0]["logits"]
 
     def candidates(self, batch: SequenceBatch, *, temperature: float, count: int) -> dict[str, np.ndarray]:
         """Returns `candidate_ids` and `candidate_log_probs` [T, count] of the likeliest next tokens at each sampled
         token that the batch marks as `wanted`."""
-        tables = self._all(ActorRank.candidates, self._sent(batch), temperature, count)
+        tables = results(self._submit_parts(ActorRank.candidates, batch, temperature, count))
         return merge_tables(batch, [table for table in tables if table is not None])[0]
 
     def start_profile(self) -> None:
@@ -177,7 +193,7 @@ class Actors:
 
     def release_memory(self) -> None:
         """Makes the ranks leave to the engines all GPU memory that they do not use, if they share GPUs."""
-        if self._shares_gpus:
+        if self.placement.shared:
             self._all(ActorRank.release_memory)
 
     def publishers(self) -> list[tuple[str, int]]:
@@ -186,6 +202,18 @@ class Actors:
         hosts = results([rank.node_address() for rank in chosen])
         ports = results([rank.submit(ActorRank.open_port, host) for rank, host in zip(chosen, hosts, strict=True)])
         return list(zip(hosts, ports, strict=True))
+
+    def node_folders(self) -> tuple[dict[int, Path], list[NodeFolders]]:
+        """Makes a folder in the shared memory of each node that has engines or a first rank of a stage.
+
+        Returns the folders by node, and what `ActorRank.connect_weights` takes for each stage. Raises UserError as
+        `Placement.writers` does.
+        """
+        stages = self.placement.writers(self.stages)
+        ranks = {node: rank for stage in stages for node, rank in stage.items()}
+        made = results([self.ranks[rank].submit(ActorRank.weights_folder) for rank in ranks.values()])
+        folders = dict(zip(ranks, made, strict=True))
+        return folders, [{rank: folders[node] for node, rank in stage.items()} for stage in stages]
 
     def weight_specs(self) -> list[list[TensorSpec]]:
         """Returns the tensors that each pipeline stage sends, in stage order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from megatron_rl.weight_sync.transport import (
     CollectiveUpdate,
     FolderUpdate,
     GroupMember,
+    NodeFolders,
     Pushed,
     StageBuckets,
     WeightsNotSent,
@@ -156,7 +157,8 @@ class WeightSync(ABC):
 
 
 class FolderSync(WeightSync):
-    """Sends weights through a folder. The actor writes it while engines generate; they pause only to read it."""
+    """Sends weights through a folder, or through one folder on each node. The actor writes it while engines generate;
+    they pause only to read it."""
 
     def __init__(
         self,
@@ -165,12 +167,18 @@ class FolderSync(WeightSync):
         engine_ranks: int,
         notify: Callable[[str], None],
         *,
-        folder: Path,
+        folder: Path | None,
         bucket_bytes: int,
     ) -> None:
+        """folder: a folder that all nodes see; None: one in the shared memory of each node with engines."""
         super().__init__(actors, engines, engine_ranks, notify)
         self._parts: tuple[Path, ...] = ()
-        results(actors.submit(ActorRank.connect_weights, [folder] * actors.stages, bucket_bytes))
+        self._folders: dict[int, Path] = {}
+        """Node -> its own folder, if nodes have one."""
+        places: Sequence[Path | NodeFolders] = [] if folder is None else [folder] * actors.stages
+        if folder is None:
+            self._folders, places = actors.node_folders()
+        results(actors.submit(ActorRank.connect_weights, places, bucket_bytes))
 
     def _prepare(self, verify: bool) -> None:
         self._parts = tuple(path for stage in self._pushed(self._push(verify)) for path in stage.parts)
@@ -178,7 +186,12 @@ class FolderSync(WeightSync):
     def _transfer(self, engines: list[Engine], verify: bool) -> Answers:
         assert self.version is not None
         update = FolderUpdate(self.version, self._parts, self.checksums is not None, nbytes=self.sent_bytes)
-        return dict(self.engines.ask(engines, RolloutEngine.update_weights, update))
+        updates = dict.fromkeys(engines, update)
+        if self._folders:
+            nodes = self.actors.placement.engines
+            updates = {engine: update.at(self._folders[nodes[engine.number]]) for engine in engines}
+        calls = {engine: engine.submit(RolloutEngine.update_weights, seen) for engine, seen in updates.items()}
+        return dict(self.engines.answers(calls))
 
     def _needed_for(self, awaiting: list[Engine]) -> list[Engine]:
         return awaiting  # the last update is still in the folder

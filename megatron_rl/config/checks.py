@@ -230,8 +230,11 @@ def _weight_sync(config: Config) -> Iterator[str]:
             "weight_sync.transport: collective is not for cluster.colocate: nccl allows one process per GPU; set "
             "shared_memory or disk"
         )
-    if transport == "shared_memory" and config.cluster.nodes > 1:
-        yield "weight_sync.transport: shared_memory reaches one node only, but cluster.nodes is larger; set disk"
+    if transport == "shared_memory" and config.cluster.nodes > 1 and not config.cluster.colocate:
+        yield (
+            "weight_sync.transport: shared_memory reaches several nodes only if every engine is on a node of the actor "
+            "(cluster.colocate); set disk, or collective for servers with GPUs of their own"
+        )
     if transport not in ("disk", "auto") and config.weight_sync.folder:
         yield f"weight_sync.folder: used by weight_sync.transport: disk only, not by {transport}"
 
@@ -241,7 +244,7 @@ def _cuda_ipc(config: Config) -> Iterator[str]:
         yield "weight_sync.transport: cuda_ipc is memory of GPUs, but actor.device is cpu; set shared_memory"
         return
     if config.cluster.nodes > 1:
-        yield "weight_sync.transport: cuda_ipc reaches one node only, but cluster.nodes is larger; set disk"
+        yield "weight_sync.transport: cuda_ipc reaches one node only, but cluster.nodes is larger; set shared_memory"
     elif not config.cluster.colocate:
         yield (
             "weight_sync.transport: cuda_ipc is for engines on the actor's GPUs (cluster.colocate); for engines with "

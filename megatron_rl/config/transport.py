@@ -10,7 +10,9 @@ def transport_of(config: Config) -> str:
     """`weight_sync.transport`, with `auto` resolved. Raises UserError if `rollout.engine` cannot be imported."""
     if config.weight_sync.transport != "auto":
         return config.weight_sync.transport
-    own_gpus = config.actor.device != "cpu" and not config.cluster.colocate  # nccl takes one process per GPU
-    if own_gpus and "collective" in engine_kind(config.rollout.engine).transports:
-        return "collective"
+    if config.actor.device != "cpu":
+        if config.cluster.colocate:  # nccl takes one process per GPU; every engine is on a node of the actor
+            return "shared_memory"
+        if "collective" in engine_kind(config.rollout.engine).transports:
+            return "collective"
     return "shared_memory" if config.cluster.nodes == 1 else "disk"

@@ -11,10 +11,12 @@ class WeightSyncSettings(Section):
     """Transport of weights after every step. Engines answer no request while an update is incomplete."""
 
     transport: Literal["auto", "shared_memory", "disk", "collective", "cuda_ipc"] = "auto"
-    """shared_memory: a folder in memory, for engines on the actor's node. disk: a folder that all nodes share.
+    """shared_memory: a folder in memory, for engines on the actor's node, or with `cluster.colocate` on its nodes, each
+    of which gets a copy over the actor's network. disk: a folder that all nodes share.
     collective: a broadcast to servers, by nccl between GPUs and gloo between CPUs. cuda_ipc: memory of the actor's
     GPUs, for servers on the same GPUs (`cluster.colocate`) of one node; it has not been run on a GPU yet. auto:
-    collective for servers with GPUs of their own, otherwise shared_memory on one node and disk on several."""
+    collective for servers with GPUs of their own, shared_memory for servers on the actor's GPUs and on one node,
+    otherwise disk."""
     folder: FilePath | None = None
     """Folder of the disk transport, as large as the model. Default: `weights` in the run's folder."""
     bucket_megabytes: PositiveInt = 512

@@ -84,6 +84,19 @@ def publish_hf_weights(
 
 
 @torch.no_grad()
+def sends_shards(model: Stage, hf_config: Mapping[str, Any]) -> Iterator[int]:
+    """Takes part in `publish_hf_weights` on a rank that does not publish, one transfer at a time.
+
+    Yields how many tensors the publishing rank has received with each transfer.
+    """
+    parameters = dict(model.named_parameters())
+    for exported in _export_plan(model, Architecture.from_hf(hf_config)):
+        local = parameters[exported.name].detach()
+        for hf_names, _ in _gathered(exported, local, process_groups.collect_shards):
+            yield len(hf_names)
+
+
+@torch.no_grad()
 def _full_tensors(
     model: Stage, hf_config: Mapping[str, Any], values: Mapping[str, Tensor] | None, gather: Gather, memory: Memory
 ) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpreg import ProxyStore, TokenStats
+from lpreg import TokenStats
 from megatron_rl.parallel import process_groups
 
 
@@ -17,8 +17,7 @@ def gather_over_context_ranks(stats: TokenStats, places: Tensor, tokens: int) ->
     """Turns statistics of the tokens at `places` into statistics of all `tokens`, equal on every context-parallel rank.
 
     Every rank then computes the complete loss, but backpropagates only into its own tokens; the gradients of parameters
-    are summed over these ranks anyway. The entries of a stored proxy are not gathered: on each rank, the tokens of
-    other ranks have no entries.
+    are summed over these ranks anyway. Statistics with a `proxy_store` are not for this.
     """
 
     def gather(local: Tensor) -> Tensor:
@@ -28,7 +27,7 @@ def gather_over_context_ranks(stats: TokenStats, places: Tensor, tokens: int) ->
     def flags(local: Tensor) -> Tensor:
         return gather(local.float()) > 0.5
 
-    store = stats.proxy_store
+    assert stats.proxy_store is None
     return replace(
         stats,
         log_probs=gather(stats.log_probs),
@@ -39,7 +38,6 @@ def gather_over_context_ranks(stats: TokenStats, places: Tensor, tokens: int) ->
         proxy_kl=None if stats.proxy_kl is None else gather(stats.proxy_kl),
         filter_entropy=None if stats.filter_entropy is None else gather(stats.filter_entropy),
         filter_extent=None if stats.filter_extent is None else gather(stats.filter_extent),
-        proxy_store=None if store is None else _spread_store(store, places, tokens),
     )
 
 
@@ -53,11 +51,6 @@ def gather_rows(local: Tensor, places: Tensor | None, tokens: int) -> Tensor:
     rows = local.new_zeros(tokens, *local.shape[1:]).index_copy_(0, places, local)
     dist.all_reduce(rows, group=process_groups.cp_group())
     return rows
-
-
-def _spread_store(store: ProxyStore, places: Tensor, tokens: int) -> ProxyStore:
-    stored, counts = (value.new_zeros(tokens).index_copy_(0, places, value) for value in (store.stored, store.counts))
-    return ProxyStore(stored, counts, store.ids, store.log_q)
 
 
 class _Gather(torch.autograd.Function):

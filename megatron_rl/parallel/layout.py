@@ -31,6 +31,10 @@ class Layout:
         """Number of ranks. Expert parallelism reuses the tensor- and data-parallel ranks, so it adds none."""
         return self.tensor * self.pipeline * self.data * self.context
 
+    def replica_of(self, rank: int) -> int:
+        """Returns the data-parallel replica that a rank belongs to."""
+        return rank // (self.tensor * self.context) % self.data
+
     @property
     def expert_tensor(self) -> int:
         """Ranks that split each expert: the tensor-parallel ranks, or 1 under expert parallelism."""

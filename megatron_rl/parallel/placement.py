@@ -36,6 +36,29 @@ class Placement:
         own = 0 if self.shared else self.engine_gpus
         return self.actors.count(node) + self.engines.count(node) * own if self.on_gpu else 0
 
+    def writers(self, stages: int) -> tuple[dict[int, int], ...]:
+        """Returns, for each pipeline stage, the rank that writes the stage's weights on each node: the stage's first
+        rank, and one rank on every other node with engines, of the same stage if possible.
+
+        Raises UserError if a node has an engine and no rank.
+        """
+        size = len(self.actors) // stages
+        chosen = []
+        for stage in range(stages):
+            first = stage * size
+            writers = {self.actors[first]: first}
+            for node in sorted({*self.engines} - writers.keys()):
+                here = [rank for rank, place in enumerate(self.actors) if place == node]
+                if not here:
+                    raise UserError(
+                        f"weight_sync.transport: shared_memory needs a rank of the actor on every node with an engine, "
+                        f"but node {node} has none. Set weight_sync.transport to disk or collective"
+                    )
+                own = [rank for rank in here if rank // size == stage]
+                writers[node] = own[0] if own else here[stage % len(here)]
+            chosen.append(writers)
+        return tuple(chosen)
+
 
 def placement_of(config: Config) -> Placement:
     """Returns the placement of a configured run. Raises UserError if the cluster is too small."""

@@ -103,9 +103,10 @@ def cp_rank() -> int:
     return parallel_state.get_context_parallel_rank()
 
 
-def publisher() -> int:
-    """Returns the rank that publishes this pipeline stage's tensors on behalf of all its ranks: the stage's first."""
-    return pp_rank() * (dist.get_world_size() // pp_group().size())
+def publisher(stage: int | None = None) -> int:
+    """Returns the rank that publishes a pipeline stage's tensors on behalf of all its ranks: the stage's first. None
+    means this rank's stage."""
+    return (pp_rank() if stage is None else stage) * (dist.get_world_size() // pp_group().size())
 
 
 def publishes() -> bool:

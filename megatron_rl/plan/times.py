@@ -134,8 +134,9 @@ def _sync_seconds(setup: Setup) -> float:
     """Seconds of a weight sync.
 
     collective: each pipeline stage broadcasts its part to all engines at once. cuda_ipc: engines read the complete
-    weights from mapped memory. shared_memory: weights go over PCIe to the host and back. disk: each stage writes its
-    part, then every node reads the complete weights.
+    weights from mapped memory. shared_memory: weights go over PCIe to the host and back; on several nodes the stages
+    send theirs to every node, one after the other. disk: each stage writes its part, then every node reads the complete
+    weights.
     """
     total = setup.element * model_parameters(setup.model)
     part = total / setup.layout.pipeline
@@ -145,7 +146,8 @@ def _sync_seconds(setup: Setup) -> float:
         return (total / len(stage_nodes) + total) / setup.assumed.file_rate
     if transport == "cuda_ipc":  # stages take turns, and most engines are on other GPUs than a stage's first rank
         return total / (setup.gpu.link * setup.assumed.links)
-    if transport == "shared_memory":
-        return (part + total) / (setup.gpu.host * setup.assumed.links)
     apart = len(setup.placement.nodes) > 1
+    if transport == "shared_memory":
+        sent = total / (setup.gpu.network * setup.assumed.sync) if apart else 0.0
+        return ((total if apart else part) + total) / (setup.gpu.host * setup.assumed.links) + sent
     return part / (setup.gpu.network * setup.assumed.sync if apart else setup.gpu.link * setup.assumed.links)

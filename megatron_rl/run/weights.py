@@ -33,9 +33,13 @@ def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: Vie
             mapped=transport == "cuda_ipc",
         )
     else:
-        in_memory = transport == "shared_memory"
-        folder = shared_folder() if in_memory else (settings.folder or config.run.folder / "weights").resolve()
-        stack.callback(partial(shutil.rmtree, folder, ignore_errors=True))
+        folder = None  # one on each node, which the ranks make and remove
+        if transport == "disk":
+            folder = (settings.folder or config.run.folder / "weights").resolve()
+        elif config.cluster.nodes == 1:
+            folder = shared_folder()
+        if folder is not None:
+            stack.callback(partial(shutil.rmtree, folder, ignore_errors=True))
         sync = FolderSync(actors, engines, ranks, view.message, folder=folder, bucket_bytes=bucket_bytes)
     stack.callback(sync.close)
     return sync

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,10 @@ from megatron_rl.weight_sync.checksums import Checksums, ChecksumTaker
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 """Pairs of Hugging Face name and complete tensor. A tensor's memory may be reused once the next one is drawn."""
+
+
+NodeFolders = Mapping[int, Path]
+"""Rank of the actor -> the folder of its node into which the rank writes a stage's weights."""
 
 
 class WeightsNotSent(RuntimeError):
@@ -37,6 +41,10 @@ class FolderUpdate:
     @property
     def folder(self) -> Path:
         return self.parts[0].parent
+
+    def at(self, folder: Path) -> FolderUpdate:
+        """Returns the same update, as another folder has it."""
+        return replace(self, parts=tuple(folder / part.name for part in self.parts))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields one tensor at a time, mapped from the file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,20 +24,13 @@ from tests.patience import Patience, output_of, start
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples/quickstart/countdown.yaml"
+RAY_FOLDER = Path("/tmp") / f"mrl-ray-{os.getuid()}"
+"""Folder of this user's Rays, with their token."""
 STEPS = 40
 """Steps of `learned`."""
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Processes of Ray that outlive a killed driver, or a Ray that lost patience with its parts on a busy machine. They
 try for 60 s, a constant of Ray, to report what is gone."""
-
-
-LONGEST = ("test_quickstart.py", "test_eval.py", "test_resume.py", "test_agents.py", "test_demonstration.py")
-"""Files that take longest, longest first, so that no core is idle at the end while another works on one of them."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here, place = Path(__file__).parent, {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)) if item.path.parent == here else -1)
 
 
 @dataclass(frozen=True)
@@ -127,6 +121,12 @@ class CommandLine:
         process = self.start("train", str(config), f"run.name={name}", *overrides)
         return self.finish(process, name)
 
+    def evaluate(self, *arguments: str) -> str:
+        """Runs `megatron-rl eval`, which must succeed, and returns its output."""
+        finished = self.finish(self.start("eval", *arguments), "eval")
+        assert finished.status == 0, finished.output[-3000:]
+        return finished.output
+
     def finish(self, process: subprocess.Popen[str], name: str) -> Finished:
         """Waits for the end of a run. No process of the run may outlive it by more than a few seconds."""
         output = output_of(process, name)
@@ -142,6 +142,24 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
     folder = tmp_path_factory.mktemp("e2e")
     write_task(folder / "runs/countdown-task")
     return CommandLine(folder)
+
+
+SUITES = """
+max_response_tokens: 46
+samples_per_prompt: 4
+temperature: 1.0
+reward: {name: countdown}
+suites:
+  held_out: held_out.jsonl
+  greedy: {data: held_out.jsonl, temperature: 0.0, samples_per_prompt: 1}
+"""
+
+
+@pytest.fixture(scope="session")
+def suites(command_line: CommandLine) -> list[str]:
+    """Arguments of `megatron-rl eval` for two suites of the Countdown task."""
+    (command_line.folder / "suites.yaml").write_text(SUITES)
+    return ["--suites", "suites.yaml", "--data", "runs/countdown-task"]
 
 
 SHORT_WARM_START = (
@@ -180,3 +198,11 @@ def values(finished: Finished, metric: str) -> list[float]:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def files_with_token(folder: Path) -> list[Path]:
+    """Returns the files below a folder that have the token of Ray in them. The folder must not be empty."""
+    token = (RAY_FOLDER / "token").read_bytes()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert token and files
+    return [path for path in files if token in path.read_bytes()]

@@ -1,10 +1,15 @@
-"""The shortened quickstart: the reward rises, the run folder is complete, and every layout takes the same steps."""
+"""The shortened quickstart: the reward rises, the run folder is complete, every layout takes the same steps, a run, its
+checkpoint and its export score the same, and recorded rollouts train the same way again without an engine.
+
+All these tests look at the same two runs, so they are in one file."""
 
 from __future__ import annotations
 
 import gzip
 import json
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,12 +19,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.config import load_config
-from tests.e2e_cpu.conftest import STEPS, CommandLine, Finished, values
+from tests.e2e_cpu.conftest import QUICKSTART, SHORT_WARM_START, STEPS, CommandLine, Finished, read_json, values
 from tests.tiers import slow
 
 pytestmark = pytest.mark.e2e
 
 ONE_OF_EACH = ("actor.tensor_parallel=1", "rollout.engines=1")
+TWO_STEPS = ("train.steps=2", "evaluation.suites={}", "evaluation.probes={}")
+LAYOUTS = {
+    "tp1": ("actor.tensor_parallel=1",),
+    "dp2": ("actor.tensor_parallel=1", "actor.data_parallel=2"),
+}
 STANDARD_METRICS = {
     *("train/loss", "train/grad_norm", "train/lr", "reward/mean", "reward/std"),
     *("entropy/token_mean", "entropy/sequence_mean", "response_length/mean", "response_length/truncated_fraction"),
@@ -163,27 +173,42 @@ def test_the_checkpoint_converts_to_the_same_export(learned: Finished, command_l
 
 
 @slow
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("tp1", ["actor.tensor_parallel=1"]),
-        ("dp2", ["actor.tensor_parallel=1", "actor.data_parallel=2"]),
-    ],
-)
+def test_a_run_its_checkpoint_and_its_export_score_the_same(
+    command_line: CommandLine, suites: list[str], learned: Finished
+) -> None:
+    """Their score is also that of the run's own evaluation: the same code evaluates during training."""
+    folder = Path("runs/learned")
+    for model, out in ((folder, "run"), (folder / "checkpoints/step_000040", "checkpoint"), (folder / "hf", "hf")):
+        command_line.evaluate(str(model), *suites, "--out", out)
+    found = [read_json(command_line.folder / out / "summary.json") for out in ("run", "checkpoint", "hf")]
+    assert found[0] == found[1] == found[2]
+    during = values(learned, "eval/held_out/avg@8")[-1]
+    assert 0 < during < 1
+    suite = found[0]["suites"]["held_out"]
+    assert suite["avg@4"]["low"] - 0.1 < during < suite["avg@4"]["high"] + 0.1
+    assert (command_line.folder / "runs/learned/evaluations/step_000040/held_out.parquet").is_file()
+
+
+@pytest.fixture(scope="module")
+def two_steps(quickstart: Callable[..., Finished]) -> Callable[[str], Finished]:
+    """Two recorded steps under a layout, which are run once."""
+
+    @cache
+    def run(name: str) -> Finished:
+        return quickstart(name, *LAYOUTS[name], *TWO_STEPS, "observability.rollouts_every=1")
+
+    return run
+
+
+@slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_takes_the_same_first_step(
-    learned: Finished, quickstart: Callable[..., Finished], name: str, overrides: list[str]
+    learned: Finished, two_steps: Callable[[str], Finished], name: str
 ) -> None:
     """The same weights and seed give the same samples, and so the same loss and gradient under every layout.
 
     `test_resume.py` moves a run to pipeline stages."""
-    other = quickstart(
-        name,
-        *overrides,
-        "train.steps=2",
-        "observability.rollouts_every=1",
-        "evaluation.suites={}",
-        "evaluation.probes={}",
-    )
+    other = two_steps(name)
     first, reference = other.metrics[1], learned.metrics[1]
     assert first["reward/mean"] == reference["reward/mean"]
     assert first["lpreg/delta"] == reference["lpreg/delta"]
@@ -212,3 +237,36 @@ def test_a_run_does_not_overwrite_another_run(learned: Finished, command_line: C
     assert refused.status == 2
     assert "already holds a run" in refused.output
     assert (learned.folder / "metrics.jsonl").read_bytes() == before
+
+
+@slow
+def test_a_replay_repeats_the_updates(two_steps: Callable[[str], Finished], command_line: CommandLine) -> None:
+    recorded = two_steps("tp1")
+    again = command_line.train(
+        "again", "--rollouts", str(recorded.folder), *SHORT_WARM_START, *LAYOUTS["tp1"], *TWO_STEPS
+    )
+    assert again.status == 0, again.output[-3000:]
+    for metric in ("train/loss", "train/grad_norm", "reward/mean", "entropy/token_mean", "lpreg/delta"):
+        assert values(again, metric) == values(recorded, metric) and len(values(again, metric)) == 2, metric
+    assert not (again.folder / "checkpoints").exists() and not (again.folder / "hf").exists()
+    assert not list((again.folder / "logs").glob("engine*"))
+
+
+@slow
+def test_rollout_only_samples_without_training(
+    two_steps: Callable[[str], Finished], quickstart: Callable[..., Finished]
+) -> None:
+    alone = quickstart("alone", "--rollout-only", *LAYOUTS["tp1"], *TWO_STEPS)
+    assert len(list((alone.folder / "rollouts").iterdir())) == 2
+    assert values(alone, "reward/mean")[0] == values(two_steps("tp1"), "reward/mean")[0]
+    assert values(alone, "train/loss") == []
+    assert not (alone.folder / "checkpoints").exists()
+
+
+@slow
+def test_a_folder_without_dumps_is_refused(command_line: CommandLine) -> None:
+    empty = command_line.folder / "empty"
+    empty.mkdir()
+    process = command_line.start("train", str(QUICKSTART), "--rollouts", str(empty))
+    finished = command_line.finish(process, "nothing")
+    assert finished.status == 2 and "holds no rollout dumps" in finished.output

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.checkpoint.manifest import read_manifest
-from tests.e2e_cpu.conftest import QUICKSTART, SHORT_WARM_START, CommandLine, Finished
+from tests.e2e_cpu.conftest import QUICKSTART, SHORT_WARM_START, CommandLine, Finished, files_with_token
 from tests.tiers import slow
 
 pytestmark = [pytest.mark.e2e, slow]
@@ -87,6 +87,7 @@ def test_a_run_that_was_interrupted_and_then_killed_ends_like_an_uninterrupted_o
     resumed = quickstart("interrupted", *SHORT, "resume=auto")
     assert f"resumed from {Path('runs/interrupted/checkpoints/step_000004')} (step 4)" in resumed.output
     assert_same_end(resumed, straight)
+    assert not files_with_token(resumed.folder)
 
 
 def test_the_time_of_checkpoints_is_logged(straight: Finished) -> None:

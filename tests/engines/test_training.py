@@ -124,10 +124,11 @@ RAW = {
 }
 
 
-@pytest.mark.parametrize("kind", RAW)
-def test_raw_log_probs_are_refused(command_line: CommandLine, kind: str) -> None:
-    """The server has two tensor-parallel ranks. Everything is right except that log-probs are at temperature 1."""
-    run = Training(command_line, kind, f"raw-{kind}", RAW[kind], "rollout.server.tensor_parallel=2").end()
+@pytest.mark.parametrize(("kind", "ranks"), [("vllm", 2), ("sglang", 1)])
+def test_raw_log_probs_are_refused(command_line: CommandLine, kind: str, ranks: int) -> None:
+    """Everything is right except that log-probs are at temperature 1."""
+    settings = (RAW[kind], f"rollout.server.tensor_parallel={ranks}")
+    run = Training(command_line, kind, f"raw-{kind}", *settings).end()
     assert run.status == 2, run.output
     assert "Likely cause: raw instead of processed log-probs: they are those at temperature 1, not at 0.8" in run.output
     assert not run.metrics

@@ -3,7 +3,8 @@
     python -m tests.engines.their_parsers sglang|vllm|router FILE
 
 FILE has a JSON list of {"arguments": [...], "environment": {...}}. The answer has one dictionary for each, with every
-setting that is a text, a number or a list. No GPU is needed: only the steps before a server looks at its devices run.
+setting that is a text, a number or a list, or with the reason for which the line is `refused`. No GPU is needed: only the
+steps before a server looks at its devices run.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 
+class Unknown(Exception):
+    """A command line has an option or an environment variable that the server does not know."""
+
+
 def known(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Raises ValueError for an option that the parser does not have under exactly this name: argparse also takes the
+    """Raises Unknown for an option that the parser does not have under exactly this name: argparse also takes the
     beginning of a name, so that another option could be set instead of one that was removed."""
     unknown = [word for word in arguments if word.startswith("--") and word not in parser._option_string_actions]
     if unknown:
-        raise ValueError(f"unknown options: {unknown}")
+        raise Unknown(f"unknown options: {unknown}")
 
 
 def sglang(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def sglang(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
     ServerArgs.add_cli_args(parser)
     known(parser, [word for word in arguments if word != "--config"])
     if lacking := [name for name in environment if name.startswith("SGLANG_") and not read_by_sglang(name)]:
-        raise ValueError(f"unknown environment variables: {lacking}")
+        raise Unknown(f"unknown environment variables: {lacking}")
     prepare_server_args(arguments)
     return vars(parser.parse_args(ConfigArgumentMerger(parser).merge_config_with_args(arguments)))
 
@@ -56,7 +61,7 @@ def vllm(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
     parser = make_arg_parser(FlexibleArgumentParser())
     known(parser, arguments)
     if lacking := [name for name in environment if name.startswith("VLLM_") and name not in environment_variables]:
-        raise ValueError(f"unknown environment variables: {lacking}")
+        raise Unknown(f"unknown environment variables: {lacking}")
     parsed = parser.parse_args(arguments)
     validate_parsed_serve_args(parsed)
     AsyncEngineArgs.from_cli_args(parsed)
@@ -74,7 +79,12 @@ def router(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parse = {"sglang": sglang, "vllm": vllm, "router": router}[sys.argv[1]]
-    answers = [parse(case["arguments"], case["environment"]) for case in json.loads(Path(sys.argv[2]).read_text())]
+    answers: list[dict[str, Any]] = []
+    for case in json.loads(Path(sys.argv[2]).read_text()):
+        try:
+            answers.append(parse(case["arguments"], case["environment"]))
+        except Unknown as unknown:
+            answers.append({"refused": str(unknown)})
     plain = [
         {name: value for name, value in answer.items() if isinstance(value, str | int | float | list | bool | None)}
         for answer in answers

@@ -20,6 +20,10 @@ CEILINGS = Path(__file__).with_name("ceilings.json")
 """Layout -> "phase: kind, owner" -> waits for the GPU and blocking copies to it, as `totals` counts them."""
 
 
+STORED = {"kl_estimator": "full"}
+"""Settings of Lp-Reg with which a stored proxy distribution takes part in the loss."""
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
@@ -96,9 +100,9 @@ def counted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: Models
 ) -> dict[str, Outcome]:
     """Few tokens: lpreg's kernels, which run on GPUs only, run in Triton's interpreter."""
-    rows = ROWS | {"prompt": 20, "response": 10}
+    shape = {"rows": ROWS | {"prompt": 20, "response": 10}, "counts": [4, 8], "lp_reg": STORED}
     cases = {
-        name: steps_of(case, models, micro_batch_tokens=64) | {"work": "waits", "rows": rows, "counts": [4, 8]}
+        name: steps_of(case, models, micro_batch_tokens=64) | shape | {"work": "waits"}
         for name, case in WAITS.items()
         if name in chosen(request, "counts")
     }

@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +183,16 @@ def waits(rank: int, folder: Path) -> None:
     model = Path(case["model"])
     worker = started(rank, folder, model, case["actor"])
     worker.load_hf(model)
-    worker.set_loss(LossChoice.of(AlgorithmSettings(name="lp_reg")))
+    settings = AlgorithmSettings.model_validate({"name": "lp_reg", "lp_reg": case["lp_reg"]})
+    worker.set_loss(LossChoice.of(settings))
     worker.build_optimizer(OptimizerSettings(lr=LEARNING_RATE))
     small, large = (scored(worker, rows(**case["rows"] | {"count": count})) for count in case["counts"])
     parts = [len(worker.passes._share(batch)) for batch in (small, large)]
     found = {}
     for name, work in {
         "scores": lambda batch: worker.score(batch, 1.0),
+        "scores with a proxy": lambda batch: worker.score(marking(batch, "proxy_wanted"), 1.0),
+        "candidates": lambda batch: worker.candidates(marking(batch, "wanted"), 1.0, 4),
         "gradients": lambda batch: worker.passes.gradients(batch, worker.loss, batch.num_sampled_tokens, 1.0),
     }.items():
         work(small)  # what happens once only is over
@@ -203,11 +207,18 @@ def waits(rank: int, folder: Path) -> None:
 
 
 def scored(worker: MegatronWorker, batch: SequenceBatch) -> SequenceBatch:
-    """Returns the batch with what Lp-Reg reads of the old policy, and a selection."""
-    scores = merge_tables(batch, gathered(worker.score(batch, 1.0)))[0]
+    """Returns the batch with what Lp-Reg reads of the old policy, its proxy included, and a selection."""
+    selected = np.random.default_rng(1).random(batch.num_sampled_tokens) < 0.2
+    batch = batch.with_values(selected=selected)
+    scores, proxy = merge_tables(batch, gathered(worker.score(marking(batch, "proxy_wanted"), 1.0)))
+    assert proxy.counts[selected].all() and not proxy.counts[~selected].any()
     values = {name: scores[name] for name in ("log_probs", "log_z", "in_filter")}
-    selected = np.random.default_rng(1).random(batch.num_sampled_tokens) < 0.02
-    return batch.with_values(**{f"old_{name}": value for name, value in values.items()}, selected=selected)
+    return replace(batch.with_values(**{f"old_{name}": value for name, value in values.items()}), proxy=proxy)
+
+
+def marking(batch: SequenceBatch, mark: str) -> SequenceBatch:
+    """Returns the batch with its selection as a mark of tokens, and no other value."""
+    return batch.only(()).with_values(**{mark: batch.values["selected"]})
 
 
 def counted(work: Callable[[], object]) -> Counter[str]:

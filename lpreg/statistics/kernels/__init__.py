@@ -12,13 +12,16 @@ from torch import Tensor
 
 
 def usable(logits: Tensor) -> bool:
-    """Whether the kernels can read these logits: on a GPU, with Triton installed, contiguous rows, not fp64.
+    """Whether the kernels can read these logits: on a GPU, with Triton installed, contiguous rows, not fp64."""
+    return logits.dtype != torch.float64 and logits.stride(1) == 1 and _triton() and on_gpu(logits)
 
-    Triton's interpreter, which tests switch on by TRITON_INTERPRET=1, works on the CPU too.
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a GPU, for which the host should not wait.
+
+    Triton's interpreter, which tests switch on by TRITON_INTERPRET=1, makes a GPU of the CPU.
     """
-    if logits.dtype == torch.float64 or logits.stride(1) != 1 or not _triton():
-        return False
-    return logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

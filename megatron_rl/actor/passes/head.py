@@ -51,10 +51,10 @@ class Head:
 
         The statistics carry gradients only if the loss is computed from them, that is, outside `lpreg.fused_loss`.
         """
-        fields = loss_fields(batch, denominator)
+        fields, rows = loss_fields(batch, denominator), self.predicting(hidden, batch)
         if self.fused and loss.token_separable and batch.places is None:
             return lpreg.fused_loss(
-                self._announced(self.predicting(hidden, batch)),
+                self._announced(rows),
                 self._weight,
                 batch.targets,
                 loss,
@@ -63,28 +63,29 @@ class Head:
                 weight_grad=self._main_grad,
                 **self._common(temperature),
             )
-        stats = self.statistics(
-            hidden, batch, batch.targets, temperature, proxy=batch.proxy, **loss.token_stats_kwargs()
-        )
+        stats = self.statistics(rows, batch, batch.targets, temperature, proxy=batch.proxy, **loss.token_stats_kwargs())
         from_model = {name: getattr(stats, name) for name in FROM_THE_MODEL}
         return loss(LossInputs(**from_model, **fields)), stats
 
     def statistics(
-        self, hidden: Tensor, batch: MicroBatch, targets: Tensor, temperature: float, **settings: Any
+        self, rows: Tensor, batch: MicroBatch, targets: Tensor, temperature: float, **settings: Any
     ) -> TokenStats:
-        """Returns the token statistics of all T sampled tokens. targets: [T]; `settings` go to `lpreg.token_stats`."""
-        rows, settings = self.predicting(hidden, batch), settings | self._common(temperature)
+        """Returns the token statistics of all T sampled tokens. rows: the result of `predicting`; targets: [T];
+        `settings` go to `lpreg.token_stats`."""
         if batch.places is not None:
             targets = targets[batch.places]
-            if (wanted := settings.get("proxy_rows")) is not None:
-                settings["proxy_rows"] = wanted[batch.places]
+        stats = self.statistics_of(rows, targets, temperature, **settings)
+        return stats if batch.places is None else gather_over_context_ranks(stats, batch.places, len(batch.targets))
+
+    def statistics_of(self, rows: Tensor, targets: Tensor, temperature: float, **settings: Any) -> TokenStats:
+        """Returns the token statistics of hidden states [R, d], which predict the targets [R]. Collective over the
+        tensor-parallel ranks."""
+        settings = settings | self._common(temperature)
         if self.fused:
             rows, weight = self._announced(rows), self._weight
-            stats = lpreg.fused_token_stats(rows, weight, targets, weight_grad=self._main_grad, **settings)
-        else:
-            logits = self.logits(rows)
-            stats = lpreg.token_stats(logits, targets, inplace_backward=logits.requires_grad, **settings)
-        return stats if batch.places is None else gather_over_context_ranks(stats, batch.places, len(batch.targets))
+            return lpreg.fused_token_stats(rows, weight, targets, weight_grad=self._main_grad, **settings)
+        logits = self.logits(rows)
+        return lpreg.token_stats(logits, targets, inplace_backward=logits.requires_grad, **settings)
 
     def predicting(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """Selects from [s, b, d] the hidden states [T, d] that predict sampled tokens, in full on every TP rank."""

@@ -18,6 +18,9 @@ from megatron_rl.batching.context import held_by
 from megatron_rl.batching.packing import PackingSpec, pack
 from megatron_rl.batching.sequences import SequenceBatch
 
+MARKS = ("wanted", "proxy_wanted")
+"""Values [T] of a batch that mark the tokens that a pass is about; a batch has at most one of them."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
@@ -43,12 +46,24 @@ class MicroBatch:
     sequence_ids: Tensor
     """[T], index in the whole batch of the sequence that each sampled token belongs to."""
     values: dict[str, Tensor]
-    """Name -> [T]."""
+    """Name -> [T], except MARKS."""
+    marked: Tensor | None
+    """Which of the tokens that this rank predicts the batch marks by one of MARKS, in ascending order. An index has a
+    size that the host knows, unlike a mask. None if the batch has no mark."""
+    marked_places: Indices | None
+    """The same tokens, counted among the T, on the host."""
     rows: tuple[int, ...]
     """Indices in the batch of these sequences."""
     proxy: ProxyStore | None = None
     """Sparse proxy distribution of another policy for the T tokens (those in `places` under context parallelism), if
     the batch has one."""
+
+    @property
+    def marked_targets(self) -> Tensor:
+        """[R], the sampled tokens that are marked."""
+        assert self.marked is not None
+        targets = self.targets if self.places is None else self.targets[self.places]
+        return targets[self.marked]
 
 
 def micro_batch(
@@ -65,6 +80,12 @@ def micro_batch(
         tokens, positions, predictors, places = _held_part(tokens, positions, predictors, held)
         arrays["places"] = places
         proxy = None if proxy is None else proxy.take(places)
+    values = {name: value for name, value in part.values.items() if name not in MARKS}
+    marked_places = None
+    for mark in part.values.keys() & set(MARKS):
+        predicted = arrays.get("places", np.arange(len(part.targets)))
+        arrays["marked"] = np.flatnonzero(part.values[mark][predicted])
+        marked_places = predicted[arrays["marked"]]
     if packed.tree is None and packed.bounds is not None:
         arrays["bounds"] = packed.bounds.astype(np.int32)
     if proxy is not None:
@@ -72,7 +93,7 @@ def micro_batch(
     arrays |= {"tokens": tokens, "positions": positions, "predictors": predictors}
     arrays |= {"targets": part.targets.astype(np.int64)}
     arrays |= {"sequence ids": part.per_token(np.asarray(rows, dtype=np.int64))}
-    there = to_device(arrays | {f"value {name}": value for name, value in part.values.items()}, device)
+    there = to_device(arrays | {f"value {name}": value for name, value in values.items()}, device)
     packing = None
     if packed.tree is not None:
         packing = tree_packing(packed.tree, device, tokens.shape[1] - packed.tree.size)
@@ -86,7 +107,9 @@ def micro_batch(
         places=there.get("places"),
         targets=there["targets"],
         sequence_ids=there["sequence ids"],
-        values={name: there[f"value {name}"] for name in part.values},
+        values={name: there[f"value {name}"] for name in values},
+        marked=there.get("marked"),
+        marked_places=marked_places,
         rows=tuple(rows),
         proxy=None if proxy is None else _proxy_store(there),
     )

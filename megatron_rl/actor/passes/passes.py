@@ -24,9 +24,8 @@ from megatron_rl.actor.passes.head import Head
 from megatron_rl.actor.passes.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.passes.results import Table, TrainResult, add_up
 from megatron_rl.actor.passes.schedule import OnHidden, run_schedule
-from megatron_rl.batching.balance import row_costs
 from megatron_rl.batching.packing import PackingSpec, packed_length
-from megatron_rl.batching.partition import partition, partition_trees
+from megatron_rl.batching.replicas import Batch, Sharing
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.models.architecture import Architecture
@@ -42,6 +41,9 @@ FP8_BLOCK = 128
 
 TABLE = ("log_probs", "entropy", "log_z", "in_filter")
 
+PROXY_ROWS = 8192
+"""Tokens of which a proxy is stored at a time."""
+
 
 class Passes:
     """Runs this rank's pipeline stage over its share of a batch."""
@@ -56,7 +58,6 @@ class Passes:
         device: torch.device,
     ) -> None:
         self.chunks, self.head, self.architecture, self.layout, self.device = chunks, head, architecture, layout, device
-        self.micro_batch_tokens = settings.micro_batch_tokens
         fp8_block = 1 if settings.fp8 == "none" else FP8_BLOCK
         self.spec = PackingSpec(
             rows=platform.packing_form(settings, device),
@@ -65,13 +66,22 @@ class Passes:
             context_rank=process_groups.cp_rank(),
         )
 
+        self.sharing = Sharing(
+            replicas=layout.data,
+            rows=self.spec.rows,
+            token_budget=settings.micro_batch_tokens * layout.context,
+            even_length=architecture.even_length,
+            count_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
+            same_count=layout.expert > 1,  # ranks that share experts run every forward together
+        )
+
     @property
     def reports(self) -> bool:
         """Whether this rank is the reporting rank of its data-parallel replica."""
         return process_groups.is_last_stage() and process_groups.tp_rank() == 0 and process_groups.cp_rank() == 0
 
     def gradients(
-        self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, denominator: float, temperature: float
+        self, batch: Batch, loss: lpreg.PolicyLoss | None, denominator: float, temperature: float
     ) -> TrainResult | None:
         """Runs forward and backward. Afterwards `main_grad` holds the sum over the whole batch.
 
@@ -82,7 +92,7 @@ class Passes:
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
             if loss is None:
-                stats = self.head.statistics(hidden, part, part.targets, temperature)
+                stats = self.head.statistics(self.head.predicting(hidden, part), part, part.targets, temperature)
                 value, metrics = -stats.log_probs.sum() / denominator, {}
             else:
                 output, stats = self.head.loss(hidden, part, loss, temperature=temperature, denominator=denominator)
@@ -93,7 +103,7 @@ class Passes:
         results, checks = self._run(batch, on_hidden, backward=True)
         return _train_result(results, checks) if self.reports else None
 
-    def score(self, batch: SequenceBatch, loss: lpreg.PolicyLoss | None, temperature: float) -> Table | None:
+    def score(self, batch: Batch, loss: lpreg.PolicyLoss | None, temperature: float) -> Table | None:
         """Returns log-prob, entropy, log Z and filter membership of every sampled token, without gradients.
 
         The batch may carry `probe_targets` [T]: then log-probs are those of the given tokens in place of the sampled
@@ -102,30 +112,52 @@ class Passes:
 
         `loss`: the loss whose settings of the statistics apply; None: the defaults of `lpreg.token_stats`.
         """
+        settings = loss.token_stats_kwargs() if loss else {}
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
-            targets, wanted = part.values.get("probe_targets", part.targets), part.values.get("proxy_wanted")
-            settings = loss.token_stats_kwargs() if loss else {}
-            stats = self.head.statistics(hidden, part, targets, temperature, proxy_rows=wanted, **settings)
+            rows, targets = self.head.predicting(hidden, part), part.values.get("probe_targets", part.targets)
+            stats = self.head.statistics(rows, part, targets, temperature, **settings)
             columns = [getattr(stats, name) for name in TABLE] if self.reports else []
-            store = stats.proxy_store
-            entries = [] if store is None else [store.counts, store.ids.int(), store.log_q.float()]
-            return stats.log_probs.sum(), (part.rows, columns, entries)
+            marked = None if part.marked is None else rows[part.marked]
+            return stats.log_probs.sum(), _Scored(part, columns, marked)
 
         results, checks = self._run(batch, on_hidden)
-        stored = any(entries for *_, entries in results)
-        if not self.reports and not stored:
+        marked = [part for part in results if part.marked is not None]
+        with lpreg.postponed_checks() as more:
+            entries = self._proxy_entries(marked, temperature, settings) if marked else []
+        if not self.reports and not marked:
             return None
-        tensors = [tensor for _, columns, entries in results for tensor in (*columns, *entries)]
-        arrays = iter(_checked(tensors, checks))
-        tables, proxies = [], []
-        for rows, columns, entries in results:
-            tables.append((rows, dict(zip(TABLE, islice(arrays, len(columns)), strict=False))))
-            proxies.append(tuple(islice(arrays, len(entries))))
-        table = _table(tables)
-        return replace(table, proxy=_stored_proxy(proxies)) if stored else table
+        columns = [column for part in results for column in part.columns]
+        arrays = _checked([*columns, *entries], [*checks, *more])
+        found = iter(arrays[: len(columns)])
+        table = _table(
+            [(part.batch.rows, dict(zip(TABLE, islice(found, len(part.columns)), strict=False))) for part in results]
+        )
+        if not marked:
+            return table
+        counts, ids, log_q = arrays[len(columns) :]
+        return replace(table, proxy=StoredProxy(_spread(results, counts), ids, log_q))
 
-    def logits(self, batch: SequenceBatch) -> Table | None:
+    def _proxy_entries(
+        self, marked: Sequence[_Scored], temperature: float, settings: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Returns counts, ids and log q of the proxy's entries of the marked tokens of all micro-batches.
+
+        How many entries there are is known only after a wait for the GPU, so this comes after the last micro-batch.
+        """
+        rows = torch.cat([part.marked for part in marked if part.marked is not None])
+        targets = torch.cat([part.batch.marked_targets for part in marked])
+        stores = []
+        with torch.no_grad():
+            for some, sampled in zip(rows.split(PROXY_ROWS), targets.split(PROXY_ROWS), strict=True):
+                every = torch.ones_like(sampled, dtype=torch.bool)
+                stats = self.head.statistics_of(some, sampled, temperature, proxy_rows=every, **settings)
+                assert stats.proxy_store is not None
+                stores.append(stats.proxy_store)
+        store = lpreg.ProxyStore.join(stores)
+        return [store.counts, store.ids.int(), store.log_q.float()]
+
+    def logits(self, batch: Batch) -> Table | None:
         """Returns gathered logits [T, V] of the sampled tokens, for checks on a few sequences."""
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
@@ -136,16 +168,15 @@ class Passes:
         results, checks = self._run(batch, on_hidden)
         return _table_of(results, checks) if self.reports else None
 
-    def candidates(self, batch: SequenceBatch, temperature: float, count: int) -> Table | None:
+    def candidates(self, batch: Batch, temperature: float, count: int) -> Table | None:
         """Returns `candidate_ids` and `candidate_log_probs` [T, count]: the likeliest next tokens at each sampled token
         that the batch marks as `wanted`, the likeliest first; -1 and NaN at the others."""
 
         def on_hidden(hidden: Tensor, part: MicroBatch) -> tuple[Tensor, Any]:
-            wanted = mine = part.values["wanted"]
-            if part.places is not None:
-                mine = wanted[part.places]
+            assert part.marked is not None
+            rows = self.head.predicting(hidden, part)
             ids, log_probs = top_candidates(
-                self.head.logits(self.head.predicting(hidden, part)[mine]),
+                self.head.logits(rows[part.marked]),
                 count,
                 temperature=temperature,
                 vocabulary=self.architecture.vocabulary,
@@ -153,37 +184,34 @@ class Passes:
             )
             table = {}
             for name, values, nothing in (("candidate_ids", ids, -1), ("candidate_log_probs", log_probs, torch.nan)):
-                rows = values.new_full((len(mine), count), nothing)
-                rows[mine, : values.shape[1]] = values
-                table[name] = gather_rows(rows, part.places, len(wanted))
+                column = values.new_full((rows.shape[0], count), nothing)
+                column[:, : values.shape[1]].index_copy_(0, part.marked, values)
+                table[name] = gather_rows(column, part.places, len(part.targets))
             return log_probs.new_zeros(()), (part.rows, table)
 
         results, checks = self._run(batch, on_hidden)
         return _table_of(results, checks) if self.reports else None
 
     def _run(
-        self, batch: SequenceBatch, on_hidden: OnHidden[Any], *, backward: bool = False
+        self, batch: Batch, on_hidden: OnHidden[Any], *, backward: bool = False
     ) -> tuple[list[Any], list[lpreg.PostponedCheck]]:
         """Returns the results of all micro-batches, and checks that the host has not read yet."""
         with lpreg.postponed_checks() as checks:
             return run_schedule(self.chunks, self._share(batch), on_hidden, backward=backward), checks
 
-    def _share(self, batch: SequenceBatch) -> list[MicroBatch]:
+    def _share(self, batch: Batch) -> list[MicroBatch]:
         """Returns the micro-batches of this data-parallel replica."""
-        interleaved, even_length = self.layout.virtual_pipeline > 1, self.architecture.even_length
-        settings: dict[str, Any] = dict(
-            token_budget=self.micro_batch_tokens * self.layout.context,
-            count_multiple=self.layout.pipeline if interleaved else 1,
-            same_count=self.layout.expert > 1,  # ranks that share experts run every forward together
-        )
-        if self.spec.rows == "prefix_tree":
-            shares = partition_trees(batch.sequences, self.layout.data, even_length=even_length, **settings)
-        else:
-            costs, packed = row_costs(batch.lengths, even_length), self.spec.rows == "packed"
-            shares = partition(batch.lengths.tolist(), self.layout.data, packed=packed, costs=costs, **settings)
-        own = shares[process_groups.dp_rank()]
-        length = max((packed_length(batch, rows, self.spec) for rows in own), default=0) if interleaved else 0
-        return [micro_batch(batch, rows, self.device, self.spec, length) for rows in own]
+        replica = process_groups.dp_rank()
+        own = self.sharing.part_of(batch, replica) if isinstance(batch, SequenceBatch) else batch
+        if own.replica != replica:
+            raise RuntimeError(f"replica {replica} got the sequences of replica {own.replica}")
+        length = 0
+        if self.layout.virtual_pipeline > 1:
+            length = max((packed_length(own.sequences, rows, self.spec) for rows in own.micro_batches), default=0)
+        return [
+            replace(micro_batch(own.sequences, rows, self.device, self.spec, length), rows=tuple(own.rows[rows]))
+            for rows in own.micro_batches
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,6 +223,17 @@ class _Part:
     """The columns of TABLE."""
     loss: Tensor
     metrics: Mapping[str, lpreg.Mean]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scored:
+    """What a micro-batch of scores leaves on the device."""
+
+    batch: MicroBatch
+    columns: list[Tensor]
+    """The columns of TABLE, on a reporting rank."""
+    marked: Tensor | None
+    """[R, d], hidden states that predict the marked tokens."""
 
 
 def _checked(tensors: Sequence[Tensor], checks: Sequence[lpreg.PostponedCheck]) -> list[np.ndarray]:
@@ -231,10 +270,17 @@ def _sums(mean: lpreg.Mean) -> tuple[Tensor, Tensor]:
     return mean.total.double(), mean.count.double()
 
 
-def _stored_proxy(parts: Sequence[tuple[np.ndarray, ...]]) -> StoredProxy:
-    """Joins the stores of consecutive micro-batches."""
-    counts, ids, log_q = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return StoredProxy(counts, ids, log_q)
+def _spread(parts: Sequence[_Scored], counts: np.ndarray) -> np.ndarray:
+    """Turns values of the marked tokens of all micro-batches into values of all of their tokens, 0 elsewhere."""
+    sizes = [len(part.batch.targets) for part in parts]
+    places = [
+        part.batch.marked_places + start
+        for part, start in zip(parts, np.cumsum(sizes) - sizes, strict=True)
+        if part.batch.marked_places is not None
+    ]
+    spread = np.zeros(sum(sizes), dtype=counts.dtype)
+    spread[np.concatenate(places)] = counts
+    return spread
 
 
 def _table_of(

@@ -27,7 +27,7 @@ OWNERS = {
 STAND_INS = ("/rehearsal/stand_ins/", "/rehearsal/site/moe_permutation.py", "/triton/runtime/interpreter.py")
 """What these read, the kernels that they stand for read on the GPU."""
 _READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "is_nonzero", "__array__"}
-_SIZED_BY_VALUES = {"nonzero", "masked_select", "unique", "argwhere", "equal", "allclose", "_unique2"}
+_SIZED_BY_VALUES = {"nonzero", "masked_select", "unique", "argwhere", "equal", "allclose", "_unique2", "bincount"}
 _COPIES = {"cpu", "to", "cuda", "copy_"}
 _FACTORIES = {
     "empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "randperm", "eye", "linspace",
@@ -101,7 +101,7 @@ def call(func: Any, name: str, args: Any, settings: dict[str, Any]) -> Any:
         return args[0]
     tensors = list(_tensors(args)) + list(_tensors(settings.values()))
     if Waits.places is not None:
-        _count(name, args, tensors)
+        _count(name, args, tensors, settings)
     result = func(*args, **settings)
     if name in _FACTORIES:
         if asked is None and name == "as_tensor" and isinstance(args[0], torch.Tensor):
@@ -152,7 +152,7 @@ def _copy(func: Any, name: str, args: Any, settings: dict[str, Any], asked: Any)
     return result
 
 
-def _count(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
+def _count(name: str, args: Any, tensors: list[torch.Tensor], settings: dict[str, Any]) -> None:
     if not tensors or on_host(tensors[0]):
         return
     if name in _READS or name in _SIZED_BY_VALUES or (name == "where" and len(args) == 1):
@@ -164,7 +164,7 @@ def _count(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
             Waits.count("an index by a mask")
         elif any(isinstance(part, list) for part in index) or any(part.ndim and on_host(part) for part in parts):
             Waits.count("an index from the host", "copy")
-    elif name == "repeat_interleave" and any(isinstance(part, torch.Tensor) for part in args[1:2]):
+    elif name == "repeat_interleave" and "output_size" not in settings and not isinstance(args[-1], int):
         Waits.count(name)
 
 

@@ -13,9 +13,10 @@ from megatron_rl.actor.interface import ActorRank
 from megatron_rl.cluster import weight_sync
 from megatron_rl.cluster.weight_sync import ALONE, TOGETHER, CollectiveSync, FolderSync, WeightSync
 from megatron_rl.errors import UserError
+from megatron_rl.parallel.placement import Placement
 from megatron_rl.rollout.engines.interface import RolloutEngine, UpdateFailed
 from megatron_rl.weight_sync.checksums import Checksums, WeightsDamaged
-from megatron_rl.weight_sync.transport import CollectiveUpdate, Pushed
+from megatron_rl.weight_sync.transport import CollectiveUpdate, NodeFolders, Pushed
 
 LOST = object()
 LOST_ERROR = RuntimeError("lost")
@@ -105,6 +106,10 @@ class Actors:
 
     def __init__(self) -> None:
         self.pushes = self.released = self.stops = 0
+        self.placement = Placement((0, 1), (0, 1, 1), 0, on_gpu=False)
+
+    def node_folders(self) -> tuple[dict[int, Path], list[NodeFolders]]:
+        return {0: Path("here"), 1: Path("there")}, [{0: Path("here"), 1: Path("there")}] * self.stages
 
     def submit(self, method: Callable[..., Any], *arguments: Any) -> list[Any]:
         if method is not ActorRank.push_weights:
@@ -140,13 +145,14 @@ def messages() -> list[str]:
 Open = Callable[[int], tuple[WeightSync, Any]]
 
 
-@pytest.fixture(params=["folder", "collective", "mapped"])
+@pytest.fixture(params=["folder", "folder of each node", "collective", "mapped"])
 def opened(request: pytest.FixtureRequest, messages: list[str]) -> Open:
     def open_sync(count: int) -> tuple[WeightSync, Any]:
         engines: Any = Engines(count)
         actors: Any = Actors()
-        if request.param == "folder":
-            return FolderSync(actors, engines, 1, messages.append, folder=Path("f"), bucket_bytes=9), engines
+        if "folder" in request.param:
+            folder = Path("f") if request.param == "folder" else None
+            return FolderSync(actors, engines, 1, messages.append, folder=folder, bucket_bytes=9), engines
         return collective(actors, engines, messages, mapped=request.param == "mapped"), engines
 
     return open_sync
@@ -177,6 +183,27 @@ def test_every_engine_gets_the_update_while_paused(opened: Open) -> None:
     for engine in engines.all:
         order = [call for call in engine.calls if call != "join_groups"]
         assert order == ["pause", "update_weights", "verify_weights", "resume"]
+
+
+def test_an_engine_reads_the_folder_of_its_own_node(messages: list[str]) -> None:
+    engines: Any = Engines(3)
+    actors: Any = Actors()
+    sync = FolderSync(actors, engines, 1, messages.append, folder=None, bucket_bytes=9)
+    read: dict[int, tuple[Path, ...]] = {}
+    for engine in engines.all:
+        answer = engine.answer
+
+        def spy(method: str, *rest: Any, answer: Any = answer, number: int = engine.number) -> Any:
+            if method == "update_weights":
+                read[number] = rest[0].parts
+            return answer(method, *rest)
+
+        engine.answer = spy
+    sync.sync(1, verify=False)
+    parts = ("stage-0", "stage-1")
+    assert read == {
+        number: tuple(Path(folder) / part for part in parts) for number, folder in enumerate(("here", "there", "there"))
+    }
 
 
 def test_the_actor_frees_memory_before_engines_take_it_for_weights_and_for_caches(opened: Open) -> None:

@@ -27,7 +27,8 @@ train: {steps: 10}
         (["rollout.engine=vllm", "actor.device=cuda"], "collective"),
         (["rollout.engine=sglang", "actor.device=cuda", "cluster.nodes=2"], "collective"),
         (["rollout.engine=sglang", "actor.device=cuda", "cluster.colocate=true"], "shared_memory"),
-        (["rollout.engine=sglang", "actor.device=cuda", "cluster={nodes: 2, colocate: true}"], "disk"),
+        (["rollout.engine=sglang", "actor.device=cuda", "cluster={nodes: 2, colocate: true}"], "shared_memory"),
+        (["rollout.engine=transformers", "cluster.nodes=2", "actor.device=cpu"], "disk"),
         (["rollout.engine=sglang", "weight_sync.transport=disk"], "disk"),
         (
             [

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lpreg import token_stats
+from lpreg import fused_token_stats, token_stats
 from lpreg.statistics import kernels
 
 
@@ -130,18 +130,50 @@ def test_rows_that_are_not_finite_are_refused(value: float) -> None:
         token_stats(logits, torch.zeros(3, dtype=torch.int64))
 
 
-def test_a_stored_proxy_gives_the_same_with_and_without_kernels() -> None:
+STORED = {"some": [True, False, True, False, False, True], "all": [True] * 6, "none": [False] * 6}
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("filters", [{}, {"filter_entropy": True}], ids=["plain", "entropy of q"])
+@pytest.mark.parametrize("chunk", [None, 4], ids=["logits", "head in chunks"])
+def test_a_stored_proxy_gives_the_same_with_and_without_kernels(
+    stored: str, filters: dict[str, bool], chunk: int | None
+) -> None:
     generator = torch.Generator().manual_seed(1)
     old, new = torch.randn(2, 6, 130, generator=generator) * 3
     targets = torch.randint(130, (6,), generator=generator)
-    wanted = torch.tensor([True, False, True, False, False, True])
+    wanted = torch.tensor(STORED[stored])
 
     def gradient(dtype: torch.dtype) -> Tensor:
         store = token_stats(old.to(dtype), targets, proxy_rows=wanted).proxy_store
         leaf = new.to(dtype).requires_grad_()
-        stats = token_stats(leaf, targets, proxy=store, entropy="none")
+        if chunk is None:
+            stats = token_stats(leaf, targets, proxy=store, **filters)
+        else:
+            identity = torch.eye(130, dtype=dtype)
+            stats = fused_token_stats(leaf, identity, targets, proxy=store, chunk_tokens=chunk, **filters)
         assert stats.proxy_kl is not None
-        return torch.autograd.grad((stats.proxy_kl + 0.3 * stats.log_probs).sum(), leaf)[0]
+        total = stats.proxy_kl + 0.3 * stats.log_probs + 0.2 * stats.log_z
+        if stats.filter_entropy is not None:
+            total = total + 0.1 * stats.filter_entropy
+        return torch.autograd.grad(total.sum(), leaf)[0]
 
     assert not kernels.usable(new.double()), "fp64 is the torch passes'"
     torch.testing.assert_close(gradient(torch.float32).double(), gradient(torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_a_stored_proxy_is_rounded_once() -> None:
+    """With q close to p, p - q of a bf16 gradient would keep no digits if p were rounded first."""
+    new = torch.tensor([[2.0, 1.0, 0.0, -1.0, *[-20.0] * 60]])
+    targets = torch.tensor([0])
+    store = token_stats(new + torch.tensor([0.001] + [0.0] * 63), targets, proxy_rows=torch.tensor([True])).proxy_store
+    weight = torch.eye(64, dtype=torch.bfloat16)
+    hidden = new.bfloat16().requires_grad_()
+    stats = fused_token_stats(hidden, weight, targets, proxy=store)
+    assert stats.proxy_kl is not None
+    (got,) = torch.autograd.grad(stats.proxy_kl.sum(), hidden)
+    leaf = new.double().requires_grad_()
+    stats = token_stats(leaf, targets, proxy=store)
+    assert stats.proxy_kl is not None
+    (expected,) = torch.autograd.grad(stats.proxy_kl.sum(), leaf)
+    torch.testing.assert_close(got.double(), expected, rtol=2**-7, atol=1e-9)

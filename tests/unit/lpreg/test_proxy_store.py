@@ -273,8 +273,12 @@ def test_lp_reg_with_the_full_kl(dense: Callable, source: str) -> None:
     [
         ({"stored": torch.ones(2)}, "stored must be bool"),
         ({"counts": torch.ones(3, dtype=torch.int64)}, r"counts must be int64 of shape \[2\]"),
-        ({"ids": torch.zeros(4, dtype=torch.int64)}, r"both of shape \[2\]"),
-        ({"log_q": torch.zeros(1)}, r"both of shape \[2\]"),
+        (
+            {"ids": torch.zeros(4, dtype=torch.int64)},
+            r"both of shape \[E\], got torch\.int64 \[4\]",
+        ),
+        ({"log_q": torch.zeros(1)}, r"both of shape \[E\]"),
+        ({"counts": torch.tensor([1, 2])}, "there are 2 ids, but counts sum up to 3"),
     ],
 )
 def test_an_inconsistent_store_is_refused(change: dict[str, Tensor], message: str) -> None:

@@ -46,6 +46,16 @@ def test_colocated_engines_stay_on_one_node_and_need_no_gpus_of_their_own() -> N
     assert on_cpu.shared == ()
 
 
+def test_a_rank_of_every_node_with_engines_writes_the_weights_of_each_stage() -> None:
+    stages_apart = Placement((0, 0, 1, 1), (0, 1), 2, on_gpu=True)
+    assert stages_apart.writers(2) == ({0: 0, 1: 2}, {1: 2, 0: 1}), "a rank of the other stage, not always the same one"
+    stages_together = Placement((0, 1, 0, 1), (0, 1), 1, on_gpu=True)
+    assert stages_together.writers(2) == ({0: 0, 1: 1}, {0: 2, 1: 3}), "a rank of the same stage"
+    assert Placement((0, 0), (0,), 2, on_gpu=True).writers(1) == ({0: 0},)
+    with pytest.raises(UserError, match=r"needs a rank of the actor on every node.* node 1 has none"):
+        Placement((0, 0), (0, 1), 2, on_gpu=True).writers(1)
+
+
 @given(
     tensor=st.sampled_from([1, 2, 3, 4, 8]),
     groups=st.integers(1, 12),
