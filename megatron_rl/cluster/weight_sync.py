@@ -19,7 +19,7 @@ from megatron_rl.cluster.engine_process import EngineProcess
 from megatron_rl.cluster.engines import Engines
 from megatron_rl.cluster.runtime import results, shared
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.engines.interface import RolloutEngine
+from megatron_rl.rollout.engines.interface import Drafts, RolloutEngine
 from megatron_rl.weight_sync.buckets import bucket_specs
 from megatron_rl.weight_sync.checksums import Checksums
 from megatron_rl.weight_sync.transport import (
@@ -63,6 +63,7 @@ class WeightSync(ABC):
 
         verify: whether to compare the checksums of all weights, as sent and as held.
         """
+        drafts = self._drafts()
         self.version, self.sent_bytes, self.checksums, self.released = version, 0, None, False
         self.actors.release_memory()  # before engines that share its GPUs take memory for weights
         self._prepare(verify)
@@ -71,6 +72,17 @@ class WeightSync(ABC):
         return {
             "perf/seconds_engines_paused": time.perf_counter() - paused,
             "weight_sync/bytes": float(self.sent_bytes),
+        } | drafts
+
+    def _drafts(self) -> dict[str, float]:
+        """What speculative decoding did since the last sync, as metrics; none if no engine speculates."""
+        answers = self.engines.ask(self.engines.running, RolloutEngine.take_drafts).values()
+        total = sum((drafts for drafts in answers if isinstance(drafts, Drafts)), Drafts())
+        if not total.proposed:
+            return {}
+        return {
+            "rollout/drafted_tokens": float(total.proposed),
+            "rollout/draft_acceptance": total.accepted / total.proposed,
         }
 
     def release_memory(self) -> None:

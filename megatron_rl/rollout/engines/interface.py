@@ -61,6 +61,21 @@ class Address:
     key: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Tokens of speculative decoding."""
+
+    proposed: int = 0
+    accepted: int = 0
+    """Those of the proposed ones that the policy accepted."""
+
+    def __add__(self, other: Drafts) -> Drafts:
+        return Drafts(self.proposed + other.proposed, self.accepted + other.accepted)
+
+    def __sub__(self, other: Drafts) -> Drafts:
+        return Drafts(self.proposed - other.proposed, self.accepted - other.accepted)
+
+
 def response_of(
     token_ids: npt.ArrayLike,
     log_probs: npt.ArrayLike,
@@ -144,6 +159,10 @@ class RolloutEngine(Responder, Protocol):
     def health(self) -> int:
         """The weight version being served. Raises an exception if the engine cannot serve."""
         ...
+
+    def take_drafts(self) -> Drafts:
+        """What speculative decoding did since the last call."""
+        return Drafts()
 
     def until_lost(self) -> None:
         """Raises EngineLost once the engine is lost, and never returns; for engines behind a router."""

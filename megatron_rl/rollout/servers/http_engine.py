@@ -12,7 +12,7 @@ from functools import partial as bound
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_rl.rollout.engines.interface import Address, EngineLaunch, UpdateFailed
+from megatron_rl.rollout.engines.interface import Address, Drafts, EngineLaunch, UpdateFailed
 from megatron_rl.rollout.engines.kind import SETTING, ServerKind
 from megatron_rl.rollout.servers.liveness import Liveness, log
 from megatron_rl.rollout.servers.requests import ServerRequests
@@ -48,6 +48,8 @@ class HttpEngine:
         self._keeps_requests = self._frozen = False
         """Whether the server keeps requests across updates, and whether it does so at present."""
         self._silence_seconds = self.settings.hang_seconds
+        self._drafts = Drafts()
+        """What speculative decoding had done by the last `take_drafts`."""
         self._weights_bytes = 0
         """Size of the newest update."""
 
@@ -121,6 +123,16 @@ class HttpEngine:
     async def health(self) -> int:
         """The weight version being served."""
         return await self._liveness.while_there(self._server.weight_version())
+
+    async def take_drafts(self) -> Drafts:
+        """See `RolloutEngine`. A server that does not say is no reason to give it up: the log has the reason."""
+        try:
+            drafts = await self._liveness.while_there(self._server.drafts())
+        except (ServerUnavailable, ServerRefused) as error:
+            log(f"what speculative decoding did is unknown: {error}")
+            return Drafts()
+        since, self._drafts = drafts - self._drafts, drafts
+        return since
 
     # ------------------------------------------------------------------ rollouts
 

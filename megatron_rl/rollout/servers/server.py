@@ -11,7 +11,7 @@ import aiohttp
 import orjson
 
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.engines.interface import Address
+from megatron_rl.rollout.engines.interface import Address, Drafts
 from megatron_rl.types import Response, SamplingParams
 from megatron_rl.weight_sync.checksums import Checksums
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
@@ -65,6 +65,10 @@ class Server(RequestServer, Protocol):
         ...
 
     async def weight_version(self) -> int: ...
+
+    async def drafts(self) -> Drafts:
+        """What speculative decoding did since the server's start, or since this connection was made."""
+        ...
 
     async def cannot_freeze(self) -> str:
         """Why requests cannot be kept across a weight update; empty if they can. Called once, before any `freeze`."""

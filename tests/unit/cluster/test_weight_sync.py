@@ -14,7 +14,7 @@ from megatron_rl.cluster import weight_sync
 from megatron_rl.cluster.weight_sync import ALONE, TOGETHER, CollectiveSync, FolderSync, WeightSync
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.placement import Placement
-from megatron_rl.rollout.engines.interface import RolloutEngine, UpdateFailed
+from megatron_rl.rollout.engines.interface import Drafts, RolloutEngine, UpdateFailed
 from megatron_rl.weight_sync.checksums import Checksums, WeightsDamaged
 from megatron_rl.weight_sync.transport import CollectiveUpdate, NodeFolders, Pushed
 
@@ -31,6 +31,7 @@ class Engine:
         self.has_served = False
         self.updates: deque[Any] = deque()
         self.checks: deque[Any] = deque()
+        self.drafts = Drafts()
         self.version: int | None = None
         self.calls: list[str] = []
         self.groups: list[Any] = []
@@ -54,6 +55,8 @@ class Engine:
             if isinstance(arguments[0], CollectiveUpdate) and not self.groups:
                 return UpdateFailed("it is in no group")
             self.version = arguments[0].version
+        if method == "take_drafts":
+            return self.drafts
         if method == "verify_weights" and self.checks:
             return self.checks.popleft()
         return None
@@ -182,7 +185,15 @@ def test_every_engine_gets_the_update_while_paused(opened: Open) -> None:
     assert metrics["weight_sync/bytes"] == 20
     for engine in engines.all:
         order = [call for call in engine.calls if call != "join_groups"]
-        assert order == ["pause", "update_weights", "verify_weights", "resume"]
+        assert order == ["take_drafts", "pause", "update_weights", "verify_weights", "resume"]
+
+
+def test_the_acceptance_of_drafts_is_over_all_engines(opened: Open) -> None:
+    sync, engines = opened(3)
+    assert "rollout/draft_acceptance" not in sync.sync(1, verify=False)
+    engines.all[0].drafts, engines.all[2].drafts = Drafts(30, 12), Drafts(10, 8)
+    metrics = sync.sync(2, verify=False)
+    assert (metrics["rollout/drafted_tokens"], metrics["rollout/draft_acceptance"]) == (40, 0.5)
 
 
 def test_an_engine_reads_the_folder_of_its_own_node(messages: list[str]) -> None:
@@ -330,7 +341,7 @@ def test_a_sender_that_waits_for_a_failed_engine_is_told(failure: Any) -> None:
     assert actors.stops == 1
     assert engines.all[1].version == 1
     if failure is LOST:
-        assert engines.all[0].calls == ["pause", "join_groups", "update_weights"]
+        assert engines.all[0].calls == ["take_drafts", "pause", "join_groups", "update_weights"]
     sync.sync(2, verify=False)
     assert actors.stops == 1
 

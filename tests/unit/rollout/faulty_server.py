@@ -32,6 +32,8 @@ class Script:
     seconds: float = 0.0
     """Time that a good answer takes."""
     unfrozen: bool = False
+    speculates: bool = False
+    """Whether each answer says that 4 tokens were proposed for it and 3 accepted."""
     healthy: bool = True
     version: str = "-1"
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -125,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
         if stopped and not aborted and len(tokens) > 2:  # it was frozen after two tokens
             spans = [spans[0] | {"end": 2}, {"version": script.version, "start": 2, "end": len(tokens)}]
         meta = {"finish_reason": {"type": reason}, "output_token_logprobs": log_probs, "weight_versions": spans}
+        if script.speculates:
+            meta |= {"spec_num_proposed_drafts": 4, "spec_num_correct_drafts": 3}
         answers = [{"output_ids": tokens, "meta_info": meta}] * params["n"]
         self._answer(200, answers, cut_off=5 if fault == "damaged" else 0)
 

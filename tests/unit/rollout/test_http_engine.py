@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.rollout import ServerSettings
-from megatron_rl.rollout.engines.interface import EngineLaunch, EngineLost, UpdateFailed
+from megatron_rl.rollout.engines.interface import Drafts, EngineLaunch, EngineLost, UpdateFailed
 from megatron_rl.rollout.engines.sglang.kind import KIND
 from megatron_rl.rollout.engines.sglang.server import SglangServer
 from megatron_rl.rollout.servers import liveness, requests
 from megatron_rl.rollout.servers.http_engine import HttpEngine
-from megatron_rl.rollout.servers.server import ServerRefused
+from megatron_rl.rollout.servers.server import ServerRefused, ServerUnavailable
 from megatron_rl.types import SamplingParams
 from megatron_rl.weight_sync.transport import FolderUpdate
 from tests.unit.rollout.faulty_server import END_TOKEN, Script, faulty_server
@@ -525,5 +525,28 @@ def test_a_cancelled_call_leaves_no_request_under_way(server: tuple[str, Script]
             calls[1].cancel()
             await asyncio.wait(calls)
             assert all(call.cancelled() for call in calls)
+
+    asyncio.run(scenario())
+
+
+def test_drafts_are_counted_since_the_last_question(
+    server: tuple[str, Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, script = server
+
+    async def fails(server: SglangServer) -> Drafts:
+        raise ServerUnavailable("told to fail")
+
+    async def scenario() -> None:
+        async with attached(url) as engine:
+            await tokens(engine)
+            assert await engine.take_drafts() == Drafts()
+            script.speculates = True
+            await tokens(engine)
+            assert await engine.take_drafts() == Drafts(16, 12), "two prompts with two responses each"
+            assert await engine.take_drafts() == Drafts()
+            monkeypatch.setattr(SglangServer, "drafts", fails)
+            assert await engine.take_drafts() == Drafts(), "the engine is not lost"
+            assert await tokens(engine) == GOOD
 
     asyncio.run(scenario())

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.rollout.engines.interface import Address
-from megatron_rl.rollout.engines.vllm.server import VllmServer
+from megatron_rl.config.rollout import ServerSettings
+from megatron_rl.rollout.engines.interface import Address, Drafts, EngineLaunch
+from megatron_rl.rollout.engines.vllm.kind import KIND
+from megatron_rl.rollout.engines.vllm.server import VllmServer, command
 from megatron_rl.rollout.servers.server import ServerUnavailable
 from megatron_rl.weight_sync.transport import FolderUpdate
 
@@ -92,3 +94,39 @@ def test_vllm_keeps_frozen_requests_during_an_update(monkeypatch: pytest.MonkeyP
         await server.close()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("metrics", "drafts"),
+    [
+        (
+            'vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 1234.0\n'
+            'vllm:spec_decode_num_draft_tokens_total{engine="1",model_name="m"} 6.0\n'
+            "vllm:spec_decode_num_draft_tokens_created 1.7e+09\n"
+            'vllm:spec_decode_num_accepted_tokens_total{engine="0"} 1.2e+03\n'
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="0"} 9.0\n',
+            Drafts(1240, 1200),
+        ),
+        ("http_requests_total 5.0\n", Drafts()),
+    ],
+)
+def test_drafts_are_read_from_the_metrics(metrics: str, drafts: Drafts, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        server = VllmServer(Address("http://unused"))
+
+        async def send(method: str, path: str, body: Any, timeout_seconds: float) -> str:
+            assert (method, path) == ("GET", "/metrics")
+            return metrics
+
+        monkeypatch.setattr(server._http, "_send", send)
+        assert await server.drafts() == drafts
+        await server.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--speculative-config", "{}"], ["--speculative-config={}"]])
+def test_statistics_are_on_if_the_server_speculates(arguments: list[str], tmp_path: Path) -> None:
+    launch = EngineLaunch(KIND, tmp_path, "cpu", "float32", 64, ServerSettings(arguments=arguments))
+    line, _ = command(launch, 1, "key", tmp_path)
+    assert ("--disable-log-stats" in line) == (not arguments)

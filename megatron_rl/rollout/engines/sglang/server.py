@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_rl.rollout.engines.interface import Address, EngineLaunch, response_of
+from megatron_rl.rollout.engines.interface import Address, Drafts, EngineLaunch, response_of
 from megatron_rl.rollout.engines.sglang import receiver as sglang_receiver
 from megatron_rl.rollout.servers.server import (
     UNSYNCED,
@@ -83,6 +83,7 @@ class SglangServer:
         self._mapped = False
         """Whether the server is in groups of mapped memory, which our own receiver in SGLang's processes implements."""
         self._ranks = 0
+        self._drafts = Drafts()
         self._folder: Path | None = None
         """Folder in which the receiver leaves its error messages."""
 
@@ -93,6 +94,9 @@ class SglangServer:
         body = {"input_ids": list(prompt), "sampling_params": _sampling(sampling), "return_logprob": True}
         answer = await self._http.post("/generate", body, timeout_seconds=timeout_seconds)
         answers = answer if isinstance(answer, list) else [answer]
+        for meta in (answer["meta_info"] for answer in answers):
+            proposed, accepted = (meta.get(f"spec_num_{kind}_drafts", 0) for kind in ("proposed", "correct"))
+            self._drafts += Drafts(proposed, accepted)
         return [_response(answer, sampling.stop_token_ids) for answer in answers]
 
     async def abort_all(self) -> None:
@@ -101,6 +105,9 @@ class SglangServer:
     async def weight_version(self) -> int:
         info = await self._http.get("/model_info", timeout_seconds=CONTROL_SECONDS)
         return version_of(info["weight_version"])
+
+    async def drafts(self) -> Drafts:
+        return self._drafts  # of the answers that came here: a router's connection has those of its own
 
     async def cannot_freeze(self) -> str:
         """SGLang's in-place pause was tried on a CPU with release 0.5.23: the log-probs of kept responses are not those

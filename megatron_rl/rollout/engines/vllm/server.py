@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from megatron_rl.rollout.engines.interface import Address, EngineLaunch, response_of
+from megatron_rl.rollout.engines.interface import Address, Drafts, EngineLaunch, response_of
 from megatron_rl.rollout.engines.vllm.array_frames import Choice
 from megatron_rl.rollout.engines.vllm.plugin import BACKEND, EXTENSION
 from megatron_rl.rollout.engines.vllm.request_batcher import RequestBatcher
@@ -25,6 +26,8 @@ MIDDLEWARE = (
     "megatron_rl.rollout.engines.vllm.batch_endpoint.BatchEndpoint",
     "megatron_rl.rollout.engines.vllm.key_check.KeyCheck",  # last: it runs before all others
 )
+DRAFT_COUNTERS = ("vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total")
+"""Names in /metrics: tokens that were proposed, and those accepted."""
 CONTROL_SECONDS = 60.0
 """Time limit of a call without computation."""
 
@@ -55,7 +58,9 @@ def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[li
     if launch.device == "cuda":
         environment |= agreed_environment()
     else:
-        line += ["--enforce-eager", "--disable-log-stats"]  # statistics for /metrics take longer than the answers
+        line += ["--enforce-eager"]
+        if not any(word.startswith("--speculative") for word in settings.arguments):
+            line += ["--disable-log-stats"]  # statistics for /metrics take longer than the answers
         line += ["--no-enable-chunked-prefill"]  # on CPU, chunked prompts with seeds end vLLM
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each rank needs a NUMA node of its own
@@ -90,6 +95,15 @@ class VllmServer:
     async def weight_version(self) -> int:
         info = await self._http.get("/weight_info", timeout_seconds=CONTROL_SECONDS)
         return version_of(info["weight_version"])
+
+    async def drafts(self) -> Drafts:
+        """From the counters of /metrics, which vLLM has if it speculates, and not with `--disable-log-stats`."""
+        text = await self._http.get("/metrics", timeout_seconds=CONTROL_SECONDS)
+        proposed, accepted = (
+            sum(int(float(value)) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+            for name in DRAFT_COUNTERS
+        )
+        return Drafts(proposed, accepted)
 
     async def cannot_freeze(self) -> str:
         return ""
