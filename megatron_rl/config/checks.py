@@ -177,6 +177,11 @@ def _rollout(config: Config) -> Iterator[str]:
             "algorithm.correction.weights: none would treat tokens of older weights (rollout.max_staleness: "
             f"{rollout.max_staleness}) as if the current policy had sampled them; set it to truncated or masked"
         )
+    if rollout.server.quantised and config.algorithm.correction.weights == "none":
+        yield (
+            "algorithm.correction.weights: none would treat the tokens of quantised engines (--quantization in "
+            "rollout.server.arguments) as if the actor had sampled them; set it to truncated or masked"
+        )
     yield from _agent(config)
     yield from _engine(config)
     if rollout.server.urls and len(rollout.server.urls) != rollout.engines:

@@ -44,6 +44,11 @@ class ServerSettings(Section):
     outage_seconds: Positive = 1800.0
     """Longest time without any engine; after it, the run stops with a checkpoint."""
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the arguments have a server hold its weights in fewer bits than the actor's."""
+        return any(word == "-q" or word.partition("=")[0] == "--quantization" for word in self.arguments)
+
     def update_seconds(self, nbytes: int) -> float:
         """Longest time that weights of so many bytes may take."""
         return self.update_timeout_seconds or self.hang_seconds + nbytes // UPDATE_BYTES_PER_SECOND
@@ -57,10 +62,10 @@ class ContractSettings(Section):
     every: Count = 50
     """Weight syncs between further checks; a step has one sync; 0: no further checks."""
     max_difference: Positive | None = None
-    """Largest difference for a token, in nats; unset: 1e-4 in float32, 1 in bfloat16."""
+    """Largest difference for a token, in nats; unset: 1e-4 in float32, 1 in bfloat16, 4 for quantised engines."""
     mean_difference: Positive | None = None
     """Largest mean difference over the tokens, in nats; unset: 1e-4 in float32, in bfloat16 the larger of 0.03 and 3 %
-    of the tokens' mean surprisal."""
+    of the tokens' mean surprisal, and four times that for quantised engines."""
 
 
 class RolloutSettings(Section):

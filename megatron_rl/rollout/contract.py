@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch, sequences_of
-from megatron_rl.config.rollout import ContractSettings
+from megatron_rl.config.rollout import RolloutSettings
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.contract_causes import Score, likely_cause, mean_of_rounding, paths
 from megatron_rl.types import Prompt, Response, SamplingParams
@@ -55,6 +55,11 @@ class Probed(Protocol[Engine]):
         ...
 
 
+QUANTISED = 4.0
+"""Factor on both bounds for engines that hold their weights in fewer bits than the actor; see
+`benchmarks/fp8_rollouts.py`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """Largest differences between engine and actor that are allowed, in nats."""
@@ -63,10 +68,13 @@ class Bounds:
     mean: float
 
     @classmethod
-    def of(cls, settings: ContractSettings, dtype: str, actors: Array) -> Bounds:
+    def of(cls, settings: RolloutSettings, dtype: str, actors: Array) -> Bounds:
         """Returns the bounds for tokens of which the actor's log-probs are `actors` [T]."""
-        largest, mean = BOUNDS.get(dtype) or (LARGEST_OF_HALF, mean_of_rounding(actors))
-        return cls(settings.max_difference or largest, settings.mean_difference or mean)
+        quantised, given = settings.server.quantised, settings.contract
+        exact = None if quantised else BOUNDS.get(dtype)
+        largest, mean = exact or (LARGEST_OF_HALF, mean_of_rounding(actors))
+        factor = QUANTISED if quantised else 1.0
+        return cls(given.max_difference or factor * largest, given.mean_difference or factor * mean)
 
     def hold(self, gap: Array) -> bool:
         """Returns whether the absolute differences [T] are within the bounds. NaN is not."""
@@ -78,7 +86,7 @@ class Contract:
 
     def __init__(
         self,
-        settings: ContractSettings,
+        settings: RolloutSettings,
         dtype: str,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
@@ -102,7 +110,7 @@ class Contract:
             UserError: an engine does not agree with the actor. The message names the likely cause.
         """
         self._syncs += 1
-        every = self._settings.every
+        every = self._settings.contract.every
         due = self._syncs <= 2 or (every > 0 and self._syncs % every == 0)
         if not due and all(engine.agrees for engine in engines.running):
             return {}

@@ -246,7 +246,7 @@ def _collector(
 
 def _contract(config: Config, inputs: Inputs, view: View) -> Contract:
     sampling = rollout_sampling(config, inputs.stop_token_ids)
-    return Contract(config.rollout.contract, config.actor.dtype, inputs.train.prompts, sampling, view.message)
+    return Contract(config.rollout, config.actor.dtype, inputs.train.prompts, sampling, view.message)
 
 
 def _replay(config: Config) -> Replay | None:

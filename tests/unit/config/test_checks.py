@@ -82,6 +82,8 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
         (["rollout.max_staleness=1"], ["algorithm.correction.weights: none", "rollout.max_staleness: 1"]),
         (["rollout.max_staleness=1", "rollout.asynchronous=true", "algorithm.correction.weights=masked",
           "cluster.colocate=true"], ["rollout.asynchronous", "cluster.colocate"]),
+        (["rollout.engine=vllm", "rollout.server.arguments=[--quantization, fp8]"],
+         ["algorithm.correction.weights: none", "--quantization"]),
         (["rollout.engines=5"], ["rollout.engines: 5", "rollout.prompts_per_step: 4"]),
         (["rollout.agent={function: own:solve}", "rollout.max_staleness=1", "algorithm.correction.weights=masked"],
          ["rollout.max_staleness: 1", "rollout.agent"]),

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.batching.arrays import Array
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.config.rollout import ContractSettings
+from megatron_rl.config.rollout import ContractSettings, RolloutSettings, ServerSettings
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.contract import Bounds, Contract
+from megatron_rl.rollout.contract import QUANTISED, Bounds, Contract
 from megatron_rl.rollout.engines.transformers.engine import TransformersEngine
 from megatron_rl.types import Prompt, Response, SamplingParams
 
@@ -121,7 +121,17 @@ def engines(engine: TransformersEngine, model_folder: Path) -> Engines:
 
 def contract(dtype: str = "float32", said: list[str] | None = None, **settings: Any) -> Contract:
     notify = said.append if said is not None else print
-    return Contract(ContractSettings(**settings), dtype, PROMPTS, SAMPLING, notify)
+    return Contract(rollout(**settings), dtype, PROMPTS, SAMPLING, notify)
+
+
+def rollout(arguments: Sequence[str] = (), **settings: Any) -> RolloutSettings:
+    return RolloutSettings(
+        prompts_per_step=1,
+        samples_per_prompt=1,
+        max_response_tokens=1,
+        server=ServerSettings(arguments=list(arguments)),
+        contract=ContractSettings(**settings),
+    )
 
 
 def test_an_engine_that_agrees_passes(engines: Engines) -> None:
@@ -199,11 +209,23 @@ def test_half_precision_has_bounds_of_its_own(engines: Engines) -> None:
 def test_rounding_of_half_precision_may_grow_with_the_surprisal_of_the_tokens(engines: Engines) -> None:
     engines.fault = reporting(noisy, TEMPERATURE)
     sharp, flat = np.full(8, -0.5), np.full(8, -2.0)
-    assert [Bounds.of(ContractSettings(), "bfloat16", actors).mean for actors in (sharp, flat)] == [0.03, 0.06]
-    assert Bounds.of(ContractSettings(mean_difference=0.01), "bfloat16", flat).mean == 0.01
+    assert [Bounds.of(rollout(), "bfloat16", actors).mean for actors in (sharp, flat)] == [0.03, 0.06]
+    assert Bounds.of(rollout(mean_difference=0.01), "bfloat16", flat).mean == 0.01
     assert contract("bfloat16").check(engines, engines.policy.score)
     with pytest.raises(UserError, match="another precision"):  # errors to both sides are no truncation
         contract("bfloat16", mean_difference=0.03).check(engines, engines.policy.score)
+
+
+@pytest.mark.parametrize("arguments", [["--quantization", "fp8"], ["--quantization=fp8"], ["-q", "fp8"]])
+def test_engines_in_fewer_bits_have_bounds_of_their_own(arguments: list[str], engines: Engines) -> None:
+    flat = np.full(8, -2.0)
+    for dtype in ("bfloat16", "float32"):
+        bounds = Bounds.of(rollout(arguments), dtype, flat)
+        assert (bounds.largest, bounds.mean) == (QUANTISED, QUANTISED * 0.06)
+    given = Bounds.of(rollout(arguments, max_difference=2.0, mean_difference=0.1), "bfloat16", flat)
+    assert (given.largest, given.mean) == (2.0, 0.1)
+    engines.fault = reporting(noisy, TEMPERATURE)
+    assert contract("float32", arguments=arguments).check(engines, engines.policy.score)
 
 
 def test_bounds_are_settings(engines: Engines) -> None:
