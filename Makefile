@@ -35,7 +35,8 @@ export OMP_NUM_THREADS := 1
 .DEFAULT_GOAL := help
 .PHONY: help setup dev quickstart docs-environment docs test test-all test-nightly test-runs chromium test-browser \
   sinks test-sinks test-environments slurm-packages test-slurm window test-megatron-window rehearsal rehearse \
-  rehearse-session engines test-engines test-sglang test-vllm benchmark benchmark-check reproduce image-test lint clean
+  rehearse-session engines test-engines test-servers test-sglang test-vllm benchmark benchmark-check reproduce \
+  image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -77,12 +78,12 @@ SIDE_BY_SIDE := $(PYTHON) tools/side_by_side.py
 test: dev ## unit and invariance tests, and one whole run
 	$(BIN)/pytest tests/unit tests/invariance tests/e2e_cpu -m "not gpu and not browser and not slow" $(SHARED)
 
-# First what waits beside what computes, at last the servers, which answer within limits. What is installed where it is
-# missing is there before, since two parts must not install at once.
-# The longest parts come first, but the servers of SGLang and vLLM do not come together: they would take 20 GiB.
-test-all: dev docs-environment sinks engines window rehearsal chromium slurm-packages ## every test that needs no GPU, with more cases and examples than `make test`, in parts side by side
-	$(SIDE_BY_SIDE) test-sglang test-runs test-nightly test-vllm rehearse test-slurm test-megatron-window \
-	  test-environments docs test-browser test-sinks
+# The longest parts come first, so that both of the two that run at a time end together. The servers of SGLang and vLLM
+# come one after the other, since together they would take 20 GiB. Their environment is made while other parts run; the
+# other environments are there before, since two parts must not install at once.
+test-all: dev docs-environment sinks window rehearsal chromium slurm-packages ## every test that needs no GPU, with more cases and examples than `make test`, in parts side by side
+	$(SIDE_BY_SIDE) test-servers test-runs test-nightly test-slurm rehearse test-megatron-window test-environments \
+	  test-browser test-sinks docs
 
 test-nightly: dev ## unit and invariance tests with all cases and more examples
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser" $(SHARED)
@@ -180,6 +181,8 @@ $(ENGINES)/.stamp: pyproject.toml setup.py constraints-engines.txt $(wildcard to
 
 test-engines: engines ## everything that needs real SGLang and vLLM servers, on CPU, side by side
 	$(SIDE_BY_SIDE) test-sglang test-vllm
+
+test-servers: test-sglang test-vllm
 
 test-sglang: engines
 	$(ENGINES)/bin/python -m pytest -m "engines and sglang" tests/engines

@@ -47,34 +47,39 @@ class Live:
             "evaluation.probes={}",
             "rollout.engines=1",
             "observability.hang_seconds=30",
+            "train.steps=2000",  # more than the run takes until the tests have looked at it
         )
         self.finished: Finished | None = None
-        self.until_step(1)
+        self.pass_step(0)
 
-    def until_step(self, step: int) -> None:
-        """Reads the output up to the line of this step."""
+    def pass_step(self, step: int) -> None:
+        """Reads the output up to the first line of a later step. A run does not print every step."""
         assert self.process.stdout is not None
         lines = []
         for line in self.process.stdout:
             lines.append(line)
-            if line.startswith(f"step={step}/"):
+            if line.startswith("step=") and int(line[len("step=") : line.index("/")]) > step:
                 return
         raise AssertionError("".join(lines)[-5000:])
 
     def end(self) -> Finished:
-        """Waits for the end of the run, which does not come by itself unless something has gone wrong in the run."""
+        """Waits for the end of the run, which has been interrupted or has a rank that hangs."""
         if self.finished is None:
             self.finished = self.command_line.finish(self.process, self.folder.name)
         return self.finished
+
+    def interrupt(self) -> None:
+        """Ends the run if no test has done so."""
+        if self.finished is None:
+            self.process.send_signal(signal.SIGINT)
+            self.end()
 
 
 @pytest.fixture(scope="module")
 def live(command_line: CommandLine) -> Iterator[Live]:
     live = Live(command_line)
     yield live
-    if live.finished is None:
-        live.process.send_signal(signal.SIGINT)
-        live.end()
+    live.interrupt()
 
 
 def is_store(port: int) -> bool:
@@ -122,7 +127,7 @@ def test_a_run_listens_on_loopback_and_answers_with_the_token_only(live: Live, t
 
 def test_a_hanging_rank_is_named_and_the_run_ends(live: Live) -> None:
     """The run names the rank, writes the stacks of all processes, and ends without leaving any process."""
-    live.until_step(read_metrics(live.folder)[-1]["step"] + 1)  # a rank that hangs here is missed in the next step
+    live.pass_step(read_metrics(live.folder)[-1]["step"])  # a rank that hangs here is missed in the next step
     beats = {beat.process: beat.pid for beat in read_beats(live.folder / "logs/heartbeats")}
     assert set(beats) == {"actor-rank-0", "actor-rank-1", "engine-0"}
     os.kill(beats["actor-rank-1"], signal.SIGSTOP)
@@ -136,6 +141,6 @@ def test_a_hanging_rank_is_named_and_the_run_ends(live: Live) -> None:
 
 
 def test_no_file_of_the_run_has_the_token(live: Live) -> None:
-    """`test_resume.py` looks through the checkpoints and exports of other runs."""
-    live.end()
+    """`test_resume.py` looks through the checkpoints and the export of another run."""
+    live.interrupt()
     assert not files_with_token(live.folder)

@@ -73,8 +73,8 @@ def parsed(name: str, cases: list[tuple[list[str], dict[str, str]]], folder: Pat
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_released_server_takes_every_command_line(name: str, model: Path, tmp_path: Path) -> None:
-    """The last line has an unknown argument, which must be noticed: argparse takes the beginning of an option's name for
-    the option, so that a removed option could pass for another one."""
+    """The last line has an unknown argument, which must be noticed: argparse takes the beginning of an option's name
+    for the option, so that a removed option could pass for another one."""
     kind = engine_kind(name)
     assert isinstance(kind, ServerKind)
     command: Any = import_object(kind.command, "rollout.engine")

@@ -2,8 +2,8 @@
 
     python -m tests.engines.their_parsers sglang|vllm|router FILE
 
-FILE has a JSON list of {"arguments": [...], "environment": {...}}. The answer has one dictionary for each, with every
-setting that is a text, a number or a list, or with the reason for which the line is `refused`. No GPU is needed: only the
+FILE has a JSON list of {"arguments": [...], "environment": {...}}. The answer has one dictionary for each: every
+setting that is a text, a number or a list, or the reason for which the line is `refused`. No GPU is needed: only the
 steps before a server looks at its devices run.
 """
 

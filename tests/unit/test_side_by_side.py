@@ -15,7 +15,7 @@ two:
 late:
 	@touch late.began
 endless:
-	@touch endless.began; exec sleep 1000
+	@trap 'touch endless.interrupted; exit 1' INT; touch endless.began; sleep 1000
 broken:
 	@while [ ! -e endless.began ]; do sleep 0.05; done; echo 'this is what went wrong'; false
 """
@@ -27,9 +27,14 @@ first second:
 """
 
 
+IN_BACKGROUND = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+"""A shell makes a command that it starts in the background ignore Ctrl-C, and so all that the command starts."""
+
+
 def run(folder: Path, *targets: str, makefile: str = MAKEFILE) -> tuple[int, str]:
     (folder / "Makefile").write_text(makefile)
-    done = subprocess.run([sys.executable, SCRIPT, *targets], cwd=folder, capture_output=True, text=True)
+    command = [*IN_BACKGROUND, sys.executable, SCRIPT, *targets]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return done.returncode, done.stdout
 
 
@@ -47,6 +52,7 @@ def test_the_first_failure_ends_all_and_is_printed_last(tmp_path: Path, targets:
     status, output = run(tmp_path, *targets)
     assert status == 1
     assert "endless was interrupted\n" in output and not (tmp_path / "late.began").exists()
+    assert (tmp_path / "endless.interrupted").exists(), "it was killed"
     last = output[output.index("endless was interrupted") :]
     assert "this is what went wrong" in last and last.endswith("broken failed\n")
 

@@ -45,11 +45,8 @@ CONFIG = config_json("qwen3", tie_word_embeddings=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def single_rank() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with only_rank():
         yield
-    torch.set_num_threads(threads)
 
 
 class Stage:

@@ -14,7 +14,6 @@ from megatron_rl.data.countdown.model import VOCABULARY, build_model, write_mode
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("model")
     write_model(folder, seed=0)
     return folder
