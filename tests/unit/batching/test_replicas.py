@@ -29,7 +29,7 @@ def sharing(rows: PackingForm, replicas: int) -> Sharing:
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_the_parts_are_the_whole_batch_once(rows: PackingForm, replicas: int) -> None:
     whole, how = batch(), sharing(rows, replicas)
-    parts = how.divide(whole)
+    parts = list(how.divide(whole))
     assert [part.replica for part in parts] == list(range(replicas))
     assert sorted(np.concatenate([part.rows for part in parts]).tolist()) == list(range(len(whole)))
     for part in parts:
