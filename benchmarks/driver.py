@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import arguments, keep
 
 MODEL = Path("tests/fixtures/models/Qwen3-14B-Base")
-SAMPLES, SPREAD, PROMPT, VOCABULARY, RANKS = 8, 0.8, 200, 150_000, 8
+SAMPLES, SPREAD, PROMPT, VOCABULARY, RANKS, BUDGET = 8, 0.8, 200, 150_000, 8, 32_768
 CHARACTERS, REPEATS = 3, 3
 """Characters of text per token, and processes per case."""
 MEANS, TARGET_MEAN = [4000, 8192], 4000
@@ -143,43 +144,41 @@ class InstantGrader:
 
 def stub_actors(meter: Meter) -> Any:
     """`Actors` whose ranks answer at once, with values for an equal number of sequences each."""
+    from megatron_rl.actor.interface import ActorRank
     from megatron_rl.actor.passes.results import Table as RankTable
     from megatron_rl.actor.passes.results import TrainResult
+    from megatron_rl.batching.replicas import Sharing
     from megatron_rl.cluster import actors
     from megatron_rl.models.architecture import Architecture
     from megatron_rl.models.hf_format import read_config
+    from megatron_rl.parallel.layout import Layout
 
     class StubActors(actors.Actors):
         def __init__(self) -> None:
-            self.ranks, self.flops = [], 0.0
+            self.flops, self.sent_bytes = 0.0, 0
             self._model = Architecture.from_hf(read_config(MODEL))
-            self.sent_bytes = 0
+            self._layout = Layout(data=RANKS)
+            self._sharing = Sharing(RANKS, "packed", token_budget=BUDGET, even_length=1e4)
+            self.ranks: Any = [SimpleNamespace(submit=self._answer) for _ in range(RANKS)]
 
-        def _sent(self, batch: Any) -> Any:
+        def _sent(self, part: Any) -> Any:
             buffers: list[pickle.PickleBuffer] = []
-            head = pickle.dumps(batch, 5, buffer_callback=buffers.append)
+            head = pickle.dumps(part, 5, buffer_callback=buffers.append)
             store = bytearray(len(head) + sum(buffer.raw().nbytes for buffer in buffers))  # Ray's is shared memory
             end = 0
-            for part in (memoryview(head), *(buffer.raw() for buffer in buffers)):
-                store[end : end + part.nbytes] = part
-                end += part.nbytes
+            for piece in (memoryview(head), *(buffer.raw() for buffer in buffers)):
+                store[end : end + piece.nbytes] = piece
+                end += piece.nbytes
             self.sent_bytes += len(store)
-            return batch
+            return part
 
-        def _all(self, method: Any, *args: Any, **_: Any) -> list[Any]:
-            return [self._table(args[0], rank) for rank in range(RANKS)]
-
-        def submit(self, method: Any, *args: Any, **_: Any) -> list[Any]:
-            sums = {"ratio": (1.0, 1.0), "selected_fraction": (1.0, 1.0)}
-            tables = (self._table(args[0], rank) for rank in range(RANKS))
-            return [TrainResult(table, 0.1, sums, 1.0) for table in tables]
-
-        def _table(self, batch: Any, rank: int) -> RankTable:
+        def _answer(self, method: Any, part: Any, *args: Any, **_: Any) -> Any:
             with meter.stub():
-                rows = np.arange(rank, len(batch), RANKS)
-                count = int(batch.sampled_lengths[rows].sum())
+                count = part.sequences.num_sampled_tokens
                 values = {name: np.full(count, -0.25, np.float32) for name in ("log_probs", "entropy", "log_z")}
-                return RankTable(rows, values | {"in_filter": np.ones(count, bool)})
+                table = RankTable(part.rows, values | {"in_filter": np.ones(count, bool)})
+                sums = {"ratio": (1.0, 1.0), "selected_fraction": (1.0, 1.0)}
+                return TrainResult(table, 0.1, sums, 1.0) if method is ActorRank.train else table
 
     actors.results = list  # type: ignore[attr-defined]  # the answers are there: nothing waits for Ray
     return StubActors()

@@ -16,9 +16,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lpreg.statistics import kernels
 from lpreg.statistics.checks import refuse
-from lpreg.statistics.shard import Rows, RowScale, Shard
+from lpreg.statistics.shard import Rows, RowScale, Shard, on_gpu
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +90,7 @@ class ShardProxy:
     def only(self, own: Tensor, places: int) -> ShardProxy:
         """Returns the entries marked by `own` [E]. places: number of columns, or of tokens, that there are; with 0 no
         entry is marked."""
-        if places == 0 or not kernels.on_gpu(own):
+        if places == 0 or not on_gpu(own):
             return ShardProxy(self.stored, self.tokens[own], self.columns[own], self.log_q[own])
         tokens, columns = (torch.where(own, index, 0) for index in (self.tokens, self.columns))
         return ShardProxy(self.stored, tokens, columns, torch.where(own, self.log_q, -torch.inf))

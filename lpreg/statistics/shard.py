@@ -7,6 +7,7 @@ logits are never copied as a whole.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,14 @@ CPU_WORK_ELEMENTS = 2**18
 GPU_WORK_ELEMENTS = 2**25
 
 Rows = slice | Tensor
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a GPU, for which the host should not wait.
+
+    Triton's interpreter, which tests switch on by TRITON_INTERPRET=1, makes a GPU of the CPU.
+    """
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -41,9 +42,9 @@ class Sharing:
     count_multiple: int = 1
     same_count: bool = False
 
-    def divide(self, batch: SequenceBatch) -> list[ReplicaBatch]:
-        """Returns the part of every replica."""
-        return [_part(batch, replica, share) for replica, share in enumerate(self._shares(batch))]
+    def divide(self, batch: SequenceBatch) -> Iterator[ReplicaBatch]:
+        """Yields the part of every replica, one at a time: together they are as large as the batch."""
+        return (_part(batch, replica, share) for replica, share in enumerate(self._shares(batch)))
 
     def part_of(self, batch: SequenceBatch, replica: int) -> ReplicaBatch:
         """Returns the part of one replica."""

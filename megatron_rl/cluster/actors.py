@@ -111,12 +111,15 @@ class Actors:
         **named: P.kwargs,
     ) -> list[ObjectRef[R]]:
         """Calls a method on all ranks without waiting, each with its replica's part of the batch."""
-        parts = self._sharing.divide(batch)
-        sent = [shared(part, len(self.ranks) // len(parts)) for part in parts]
+        sent = [self._sent(part) for part in self._sharing.divide(batch)]
         return [
             rank.submit(method, sent[self._layout.replica_of(number)], *arguments, **named)
             for number, rank in enumerate(self.ranks)
         ]
+
+    def _sent(self, part: ReplicaBatch) -> ReplicaBatch:
+        """Returns a replica's part of a batch as an argument of `submit`."""
+        return shared(part, len(self.ranks) // self._sharing.replicas)
 
     def _count(self, batch: SequenceBatch, passes: int) -> None:
         """`passes`: number of forward passes; a backward pass counts as two."""

@@ -89,6 +89,7 @@ class FolderRelay:
                     pass
             for _ in sending:
                 pass
+        self._memory = Reused()  # its buffer is left to the engines, which may share this GPU
         if failure is not None:
             raise failure
         return report

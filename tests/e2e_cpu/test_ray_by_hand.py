@@ -117,6 +117,15 @@ def test_two_nodes_train(ray_address: str, command_line: CommandLine) -> None:
     assert [row["step"] for row in finished.metrics] == [0, 1, 2]
 
 
+def test_each_node_reads_weights_from_its_own_shared_memory(ray_address: str, command_line: CommandLine) -> None:
+    """Colocated, as far as a CPU knows this: every engine is on a node of the actor."""
+    settings = ("cluster.colocate=true", "weight_sync.transport=shared_memory", "weight_sync.verify_every=1")
+    finished = command_line.train("own-memory", *SETTINGS, *settings)
+    assert finished.status == 0, finished.output[-5000:]
+    assert [row["step"] for row in finished.metrics] == [0, 1, 2]
+    assert not (finished.folder / "weights").exists(), "no folder that both nodes see"
+
+
 def test_colocated_engines_see_the_gpus_of_their_ranks(ray_address: str, tmp_path: Path) -> None:
     """Ray only counts GPUs, so the test needs none."""
     done = completed([sys.executable, "-c", DEVICES], "the placement", tmp_path)

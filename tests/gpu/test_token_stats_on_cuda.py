@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpreg import TokenStats, fused_token_stats, token_stats
+from lpreg import TokenStats, fused_token_stats, postponed_checks, token_stats
 
 pytestmark = pytest.mark.gpu
 
@@ -38,3 +38,27 @@ def test_statistics_on_cuda_equal_those_on_the_cpu(compute: Statistics, dtype: t
     want_grads = torch.autograd.grad((want.log_probs - want.log_z).sum(), [hidden, weight])
     for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(got_grad.cpu(), want_grad, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.measured
+def test_a_stored_proxy_is_read_without_waiting_for_the_gpu() -> None:
+    generator = torch.Generator().manual_seed(1)
+    old, new, weight = (torch.randn(n, 16, generator=generator) for n in (40, 40, 64))
+    targets = torch.randint(64, (40,), generator=generator)
+    rows = torch.rand(40, generator=generator) < 0.3
+
+    def gradient(device: str, mode: str) -> Tensor:
+        there = [tensor.to(device) for tensor in (old, weight, targets, rows)]
+        hidden = new.to(device).requires_grad_()
+        store = fused_token_stats(there[0], there[1], there[2], proxy_rows=there[3]).proxy_store
+        torch.cuda.set_sync_debug_mode(mode)  # an operation that waits is then an error
+        try:
+            with postponed_checks():
+                stats = fused_token_stats(hidden, there[1], there[2], proxy=store, chunk_tokens=16)
+                assert stats.proxy_kl is not None
+                (found,) = torch.autograd.grad(stats.proxy_kl.sum(), hidden)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return found.cpu()
+
+    torch.testing.assert_close(gradient("cuda", "error"), gradient("cpu", "default"), rtol=1e-3, atol=1e-4)

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from lpreg.statistics.shard import on_gpu
+
 
 def usable(logits: Tensor) -> bool:
     """Whether the kernels can read these logits: on a GPU, with Triton installed, contiguous rows, not fp64."""
     return logits.dtype != torch.float64 and logits.stride(1) == 1 and _triton() and on_gpu(logits)
-
-
-def on_gpu(tensor: Tensor) -> bool:
-    """Whether a tensor is on a GPU, for which the host should not wait.
-
-    Triton's interpreter, which tests switch on by TRITON_INTERPRET=1, makes a GPU of the CPU.
-    """
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

@@ -85,7 +85,7 @@ class Kernels:
             recompute=settings.recompute,
             fp8=settings.fp8,
             expert_gemm=settings.expert_gemm,
-            attention=settings.attention_backend,
+            attention=platform.attention(settings, device),
             fusions=platform.fusions(settings, device, experts=model.experts is not None),
             deterministic=settings.deterministic and device.type == "cuda",
         )

@@ -7,11 +7,9 @@ None. Legend: T sampled tokens of the batch, V vocabulary size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
@@ -19,15 +17,14 @@ from torch import Tensor
 import lpreg
 from megatron_rl.actor import platform
 from megatron_rl.actor.passes.candidates import top_candidates
-from megatron_rl.actor.passes.copies import to_host
 from megatron_rl.actor.passes.head import Head
 from megatron_rl.actor.passes.micro_batch import MicroBatch, micro_batch
-from megatron_rl.actor.passes.results import Table, TrainResult, add_up
+from megatron_rl.actor.passes.on_host import TABLE, Part, Scored, scored_table, table_of, train_result
+from megatron_rl.actor.passes.results import Table, TrainResult
 from megatron_rl.actor.passes.schedule import OnHidden, run_schedule
 from megatron_rl.batching.packing import PackingSpec, packed_length
 from megatron_rl.batching.replicas import Batch, Sharing
 from megatron_rl.batching.sequences import SequenceBatch
-from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.context_statistics import gather_rows
@@ -38,8 +35,6 @@ if TYPE_CHECKING:
 
 FP8_BLOCK = 128
 """Under FP8, with any scaling recipe, the number of tokens on a rank is a multiple of this."""
-
-TABLE = ("log_probs", "entropy", "log_z", "in_filter")
 
 PROXY_ROWS = 8192
 """Tokens of which a proxy is stored at a time."""
@@ -98,10 +93,10 @@ class Passes:
                 output, stats = self.head.loss(hidden, part, loss, temperature=temperature, denominator=denominator)
                 value, metrics = output.loss, output.metrics
             # Megatron divides the loss in place by the number of micro-batches, which is right for none of the copies.
-            return value, _Part(part.rows, [getattr(stats, name) for name in TABLE], value.detach().clone(), metrics)
+            return value, Part(part.rows, [getattr(stats, name) for name in TABLE], value.detach().clone(), metrics)
 
         results, checks = self._run(batch, on_hidden, backward=True)
-        return _train_result(results, checks) if self.reports else None
+        return train_result(results, checks) if self.reports else None
 
     def score(self, batch: Batch, loss: lpreg.PolicyLoss | None, temperature: float) -> Table | None:
         """Returns log-prob, entropy, log Z and filter membership of every sampled token, without gradients.
@@ -119,7 +114,7 @@ class Passes:
             stats = self.head.statistics(rows, part, targets, temperature, **settings)
             columns = [getattr(stats, name) for name in TABLE] if self.reports else []
             marked = None if part.marked is None else rows[part.marked]
-            return stats.log_probs.sum(), _Scored(part, columns, marked)
+            return stats.log_probs.sum(), Scored(part, columns, marked)
 
         results, checks = self._run(batch, on_hidden)
         marked = [part for part in results if part.marked is not None]
@@ -127,20 +122,9 @@ class Passes:
             entries = self._proxy_entries(marked, temperature, settings) if marked else []
         if not self.reports and not marked:
             return None
-        columns = [column for part in results for column in part.columns]
-        arrays = _checked([*columns, *entries], [*checks, *more])
-        found = iter(arrays[: len(columns)])
-        table = _table(
-            [(part.batch.rows, dict(zip(TABLE, islice(found, len(part.columns)), strict=False))) for part in results]
-        )
-        if not marked:
-            return table
-        counts, ids, log_q = arrays[len(columns) :]
-        return replace(table, proxy=StoredProxy(_spread(results, counts), ids, log_q))
+        return scored_table(results, entries, [*checks, *more])
 
-    def _proxy_entries(
-        self, marked: Sequence[_Scored], temperature: float, settings: Mapping[str, Any]
-    ) -> list[Tensor]:
+    def _proxy_entries(self, marked: Sequence[Scored], temperature: float, settings: Mapping[str, Any]) -> list[Tensor]:
         """Returns counts, ids and log q of the proxy's entries of the marked tokens of all micro-batches.
 
         How many entries there are is known only after a wait for the GPU, so this comes after the last micro-batch.
@@ -166,7 +150,7 @@ class Passes:
             return logits.new_zeros(()), (part.rows, {"logits": gather_rows(whole, part.places, len(part.targets))})
 
         results, checks = self._run(batch, on_hidden)
-        return _table_of(results, checks) if self.reports else None
+        return table_of(results, checks) if self.reports else None
 
     def candidates(self, batch: Batch, temperature: float, count: int) -> Table | None:
         """Returns `candidate_ids` and `candidate_log_probs` [T, count]: the likeliest next tokens at each sampled token
@@ -190,7 +174,7 @@ class Passes:
             return log_probs.new_zeros(()), (part.rows, table)
 
         results, checks = self._run(batch, on_hidden)
-        return _table_of(results, checks) if self.reports else None
+        return table_of(results, checks) if self.reports else None
 
     def _run(
         self, batch: Batch, on_hidden: OnHidden[Any], *, backward: bool = False
@@ -212,88 +196,3 @@ class Passes:
             replace(micro_batch(own.sequences, rows, self.device, self.spec, length), rows=tuple(own.rows[rows]))
             for rows in own.micro_batches
         ]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """What a micro-batch of a training step leaves on the device."""
-
-    rows: tuple[int, ...]
-    columns: list[Tensor]
-    """The columns of TABLE."""
-    loss: Tensor
-    metrics: Mapping[str, lpreg.Mean]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Scored:
-    """What a micro-batch of scores leaves on the device."""
-
-    batch: MicroBatch
-    columns: list[Tensor]
-    """The columns of TABLE, on a reporting rank."""
-    marked: Tensor | None
-    """[R, d], hidden states that predict the marked tokens."""
-
-
-def _checked(tensors: Sequence[Tensor], checks: Sequence[lpreg.PostponedCheck]) -> list[np.ndarray]:
-    """Returns the tensors as arrays, with one copy. Raises ValueError if a check failed."""
-    if not checks:
-        return to_host(tensors)
-    *arrays, failed = to_host([*tensors, torch.stack([check.failed for check in checks])])
-    if failed.any():
-        raise ValueError(checks[int(failed.argmax())].message())
-    return arrays
-
-
-def _train_result(parts: Sequence[_Part], checks: Sequence[lpreg.PostponedCheck]) -> TrainResult:
-    """Copies everything to the host at once. The gradient norm is not known yet."""
-    names = list(parts[0].metrics) if parts else []
-    scalars = [
-        torch.stack([part.loss.double(), *(value for name in names for value in _sums(part.metrics[name]))])
-        for part in parts
-    ]
-    arrays = _checked([*scalars, *(column for part in parts for column in part.columns)], checks)
-    numbers, columns = arrays[: len(parts)], iter(arrays[len(parts) :])
-    return TrainResult(
-        table=_table([(part.rows, dict(zip(TABLE, islice(columns, len(TABLE)), strict=True))) for part in parts]),
-        loss=sum(float(found[0]) for found in numbers),
-        metrics=add_up(
-            {name: (float(found[1 + 2 * i]), float(found[2 + 2 * i])) for i, name in enumerate(names)}
-            for found in numbers
-        ),
-        grad_norm=float("nan"),
-    )
-
-
-def _sums(mean: lpreg.Mean) -> tuple[Tensor, Tensor]:
-    return mean.total.double(), mean.count.double()
-
-
-def _spread(parts: Sequence[_Scored], counts: np.ndarray) -> np.ndarray:
-    """Turns values of the marked tokens of all micro-batches into values of all of their tokens, 0 elsewhere."""
-    sizes = [len(part.batch.targets) for part in parts]
-    places = [
-        part.batch.marked_places + start
-        for part, start in zip(parts, np.cumsum(sizes) - sizes, strict=True)
-        if part.batch.marked_places is not None
-    ]
-    spread = np.zeros(sum(sizes), dtype=counts.dtype)
-    spread[np.concatenate(places)] = counts
-    return spread
-
-
-def _table_of(
-    parts: Sequence[tuple[tuple[int, ...], Mapping[str, Tensor]]], checks: Sequence[lpreg.PostponedCheck]
-) -> Table:
-    """Returns a table of tensors that are still on the device."""
-    arrays = iter(_checked([column for _, columns in parts for column in columns.values()], checks))
-    return _table([(rows, {name: next(arrays) for name in columns}) for rows, columns in parts])
-
-
-def _table(parts: list[tuple[tuple[int, ...], dict[str, np.ndarray]]]) -> Table:
-    names = parts[0][1] if parts else ()
-    return Table(
-        rows=np.array([row for rows, _ in parts for row in rows], dtype=np.int64),
-        values={name: np.concatenate([columns[name] for _, columns in parts]) for name in names},
-    )

@@ -19,7 +19,7 @@ from megatron_rl.utils import versions
 
 if TYPE_CHECKING:
     from megatron_rl.batching.packing import PackingForm
-    from megatron_rl.config.actor import ActorSettings
+    from megatron_rl.config.actor import ActorSettings, AttentionBackend
 
 _device: torch.device | None = None
 """The device that `prepare` chose."""
@@ -80,6 +80,12 @@ def fusions(settings: ActorSettings, device: torch.device, *, experts: bool) -> 
     )
 
 
+def attention(settings: ActorSettings, device: torch.device) -> AttentionBackend:
+    """Returns the attention backend, as `gpu.attention` chooses it."""
+    engine = uses_transformer_engine(device, getattr(torch, settings.dtype))
+    return gpu.attention(settings.attention_backend, engine=engine, deterministic=settings.deterministic)
+
+
 def overlaps_grad_reduce(settings: ActorSettings, device: torch.device) -> bool:
     """Returns whether the sum of gradients over replicas starts during the last backward pass."""
     if settings.data_parallel * settings.context_parallel == 1:
@@ -107,7 +113,7 @@ def require(device: torch.device, settings: ActorSettings) -> None:
                 "Install it and set actor.dtype to bfloat16, or set context_parallel to 1, fp8 to none and expert_gemm "
                 "to auto"
             )
-    gpu.check_attention(settings.attention_backend, engine=engine)
+    gpu.check_attention(attention(settings, device), engine=engine)
 
 
 def describe(settings: ActorSettings, *, experts: bool = False) -> str:
@@ -122,11 +128,12 @@ def describe(settings: ActorSettings, *, experts: bool = False) -> str:
         lines.append(
             f"torch {torch.__version__}, Transformer Engine {versions.installed('transformer-engine') or 'none'}"
         )
-        lines.append(f"attention: {settings.attention_backend if engine else 'scaled dot product of torch'}")
+        backend = attention(settings, _device)
+        lines.append(f"attention: {backend if engine else 'scaled dot product of torch'}")
         lines += fusions(settings, _device, experts=experts).lines()
         overlap = overlaps_grad_reduce(settings, _device)
         lines.append(f"sum of gradients overlaps the backward pass: {'on' if overlap else 'off'}")
-        lines += gpu.deterministic_line(settings.deterministic)
+        lines += gpu.deterministic_lines(settings.deterministic, backend, engine=engine)
     return "\n  ".join(lines)
 
 

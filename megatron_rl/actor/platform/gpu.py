@@ -16,12 +16,15 @@ import torch
 
 from megatron_rl.config.kernels import missing_attention, missing_fusion
 from megatron_rl.errors import UserError
+from megatron_rl.utils import versions
 
 if TYPE_CHECKING:
     from megatron_rl.config.actor import AttentionBackend, FusionSettings
 
 ATTENTION = {"auto": "111", "flash": "100", "fused": "010", "unfused": "001", "local": "000"}
 """Backend -> values of ATTENTION_VARIABLES that megatron-core sets, and insists on if they are set already."""
+REPEATABLE_FLASH = ">=2.4.1"
+"""Releases of flash-attn whose backward pass can repeat its bits."""
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
@@ -89,6 +92,21 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
         layer.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
+def attention(backend: AttentionBackend, *, engine: bool, deterministic: bool) -> AttentionBackend:
+    """Returns the attention backend to use. engine: whether layers come from Transformer Engine.
+
+    `auto` is `flash` if results must repeat bit by bit and FlashAttention can do that. On Hopper, the repeatable
+    backward pass of cuDNN, which would be chosen, needs about 128 bytes x sequences x heads x length^2 of memory:
+    128 GiB for one sequence of 10,000 tokens and 10 heads. Source: Transformer Engine 2.20, `get_attention_backend`,
+    which avoids cuDNN in this case; releases before do not.
+    """
+    if engine and deterministic and backend == "auto":
+        version = versions.installed("flash-attn")
+        if version is not None and versions.fits(version, REPEATABLE_FLASH):
+            return "flash"
+    return backend
+
+
 def check_attention(backend: AttentionBackend, *, engine: bool, environment: Mapping[str, str] = os.environ) -> None:
     """Raises UserError if the attention backend does not suit the layers, or if environment variables contradict it."""
     if not engine:
@@ -119,5 +137,13 @@ def prepare(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def deterministic_line(deterministic: bool) -> list[str]:
-    return ["deterministic: kernels and sums give the same bits when a run is repeated"] if deterministic else []
+def deterministic_lines(deterministic: bool, attention: AttentionBackend, *, engine: bool) -> list[str]:
+    if not deterministic:
+        return []
+    lines = ["deterministic: kernels and sums give the same bits when a run is repeated"]
+    if engine and attention == "auto":
+        lines.append(
+            f"deterministic: without flash-attn{REPEATABLE_FLASH}, the backward pass of cuDNN's attention needs about "
+            "128 bytes x sequences x heads x length^2 of memory on a Hopper GPU"
+        )
+    return lines

@@ -12,8 +12,9 @@ from torch import nn
 
 from megatron_rl.actor import platform
 from megatron_rl.actor.platform import environment, gpu
-from megatron_rl.config.actor import ActorSettings, FusionSettings
+from megatron_rl.config.actor import ActorSettings, AttentionBackend, FusionSettings
 from megatron_rl.errors import UserError
+from megatron_rl.utils import versions
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 NAMES = gpu.Fusions.__slots__
@@ -60,6 +61,23 @@ def test_attention_suits_the_layers() -> None:
         gpu.check_attention("local", engine=True, environment={})
     with pytest.raises(UserError, match="flash chooses among the attentions of Transformer Engine"):
         gpu.check_attention("flash", engine=False, environment={})
+
+
+def test_attention_that_must_repeat_its_bits_is_flash_attention_where_that_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def chosen(flash: str | None, backend: AttentionBackend = "auto", **settings: bool) -> str:
+        monkeypatch.setattr(versions, "installed", lambda name: flash if name == "flash-attn" else None)
+        return gpu.attention(backend, **({"engine": True, "deterministic": True} | settings))
+
+    assert chosen("2.7.4.post1") == "flash"
+    assert chosen("2.4.0") == chosen(None) == "auto"
+    assert chosen("2.8.0", deterministic=False) == chosen("2.8.0", engine=False) == "auto"
+    assert chosen("2.8.0", backend="fused") == "fused", "a key that is set stays"
+    warned = gpu.deterministic_lines(True, "auto", engine=True)
+    assert len(warned) == 2 and "flash-attn>=2.4.1" in warned[1] and "length^2" in warned[1]
+    assert len(gpu.deterministic_lines(True, "flash", engine=True)) == 1
+    assert gpu.deterministic_lines(False, "auto", engine=True) == []
 
 
 def test_attention_variables_that_contradict_the_key_are_named() -> None:

@@ -390,4 +390,4 @@ def test_an_update_describes_what_will_arrive(opened: Open) -> None:
     if isinstance(update, CollectiveUpdate):
         assert [stage.group for stage in update.stages] == [member.name for member in engines.all[0].groups]
     else:
-        assert update.parts == (Path("stage-0"), Path("stage-1"))
+        assert [part.name for part in update.parts] == ["stage-0", "stage-1"]

@@ -155,6 +155,8 @@ def test_the_weight_transport_determines_the_time_of_a_sync(make: Make) -> None:
     assert make("weight_sync.transport=disk").seconds["weight sync"] == pytest.approx(2 * weights / 1e9)
     alone = make("cluster={nodes: 1, colocate: true}", "actor.data_parallel=2", "rollout.engines=8")
     assert alone.seconds["weight sync"] == pytest.approx(2 * weights / 48e9)
+    over_nodes = make("cluster.colocate=true").seconds["weight sync"]
+    assert over_nodes == pytest.approx(2 * weights / 48e9 + weights / 9e9), "every node writes and reads its own copy"
 
 
 def test_mapped_memory_is_held_in_all_phases(make: Make) -> None:
