@@ -1,0 +1,198 @@
+"""Which runs the evidence consists of: arms, warm starts, seeds, and the tuning that each arm gets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TUNING_SEED = 100
+"""The seed of the tuning runs, which no result is from."""
+MAIN = ("grpo", "entropy_bonus", "high_entropy", "lp_reg-k3", "lp_reg-full", "lp_reg-lagged")
+"""The arms that a plan may also train for many steps."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with its settings."""
+
+    label: str
+    settings: Mapping[str, object]
+    """Keys of the configuration and their values."""
+    tuned: tuple[str, tuple[object, ...]] | None = None
+    """A further key, and the values among which the tuning split decides. The first is taken without tuning."""
+    follows: tuple[str, str, float] | None = None
+    """(arm, key, factor): the key takes the value that tuning chose for the other arm, times the factor. A control has
+    no tuning of its own."""
+    off_policy: bool = False
+
+
+RHO = "algorithm.lp_reg.rho"
+LITERAL = {
+    "algorithm.name": "lp_reg",
+    "algorithm.proxy_source": "current",
+    "algorithm.lp_reg.require_below_proxy": "false",
+}
+RHOS = (0.05, 0.01, 0.2)
+LAGGED = {"algorithm.name": "lp_reg"}
+RATES, RATES_OFF = (3e-4, 1.5e-4, 6e-4), (2e-4, 1e-4, 4e-4)
+LR = "actor.optimizer.lr"
+
+ON_POLICY = {
+    "grpo": Arm("GRPO", {"algorithm.name": "grpo"}, (LR, RATES)),
+    "maxrl": Arm("GRPO, MaxRL advantage", {"algorithm.name": "grpo", "algorithm.advantage": "maxrl"}, (LR, RATES)),
+    "entropy_bonus": Arm(
+        "entropy bonus",
+        {"algorithm.name": "entropy_bonus"},
+        ("algorithm.entropy_bonus.coefficient", (0.01, 0.002, 0.03)),
+    ),
+    "high_entropy": Arm("80/20", {"algorithm.name": "high_entropy"}, ("algorithm.high_entropy.share", (0.2, 0.1, 0.4))),
+    "stapo": Arm("STAPO", {"algorithm.name": "stapo"}, ("algorithm.stapo.tau_p", (0.01, 0.05, 0.2))),
+    "tre": Arm("TRE-K", {"algorithm.name": "tre"}, ("algorithm.tre.coefficient", (0.01, 0.001, 0.03))),
+    "lp_reg-k3": Arm("Lp-Reg, literal, k3", LITERAL, (RHO, RHOS)),
+    "lp_reg-full": Arm("Lp-Reg, literal, full KL", LITERAL | {"algorithm.lp_reg.kl_estimator": "full"}, (RHO, RHOS)),
+    "lp_reg-lagged": Arm("Lp-Reg, lagged proxy", LAGGED, (RHO, RHOS)),
+    "all": Arm("control: lagged KL on all negative tokens", LAGGED | {"algorithm.lp_reg.select_by": "all"}),
+    "random": Arm(
+        "control: lagged KL on as many random tokens",
+        LAGGED | {"algorithm.lp_reg.select_by": "random"},
+        follows=("lp_reg-lagged", RHO, 1.0),
+    ),
+    "half_push": Arm(
+        "control: half push on rare tokens",
+        {"algorithm.name": "benchmarks.evidence.half_push:HalfPush"},
+        follows=("lp_reg-lagged", "algorithm.settings.rho", 1.0),
+    ),
+}
+
+
+def _off(label: str, settings: Mapping[str, object], key: str, values: tuple[object, ...]) -> Arm:
+    return Arm(label, settings, (key, values), off_policy=True)
+
+
+TERM = {"algorithm.with_lp_reg.kl_estimator": "k3"}
+OFF_POLICY = {
+    "grpo-off": _off("GRPO", {"algorithm.name": "grpo"}, LR, RATES_OFF),
+    "clip_higher-off": _off(
+        "Clip-Higher", {"algorithm.name": "clip_higher"}, "algorithm.clip_higher.clip_high", (0.28, 0.4, 0.6)
+    ),
+    "gspo-off": _off(
+        "GSPO",
+        {"algorithm.name": "gspo"},
+        "algorithm.gspo",
+        tuple(f"{{clip_low: {3 * x:g}, clip_high: {4 * x:g}}}" for x in (1e-4, 1e-3, 1e-2)),
+    ),
+    "kl_cov-off": _off("KL-Cov", {"algorithm.name": "kl_cov"}, "algorithm.kl_cov.share", (2e-3, 2e-2, 2e-4)),
+    "dppo-off": _off(
+        "DPPO",
+        {"algorithm.name": "dppo"},
+        "algorithm.dppo",
+        tuple(f"{{bound_low: {x}, bound_high: {x}}}" for x in (0.2, 0.05, 0.5)),
+    ),
+    "sapo-off": _off(
+        "SAPO",
+        {"algorithm.name": "sapo"},
+        "algorithm.sapo",
+        tuple(f"{{tau_positive: {x}, tau_negative: {1.05 * x:g}}}" for x in (1.0, 2.0, 4.0)),
+    ),
+    "lp_reg-off": _off("Lp-Reg, old proxy, full KL", LAGGED | {"algorithm.lp_reg.kl_estimator": "full"}, RHO, RHOS),
+    "dppo-lp_reg-off": _off("Lp-Reg over DPPO", {"algorithm.name": "dppo"} | TERM, "algorithm.with_lp_reg.rho", RHOS),
+}
+ARMS = ON_POLICY | OFF_POLICY
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    arm: str
+    warm_start: int
+    """The seed of the task: its problems, traces and untrained model."""
+    seed: int
+    steps: int
+    """On-policy steps; an off-policy run samples as many responses."""
+    samples: int
+    """Responses per problem of the fresh split."""
+    settings: tuple[str, ...]
+    """The arm's overrides."""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder, different for different settings."""
+        content = repr((self.steps, self.samples, self.settings))
+        return f"{self.arm}-w{self.warm_start}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+
+    @property
+    def config(self) -> Path:
+        return HERE / ("off_policy.yaml" if ARMS[self.arm].off_policy else "on_policy.yaml")
+
+    @property
+    def overrides(self) -> list[str]:
+        """Everything but the task."""
+        steps = -(-self.steps // 4) if ARMS[self.arm].off_policy else self.steps
+        return [*self.settings, f"train.steps={steps}", f"seed={self.seed}"]
+
+
+Chosen = Mapping[str, object]
+"""The tuned value of each arm."""
+
+
+def settings_of(arm: str, chosen: Chosen) -> tuple[str, ...]:
+    """Returns the overrides of an arm with its tuned value, or that of the arm that it follows."""
+    found = ARMS[arm]
+    settings = dict(found.settings)
+    if found.tuned is not None:
+        settings[found.tuned[0]] = chosen.get(arm, found.tuned[1][0])
+    if found.follows is not None:
+        other, key, factor = found.follows
+        tuned = ARMS[other].tuned
+        assert tuned is not None
+        settings[key] = min(1.0, factor * float(str(chosen.get(other, tuned[1][0]))))
+    return tuple(f"{key}={value}" for key, value in settings.items())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of one command, in an order in which an interrupted one has compared all arms equally often."""
+
+    arms: Sequence[str]
+    warm_starts: Sequence[int]
+    seeds: Sequence[int]
+    steps: int
+    samples: int
+    tuned: bool = False
+    """Whether every arm's tuned setting is chosen first, by runs of the same length with another seed."""
+    long_steps: int = 0
+    """Steps of a further run of each main arm with the first warm start; 0: none."""
+    long_seeds: Sequence[int] = field(default=(0,))
+
+    def tuning(self) -> Iterator[tuple[str, object, Run]]:
+        """Yields (arm, value, run)."""
+        for arm in self.arms if self.tuned else ():
+            for value in (ARMS[arm].tuned or ("", ()))[1]:
+                yield arm, value, self._run(arm, self.warm_starts[0], TUNING_SEED, self.steps, {arm: value})
+
+    def compared(self, chosen: Chosen) -> Iterator[Run]:
+        """Yields the runs that are compared."""
+        for seed in self.seeds:
+            for warm_start in self.warm_starts:
+                for arm in self.arms:
+                    yield self._run(arm, warm_start, seed, self.steps, chosen)
+
+    def long(self, chosen: Chosen) -> Iterator[Run]:
+        for seed in self.long_seeds if self.long_steps else ():
+            for arm in MAIN:
+                yield self._run(arm, self.warm_starts[0], seed, self.long_steps, chosen)
+
+    def _run(self, arm: str, warm_start: int, seed: int, steps: int, chosen: Chosen) -> Run:
+        return Run(arm, warm_start, seed, steps, self.samples, settings_of(arm, chosen))
+
+
+PLANS = {
+    "quick": Plan(
+        ("grpo", "entropy_bonus", "lp_reg-k3", "lp_reg-lagged", "all", "random", "half_push"), (0,), range(5), 100, 16
+    ),
+    "full": Plan(tuple(ARMS), (0, 1), range(5), 150, 64, tuned=True, long_steps=1000),
+}
