@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.machine import arguments
 from megatron_rl.config import load_config
@@ -22,6 +21,7 @@ from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.setup import Setup
 from megatron_rl.utils.hardware import GIB, GPUS
 
+ROOT = Path(__file__).parents[1]
 RECIPES = (
     *("grpo_on", "lp_reg_paper_on", "lp_reg_reference_on", "entropy_bonus_on"),
     *("grpo_off", "lp_reg_paper_off", "dppo_off", "dppo_with_lp_reg_off"),

@@ -60,7 +60,7 @@ CLAIMS = (
     Claim("paper", "An entropy bonus makes noise words likelier than GRPO", "entropy_bonus", "grpo", "noise"),
     Claim(
         "paper",
-        "Lp-Reg keeps noise words rarer than an entropy bonus",
+        "Lp-Reg has rarer noise words than an entropy bonus",
         "lp_reg-lagged",
         "entropy_bonus",
         "noise",
