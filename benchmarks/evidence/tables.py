@@ -30,7 +30,7 @@ def bounds(mean: Mean, signed: str = "") -> str:
 
 
 def arms_table(runs: Outcomes) -> str:
-    """Every arm: its means after training, the share of tokens with its KL, and the difference of pass@8 to its GRPO."""
+    """Every arm: its means after training, the share of tokens with its KL, and the differences to its GRPO."""
     rows = []
     for name, arm in ARMS.items():
         own = [run for run in runs if run["arm"] == name]

@@ -36,8 +36,8 @@ def check_config(config: trl.GRPOConfig, *, own_advantages: bool = False) -> Non
     changed = {f.name for f in fields(config) if getattr(config, f.name) != f.default}
     if own_advantages and (unread := sorted(changed & OF_TRLS_ADVANTAGES)):
         raise ValueError(
-            f"GRPOConfig: {', '.join(unread)}: settings of TRL's own advantages, which `advantage` replaces; leave them "
-            "out"
+            f"GRPOConfig: {', '.join(unread)}: settings of TRL's own advantages, which `advantage` replaces; leave "
+            "them out"
         )
     if ignored := [f.name for f in fields(config) if f.name in changed & OF_TRLS_LOSS]:
         raise ValueError(
