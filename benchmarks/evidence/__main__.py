@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.plan import PLANS, Chosen, Plan, Run
+from benchmarks.evidence.plan import PLANS, Run
 from benchmarks.evidence.runs import FOLDER, NOT_KEPT, outcome, start
 from benchmarks.machine import arguments, keep
 
@@ -68,14 +68,6 @@ def train(runs: Iterable[Run], results: Results, at_once: int, in_time: Callable
     return not waiting
 
 
-def chosen_by_tuning(plan: Plan, results: Results) -> Chosen:
-    """Returns each arm's value with the highest mean of accuracy and pass@8 on the tuning split."""
-    scores: dict[str, dict[object, float]] = {}
-    for arm, value, run in plan.tuning():
-        scores.setdefault(arm, {})[value] = results.runs[run.name]["after"]["tuning"]
-    return {arm: max(values, key=values.__getitem__) for arm, values in scores.items()}
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--plan", choices=PLANS, default="full")
@@ -91,11 +83,9 @@ def main() -> None:
     def in_time() -> bool:
         return time.monotonic() - begun < options.minutes * 60
 
-    done = train((run for _, _, run in plan.tuning()), results, options.at_once, in_time)
-    if done:
-        chosen = chosen_by_tuning(plan, results)
-        done = train([*plan.compared(chosen), *plan.long(chosen)], results, options.at_once, in_time)
-    if not done:
+    train((run for _, _, run in plan.tuning()), results, options.at_once, in_time)
+    chosen = plan.chosen(results.runs)
+    if chosen is None or not train([*plan.compared(chosen), *plan.long(chosen)], results, options.at_once, in_time):
         print("the time is over; the same command continues", file=sys.stderr)
 
 

@@ -71,6 +71,13 @@ CLAIMS = (
     Claim("README", "Lagged Lp-Reg ends with more entropy than GRPO", "lp_reg-lagged", "grpo", "entropy"),
     Claim("README", "Lagged Lp-Reg makes the spark likelier than GRPO", "lp_reg-lagged", "grpo", "spark"),
     Claim("question", "Lagged Lp-Reg is more accurate than GRPO", "lp_reg-lagged", "grpo", "accuracy"),
+    Claim(
+        "question",
+        "Lagged Lp-Reg has a higher pass@8 than an entropy bonus",
+        "lp_reg-lagged",
+        "entropy_bonus",
+        "pass@8",
+    ),
     Claim("question", "Rare tokens matter: pass@8 above that of all negatives", "lp_reg-lagged", "all", "pass@8"),
     Claim("question", "Rare tokens matter: spark above that of all negatives", "lp_reg-lagged", "all", "spark"),
     Claim("question", "Rare tokens matter: pass@8 above that of random tokens", "lp_reg-lagged", "random", "pass@8"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.evidence.claims import CLAIMS, Outcomes, paired
-from benchmarks.evidence.plan import ARMS, PLANS, TUNING_SEED
+from benchmarks.evidence.plan import ARMS, PLANS, Run
 from benchmarks.evidence.statistics import Mean, sign_flip_p
 
 MEASURES = ("accuracy", "pass@8", "entropy", "length", "spark", "noise")
@@ -16,11 +16,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *rows))
 
 
-def compared(found: Mapping[str, Any], *, steps: int | None = None) -> list[dict[str, Any]]:
-    """Returns the outcomes that are compared: not those of tuning, and of the plan's usual length unless `steps` says
-    otherwise."""
-    steps = PLANS[found["plan"]].steps if steps is None else steps
-    return [run for run in found["runs"].values() if run["seed"] != TUNING_SEED and run["steps"] == steps]
+def results_of(runs: Iterable[Run], found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the outcomes of those of the runs that have one."""
+    return [found["runs"][run.name] for run in runs if run.name in found["runs"]]
 
 
 def bounds(mean: Mean, signed: str = "") -> str:
@@ -37,7 +35,7 @@ def arms_table(runs: Outcomes) -> str:
         if not own:
             continue
         baseline = "grpo-off" if arm.off_policy else "grpo"
-        cells = [arm.label + (", off-policy" if arm.off_policy else ""), str(len(own))]
+        cells = [arm.title, str(len(own))]
         cells += [bounds(Mean.of([run["after"][measure] for run in own])) for measure in MEASURES[:3]]
         cells += [f"{Mean.of([run['after'][measure] for run in own]).value:.3f}" for measure in MEASURES[3:]]
         shares = [run["regularised"] for run in own if run["regularised"] is not None]
@@ -57,7 +55,7 @@ def pass_table(runs: Outcomes) -> str:
     """pass@k of every arm."""
     ks = [key for key in runs[0]["after"] if key.startswith("pass@")]
     groups = {"before training": [run["before"] for run in runs]}
-    groups |= {arm.label: [run["after"] for run in runs if run["arm"] == name] for name, arm in ARMS.items()}
+    groups |= {arm.title: [run["after"] for run in runs if run["arm"] == name] for name, arm in ARMS.items()}
     rows = [
         [label, *(f"{Mean.of([each[k] for each in values]).value:.3f}" for k in ks)]
         for label, values in groups.items()
@@ -83,15 +81,17 @@ def claims_table(runs: Outcomes) -> str:
 
 def evidence_tables(found: Mapping[str, Any]) -> str:
     """Everything that one plan's results say."""
-    plan, runs = PLANS[found["plan"]], compared(found)
-    if not runs:
-        return "(No run of this plan has ended yet.)\n"
+    plan = PLANS[found["plan"]]
+    chosen = plan.chosen(found["runs"])
+    runs = [] if chosen is None else results_of(plan.compared(chosen), found)
+    if chosen is None or not runs:
+        return "(No run that is compared has ended yet.)\n"
     planned = len(plan.arms) * len(plan.warm_starts) * len(plan.seeds)
     said = (
         f"{len(runs)} of {planned} planned runs of {plan.steps} steps, {plan.samples} samples per problem; "
         f"tuning: {'three values per arm' if plan.tuned else 'none'}.\n\n"
     )
     parts = [said, claims_table(runs), "\n", arms_table(runs), "\n", pass_table(runs)]
-    if long := compared(found, steps=plan.long_steps) if plan.long_steps else []:
+    if long := results_of(plan.long(chosen), found):
         parts += [f"\nAfter {plan.long_steps} steps:\n\n", arms_table(long)]
     return "".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,12 @@ def test_every_place_has_all_arms_before_the_next_one_begins() -> None:
     assert len({run.name for run in SMALL.compared({})}) == 8
 
 
-def test_tuning_takes_the_best_value_and_other_settings_make_another_run(tmp_path: Path) -> None:
-    results = command.Results(tmp_path / "none.json", "quick")
+def test_tuning_takes_the_best_value_and_other_settings_make_another_run() -> None:
+    results: dict[str, dict[str, Any]] = {}
     for _, value, run in SMALL.tuning():
-        results.runs[run.name] = result(run, 0.9 if value in (0.2, 1.5e-4) else 0.4)
-    chosen = command.chosen_by_tuning(SMALL, results)
+        assert SMALL.chosen(results) is None
+        results[run.name] = result(run, 0.9 if value in (0.2, 1.5e-4) else 0.4)
+    chosen = SMALL.chosen(results)
     assert chosen == {"grpo": 1.5e-4, "lp_reg-k3": 0.2}
     usual, tuned = list(SMALL.compared({})), list(SMALL.compared(chosen))
     assert all(one.name != other.name for one, other in zip(usual, tuned, strict=True))
@@ -145,6 +147,7 @@ def test_differences_are_paired_by_place_and_the_page_shows_them() -> None:
         "| README | Lagged Lp-Reg has a higher pass@8 than GRPO | +0.100 (+0.100 to +0.100) | 4 | 0.125 | not shown"
         in text
     )
+    assert len(re.findall(r"\| GRPO \| 5 |\| GRPO \| 0\.\d", text)) == 2, "in both tables of arms"
     assert "| Lp-Reg, lagged proxy | 4 |" in text and "further claims have no runs yet" in text
 
 
