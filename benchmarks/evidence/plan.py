@@ -1,4 +1,4 @@
-"""Which runs the evidence consists of: arms, warm starts, seeds, and the tuning that each arm gets."""
+"""Which runs the evidence consists of: arms, warm starts, seeds, and the tuning that each arm gets first."""
 
 from __future__ import annotations
 
@@ -8,104 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.arms import ARMS
+
 HERE = Path(__file__).parent
 TUNING_SEED = 100
 """The seed of the tuning runs, which no result is from."""
 MAIN = ("grpo", "entropy_bonus", "high_entropy", "lp_reg-k3", "lp_reg-full", "lp_reg-lagged")
 """The arms that a plan may also train for many steps."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method with its settings."""
-
-    label: str
-    settings: Mapping[str, object]
-    """Keys of the configuration and their values."""
-    tuned: tuple[str, tuple[object, ...]] | None = None
-    """A further key, and the values among which the tuning split decides. The first is taken without tuning."""
-    follows: tuple[str, str, float] | None = None
-    """(arm, key, factor): the key takes the value that tuning chose for the other arm, times the factor. A control has
-    no tuning of its own."""
-    off_policy: bool = False
-
-    @property
-    def title(self) -> str:
-        return self.label + (", off-policy" if self.off_policy else "")
-
-
-RHO = "algorithm.lp_reg.rho"
-LITERAL = {
-    "algorithm.name": "lp_reg",
-    "algorithm.proxy_source": "current",
-    "algorithm.lp_reg.require_below_proxy": "false",
-}
-RHOS = (0.05, 0.01, 0.2)
-LAGGED = {"algorithm.name": "lp_reg"}
-RATES, RATES_OFF = (3e-4, 1.5e-4, 6e-4), (2e-4, 1e-4, 4e-4)
-LR = "actor.optimizer.lr"
-
-ON_POLICY = {
-    "grpo": Arm("GRPO", {"algorithm.name": "grpo"}, (LR, RATES)),
-    "maxrl": Arm("GRPO, MaxRL advantage", {"algorithm.name": "grpo", "algorithm.advantage": "maxrl"}, (LR, RATES)),
-    "entropy_bonus": Arm(
-        "entropy bonus",
-        {"algorithm.name": "entropy_bonus"},
-        ("algorithm.entropy_bonus.coefficient", (0.01, 0.002, 0.03)),
-    ),
-    "high_entropy": Arm("80/20", {"algorithm.name": "high_entropy"}, ("algorithm.high_entropy.share", (0.2, 0.1, 0.4))),
-    "stapo": Arm("STAPO", {"algorithm.name": "stapo"}, ("algorithm.stapo.tau_p", (0.01, 0.05, 0.2))),
-    "tre": Arm("TRE-K", {"algorithm.name": "tre"}, ("algorithm.tre.coefficient", (0.01, 0.001, 0.03))),
-    "lp_reg-k3": Arm("Lp-Reg, literal, k3", LITERAL, (RHO, RHOS)),
-    "lp_reg-full": Arm("Lp-Reg, literal, full KL", LITERAL | {"algorithm.lp_reg.kl_estimator": "full"}, (RHO, RHOS)),
-    "lp_reg-lagged": Arm("Lp-Reg, lagged proxy", LAGGED, (RHO, RHOS)),
-    "all": Arm("control: lagged KL on all negative tokens", LAGGED | {"algorithm.lp_reg.select_by": "all"}),
-    "random": Arm(
-        "control: lagged KL on as many random tokens",
-        LAGGED | {"algorithm.lp_reg.select_by": "random"},
-        follows=("lp_reg-lagged", RHO, 1.8),  # the KL acts on 2.4 % of all tokens with rho 5 %, on 1.3 % of random ones
-    ),
-    "half_push": Arm(
-        "control: half push on rare tokens",
-        {"algorithm.name": "benchmarks.evidence.half_push:HalfPush"},
-        follows=("lp_reg-lagged", "algorithm.settings.rho", 1.0),
-    ),
-}
-
-
-def _off(label: str, settings: Mapping[str, object], key: str, values: tuple[object, ...]) -> Arm:
-    return Arm(label, settings, (key, values), off_policy=True)
-
-
-TERM = {"algorithm.with_lp_reg.kl_estimator": "k3"}
-OFF_POLICY = {
-    "grpo-off": _off("GRPO", {"algorithm.name": "grpo"}, LR, RATES_OFF),
-    "clip_higher-off": _off(
-        "Clip-Higher", {"algorithm.name": "clip_higher"}, "algorithm.clip_higher.clip_high", (0.28, 0.4, 0.6)
-    ),
-    "gspo-off": _off(
-        "GSPO",
-        {"algorithm.name": "gspo"},
-        "algorithm.gspo",
-        tuple(f"{{clip_low: {3 * x:g}, clip_high: {4 * x:g}}}" for x in (1e-4, 1e-3, 1e-2)),
-    ),
-    "kl_cov-off": _off("KL-Cov", {"algorithm.name": "kl_cov"}, "algorithm.kl_cov.share", (2e-3, 2e-2, 2e-4)),
-    "dppo-off": _off(
-        "DPPO",
-        {"algorithm.name": "dppo"},
-        "algorithm.dppo",
-        tuple(f"{{bound_low: {x}, bound_high: {x}}}" for x in (0.2, 0.05, 0.5)),
-    ),
-    "sapo-off": _off(
-        "SAPO",
-        {"algorithm.name": "sapo"},
-        "algorithm.sapo",
-        tuple(f"{{tau_positive: {x}, tau_negative: {1.05 * x:g}}}" for x in (1.0, 2.0, 4.0)),
-    ),
-    "lp_reg-off": _off("Lp-Reg, old proxy, full KL", LAGGED | {"algorithm.lp_reg.kl_estimator": "full"}, RHO, RHOS),
-    "dppo-lp_reg-off": _off("Lp-Reg over DPPO", {"algorithm.name": "dppo"} | TERM, "algorithm.with_lp_reg.rho", RHOS),
-}
-ARMS = ON_POLICY | OFF_POLICY
 
 
 @dataclass(frozen=True)
@@ -131,12 +40,12 @@ class Run:
 
     @property
     def config(self) -> Path:
-        return HERE / ("off_policy.yaml" if ARMS[self.arm].off_policy else "on_policy.yaml")
+        return HERE / ("off_policy.yaml" if ARMS[self.arm].kind == "off-policy" else "on_policy.yaml")
 
     @property
     def overrides(self) -> list[str]:
         """Everything but the task."""
-        steps = -(-self.steps // 4) if ARMS[self.arm].off_policy else self.steps
+        steps = -(-self.steps // 4) if ARMS[self.arm].kind == "off-policy" else self.steps
         return [*self.settings, f"train.steps={steps}", f"seed={self.seed}"]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.claims import CLAIMS, Outcomes, paired
-from benchmarks.evidence.plan import ARMS, PLANS, Run
+from benchmarks.evidence.plan import PLANS, Run
 from benchmarks.evidence.statistics import Mean, sign_flip_p
 
 MEASURES = ("accuracy", "pass@8", "entropy", "length", "spark", "noise")
@@ -34,14 +35,13 @@ def arms_table(runs: Outcomes) -> str:
         own = [run for run in runs if run["arm"] == name]
         if not own:
             continue
-        baseline = "grpo-off" if arm.off_policy else "grpo"
         cells = [arm.title, str(len(own))]
         cells += [bounds(Mean.of([run["after"][measure] for run in own])) for measure in MEASURES[:3]]
         cells += [f"{Mean.of([run['after'][measure] for run in own]).value:.3f}" for measure in MEASURES[3:]]
         shares = [run["regularised"] for run in own if run["regularised"] is not None]
         cells.append(f"{Mean.of(shares).value:.2%}" if shares else "")
         for measure in ("accuracy", "pass@8"):
-            differences = [] if name == baseline else paired(runs, name, baseline, measure)
+            differences = [] if name == arm.baseline else paired(runs, name, arm.baseline, measure)
             p = f", p {sign_flip_p(differences):.3f}" if len(differences) > 1 else ""
             cells.append(bounds(Mean.of(differences), "+") + p if differences else "")
         rows.append(cells)

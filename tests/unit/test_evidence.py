@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import sys
 from pathlib import Path
@@ -13,15 +14,17 @@ import pytest
 import torch
 
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import runs
+from benchmarks.evidence import long_tail, runs
+from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.claims import CLAIMS, Claim, paired
 from benchmarks.evidence.half_push import HalfPush, HalfPushSettings
-from benchmarks.evidence.plan import ARMS, MAIN, PLANS, Plan, Run, settings_of
+from benchmarks.evidence.plan import MAIN, PLANS, Plan, Run, settings_of
 from benchmarks.evidence.statistics import Mean, sign_flip_p
 from benchmarks.evidence.tables import evidence_tables
 from lpreg import LossInputs
 from megatron_rl.config import load_config
 from megatron_rl.config.methods import method_needs
+from megatron_rl.types import Prompt, Response, Sample
 
 SMALL = Plan(("grpo", "lp_reg-k3"), (0, 1), (0, 1), 10, 8, tuned=True)
 
@@ -41,21 +44,24 @@ def result(run: Run, accuracy: float) -> dict[str, Any]:
 def test_every_arm_is_a_valid_configuration(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With each of its values, and with those of the arm that it follows."""
     monkeypatch.setattr(runs, "write_task", lambda *_, **__: None)
+    monkeypatch.setattr(long_tail, "write", lambda *_: None)
     tuned = ARMS[arm].tuned or ("", (None,))
     for value in tuned[1]:
-        chosen = {arm: value} if ARMS[arm].tuned else {"lp_reg-lagged": 0.2}
+        chosen = {arm: value} if ARMS[arm].tuned else {"lp_reg-lagged": 0.2, "lp_reg-k3-tail": 0.2}
         (run,) = Plan((arm,), (1,), (3,), 150, 64).compared(chosen)
         config = load_config(run.config, runs.command(run)[5:])
         method_needs(config.algorithm)
-        assert (config.seed, config.resume, config.prepare) == (3, "auto", None)
-        assert config.train.steps == (38 if ARMS[arm].off_policy else 150)
-        assert config.train.updates_per_rollout == (8 if ARMS[arm].off_policy else 1)
+        assert (config.seed, config.resume, config.prepare) == (3, "auto", None) and config.warm_start
+        assert config.train.steps == (38 if ARMS[arm].kind == "off-policy" else 150)
+        assert config.train.updates_per_rollout == (8 if ARMS[arm].kind == "off-policy" else 1)
         assert config.evaluation.suites["fresh"].samples_per_prompt == 64
-        assert config.model.path == Path("runs/countdown-task-1/model")
+        tail = ARMS[arm].kind == "long tail"
+        assert config.model.path == Path(f"runs/countdown-{'tail' if tail else 'task'}-1/model")
+        assert len(config.warm_start.phases) == (3 if tail else 2)
 
 
 def test_arms_differ_and_claims_name_known_ones() -> None:
-    assert len({(settings_of(arm, {}), ARMS[arm].off_policy) for arm in ARMS}) == len(ARMS)
+    assert len({(settings_of(arm, {}), ARMS[arm].kind) for arm in ARMS}) == len(ARMS)
     assert {claim.arm for claim in CLAIMS} | {claim.against for claim in CLAIMS} <= {None, *ARMS}
     assert set(MAIN) <= set(PLANS["full"].arms) == set(ARMS) and set(PLANS["quick"].arms) <= set(ARMS)
 
@@ -149,6 +155,25 @@ def test_differences_are_paired_by_place_and_the_page_shows_them() -> None:
     )
     assert len(re.findall(r"\| GRPO \| 5 |\| GRPO \| 0\.\d", text)) == 2, "in both tables of arms"
     assert "| Lp-Reg, lagged proxy | 4 |" in text and "further claims have no runs yet" in text
+
+
+def test_noise_ends_responses_and_does_not_change_the_verdict() -> None:
+    rng, numbers = random.Random(0), (3, 5, 7)
+    texts = [long_tail.response(rng, numbers, 22).removesuffix(" <eos>") for _ in range(2000)]
+    assert 0.37 < sum(long_tail.is_noise(text.split()[-1]) for text in texts) / len(texts) < 0.43
+    assert 0.22 < sum(text.split()[-1] in ("hmm", "so") for text in texts) / len(texts) < 0.28
+    assert 0.02 < sum("wait" in text for text in texts) / len(texts) < 0.08
+
+    def score(text: str) -> float:
+        return long_tail.verify(Sample(Prompt("", (), "", "3 5 7 > 22"), Response([], [], "stop", 0), text)).score
+
+    right = "3 * 5 = 15 + 7 = 22 ok"
+    assert [score(right), score(f"{right} n7"), score(f"{right} n7 n8"), score("n1 3 + 5 = 8 + 7 = 15 no")] == [
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_half_push_halves_the_gradient_of_rare_negative_tokens() -> None:
