@@ -176,6 +176,17 @@ def test_noise_ends_responses_and_does_not_change_the_verdict() -> None:
     ]
 
 
+def test_the_long_tail_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_tail, "STEPS", 1)
+    folder = tmp_path / "tail"
+    long_tail.write(folder, 0)
+    traces = (folder / "warm_start_c.parquet").read_bytes()
+    assert json.loads((folder / "model/config.json").read_text())["vocab_size"] == 395
+    long_tail.write(folder, 1)
+    assert (folder / "warm_start_c.parquet").read_bytes() == traces
+    assert [path.name for path in tmp_path.iterdir()] == ["tail"]
+
+
 def test_half_push_halves_the_gradient_of_rare_negative_tokens() -> None:
     log_probs = torch.tensor([-5.0, -5.0, -0.1], requires_grad=True)
     selection = torch.tensor([True, True, False])
