@@ -36,7 +36,7 @@ export OMP_NUM_THREADS := 1
 .PHONY: help setup dev quickstart docs-environment docs test test-all test-nightly test-runs chromium test-browser \
   sinks test-sinks test-environments slurm-packages test-slurm window test-megatron-window rehearsal rehearse \
   rehearse-session engines test-engines test-servers test-sglang test-vllm benchmark benchmark-check reproduce \
-  image-test lint clean
+  reproduce-quick reproduce-demonstration image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -205,7 +205,14 @@ benchmark: dev ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some
 benchmark-check: setup ## costs that no machine changes, against the kept ones (a minute)
 	$(BIN)/python benchmarks/check.py
 
-reproduce: setup ## the demonstration for ten seeds: the table of docs/demonstration.md (half an hour on two cores)
+# Both continue where they were stopped; the whole plan takes two or three sessions of three hours.
+reproduce: setup ## the runs of docs/evidence.md, for three hours on two cores; again for the next three
+	$(BIN)/python -m benchmarks.evidence --plan full --minutes 170 --out runs/benchmarks/evidence.json $(ARGS)
+
+reproduce-quick: setup ## the short runs of docs/evidence.md (at most 20 minutes on two cores)
+	$(BIN)/python -m benchmarks.evidence --plan quick --out runs/benchmarks/evidence_quick.json $(ARGS)
+
+reproduce-demonstration: setup ## the demonstration for ten seeds: the table of docs/demonstration.md (half an hour on two cores)
 	$(BIN)/python benchmarks/countdown_seeds.py --out runs/benchmarks/countdown_seeds.json $(ARGS)
 
 image-test: dev ## build the CPU image and start it, without Docker (on Debian, as root, buildah is installed where missing)

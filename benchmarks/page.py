@@ -16,7 +16,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PAGES = tuple(ROOT / "docs" / name for name in ("benchmarks.md", "demonstration.md", "agents.md"))
+NAMES = ("benchmarks.md", "demonstration.md", "agents.md", "evidence.md", "full-size.md")
+PAGES = tuple(ROOT / "docs" / name for name in NAMES)
 RESULTS, SCALING, SEEDS = ROOT / "benchmarks/results", ROOT / "docs/scaling.svg", ROOT / "docs/demonstration.svg"
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -212,21 +213,43 @@ def agent_learns(found: Found) -> str:
     return table(("step", "tool calls", "turns", "accuracy", "pass@8", "entropy"), rows) + "\n" + said
 
 
+def full_size(found: Found) -> str:
+    head = ["recipe", "steps", "GiB of a rank, peak", "KV cache of an engine, tokens"]
+    head += [f"step, responses of {n}" for n in found["lengths"]]
+    head += [f"GPU hours, responses of {n}" for n in found["lengths"]]
+    rows = (
+        [
+            *(f"`{recipe}`", f"{run['steps']:,}", f"{run['peak_gib']:.1f}", f"{run['cache_tokens']:,.0f}"),
+            *(f"{seconds / 60:.1f} min" for seconds in run["step_seconds"].values()),
+            *(f"{hours:,.0f}" for hours in run["gpu_hours"].values()),
+        ]
+        for recipe, run in found["runs"].items()
+    )
+    return table(head, rows)
+
+
+def evidence(found: Found) -> str:
+    from benchmarks.evidence.tables import evidence_tables
+
+    return evidence_tables(found)
+
+
 TABLES: dict[str, Callable[[Found], str]] = {
     f.__name__: f
     for f in (
         *(batching, training_step, weight_sync, start_up, driver, scaling, grading),
-        *(entropy_terms_cpu, countdown_seeds, agent_learns),
+        *(entropy_terms_cpu, countdown_seeds, agent_learns, full_size, evidence),
     )
 }
+TABLES["evidence_quick"] = evidence
 
 
 def rendered(name: str) -> str:
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        return "(No results are kept yet: the benchmark needs a quiet machine.)\n"
+        return "(No results are kept yet.)\n"
     found = json.loads(path.read_text())
-    return TABLES[name](found) + where(found)
+    return TABLES[name](found) + (where(found) if "machine" in found else "")
 
 
 def main() -> None:

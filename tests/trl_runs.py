@@ -112,7 +112,7 @@ def run(
 ) -> Recorder:
     """Trains the tiny model, or the given one, with 12 rows per update unless the settings say otherwise."""
     recorder = Recorder()
-    refresh = {"proxy_refresh_steps": settings.pop("proxy_refresh_steps", 2)}
+    own = {"proxy_refresh_steps": settings.pop("proxy_refresh_steps", 2), "advantage": settings.pop("advantage", None)}
     checkpoint = settings.pop("resume_from_checkpoint", None)
     config = {
         "per_device_train_batch_size": 12,
@@ -136,7 +136,7 @@ def run(
         rollout_func=rollout_func,
         callbacks=[recorder],
         loss=loss,
-        **refresh,
+        **own,
     )
     trainer.recorder = recorder
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -27,10 +27,19 @@ def check_version() -> None:
         raise ImportError(f"lpreg.integrations.trl is written for TRL {WRITTEN_FOR}x, not for {trl.__version__}")
 
 
-def check_config(config: trl.GRPOConfig) -> None:
-    """Raises ValueError for settings of TRL's own loss, and for updates that are not complete when they begin."""
-    ignored = [f.name for f in fields(config) if f.name in OF_TRLS_LOSS and getattr(config, f.name) != f.default]
-    if ignored:
+OF_TRLS_ADVANTAGES = {"scale_rewards", "multi_objective_aggregation"}
+
+
+def check_config(config: trl.GRPOConfig, *, own_advantages: bool = False) -> None:
+    """Raises ValueError for settings of TRL's own loss, or of its advantages if lpreg computes these, and for updates
+    that are not complete when they begin."""
+    changed = {f.name for f in fields(config) if getattr(config, f.name) != f.default}
+    if own_advantages and (unread := sorted(changed & OF_TRLS_ADVANTAGES)):
+        raise ValueError(
+            f"GRPOConfig: {', '.join(unread)}: settings of TRL's own advantages, which `advantage` replaces; leave "
+            "them out"
+        )
+    if ignored := [f.name for f in fields(config) if f.name in changed & OF_TRLS_LOSS]:
         raise ValueError(
             f"GRPOConfig: {', '.join(ignored)}: settings of TRL's own loss, which `loss` replaces; leave them out and "
             "give the method its own, as in loss=lpreg.make_loss('clip_higher', clip_high=0.3)"

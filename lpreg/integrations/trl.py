@@ -21,6 +21,8 @@ import trl
 from torch import Tensor, nn
 
 from lpreg import Mean, PolicyLoss, ProxyStore, make_loss
+from lpreg.advantages import Estimator
+from lpreg.integrations._trl_advantages import advantages_of
 from lpreg.integrations._trl_batch import Batch, loss_inputs, loss_mask, proxy_rows, select, set_denominator
 from lpreg.integrations._trl_checks import check_config, check_trainer, check_version
 from lpreg.integrations._trl_entropy import EntropyCoefficient
@@ -48,12 +50,15 @@ class GRPOTrainer(trl.GRPOTrainer):
         args: trl.GRPOConfig | None = None,
         *others: Any,
         loss: PolicyLoss | str,
+        advantage: str | Estimator | None = None,
         proxy_refresh_steps: int = 25,
         **named: Any,
     ) -> None:
         """The arguments of trl.GRPOTrainer, and:
 
         loss: the result of `make_loss`, or a method's name for its defaults.
+        advantage: an estimator of `lpreg.group_advantages`, such as "maxrl", from the weighted sum of the rewards; None
+            leaves the advantages to TRL.
         proxy_refresh_steps: optimizer steps between snapshots of the trained weights, for a loss with
             proxy_source="lagged". Snapshots are not in TRL's checkpoints: a resumed run starts with a new one.
 
@@ -62,7 +67,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         """
         self.policy_loss = make_loss(loss) if isinstance(loss, str) else loss
         if args is not None:
-            check_config(args)
+            check_config(args, own_advantages=advantage is not None)
         super().__init__(model, reward_funcs, args, *others, **named)
         updates = self.args.steps_per_generation // self.args.gradient_accumulation_steps * self.num_iterations
         self._off_policy = updates > 1
@@ -74,16 +79,19 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._lagged = _Lagged(self.model, proxy_refresh_steps) if self.policy_loss.proxy_source == "lagged" else None
         if self.policy_loss.next_entropy_coefficient(None, 0.0) is not None:
             self.add_callback(EntropyCoefficient())
+        self._advantage = advantage
         self._scores: Batch | None = None
         self._means: dict[str, Mean] = {}
 
     # ------------------------------------------------------------- a generation
 
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
-        """TRL's batch, with the statistics of the policy that generated it, the selection, and another policy's
-        proxy."""
+        """TRL's batch, with advantages by the estimator, if one is given, the statistics of the policy that generated
+        it, the selection, and another policy's proxy."""
         self._scores = None
         batch: Batch = super()._generate_and_score_completions(inputs)
+        if self._advantage is not None:
+            batch["advantages"] = self._own_advantages(self._advantage, len(batch["advantages"]))
         if self._scores is None and (self._off_policy or self.policy_loss.selection is not None):
             self._scores = self._score(*_whole(batch), batch["completion_mask"].bool())
         batch |= {f"old_{name}": values for name, values in (self._scores or {}).items()}
@@ -96,6 +104,21 @@ class GRPOTrainer(trl.GRPOTrainer):
         elif self._off_policy and self.policy_loss.needs_proxy_kl:
             batch |= self._score_proxy(batch)
         return batch
+
+    def _calculate_rewards(self, *args: Any, **named: Any) -> Tensor:
+        """TRL's rewards of all ranks, [N, F], kept for the advantages."""
+        self._rewards: Tensor = super()._calculate_rewards(*args, **named)
+        return self._rewards
+
+    def _own_advantages(self, estimator: str | Estimator, rows: int) -> Tensor:
+        """Returns the advantages of this rank's rows, and puts those of all ranks into TRL's log of completions."""
+        generations = self.num_generations if self.model.training else self.num_generations_eval
+        everywhere = advantages_of(self._rewards, self.reward_weights, generations, estimator)
+        logged = self._logs["advantages"]
+        for _ in range(min(len(everywhere), len(logged))):
+            logged.pop()
+        logged.extend(everywhere.tolist())
+        return everywhere[self.accelerator.process_index * rows :][:rows]
 
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any

@@ -22,11 +22,14 @@ LOSSES: dict[str, PolicyLoss] = {
     "kl_cov": make_loss("kl_cov", share=0.3),
     "clip_cov": make_loss("clip_cov", share=0.1, cov_low=0.0, cov_high=1.0),
     "high_entropy": make_loss("high_entropy", share=0.4),
+    "grpo, maxrl": make_loss("grpo"),
 }
 
 
 def gradients(name: str, folder: Path, **layout: int) -> list[dict[str, torch.Tensor]]:
-    return [update.gradient for update in run(LOSSES[name], folder / name, prompts=EQUALLY_LONG, **layout).updates]
+    advantage = "maxrl" if "maxrl" in name else None
+    seen = run(LOSSES[name], folder / name, prompts=EQUALLY_LONG, advantage=advantage, **layout)
+    return [update.gradient for update in seen.updates]
 
 
 def work(rank: int, folder: Path, names: list[str]) -> Results:
@@ -45,7 +48,7 @@ def on_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return run_ranks(work, folder, folder, sorted(chosen(request, "name")))
 
 
-@pytest.mark.parametrize("name", quick_of(LOSSES, ("lp_reg", "lagged", "gspo", "clip_cov")))
+@pytest.mark.parametrize("name", quick_of(LOSSES, ("lp_reg", "lagged", "gspo", "clip_cov", "grpo, maxrl")))
 def test_four_ranks_make_the_update_of_one_rank(name: str, on_ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     alone = gradients(name, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3)
     for updates in (results[name] for results in on_ranks):

@@ -12,6 +12,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from lpreg import PolicyLoss, make_loss, with_lp_reg, with_reference_kl
+from lpreg.integrations._trl_advantages import advantages_of
 from lpreg.integrations._trl_batch import loss_inputs, loss_mask
 from lpreg.integrations._trl_checks import check_trainer
 from lpreg.integrations.causal_lm import Wanted, add_token_stats, plain_head
@@ -118,7 +119,9 @@ def test_truncated_responses_can_be_masked_even_if_all_are(tmp_path: Path) -> No
         assert all(bool((gradient == 0).all()) for gradient in seen.updates[0].gradient.values())
 
 
-def trainer(folder: Path, loss: PolicyLoss | str = LP_REG, model: Any = None, **settings: Any) -> GRPOTrainer:
+def trainer(
+    folder: Path, loss: PolicyLoss | str = LP_REG, model: Any = None, advantage: str | None = None, **settings: Any
+) -> GRPOTrainer:
     config: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 4, "output_dir": str(folder)}
     return GRPOTrainer(
         tiny_model() if model is None else model,
@@ -128,6 +131,7 @@ def trainer(folder: Path, loss: PolicyLoss | str = LP_REG, model: Any = None, **
         eval_dataset=Dataset.from_dict({"prompt": EQUALLY_LONG[:4]}),
         processing_class=tokenizer(),
         loss=loss,
+        advantage=advantage,
     )
 
 
@@ -170,6 +174,7 @@ def test_importance_ratios_multiply_the_advantages() -> None:
         ({"epsilon_high": 0.28}, r"epsilon_high: settings of TRL's own loss.*make_loss\('clip_higher'"),
         ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "steps_per_generation is 3; it must be a mul"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "steps_per_generation is 2; it must be a mul"),
+        ({"advantage": "maxrl", "scale_rewards": "none"}, "scale_rewards: settings of TRL's own advantages"),
         ({"loss": "lpreg"}, "'lpreg' is not a method; did you mean 'lp_reg'"),
         ({"loss": with_reference_kl(LP_REG, coefficient=0.1)}, "not one with reference_kl around it"),
         ({"model": hf_model("qwen3_moe", vocab_size=VOCAB)}, r"auxiliary loss.*router_aux_loss_coef=0\.0"),
@@ -208,6 +213,24 @@ def test_wrappers_that_trl_cannot_keep_are_refused() -> None:
     trainer: Any = SimpleNamespace()
     with pytest.raises(ValueError, match="not one with reference_kl around it"):
         check_trainer(trainer, with_lp_reg(with_reference_kl(make_loss("grpo"), coefficient=0.1)), sharded=False)
+
+
+def test_advantages_may_be_those_of_lpreg(tmp_path: Path) -> None:
+    """Rewards are (0, 1, 2, 3) for every prompt, so maxrl's advantages are (R - 1.5) / 1.5."""
+
+    def places(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(place % 4) for place in range(len(completion_ids))]
+
+    seen = run("grpo", tmp_path, steps=1, reward=places, advantage="maxrl", shuffle_dataset=False)
+    batch = seen.updates[0].micro_batches[0]
+    assert sorted(batch["advantages"].tolist()) == pytest.approx(sorted([-1.0, -1 / 3, 1 / 3, 1.0] * 3))
+
+
+def test_a_response_without_a_reward_is_no_part_of_its_group() -> None:
+    nothing = float("nan")
+    rewards = torch.tensor([[1.0, 0.0], [0.0, nothing], [nothing, nothing], [0.0, 4.0], [nothing, 0.0], [1.0, 1.0]])
+    found = advantages_of(rewards, torch.tensor([1.0, 0.5]), 3, "dr_grpo")
+    assert found.tolist() == pytest.approx([0.5, -0.5, 0.0, 2 - 3.5 / 3, -3.5 / 3, 1.5 - 3.5 / 3])
 
 
 ADAPTED = {"coefficient": 0.01, "target": 4.0, "step": 0.004}
