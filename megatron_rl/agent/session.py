@@ -12,7 +12,7 @@ import numpy as np
 from megatron_rl.agent.conversation import Conversation, TooLong
 from megatron_rl.agent.messages import BadRequest, Message, normalised, well_formed
 from megatron_rl.agent.recording import Recording
-from megatron_rl.types import AgentResponse, Ids, Response, RewardResult, SamplingParams
+from megatron_rl.types import AgentResponse, GradedText, Ids, Response, RewardResult, SamplingParams
 
 Sample = Callable[[Ids, SamplingParams], Awaitable[Response]]
 """Asks the engines for one response to a prompt."""
@@ -172,15 +172,22 @@ class Session:
             low, high = (low, middle) if found else (middle + 1, high)
         return first_tokens(response, low, "stop")
 
-    def recorded(self, prompt: tuple[int, ...], reward: RewardResult | None) -> AgentResponse:
-        """Returns the rollout, with the text of its newest sequence in the reward. The rollout is truncated if its last
-        answer is, or if it has reached a limit and has no reward."""
-        if reward is not None and not reward.text:
-            ids = self.recording.newest.tolist()
-            reward = replace(reward, text=str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+    def recorded(
+        self, prompt: tuple[int, ...], reward: RewardResult | None, graded: GradedText = "answer"
+    ) -> AgentResponse:
+        """Returns the rollout, with its graded text in the reward. The rollout is truncated if its last answer is, or
+        if it has reached a limit and has no reward."""
         truncated = self._truncated or (self.limit_reached and reward is None)
-        response = self.recording.response(prompt, "length" if truncated else "stop", reward)
-        return replace(response, tool_calls=self.tool_calls, tool_errors=self.tool_errors)
+        response = replace(
+            self.recording.response(prompt, "length" if truncated else "stop"),
+            tool_calls=self.tool_calls,
+            tool_errors=self.tool_errors,
+            graded=graded,
+        )
+        if reward is not None and not reward.text:
+            ids = response.graded_token_ids.tolist()
+            reward = replace(reward, text=str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+        return replace(response, reward=reward)
 
 
 def first_tokens(response: Response, count: int, reason: Any) -> Response:

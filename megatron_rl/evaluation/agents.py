@@ -42,7 +42,7 @@ class _InProcess:
         self._answers: dict[int, list[Response]] = {}
         self._asked = 0
 
-    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[int]:
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams, partial: object = None) -> list[int]:
         groups = self._model.engine().generate([prompt.token_ids for prompt in prompts], sampling)
         numbers = list(range(self._asked, self._asked + len(prompts)))
         self._asked += len(prompts)

@@ -101,7 +101,7 @@ class TextEngines:
         self.submitted = self.aborted = 0
         self.cancelled: list[int] = []
 
-    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[int]:
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams, partial: object = None) -> list[int]:
         self.batches.append(len(prompts))
         numbers = list(range(self.submitted, self.submitted + len(prompts)))
         self.submitted += len(prompts)
