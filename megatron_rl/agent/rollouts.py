@@ -1,8 +1,8 @@
 """Rollouts of agents: each is a coroutine on one event loop, whose calls of the model go to the engines together.
 
 The event loop has a thread of its own. The engines belong to the driver's thread, which passes requests and answers on
-while it waits for rollouts, and in an asynchronous run also while it waits for the actor. A rollout outlives a step: it is
-held between steps, or goes on during training, and an update of the weights happens between two of its tokens.
+while it waits for rollouts, and in an asynchronous run also while it waits for the actor. A rollout may outlive a step:
+it is held between steps, or goes on during training, and the weights change between two of its tokens.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class AgentRollouts:
 
     def _arrived(self, *, blocks: bool) -> list[_Request]:
         """Requests to pass on; those of held groups stay. Unless an embedded engine is at work, which should get all
-        requests of a moment at once, it waits for the moment to pass. `blocks`: whether to wait a little for the first."""
+        requests of a moment at once, it waits for the moment to pass. `blocks`: whether to wait a little for one."""
         with self._changed:
             if self.engines.embedded:
                 if self._asked:

@@ -1,5 +1,5 @@
-"""Rollouts of agents that last longer than a step: no prompt is lost or used twice, and each token has the version of the
-weights that sampled it."""
+"""Rollouts of agents that last longer than a step: no prompt is lost or used twice, and each token has the version of
+the weights that sampled it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class TickingServers:
-    """`cluster.engines.Engines` whose requests get a token now and then. The log-prob of a token is its number, negated,
-    and `versions` notes which weights sampled it."""
+    """`cluster.engines.Engines` whose requests get a token now and then. The log-prob of a token is its number,
+    negated, and `versions` notes which weights sampled it."""
 
     embedded = False
 
