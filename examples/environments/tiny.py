@@ -20,9 +20,9 @@ from megatron_rl.data.countdown.model import BOS, EOS, PAD, write_model
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.environments.reasoning_gym import tasks
 
-TRACES = 8_000
+TRACES = 20_000
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-RIGHT = 0.3
+RIGHT = 0.5
 """Share of the traces whose sum is right; any other is drawn at random."""
 HIGHEST, GUESSES = 10, 4
 SENSIBLE = 0.3
@@ -78,7 +78,7 @@ def main() -> None:
     rng = random.Random(0)
     numbers = [*map(str, range(-9, 19)), "+", "-"]
     write(Path("runs/tiny-sums"), sums(rng), numbers)
-    write(Path("runs/tiny-guess"), guesses(rng), "That is no number.".split(), chat=True)
+    write(Path("runs/tiny-guess"), guesses(rng), ["That", "is", "no", "number."], chat=True)
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ class ModelServer:
         count = len(answer.response)
         finish = "tool_calls" if "tool_calls" in answer.message else answer.response.finish_reason
         choice: Json = {"index": 0, "message": answer.message, "finish_reason": finish}
-        if asked.get("logprobs"):
+        if asked.get("logprobs") and len(answer.response.log_probs):  # a server that is evaluated gives none
             choice["logprobs"] = {"content": _log_probs(session, answer)}
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
