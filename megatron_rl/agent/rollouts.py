@@ -37,6 +37,8 @@ BLOCKED_SECONDS = 60.0
 """Time after which an agent that blocks the event loop ends the run."""
 CLEAN_UP_SECONDS = 5.0
 """Time that a cancelled agent has to end."""
+LONGEST_TEXT = 2000
+"""Characters of an agent's error that are kept."""
 MODEL_NAME = "policy"
 
 
@@ -352,7 +354,7 @@ class AgentRollouts:
         try:
             value = task.result()
             return None if value is None else result_of(value)
-        except (Exception, asyncio.CancelledError) as error:
+        except BaseException as error:  # whatever the agent has raised
             if model.session.limit_reached and _is_limit(error):
                 return None
             return RewardResult(0.0, detail=_described(error), outcome="error")
@@ -414,4 +416,8 @@ def _described(error: BaseException) -> str:
     """The error, with the line of the agent's own code that it came from."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "megatron_rl/agent" not in frame.filename]
     place = f" ({frames[0].filename}, line {frames[0].lineno})" if frames else ""
-    return f"{type(error).__name__}: {plain_text(error)}{place}"
+    try:
+        text = plain_text(error)
+    except Exception:
+        text = "(an error whose text cannot be made)"
+    return f"{type(error).__name__}: {text[:LONGEST_TEXT]}{place}"
