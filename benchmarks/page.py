@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PAGES = tuple(ROOT / "docs" / name for name in ("benchmarks.md", "demonstration.md", "agents.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("benchmarks.md", "demonstration.md", "agents.md", "environments.md"))
 RESULTS, SCALING, SEEDS = ROOT / "benchmarks/results", ROOT / "docs/scaling.svg", ROOT / "docs/demonstration.svg"
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -189,6 +189,17 @@ def countdown_seeds(found: Found) -> str:
     return text
 
 
+def environments_learn(found: Found) -> str:
+    head = ("run", "agent", "engine", "steps", "seconds", "reward, first 5", "reward, last 5", "fresh, before", "after")
+    rows = []
+    for name, run in found["runs"].items():
+        score = next(iter(run["evaluations"].values()))
+        figures = (f"{value:.2f}" for value in (run["first"], run["last"], score["before"], score["after"]))
+        about = (name, run["agent"] or "none", run["engine"], str(run["steps"]), f"{run['seconds']:.0f}")
+        rows.append([*about, *figures])
+    return table(head, rows)
+
+
 def agent_learns(found: Found) -> str:
     rows = (
         [
@@ -216,7 +227,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
     f.__name__: f
     for f in (
         *(batching, training_step, weight_sync, start_up, driver, scaling, grading),
-        *(entropy_terms_cpu, countdown_seeds, agent_learns),
+        *(entropy_terms_cpu, countdown_seeds, agent_learns, environments_learn),
     )
 }
 
