@@ -97,7 +97,7 @@ class ModelServer:
             session = self._session_of(request)
             asked = await self._json_of(session, request)
             self._check(asked)
-            call = self._call(session, asked, request)
+            call = await self._call(session, request)
             answer = call.answer = call.answer or await _answer(session, asked)
         except _Refused as error:
             return _error(error)
@@ -130,15 +130,17 @@ class ModelServer:
         await stream.write(b"data: [DONE]\n\n")
         return stream
 
-    def _call(self, session: Session, asked: Json, request: web.Request) -> _Call:
+    async def _call(self, session: Session, request: web.Request) -> _Call:
         """The call of a request. A client that has lost its connection and asks again gets the answer that it missed,
         which would else be trained beside a second one; a call that it has given up ends.
 
         The server knows of a lost connection if it could not write the answer, or if the client says that it asks
         again. Any other request with the same body is a further sample, and so is one of several that are alike.
         """
-        digest = sha256(json.dumps(asked, sort_keys=True).encode()).digest()
-        calls = self._calls[session.id].setdefault(digest, [])
+        digest = sha256(await request.read()).digest()
+        known = self._calls.get(session.id, {})  # the rollout may have ended meanwhile
+        calls = [call for call in known.get(digest, ()) if call.answer or not call.task.done()]
+        known[digest] = calls
         again = request.headers.get(RETRY_HEADER, "0") != "0"
         if missed := [call for call in calls if call.lost] or (calls if again and len(calls) == 1 else []):
             if missed[0].answer:
