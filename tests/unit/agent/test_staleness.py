@@ -8,6 +8,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,11 @@ import pytest
 
 from megatron_rl.agent.model import Model
 from megatron_rl.agent.rollouts import AgentRollouts
+from megatron_rl.checkpoint.rollout_buffer import read_buffer, write_buffer
 from megatron_rl.config.agent import AgentSettings
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.reward.grading import Grading
+from megatron_rl.rollout.buffer import RolloutBuffer
 from megatron_rl.rollout.collector import RolloutCollector
 from megatron_rl.types import AgentResponse, Prompt, Response, SamplingParams
 from tests.tiers import slow
@@ -142,6 +145,33 @@ def test_prompts_are_trained_once_and_tokens_have_their_own_versions(mode: str, 
     assert used.keys() | pending == {str(number) for number in range(collector.cursor.taken)}
     assert mixed, "no rollout was under way while the weights changed"
     assert engines.continued or collector.settings.asynchronous
+
+
+@pytest.mark.parametrize("mode", ["partial, long", "asynchronous"])
+def test_a_run_that_is_killed_samples_the_rollouts_under_way_again(tmp_path: Path, mode: str) -> None:
+    """A checkpoint has the surplus rollouts with their tokens, and of those under way the prompts."""
+    engines = TickingServers(7, longest=40)
+    used: Counter[str] = Counter()
+    with rollouts_of(engines) as rollouts:
+        collector = collector_with(rollouts, **MODES[mode])
+        for step in (1, 2):
+            used.update(group.prompt.id for group in collector.collect(step, step - 1).groups)
+            engines.version = step
+        write_buffer(tmp_path, collector.pending)
+        kept, cursor = collector.buffer.complete, collector.cursor.state()
+    with rollouts_of(engines) as rollouts:
+        collector = collector_with(rollouts, **MODES[mode])
+        found = read_buffer(tmp_path, collector.prompts, lambda ids: str(tokenizer().decode(ids.tolist())))
+        collector.buffer = RolloutBuffer.of(found)
+        assert [group.responses for group in collector.buffer.complete] == [group.responses for group in kept]
+        assert not any(group.responses for group in collector.buffer.waiting)
+        collector.cursor.load_state(cursor)
+        for step in (3, 4):
+            used.update(group.prompt.id for group in collector.collect(step, step - 1).groups)
+            engines.version = step
+        pending = {group.prompt.id for group in collector.pending}
+    assert max(used.values()) == 1 and sum(used.values()) == 16
+    assert used.keys() | pending == {str(number) for number in range(collector.cursor.taken)}
 
 
 def test_a_suspended_rollout_goes_on_from_its_last_token_and_its_time_stands_still() -> None:
