@@ -82,7 +82,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"warning: {options.suites}: {remark}", file=sys.stderr)
     with ExitStack() as stack:
         model = _source(options, stack)
-        source = _with_agent(model, protocol) if protocol.agent else model
+        source: Source = _with_agent(model, protocol) if protocol.agent else model
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # after the downloads
         _run(options, protocol, source)
 
