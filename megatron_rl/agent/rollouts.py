@@ -15,11 +15,12 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from megatron_rl.agent.group import AgentGroup, ModelCall
 from megatron_rl.agent.model import Agent, Model
 from megatron_rl.agent.server import ModelServer
 from megatron_rl.agent.session import LIMIT_CODE, LimitReached, Limits, Session, SessionClosed, first_tokens
@@ -63,47 +64,6 @@ class Engines(Protocol):
     def cancel(self, ids: Iterable[int]) -> None: ...
 
 
-@dataclass(eq=False)
-class _Group:
-    """The rollouts of one prompt."""
-
-    rollouts: list[Future[AgentResponse]] = field(default_factory=list)
-    held_since: float | None = None
-    """Time at which the group was suspended; None while it goes on."""
-    _held_before: float = 0.0
-
-    @property
-    def ended(self) -> bool:
-        return all(rollout.done() for rollout in self.rollouts)
-
-    @property
-    def held(self) -> bool:
-        return self.held_since is not None
-
-    @property
-    def held_seconds(self) -> float:
-        """Time for which the group was held so far. It does not count as time of its rollouts."""
-        return self._held_before + (0.0 if self.held_since is None else time.monotonic() - self.held_since)
-
-    def go_on(self) -> None:
-        self._held_before, self.held_since = self.held_seconds, None
-
-
-@dataclass(eq=False)
-class _Request:
-    group: _Group
-    prompt: Ids
-    sampling: SamplingParams
-    answer: asyncio.Future[Response]
-    partial: tuple[Response, ...] = ()
-    """The answer so far, if it was stopped when the step had its groups."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether anybody still waits for the answer; in either thread."""
-        return not self.answer.done()
-
-
 class AgentRollouts:
     """Samples responses with an agent; used in the place of the engines. A context manager: nothing outlives it."""
 
@@ -116,12 +76,12 @@ class AgentRollouts:
         self._server = ModelServer(settings.host, MODEL_NAME, sequence_tokens)
         self._changed = threading.Condition()
         """Guards the two fields below, which both threads use."""
-        self._queue: deque[_Request] = deque()
+        self._queue: deque[ModelCall] = deque()
         self._live = 0
         """Rollouts that have not ended."""
-        self._asked: dict[int, _Request] = {}
+        self._asked: dict[int, ModelCall] = {}
         """Requests that the engines work on."""
-        self._groups: dict[int, _Group] = {}
+        self._groups: dict[int, AgentGroup] = {}
         self._submitted = 0
         self._ping, self._answered = threading.Event(), 0.0
 
@@ -171,7 +131,7 @@ class AgentRollouts:
             self._live += len(prompts) * sampling.n
         for i, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
             own = [sampling.reseeded(i).reseeded(k) for k in range(sampling.n)]
-            group = self._groups[number] = _Group()
+            group = self._groups[number] = AgentGroup()
             group.rollouts += [
                 asyncio.run_coroutine_threadsafe(self._rollout(group, prompt, one), self._loop) for one in own
             ]
@@ -202,7 +162,7 @@ class AgentRollouts:
         `wait` for them lets them go on, from the last sampled token. Meanwhile their agents may run tools."""
         numbers = set(numbers)
         for number in numbers:
-            self._groups[number].held_since = time.monotonic()
+            self._groups[number].hold()
         self.engines.abort(self._asked)
         for number, request in self._asked.items():
             self._received(request, number)
@@ -244,7 +204,7 @@ class AgentRollouts:
             for number in self.engines.wait(self._asked, seconds):
                 self._received(self._asked.pop(number), number)
 
-    def _received(self, request: _Request, number: int) -> None:
+    def _received(self, request: ModelCall, number: int) -> None:
         """Delivers an answer of the engines, or keeps the tokens of one that was stopped, which is asked for again."""
         (response,) = self.engines.take(number)
         if response.finish_reason == "abort":
@@ -263,7 +223,7 @@ class AgentRollouts:
             for number in left:
                 del self._asked[number]
 
-    def _arrived(self, *, blocks: bool) -> list[_Request]:
+    def _arrived(self, *, blocks: bool) -> list[ModelCall]:
         """Requests to pass on; those of held groups stay. Unless an embedded engine is at work, which should get all
         requests of a moment at once, it waits for the moment to pass. `blocks`: whether to wait a little for one."""
         with self._changed:
@@ -278,10 +238,10 @@ class AgentRollouts:
             self._queue = deque(request for request in waiting if request.group.held)
         return [request for request in waiting if not request.group.held]
 
-    def _ask(self, requests: list[_Request]) -> None:
+    def _ask(self, requests: list[ModelCall]) -> None:
         """Requests that differ in their token limits alone share a batch of an embedded engine; longer answers are then
         cut, and a prefix of a sample is itself a sample."""
-        batches: dict[object, list[_Request]] = {}
+        batches: dict[object, list[ModelCall]] = {}
         for number, request in enumerate(requests):
             alike = request.sampling.stop_token_ids if self.engines.embedded else number
             batches.setdefault(alike, []).append(request)
@@ -315,7 +275,7 @@ class AgentRollouts:
 
     # ------------------------------------------------------------------ the event loop's thread
 
-    async def _rollout(self, group: _Group, prompt: Prompt, sampling: SamplingParams) -> AgentResponse:
+    async def _rollout(self, group: AgentGroup, prompt: Prompt, sampling: SamplingParams) -> AgentResponse:
         answers: set[asyncio.Future[Response]] = set()
         session = Session(self.tokenizer, partial(self._sample, group, answers), sampling, self._limits)
         model = Model(session, self._server.open(session), MODEL_NAME)
@@ -336,7 +296,7 @@ class AgentRollouts:
             reward = RewardResult(0.0, detail=why, outcome="error")
         return session.recorded(prompt.token_ids, reward, self.settings.graded)
 
-    async def _run(self, group: _Group, model: Model, prompt: Prompt) -> RewardResult | None:
+    async def _run(self, group: AgentGroup, model: Model, prompt: Prompt) -> RewardResult | None:
         """Returns the agent's reward, or why there is none; None if the verifier grades the rollout."""
         task = asyncio.ensure_future(self._call(model, prompt))
         end = time.monotonic() + self.settings.timeout_seconds - group.held_seconds
@@ -366,10 +326,10 @@ class AgentRollouts:
             raise RuntimeError(f"the agent ended itself with {error!r}") from error
 
     async def _sample(
-        self, group: _Group, answers: set[asyncio.Future[Response]], prompt: Ids, sampling: SamplingParams
+        self, group: AgentGroup, answers: set[asyncio.Future[Response]], prompt: Ids, sampling: SamplingParams
     ) -> Response:
         """`answers`: those that the rollout waits for."""
-        request = _Request(group, prompt, sampling, self._loop.create_future())
+        request = ModelCall(group, prompt, sampling, self._loop.create_future())
         answers.add(request.answer)
         with self._changed:
             self._queue.append(request)
