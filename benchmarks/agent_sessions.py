@@ -49,7 +49,7 @@ class InstantEngines:
         self.response = Response([64] * (TOKENS - 1) + [end], [-1.0] * TOKENS, "stop", 0)
         self.submitted = 0
 
-    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[int]:
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams, partial: object = None) -> list[int]:
         self.submitted += len(prompts)
         return list(range(self.submitted - len(prompts), self.submitted))
 

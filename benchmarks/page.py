@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-NAMES = ("benchmarks.md", "demonstration.md", "agents.md", "evidence.md", "full-size.md")
+NAMES = ("benchmarks.md", "demonstration.md", "agents.md", "environments.md", "evidence.md", "full-size.md")
 PAGES = tuple(ROOT / "docs" / name for name in NAMES)
 RESULTS, SCALING, SEEDS = ROOT / "benchmarks/results", ROOT / "docs/scaling.svg", ROOT / "docs/demonstration.svg"
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -190,6 +190,17 @@ def countdown_seeds(found: Found) -> str:
     return text
 
 
+def environments_learn(found: Found) -> str:
+    head = ("run", "agent", "engine", "steps", "seconds", "reward, first 5", "reward, last 5", "fresh, before", "after")
+    rows = []
+    for name, run in found["runs"].items():
+        score = next(iter(run["evaluations"].values()))
+        figures = (f"{value:.2f}" for value in (run["first"], run["last"], score["before"], score["after"]))
+        about = (name, run["agent"] or "none", run["engine"], str(run["steps"]), f"{run['seconds']:.0f}")
+        rows.append([*about, *figures])
+    return table(head, rows)
+
+
 def agent_learns(found: Found) -> str:
     rows = (
         [
@@ -238,7 +249,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
     f.__name__: f
     for f in (
         *(batching, training_step, weight_sync, start_up, driver, scaling, grading),
-        *(entropy_terms_cpu, countdown_seeds, agent_learns, full_size, evidence),
+        *(entropy_terms_cpu, countdown_seeds, agent_learns, environments_learn, full_size, evidence),
     )
 }
 TABLES["evidence_quick"] = evidence

@@ -11,6 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "abort"]
+GradedText = Literal["answer", "transcript"]
+"""The text of an agent's rollout that is graded: what the policy sampled in its last turn, or its whole newest
+sequence, with what tools returned."""
 Outcome = Literal["score", "timeout", "error"]
 """Result of grading a sample: "score", or the reason why there is none: the verifier took too long or failed."""
 
@@ -112,6 +115,11 @@ class Response:
         """The sequences to train on, each with its own mask: the response itself, unless an agent sampled several."""
         return (self,)
 
+    @property
+    def graded_token_ids(self) -> Ids:
+        """The tokens whose text is graded: all of them, unless an agent sampled the response."""
+        return self.token_ids
+
     def context_of(self, prompt: Sequence[int]) -> Sequence[int]:
         """Token ids before the response: those of the prompt, unless an agent chose others."""
         return prompt
@@ -186,6 +194,15 @@ class AgentResponse(AgentSequence):
     tool_calls: int = 0
     tool_errors: int = 0
     """Calls of tools whose result is an error."""
+    graded: GradedText = "answer"
+
+    @property
+    def graded_token_ids(self) -> Ids:
+        """Those of the last turn, or also what the policy was given: see `rollout.agent.graded`."""
+        if self.graded == "transcript":
+            return self.token_ids
+        given = np.flatnonzero(~self.sampled_mask)
+        return self.token_ids[given[-1] + 1 if len(given) else 0 :]
 
     @property
     def turns(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.agent.messages import BadRequest, Message, answer_of, for_template, key_of, well_formed
+from megatron_rl.agent.messages import LLAMA, BadRequest, Message, answer_of, for_template, key_of, well_formed
 from megatron_rl.types import Ids, Response
 
 CHARACTERS_PER_TOKEN = 32
@@ -47,6 +47,7 @@ class Conversation:
         self._tokenizer = tokenizer
         self._turns: list[_Turn] = []
         self._special = _pattern_of_special_tokens(tokenizer)
+        self._llama = LLAMA in str(tokenizer.chat_template)
         self._cut, self._placeholder = (f"{name}{secrets.token_hex(8)}" for name in ("cut", "answer"))
         """Two texts that no message has by chance. One stands between the parts of a text that are tokenised apart, the
         other for an answer, to find what a template writes after it."""
@@ -75,7 +76,7 @@ class Conversation:
 
     def answered(self, messages: list[Message], tools: Any, prompt: Ids, answer: Response, text: str) -> Message:
         """Notes the answer to the messages, whose text is given, and returns it as a message."""
-        message = answer_of(text, with_tools=bool(tools))
+        message = answer_of(text, with_tools=bool(tools), llama=self._llama)
         last = answer.token_ids[-1:].tolist() if answer.finish_reason == "stop" else []
         self._turns.append(
             _Turn(

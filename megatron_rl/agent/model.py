@@ -95,7 +95,7 @@ async def call_tool(tools: Sequence[Tool], call: Message) -> str:
     """Returns the result of a tool call as text. What the model did wrong, and what the tool raises, is a text too."""
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     if name == MALFORMED:
-        return f'error: the tool call is not JSON of the form {{"name": ..., "arguments": {{...}}}}: {arguments}'
+        return f"error: the tool call is not JSON of an object with a name and an object of arguments: {arguments}"
     tool = next((tool for tool in tools if tool.__name__ == name), None)
     if tool is None:
         return f"error: there is no tool {name!r}; there are {', '.join(tool.__name__ for tool in tools)}"

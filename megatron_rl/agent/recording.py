@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.types import AgentResponse, AgentSequence, FinishReason, Ids, Response, RewardResult
+from megatron_rl.types import AgentResponse, AgentSequence, FinishReason, Ids, Response
 
 
 @dataclass(eq=False)
@@ -53,21 +53,13 @@ class Recording:
     def num_sampled_tokens(self) -> int:
         return sum(sequence.response.num_sampled_tokens for sequence in self._sequences)
 
-    @property
-    def newest(self) -> Ids:
-        """Token ids of the response in the sequence that was extended last."""
-        return self._sequences[-1].response.token_ids if self._sequences else np.zeros(0, np.int32)
-
-    def response(
-        self, prompt: tuple[int, ...], finish_reason: FinishReason, reward: RewardResult | None
-    ) -> AgentResponse:
+    def response(self, prompt: tuple[int, ...], finish_reason: FinishReason) -> AgentResponse:
         """The recorded rollout. `prompt`: its context if nothing was sampled."""
         nothing = _Open(np.asarray(prompt, np.int32), _observed(np.zeros(0, np.int32), 0), np.zeros(0, np.int32))
         *others, newest = self._sequences or [nothing]
         return AgentResponse(
             **_fields(newest, finish_reason),
             others=tuple(AgentSequence(**_fields(sequence, finish_reason)) for sequence in others),
-            reward=reward,
         )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
 from secrets import compare_digest
 from typing import Any
 
@@ -20,6 +23,8 @@ from megatron_rl.agent.session import LIMIT_CODE, Answer, LimitReached, Session,
 
 BYTES_PER_TOKEN = 8 * CHARACTERS_PER_TOKEN
 """Bytes of a request for each token of the engine's context: JSON may write a character with 6 bytes."""
+RETRY_HEADER = "X-Stainless-Retry-Count"
+"""Header of the `openai` package: how often the request was made before."""
 SMALLEST_LIMIT = 2**20
 """Bytes that a request may have in any case."""
 Json = dict[str, Any]
@@ -33,6 +38,14 @@ class _Refused(Exception):
         self.status, self.code = status, code
 
 
+@dataclass(eq=False)
+class _Call:
+    task: asyncio.Task[Any]
+    answer: Answer | None = None
+    lost: bool = False
+    """Whether the answer could not be written to the client's connection."""
+
+
 class ModelServer:
     """Serves the open sessions. All methods run on one event loop."""
 
@@ -41,6 +54,8 @@ class ModelServer:
         self._largest_request = max(sequence_tokens * BYTES_PER_TOKEN, SMALLEST_LIMIT)
         self.host, self.model_name = host, model_name
         self._sessions: dict[str, Session] = {}
+        self._calls: dict[str, dict[bytes, list[_Call]]] = {}
+        """Session -> digest of a request -> the calls that were alike."""
         self._port = 0
 
     async def start(self) -> None:
@@ -63,12 +78,12 @@ class ModelServer:
 
     def open(self, session: Session) -> str:
         """Serves the session. Returns its base URL."""
-        self._sessions[session.id] = session
+        self._sessions[session.id], self._calls[session.id] = session, {}
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self._port}/sessions/{session.id}/v1"
 
     def close(self, session: Session) -> None:
-        del self._sessions[session.id]
+        del self._sessions[session.id], self._calls[session.id]
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -82,7 +97,8 @@ class ModelServer:
             session = self._session_of(request)
             asked = await self._json_of(session, request)
             self._check(asked)
-            answer = await _answer(session, asked)
+            call = await self._call(session, request)
+            answer = call.answer = call.answer or await _answer(session, asked)
         except _Refused as error:
             return _error(error)
         except RecursionError:
@@ -93,9 +109,19 @@ class ModelServer:
             return _error(_Refused(400, LIMIT_CODE, str(error)))
         except SessionClosed as error:
             return _error(_Refused(410, "session_closed", str(error)))
-        whole = self._completion(session, asked, answer)
+        try:
+            return await self._written(request, asked, self._completion(session, asked, answer))
+        except BaseException:  # the connection is gone, or the handler is cancelled because it is
+            call.lost = True
+            raise
+
+    async def _written(self, request: web.Request, asked: Json, whole: Json) -> web.StreamResponse:
+        """Writes the answer to the client. Raises an error if the connection is gone."""
         if not asked.get("stream"):
-            return web.json_response(whole)
+            plain = web.json_response(whole)
+            await plain.prepare(request)
+            await plain.write_eof()
+            return plain
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await stream.prepare(request)
         usage = (asked.get("stream_options") or {}).get("include_usage", False)
@@ -103,6 +129,29 @@ class ModelServer:
             await stream.write(f"data: {json.dumps(chunk)}\n\n".encode())
         await stream.write(b"data: [DONE]\n\n")
         return stream
+
+    async def _call(self, session: Session, request: web.Request) -> _Call:
+        """The call of a request. A client that has lost its connection and asks again gets the answer that it missed,
+        which would else be trained beside a second one; a call that it has given up ends.
+
+        The server knows of a lost connection if it could not write the answer, or if the client says that it asks
+        again. Any other request with the same body is a further sample, and so is one of several that are alike.
+        """
+        digest = sha256(await request.read()).digest()
+        known = self._calls.get(session.id, {})  # the rollout may have ended meanwhile
+        calls = [call for call in known.get(digest, ()) if call.answer or not call.task.done()]
+        known[digest] = calls
+        again = request.headers.get(RETRY_HEADER, "0") != "0"
+        if missed := [call for call in calls if call.lost] or (calls if again and len(calls) == 1 else []):
+            if missed[0].answer:
+                missed[0].lost = False
+                return missed[0]
+            missed[0].task.cancel()
+            calls.remove(missed[0])
+        task = asyncio.current_task()
+        assert task
+        calls.append(call := _Call(task))
+        return call
 
     def _session_of(self, request: web.Request) -> Session:
         """The session whose key the request has. Whether a session exists is not told without a key."""
@@ -135,7 +184,7 @@ class ModelServer:
         count = len(answer.response)
         finish = "tool_calls" if "tool_calls" in answer.message else answer.response.finish_reason
         choice: Json = {"index": 0, "message": answer.message, "finish_reason": finish}
-        if asked.get("logprobs"):
+        if asked.get("logprobs") and len(answer.response.log_probs):  # a server that is evaluated gives none
             choice["logprobs"] = {"content": _log_probs(session, answer)}
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +13,13 @@ import numpy as np
 from megatron_rl.agent.conversation import Conversation, TooLong
 from megatron_rl.agent.messages import BadRequest, Message, normalised, well_formed
 from megatron_rl.agent.recording import Recording
-from megatron_rl.types import AgentResponse, Ids, Response, RewardResult, SamplingParams
+from megatron_rl.types import AgentResponse, GradedText, Ids, Response, RewardResult, SamplingParams
 
 Sample = Callable[[Ids, SamplingParams], Awaitable[Response]]
 """Asks the engines for one response to a prompt."""
 
 
+REFUSED_SECONDS = 0.05
 LIMIT_CODE = "context_length_exceeded"
 """OpenAI's code of the error that clients get in the place of LimitReached."""
 
@@ -70,6 +72,9 @@ class Session:
 
     async def chat(self, messages: Any, *, tools: Any = None, max_tokens: int | None = None, stop: Any = ()) -> Answer:
         """Answers messages of the OpenAI chat format. Raises BadRequest, LimitReached or SessionClosed."""
+        return await _unhurried(self._chat(messages, tools, max_tokens, stop))
+
+    async def _chat(self, messages: Any, tools: Any, max_tokens: int | None, stop: Any) -> Answer:
         if not self.tokenizer.chat_template:
             raise BadRequest(
                 "the model's tokenizer has no chat template: use `model.generate`, or another model folder"
@@ -94,6 +99,9 @@ class Session:
 
         Raises ValueError for what are no tokens of the vocabulary, BadRequest, LimitReached or SessionClosed.
         """
+        return await _unhurried(self._generate(prompt, max_tokens, stop))
+
+    async def _generate(self, prompt: Any, max_tokens: int | None, stop: Any) -> Answer:
         return await self._answer(_token_ids(prompt, self._vocabulary), max_tokens, stop)
 
     async def _answer(self, ids: Ids, max_tokens: int | None, stop: Any) -> Answer:
@@ -172,15 +180,32 @@ class Session:
             low, high = (low, middle) if found else (middle + 1, high)
         return first_tokens(response, low, "stop")
 
-    def recorded(self, prompt: tuple[int, ...], reward: RewardResult | None) -> AgentResponse:
-        """Returns the rollout, with the text of its newest sequence in the reward. The rollout is truncated if its last
-        answer is, or if it has reached a limit and has no reward."""
-        if reward is not None and not reward.text:
-            ids = self.recording.newest.tolist()
-            reward = replace(reward, text=str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+    def recorded(
+        self, prompt: tuple[int, ...], reward: RewardResult | None, graded: GradedText = "answer"
+    ) -> AgentResponse:
+        """Returns the rollout, with its graded text in the reward. The rollout is truncated if its last answer is, or
+        if it has reached a limit and has no reward."""
         truncated = self._truncated or (self.limit_reached and reward is None)
-        response = self.recording.response(prompt, "length" if truncated else "stop", reward)
-        return replace(response, tool_calls=self.tool_calls, tool_errors=self.tool_errors)
+        response = replace(
+            self.recording.response(prompt, "length" if truncated else "stop"),
+            tool_calls=self.tool_calls,
+            tool_errors=self.tool_errors,
+            graded=graded,
+        )
+        if reward is not None and not reward.text:
+            ids = response.graded_token_ids.tolist()
+            reward = replace(reward, text=str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+        return replace(response, reward=reward)
+
+
+async def _unhurried(call: Awaitable[Answer]) -> Answer:
+    """Returns the answer. A call that is refused takes a moment: an agent that makes it again and again leaves the
+    event loop to others until its time is over."""
+    try:
+        return await call
+    except Exception as error:
+        await asyncio.sleep(0.0 if isinstance(error, SessionClosed) else REFUSED_SECONDS)
+        raise
 
 
 def first_tokens(response: Response, count: int, reason: Any) -> Response:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from megatron_rl.checkpoint.manifest import ShardFile
 from megatron_rl.reward.decode import text_of
 from megatron_rl.rollout.buffer import Group
-from megatron_rl.types import Decode, Prompt, Response, RewardResult, Sample
+from megatron_rl.types import AgentResponse, AgentSequence, Decode, Prompt, Response, RewardResult, Sample
 
 BUFFER_FILE = "backlog.parquet"
 
@@ -34,6 +34,7 @@ def write_buffer(folder: Path, groups: Sequence[Group]) -> ShardFile:
             "row": pa.array([group.row for group in groups], pa.int64()),
             "since": pa.array([group.since for group in groups], pa.int64()),
             "responses": _lists([len(group.responses) for group in groups], _response_rows(responses)),
+            "agents": _lists([len(group.responses) for group in groups], _agent_rows(responses)),
             "rewards": pa.array(rewards, pa.list_(_REWARD)),
         }
     )
@@ -81,6 +82,26 @@ def _response_rows(responses: Sequence[Response]) -> pa.StructArray:
     )
 
 
+def _agent_rows(responses: Sequence[Response]) -> pa.StructArray:
+    """What rollouts of agents have beside the newest sequence; null for other responses."""
+    agents = [response if isinstance(response, AgentResponse) else None for response in responses]
+    others = [sequence for agent in agents if agent for sequence in agent.others]
+    return pa.StructArray.from_arrays(
+        [
+            pa.array([agent.context if agent else () for agent in agents], pa.list_(pa.int32())),
+            _lists([len(agent.others) if agent else 0 for agent in agents], _response_rows(others)),
+            _lists(
+                [len(agent.others) if agent else 0 for agent in agents],
+                pa.array([sequence.context for sequence in others], pa.list_(pa.int32())),
+            ),
+            pa.array([agent.tool_calls if agent else 0 for agent in agents], pa.int64()),
+            pa.array([agent.tool_errors if agent else 0 for agent in agents], pa.int64()),
+            pa.array([agent.graded if agent else None for agent in agents], pa.string()),
+        ],
+        names=["context", "others", "contexts", "tool_calls", "tool_errors", "graded"],
+    )
+
+
 def _flat(parts: Sequence[Any], dtype: Any) -> pa.Array:
     return pa.array(np.concatenate([np.zeros(0, dtype=dtype), *parts]).astype(dtype))
 
@@ -90,17 +111,8 @@ def _lists(lengths: Sequence[int], values: pa.Array) -> pa.ListArray:
 
 
 def _group(row: dict[str, Any], prompts: Sequence[Prompt], decode: Decode) -> Group:
-    responses = tuple(
-        Response(
-            token_ids=response["token_ids"],
-            log_probs=response["log_probs"],
-            finish_reason=response["finish_reason"],
-            weight_version=response["weight_version"],
-            version_changes=tuple((place, version) for place, version in response["version_changes"]),
-            sampled_mask=response.get("sampled_mask"),
-        )
-        for response in row["responses"]
-    )
+    agents = row.get("agents") or [{}] * len(row["responses"])  # files of older versions have none
+    responses = tuple(_response(*pair) for pair in zip(row["responses"], agents, strict=True))
     graded = zip(row["rewards"], responses, strict=False)
     prompt = prompts[row["row"]]
     return Group(
@@ -113,6 +125,33 @@ def _group(row: dict[str, Any], prompts: Sequence[Prompt], decode: Decode) -> Gr
             RewardResult(**reward, text=_text(Sample(prompt, response), decode)) for reward, response in graded
         ),
     )
+
+
+def _response(row: dict[str, Any], agent: dict[str, Any]) -> Response:
+    if agent.get("graded") is None:
+        return Response(**_fields(row))
+    return AgentResponse(
+        **_fields(row),
+        context=tuple(agent["context"]),
+        others=tuple(
+            AgentSequence(**_fields(other), context=tuple(context))
+            for other, context in zip(agent["others"], agent["contexts"], strict=True)
+        ),
+        tool_calls=agent["tool_calls"],
+        tool_errors=agent["tool_errors"],
+        graded=agent["graded"],
+    )
+
+
+def _fields(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "token_ids": row["token_ids"],
+        "log_probs": row["log_probs"],
+        "finish_reason": row["finish_reason"],
+        "weight_version": row["weight_version"],
+        "version_changes": tuple((place, version) for place, version in row["version_changes"]),
+        "sampled_mask": row.get("sampled_mask"),
+    }
 
 
 def _text(sample: Sample, decode: Decode) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from megatron_rl.batching.replicas import ReplicaBatch
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint.manifest import RankPart
-from megatron_rl.cluster.runtime import Nodes, host_process, results, shared
+from megatron_rl.cluster.runtime import Nodes, host_process, progress_deadline, results, shared
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.flops import pass_flops
 from megatron_rl.models.hf_format import read_config
@@ -39,6 +40,10 @@ P = ParamSpec("P")
 
 CLOSE_SECONDS = 5
 """Time that the ranks get to end by themselves, all together."""
+MEANWHILE_SECONDS = 0.02
+"""Interval of the calls of `Actors.meanwhile`."""
+CHECK_SECONDS = 5.0
+"""Interval at which the processes' progress is looked at between these calls."""
 SETTLE_SECONDS = 60
 """Time that the other ranks get to finish a call after one rank has failed."""
 
@@ -85,6 +90,8 @@ class Actors:
         self.gpu = known_gpu(results([self.ranks[0].submit(ActorRank.device_name)])[0])
         """The actor's GPU; None on a CPU, and for a GPU of unknown rate."""
         self._model = Architecture.from_hf(read_config(model_folder))
+        self.meanwhile: Callable[[], None] | None = None
+        """Called again and again while the driver waits for scores and updates; it must return soon."""
         self.flops = 0.0
         """Number of operations of all ranks so far. Each sequence counts as if it were computed alone; recomputation in
         the backward pass is not counted."""
@@ -121,6 +128,16 @@ class Actors:
         """Returns a replica's part of a batch as an argument of `submit`."""
         return shared(part, len(self.ranks) // self._sharing.replicas)
 
+    def _awaited(self, refs: list[ObjectRef[R]]) -> list[R]:
+        """The results, with `meanwhile` called until the first of them is there."""
+        deadline, checked = progress_deadline(), time.monotonic()
+        while self.meanwhile and refs and not ray.wait(refs, timeout=MEANWHILE_SECONDS)[0]:
+            self.meanwhile()
+            if deadline and time.monotonic() - checked > CHECK_SECONDS:
+                deadline.check(progress=False)
+                checked = time.monotonic()
+        return results(refs)
+
     def _count(self, batch: SequenceBatch, passes: int) -> None:
         """`passes`: number of forward passes; a backward pass counts as two."""
         self.flops += passes * pass_flops(self._model, batch.lengths.tolist(), batch.num_sampled_tokens)
@@ -149,7 +166,7 @@ class Actors:
 
     def train_result(self, refs: list[ObjectRef[TrainResult | None]], batch: SequenceBatch) -> StepResult:
         """Waits for the step that `submit_train` started on the batch, and returns its result."""
-        parts: list[TrainResult] = [part for part in results(refs) if part is not None]
+        parts: list[TrainResult] = [part for part in self._awaited(refs) if part is not None]
         return StepResult(
             values=merge_tables(batch, [part.table for part in parts])[0],
             loss=sum(part.loss for part in parts),
@@ -169,7 +186,7 @@ class Actors:
         """Returns the scores as `score` does, and the proxy distribution of the tokens marked as `proxy_wanted`."""
         self._count(batch, passes=1)
         calls = self._submit_parts(ActorRank.score, batch, temperature, weights) if len(batch) else []
-        tables = results(calls)
+        tables = self._awaited(calls)
         return merge_tables(batch, [table for table in tables if table is not None])
 
     def logits(self, batch: SequenceBatch) -> np.ndarray:

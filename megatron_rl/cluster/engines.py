@@ -130,10 +130,11 @@ class Engines:
 
     def wait(self, ids: Iterable[int], seconds: float | None = None) -> set[int]:
         """Blocks until at least one of the groups has finished, or for about so many seconds, and returns the finished
-        ids. Embedded engines answer batch by batch: with them it blocks until all have finished. Raises EnginesLost."""
+        ids. Embedded engines answer batch by batch: with them it blocks until all have finished. `seconds` 0: the actor
+        is at work, whose weights no engine gets now. Raises EnginesLost, if `seconds` is not 0."""
         ids, deadline = set(ids), progress_deadline()
         while len(finished := ids & self._answers.keys()) < (len(ids) if self.embedded else min(1, len(ids))):
-            progress = self._poll(POLL_SECONDS if seconds is None else seconds)
+            progress = self._poll(POLL_SECONDS if seconds is None else seconds, actor_works=seconds == 0)
             if deadline:
                 deadline.check(progress=progress)
             if seconds is not None:
@@ -154,6 +155,12 @@ class Engines:
             self._poll()
             missing -= self._answers.keys()
         self._aborting = False
+
+    def suspend(self, ids: Iterable[int]) -> set[int]:
+        """Stops these requests as `abort` does, and returns those that `take` has an answer to: all of them."""
+        ids = set(ids)
+        self.abort(ids)
+        return ids
 
     def cancel(self, ids: Iterable[int]) -> None:
         """Ends these requests to servers alone, whose answers nobody takes. Not for embedded engines, which work on a
@@ -214,7 +221,7 @@ class Engines:
 
     # ------------------------------------------------------------------ engines that come and go
 
-    def _poll(self, seconds: float = POLL_SECONDS) -> bool:
+    def _poll(self, seconds: float = POLL_SECONDS, *, actor_works: bool = False) -> bool:
         """Waits up to so many seconds for an answer of any process, and acts on it. Returns whether there was one."""
         starting = {process.started: process for process in self._processes if process.state == "starting"}
         refs: list[ObjectRef[Any]] = [*self._calls, *starting, *self._losses]
@@ -231,9 +238,11 @@ class Engines:
                 self._answered(ref)
             elif ref in self._losses:
                 self._ended(ref)
-        if self.awaiting_weights:
+        if not actor_works and self.awaiting_weights:
             self.refresh()
-        self._replace_lost()
+        self._check_outage(raises=not actor_works)
+        for process in self._processes:
+            process.launch_when_due()
         if self._routing:
             self._routing.refresh()
         self._dispatch()
@@ -286,16 +295,14 @@ class Engines:
         """Lets engines serve the weights of the folder that they were started from, if there is no trainer."""
         self.resume(self.awaiting_weights, UNSYNCED)
 
-    def _replace_lost(self) -> None:
+    def _check_outage(self, *, raises: bool) -> None:
         if self._serving and self._routed:
             self._served_at = time.monotonic()
-        elif time.monotonic() - self._served_at > self._outage_seconds:
+        elif raises and time.monotonic() - self._served_at > self._outage_seconds:
             raise EnginesLost(
                 f"no engine could be brought back for {self._outage_seconds:g} s (rollout.server.outage_seconds); "
                 "their logs say why"
             )
-        for process in self._processes:
-            process.launch_when_due()
 
     @property
     def _processes(self) -> list[Engine | RouterProcess]:

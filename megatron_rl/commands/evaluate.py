@@ -14,7 +14,7 @@ from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_rl.config.evaluation import ProtocolSettings
-    from megatron_rl.evaluation.sources import Source
+    from megatron_rl.evaluation.sources import CompletionServer, ModelFolder, Source
 
 PLAIN_WIDTH = 140
 """Width in columns if standard output is not a terminal."""
@@ -81,9 +81,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     for remark in greedy_samples(protocol):
         print(f"warning: {options.suites}: {remark}", file=sys.stderr)
     with ExitStack() as stack:
-        source = _source(options, stack)
-        if protocol.agent:
-            source = _with_agent(source, protocol)
+        model = _source(options, stack)
+        source: Source = _with_agent(model, protocol) if protocol.agent else model
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # after the downloads
         _run(options, protocol, source)
 
@@ -112,7 +111,7 @@ def _run(options: argparse.Namespace, protocol: ProtocolSettings, source: Source
     console.print(f"per problem: {folder}/<suite>.parquet; all figures: {folder / SUMMARY}", highlight=False)
 
 
-def _source(options: argparse.Namespace, stack: ExitStack) -> Source:
+def _source(options: argparse.Namespace, stack: ExitStack) -> ModelFolder | CompletionServer:
     from megatron_rl.checkpoint.as_model import find_checkpoint, link_as_model
     from megatron_rl.data.hub import local_model
     from megatron_rl.evaluation.sources import CompletionServer, ModelFolder
@@ -140,15 +139,9 @@ def _source(options: argparse.Namespace, stack: ExitStack) -> Source:
     )
 
 
-def _with_agent(source: Source, protocol: ProtocolSettings) -> Source:
+def _with_agent(source: ModelFolder | CompletionServer, protocol: ProtocolSettings) -> Source:
     from megatron_rl.evaluation.agents import AgentSource
-    from megatron_rl.evaluation.sources import ModelFolder
 
-    if not isinstance(source, ModelFolder):
-        raise UserError(
-            "agent: an agent needs the model's tokens, which a server of completions does not give: evaluate a folder, "
-            "a checkpoint or a run"
-        )
     return AgentSource(source, protocol)
 
 

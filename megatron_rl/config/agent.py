@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
@@ -51,6 +51,10 @@ class AgentSettings(Section):
     """Most calls of the model in a rollout. A rollout that needs more ends as a truncated response."""
     timeout_seconds: Positive = 1800.0
     """Longest duration of a rollout. A rollout that needs more is cancelled and has no reward."""
+    graded: Literal["answer", "transcript"] = "answer"
+    """Text that a verifier (`reward.name` other than agent) and `reward.format` see. answer: what the policy sampled in
+    its last turn, so that the output of a tool is never graded as the policy's. transcript: its whole newest sequence,
+    with what it was given in between; for verifiers that know the difference."""
     host: Text = "127.0.0.1"
     """Address that the model's server listens on: set the node's own address if containers or other machines call
     it."""

@@ -182,7 +182,8 @@ def _rollout(config: Config) -> Iterator[str]:
             "algorithm.correction.weights: none would treat the tokens of quantised engines (--quantization in "
             "rollout.server.arguments) as if the actor had sampled them; set it to truncated or masked"
         )
-    yield from _agent(config)
+    if config.reward.name == "agent" and not config.rollout.agent:
+        yield "reward.name: agent takes the reward of an agent, but rollout.agent names none"
     yield from _engine(config)
     if rollout.server.urls and len(rollout.server.urls) != rollout.engines:
         yield (
@@ -193,18 +194,6 @@ def _rollout(config: Config) -> Iterator[str]:
         yield "rollout.asynchronous: engines on the actor's GPUs (cluster.colocate) cannot sample during training"
     if rollout.server.urls and config.cluster.colocate:
         yield "cluster.colocate: external servers (rollout.server.urls) share no GPUs with the actor"
-
-
-def _agent(config: Config) -> Iterator[str]:
-    rollout = config.rollout
-    if rollout.agent and rollout.max_staleness:
-        also = " and rollout.asynchronous to false" if rollout.asynchronous else ""
-        yield (
-            f"rollout.max_staleness: {rollout.max_staleness} continues responses at a later step, which an agent "
-            f"(rollout.agent) cannot; set it to 0{also}. over_sampling works with agents"
-        )
-    if config.reward.name == "agent" and not rollout.agent:
-        yield "reward.name: agent takes the reward of an agent, but rollout.agent names none"
 
 
 def _engine(config: Config) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -112,16 +112,10 @@ class CompletionServer:
         return list(self._threads.map(lambda request: self._one(*request), requests))
 
     def _one(self, prompt: Prompt, sampling: SamplingParams) -> Sample:
-        body = {
-            "model": self._model,
-            # Ids are exact. From a text, the server's tokenizer may make other ids, such as a begin token in front.
-            "prompt": list(prompt.token_ids) if self.tokenizer else prompt.text,
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": 1.0,
-            "seed": sampling.seed % 2**31,
-        }
-        answer = self._ask("/completions", body)
+        # Ids are exact. From a text, the server's tokenizer may make other ids, such as a begin token in front.
+        answer = self._ask(
+            "/completions", self._body(list(prompt.token_ids) if self.tokenizer else prompt.text, sampling)
+        )
         try:
             # An empty answer is an answer, but a response without a token counts as failed. Some servers do not count
             # the token that ends a response.
@@ -133,6 +127,36 @@ class CompletionServer:
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{self._url}/completions gives an answer of unknown form: {str(answer)[:200]}") from error
+
+    def respond(self, prompt: Sequence[int], sampling: SamplingParams) -> Future[Response]:
+        """Asks for one response to these tokens, as tokens without log-probs. The call ends with UserError if the
+        server is gone or does not give tokens."""
+        return self._threads.submit(self._tokens_of, prompt, sampling)
+
+    def _tokens_of(self, prompt: Sequence[int], sampling: SamplingParams) -> Response:
+        body = self._body(list(prompt), sampling) | {"return_token_ids": True}
+        if sampling.stop_token_ids:
+            body["stop_token_ids"] = list(sampling.stop_token_ids)
+        answer = self._ask("/completions", body)
+        try:
+            choice = answer["choices"][0]
+            reason: FinishReason = "length" if choice["finish_reason"] == "length" else "stop"
+            return Response(np.array(choice["token_ids"], np.int32), np.zeros(0, np.float32), reason, 0)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self._url}/completions gives no token ids (return_token_ids), which an agent's history is made of; "
+                f"SGLang and vLLM do. Its answer: {str(answer)[:200]}"
+            ) from error
+
+    def _body(self, prompt: Any, sampling: SamplingParams) -> dict[str, Any]:
+        return {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": 1.0,
+            "seed": sampling.seed % 2**31,
+        }
 
     def _only_model(self) -> str:
         answer = self._ask("/models", None)

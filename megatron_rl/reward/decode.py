@@ -39,7 +39,7 @@ def text_of(sample: Sample, decode: Decode | None) -> str:
     if decode is None:
         return sample.text
     try:
-        return decode(sample.response.token_ids)
+        return decode(sample.response.graded_token_ids)
     except MemoryError:
         raise
     except Exception as error:

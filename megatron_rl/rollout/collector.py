@@ -44,6 +44,8 @@ class Sampler(Protocol):
 
     def abort(self, numbers: Iterable[int]) -> None: ...
 
+    def suspend(self, numbers: Iterable[int]) -> set[int]: ...
+
 
 class GroupGrader(Protocol):
     """Grades responses; see `reward.grading.Grading`."""
@@ -223,9 +225,7 @@ class RolloutCollector:
         """Returns the step's groups. What is left continues at the next step, or at once in an asynchronous run."""
         buffer, settings = self.buffer, self.settings
         if not settings.asynchronous:
-            with self.phase("rollout"):
-                self.engines.abort(buffer.in_flight)
-            self._take_in(list(buffer.in_flight))
+            self._take_in(self._stopped())
         rates = self._check_grades()
         buffer.complete.sort(key=lambda group: group.age)
         chosen, surplus = buffer.complete[: settings.prompts_per_step], buffer.complete[settings.prompts_per_step :]
@@ -249,6 +249,16 @@ class RolloutCollector:
             self._drawn = 0
             self._ask()
         return rollouts
+
+    def _stopped(self) -> list[int]:
+        """Stops the engines. Returns the requests with an answer; rollouts of agents may go on at the next step."""
+        numbers = list(self.buffer.in_flight)
+        with self.phase("rollout"):
+            if self.config.keeps_rollouts:
+                answered = self.engines.suspend(numbers)
+                return [number for number in numbers if number in answered]
+            self.engines.abort(numbers)
+        return numbers
 
     def _nothing_to_train_on(self) -> str:
         """A message for a step whose groups were all left out."""

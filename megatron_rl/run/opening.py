@@ -142,6 +142,8 @@ def open_run(config: Config) -> Iterator[Run]:
         actors, engines, reference = _start(config, choice, inputs, view, stack, nodes, origin)
         weights = open_weight_sync(config, actors, engines, view, stack) if engines else None
         sampler = _sampler(config, engines, inputs, stack)
+        if config.rollout.asynchronous and isinstance(sampler, AgentRollouts):
+            actors.meanwhile = sampler.keep_going
         phase = Phases(view.phase)
         run = Run(
             config=config,

@@ -30,6 +30,11 @@ def assert_contract(run: Finished) -> None:
     assert len(values(run, "train/loss")) == STEPS
 
 
+def assert_contract_of_fresh_tokens(run: Finished) -> None:
+    assert max(values(run, "logprob/fresh_abs_diff")) < 1e-3
+    assert len(values(run, "train/loss")) == STEPS
+
+
 def test_a_calculator_writes_results_that_are_seen_but_not_trained(command_line: CommandLine) -> None:
     run = command_line.train(
         "calculator", *SHORT_WARM_START, *SHORT, config=REPOSITORY / "examples/agents/countdown.yaml"
@@ -77,6 +82,32 @@ def test_training_makes_an_agent_use_its_calculator(tmp_path_factory: pytest.Tem
     assert calls[1] > calls[0] + 1
     assert max(values(run, "agent/turns_mean")) > 2 and max(values(run, "agent/tool_errors_mean")) < 0.2
     assert max(values(run, "logprob/rollout_actor_max_diff")) < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["partial", "asynchronous"])
+def test_agents_train_on_rollouts_of_older_weights(quickstart: Callable[..., Finished], mode: str) -> None:
+    """Each prompt is trained once, and no token is older than the bound allows."""
+    run = quickstart(
+        f"stale_agent_{mode}",
+        *SHORT,
+        "rollout.engines=1",
+        "rollout.agent={function: tests.e2e_cpu.own_agents:two_attempts}",
+        "reward.name=agent",
+        "rollout.max_staleness=1",
+        "rollout.asynchronous=true" if mode == "asynchronous" else "rollout.over_sampling=1.75",
+        "algorithm.correction.weights=truncated",
+        "train.save_every=2",
+    )
+    assert_contract_of_fresh_tokens(run)
+    rows = rows_of(run)
+    prompts: dict[int, set[str]] = {}
+    for row in rows:
+        assert set(row["weight_versions"]) <= {row["step"] - 2, row["step"] - 1} - {-1}
+        prompts.setdefault(row["step"], set()).add(row["prompt_id"])
+    assert len(rows) == 2 * STEPS * 16 * 8
+    assert [len(found) for found in prompts.values()] == [16] * STEPS
+    assert len(set.union(*prompts.values())) == STEPS * 16
+    assert max(values(run, "rollout/staleness_max")) == 1
 
 
 def test_two_sequences_of_a_rollout_share_its_advantage(quickstart: Callable[..., Finished]) -> None:

@@ -9,17 +9,19 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from examples.environments import tiny
 from megatron_rl.rollout.dump import dumps
-from tests.e2e_cpu.conftest import CommandLine, Finished, values
+from tests.e2e_cpu.conftest import REPOSITORY, CommandLine, Finished, values
 from tests.environments.conftest import MODULES
 from tests.hf_models import write_hf_model
+from tests.tiers import slow
 from tests.unit.agent.kit import tokenizer
 
 pytest.importorskip("verifiers.v1")
 pytest.importorskip("reasoning_gym")
 pytestmark = [pytest.mark.environments, pytest.mark.e2e]
 
-STEPS = 2
+STEPS, EXAMPLES = 2, REPOSITORY / "examples/environments"
 COMMON: dict[str, Any] = {
     "model": {"path": "model"},
     "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_response_tokens": 24},
@@ -85,3 +87,22 @@ def test_an_environment_of_verifiers_trains(command_line: CommandLine) -> None:
     assert len({row["reward"] for row in rows}) > 1 and min(row["reward"] for row in rows) >= 0.25
     assert any(not all(row["sampled_mask"]) for row in rows)  # the second question of the environment
     assert max(values(run, "agent/turns_max")) == 2
+
+
+@slow
+@pytest.mark.parametrize(
+    ("example", "overrides"), [("tiny_sums", ("warm_start.phases.0.steps=600", "train.steps=60")), ("tiny_guess", ())]
+)
+def test_a_tiny_model_learns(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, example: str, overrides: tuple[str, ...]
+) -> None:
+    """The examples whose results docs/environments.md shows, shorter."""
+    folder = tmp_path_factory.mktemp(example)
+    monkeypatch.chdir(folder)
+    tiny.main()
+    shutil.copy(EXAMPLES / "higher_lower.py", folder)
+    run = CommandLine(folder).train(example, *overrides, config=EXAMPLES / f"{example}.yaml")
+    assert run.status == 0, run.output[-5000:]
+    rewards = values(run, "reward/mean")
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1, rewards
+    assert max(values(run, "logprob/rollout_actor_max_diff")) < 1e-3

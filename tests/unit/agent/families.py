@@ -25,6 +25,7 @@ FAMILIES = {
     "qwen3": (published("qwen3"), END),  # it removes thinking from earlier turns
     "llama3": (published("llama3"), "<|eot_id|>"),
     "llama3_1": (published("llama3_1"), "<|eot_id|>"),
+    "llama3_2": (published("llama3_2"), "<|eot_id|>"),
     "gpt-oss": (published("gptoss"), "<|return|>"),
     "smollm2": (OWN_SYSTEM, END),
 }

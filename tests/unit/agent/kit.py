@@ -101,7 +101,7 @@ class TextEngines:
         self.submitted = self.aborted = 0
         self.cancelled: list[int] = []
 
-    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[int]:
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams, partial: object = None) -> list[int]:
         self.batches.append(len(prompts))
         numbers = list(range(self.submitted, self.submitted + len(prompts)))
         self.submitted += len(prompts)
@@ -127,7 +127,7 @@ class TextEngines:
 
 def made_up(rng: random.Random, token: str = END) -> Response:
     """An answer of random tokens with thinking or tool calls now and then. It may end at its limit."""
-    kind = rng.choice(("plain", "thinking", "tool", "two tools", "broken tool", "special"))
+    kind = rng.choice(("plain", "thinking", "tool", "two tools", "broken tool", "llama", "special"))
     words = "".join(rng.choice("ab ckothe\n") for _ in range(rng.randint(0, 6)))
     text = {
         "plain": words,
@@ -135,6 +135,7 @@ def made_up(rng: random.Random, token: str = END) -> Response:
         "tool": f"{words}{_call(words)}",
         "two tools": f"{_call('a')}{_call(rng.choice(SPECIAL))}",
         "broken tool": f"<tool_call>{words}</tool_call>",
+        "llama": json.dumps({"name": "f", "parameters": {"x": words}})[: rng.choice((None, -1))],
         "special": f"{words}{rng.choice(SPECIAL)}{words}",
     }[kind]
     return written(text, ends=rng.random() < 0.8, token=token)

@@ -25,7 +25,7 @@ class Script:
     def __init__(self, parts: list[str]) -> None:
         self.parts, self.stops = parts, set[tuple[int, ...]]()
 
-    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[int]:
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams, partial: object = None) -> list[int]:
         self.stops.add(sampling.stop_token_ids)
         return [0]
 

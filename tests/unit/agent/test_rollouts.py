@@ -23,6 +23,7 @@ from megatron_rl.config.agent import AgentSettings
 from megatron_rl.config.reward import RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward.agent import no_reward
+from megatron_rl.reward.decode import decoder_of, text_of
 from megatron_rl.reward.grading import Grading
 from megatron_rl.types import Prompt, RewardResult, Sample
 from tests.unit.agent.kit import TextEngines, sampling, tokenizer
@@ -38,7 +39,7 @@ class SlowServers(TextEngines):
         super().__init__(lambda text: "ok", embedded=False)
         self.answered: set[int] = set()
 
-    def submit(self, prompts: Any, sampling: Any) -> list[int]:
+    def submit(self, prompts: Any, sampling: Any, partial: Any = None) -> list[int]:
         numbers = super().submit(prompts, sampling)
         texts = (tokenizer().decode(list(prompt.token_ids)) for prompt in prompts)
         self.answered |= {number for number, text in zip(numbers, texts, strict=True) if "never" not in text}
@@ -85,7 +86,9 @@ def test_the_reward_of_the_agent_counts_and_the_verifier_grades_the_others() -> 
     grading = Grading(Verifier(), RewardSettings(name="agent"))  # type: ignore[arg-type]
     own, verified = grading.grade([(PROMPT, response) for response in responses])
     assert (own.score, verified.score) == (0.5, 1.0)
-    assert own.text.count("ok") == 3 and own.outcome == "score"
+    samples = [Sample(PROMPT, response) for response in (responses[1], one(graded_elsewhere, graded="transcript"))]
+    assert [text_of(sample, decoder_of(tokenizer())).count("ok") for sample in samples] == [1, 3]
+    assert own.text == "ok" and own.outcome == "score"  # the last of three answers
 
 
 @pytest.mark.parametrize(
@@ -137,6 +140,35 @@ def test_failures_are_counted_outcomes() -> None:
         assert detail in response.reward.detail
     assert "test_rollouts.py, line" in one(fails).reward.detail
     assert one(fails).num_sampled_tokens == 3
+
+
+class WithoutText(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    "error", [WithoutText(), ValueError("a" * 10**7), GeneratorExit(), asyncio.CancelledError(), ValueError("\ud800")]
+)
+def test_whatever_an_agent_raises_costs_its_rollout_only(error: BaseException) -> None:
+    async def raises(model: Model, prompt: Prompt) -> float:
+        await model.chat([{"role": "user", "content": "ab"}])
+        raise error
+
+    reward = one(raises).reward
+    assert reward.outcome == "error" and reward.detail.startswith(type(error).__name__) and len(reward.detail) < 3000
+
+
+@pytest.mark.parametrize("content", ["ab", 3], ids=["after a limit", "bad request"])
+def test_an_agent_that_repeats_a_refused_call_for_ever_takes_too_long(content: Any) -> None:
+    async def insists(model: Model, prompt: Prompt) -> float:
+        while True:
+            try:
+                await model.chat([{"role": "user", "content": content}])
+            except Exception:
+                continue
+
+    assert one(insists, max_turns=1, timeout_seconds=0.5).reward.outcome == "timeout"
 
 
 def test_only_the_limit_itself_makes_a_truncated_response_and_other_errors_after_it_count() -> None:

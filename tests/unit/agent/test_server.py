@@ -14,7 +14,7 @@ import pytest
 from megatron_rl.agent.conversation import CHARACTERS_PER_TOKEN, Conversation
 from megatron_rl.agent.model import Model
 from megatron_rl.agent.rollouts import AgentRollouts
-from megatron_rl.agent.server import SMALLEST_LIMIT
+from megatron_rl.agent.server import RETRY_HEADER, SMALLEST_LIMIT, ModelServer
 from megatron_rl.config.agent import AgentSettings
 from megatron_rl.types import AgentResponse, Prompt
 from tests.unit.agent.kit import TOOLS, TextEngines, sampling, tokenizer
@@ -35,8 +35,9 @@ ended: list[AgentResponse] = []
 """The rollouts of `during`, also of those whose check has failed."""
 
 
-async def post(model: Model, /, key: str | None = None, **body: Any) -> tuple[int, Any]:
-    headers = {"Authorization": f"Bearer {model.api_key if key is None else key}"}
+async def post(model: Model, /, key: str | None = None, retried: str = "0", **body: Any) -> tuple[int, Any]:
+    """`retried`: how often the `openai` package says that it has made the request before."""
+    headers = {"Authorization": f"Bearer {model.api_key if key is None else key}", RETRY_HEADER: retried}
     asked = {"model": model.name, "messages": USER} | body
     async with (
         aiohttp.ClientSession() as client,
@@ -46,7 +47,9 @@ async def post(model: Model, /, key: str | None = None, **body: Any) -> tuple[in
         return answer.status, text if body.get("stream") else json.loads(text)
 
 
-def during(check: Callable[[Model], Any], answer: str = "abc", max_turns: int = 32) -> AgentResponse:
+def during(
+    check: Callable[[Model], Any], answer: str = "abc", max_turns: int = 32, engines: TextEngines | None = None
+) -> AgentResponse:
     """Runs the check as an agent; its errors are raised here. Returns the rollout."""
     errors: list[BaseException] = []
 
@@ -59,7 +62,8 @@ def during(check: Callable[[Model], Any], answer: str = "abc", max_turns: int = 
         return 1.0
 
     settings = AgentSettings(function="my:agent", max_turns=max_turns)
-    with AgentRollouts(settings, agent, TextEngines(lambda text: answer), tokenizer(), 5000) as rollouts:
+    engines = engines or TextEngines(lambda text: answer)
+    with AgentRollouts(settings, agent, engines, tokenizer(), 5000) as rollouts:
         ((response,),) = rollouts.generate([PROMPT], sampling())
     assert isinstance(response, AgentResponse)
     ended.append(response)
@@ -274,3 +278,73 @@ def test_many_clients_at_a_time() -> None:
         assert {status for status, _ in answers} == {200}
 
     assert len(during(check).sequences) == 30
+
+
+class Lossy:
+    """A client whose connection is gone when the server writes the answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.losses = 0
+        written = ModelServer._written
+
+        async def lose(server: ModelServer, request: Any, asked: Any, whole: Any) -> Any:
+            if self.losses:
+                self.losses -= 1
+                request.transport.abort()
+            return await written(server, request, asked, whole)
+
+        monkeypatch.setattr(ModelServer, "_written", lose)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_lost_an_answer_gets_it_when_it_asks_again(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    client = Lossy(monkeypatch)
+
+    async def check(model: Model) -> None:
+        client.losses = 2
+        for _ in range(2):
+            with pytest.raises(aiohttp.ClientError):
+                await post(model, stream=stream)
+        assert (await post(model, stream=stream))[0] == 200
+        assert model.session.recording.num_sampled_tokens == 4
+        await post(model, stream=stream)  # a further sample
+        assert (await post(model, stream=stream, max_tokens=2))[0] == 200  # another request
+
+    assert [int(sequence.sampled_mask.sum()) for sequence in during(check).sequences] == [4, 4, 2]
+
+
+def test_a_client_that_says_so_gets_the_answer_of_its_first_request() -> None:
+    async def check(model: Model) -> None:
+        for count in ("0", "1", "2"):
+            assert (await post(model, retried=count))[0] == 200
+        assert model.session.recording.num_sampled_tokens == 4
+        assert (await post(model, retried="0"))[0] == 200
+        assert (await post(model, retried="1"))[0] == 200  # nobody knows which of the two it was
+
+    assert during(check).num_sampled_tokens == 12
+
+
+def test_a_call_that_its_client_has_given_up_ends_when_it_asks_again() -> None:
+    """Its connection is still there, as behind a proxy that goes on waiting."""
+    engines = NeverFirst()
+
+    async def check(model: Model) -> None:
+        first = asyncio.create_task(post(model))
+        while not engines.submitted:
+            await asyncio.sleep(0.01)
+        assert (await post(model, retried="1"))[0] == 200
+        with pytest.raises(aiohttp.ClientError):
+            await first
+
+    assert during(check, engines=engines).num_sampled_tokens == 4
+    assert engines.cancelled == [0]
+
+
+class NeverFirst(TextEngines):
+    """Servers that never answer their first request."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda text: "abc", embedded=False)
+
+    def wait(self, ids: Any, seconds: float | None = None) -> set[int]:
+        return super().wait(set(ids) - {0})

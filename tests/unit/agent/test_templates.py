@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.agent.messages import MALFORMED, answer_of
 from megatron_rl.agent.session import Session
 from megatron_rl.types import AgentResponse, Ids, SamplingParams
 from tests.unit.agent.families import FAMILIES
@@ -78,6 +79,37 @@ def test_calls_of_tools_go_on_in_the_same_sequence(family: str) -> None:
     call = '<tool_call>{"name": "f", "arguments": {"x":3}}</tool_call>'
     prompts, rollout = conversation(family, [call, call, "ok"], ask, tools=tools("d"))
     assert rollout.others == () and tokenizer().decode(prompts[-1].tolist()).count("the 9") == 2
+
+
+@pytest.mark.parametrize("family", ["llama3_1", "llama3_2"])
+def test_calls_in_the_form_of_llama_go_on_in_the_same_sequence(family: str) -> None:
+    calls = ['{"name": "f", "parameters": {"x": 3}}', ' {"name": "f", "parameters": {"x": "é"}}\n']
+    broken = '{"name": "f", "parameters": {"x": 3'
+    found: Messages = []
+
+    def ask(history: Messages) -> Messages:
+        if not history:
+            return [{"role": "user", "content": "ab"}]
+        (call,) = history[-1]["tool_calls"]
+        found.append(call["function"])
+        return [*history, {"role": "tool", "tool_call_id": call["id"], "content": "the 9"}]
+
+    prompts, rollout = conversation(family, [*calls, broken, "ok"], ask, tools=tools("d"))
+    assert [(call["name"], call["arguments"]) for call in found] == [
+        ("f", '{"x": 3}'),
+        ("f", '{"x": "é"}'),
+        (MALFORMED, broken),
+    ]
+    assert rollout.others == () and tokenizer().decode(prompts[-1].tolist()).count("the 9") == 3
+
+
+@pytest.mark.parametrize("text", ['{"x": 3}', 'so {"name": "f", "parameters": {}}', "[]", ""])
+@pytest.mark.parametrize("llama", [True, False])
+def test_other_answers_are_no_calls(text: str, llama: bool) -> None:
+    assert answer_of(text, with_tools=True, llama=llama) == {"role": "assistant", "content": text}
+    call = '{"name": "f", "parameters": {}}'
+    assert answer_of(call, with_tools=False, llama=True)["content"] == call
+    assert answer_of(call, with_tools=True, llama=False)["content"] == call
 
 
 @pytest.mark.parametrize("family", ["qwen3"])

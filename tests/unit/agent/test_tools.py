@@ -186,8 +186,8 @@ def test_what_a_policy_calls_wrongly_is_an_observation() -> None:
     assert "wrong arguments" in call(json.dumps(right | {"arguments": {"e": 1}}))
     assert "ZeroDivisionError" in call(json.dumps(right | {"arguments": {"expression": "1/0"}}))
     for malformed in ("{", "[]", "3", '{"name": 3, "arguments": {}}', '{"name": "calculator"}', json.dumps(right)[:-1]):
-        assert "not JSON of the form" in call(malformed)
+        assert "not JSON of an object" in call(malformed)
     for deep in ("[" * 1000, "[" * 100_000, json.dumps(right | {"arguments": {"expression": nested(300)}})):
-        assert "not JSON of the form" in call(deep)
+        assert "not JSON of an object" in call(deep)
     assert answer_of("<tool_call>{</tool_call>", with_tools=True)["tool_calls"][0]["function"]["name"] == MALFORMED
     assert "tool_calls" not in answer_of("<tool_call>{", with_tools=True)

@@ -86,3 +86,8 @@ class FakeEngines:
     def abort(self, numbers: Iterable[int]) -> None:
         for number in [number for number in numbers if number in self.requests]:
             self.answers[number] = self.requests.pop(number).responses
+
+    def suspend(self, numbers: Iterable[int]) -> set[int]:
+        numbers = set(numbers)
+        self.abort(numbers)
+        return numbers

@@ -17,7 +17,7 @@ from megatron_rl.checkpoint.rollout_buffer import BUFFER_FILE, read_buffer, writ
 from megatron_rl.rollout.buffer import Group, RolloutBuffer
 from megatron_rl.rollout.collector import RolloutCollector
 from megatron_rl.rollout.rollouts import Rollouts
-from megatron_rl.types import Prompt, Response, RewardResult
+from megatron_rl.types import AgentResponse, AgentSequence, Prompt, Response, RewardResult
 from tests.tiers import examples
 from tests.unit.rollout.fake_engines import FakeEngines
 from tests.unit.rollout.test_collector import collector_of
@@ -166,6 +166,33 @@ def test_a_buffer_file_restores_the_groups_bit_for_bit(tmp_path: Path) -> None:
     ]
     write_buffer(tmp_path, groups)
     assert read_buffer(tmp_path, PROMPTS, decode) == groups
+
+
+@pytest.mark.parametrize("graded", ["answer", "transcript"])
+def test_a_buffer_file_restores_all_sequences_of_an_agent(tmp_path: Path, graded: Any) -> None:
+    first = AgentSequence([4, 5], [-0.5, -0.25], "stop", 3, ((1, 4),), context=(7, 8))  # type: ignore[arg-type]
+    rollout = AgentResponse(
+        [1, 2, 3],  # type: ignore[arg-type]
+        [-0.1, 0.0, -0.5],  # type: ignore[arg-type]
+        "stop",
+        4,
+        ((2, 5),),
+        [True, False, True],  # type: ignore[arg-type]
+        context=(7,),
+        others=(first, first),
+        tool_calls=2,
+        tool_errors=1,
+        graded=graded,
+    )
+    plain = Response([4, 5], [-0.5, -0.25], "stop", 7)  # type: ignore[arg-type]
+    write_buffer(tmp_path, [Group(3, 1, PROMPTS[1], 7), Group(4, 2, PROMPTS[2], 5, (plain, rollout), (GRADED, GRADED))])
+    empty, group = read_buffer(tmp_path, PROMPTS, lambda ids: " ".join(map(str, ids)))
+    assert empty.responses == () and group.responses == (plain, rollout)
+    found = group.responses[1]
+    assert isinstance(found, AgentResponse) and found.others == (first, first) and found.others[0].context == (7, 8)
+    assert (found.context, found.tool_calls, found.tool_errors, found.graded) == ((7,), 2, 1, graded)
+    assert group.rewards[1].text == ("3" if graded == "answer" else "1 2 3")
+    assert group.oldest_version == 3
 
 
 def test_a_graded_response_that_cannot_be_decoded_is_restored_without_text(tmp_path: Path) -> None:

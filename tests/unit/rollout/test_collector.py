@@ -53,6 +53,10 @@ class Engines:
     def abort(self, numbers: Collection[int]) -> None:
         assert not numbers
 
+    def suspend(self, numbers: Collection[int]) -> set[int]:
+        assert not numbers
+        return set()
+
 
 class Grader:
     """Gives the first response to a prompt a score of 1 if the prompt has a signal, and every other response 0."""

@@ -1,15 +1,17 @@
-"""A request that is cancelled ends in its engine, and no other request does."""
+"""A request that is cancelled ends in its engine, and no other does; requests go on while the actor works."""
 
 from __future__ import annotations
 
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_rl.cluster.engines import Engines
+from megatron_rl.cluster import actors
+from megatron_rl.cluster.engines import Engines, EnginesLost
 from megatron_rl.cluster.runtime import ray_runtime
 from megatron_rl.config import load_config
 from megatron_rl.parallel.placement import placement_of
@@ -63,6 +65,42 @@ class WaitingEngine(RolloutEngine):
 
     def health(self) -> int:
         raise NotImplementedError
+
+
+@slow
+def test_a_look_at_requests_while_the_actor_works_sends_no_weights_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The actor's weights may be between two updates, and a step in progress cannot be saved."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    config = load_config(tmp_path / "mine.yaml", [f"rollout.engine={__name__}:KIND", "data.max_prompt_tokens=8"])
+    sent: list[int] = []
+    with ray_runtime(placement_of(config)) as nodes:
+        launch = EngineLaunch(KIND, tmp_path, "cpu", "float32", 16)
+        engines = Engines(config.rollout, launch, tmp_path / "logs", nodes)
+        (number,) = engines.submit([Prompt("", (1,), "", None)], SamplingParams(1, 1, 1.0, (), 0))
+        patience = Patience(lambda: [os.getpid()], "a look at requests")
+        while not engines.wait([number], seconds=0):
+            patience.check()
+            time.sleep(0.01)
+        (engine,) = engines._engines
+        engine.state, engines.refresh = "awaiting_weights", lambda: sent.append(1)
+        engines._outage_seconds, engines._served_at = 0.0, 0.0
+        assert engines.wait([number], seconds=0) == {number} and not sent
+        with pytest.raises(EnginesLost):
+            engines.wait([number + 1], seconds=0.05)
+        assert sent == [1]
+        engines.close()
+
+
+def test_a_wait_for_the_actor_does_something_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [[], [], ["ended"]]
+    monkeypatch.setattr(actors, "ray", SimpleNamespace(wait=lambda refs, timeout: (left.pop(0), [])))
+    monkeypatch.setattr(actors, "results", lambda refs: ["found"])
+    own, calls = object.__new__(actors.Actors), list[int]()
+    own.meanwhile = lambda: calls.append(1)
+    assert own._awaited(["ref"]) == ["found"] and calls == [1, 1]  # type: ignore[list-item]
 
 
 @slow

@@ -1,0 +1,66 @@
+"""What small runs with environments and servers learn: the rewards and evaluations of finished runs.
+
+    python examples/environments/tiny.py
+    megatron-rl train examples/environments/tiny_sums.yaml run.name=sums
+    PYTHONPATH=examples/environments megatron-rl train examples/environments/tiny_guess.yaml run.name=guess
+    megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=60 \
+        evaluation.every=60 run.name=vllm-calculator
+    python benchmarks/environments_learn.py runs/sums runs/guess runs/vllm-calculator [--out FILE]
+
+The servers are those of `make engines`; verifiers and reasoning-gym those of `make sinks`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.machine import arguments, keep
+from benchmarks.page import environments_learn
+from megatron_rl.observability.metrics import read_metrics
+
+ENDS = 5
+"""Number of steps at the beginning and at the end whose mean reward is shown."""
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Returns what a run was, and what it learned."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    steps = [row for row in read_metrics(folder) if "reward/mean" in row]
+    rewards = [row["reward/mean"] for row in steps]
+    scores = {
+        name: [row[name] for row in read_metrics(folder) if name in row]
+        for name in {key for row in read_metrics(folder) for key in row if key.startswith("eval/") and "/avg@" in key}
+    }
+    agent = config["rollout"].get("agent") or {}
+    return {
+        "engine": config["rollout"]["engine"],
+        "agent": agent.get("function"),
+        "seed": config["seed"],
+        "steps": len(steps),
+        "seconds": sum(row["perf/step_seconds"] for row in steps),
+        "rewards": rewards,
+        "first": sum(rewards[:ENDS]) / ENDS,
+        "last": sum(rewards[-ENDS:]) / ENDS,
+        "evaluations": {name: {"before": values[0], "after": values[-1]} for name, values in scores.items()},
+        "turns": [steps[0].get("agent/turns_mean"), steps[-1].get("agent/turns_mean")],
+        "largest log-prob difference": max(row["logprob/rollout_actor_max_diff"] for row in steps),
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    options = parser.parse_args()
+    found = {"runs": {folder.name: outcome(folder) for folder in options.runs}}
+    print(environments_learn(found))
+    keep(options.out, "environments_learn", **found)
+
+
+if __name__ == "__main__":
+    main()
