@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
 from megatron_rl.types import Outcome, RewardResult, Sample
+from megatron_rl.utils.bounded import open_plain
 from megatron_rl.utils.files import atomically
 from megatron_rl.utils.parquet import check_whole
 
@@ -124,7 +125,8 @@ def write_problems(path: Path, problems: Sequence[Problem]) -> None:
 def read_problems(path: Path) -> list[Problem]:
     """Reads a file of `write_problems`. Raises UserError for anything else."""
     try:
-        check_whole(path)
+        with open_plain(path):
+            check_whole(path)
         rows = pq.read_table(path, schema=SCHEMA).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and its problems are evaluated again") from error

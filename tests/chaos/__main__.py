@@ -3,8 +3,8 @@
     python -m tests.chaos --out runs/chaos --faults 100 --minutes 20 --seed 1
 
 Outcomes are kept in `OUT/outcomes.jsonl`, a line per fault; the same command later goes on with the next run.
-`--summary` writes their table by kind, phase and outcome. As root, runs get small disks and a /dev/shm of their own; other users
-miss the faults that need these. A clock that jumps needs libfaketime (Debian: faketime).
+`--summary` writes their table by kind, phase and outcome. As root, runs get small disks and a /dev/shm of their own;
+other users miss the faults that need these. A clock that jumps needs libfaketime (Debian: faketime).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=50, help="number of faults after which it ends")
     parser.add_argument("--minutes", type=float, default=10.0, help="time after which it begins no other run")
-    parser.add_argument("--per-run", type=int, default=6, help="largest number of faults of one run")
+    parser.add_argument("--per-run", type=int, default=20, help="largest number of faults of one run")
     parser.add_argument("--only", nargs="*", default=[], choices=FAULTS, help="kinds of faults")
     parser.add_argument("--files", action="store_true", help="damage files only, and ask their readers, without runs")
     parser.add_argument("--summary", type=Path, help="write the table of all outcomes so far, as JSON")

@@ -140,11 +140,11 @@ class Episode:
     def _moments(self) -> Iterator[bool]:
         """Yields True when the next fault is due: after some seconds, or some steps from now."""
         if self.rng.random() < 0.5:
-            due = time.monotonic() + self.rng.uniform(0.2, 12.0)
+            due = time.monotonic() + self.rng.uniform(0.1, 4.0)
             while True:
                 yield time.monotonic() >= due
         step = state(self.folder).get("step", 0)
-        wanted, pause = step + self.rng.randint(1, 6), self.rng.uniform(0.0, 0.4)
+        wanted, pause = step + self.rng.randint(1, 4), self.rng.uniform(0.0, 0.4)
         while state(self.folder).get("step", 0) < wanted:
             yield False
         due = time.monotonic() + pause

@@ -219,7 +219,7 @@ FAULTS: dict[str, Fault] = {
     "clock jump": other_clock,
     "second run": second_run,
 }
-WEIGHTS = {"SIGKILL": 8, "SIGTERM": 3, "SIGSTOP, SIGCONT": 5, "two killed": 2, "clock jump": 4}
+WEIGHTS = {"SIGKILL": 6, "SIGSTOP, SIGCONT": 5, "two killed": 1, "clock jump": 4}
 """How often a kind is chosen; the others count 2."""
 
 

@@ -47,7 +47,7 @@ def _created(folder: Path, path: Path) -> list[str]:
 
 
 KINDS: tuple[tuple[str, str, Reader], ...] = (
-    ("checkpoint", "checkpoints/step_000024/*", _resumed),
+    ("checkpoint", "checkpoints/step_000060/*", _resumed),
     ("metrics.jsonl", "metrics.jsonl", lambda folder, path: read_metrics(folder)),
     ("config.yaml", "config.yaml", _created),
     ("state.json", "state.json", lambda folder, path: read_state(folder)),
@@ -63,21 +63,24 @@ def play(world: World, seed: int, number: int, most: int) -> list[Met]:
     shutil.copytree(world.folder / "runs/undisturbed", folder, symlinks=True)
     try:
         with chdir(world.folder):
-            return [_one(folder, number, rng) for _ in range(most)]
+            return [met for _ in range(most) if (met := _one(folder, number, rng))]
     finally:
         shutil.rmtree(folder)
 
 
-def _one(folder: Path, number: int, rng: random.Random) -> Met:
+def _one(folder: Path, number: int, rng: random.Random) -> Met | None:
+    """Returns nothing if chance has left the file as it was."""
     name, pattern, read = rng.choices(KINDS, (8, 2, 1, 1, 2, 1))[0]
     path = rng.choice(sorted(path for path in folder.glob(pattern) if path.stat().st_size))
     content = path.read_bytes()
     intact = None if name in ("checkpoint", "config.yaml") else read(folder, path)
     how = rng.choice([how for how in damage.ANY if how is not damage.remove or name == "checkpoint"])
     how(path, rng)
+    if path.exists() and path.read_bytes() == content:
+        return None
     met = Met(number, f"file: {how.__name__}", name, "reading", 0, verdict="equal")
     try:
-        found = read(folder, path) if not path.exists() or path.read_bytes() != content else intact
+        found = read(folder, path)
         met.effect = "passed over" if name in ("checkpoint", "config.yaml") else _compared(found, intact)
         if met.effect == "read as something else":
             met.verdict = "silent"

@@ -17,7 +17,7 @@ from megatron_rl.observability.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples/quickstart/countdown.yaml"
-STEPS, SAVE_EVERY = 24, 3
+STEPS, SAVE_EVERY = 60, 4
 WARM = (
     "run.name=warm",
     "warm_start.batch_size=64",
@@ -32,6 +32,7 @@ SMALL = (
     "rollout.prompts_per_step=4",
     "rollout.samples_per_prompt=4",
     "observability.view=plain",
+    "reward.name=tests.engines.reward:odd",
 )
 RUN = (
     "model.path=runs/warm/hf",
@@ -40,7 +41,7 @@ RUN = (
     f"train.save_every={SAVE_EVERY}",
     "train.keep_checkpoints=3",
     "observability.hang_seconds=60",
-    "observability.rollouts_every=4",
+    "observability.rollouts_every=1",
 )
 OF_THE_MACHINE = ("time", "perf/", "memory/", "logprob/contract")
 """Beginnings of metrics that differ between equal runs: times, and the contract, which is checked at every start."""
