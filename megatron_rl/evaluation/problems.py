@@ -119,7 +119,8 @@ def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     for response in (response for row in rows for response in row["responses"] if response["outcome"] != "score"):
         response["score"] = None
     with atomically(path) as partial:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -127,7 +128,7 @@ def read_problems(path: Path) -> list[Problem]:
     try:
         with open_plain(path):
             check_whole(path)
-        rows = pq.read_table(path, schema=SCHEMA).to_pylist()
+        rows = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and its problems are evaluated again") from error
     return [

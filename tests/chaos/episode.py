@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import re
@@ -11,14 +12,14 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.checkpoint.manifest import PARTIAL
 from tests.chaos import damage
-from tests.chaos.faults import FAULTS, Scene, choose
+from tests.chaos.faults import FAULTS, Fault, Scene, choose
 from tests.chaos.world import RUN, STEPS, Result, World, state
 from tests.e2e_cpu.conftest import AGENTS, Descendants
 from tests.patience import Patience, Stuck
@@ -50,8 +51,19 @@ class Met:
 class Episode:
     """`number` and seed decide everything that chance decides, except the moments as the machine's load shifts them."""
 
-    def __init__(self, world: World, seed: int, number: int, most: int, only: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        world: World,
+        seed: int,
+        number: int,
+        most: int,
+        only: tuple[str, ...] = (),
+        script: Sequence[tuple[str, Fault]] = (),
+    ) -> None:
+        """most: number of faults. only: the kinds of faults; all by default. script: the first faults, some steps
+        apart, which are not drawn."""
         self.world, self.number, self.most, self.only = world, number, most, only
+        self.script = list(script)
         self.rng = random.Random(f"{seed}-{number}")
         self.name = f"episodes/{number}/run"
         self.place = world.folder / f"runs/episodes/{number}"
@@ -61,7 +73,7 @@ class Episode:
         self.root = os.getuid() == 0
         self.with_clock = FAKETIME is not None and self.rng.random() < 0.2
 
-    def play(self, until: float) -> list[Met]:
+    def play(self, until: float = math.inf) -> list[Met]:
         """Returns the faults with their outcome. No fault comes after the time `until`."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
@@ -139,7 +151,7 @@ class Episode:
 
     def _moments(self) -> Iterator[bool]:
         """Yields True when the next fault is due: after some seconds, or some steps from now."""
-        if self.rng.random() < 0.5:
+        if not self.script and self.rng.random() < 0.5:
             due = time.monotonic() + self.rng.uniform(0.1, 4.0)
             while True:
                 yield time.monotonic() >= due
@@ -152,9 +164,10 @@ class Episode:
             yield time.monotonic() >= due
 
     def _inject(self, scene: Scene) -> None:
-        kind, now = choose(self.rng, self.only), state(self.folder)
-        target = FAULTS[kind](scene, self.rng)
+        now, kind = state(self.folder), self.script[0][0] if self.script else choose(self.rng, self.only)
+        target = (self.script[0][1] if self.script else FAULTS[kind])(scene, self.rng)
         if target is not None:
+            del self.script[:1]
             phase = now.get("phase", "starting") if not now.get("ended") else "starting"
             self.met.append(Met(self.number, kind, target, phase, now.get("step", 0)))
 

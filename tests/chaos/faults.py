@@ -80,9 +80,11 @@ def _pick(scene: Scene, rng: random.Random, kinds: tuple[str, ...] = TARGETS) ->
     return kind, rng.choice(sorted(there[kind], key=lambda process: process.pid))
 
 
-def _signalled(number: signal.Signals) -> Fault:
+def signalled(number: signal.Signals, kinds: tuple[str, ...] = TARGETS) -> Fault:
+    """Returns the fault that sends a signal to a process of one of these kinds."""
+
     def inject(scene: Scene, rng: random.Random) -> str | None:
-        picked = _pick(scene, rng)
+        picked = _pick(scene, rng, kinds)
         if picked is None:
             return None
         kind, process = picked
@@ -207,8 +209,8 @@ def second_run(scene: Scene, rng: random.Random) -> str | None:
 
 
 FAULTS: dict[str, Fault] = {
-    "SIGKILL": _signalled(signal.SIGKILL),
-    "SIGTERM": _signalled(signal.SIGTERM),
+    "SIGKILL": signalled(signal.SIGKILL),
+    "SIGTERM": signalled(signal.SIGTERM),
     "SIGSTOP, SIGCONT": stop_and_continue,
     "two killed": kill_several,
     "few descriptors": few_descriptors,

@@ -13,7 +13,6 @@ from typing import Any
 from megatron_rl.checkpoint.manifest import checkpoints, verify
 from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
-from megatron_rl.models.hf_format import read_config
 from megatron_rl.observability.metrics import read_metrics
 from megatron_rl.observability.state import read_state
 from megatron_rl.run import folder as run_folder
@@ -52,7 +51,6 @@ KINDS: tuple[tuple[str, str, Reader], ...] = (
     ("config.yaml", "config.yaml", _created),
     ("state.json", "state.json", lambda folder, path: read_state(folder)),
     ("rollouts", "rollouts/*.parquet", lambda folder, path: read_parquet(path).to_pylist()),
-    ("model: config.json", "hf/config.json", lambda folder, path: read_config(path.parent)),
 )
 
 
@@ -70,7 +68,7 @@ def play(world: World, seed: int, number: int, most: int) -> list[Met]:
 
 def _one(folder: Path, number: int, rng: random.Random) -> Met | None:
     """Returns nothing if chance has left the file as it was."""
-    name, pattern, read = rng.choices(KINDS, (8, 2, 1, 1, 2, 1))[0]
+    name, pattern, read = rng.choices(KINDS, (8, 2, 1, 1, 2))[0]
     path = rng.choice(sorted(path for path in folder.glob(pattern) if path.stat().st_size))
     content = path.read_bytes()
     intact = None if name in ("checkpoint", "config.yaml") else read(folder, path)

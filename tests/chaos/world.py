@@ -1,4 +1,4 @@
-"""The place of chaos: a model that has learnt a little, the undisturbed run, and how runs are started beside it."""
+"""The place of chaos: a task that an untrained model learns, the undisturbed run, and disturbed runs beside it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,6 @@ from megatron_rl.observability.metrics import read_metrics
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples/quickstart/countdown.yaml"
 STEPS, SAVE_EVERY = 60, 4
-WARM = (
-    "run.name=warm",
-    "warm_start.batch_size=64",
-    "warm_start.phases.0.steps=300",
-    "warm_start.phases.1.steps=40",
-    "train.steps=1",
-)
 SMALL = (
     "evaluation.suites={}",
     "evaluation.probes={}",
@@ -35,7 +28,6 @@ SMALL = (
     "reward.name=tests.engines.reward:odd",
 )
 RUN = (
-    "model.path=runs/warm/hf",
     "warm_start=null",
     f"train.steps={STEPS}",
     f"train.save_every={SAVE_EVERY}",
@@ -83,8 +75,6 @@ class World:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "runs/countdown-task/train.jsonl").is_file():
             write_task(self.folder / "runs/countdown-task")
-        if not (self.folder / "runs/warm/hf").is_dir():
-            self._finish("warm", *WARM)
         if not (self.folder / "runs/undisturbed/hf").is_dir():
             self._finish("undisturbed", *RUN)
         self.expected = Result.of(self.folder / "runs/undisturbed")
