@@ -48,7 +48,9 @@ LOSS_SECONDS = 10
 
 
 class RanksLost(UserError):
-    """Processes of the actor have ended by themselves."""
+    """Processes of the actor have ended by themselves, perhaps with their node: the same run may succeed later."""
+
+    status = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Self
 
 from megatron_rl.cluster.actors import RanksLost
 from megatron_rl.config import Config
-from megatron_rl.errors import UserError
 from megatron_rl.run.interrupt import Stop
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ class Attempts:
     """The newest checkpoint at the last restart."""
     _restarts: int = 0
     """Restarts since that checkpoint was written."""
+    _loss: RanksLost | None = None
+    """The cause of the last restart."""
 
     def opened(self, run: Run, stop: Stop) -> None:
         self._run, self._stop = run, stop
@@ -44,6 +45,8 @@ class Attempts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         """Returns True if the error is lost ranks and there is to be another attempt."""
+        if self._loss and self._run is None and isinstance(error, Exception):
+            raise RanksLost(f"{self._loss}\nThe run could not be opened again: {error}") from error
         if not isinstance(error, RanksLost):
             return False
         newest = self._run.saver.newest if self._run else None
@@ -51,12 +54,12 @@ class Attempts:
             self._since, self._restarts = newest, 0
         limit = self.config.cluster.restarts
         if not self._may_go_on() or self._restarts >= limit:
-            raise UserError(
+            raise RanksLost(
                 f"{error}\nContinue from the newest checkpoint: the same command with run.folder="
                 f"{self.config.run.folder} resume=auto. The run did so by itself {self._restarts} of "
                 f"{limit} times since that checkpoint (cluster.restarts)."
             ) from error
-        self._restarts += 1
+        self._restarts, self._loss = self._restarts + 1, error
         print(f"RESTART {self._restarts} of {limit} since the last checkpoint: {error}", flush=True)
         if newest or self.config.resume == "never":  # otherwise it begins where this attempt began
             self.config = self.config.model_copy(update={"resume": "auto"})

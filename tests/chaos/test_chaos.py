@@ -1,4 +1,4 @@
-"""A run meets a fixed choice of faults, and ends as the undisturbed run does. `make chaos` draws many more at random."""
+"""A run meets a fixed choice of faults, and ends as the undisturbed run. `make chaos` draws many more at random."""
 
 from __future__ import annotations
 

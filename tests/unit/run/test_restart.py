@@ -63,6 +63,14 @@ def test_a_run_ends_that_was_asked_to_stop_or_has_no_checkpoints(tmp_path: Path,
         lose(attempts(tmp_path), None, **reason)
 
 
+def test_a_run_that_cannot_be_opened_again_says_why_and_may_be_queued_again(tmp_path: Path) -> None:
+    tried = attempts(tmp_path)
+    lose(tried, STEP_3)
+    with pytest.raises(RanksLost, match=r"(?s)rank 1 has ended.*could not be opened again: Ray lacks") as raised, tried:
+        raise UserError("Ray lacks the nodes for this run")
+    assert raised.value.status != UserError.status
+
+
 def test_other_errors_end_the_run(tmp_path: Path) -> None:
     tried = attempts(tmp_path)
     with pytest.raises(UserError, match="another"), tried:
