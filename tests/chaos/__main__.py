@@ -2,7 +2,8 @@
 
     python -m tests.chaos --out runs/chaos --faults 100 --minutes 20 --seed 1
 
-Outcomes are kept in `OUT/outcomes.jsonl`, a line per fault; the same command later goes on with the next run.
+Outcomes are kept in `OUT/outcomes.jsonl`, a line per fault, and those of `--files` in `OUT/files.jsonl`; the same
+command later goes on with the next run.
 `--summary` writes their table by kind, phase and outcome. As root, runs get small disks and a /dev/shm of their own;
 other users miss the faults that need these. A clock that jumps needs libfaketime (Debian: faketime).
 """
@@ -18,14 +19,15 @@ from pathlib import Path
 from tests.chaos.episode import Episode, rows
 from tests.chaos.faults import FAULTS
 from tests.chaos.files import play as play_files
-from tests.chaos.outcomes import read, summary
+from tests.chaos.outcomes import kept, read
 from tests.chaos.world import World
 
 
 def main() -> int:
     options = _options()
     world = World(options.out)
-    path, until = options.out / "outcomes.jsonl", time.monotonic() + 60 * options.minutes
+    path = options.out / ("files.jsonl" if options.files else "outcomes.jsonl")
+    until = time.monotonic() + 60 * options.minutes
     known = read(path)
     number, count = max((row["episode"] for row in known), default=0), 0
     bad = []
@@ -42,7 +44,7 @@ def main() -> int:
         bad += [one for one in met if one.verdict != "equal"]
         print(f"run {number}: {len(met)} faults, {met[0].verdict if met else 'no fault came in time'}", flush=True)
     if options.summary:
-        options.summary.write_text(json.dumps(summary(read(path)), indent=1) + "\n")
+        options.summary.write_text(json.dumps(kept(options.out), indent=1) + "\n")
     print(f"{count} faults, {len(bad)} in runs that did not end as the undisturbed one", flush=True)
     return 1 if bad else 0
 

@@ -27,6 +27,7 @@ from tests.patience import Patience, Stuck
 DISK, SHM = "96m", "512m"
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
 MOST_STARTS = 12
+BETWEEN = "between starts"
 CALM_STARTS = 2
 """The last starts of an episode, which meet no faults, so that the run comes to its end."""
 
@@ -143,11 +144,19 @@ class Episode:
             except Stuck as stuck:
                 self.met.append(Met(self.number, "none", "", "", -1, "hung", detail=str(stuck)[:2000]))
                 return -1000
+            self._went_on()
             if not calm and len(self.met) < self.most and next(moments):
                 self._inject(scene)
                 moments = self._moments()
             time.sleep(0.05)
         return process.returncode
+
+    def _went_on(self) -> None:
+        """Notes the effect of faults after which the run has done further steps."""
+        step = state(self.folder).get("step", 0)
+        for met in self.met:
+            if not met.effect and met.phase != BETWEEN and step > met.step + 1:
+                met.effect = "opened again by itself" if "RESTART" in self._output() else "went on"
 
     def _moments(self) -> Iterator[bool]:
         """Yields True when the next fault is due: after some seconds, or some steps from now."""
@@ -188,7 +197,7 @@ class Episode:
             kind = kind if self.rng.random() < 0.8 else damage.leave_unfinished
             if done := kind(self.folder, self.rng):
                 step = state(self.folder).get("step", 0) if state(self.folder) else 0
-                self.met.append(Met(self.number, f"file: {done[0]}", done[1], "between starts", step))
+                self.met.append(Met(self.number, f"file: {done[0]}", done[1], BETWEEN, step))
 
     def _output(self) -> str:
         with self.log.open("rb") as file:

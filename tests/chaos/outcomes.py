@@ -24,6 +24,11 @@ def read(path: Path) -> list[Row]:
     return found
 
 
+def kept(folder: Path) -> dict[str, Any]:
+    """Returns the table of all outcomes in a folder: those of runs, and those of damaged files that were only read."""
+    return {"runs": summary(read(folder / "outcomes.jsonl")), "files alone": summary(read(folder / "files.jsonl"))}
+
+
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Counts faults by kind, target, phase and outcome, and lists those that the run did not get over."""
     faults = [row for row in rows if row["kind"] != "none"]
