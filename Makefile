@@ -35,8 +35,8 @@ export OMP_NUM_THREADS := 1
 .DEFAULT_GOAL := help
 .PHONY: help setup dev quickstart docs-environment docs test test-all test-nightly test-runs chromium test-browser \
   sinks test-sinks test-environments slurm-packages test-slurm window test-megatron-window rehearsal rehearse \
-  rehearse-session engines test-engines test-servers test-sglang test-vllm benchmark benchmark-check reproduce \
-  reproduce-quick reproduce-demonstration image-test lint clean
+  rehearse-session engines test-engines test-servers test-sglang test-vllm chaos test-chaos benchmark benchmark-check \
+  reproduce reproduce-quick reproduce-demonstration image-test lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -83,7 +83,7 @@ test: dev ## unit and invariance tests, and one whole run
 # other environments are there before, since two parts must not install at once.
 test-all: dev docs-environment sinks window rehearsal chromium slurm-packages ## every test that needs no GPU, with more cases and examples than `make test`, in parts side by side
 	$(SIDE_BY_SIDE) test-servers test-runs test-nightly test-slurm rehearse test-megatron-window test-environments \
-	  test-browser test-sinks docs
+	  test-chaos test-browser test-sinks docs
 
 test-nightly: dev ## unit and invariance tests with all cases and more examples
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest tests/unit tests/invariance -m "not gpu and not browser" $(SHARED)
@@ -189,6 +189,12 @@ test-sglang: engines
 
 test-vllm: engines
 	$(ENGINES)/bin/python -m pytest -m "engines and not sglang" tests/engines
+
+chaos: dev ## runs that meet random faults must end as if they had met none: make chaos ARGS="--faults 100 --minutes 20 --seed 1"
+	$(BIN)/python -m tests.chaos $(ARGS)
+
+test-chaos: dev ## a run that meets a few faults, and damaged files
+	$(BIN)/pytest tests/chaos
 
 # Kept results, in benchmarks/results/, are written by the commands their files name, on a quiet machine.
 benchmark: dev ## measure on the CPU: tables, and JSON in runs/benchmarks/ (some minutes); DATA=... grades published labels too

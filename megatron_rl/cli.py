@@ -28,7 +28,8 @@ COMMANDS = (init, train, plan, doctor, slurm, report, status, view, checkpoints,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 if a check failed, 2 for an error that the user can fix, 130 if interrupted."""
+    """Returns the exit status: 0, 1 if a check failed or ranks were lost, 2 for an error that the user can fix, 130 if
+    interrupted."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest:  # argparse accepts no overrides after an option
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         sys.stdout.flush()  # the error stands last, also where both streams go to one file
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except PermissionError as error:
         if error.filename is None:
             raise

@@ -14,9 +14,10 @@ from megatron_rl.config import Config
 from megatron_rl.observability.summary import print_summary
 from megatron_rl.run.evaluate import evaluate
 from megatron_rl.run.finish import finish
-from megatron_rl.run.interrupt import stop_on_interrupt
+from megatron_rl.run.interrupt import Stop, stop_on_interrupt
 from megatron_rl.run.opening import open_run
 from megatron_rl.run.outage import checkpoint_on_outage
+from megatron_rl.run.restart import Attempts
 from megatron_rl.run.run import Run
 from megatron_rl.training.batch import TrainingBatch, training_batch
 from megatron_rl.training.metrics import policy_metrics, rollout_metrics
@@ -26,22 +27,38 @@ from megatron_rl.training.update import update
 
 
 def train(config: Config) -> None:
-    """Trains to the last step, or to a clean stop with a checkpoint if the run is interrupted or loses its engines."""
-    with open_run(config) as run, stop_on_interrupt(run.view.message) as stop, checkpoint_on_outage(run):
-        if not run.resumed:
-            run.log(evaluate(run))
-        stopping = stop.requested
-        while run.step < config.train.steps and not stopping:
-            metrics = rl_step(run, run.step + 1)
-            run.step_done(metrics)
-            if run.due(config.evaluation.every):
-                metrics |= evaluate(run)
-            stopping = stop.requested or run.step == config.train.steps
-            if stopping or run.due(config.train.save_every):
-                run.save(metrics, background=not stopping)
-            run.log(metrics)
-        finish(run)
+    """Trains to the last step, or to a clean stop with a checkpoint if the run is interrupted or loses its engines.
+
+    If the run loses ranks of its actor, it goes on from its newest checkpoint.
+    """
+    attempts = Attempts(config)
+    while not attempts.ended:
+        with (
+            attempts,
+            open_run(attempts.config) as run,
+            stop_on_interrupt(run.view.message) as stop,
+            checkpoint_on_outage(run),
+        ):
+            attempts.opened(run, stop)
+            _take_steps(run, stop)
+            finish(run)
     print_summary(Console(), config.run.folder)
+
+
+def _take_steps(run: Run, stop: Stop) -> None:
+    config = run.config
+    if not run.resumed:
+        run.log(evaluate(run))
+    stopping = stop.requested
+    while run.step < config.train.steps and not stopping:
+        metrics = rl_step(run, run.step + 1)
+        run.step_done(metrics)
+        if run.due(config.evaluation.every):
+            metrics |= evaluate(run)
+        stopping = stop.requested or run.step == config.train.steps
+        if stopping or run.due(config.train.save_every):
+            run.save(metrics, background=not stopping)
+        run.log(metrics)
 
 
 def rl_step(run: Run, step: int) -> dict[str, float]:

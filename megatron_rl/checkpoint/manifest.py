@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import HASHING_THREADS, file_sha256
-from megatron_rl.utils.bounded import read_json_object
+from megatron_rl.utils.bounded import read_bytes, read_json_object
 
 MANIFEST = "manifest.json"
 RNG = "rng.json"
@@ -133,9 +133,15 @@ class Manifest:
 _ADAPTER = TypeAdapter(Manifest)
 
 
+_SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\Z')
+"""The last line of a manifest: the SHA-256 of all the rest, so that a damaged manifest is noticed as well. Manifests of
+earlier versions have none."""
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    content = _ADAPTER.dump_json(manifest, indent=1).removesuffix(b"\n}")
     with (folder / MANIFEST).open("wb") as file:
-        file.write(_ADAPTER.dump_json(manifest, indent=1))
+        file.write(content + b',\n "sha256": "%s"\n}' % hashlib.sha256(content).hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -159,10 +165,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _content(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file. Raises UserError if it is damaged, or not what its seal says."""
     try:
-        return read_json_object(path)
+        content, found = read_bytes(path), read_json_object(path)
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}): {_ANOTHER}") from error
+    seal = _SEAL.search(content)
+    if seal and hashlib.sha256(content[: seal.start()]).hexdigest() != seal[1].decode():
+        raise UserError(f"{path} is damaged (wrong SHA-256): {_ANOTHER}")
+    return found
 
 
 def _short(error: Exception) -> str:

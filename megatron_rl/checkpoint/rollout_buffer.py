@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.checkpoint.manifest import ShardFile
+from megatron_rl.errors import UserError
 from megatron_rl.reward.decode import text_of
 from megatron_rl.rollout.buffer import Group
 from megatron_rl.types import AgentResponse, AgentSequence, Decode, Prompt, Response, RewardResult, Sample
+from megatron_rl.utils.bounded import read_parquet
 
 BUFFER_FILE = "backlog.parquet"
 
@@ -51,12 +53,18 @@ def write_buffer(folder: Path, groups: Sequence[Group]) -> ShardFile:
 def read_buffer(folder: Path, prompts: Sequence[Prompt], decode: Decode) -> list[Group]:
     """Reads the groups of a checkpoint that was found intact; there may be none.
 
-    `prompts`: the training data. `decode` restores the text of graded responses.
+    `prompts`: the training data. `decode` restores the text of graded responses. Raises UserError if the file holds
+    something else.
     """
     path = folder / BUFFER_FILE
     if not path.exists():
         return []
-    return [_group(row, prompts, decode) for row in pq.ParquetFile(path).read().to_pylist()]
+    try:
+        return [_group(row, prompts, decode) for row in read_parquet(path).to_pylist()]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} holds no rollout buffer of this run's data ({error!r}): choose another checkpoint with resume=PATH"
+        ) from error
 
 
 def _reward_row(reward: RewardResult) -> dict[str, Any]:

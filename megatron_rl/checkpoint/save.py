@@ -67,6 +67,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[float] | None = None
         self._seconds: float | None = None
+        self.newest: Path | None = None
+        """The checkpoint that this process has written last."""
         for left in folder.glob(f"step_*{PARTIAL}"):  # left behind by a killed run
             shutil.rmtree(left)
 
@@ -147,6 +149,7 @@ class Saver:
             if target.exists():  # the run reached this step again after resuming from an older checkpoint
                 target.rename(replaced)
             fresh.rename(target)
+            self.newest = target
             _sync(self._folder)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.batching.stored_proxy import StoredProxy
 from megatron_rl.checkpoint.manifest import RankPart
 from megatron_rl.cluster.runtime import Nodes, host_process, progress_deadline, results, shared
+from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.flops import pass_flops
 from megatron_rl.models.hf_format import read_config
@@ -47,6 +49,15 @@ CHECK_SECONDS = 5.0
 SETTLE_SECONDS = 60
 """Time that the other ranks get to finish a call after one rank has failed."""
 
+LOSS_SECONDS = 10
+"""Time in which Ray notices that the process of a rank has ended, after another rank has missed it."""
+
+
+class RanksLost(UserError):
+    """Processes of the actor have ended by themselves, perhaps with their node: the same run may succeed later."""
+
+    status = 1
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
@@ -67,6 +78,7 @@ class Actors:
         self.stages = layout.pipeline
         self.placement = nodes.placement
         variables = environment.rank_environment(settings) if nodes.placement.on_gpu else environment.ON_CPU
+        self._logs = logs
         self.ranks = [
             host_process(
                 partial(_worker, settings, layout, rank),
@@ -260,6 +272,37 @@ class Actors:
 
     def export_hf(self, folder: Path) -> list[HfShard]:
         return [shard for shards in self._all(ActorRank.export_hf, folder) for shard in shards or ()]
+
+    @contextmanager
+    def losses_named(self) -> Iterator[None]:
+        """Raises RanksLost instead of an error in the block if ranks have ended: the error is often that of another
+        rank, which misses them."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if lost := self._lost():
+                logs = ", ".join(str(self._logs / f"actor-rank-{rank}.log") for rank in lost)
+                raise RanksLost(
+                    f"the process of actor rank {', '.join(map(str, lost))} has ended. Its log may say why: {logs}; "
+                    "without a reason there, look for the OOM killer in dmesg"
+                ) from error
+            raise
+
+    def _lost(self) -> list[int]:
+        """Returns the ranks whose processes have ended. A rank that is busy or hangs does not count."""
+        asked, lost = {rank.node_address(): i for i, rank in enumerate(self.ranks)}, list[int]()
+        waiting, until = list(asked), time.monotonic() + LOSS_SECONDS
+        while waiting and (left := until - time.monotonic()) > 0:
+            ready, waiting = ray.wait(waiting, timeout=left)
+            for answer in ready:
+                try:
+                    ray.get(answer)
+                except ray.exceptions.RayActorError:
+                    lost.append(asked[answer])
+                    until = time.monotonic() + 1  # others that ended with it are known by then
+        return sorted(lost)
 
     def close(self) -> None:
         ray.wait(self.submit(ActorRank.close), num_returns=len(self.ranks), timeout=CLOSE_SECONDS)

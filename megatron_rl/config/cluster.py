@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .fields import PositiveInt, Section, Text, worded
+from .fields import Count, PositiveInt, Section, Text, worded
 
 TimeLimit = Annotated[str, worded(r"(\d+-)?\d{1,2}:\d{2}:\d{2}", "[days-]hours:minutes:seconds, such as 24:00:00")]
 Option = Annotated[str, worded(r"--[a-z][^\n]*", "an option of sbatch, such as --constraint=h100")]
@@ -55,5 +55,8 @@ class ClusterSettings(Section):
     """Engines and actor take turns on the same GPUs instead of having separate ones. No effect on placement on CPU."""
     gpu: Literal["h100", "h200", "h20", "a100", "a100_40"] = "h100"
     """GPU model whose memory and rates `megatron-rl plan` assumes (a100 has 80 GB, a100_40 has 40 GB)."""
+    restarts: Count = 3
+    """How often the run opens again by itself and goes on from its newest checkpoint, if processes of the actor have
+    ended, before it has written another checkpoint. 0: the run ends."""
     slurm: SlurmSettings = SlurmSettings()
     """The batch job."""

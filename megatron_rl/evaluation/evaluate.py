@@ -24,6 +24,7 @@ from megatron_rl.reward.grading import Grading
 from megatron_rl.reward.labels import label_check
 from megatron_rl.reward.trial import try_reward
 from megatron_rl.types import Prompt, SamplingParams
+from megatron_rl.utils.bounded import read_json_object
 from megatron_rl.utils.files import atomically
 
 IDENTITY, SUMMARY = "evaluation.json", "summary.json"
@@ -158,7 +159,7 @@ class Evaluation:
         }
         path = self.folder / IDENTITY
         if path.is_file():
-            before = json.loads(path.read_text())
+            before = read_json_object(path)
             if before != json.loads(json.dumps(identity)):
                 changed = [name for name in identity if before.get(name) != json.loads(json.dumps(identity[name]))]
                 raise UserError(

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
 from megatron_rl.types import Outcome, RewardResult, Sample
+from megatron_rl.utils.bounded import open_plain
 from megatron_rl.utils.files import atomically
 from megatron_rl.utils.parquet import check_whole
 
@@ -118,14 +119,16 @@ def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     for response in (response for row in rows for response in row["responses"] if response["outcome"] != "score"):
         response["score"] = None
     with atomically(path) as partial:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
 
 def read_problems(path: Path) -> list[Problem]:
     """Reads a file of `write_problems`. Raises UserError for anything else."""
     try:
-        check_whole(path)
-        rows = pq.read_table(path, schema=SCHEMA).to_pylist()
+        with open_plain(path):
+            check_whole(path)
+        rows = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and its problems are evaluated again") from error
     return [

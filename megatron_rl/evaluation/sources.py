@@ -16,6 +16,7 @@ from megatron_rl.models.architecture import max_positions_of
 from megatron_rl.models.hf_format import read_config
 from megatron_rl.reward.decode import decoder_of
 from megatron_rl.types import Decode, FinishReason, Prompt, Response, Sample, SamplingParams
+from megatron_rl.utils.bounded import read_bytes
 from megatron_rl.utils.web import RequestFailed, ask
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _fingerprint(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UserError(f"{folder}: there are no weights (*.safetensors) in this folder")
-    digest = hashlib.sha256((folder / "config.json").read_bytes() if (folder / "config.json").is_file() else b"")
+    digest = hashlib.sha256(read_bytes(folder / "config.json") if (folder / "config.json").is_file() else b"")
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())

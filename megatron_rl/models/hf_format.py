@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 HASHING_THREADS = 8
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PIECE = 2**23
+LONGEST_HEADER = 10**8
+"""Longest header of a safetensors file, in bytes, as the safetensors library has it."""
 _OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf", "*.h5", "*.msgpack")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
@@ -120,6 +122,8 @@ def stored_bytes(path: Path, name: str) -> Iterator[bytes]:
     """Yields the bytes of a tensor in a safetensors file, in pieces of a few megabytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER:
+            raise UserError(f"{path} is damaged: its header has {length} bytes")
         start, end = json.loads(file.read(length))[name]["data_offsets"]
         file.seek(8 + length + start)
         for first in range(start, end, PIECE):

@@ -150,5 +150,5 @@ def write_candidates(folder: Path, step: int, part: SequenceBatch, found: Mappin
     )
     path = folder / f"step_{step:06d}.parquet"
     with atomically(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
     return path

@@ -94,7 +94,7 @@ def write_rollouts(
     with atomically(path) as partial:
         # A dictionary does not pay for values per token, which mostly differ.
         once = [name for name in table.column_names if not pa.types.is_list(table.schema.field(name).type)]
-        pq.write_table(table, partial, compression="zstd", use_dictionary=once)
+        pq.write_table(table, partial, compression="zstd", use_dictionary=once, write_page_checksum=True)
     return path
 
 

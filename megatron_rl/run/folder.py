@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +16,15 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from megatron_rl.checkpoint.manifest import MANIFEST, Manifest, checkpoints, read_checkpoint
+from megatron_rl.checkpoint.manifest import MANIFEST, PARTIAL, Manifest, checkpoints, read_checkpoint
 from megatron_rl.config import Config, expand
 from megatron_rl.config.effective import read_expanded
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import read_text
+from megatron_rl.utils.files import atomically
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,7 @@ def checkpoint_to_resume(config: Config) -> Resumption | None:
     """
     folder, resume = config.run.folder, config.resume
     holds_run = (folder / CONFIG).is_file()
-    if folder.exists() and not holds_run and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not holds_run and (not folder.is_dir() or any(map(_foreign, folder.iterdir()))):
         raise UserError(f"{folder} is not empty and holds no run: choose another with run.folder=FOLDER")
     if resume == "auto":
         return _newest(folder)
@@ -73,22 +81,72 @@ def _progress(files: Sequence[str]) -> Iterable[str]:
     return track(files, "checking checksums", console=console, transient=True, disable=not console.is_terminal)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder while the block runs. Raises UserError if another process is in it.
+
+    The operating system lifts the lock when this process ends in whatever way. A file system without locks is no error.
+    """
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _not_written(folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder}: another run is in this folder ({file.read(200).strip() or 'of an unknown process'}). Wait "
+                "for its end or stop it; another run takes another run.name"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise _not_written(folder, error) from error
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        except OSError as error:
+            raise _not_written(folder, error) from error
+        yield
+
+
 def create(config: Config) -> list[str]:
     """Creates the folder and writes the resolved configuration into it. Returns the settings that a resume changes.
 
-    Raises UserError if the folder cannot be written or its configuration is damaged.
+    A damaged configuration of the run is replaced: nothing depends on it. Raises UserError if the folder cannot be
+    written.
     """
     folder = config.run.folder
     path = folder / CONFIG
     try:
-        before = read_expanded(path.read_text()) if path.is_file() else None
+        before = read_expanded(read_text(path)) if path.is_file() else None
+    except (yaml.YAMLError, UserError) as error:
+        before, changes = None, [f"{path} was damaged, and is written anew ({' '.join(str(error).split())[:200]})"]
+    else:
+        changes = []
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(expand(config))
+        for left in folder.rglob(f".*{PARTIAL}"):  # files that a killed run was writing
+            if left.is_file():
+                left.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is damaged ({error}): a run cannot be resumed in this folder") from error
-    return _changes(before, read_expanded(expand(config))) if isinstance(before, dict) else []
+        raise _not_written(folder, error) from error
+    with atomically(path) as partial:
+        partial.write_text(expand(config), encoding="utf-8")
+    return changes + (_changes(before, read_expanded(expand(config))) if isinstance(before, dict) else [])
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file or folder is none of those that a run leaves behind that was killed at its very beginning."""
+    return path.name != LOCK and not (path.name.startswith(".") and path.name.endswith(PARTIAL))
+
+
+def _not_written(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to the run folder {folder}: {error.strerror}")
 
 
 def _changes(before: Any, after: Any, key: str = "") -> list[str]:

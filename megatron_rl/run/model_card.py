@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from megatron_rl.config.effective import read_effective, read_expanded
-from megatron_rl.config.yaml_text import dump_yaml
+from megatron_rl.config.yaml_text import MOST_YAML, dump_yaml
 from megatron_rl.errors import UserError
 from megatron_rl.observability.metrics import read_metrics
 from megatron_rl.observability.summary import Change, before_and_after, signed
+from megatron_rl.utils.bounded import read_text
 from megatron_rl.utils.files import atomically
 from megatron_rl.utils.format import number
 
@@ -62,9 +63,9 @@ def model_card(run_folder: Path) -> str:
     Raises UserError if the folder holds no run, or its configuration lacks what the card tells.
     """
     try:
-        text = (run_folder / CONFIG).read_text(encoding="utf-8")
+        text = read_text(run_folder / CONFIG, MOST_YAML)
         config = read_expanded(text)
-    except (OSError, yaml.YAMLError) as error:
+    except (UserError, yaml.YAMLError) as error:
         raise UserError(f"{run_folder}: holds no run: {CONFIG} cannot be read ({error})") from error
     try:
         name, method, reward = config["run"]["name"], str(config["algorithm"]["name"]), config["reward"]["name"]

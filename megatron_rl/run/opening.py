@@ -114,6 +114,7 @@ def open_run(config: Config) -> Iterator[Run]:
         cursor = Cursor(len(inputs.train.prompts), config.seed, config.data.shuffle)
         if state and continues:
             cursor.load_state(state.cursor)
+        stack.enter_context(run_folder.held(config.run.folder))
         changes = run_folder.create(config)
         view.open()
         provenance = Provenance(config)
@@ -197,6 +198,7 @@ def _start(
     view.phase("starting the actor")
     actors = Actors(config.actor, layout, config.model.path, logs, nodes)
     stack.callback(actors.close)
+    stack.enter_context(actors.losses_named())
     view.message(f"actor: {counted(layout.world_size, 'rank')}, {actors.description}")
     warm_started = cache(partial(warm_start, config, actors, inputs.tokenizer, view))
     model_folder = config.model.path if resumed else warm_started()

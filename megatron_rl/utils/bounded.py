@@ -113,7 +113,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> Any:
         pass
     try:
         check_whole(path, columns)
-        return pq.ParquetFile(path).read(columns=columns)
+        return pq.ParquetFile(path, page_checksum_verification=True).read(columns=columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
 

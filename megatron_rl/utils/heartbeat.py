@@ -12,9 +12,12 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import parse_json, read_bytes
 from megatron_rl.utils.files import write_error
 from megatron_rl.utils.format import duration
 
@@ -70,7 +73,8 @@ class Heartbeat:
             since=time.time(),
             memory_gib=peak_memory_gib(),
         )
-        os.pwrite(self._file, json.dumps(asdict(self._beat)).ljust(_BYTES).encode()[:_BYTES], 0)
+        with suppress(OSError):  # on a full disk the work must go on, and only its explanation is missing
+            os.pwrite(self._file, json.dumps(asdict(self._beat)).ljust(_BYTES).encode()[:_BYTES], 0)
 
 
 def peak_memory_gib() -> float:
@@ -106,8 +110,16 @@ def notify(doing: str, *, call: str | None = None) -> None:
 
 
 def read_beats(folder: Path) -> list[Beat]:
-    """Returns the last beat of every process, sorted by name."""
-    return [Beat(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json")) if path.stat().st_size]
+    """Returns the last beat of every process, sorted by name. A file that holds no beat, for example because the disk
+    was full, is left out."""
+    return [beat for path in sorted(folder.glob("*.json")) if (beat := _read_beat(path))]
+
+
+def _read_beat(path: Path) -> Beat | None:
+    try:
+        return Beat(**parse_json(read_bytes(path, _BYTES), str(path)))
+    except (UserError, TypeError):
+        return None
 
 
 def table(beats: Sequence[Beat], now: float) -> str:

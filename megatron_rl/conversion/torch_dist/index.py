@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_rl.conversion.torch_dist.keys import INDEX
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import open_plain
 
 
 class Reader(dcp.FileSystemReader):
@@ -27,12 +28,10 @@ class Reader(dcp.FileSystemReader):
         if self._metadata is None:
             path = Path(self.path) / INDEX
             try:
-                with path.open("rb") as file:
+                if not path.exists():
+                    raise UserError(f"{path} is missing: the checkpoint is unfinished, or was not copied completely.")
+                with open_plain(path) as file:
                     self._metadata = _IndexUnpickler(file).load()
-            except FileNotFoundError:
-                raise UserError(
-                    f"{path} is missing: the checkpoint is unfinished, or was not copied completely."
-                ) from None
             except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
                 raise UserError(f"{path} is not the index of a distributed checkpoint ({error}).") from error
         return self._metadata

@@ -12,6 +12,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.families import Entry
 from megatron_rl.models.fusion import split
+from megatron_rl.utils.bounded import read_text
 
 CONFIG, COMMON, INDEX, TRACKER = "metadata.json", "common.pt", ".metadata", "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -45,7 +46,7 @@ def resolve(folder: Path) -> Path:
     """
     if not (folder / TRACKER).is_file():
         return folder
-    newest = (folder / TRACKER).read_text().strip()
+    newest = read_text(folder / TRACKER, most=64).strip()
     if newest != RELEASE and not newest.isdecimal():
         raise UserError(f"{folder / TRACKER} names no checkpoint: {newest[:40]!r}. Name its folder itself.")
     return folder / (newest if newest == RELEASE else f"iter_{int(newest):07d}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.families import Entry, entries
 from megatron_rl.models.fusion import join
+from megatron_rl.utils.bounded import read_json_object
 
 
 class TorchDistWeights:
@@ -98,8 +98,8 @@ class _PartPlanner(dcp.DefaultLoadPlanner):
 
 def _check_config(folder: Path) -> None:
     try:
-        backend = json.loads((folder / CONFIG).read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        backend = read_json_object(folder / CONFIG)["sharded_backend"]
+    except (UserError, KeyError) as error:
         raise UserError(
             f"{folder} is not a Megatron distributed checkpoint: {CONFIG} cannot be read ({error})."
         ) from None

@@ -19,6 +19,7 @@ from megatron_rl.data.countdown.model import CALCULATOR, VOCABULARY, write_model
 from megatron_rl.data.countdown.problems import RL_MIN_SHARE, Numbers, Problem, Splits, label, prompt, split_problems
 from megatron_rl.data.countdown.traces import MIX_A, MIX_B, MIX_CALCULATOR, traces
 from megatron_rl.errors import UserError
+from megatron_rl.utils.bounded import read_json_object
 
 VERSION = 2
 """Version of the content. It must be raised whenever the same arguments would write different files."""
@@ -120,9 +121,9 @@ def _is_written(folder: Path, settings: dict[str, Any]) -> bool:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder for the Countdown task. Choose another path.")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json_object(folder / MANIFEST)
         files = manifest.pop("files")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (UserError, KeyError) as error:
         raise UserError(f"{folder} holds something else than the Countdown task. {remedy}") from error
     if manifest != settings:
         raise UserError(f"{folder} holds another Countdown task: {manifest} instead of {settings}. {remedy}")

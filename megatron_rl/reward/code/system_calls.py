@@ -19,7 +19,8 @@ _ARCHITECTURES: dict[str, tuple[int, dict[str, int]]] = {
     "x86_64": (0xC000003E, {
         "read": 0, "write": 1, "close": 3, "close_range": 436, "fstat": 5, "lseek": 8, "pread64": 17, "pwrite64": 18,
         "readv": 19, "writev": 20, "preadv": 295, "pwritev": 296, "preadv2": 327, "pwritev2": 328, "stat": 4,
-        "lstat": 6, "newfstatat": 262, "statx": 332, "access": 21, "faccessat": 269, "faccessat2": 439,
+        "lstat": 6, "readlink": 89, "readlinkat": 267, "statfs": 137, "fstatfs": 138,
+        "newfstatat": 262, "statx": 332, "access": 21, "faccessat": 269, "faccessat2": 439,
         "ftruncate": 77, "fsync": 74, "fdatasync": 75, "rename": 82, "renameat": 264, "renameat2": 316, "mkdir": 83,
         "mkdirat": 258, "rmdir": 84, "unlink": 87, "unlinkat": 263, "getdents64": 217, "getcwd": 79, "chdir": 80,
         "fchdir": 81, "umask": 95, "sendfile": 40, "copy_file_range": 326,
@@ -44,7 +45,8 @@ _ARCHITECTURES: dict[str, tuple[int, dict[str, int]]] = {
     "aarch64": (0xC00000B7, {
         "read": 63, "write": 64, "close": 57, "close_range": 436, "fstat": 80, "lseek": 62, "pread64": 67,
         "pwrite64": 68, "readv": 65, "writev": 66, "preadv": 69, "pwritev": 70, "preadv2": 286, "pwritev2": 287,
-        "newfstatat": 79, "statx": 291, "faccessat": 48, "faccessat2": 439, "ftruncate": 46, "fsync": 82,
+        "readlinkat": 78, "statfs": 43,
+        "fstatfs": 44, "newfstatat": 79, "statx": 291, "faccessat": 48, "faccessat2": 439, "ftruncate": 46, "fsync": 82,
         "fdatasync": 83, "renameat": 38, "renameat2": 276, "mkdirat": 34, "unlinkat": 35, "getdents64": 61,
         "getcwd": 17, "chdir": 49, "fchdir": 50, "umask": 166, "sendfile": 71, "copy_file_range": 285,
         "dup": 23, "dup3": 24, "pipe2": 59, "ppoll": 73, "pselect6": 72, "epoll_create1": 20, "epoll_ctl": 21,

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from megatron_rl.checkpoint.manifest import FORMAT, MANIFEST, RNG, checkpoints, read_checkpoint
+from megatron_rl.checkpoint.manifest import FORMAT, MANIFEST, RNG, checkpoints, read_checkpoint, read_manifest
 from megatron_rl.errors import UserError
 from tests.unit.checkpoint.conftest import FILES, Saving, state
 
@@ -38,6 +38,27 @@ def test_a_damaged_file_is_named_in_the_error(saving: Saving, name: str) -> None
         (path / name).write_bytes(damaged)
         with pytest.raises(UserError, match=rf"{path / name} is damaged \({what}\): .*resume=PATH"):
             read_checkpoint(path)
+
+
+def test_a_changed_byte_anywhere_in_a_manifest_is_noticed_or_harmless(saving: Saving) -> None:
+    """Harmless is only a change of the line that holds the manifest's own SHA-256."""
+    path = saving.save(1)
+    content, manifest = (path / MANIFEST).read_bytes(), read_manifest(path)
+    sealed = content.rfind(b',\n "sha256"')
+    for place in range(len(content)):
+        (path / MANIFEST).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            assert read_manifest(path) == manifest and place >= sealed, place
+        except UserError as error:
+            assert str(path / MANIFEST) in str(error)
+
+
+def test_a_manifest_of_an_earlier_version_has_no_sha256(saving: Saving) -> None:
+    path = saving.save(1)
+    manifest, fields = read_manifest(path), json.loads((path / MANIFEST).read_bytes())
+    assert fields.pop("sha256")
+    (path / MANIFEST).write_text(json.dumps(fields, indent=1))
+    assert read_manifest(path) == manifest
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,7 @@ REAL_PROGRAMS = {
             with gzip.open("g.gz", "wt") as out: out.write("7")
             with zipfile.ZipFile("z.zip", "w") as out: out.writestr("n", "7")
             assert glob.glob("*.gz") and list(os.walk(".")) and os.path.realpath("w.json") and os.stat("w.json")
+            assert os.statvfs(".").f_bsize and os.fstatvfs(1) and os.readlink("/proc/self/exe")
             data = sqlite3.connect("d.db"); data.execute("create table t (x)"); data.execute("insert into t values (7)")
             data.commit(); os.replace("w.json", "v.json"); file.write(pickle.dumps({1: 2})); file.flush()
             print(json.load(open("v.json"))[0])

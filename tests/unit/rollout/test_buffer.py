@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.checkpoint.rollout_buffer import BUFFER_FILE, read_buffer, write_buffer
+from megatron_rl.errors import UserError
 from megatron_rl.rollout.buffer import Group, RolloutBuffer
 from megatron_rl.rollout.collector import RolloutCollector
 from megatron_rl.rollout.rollouts import Rollouts
@@ -209,6 +210,12 @@ def test_a_failure_in_the_buffer_stays_without_a_reward(tmp_path: Path) -> None:
     write_buffer(tmp_path, [Group(3, 1, PROMPTS[1], 7, responses, rewards)])
     (group,) = read_buffer(tmp_path, PROMPTS, decode)
     assert group.complete and group.scores == [1.0, 1.0] and not group.has_signal
+
+
+def test_a_buffer_of_other_data_is_named(tmp_path: Path) -> None:
+    write_buffer(tmp_path, [Group(3, len(PROMPTS), PROMPTS[1], 7, (), ())])
+    with pytest.raises(UserError, match=rf"{BUFFER_FILE} holds no rollout buffer of this run's data .*resume=PATH"):
+        read_buffer(tmp_path, PROMPTS, decode)
 
 
 def refuse(token_ids: object) -> str:

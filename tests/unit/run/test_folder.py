@@ -160,3 +160,36 @@ def test_a_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Path, "mkdir", fail)
     with pytest.raises(UserError, match=r"cannot write to the run folder runs/mine: Read-only file system"):
         run_folder.create(config())
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_has_ended() -> None:
+    folder = Path("runs/mine")
+    refused = pytest.raises(UserError, match=r"runs/mine: another run is in this folder \(process \d+ on .*run\.name")
+    with run_folder.held(folder):
+        with refused, run_folder.held(folder):
+            pytest.fail("two runs are in one folder")
+        run_folder.create(config())
+    with run_folder.held(folder):
+        pass
+
+
+def test_a_lock_of_a_killed_run_and_its_partial_files_stop_nobody() -> None:
+    folder = Path("runs/mine")
+    folder.mkdir(parents=True)
+    (folder / ".lock").write_text("process 1 on elsewhere")
+    (folder / ".config.yaml.17.partial").write_text("model: {pa")
+    assert run_folder.checkpoint_to_resume(config()) is None
+    with run_folder.held(folder):
+        run_folder.create(config())
+    assert not list(folder.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("content", [b"", b"model: {path: [", b"\xff\xfe", b"\0" * 100, b"- no\n- tree\n"])
+def test_a_damaged_configuration_of_the_run_is_written_anew(content: bytes) -> None:
+    folder = run_with("runs/mine", 5)
+    (folder / "config.yaml").write_bytes(content)
+    found = run_folder.checkpoint_to_resume(config("resume=auto"))
+    assert found is not None and found.manifest.state.step == 5
+    changes = run_folder.create(config("resume=auto"))
+    assert all("config.yaml was damaged, and is written anew" in change for change in changes)
+    assert load_config(folder / "config.yaml", []) == config("resume=auto")

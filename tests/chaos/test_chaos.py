@@ -1,0 +1,38 @@
+"""A run meets a fixed choice of faults, and ends as the undisturbed run. `make chaos` draws many more at random."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.chaos import files
+from tests.chaos.episode import Episode
+from tests.chaos.faults import second_run, signalled
+from tests.chaos.world import World
+from tests.tiers import slow
+
+pytestmark = [pytest.mark.e2e, slow]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("chaos"))
+
+
+def test_a_disturbed_run_ends_like_the_undisturbed_one(world: World) -> None:
+    """One start of the run loses a rank of its actor and an engine, and is disturbed by a second run."""
+    script = (
+        ("SIGKILL", signalled(signal.SIGKILL, ("actor",))),
+        ("SIGKILL", signalled(signal.SIGKILL, ("engine",))),
+        ("second run", second_run),
+    )
+    met = Episode(world, seed=0, number=1, most=len(script), script=script).play()
+    assert [one.target for one in met] == ["actor", "engine", "refused"]
+    assert {(one.effect, one.verdict) for one in met} == {("opened again by itself", "equal")}, met
+
+
+def test_damaged_files_are_noticed(world: World) -> None:
+    met = files.play(world, seed=0, number=2, most=60)
+    assert len(met) > 50 and {one.verdict for one in met if one.target == "checkpoint"} == {"equal"}, met
+    assert not [one for one in met if one.verdict == "traceback"]
