@@ -15,9 +15,10 @@ from typing import Any
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
+from sympy.core.evalf import PrecisionExhausted
 from sympy.core.function import AppliedUndef
 
-from .names import name_of_alias, plain_names
+from .names import name_of_alias, plain_names, with_factors
 from .numbers import close
 from .points import Unsupported, same_at_points
 from .wording import has_words
@@ -31,7 +32,7 @@ DEEPEST_BRACES, DEEPEST_PARENTHESES = 20, 7
 """Deepest nesting. The parser backtracks, so each further pair of parentheses doubles its time."""
 LARGEST_BITS = 100_000.0
 MOST_TERMS = 2_000
-"""Most terms of an expanded power of a sum."""
+"""Most terms of an expanded power of a sum, or of a sum without a formula."""
 DIGITS = 60
 AGREEING_DIGITS = 50
 _MISREAD = re.compile(r"!!|\\pmod|[\d)]_\{|\d'")
@@ -117,7 +118,7 @@ def same_expression(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bo
 
     Raises TooLarge or Unparsable.
     """
-    return same_value(read(gold), read(answer), scale)
+    return same_value(*map(read, with_factors(gold, answer)), scale)
 
 
 def same_value(a: Any, b: Any, scale: Fraction = Fraction(1)) -> bool:
@@ -221,9 +222,22 @@ def _bits(expression: sympy.Basic, parts: list[float]) -> float:
         return _power_bits(expression, *parts)
     if isinstance(expression, sympy.exp):
         return 1.5 * 2.0 ** min(parts[0], 64.0)
+    if isinstance(expression, sympy.Sum | sympy.Product):
+        return _repeated_bits(expression, parts[0])
     if isinstance(expression, sympy.factorial | sympy.binomial | sympy.ff | sympy.rf):
         return parts[0] * 2.0 ** min(parts[0], 64.0)
     return sum(parts) if isinstance(expression, sympy.Mul) else max(parts, default=1.0) + len(parts)
+
+
+def _repeated_bits(expression: sympy.Basic, bits: float) -> float:
+    """Bounds the value from the number of terms. Raises TooLarge for many terms of a sum that has no formula."""
+    term, (variable, first, last) = expression.args[:2]
+    terms = max(float(last - first) + 1, 1.0) if first.is_Integer and last.is_Integer else 1.0
+    if isinstance(expression, sympy.Product):
+        return bits * terms
+    if terms > MOST_TERMS and not term.is_polynomial(variable):
+        raise TooLarge("a sum of too many terms")
+    return bits + math.log2(terms)
 
 
 def _power_bits(power: sympy.Pow, base_bits: float, exponent_bits: float) -> float:
@@ -253,6 +267,8 @@ def _same_number(gold: sympy.Expr, answer: sympy.Expr) -> bool:
         x, y = sympy.N(a, DIGITS), sympy.N(b, DIGITS)
     except ValueError as error:  # a sum that diverges
         raise Unparsable(str(error)) from error
+    except PrecisionExhausted as error:  # `\lfloor 10^{1000}\pi\rfloor`
+        raise TooLarge("a number with too many digits") from error
     if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
         return False
     difference, larger = abs(x - y), max(abs(x), abs(y))

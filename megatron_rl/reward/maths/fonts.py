@@ -11,7 +11,7 @@ _TEXT = (
     r"operatorname\*?|rm"
 )
 _MATHS = (
-    "mathbf|mathit|mathsf|mathtt|mathnormal|boldsymbol|bm|pmb|bf|it|sf|tt|boxed|fbox|framebox|bold|underline|ensuremath|mathop|mathord|"
+    "mathbf|mathit|mathsf|mathtt|mathnormal|boldsymbol|bm|pmb|bf|it|sf|tt|boxed|fbox|framebox|bold|boldmath|underline|uline|ensuremath|mathop|mathord|"
     "small|large|Large|LARGE|huge|Huge|normalsize|bfseries|itshape"
 )
 _COMMAND = re.compile(

@@ -24,6 +24,8 @@ _NAME = re.compile(
     rf"|\\(?P<accent>{_ACCENTS})(?![a-zA-Z])|\\(?P<greek>{GREEK})(?![a-zA-Z])|(?P<letter>(?<![a-zA-Z\\])[a-zA-Z])"
     r"|\\(?P<figure>angle|triangle|odot|nabla|parallel|overset)(?![a-zA-Z]) ?[A-Z]*|\\[a-zA-Z]+|(?P<more>[a-zA-Z])"
 )
+_DELTA_ALONE = re.compile(r"\\Delta(?![a-zA-Z]) ?(?:$|[)}+\-*/^]|\\(?:cdot|times|right)(?![a-zA-Z]))")
+_DELTA = re.compile(rf"\\Delta ?(?=(?![fghuFGH])[a-zA-Z]|\\(?:{GREEK})(?![a-zA-Z]))")
 _CALLED = ("f", "g", "h", "F", "G", "H")
 """Letters that name a function if parentheses follow, as letters in these fonts do: `\\mathcal{P}(A)`."""
 _FONTS = ("mathcal", "mathbb", "mathfrak", "mathscr")
@@ -60,6 +62,13 @@ def plain_names(text: str) -> str:
         name, index = _whole_name(text, match)
         found.append(name)
     return "".join(found) + text[index:]
+
+
+def with_factors(*texts: str) -> list[str]:
+    r"""Reads `4\Delta R` as a product if one of the texts is `4R\Delta`: there is a quantity \Delta of its own."""
+    if not any(_DELTA_ALONE.search(text) for text in texts):
+        return list(texts)
+    return [_DELTA.sub(r"\\Delta\\cdot ", text) for text in texts]
 
 
 def _as_fraction(match: re.Match[str]) -> str:

@@ -10,6 +10,7 @@ _HALF = r"\s*(?:\\text\{\s*)?(?P<half>[ap])\.?\s*m\.?(?:\s*\})?"
 _CLOCK = re.compile(
     rf"(?P<hours>\d{{1,2}})(?::(?P<minutes>\d{{2}})(?::(?P<seconds>\d{{2}}))?)?(?:{_HALF})?", re.IGNORECASE
 )
+_OCLOCK = re.compile(r"(\d{1,2})(?::00)? o ?' ?clock", re.IGNORECASE)
 _WORDS = {"noon": (12, "p"), "12 noon": (12, "p"), "midnight": (12, "a"), "12 midnight": (12, "a")}
 _NAMES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11,
@@ -18,9 +19,10 @@ _NAMES = {
 _DIGITS = r"[0-9A-Fa-f]*\d[0-9A-Fa-f]*|[A-Fa-f]+|[0-9A-Fa-f]*\.[0-9A-Fa-f]+|[0-9A-Fa-f]+\.[0-9A-Fa-f]*"
 _BASED = re.compile(
     rf"(?P<sign>[+-]?)(?P<open>\(?)(?P<sign_within>[+-]?)(?:\\text\{{)?(?P<digits>{_DIGITS})\}}?(?P<close>\)?)"
-    r"(?:_\{?\(?(?:\\text\{)?(?P<base>\d{1,2}|[a-z]+)\}?\)?\}?"
-    r"|\s*\\text\{\s*(?:\(?(?:in )?)?base (?P<worded>\w+)\)?\s*\})"
+    r"(?:_\{?\(?(?:\\text\{)?(?:base ?\}?)?(?P<base>\d{1,2}|[a-z]+)\}?\)?\}?"
+    r"|\s*\\text\{\s*(?:\(?(?:in )?)?base ?\}?(?P<worded>\w+)\)?\s*\}?)"
 )
+_NEGATED = re.compile(r"-\(([^()]*_[^()]*)\)")
 _RATIO_WORD = re.compile(r"\\text\{ ?to ?\}| to |(?<=\d)\\to(?=\d)")
 
 
@@ -61,6 +63,8 @@ def read_clock(text: str) -> Clock | None:
     if plain in _WORDS:
         hours, half = _WORDS[plain]
         return Clock(hours * 3600, half, (hours,))
+    if match := _OCLOCK.fullmatch(plain):
+        text = f"{match[1]}:00"
     match = _CLOCK.fullmatch(text)
     if not match or not (match["minutes"] or match["half"]):
         return None
@@ -73,6 +77,9 @@ def read_clock(text: str) -> Clock | None:
 
 def read_based(text: str) -> Based | None:
     r"""Reads `101_{2}`, `(-1A)_{16}` or `0.11_{\text{two}}`."""
+    if negated := _NEGATED.fullmatch(text):
+        inside = read_based(negated[1])
+        return Based(f"-{inside.digits}", inside.base) if inside and not inside.digits.startswith("-") else None
     match = _BASED.fullmatch(text)
     if not match or bool(match["open"]) != bool(match["close"]):
         return None

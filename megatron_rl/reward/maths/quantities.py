@@ -11,7 +11,7 @@ from .numbers import Number
 from .parts import Expression, Part, Quantity, Ratio
 from .reader import read
 from .relations import Same
-from .units import DEGREE, PERCENT, Unit
+from .units import DEGREE, PERCENT, RADIAN, Unit
 
 _INFINITE = re.compile(r"\\(?:infty|lim)(?![a-zA-Z])")
 _UNSPACED = re.compile(r"^([\d.]+)([a-zA-Z]+)$")
@@ -20,26 +20,34 @@ _UNSPACED = re.compile(r"^([\d.]+)([a-zA-Z]+)$")
 def same_quantity(gold: Part, answer: Part, same: Same) -> bool:
     """Compares values with units. A unit may be missing on one side; if both have one, the quantities must agree.
 
-    What may be infinite must have the same unit on both sides: infinity is no number that a unit or a per cent scales.
+    Nothing scales infinity: the answer may omit the label's unit of it, but neither a percent sign nor `million`, and
+    may name no other unit.
     """
     if isinstance(gold, Quantity) and isinstance(answer, Expression):
         answer = read(_UNSPACED.sub(r"\1 \2", answer.latex))  # the label says that the letters are a unit
     gold_unit, answer_unit = (part.unit if isinstance(part, Quantity) else None for part in (gold, answer))
     left, right = (part.value if isinstance(part, Quantity) else part for part in (gold, answer))
     if gold_unit != answer_unit and any(_INFINITE.search(latex_of(part) or "") for part in (left, right)):
-        return False
-    if DEGREE in (gold_unit, answer_unit) and None in (gold_unit, answer_unit):
-        left, right = _in_radians(left, gold_unit, right), _in_radians(right, answer_unit, left)
+        may_be_omitted = gold_unit is not None and gold_unit != PERCENT and gold_unit.scale == 1
+        return answer_unit is None and may_be_omitted and same(left, right)
+    has_radians = RADIAN in (gold_unit, answer_unit)
+    if DEGREE in (gold_unit, answer_unit) and (has_radians or None in (gold_unit, answer_unit)):
+        left, right = (
+            _in_radians(part, unit, other, has_radians)
+            for part, unit, other in ((left, gold_unit, right), (right, answer_unit, left))
+        )
+        if has_radians:
+            return same(left, right)
     scales = _scales(gold_unit, answer_unit)
     if 1 in scales and same(left, right):
         return True
     return any(same_leaves(left, right, scale) for scale in scales if scale != 1)
 
 
-def _in_radians(part: Part, unit: Unit | None, other: Part) -> Part:
-    r"""Degrees become radians if the other side has no unit and contains \pi."""
+def _in_radians(part: Part, unit: Unit | None, other: Part, to_radians: bool) -> Part:
+    r"""Degrees become radians if the other side is in radians, or has no unit and contains \pi."""
     text = latex_of(part)
-    if unit == DEGREE and isinstance(other, Expression) and r"\pi" in other.latex and text:
+    if unit == DEGREE and text and (to_radians or (isinstance(other, Expression) and r"\pi" in other.latex)):
         return Expression(rf"\frac{{\pi}}{{180}}\cdot({text})")
     return part
 

@@ -26,7 +26,7 @@ from .parts import (
 )  # fmt: skip
 from .plus_minus import without_plus_minus
 from .scan import balanced, enclosed, split
-from .units import PERCENT, mixed_quantity, split_unit
+from .units import PERCENT, mixed_quantity, read_unit, split_unit
 
 RELATIONS = {
     "=": "=", "<": "<", ">": ">", r"\le": r"\le", r"\ge": r"\ge", r"\ne": r"\ne", r"\approx": r"\approx",
@@ -36,12 +36,14 @@ RELATIONS = {
     r"\Rightarrow": r"\implies", r"\iff": r"\iff", r"\ll": r"\ll", r"\gg": r"\gg",
 }  # fmt: skip
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d]|,\d)")
+_TIGHT = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{1,3})+(?![\d.]|,\d)")
 _SPACED = re.compile(r"([+-]?\d{1,3}(?: \d{3})+)((?:\.\d+)?(?![\d])\D*)")
 _STRAY_DIGITS = re.compile(r"\d \d")
 _AND_OR = re.compile(r"(?:,\s*)?\\text\{\s*,?\s*(?:and|or)\s*\}|(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
 _JOINTS = {r"\or": "or", r"\lor": r"\lor", r"\and": "and", r"\land": r"\land", ",": ",", ";": ","}
 """What may stand between the items of a list, the weakest first."""
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_LETTER_WITH_UNIT = re.compile(r"([a-zA-Z])(\\text\s*\{.+)")
 _CONDITION = re.compile(
     r"[,;]? ?(?:\\text\s*\{[ ,;]*(?P<inside>(?:for|where|with|when|if|unless|provided)\b[^{}]*)\}|\\forall|"
     r"(?<![a-zA-Z\\])(?:for (?:all|any|every|some)|where|when|if|unless) )(?P<rest>.*)$"
@@ -59,6 +61,9 @@ _SET_WORDS = re.compile(
     r"rational numbers|natural numbers|complex numbers)"
     r"(?: (?:except|other than|but|not equal to|excluding)(?: for)? (?P<without>.+))?"
 )
+_SIGNED = re.compile(
+    r"(?:the |set of |all )*(?P<sign>positive|negative|non-?negative|non-?positive) (?:reals|real numbers?)"
+)
 _SET_NAMES = {"real": "R", "inte": "Z", "rati": "Q", "natu": "N", "comp": "C"}
 _NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|(?:the )?(?:empty|null) set")
 _CHOICE = re.compile(r"\(?([A-Z]|[IVX]{1,4})[).:]?")
@@ -68,10 +73,17 @@ def readings(text: str) -> list[Part]:
     """Returns the readings of a normalised text: one, or two if `70,110` can be a number and a list."""
     if match := _SPACED.fullmatch(text):
         text = match[1].replace(" ", "") + match[2]
-    joined = _GROUPED.sub(_without_commas, text)
+    joined = _GROUPED.sub(_without_commas, _TIGHT.sub(_numbers_of_list, text))
     # A list has no item such as 000.
     is_number = joined == text or re.search(r",0\d", text) is not None
     return [read(joined)] if is_number else [read(joined), read(text)]
+
+
+def _numbers_of_list(match: re.Match[str]) -> str:
+    """Writes `12,000,15,000` as `12000,15000`: no item begins with 0, so commas separate thousands too."""
+    numbers = re.findall(r"\d+(?:,\d{3})*", match[0])
+    is_clear = re.search(r",0\d\d", match[0]) and len(numbers) > 1 and all("," in number for number in numbers)
+    return ",".join(number.replace(",", "") for number in numbers) if is_clear else match[0]
 
 
 def _without_commas(match: re.Match[str]) -> str:
@@ -107,6 +119,8 @@ def read(text: str) -> Part:
 def _words(text: str) -> Part | None:
     r"""Reads an answer without mathematics: `\text{Tuesday}`, `even`, the choice `(B)`, `no solution`."""
     plain = " ".join(_TEXT.sub(r" \1 ", text).split())
+    if (match := _LETTER_WITH_UNIT.fullmatch(text)) and read_unit(match[2]):
+        return None
     if choice := _CHOICE.fullmatch(plain.replace(" ", "")):
         return Words(choice[1])
     spoken = _TEXT.search(text) is not None
@@ -115,6 +129,9 @@ def _words(text: str) -> Part | None:
     plain = plain.rstrip(".!").casefold()
     if _NO_SOLUTION.fullmatch(plain):
         return EMPTY_SET
+    if match := _SIGNED.fullmatch(plain):
+        bound = {"positive": ">", "negative": "<"}.get(match["sign"]) or (r"\ge" if "neg" in match["sign"] else r"\le")
+        return half_line(rf"\mathbb{{R}}_{{{bound}0}}")
     if match := _SET_WORDS.fullmatch(plain):
         everything = NamedSet(_SET_NAMES[match["name"][:4]])
         if not match["without"]:

@@ -22,7 +22,7 @@ _NUMERIC = ("=", "<", ">", r"\le", r"\ge", r"\ne")
 _MODULUS = re.compile(r"\(?\\(?:pmod|mod|text\{ ?\(?mod)\s*\{?(?P<modulus>[^{}()]+)\}?\)?\}?\)?$")
 _NAME = re.compile(
     r"(?:\\text\{[^{}]*\}|\\(?:angle|triangle|overline|vec|hat|bar|mathcal|mathbb|dot|ddot|tilde|overrightarrow)\s*|\\[a-zA-Z]+|[a-zA-Z]|"
-    r"[_^']?\{[a-zA-Z0-9, \\+]*\}|_\w|['|]|\\max|\\min|\s|\((?:[a-zA-Z0-9_,{}\\ '.+-]|\\[a-zA-Z]+)*\))+"
+    r"[_^']?\{[a-zA-Z0-9, \\+]*\}|_\w|['|]|\\max|\\min|\s|[(\[](?:[a-zA-Z0-9_,{}\\ '.+=<>|-]|\\[a-zA-Z]+)*[)\]])+"
 )
 _QUOTIENT = re.compile(
     r"\\frac\{(?P<over>[^{}]+|[^{}]*_\{[^{}]*\}[^{}]*)\}\{(?P<under>[^{}]+|[^{}]*_\{[^{}]*\}[^{}]*)\}|(?P<one>[^/]+)/(?P<other>[^/]+)"
@@ -43,7 +43,7 @@ def is_name(text: str) -> bool:
     if match := _QUOTIENT.fullmatch(text):
         return all(is_name(side) for side in match.groups() if side)
     text = text.replace("^{-1}", "")
-    head = re.sub(r"_\{[^{}]*\}|\([^()]*\)", "", text)
+    head = re.sub(r"_\{[^{}]*\}|\([^()]*\)|\[[^\[\]]*\]", "", text)
     if "^" in head or re.search(r"\d", head) or _OPERATORS.search(head):
         return False
     return _NAME.fullmatch(text) is not None and re.search(r"[a-zA-Z]", text) is not None
@@ -149,6 +149,8 @@ def bare_values(listing: Bracket, by_name: bool) -> tuple[Part, ...]:
 def same_chain(gold: Chain, answer: Chain, same: Same) -> bool:
     """Returns whether two relations say the same: side by side in either direction, or as multiples of one another."""
     answer = _with_arguments_of(gold, answer)
+    if bool(_unknowns(" ".join(gold.texts))) != bool(_unknowns(" ".join(answer.texts))):
+        return False  # `\sin^2x+\cos^2x=1` says more than `1=1`
     for chain in (answer, _reversed(answer)):
         if chain is not None and chain.signs == gold.signs and _same_sides(gold, chain, same):
             return True

@@ -48,8 +48,8 @@ _SPELLINGS = {
     r"\binom": "dbinom tbinom",
     r"^\circ ": "degree degrees",
     " ": "quad qquad thinspace enspace hfill newline",
-    "": "left right middle displaystyle textstyle scriptstyle limits nolimits big Big bigg Bigg bigl bigr Bigl Bigr"
-    " biggl biggr Biggl Biggr",
+    "": "left right middle displaystyle textstyle scriptstyle limits nolimits mathopen mathclose unboldmath"
+    " big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr",
 }
 _COMMANDS = {name: spelled for spelled, names in _SPELLINGS.items() for name in names.split()}
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
@@ -68,6 +68,7 @@ _BEFORE_FONTS: Rules = [
         (r"(?<!\\)\\[,;:> ]|~|\\[hv]space\*?\s*\{[^{}]*\}", " "),
         (r"(?<=\d)\s*\\deg(?!\s*[a-zA-Z({\\])|(?<=\d)\^\{?\\(?:text|mathrm)\{o\}\}?", r"^\\circ "),
         (r"^\s*\\text\s*\{\s*(?i:(?:the )?(?:final )?answer(?: is)?)\s*:?\s*\}\s*[=:]?(?=\s*\S)", ""),
+        (r"^\s*(?i:(?:final )?answer)\s*:\s*(?=\S)", ""),
         (r"^(.*\\in ?)?\\mathbf\s*\{R\}$|\\Bbb\s*\{?\s*R\s*\}?", r"\1\\mathbb{R}"),
         (r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?", r"\\mathbb{\1}"),
         (r"\\(?:text|mathrm)\s*\{ ?(Rs\.?|USD|EUR|GBP) ?\} ?(?=\d)", r"\1 "),
@@ -92,8 +93,10 @@ _AFTER_FONTS: Rules = [
         (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"^\\begin\{cases\}([^&\\]*)\\\\([^&\\]*)(?:\\\\)?\s*\\end\{cases\}$", r"\1, \2"),
         # Recurring decimals in one spelling.
+        (r"(?<=\.)(\d*)\\dot\{?(\d)\}?(\d*)\\dot\{?(\d)\}?(?!\d)", r"\1\\overline{\2\3\4}"),
         (r"(?<=\.)(\d*)\\(?:overline|bar|dot|overset\{\.\})\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
         (r"(?<=\.)(\d*)\((\d+)\)(?!\d)", r"\1\\overline{\2}"),
+        (r"\\log_(\d)(\d+)(?=$|[-+=<>)},/])", r"\\log_{\1}\2"),  # as TeX reads it
         # Mathematics typed as in a program.
         (r"(?<![a-zA-Z])\\?sqrt\s*\(([^()]*)\)|(?<![a-zA-Z\\])sqrt(\d+)", r"\\sqrt{\1\2}"),
         (r"(?<=[\w)}]) ?\*\* ?(?=[\w({\\-])", "^"),

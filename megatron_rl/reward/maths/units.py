@@ -26,6 +26,7 @@ class Unit:
 
 PERCENT = Unit({"percent": 1}, Fraction(1, 100))
 DEGREE = Unit({"angle": 1})
+RADIAN = Unit({"radian": 1})
 _MINUTE_OF_ARC, _SECOND_OF_ARC = Unit({"angle": 1}, Fraction(1, 60)), Unit({"angle": 1}, Fraction(1, 3600))
 _OF_ARC = {"^\\circ": DEGREE, "'": _MINUTE_OF_ARC, "''": _SECOND_OF_ARC, '"': _SECOND_OF_ARC}
 _CELSIUS, _FAHRENHEIT = Unit({"celsius": 1}), Unit({"fahrenheit": 1})
