@@ -1,6 +1,6 @@
 """How far the log-probs of an engine in FP8 are from those of the actor in bf16, with FP8 simulated on a CPU.
 
-    python benchmarks/fp8_rollouts.py MODEL [--out benchmarks/results/fp8_rollouts.json]
+    python -m benchmarks.fp8_rollouts MODEL [--out benchmarks/results/fp8_rollouts.json]
 
 MODEL is a Hugging Face folder, such as that of examples/smollm2. A copy of it, whose matrix products take weights and
 activations rounded to E4M3, samples responses to questions; the model in bf16 scores them, and so does the model in

@@ -56,8 +56,9 @@ class Probed(Protocol[Engine]):
 
 
 QUANTISED = 4.0
-"""Factor on both bounds for engines that hold their weights in fewer bits than the actor; see
-`benchmarks/fp8_rollouts.py`."""
+"""Factor on both bounds for engines that hold their weights in fewer bits than the actor. SmolLM2-135M in simulated FP8
+differs from itself in bfloat16 by 0.10 nats in the mean per nat of surprisal, and by 3.1 for one token of 1,000
+(`benchmarks/fp8_rollouts.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,8 @@ def likely_cause(
         )
     return (
         "none of the known ones alone (raw log-probs, temperature, truncation, rounding). Perhaps the engine has other "
-        "weights than the actor: not synced, quantised, or of another model; or several causes act at once."
+        "weights than the actor: not synced, quantised, or of another model; or the server decodes speculatively and "
+        "reports other log-probs for it; or several causes act at once."
     )
 
 
