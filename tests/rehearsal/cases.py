@@ -79,7 +79,12 @@ STATES: dict[str, Case] = {
 """Layouts under which weights, snapshots and checkpoints go out and come back."""
 METHOD_LAYOUTS = {"one rank": Case(), "tensor and sequence": Case(actor=TP_SP)}
 """Layouts under which every method is computed."""
-WAITS = {"qwen3": Case(), "tensor and sequence": Case(actor=TP_SP), "experts": Case("experts")}
+WAITS = {
+    "qwen3": Case(),
+    "tensor and sequence": Case(actor=TP_SP),
+    "context": Case(actor={"context_parallel": 2}),
+    "experts": Case("experts"),
+}
 """Layouts under which waits are counted."""
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

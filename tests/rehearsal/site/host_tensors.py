@@ -160,6 +160,13 @@ def _count(name: str, args: Any, tensors: list[torch.Tensor], settings: dict[str
     elif name in ("__getitem__", "__setitem__"):
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         parts = [part for part in index if isinstance(part, torch.Tensor)]
+        if (
+            name == "__setitem__"
+            and isinstance(args[2], int | float)
+            and len(parts) == 1
+            and parts[0].dtype == torch.bool
+        ):
+            return  # torch fills a number in by the mask, and needs no list of places
         if any(part.dtype in (torch.bool, torch.uint8) for part in parts):
             Waits.count("an index by a mask")
         elif any(isinstance(part, list) for part in index) or any(part.ndim and on_host(part) for part in parts):

@@ -71,6 +71,8 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
          ["weight_sync.transport: cuda_ipc is for engines on the actor's GPUs", "set collective"]),
         (["actor.device=cuda", "rollout.engine=vllm", "weight_sync.transport=cuda_ipc",
           "cluster={nodes: 2, colocate: true}"], ["weight_sync.transport: cuda_ipc reaches one node only"]),
+        (["cluster.nodes=2", "weight_sync.transport=shared_memory"],
+         ["weight_sync.transport: shared_memory reaches several nodes only if every engine is on a node of the actor"]),
         (["actor.device=cuda", "weight_sync.transport=cuda_ipc", "cluster.colocate=true"],
          ["weight_sync.transport: cuda_ipc is for rollout.engine: sglang or vllm"]),
         (["rollout.asynchronous=true"], ["rollout.asynchronous", "rollout.max_staleness: 0"]),
