@@ -41,7 +41,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             raise UserError(f"{path}, line {number}: not UTF-8: {error.reason} (byte {error.start})") from error
         row = parse_json(text, f"{path}, line {number}")
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected an object, {{...}}, found {line.strip()[:40]!r}")
+            raise UserError(f"{path}, line {number}: expected an object, {{...}}, found {text.strip()[:40]}")
         yield f"line {number}", row
 
 

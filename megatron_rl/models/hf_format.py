@@ -26,6 +26,7 @@ PIECE = 2**23
 LONGEST_HEADER = 10**8
 """Longest header of a safetensors file, in bytes, as the safetensors library has it."""
 _OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf", "*.h5", "*.msgpack")
+_LFS_POINTER = b"version https://git-lfs"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
@@ -210,10 +211,17 @@ def _check_holds(path: Path, file: Any, names: Iterable[str]) -> None:
         raise UserError(f"{path} does not hold {missing[0]}, although {INDEX} lists it there. Copy the model again.")
 
 
+def _is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
 def _open(path: Path, framework: str = "pt") -> Any:
     try:
         return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
+        if _is_lfs_pointer(path):
+            raise UserError(f"{path} is a pointer of Git LFS, not the file. Fetch the files: git lfs pull") from None
         cut = any(sign in str(error) for sign in ("MetadataIncompleteBuffer", "incomplete metadata"))
         cause = "the file is cut off" if cut else str(error)
         raise UserError(f"{path} is not a readable safetensors file ({cause}). Copy the model again.") from None

@@ -33,6 +33,11 @@ class Setup:
     @classmethod
     def of(cls, config: Config, gpu: Gpu, assumed: Assumptions) -> Setup:
         """Raises UserError if the model cannot be divided as configured, or the cluster is too small."""
+        if config.prepare and not config.model.path.is_dir():
+            raise UserError(
+                f"model.path: {config.model.path} is not there yet: the run itself writes this small model "
+                f"and its data (prepare.task: {config.prepare.task}). Start the run; a plan is for models that need one"
+            )
         hf_config = known_config(config.model.path)
         limit = config.rollout.max_response_tokens
         if not 0 < assumed.mean_response < limit:

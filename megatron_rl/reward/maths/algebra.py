@@ -124,7 +124,7 @@ def same_expression(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bo
 def same_value(a: Any, b: Any, scale: Fraction = Fraction(1)) -> bool:
     """Returns whether `b` times `scale` equals `a`. Both are results of `read`."""
     if isinstance(a, sympy.MatrixBase | sympy.MatrixExpr) or isinstance(b, sympy.MatrixBase | sympy.MatrixExpr):
-        return _same_matrix(a, b)
+        return _same_matrix(a, b, scale)
     factor = sympy.Rational(scale.numerator, scale.denominator)
     infinities = {a, b} & {sympy.oo, -sympy.oo}
     a, b = _computed(a), _computed(b) * factor
@@ -138,13 +138,13 @@ def same_value(a: Any, b: Any, scale: Fraction = Fraction(1)) -> bool:
         return bool(verify(a, b, timeout_seconds=None))
 
 
-def _same_matrix(a: Any, b: Any) -> bool:
+def _same_matrix(a: Any, b: Any, scale: Fraction) -> bool:
     if not all(isinstance(side, sympy.MatrixBase | sympy.MatrixExpr) for side in (a, b)):
         return False
     a, b = a.doit(), b.doit()
     if not (isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase) and a.shape == b.shape):
-        return bool(a == b)
-    return all(same_value(one, other) for one, other in zip(a.flat(), b.flat(), strict=True))
+        return scale == 1 and bool(a == b)
+    return all(same_value(one, other, scale) for one, other in zip(a.flat(), b.flat(), strict=True))
 
 
 def _with_plain_symbols(expression: Any, text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,6 +57,9 @@ def same_at_points(a: sympy.Basic, b: sympy.Basic) -> bool:
     is_real = not (a.has(sympy.I) or b.has(sympy.I))
     tolerance = _ROUNDED_TOLERANCE if a.has(sympy.Float) or b.has(sympy.Float) else _TOLERANCE
     same_domain = a.has(sympy.Abs) != b.has(sympy.Abs)
+    # Equal terms vanish from the difference, so that `100!` does not hide the C of `100!+C`.
+    if tolerance == _TOLERANCE and _remains(a - b, names, is_real):
+        return False
     with mpmath.workdps(DIGITS):
         if is_real and _has_roots(a) and _has_roots(b) and not same_domain:
             positive = _agree(a, b, _points(names, (1,)), is_real, tolerance, same_domain)
@@ -66,6 +70,16 @@ def same_at_points(a: sympy.Basic, b: sympy.Basic) -> bool:
         if everywhere or (everywhere is False and not counts):
             return everywhere
         return bool(_agree(a, b, _points(names, whole=True), is_real, tolerance, same_domain))
+
+
+def _remains(difference: sympy.Basic, names: list[Any], is_real: bool) -> bool:
+    """Returns whether a difference is, at some positive point, of the size of its own terms."""
+    with mpmath.workdps(DIGITS):
+        for point in itertools.islice(_points(names, (1,), whole=_has_steps(difference)), _ENOUGH):
+            values = [_value(term, point, is_real) for term in sympy.Add.make_args(difference)]
+            if None not in values and abs(mpmath.fsum(values)) > mpmath.mpf(10) ** -3 * max(map(abs, values)) > _NOISE:
+                return True
+    return False
 
 
 def _has_steps(expression: sympy.Basic) -> bool:

@@ -2,6 +2,7 @@ r"""The maths verifier: compares the last \boxed{} of a response with the label.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
 from megatron_rl.types import RewardResult, Sample
@@ -13,6 +14,8 @@ from .text import compact, normalise
 
 LONGEST_KEPT = 200
 """Characters of an answer that results and dumps keep."""
+_MEMBER = re.compile(r"(\\?[a-zA-Z]+(?:_\{[^{}]*\})?'*) ?\\in(?![a-zA-Z])")
+"""A name whose values are listed, as in `x\\in[0,1]`."""
 HOPELESS = 10_000
 """Characters above which an answer is not even normalised."""
 LONGEST = 600
@@ -48,6 +51,8 @@ def judge(gold: str, answer: str) -> str:
         return "correct"
     if max(len(gold), len(answer)) > LONGEST:
         return "answer too large to compare"
+    if len({match[1] for text in (gold, answer) if (match := _MEMBER.match(text))}) > 1:
+        return "wrong answer"
     from .algebra import TooLarge  # sympy takes a second to import; workers import it when they start
 
     try:

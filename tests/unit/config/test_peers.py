@@ -43,6 +43,9 @@ def test_the_keys_of_trl_are_those_of_its_configuration() -> None:
         ("algorithm.kl_ctrl.kl_coef=0.1", "of verl is algorithm.reference_kl.coefficient here"),
         ("trainer.total_training_steps=4", "of verl is train.steps here"),
         ("--kl-loss-coef=0.1", "of slime is algorithm.reference_kl.coefficient here"),
+        ("global_batch_size=4", "global_batch_size of slime is train.updates_per_rollout here"),
+        ("micro_train_batch_size=4", "micro_train_batch_size of OpenRLHF is actor.micro_batch_tokens here"),
+        ("gradient_accumulation_steps=4", "of TRL is actor.micro_batch_tokens here"),
         ("algorithm.beta=0.1", "did you mean algorithm.lp_reg.beta?; algorithm.beta of TRL is algorithm.reference_kl"),
     ],
 )

@@ -139,7 +139,7 @@ def test_an_empty_data_set_is_an_error(read, name):
     ("content", "words"),
     [
         (b'{"prompt": "p", "label": 1}\n{"prompt": \n', "line 2: not valid JSON"),
-        (b'\n{"prompt": "p", "label": 1}\n\n[1, 2]\n', "line 4: expected an object, {...}, found b'[1, 2]'"),
+        (b'\n{"prompt": "p", "label": 1}\n\n[1, 2]\n', "line 4: expected an object, {...}, found [1, 2]"),
         (b'{"prompt": "\xff"}\n', "line 1: not UTF-8"),
     ],
 )

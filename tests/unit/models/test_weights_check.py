@@ -91,6 +91,12 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, cut: int, sharded: bo
     assert name in (message := refused(folder)) and "Copy the model again" in message
 
 
+def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path: Path) -> None:
+    folder = write_hf_model(tmp_path)
+    (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git lfs pull" in refused(folder)
+
+
 def shard(folder: Path) -> list[str]:
     """Splits the folder's one file into two with an index. Returns their names."""
     tensors = load_file(folder / SINGLE)

@@ -52,6 +52,11 @@ def test_a_kernel_of_experts_is_refused_for_a_dense_model(make: Make) -> None:
     make("actor.fusions.expert_permutation=auto")
 
 
+def test_a_model_that_the_run_itself_writes_has_no_plan_before(make: Make) -> None:
+    with pytest.raises(UserError, match="the run itself writes this small model"):
+        make("prepare={task: countdown, folder: task}", "model.path=task/model")
+
+
 def test_responses_that_the_model_has_no_room_or_token_for_are_refused(make: Make) -> None:
     positions = make().setup.model.max_positions
     with pytest.raises(UserError, match=f"no room for a prompt: the model is made for {positions} positions"):
