@@ -3,8 +3,8 @@
     python examples/environments/tiny.py
     megatron-rl train examples/environments/tiny_sums.yaml run.name=sums
     PYTHONPATH=examples/environments megatron-rl train examples/environments/tiny_guess.yaml run.name=guess
-    megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=60 \
-        evaluation.every=60 run.name=vllm-calculator
+    megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=30 \
+        evaluation.every=30 run.name=vllm-calculator
     megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=12 \
         evaluation.every=12 evaluation.samples_per_prompt=1 observability.rollouts_every=1 rollout.max_staleness=2 \
         rollout.over_sampling=2 rollout.asynchronous=true algorithm.correction.weights=truncated \
