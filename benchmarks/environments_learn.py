@@ -3,9 +3,13 @@
     python examples/environments/tiny.py
     megatron-rl train examples/environments/tiny_sums.yaml run.name=sums
     PYTHONPATH=examples/environments megatron-rl train examples/environments/tiny_guess.yaml run.name=guess
-    megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=60 \
-        evaluation.every=60 run.name=vllm-calculator
-    python benchmarks/environments_learn.py runs/sums runs/guess runs/vllm-calculator [--out FILE]
+    megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=30 \
+        evaluation.every=30 run.name=vllm-calculator
+    megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=12 \
+        evaluation.every=12 evaluation.samples_per_prompt=1 observability.rollouts_every=1 rollout.max_staleness=2 \
+        rollout.over_sampling=2 rollout.asynchronous=true algorithm.correction.weights=truncated \
+        run.name=vllm-asynchronous
+    python benchmarks/environments_learn.py RUN... [--out FILE]
 
 The servers are those of `make engines`; verifiers and reasoning-gym those of `make sinks`.
 """
@@ -16,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.machine import arguments, keep
 from benchmarks.page import environments_learn
 from megatron_rl.observability.metrics import read_metrics
+from megatron_rl.rollout.dump import dumps
 
 ENDS = 5
 """Number of steps at the beginning and at the end whose mean reward is shown."""
@@ -47,10 +53,27 @@ def outcome(folder: Path) -> dict[str, Any]:
         "rewards": rewards,
         "first": sum(rewards[:ENDS]) / ENDS,
         "last": sum(rewards[-ENDS:]) / ENDS,
-        "evaluations": {name: {"before": values[0], "after": values[-1]} for name, values in scores.items()},
+        "evaluations": {
+            name: {"before": values[0], "after": values[-1] if len(values) > 1 else None}
+            for name, values in scores.items()
+        },
         "turns": [steps[0].get("agent/turns_mean"), steps[-1].get("agent/turns_mean")],
-        "largest log-prob difference": max(row["logprob/rollout_actor_max_diff"] for row in steps),
+        "staleness": max(row["rollout/staleness_max"] for row in steps),
+        "fresh log-prob difference": max(row.get("logprob/fresh_abs_diff", 0.0) for row in steps),
+        "dumped": dumped(folder),
     }
+
+
+def dumped(folder: Path) -> dict[str, int]:
+    """Counts the rollouts in a run's dumps, those with tokens of several weight versions, and prompts trained twice."""
+    rollouts = mixed = 0
+    prompts: list[str] = []
+    for _, path in dumps(folder / "rollouts"):
+        rows = pq.read_table(path, columns=["prompt_id", "weight_versions"]).to_pylist()
+        rollouts += len(rows)
+        mixed += sum(len(set(row["weight_versions"])) > 1 for row in rows)
+        prompts += {row["prompt_id"] for row in rows}
+    return {"rollouts": rollouts, "of several versions": mixed, "prompts twice": len(prompts) - len(set(prompts))}
 
 
 def main() -> None:

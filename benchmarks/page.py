@@ -195,7 +195,8 @@ def environments_learn(found: Found) -> str:
     rows = []
     for name, run in found["runs"].items():
         score = next(iter(run["evaluations"].values()))
-        figures = (f"{value:.2f}" for value in (run["first"], run["last"], score["before"], score["after"]))
+        values = (run["first"], run["last"], score["before"], score["after"])
+        figures = ("-" if value is None else f"{value:.2f}" for value in values)
         about = (name, run["agent"] or "none", run["engine"], str(run["steps"]), f"{run['seconds']:.0f}")
         rows.append([*about, *figures])
     return table(head, rows)

@@ -185,6 +185,10 @@ class Fleet:
             self._answer(engine, np.unique(engine.request).tolist())
             self._plan(i)
 
+    def suspend(self, numbers: Collection[int]) -> set[int]:
+        self.abort(numbers)
+        return set(numbers)
+
     def train(self, seconds: float) -> None:
         """Keeps the ranks of the actor busy, each for so many seconds on its own core, while engines keep sampling."""
         self.left[-1] = seconds

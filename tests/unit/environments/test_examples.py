@@ -29,4 +29,4 @@ def test_an_example_is_a_configuration_of_an_environment(path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert [path.stem for path in EXAMPLES] == ["chain_sum", "higher_lower"]
+    assert [path.stem for path in EXAMPLES] == ["chain_sum", "higher_lower", "tiny_guess", "tiny_sums"]
