@@ -41,8 +41,9 @@ def main() -> int:
         with path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows(met))
         count += len(met)
-        bad += [one for one in met if one.verdict != "equal"]
-        print(f"run {number}: {len(met)} faults, {met[0].verdict if met else 'no fault came in time'}", flush=True)
+        found = [one for one in met if one.verdict != "equal"]
+        bad += found
+        print(f"run {number}: {len(met)} faults, {found[0].verdict if found else 'equal'}", flush=True)
     if options.summary:
         options.summary.write_text(json.dumps(kept(options.out), indent=1) + "\n")
     print(f"{count} faults, {len(bad)} in runs that did not end as the undisturbed one", flush=True)
