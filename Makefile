@@ -215,7 +215,7 @@ benchmark-check: setup ## costs that no machine changes, against the kept ones (
 reproduce: setup ## the runs of docs/evidence.md, for three hours on two cores; again for the next three
 	$(BIN)/python -m benchmarks.evidence --plan full --minutes 170 --out runs/benchmarks/evidence.json $(ARGS)
 
-reproduce-quick: setup ## the short runs of docs/evidence.md (at most 20 minutes on two cores)
+reproduce-quick: setup ## the short runs of docs/evidence.md (an estimated 20 minutes on two cores)
 	$(BIN)/python -m benchmarks.evidence --plan quick --out runs/benchmarks/evidence_quick.json $(ARGS)
 
 reproduce-demonstration: setup ## the demonstration for ten seeds: the table of docs/demonstration.md (half an hour on two cores)

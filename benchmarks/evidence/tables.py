@@ -23,7 +23,8 @@ def results_of(runs: Iterable[Run], found: Mapping[str, Any]) -> list[dict[str, 
 
 
 def bounds(mean: Mean, signed: str = "") -> str:
-    if mean.count < 2:
+    """The mean, with its interval from three values on: that of two is wider than any measure."""
+    if mean.count < 3:
         return f"{mean.value:{signed}.3f}"
     return f"{mean.value:{signed}.3f} ({mean.low:{signed}.3f} to {mean.high:{signed}.3f})"
 
