@@ -118,7 +118,8 @@ def same_expression(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bo
 
     Raises TooLarge or Unparsable.
     """
-    return same_value(*map(read, with_factors(gold, answer)), scale)
+    gold, answer = with_factors(gold, answer)
+    return same_value(read(gold), read(answer), scale)
 
 
 def same_value(a: Any, b: Any, scale: Fraction = Fraction(1)) -> bool:

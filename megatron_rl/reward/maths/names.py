@@ -64,11 +64,11 @@ def plain_names(text: str) -> str:
     return "".join(found) + text[index:]
 
 
-def with_factors(*texts: str) -> list[str]:
+def with_factors(one: str, other: str) -> tuple[str, str]:
     r"""Reads `4\Delta R` as a product if one of the texts is `4R\Delta`: there is a quantity \Delta of its own."""
-    if not any(_DELTA_ALONE.search(text) for text in texts):
-        return list(texts)
-    return [_DELTA.sub(r"\\Delta\\cdot ", text) for text in texts]
+    if not (_DELTA_ALONE.search(one) or _DELTA_ALONE.search(other)):
+        return one, other
+    return _DELTA.sub(r"\\Delta\\cdot ", one), _DELTA.sub(r"\\Delta\\cdot ", other)
 
 
 def _as_fraction(match: re.Match[str]) -> str:
