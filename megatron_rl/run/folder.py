@@ -44,13 +44,13 @@ def checkpoint_to_resume(config: Config) -> Resumption | None:
         UserError: the folder belongs to something else, `resume` names no checkpoint, or no checkpoint is intact.
     """
     folder, resume = config.run.folder, config.resume
-    holds_run = (folder / CONFIG).is_file()
-    if folder.exists() and not holds_run and (not folder.is_dir() or any(map(_foreign, folder.iterdir()))):
+    has_run = holds_run(folder)
+    if folder.exists() and not has_run and (not folder.is_dir() or any(map(_foreign, folder.iterdir()))):
         raise UserError(f"{folder} is not empty and holds no run: choose another with run.folder=FOLDER")
     if resume == "auto":
         return _newest(folder)
     if isinstance(resume, Path):
-        if holds_run and not resume.resolve().is_relative_to(folder.resolve()):
+        if has_run and not resume.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{folder} already holds another run than {resume}: choose another with run.name=NAME")
         if (resume / MANIFEST).is_file():
             return Resumption(resume, read_checkpoint(resume, _progress))
@@ -58,7 +58,7 @@ def checkpoint_to_resume(config: Config) -> Resumption | None:
         if found is None:
             raise UserError(f"resume: {resume} is neither a checkpoint nor the folder of a run that has one")
         return found
-    if holds_run:
+    if has_run:
         raise UserError(f"{folder} already holds a run. Resume it with resume=auto, or start another: run.name=NAME")
     return None
 
@@ -79,6 +79,16 @@ def _newest(run_folder: Path) -> Resumption | None:
 def _progress(files: Sequence[str]) -> Iterable[str]:
     console = Console()
     return track(files, "checking checksums", console=console, transient=True, disable=not console.is_terminal)
+
+
+def holds_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def check_still_free(folder: Path) -> None:
+    """Raises UserError if a run has begun in the folder since it was found to hold none."""
+    if holds_run(folder):
+        raise UserError(f"{folder}: another run has begun in this folder meanwhile. Choose another run.name")
 
 
 @contextmanager

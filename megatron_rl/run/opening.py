@@ -94,14 +94,16 @@ def with_device(config: Config) -> Config:
 def open_run(config: Config) -> Iterator[Run]:
     """Yields a run that is ready for its next step. All processes end with the block, however it ends."""
     config = with_device(config)
-    resumption = run_folder.checkpoint_to_resume(config)
-    state = resumption.manifest.state if resumption else None
-    replay = _replay(config)
-    choice = LossChoice.of(config.algorithm)
-    loss = choice.make()
-    placement = placement_of(config)
-    _check_machine(config, placement)
     with ExitStack() as stack:
+        if resuming := run_folder.holds_run(config.run.folder):  # before a checkpoint is chosen that the run may remove
+            stack.enter_context(run_folder.held(config.run.folder))
+        resumption = run_folder.checkpoint_to_resume(config)
+        state = resumption.manifest.state if resumption else None
+        replay = _replay(config)
+        choice = LossChoice.of(config.algorithm)
+        loss = choice.make()
+        placement = placement_of(config)
+        _check_machine(config, placement)
         shown = make_view(config.observability.view, config.train.steps, config.run.name)
         view = stack.enter_context(KeptView(shown, config.run.folder, config.train.steps, config.run.name))
         prepare(config, view)
@@ -114,7 +116,9 @@ def open_run(config: Config) -> Iterator[Run]:
         cursor = Cursor(len(inputs.train.prompts), config.seed, config.data.shuffle)
         if state and continues:
             cursor.load_state(state.cursor)
-        stack.enter_context(run_folder.held(config.run.folder))
+        if not resuming:
+            stack.enter_context(run_folder.held(config.run.folder))
+            run_folder.check_still_free(config.run.folder)
         changes = run_folder.create(config)
         view.open()
         provenance = Provenance(config)

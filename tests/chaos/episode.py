@@ -72,7 +72,8 @@ class Episode:
         self.log = world.folder / f"runs/episodes/{number}.log"
         self.met: list[Met] = []
         self.root = os.getuid() == 0
-        self.with_clock = FAKETIME is not None and self.rng.random() < 0.2
+        # Only on request: with libfaketime 0.9.10, Python's own sleep fails with EINVAL.
+        self.with_clock = FAKETIME is not None and "clock jump" in only
 
     def play(self, until: float = math.inf) -> list[Met]:
         """Returns the faults with their outcome. No fault comes after the time `until`."""

@@ -205,7 +205,19 @@ def other_clock(scene: Scene, rng: random.Random) -> str | None:
 
 
 def second_run(scene: Scene, rng: random.Random) -> str | None:
-    return scene.second() if scene.second and (scene.folder / "state.json").is_file() else None
+    """Starts another run in the folder. The first stands still meanwhile, so that it cannot come to its end before."""
+    lock = scene.folder / ".lock"
+    if not scene.second or not lock.is_file() or f"process {scene.driver} " not in lock.read_text(errors="replace"):
+        return None
+    try:
+        first = psutil.Process(scene.driver)
+        first.suspend()
+    except psutil.NoSuchProcess:
+        return None
+    try:
+        return scene.second()
+    finally:
+        first.resume()
 
 
 FAULTS: dict[str, Fault] = {

@@ -173,6 +173,13 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_has_ended() -> No
         pass
 
 
+def test_a_run_that_has_begun_meanwhile_is_noticed() -> None:
+    run_folder.check_still_free(Path("runs/mine"))
+    run_with("runs/mine")
+    with pytest.raises(UserError, match=r"another run has begun in this folder meanwhile.*run\.name"):
+        run_folder.check_still_free(Path("runs/mine"))
+
+
 def test_a_lock_of_a_killed_run_and_its_partial_files_stop_nobody() -> None:
     folder = Path("runs/mine")
     folder.mkdir(parents=True)
