@@ -90,9 +90,7 @@ def test_an_environment_of_verifiers_trains(command_line: CommandLine) -> None:
 
 
 @slow
-@pytest.mark.parametrize(
-    ("example", "overrides"), [("tiny_sums", ("warm_start.phases.0.steps=600", "train.steps=60")), ("tiny_guess", ())]
-)
+@pytest.mark.parametrize(("example", "overrides"), [("tiny_sums", ("train.steps=40",)), ("tiny_guess", ())])
 def test_a_tiny_model_learns(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, example: str, overrides: tuple[str, ...]
 ) -> None:
