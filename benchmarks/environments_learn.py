@@ -1,8 +1,10 @@
 """What small runs with environments and servers learn: the rewards and evaluations of finished runs.
 
     python examples/environments/tiny.py
-    megatron-rl train examples/environments/tiny_sums.yaml run.name=sums
-    PYTHONPATH=examples/environments megatron-rl train examples/environments/tiny_guess.yaml run.name=guess
+    megatron-rl train examples/environments/tiny_sums.yaml run.name=reasoning-gym-sums
+    PYTHONPATH=examples/environments megatron-rl train examples/environments/tiny_guess.yaml \
+        run.name=verifiers-guess-lr-1e-3 \
+        actor.optimizer.lr=1e-3 rollout.samples_per_prompt=8 train.steps=25 evaluation.samples_per_prompt=16
     megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=30 \
         evaluation.every=30 run.name=vllm-calculator
     megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=12 \

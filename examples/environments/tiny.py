@@ -1,4 +1,4 @@
-"""Two models of 0.6M parameters, small enough to learn in these environments on two cores within minutes.
+"""Two models of 0.6M parameters, small enough to train in these environments on two cores within minutes.
 
     python examples/environments/tiny.py        # writes runs/tiny-sums and runs/tiny-guess
 
