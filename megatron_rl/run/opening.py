@@ -138,17 +138,12 @@ def open_run(config: Config) -> Iterator[Run]:
         rows = read_metrics(config.run.folder)
         view.history(rows)
         view.phase("starting Ray")
-        logs = config.run.folder / "logs"
-        stack.callback(shutil.rmtree, logs / heartbeat.FOLDER, ignore_errors=True)
-        shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # left by a killed run
-        nodes = stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))
+        nodes = _start_ray(config, placement, stack)
         provenance.ran_on(nodes.hosts)
         origin = resumption.manifest.origin if resumption else None
         actors, engines, reference = _start(config, choice, inputs, view, stack, nodes, origin)
         weights = open_weight_sync(config, actors, engines, view, stack) if engines else None
-        sampler = _sampler(config, engines, inputs, stack)
-        if config.rollout.asynchronous and isinstance(sampler, AgentRollouts):
-            actors.meanwhile = sampler.keep_going
+        sampler = _sampler(config, engines, actors, inputs, stack)
         phase = Phases(view.phase)
         run = Run(
             config=config,
@@ -183,6 +178,13 @@ def _check_machine(config: Config, placement: Placement) -> None:
     check_trackers(config)
     check_engine(config)
     check_stack(config)
+
+
+def _start_ray(config: Config, placement: Placement, stack: ExitStack) -> Nodes:
+    logs = config.run.folder / "logs"
+    stack.callback(shutil.rmtree, logs / heartbeat.FOLDER, ignore_errors=True)
+    shutil.rmtree(logs / heartbeat.FOLDER, ignore_errors=True)  # left by a killed run
+    return stack.enter_context(ray_runtime(placement, Watch(logs, config.observability.hang_seconds)))
 
 
 def _start(
@@ -221,14 +223,17 @@ def _start(
 
 
 def _sampler(
-    config: Config, engines: Engines | None, inputs: Inputs, stack: ExitStack
+    config: Config, engines: Engines | None, actors: Actors, inputs: Inputs, stack: ExitStack
 ) -> Engines | AgentRollouts | None:
     """What samples the responses: the engines, or the agent that uses them."""
     settings = config.rollout.agent
     if engines is None or settings is None:
         return engines
     longest = launch_of(config, config.model.path).max_tokens
-    return stack.enter_context(AgentRollouts(settings, load_agent(settings), engines, inputs.tokenizer, longest))
+    sampler = stack.enter_context(AgentRollouts(settings, load_agent(settings), engines, inputs.tokenizer, longest))
+    if config.rollout.asynchronous:
+        actors.meanwhile = sampler.keep_going
+    return sampler
 
 
 def _collector(
