@@ -74,6 +74,9 @@ class StepResult:
 class Actors:
     """All ranks of the Megatron actor. Weights are undefined until `load_hf` or `load`. Legend: T sampled tokens."""
 
+    meanwhile: Callable[[], None] | None = None
+    """Called again and again while the driver waits for scores and updates; it must return soon."""
+
     def __init__(self, settings: ActorSettings, layout: Layout, model_folder: Path, logs: Path, nodes: Nodes) -> None:
         self.stages = layout.pipeline
         self.placement = nodes.placement
@@ -102,8 +105,6 @@ class Actors:
         self.gpu = known_gpu(results([self.ranks[0].submit(ActorRank.device_name)])[0])
         """The actor's GPU; None on a CPU, and for a GPU of unknown rate."""
         self._model = Architecture.from_hf(read_config(model_folder))
-        self.meanwhile: Callable[[], None] | None = None
-        """Called again and again while the driver waits for scores and updates; it must return soon."""
         self.flops = 0.0
         """Number of operations of all ranks so far. Each sequence counts as if it were computed alone; recomputation in
         the backward pass is not counted."""
