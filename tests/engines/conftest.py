@@ -20,6 +20,7 @@ from megatron_rl.rollout.engines.interface import EngineLaunch
 from megatron_rl.rollout.engines.kind import engine_kind
 from megatron_rl.rollout.servers import guard
 from megatron_rl.rollout.servers.http_engine import HttpEngine
+from megatron_rl.rollout.servers.server import UNSYNCED
 from tests.e2e_cpu.conftest import CommandLine
 from tests.engines.updates import in_folder
 from tests.patience import command_of, completed
@@ -109,6 +110,7 @@ def engine(request: pytest.FixtureRequest, run: Run[object], model: Path) -> Ite
 @pytest.fixture
 def lent(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> Iterator[HttpEngine]:
     """The server that tests share, for a whole run; afterwards it gets the model's weights again."""
+    engine._requests.version = UNSYNCED  # the run gives the server weights of its own, which are no reason to lose it
     yield engine
     run(engine.pause())
     run(engine.update_weights(in_folder(tmp_path / "restored", model, 200)[0]))
