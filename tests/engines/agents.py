@@ -16,7 +16,8 @@ TEMPLATE = "{{ bos_token + ' ' }}{% for message in messages %}{{ message.content
 
 async def two_turns(model: Model, prompt: Prompt) -> None:
     """Answers twice, the second time in a stream, and leaves a call behind that nobody waits for."""
-    client = AsyncOpenAI(base_url=model.base_url, api_key=model.api_key, max_retries=0)
+    # To make a client takes long, and all rollouts begin at once: by default a connection may take 5 s only.
+    client = AsyncOpenAI(base_url=model.base_url, api_key=model.api_key, max_retries=0, timeout=600.0)
     question = prompt.text.removeprefix("<bos> ")  # control tokens come from the template alone
     messages: list[Any] = [{"role": "user", "content": question}]
     create = client.chat.completions.create
