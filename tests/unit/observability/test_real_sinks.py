@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.observability import ObservabilitySettings
+from megatron_rl.observability import sinks
 from megatron_rl.observability.sinks import open_sinks
 
 METRICS = ({"reward/mean": 0.25, "eval/a/avg@8": 0.5}, {"reward/mean": 0.75})
@@ -34,6 +35,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb-own"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sinks, "CLOSE_SECONDS", 900)  # a busy machine is no reason to lose metrics here
 
 
 def write(settings: Mapping[str, Any], folder: Path, caplog: pytest.LogCaptureFixture) -> None:
