@@ -308,9 +308,9 @@ def test_requests_are_kept_during_a_broadcast(engine: HttpEngine, run: Run[Any],
         pushing = threading.Thread(target=sender.push, args=(40, pushed))
         pushing.start()
         await engine.update_weights(sender.update(40))
+        await asyncio.to_thread(pushing.join)
         assert await engine.verify_weights(40, pushed[0].checksums) > 10
         await engine.resume()
-        pushing.join()
         return await asking
 
     groups: list[list[Response]] = run(scenario())
