@@ -39,11 +39,12 @@ ENDS = 5
 def outcome(folder: Path) -> dict[str, Any]:
     """Returns what a run was, and what it learned."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    steps = [row for row in read_metrics(folder) if "reward/mean" in row]
+    metrics = read_metrics(folder)
+    steps = [row for row in metrics if "reward/mean" in row]
     rewards = [row["reward/mean"] for row in steps]
     scores = {
-        name: [row[name] for row in read_metrics(folder) if name in row]
-        for name in {key for row in read_metrics(folder) for key in row if key.startswith("eval/") and "/avg@" in key}
+        name: [row[name] for row in metrics if name in row]
+        for name in {key for row in metrics for key in row if key.startswith("eval/") and "/avg@" in key}
     }
     agent = config["rollout"].get("agent") or {}
     return {

@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import HASHING_THREADS, file_sha256
-from megatron_rl.utils.bounded import read_bytes, read_json_object
+from megatron_rl.utils.bounded import parse_json_object, read_text
 
 MANIFEST = "manifest.json"
 RNG = "rng.json"
@@ -167,9 +167,11 @@ def read_manifest(folder: Path) -> Manifest:
 def _content(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file. Raises UserError if it is damaged, or not what its seal says."""
     try:
-        content, found = read_bytes(path), read_json_object(path)
+        text = read_text(path)
+        found = parse_json_object(text, str(path))
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}): {_ANOTHER}") from error
+    content = text.encode()
     seal = _SEAL.search(content)
     if seal and hashlib.sha256(content[: seal.start()]).hexdigest() != seal[1].decode():
         raise UserError(f"{path} is damaged (wrong SHA-256): {_ANOTHER}")

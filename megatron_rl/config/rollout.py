@@ -49,6 +49,11 @@ class ServerSettings(Section):
         """Whether the arguments have a server hold its weights in fewer bits than the actor's."""
         return any(word == "-q" or word.partition("=")[0] == "--quantization" for word in self.arguments)
 
+    @property
+    def speculates(self) -> bool:
+        """Whether the arguments switch speculative decoding on."""
+        return any(word.startswith("--speculative") for word in self.arguments)
+
     def update_seconds(self, nbytes: int) -> float:
         """Longest time that weights of so many bytes may take."""
         return self.update_timeout_seconds or self.hang_seconds + nbytes // UPDATE_BYTES_PER_SECOND

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import count, islice
 
 from megatron_rl.agent.resolve import load_agent
 from megatron_rl.agent.rollouts import AgentRollouts
@@ -47,11 +48,10 @@ class _OnServer:
     def __init__(self, server: CompletionServer) -> None:
         self._server = server
         self._calls: dict[int, Future[Response]] = {}
-        self._asked = 0
+        self._numbers = count()
 
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams, partial: object = None) -> list[int]:
-        numbers = list(range(self._asked, self._asked + len(prompts)))
-        self._asked += len(prompts)
+        numbers = list(islice(self._numbers, len(prompts)))
         for place, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
             self._calls[number] = self._server.respond(prompt.token_ids, sampling.reseeded(place))
         return numbers
@@ -82,12 +82,11 @@ class _InProcess:
     def __init__(self, model: ModelFolder) -> None:
         self._model = model
         self._answers: dict[int, list[Response]] = {}
-        self._asked = 0
+        self._numbers = count()
 
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingParams, partial: object = None) -> list[int]:
         groups = self._model.engine().generate([prompt.token_ids for prompt in prompts], sampling)
-        numbers = list(range(self._asked, self._asked + len(prompts)))
-        self._asked += len(prompts)
+        numbers = list(islice(self._numbers, len(prompts)))
         self._answers |= zip(numbers, groups, strict=True)
         return numbers
 

@@ -74,10 +74,7 @@ def read_json(path: Path, most: int = MOST_BYTES) -> Any:
 
 def read_json_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     """Returns the object of a JSON file. Raises UserError for any other value too."""
-    content = read_json(path, most)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is expected, not {type(content).__name__}")
-    return content
+    return parse_json_object(read_text(path, most), str(path))
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -88,6 +85,14 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
         raise UserError(f"{where}: JSON that Python cannot read: {error}") from error
+
+
+def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """Returns the object of a JSON text. Raises UserError, that begins with `where`, for any other value too."""
+    content = parse_json(text, where)
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: a JSON object is expected, not {type(content).__name__}")
+    return content
 
 
 def read_lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[tuple[int, bytes]]:

@@ -125,7 +125,10 @@ class HttpEngine:
         return await self._liveness.while_there(self._server.weight_version())
 
     async def take_drafts(self) -> Drafts:
-        """See `RolloutEngine`. A server that does not say is no reason to give it up: the log has the reason."""
+        """See `RolloutEngine`. Servers are asked if they were started to speculate, or by somebody else. A server that
+        does not say is no reason to give it up: the log has the reason."""
+        if self.launch.url is None and not self.settings.speculates:
+            return Drafts()
         try:
             drafts = await self._liveness.while_there(self._server.drafts())
         except (ServerUnavailable, ServerRefused) as error:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -21,6 +20,7 @@ from megatron_rl.evaluation.evaluate import Evaluation
 from megatron_rl.evaluation.problems import read_problems
 from megatron_rl.evaluation.sources import ModelFolder
 from megatron_rl.types import Prompt, Response, Sample, SamplingParams
+from tests.unit.evaluation.completion_server import Server
 from tests.unit.evaluation.conftest import ScriptedSource
 
 PROBLEMS = 6
@@ -92,43 +92,11 @@ def test_the_command_takes_the_agent_from_the_suite_file(folder: Path, capsys: p
     assert "there is no section agent" in capsys.readouterr().err
 
 
-class TokenServer:
-    """A server that answers with token ids, as SGLang and vLLM do: three times the last word of the prompt."""
-
-    def __init__(self, **changes: Any) -> None:
-        self.requests: list[dict[str, Any]] = []
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.reply({"data": [{"id": "served"}]})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                owner.requests.append(body)
-                ids = [body["prompt"][-1]] * min(3, body["max_tokens"])
-                choice = {"text": "ignored", "finish_reason": "length", "token_ids": ids} | changes
-                self.reply({"choices": [choice], "usage": {"completion_tokens": len(ids)}})
-
-            def reply(self, answer: Any) -> None:
-                data = json.dumps(answer).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None: ...
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+def tokens(body: dict[str, Any], **changes: Any) -> tuple[int, Any]:
+    """Answers with token ids, as SGLang and vLLM do: three times the last word of the prompt."""
+    ids = [body["prompt"][-1]] * min(3, body["max_tokens"])
+    choice = {"text": "ignored", "finish_reason": "length", "token_ids": ids} | changes
+    return 200, {"choices": [choice], "usage": {"completion_tokens": len(ids)}}
 
 
 async def repeats(model: Model, prompt: Prompt) -> float:
@@ -142,7 +110,7 @@ def test_a_server_is_evaluated_with_an_agent(folder: Path, capsys: pytest.Captur
     agent = {"function": "tests.unit.evaluation.test_agents:repeats"}
     Path("suites.yaml").write_text(json.dumps(SUITES | {"agent": agent, "reward": {"name": "agent"}}))
     command = ["--suites", "suites.yaml", "--out"]
-    with TokenServer() as server:
+    with Server(tokens) as server:
         assert main(["eval", server.url, *command, "out", "--tokenizer", str(folder)]) == 0
         assert len(server.requests) == 2 * PROBLEMS * 4 and all(body["return_token_ids"] for body in server.requests)
         assert len({body["seed"] for body in server.requests}) == len(server.requests)
@@ -152,7 +120,7 @@ def test_a_server_is_evaluated_with_an_agent(folder: Path, capsys: pytest.Captur
         assert summary["avg@4"]["value"] == 1.0
         assert main(["eval", server.url, *command, "other"]) == 2
         assert "--tokenizer" in capsys.readouterr().err
-    with TokenServer(token_ids=None) as server:
+    with Server(partial(tokens, token_ids=None)) as server:
         assert main(["eval", server.url, *command, "third", "--tokenizer", str(folder)]) == 2
         assert "return_token_ids" in capsys.readouterr().err
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +12,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.evaluation.sources import CompletionServer, _fingerprint
 from megatron_rl.reward.grading import generation_fault
 from megatron_rl.types import Prompt, SamplingParams
-
-Answer = Callable[[dict[str, Any]], tuple[int, Any]]
-
-
-class Server:
-    def __init__(self) -> None:
-        self.models = ["only"]
-        self.answer: Answer = complete
-        self.requests: list[dict[str, Any]] = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.reply(200, {"data": [{"id": name} for name in server.models]})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.requests.append(body | {"path": self.path})
-                self.reply(*server.answer(body))
-
-            def reply(self, status: int, answer: Any) -> None:
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None: ...
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+from tests.unit.evaluation.completion_server import Server
 
 
 def complete(body: dict[str, Any]) -> tuple[int, Any]:
@@ -56,11 +23,8 @@ def complete(body: dict[str, Any]) -> tuple[int, Any]:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    threading.Thread(target=server.http.serve_forever, daemon=True).start()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    with Server(complete) as server:
+        yield server
 
 
 def connect(url: str, model: str | None = None) -> CompletionServer:

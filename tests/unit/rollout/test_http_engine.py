@@ -277,3 +277,7 @@ def test_drafts_are_counted_since_the_last_question(
             assert await tokens(engine) == GOOD
 
     asyncio.run(scenario())
+
+
+def test_a_server_that_was_started_without_speculation_is_not_asked_for_drafts() -> None:
+    assert asyncio.run(HttpEngine(LAUNCH).take_drafts()) == Drafts(), "there is no server to ask"

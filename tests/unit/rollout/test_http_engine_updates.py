@@ -11,9 +11,17 @@ import pytest
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout.engines.interface import EngineLost, UpdateFailed
 from megatron_rl.rollout.engines.sglang.server import SglangServer
+from megatron_rl.rollout.servers.http_engine import HttpEngine
 from megatron_rl.weight_sync.transport import FolderUpdate
 from tests.unit.rollout.attached_engine import GOOD, PROMPTS, SAMPLING, Clock, attached, tokens, until
 from tests.unit.rollout.faulty_server import END_TOKEN, Script
+
+
+async def updated(engine: HttpEngine, folder: Path) -> None:
+    """Gives the engine weights of version 4."""
+    await engine.pause()
+    await engine.update_weights(FolderUpdate(4, (folder / "part-0.safetensors",)))
+    await engine.resume()
 
 
 def test_a_paused_request_continues_with_the_new_weights(server: tuple[str, Script], tmp_path: Path) -> None:
@@ -124,9 +132,7 @@ def test_requests_are_aborted_if_the_server_cannot_keep_them(
 
     async def scenario() -> None:
         async with attached(url, keeps_requests=True) as engine:
-            await engine.pause()
-            await engine.update_weights(FolderUpdate(4, (tmp_path / "part-0.safetensors",)))
-            await engine.resume()
+            await updated(engine, tmp_path)
 
     asyncio.run(scenario())
     assert script.control == [("/update_weights_from_disk", "4")]
@@ -140,9 +146,7 @@ def test_an_idle_server_that_somebody_else_restarted_is_given_up(
 
     async def scenario() -> None:
         async with attached(url, hang_seconds=0.4) as engine:
-            await engine.pause()
-            await engine.update_weights(FolderUpdate(4, (tmp_path / "part-0.safetensors",)))
-            await engine.resume()
+            await updated(engine, tmp_path)
             lost = asyncio.create_task(engine.until_lost())
             seen = script.looks
             await until(lambda: script.looks >= seen + 3)

@@ -59,7 +59,7 @@ def command(launch: EngineLaunch, port: int, key: str, folder: Path) -> tuple[li
         environment |= agreed_environment()
     else:
         line += ["--enforce-eager"]
-        if not any(word.startswith("--speculative") for word in settings.arguments):
+        if not settings.speculates:
             line += ["--disable-log-stats"]  # statistics for /metrics take longer than the answers
         line += ["--no-enable-chunked-prefill"]  # on CPU, chunked prompts with seeds end vLLM
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
