@@ -1,10 +1,9 @@
-"""Runs targets of the Makefile, two at a time, and stops at the first that fails.
+"""Runs targets of the Makefile, two at a time. If one fails, the others go on: one run tells all that fails.
 
     python tools/side_by_side.py TARGET...
 
 Targets start in the given order. What a target prints goes to `build/parts/TARGET.log`; this script prints a line when
-it starts and one when it ends. If a target fails, the others are interrupted, as by Ctrl-C, and what it printed comes
-last.
+it starts and one when it ends. What failed targets printed comes last. Ctrl-C interrupts the targets that run.
 """
 
 from __future__ import annotations
@@ -62,9 +61,9 @@ def interrupt(parts: Iterable[Part]) -> None:
         print(f"{part.target} was interrupted", flush=True)
 
 
-def run(targets: Iterable[str]) -> Part | None:
-    """Runs the targets. Returns the first that fails, after which none is left running; None if all succeed."""
-    waiting, running = deque(targets), list[Part]()
+def run(targets: Iterable[str]) -> list[Part]:
+    """Runs the targets and returns those that fail. If this function is interrupted, it leaves no target running."""
+    waiting, running, failed = deque(targets), list[Part](), list[Part]()
     try:
         while waiting or running:
             while waiting and len(running) < AT_A_TIME:
@@ -73,16 +72,17 @@ def run(targets: Iterable[str]) -> Part | None:
             for part in [part for part in running if part.process.poll() is not None]:
                 running.remove(part)
                 if not part.report():
-                    return part
+                    failed.append(part)
     finally:
         interrupt(running)
-    return None
+    return failed
 
 
 if __name__ == "__main__":
     # A shell that starts this script in the background makes it ignore SIGINT, and the parts would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     LOGS.mkdir(parents=True, exist_ok=True)
-    if failed := run(sys.argv[1:]):
-        print(f"\n{failed.log}:\n{failed.log.read_text(errors='replace')}\n{failed.target} failed", flush=True)
-        sys.exit(1)
+    failed = run(sys.argv[1:])
+    for part in failed:
+        print(f"\n{part.log}:\n{part.log.read_text(errors='replace')}\n{part.target} failed", flush=True)
+    sys.exit(bool(failed))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.checkpoint.manifest import checkpoints, step_of
 from megatron_rl.cli import main
 from megatron_rl.data.countdown import write_task
 from megatron_rl.observability.metrics import read_metrics
@@ -61,7 +62,7 @@ class Workplace:
 
     def output_of(self, job: str) -> str:
         outputs = [*self.folder.glob(f"*{job}*.out"), *self.folder.glob(f"runs/slurm/*-{job}-*/*.log")]
-        return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in outputs)
+        return "\n".join(f"{path.name}:\n{path.read_text()}" for path in outputs)
 
     def reaches(self, job: str, name: str, step: int) -> None:
         """Wait until the job's run has saved a step. If the job ends before, the test fails with its output."""
@@ -76,8 +77,8 @@ class Workplace:
 
     def steps_done(self, name: str) -> int:
         """Returns the newest saved step."""
-        saved = (self.folder / "runs" / name / "checkpoints").glob("step_*/manifest.json")
-        return max((int(path.parent.name.removeprefix("step_")) for path in saved), default=0)
+        saved = checkpoints(self.folder / "runs" / name / "checkpoints")
+        return step_of(saved[-1]) if saved else 0
 
     def learned(self, name: str) -> tuple[list[dict[str, float]], bytes]:
         """Returns all metrics except those that depend on the machine or on a restart, and the exported weights."""
