@@ -1,5 +1,7 @@
-"""What each data-parallel replica gets of a batch: its own sequences, divided into micro-batches. Only its last pipeline
-stage gets values too."""
+"""What each data-parallel replica gets of a batch: its own sequences, divided into micro-batches.
+
+Only the replica's last pipeline stage needs the values of the sequences.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ class ReplicaBatch:
     """Indices of `sequences`."""
 
     def without_values(self) -> ReplicaBatch:
-        """Returns the part for the stages before the last one: they run tokens through layers, and no loss or score reads
-        values or a proxy there."""
+        """Returns the part for the stages before the last one. They run tokens through layers and read no values, since
+        losses and scores are computed on the last stage."""
         return replace(self, sequences=replace(self.sequences, values={}, proxy=None))
 
 

@@ -57,7 +57,7 @@ def test_every_rank_gets_the_sequences_of_its_replica(sent: Any) -> None:
 
 
 def test_only_the_last_stage_gets_values(sent: Any) -> None:
-    batch, parts, _ = sent
+    _, parts, _ = sent
     for rank, part in enumerate(parts):
         last = LAYOUT.stage_of(rank) == LAYOUT.pipeline - 1
         assert set(part.sequences.values) == (set(LOSS_VALUES) if last else set())
@@ -65,8 +65,8 @@ def test_only_the_last_stage_gets_values(sent: Any) -> None:
 
 
 def test_a_stage_before_the_last_gets_five_bytes_a_token(sent: Any) -> None:
-    """Four bytes of the token and one of the mask, and at most a kilobyte per sequence besides. The last stage gets more
-    than ten times as much."""
+    """A token takes four bytes, its mask one, and a sequence at most a kilobyte besides. The last stage gets more than
+    ten times as much."""
     _, parts, _ = sent
     for replica in range(LAYOUT.data):
         first, last = (next(p for p in half if p.replica == replica) for half in (parts, reversed(parts)))
