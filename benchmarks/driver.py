@@ -161,7 +161,7 @@ def stub_actors(meter: Meter) -> Any:
             self._sharing = Sharing(RANKS, "packed", token_budget=BUDGET, even_length=1e4)
             self.ranks: Any = [SimpleNamespace(submit=self._answer) for _ in range(RANKS)]
 
-        def _sent(self, part: Any) -> Any:
+        def _sent(self, part: Any, users: int) -> Any:
             buffers: list[pickle.PickleBuffer] = []
             head = pickle.dumps(part, 5, buffer_callback=buffers.append)
             store = bytearray(len(head) + sum(buffer.raw().nbytes for buffer in buffers))  # Ray's is shared memory

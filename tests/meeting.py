@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from megatron_rl.actor import platform
 from megatron_rl.actor.worker import MegatronWorker
+from megatron_rl.batching.replicas import Batch
+from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.parallel import process_groups
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.rollout.engines.interface import LOOPBACK
@@ -38,6 +40,15 @@ def meeting_point(worker: MegatronWorker, file: Path) -> tuple[str, int]:
     while not file.exists():
         time.sleep(0.01)
     return LOOPBACK, int(file.read_text())
+
+
+def sent_to(worker: MegatronWorker, batch: SequenceBatch) -> Batch:
+    """Returns what a run sends of a batch to this rank. A rank that is alone gets the whole batch, as tools give it."""
+    layout, rank = worker.layout, worker.rank
+    if layout.world_size == 1:
+        return batch
+    part = worker.sharing().part_of(batch, layout.replica_of(rank))
+    return part if layout.stage_of(rank) == layout.pipeline - 1 else part.without_values()
 
 
 def gathered(part: Any) -> list[Any]:

@@ -1,9 +1,12 @@
-"""What each data-parallel replica gets of a batch: its own sequences, divided into micro-batches."""
+"""What each data-parallel replica gets of a batch: its own sequences, divided into micro-batches.
+
+Only the replica's last pipeline stage needs the values of the sequences.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,6 +28,11 @@ class ReplicaBatch:
     """Index in the whole batch of each of the sequences."""
     micro_batches: MicroBatches
     """Indices of `sequences`."""
+
+    def without_values(self) -> ReplicaBatch:
+        """Returns the part for the stages before the last one. They run tokens through layers and read no values, since
+        losses and scores are computed on the last stage."""
+        return replace(self, sequences=replace(self.sequences, values={}, proxy=None))
 
 
 Batch: TypeAlias = SequenceBatch | ReplicaBatch

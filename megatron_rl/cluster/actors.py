@@ -131,15 +131,21 @@ class Actors:
         **named: P.kwargs,
     ) -> list[ObjectRef[R]]:
         """Calls a method on all ranks without waiting, each with its replica's part of the batch."""
-        sent = [self._sent(part) for part in self._sharing.divide(batch)]
-        return [
-            rank.submit(method, sent[self._layout.replica_of(number)], *arguments, **named)
-            for number, rank in enumerate(self.ranks)
-        ]
+        last, users = self._layout.pipeline - 1, self._layout.tensor * self._layout.context
+        complete, bare = list[ReplicaBatch](), list[ReplicaBatch]()
+        for part in self._sharing.divide(batch):
+            complete.append(self._sent(part, users))
+            if last:
+                bare.append(self._sent(part.without_values(), users * last))
+        calls = []
+        for number, rank in enumerate(self.ranks):
+            parts = complete if self._layout.stage_of(number) == last else bare
+            calls.append(rank.submit(method, parts[self._layout.replica_of(number)], *arguments, **named))
+        return calls
 
-    def _sent(self, part: ReplicaBatch) -> ReplicaBatch:
-        """Returns a replica's part of a batch as an argument of `submit`."""
-        return shared(part, len(self.ranks) // self._sharing.replicas)
+    def _sent(self, part: ReplicaBatch, users: int) -> ReplicaBatch:
+        """Returns a replica's part of a batch as an argument of `submit` for so many ranks."""
+        return shared(part, users)
 
     def _awaited(self, refs: list[ObjectRef[R]]) -> list[R]:
         """The results, with `meanwhile` called until the first of them is there."""

@@ -35,6 +35,10 @@ class Layout:
         """Returns the data-parallel replica that a rank belongs to."""
         return rank // (self.tensor * self.context) % self.data
 
+    def stage_of(self, rank: int) -> int:
+        """Returns the pipeline stage that a rank belongs to."""
+        return rank * self.pipeline // self.world_size
+
     @property
     def expert_tensor(self) -> int:
         """Ranks that split each expert: the tensor-parallel ranks, or 1 under expert parallelism."""

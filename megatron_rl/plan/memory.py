@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatron_rl.config.passes import passes_of
 from megatron_rl.config.transport import transport_of
 from megatron_rl.plan.activations import FP32, layer_bytes
-from megatron_rl.plan.parameters import rank_parameters, stage_layers, stage_tables
+from megatron_rl.plan.parameters import model_parameters, rank_parameters, stage_layers, stage_tables
 from megatron_rl.plan.setup import Setup
 
 Parts = dict[str, float]
@@ -120,6 +120,24 @@ def host_bytes(setup: Setup, stage: int) -> float:
     total = state if settings.offload_optimizer else 0.0
     total += weights * (passes.lagged_proxy + passes.reference)
     return total + (weights + state if setup.config.train.async_save else 0.0)
+
+
+def node_bytes(setup: Setup) -> Parts:
+    """Bytes of host memory that a run takes on its fullest node, besides its processes.
+
+    With `weight_sync.transport: shared_memory`, every node with engines has a copy of all weights in /dev/shm, which is
+    memory of the node. A file is replaced once its successor is complete, so there is a bucket more.
+    """
+    placement = setup.placement
+    nodes = []
+    for node in placement.nodes:
+        ranks = [rank for rank, place in enumerate(placement.actors) if place == node]
+        parts = {"its actor ranks": sum(host_bytes(setup, setup.layout.stage_of(rank)) for rank in ranks)}
+        if transport_of(setup.config) == "shared_memory" and node in placement.engines:
+            weights = float(setup.element * model_parameters(setup.model))
+            parts["weights in /dev/shm"] = weights + min(weights, setup.config.weight_sync.bucket_megabytes * 2.0**20)
+        nodes.append(parts)
+    return max(nodes, key=lambda parts: sum(parts.values()))
 
 
 def _largest_tensor(setup: Setup) -> float:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_rl.plan.engines import WORK_SPACE, EngineMemory, colocated_memory, engine_memory, told_share
-from megatron_rl.plan.memory import RankMemory, actor_memory, host_bytes
+from megatron_rl.plan.memory import RankMemory, actor_memory, host_bytes, node_bytes
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.setup import Setup
 from megatron_rl.plan.times import checkpoint_bytes, step_flops, step_seconds, total_seconds
@@ -141,6 +141,7 @@ class Plan:
                 }
                 for rank in self.actor
             ],
+            "node_host": node_bytes(setup),
             "engine": None
             if self.engine is None
             else {"weights": self.engine.weights, "cache": self.engine.cache, "cache_tokens": self.engine.tokens},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_rl.config.passes import passes_of
-from megatron_rl.plan.memory import host_bytes
+from megatron_rl.plan.memory import host_bytes, node_bytes
 from megatron_rl.plan.parameters import model_parameters
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.search import Choice
@@ -80,7 +80,7 @@ def _placement(plan: Plan) -> Table:
         engines = [str(engine) for engine, place in enumerate(placement.engines) if place == node]
         if placement.shared:
             engines = [f"{engine} (ranks {_span(placement.shared[int(engine)])})" for engine in engines]
-        stages = sorted({rank // (layout.world_size // layout.pipeline) for rank in ranks})
+        stages = sorted({layout.stage_of(rank) for rank in ranks})
         text = f"{ranks[0]}-{ranks[-1]} (stage {', '.join(map(str, stages))})" if ranks else ""
         table.add_row(str(node), text, ", ".join(engines))
     return table
@@ -97,13 +97,18 @@ def _actor(plan: Plan) -> Table:
     for phase in plan.actor[0].phases:
         rank = max(plan.actor, key=lambda rank: rank.total(phase))
         parts = rank.phases[phase] | rank.reserved
-        text = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size > 0.05 * GIB)
         total = rank.total(phase)
         style = "bold red" if total > plan.setup.gpu.memory else ""
-        table.add_row(phase, Text(f"{total / GIB:.1f}", style), text)
+        table.add_row(phase, Text(f"{total / GIB:.1f}", style), _listed(parts))
     host = max(host_bytes(plan.setup, rank.stage) for rank in plan.actor)
     table.add_row("host memory", f"{host / GIB:.1f}", "per rank, besides its process")
+    node = node_bytes(plan.setup)
+    table.add_row("of a node", f"{sum(node.values()) / GIB:.1f}", _listed(node))
     return table
+
+
+def _listed(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size > 0.05 * GIB)
 
 
 def _show_engine(plan: Plan, console: Console) -> None:

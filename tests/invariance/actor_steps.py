@@ -23,7 +23,7 @@ from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.models.weight_map import export_hf_weights
 from megatron_rl.parallel.layout import Layout
-from tests.meeting import gathered, meeting_point
+from tests.meeting import gathered, meeting_point, sent_to
 
 VOCABULARY = 51  # odd, so tensor parallelism pads the vocabulary
 TEMPERATURE, DENOMINATOR, LEARNING_RATE = 0.9, 90.0, 1e-2
@@ -72,13 +72,14 @@ def steps(rank: int, layout: Layout, variant: dict[str, Any], meeting: Path, fol
     worker = MegatronWorker(settings, replace(layout, sequence_parallel=sequence_parallel), rank)
     worker.start(*meeting_point(worker, meeting), model)
     rows = batch()
+    sent = sent_to(worker, rows)
     found: dict[str, Any] = {}
     for name, algorithm in LOSSES.items():
         worker.load_hf(model)
         worker.set_loss(LossChoice.of(AlgorithmSettings.model_validate(algorithm)) if algorithm else None)
         worker.build_optimizer(OPTIMIZER)
-        scored = gathered(worker.score(rows, TEMPERATURE))
-        trained = gathered(worker.train(rows, LEARNING_RATE, DENOMINATOR, TEMPERATURE))
+        scored = gathered(worker.score(sent, TEMPERATURE))
+        trained = gathered(worker.train(sent, LEARNING_RATE, DENOMINATOR, TEMPERATURE))
         state, _ = read_state(worker.optimizer, worker.model)
         tensors = {
             kind: gathered(dict(export_hf_weights(worker.model, worker.hf_config, values)))
@@ -91,7 +92,7 @@ def steps(rank: int, layout: Layout, variant: dict[str, Any], meeting: Path, fol
             "scored": merge_tables(rows, scored)[0],
             **{kind: {k: v for part in parts for k, v in part.items()} for kind, parts in tensors.items()},
         }
-    found["logits"] = merge_tables(rows, gathered(worker.logits(rows)))[0]["logits"]
+    found["logits"] = merge_tables(rows, gathered(worker.logits(sent)))[0]["logits"]
     dist.barrier()
     worker.close()
     return found if rank == 0 else None

@@ -29,7 +29,7 @@ from megatron_rl.training.learner import Learner
 from megatron_rl.training.policies import score_lagged_policy, score_old_policy, score_reference
 from megatron_rl.training.selection import select
 from megatron_rl.training.update import update
-from tests.meeting import gathered, meeting_point
+from tests.meeting import gathered, meeting_point, sent_to
 
 VOCABULARY = 51  # odd: tensor parallelism pads it
 
@@ -181,12 +181,12 @@ class AllRanks:
     ) -> tuple[dict[str, Array], StoredProxy]:
         if not len(batch):
             return merge_tables(batch, [])
-        tables = gathered(self.worker.score(batch, temperature, weights))
+        tables = gathered(self.worker.score(sent_to(self.worker, batch), temperature, weights))
         self._note(weights, batch)
         return merge_tables(batch, tables)
 
     def train(self, batch: SequenceBatch, *, lr: float, denominator: float, temperature: float) -> StepResult:
-        parts = gathered(self.worker.train(batch, lr, denominator, temperature))
+        parts = gathered(self.worker.train(sent_to(self.worker, batch), lr, denominator, temperature))
         self._note("train", batch)
         return StepResult(
             values=merge_tables(batch, [part.table for part in parts])[0],

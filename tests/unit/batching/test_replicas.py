@@ -57,10 +57,12 @@ def test_a_part_travels_without_the_rest() -> None:
     assert sum(sizes) < 1.3 * len(pickle.dumps(whole))
 
 
-def test_ranks_belong_to_replicas_as_megatron_numbers_them() -> None:
+def test_ranks_belong_to_replicas_and_stages_as_megatron_numbers_them() -> None:
     from megatron.core.parallel_state import RankGenerator
 
     layout = Layout(tensor=2, context=2, data=3, pipeline=2)
     ranks = RankGenerator(tp=2, ep=1, dp=3, pp=2, cp=2, order="tp-cp-ep-dp-pp")
     for group in ranks.get_ranks("dp"):
         assert [layout.replica_of(rank) for rank in group] == [0, 1, 2]
+    for group in ranks.get_ranks("pp"):
+        assert [layout.stage_of(rank) for rank in group] == [0, 1]

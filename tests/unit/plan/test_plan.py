@@ -18,7 +18,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.flops import body_flops, head_flops
 from megatron_rl.plan.assumptions import lengths
 from megatron_rl.plan.engines import engine_memory, rollout_seconds
-from megatron_rl.plan.memory import host_bytes
+from megatron_rl.plan.memory import host_bytes, node_bytes
 from megatron_rl.plan.parameters import model_parameters, rank_parameters
 from megatron_rl.plan.plan import Plan
 from megatron_rl.plan.search import Choice, layouts, nearest
@@ -104,6 +104,19 @@ def test_offloaded_state_and_other_policies_count_as_host_memory(make: Make) -> 
     assert "optimizer state from the host" in offloaded.actor[0].phases["optimizer"]
     lagged = make("algorithm.proxy_source=lagged", "algorithm.lp_reg.kl_estimator=k3")
     assert "other policy's log-probs" in lagged.actor[0].phases
+
+
+def test_weights_in_shared_memory_count_as_host_memory_of_every_node_with_engines(make: Make) -> None:
+    """Colocated engines read a copy on their own node; servers that get broadcasts need none."""
+    apart, colocated = make("train.async_save=false"), make("train.async_save=false", "cluster.colocate=true")
+    assert set(node_bytes(apart.setup)) == {"its actor ranks"}
+    parts = node_bytes(colocated.setup)
+    bucket = colocated.setup.config.weight_sync.bucket_megabytes * 2**20
+    assert parts["weights in /dev/shm"] == pytest.approx(2 * 14.768e9 + bucket, rel=1e-3)
+    assert colocated.as_json()["node_host"] == parts
+    offloaded = make("cluster.colocate=true", "actor.offload_optimizer=true").setup
+    here = offloaded.placement.actors.count(0)
+    assert here > 1 and node_bytes(offloaded)["its actor ranks"] == pytest.approx(here * host_bytes(offloaded, 0))
 
 
 def test_a_plan_that_does_not_fit_names_the_nearest_layouts_that_do(make: Make) -> None:
