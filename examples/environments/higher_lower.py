@@ -14,8 +14,10 @@ __all__ = ["HigherLowerEnv", "HigherLowerTaskset"]
 
 class Config(vf.TasksetConfig):
     highest: int = 100
+    ranges: int = 1
+    """Number of ranges: from 1 to `highest`, from 2 to `highest + 1`, and so on."""
     split: Literal["train", "test"] = "train"
-    """test: every fifth number, which train does not have."""
+    """test: every fifth number of each range, which train does not have there."""
 
 
 class Data(vf.TaskData):
@@ -32,11 +34,13 @@ class HigherLower(vf.Task[Data, vf.State, vf.TaskConfig]):
 
 class HigherLowerTaskset(vf.Taskset[HigherLower, Config]):
     def load(self) -> Iterable[HigherLower]:
-        highest = self.config.highest
-        prompt = f"I think of a number from 1 to {highest}. Guess it: answer with a number alone."
-        for secret in range(1, highest + 1):
-            if (secret % 5 == 0) == (self.config.split == "test"):
-                yield HigherLower(Data(name=str(secret), prompt=prompt, secret=secret), self.config.task)
+        for below in range(self.config.ranges):
+            lowest, highest = 1 + below, self.config.highest + below
+            prompt = f"I think of a number from {lowest} to {highest}. Guess it: answer with a number alone."
+            for secret in range(lowest, highest + 1):
+                if ((secret + below) % 5 == 0) == (self.config.split == "test"):
+                    data = Data(name=f"{secret} of {lowest} to {highest}", prompt=prompt, secret=secret)
+                    yield HigherLower(data, self.config.task)
 
 
 class EnvConfig(vf.EnvConfig):

@@ -24,10 +24,11 @@ TRACES = 20_000
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 RIGHT = 0.5
 """Share of the traces whose sum is right; any other is drawn at random."""
-HIGHEST, GUESSES = 10, 4
+NUMBERS, RANGES, GUESSES = 8, 12, 4
+"""Numbers in a range, ranges, and guesses in a game."""
 SENSIBLE = 0.3
 """Share of the guesses that agree with what was heard; any other is drawn at random."""
-QUESTION = f"I think of a number from 1 to {HIGHEST}. Guess it: answer with a number alone."
+QUESTION = "I think of a number from {} to {}. Guess it: answer with a number alone."
 CHAT = (
     "{% for message in messages %}{{ message.role + ' ' + message.content }}"
     "{% if message.role == 'assistant' %}" + EOS + "{% endif %}{{ ' ' }}{% endfor %}"
@@ -47,19 +48,23 @@ def _sum(question: str) -> int:
 
 
 def guesses(rng: random.Random) -> tuple[list[str], list[str]]:
-    return [f"user {QUESTION} assistant"] * TRACES, [_conversation(rng) for _ in range(TRACES)]
+    lowest = [rng.randint(1, RANGES) for _ in range(TRACES)]
+    asked = [f"user {QUESTION.format(low, low + NUMBERS - 1)} assistant" for low in lowest]
+    return asked, [_conversation(rng, low) for low in lowest]
 
 
-def _conversation(rng: random.Random) -> str:
-    secret, lowest, highest = rng.randint(1, HIGHEST), 1, HIGHEST
+def _conversation(rng: random.Random, lowest: int) -> str:
+    numbers = possible = range(lowest, lowest + NUMBERS)
+    secret = rng.choice(numbers)
     said: list[str] = []
     for _ in range(GUESSES):
-        guess = rng.randint(lowest, highest) if rng.random() < SENSIBLE else rng.randint(1, HIGHEST)
+        guess = rng.choice(possible if rng.random() < SENSIBLE else numbers)
         said.append(f"{guess} {EOS}")
         if guess == secret:
             break
         said.append(f"user {'Higher.' if guess < secret else 'Lower.'} assistant")
-        lowest, highest = (max(lowest, guess + 1), highest) if guess < secret else (lowest, min(highest, guess - 1))
+        low, high = (guess + 1, possible.stop) if guess < secret else (possible.start, guess)
+        possible = range(max(low, possible.start), min(high, possible.stop))
     return " ".join(said[: 2 * GUESSES - 1])
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.agent.messages import LLAMA, BadRequest, Message, answer_of, for_template, key_of, well_formed
+from megatron_rl.agent.messages import BadRequest, Message, for_template, key_of, well_formed
+from megatron_rl.agent.tool_calls import SPELLED, answer_of, form_of
 from megatron_rl.types import Ids, Response
 
 CHARACTERS_PER_TOKEN = 32
@@ -47,7 +48,7 @@ class Conversation:
         self._tokenizer = tokenizer
         self._turns: list[_Turn] = []
         self._special = _pattern_of_special_tokens(tokenizer)
-        self._llama = LLAMA in str(tokenizer.chat_template)
+        self._form = form_of(str(tokenizer.chat_template))
         self._cut, self._placeholder = (f"{name}{secrets.token_hex(8)}" for name in ("cut", "answer"))
         """Two texts that no message has by chance. One stands between the parts of a text that are tokenised apart, the
         other for an answer, to find what a template writes after it."""
@@ -74,17 +75,26 @@ class Conversation:
                     return np.concatenate([turn.token_ids, self._encode(added)])
         return self._encode(text)
 
-    def answered(self, messages: list[Message], tools: Any, prompt: Ids, answer: Response, text: str) -> Message:
-        """Notes the answer to the messages, whose text is given, and returns it as a message."""
-        message = answer_of(text, with_tools=bool(tools), llama=self._llama)
+    @property
+    def needs_special_tokens(self) -> bool:
+        """Whether special tokens say what an answer is: a call of a tool, or thinking."""
+        return self._form in SPELLED
+
+    def answered(
+        self, messages: list[Message], tools: Any, prompt: Ids, answer: Response, text: str, spelled: str = ""
+    ) -> Message:
+        """Notes the answer to the messages, and returns it as a message. `text`: of the answer; `spelled`: the same
+        with its special tokens, if they are needed."""
         last = answer.token_ids[-1:].tolist() if answer.finish_reason == "stop" else []
+        end = str(self._tokenizer.decode(last, skip_special_tokens=False))
+        message = answer_of(text, with_tools=bool(tools), form=self._form, spelled=spelled.removesuffix(end))
         self._turns.append(
             _Turn(
                 keys=[key_of(known) for known in (*messages, message)],
                 tools=tools,
                 prompt=self._render(messages, tools),
                 answer=message,
-                end=str(self._tokenizer.decode(last, skip_special_tokens=False)),
+                end=end,
                 token_ids=np.concatenate([prompt, answer.token_ids]),
             )
         )
@@ -92,18 +102,37 @@ class Conversation:
 
     def _added(self, turn: _Turn, messages: list[Message], tools: Any, text: str) -> str | None:
         """Returns the text that the template adds after the turn's answer; None if it shows what came before in another
-        way than the model saw it."""
+        way than the model saw it. Some templates want the results of tools to follow a call."""
+        answers: list[Message] = [{"role": "assistant", "content": self._placeholder}]
+        if turn.end and (calls := turn.answer.get("tool_calls")):
+            function = calls[-1]["function"] | {"arguments": self._placeholder}
+            answers.append(
+                turn.answer | {"content": "", "tool_calls": [*calls[:-1], calls[-1] | {"function": function}]}
+            )
+        for answer in answers:
+            after = self._after(turn, answer, messages, tools, text)
+            if after is not None:
+                return after
+        return None
+
+    def _after(self, turn: _Turn, answer: Message, messages: list[Message], tools: Any, text: str) -> str | None:
+        """`answer`: takes the place of the turn's answer, and has the placeholder. The text of the whole conversation
+        must be what the model saw, its answer, and what follows the placeholder."""
         place = len(turn.keys) - 1
-        marked = [*messages[:place], {"role": "assistant", "content": self._placeholder}, *messages[place + 1 :]]
         try:
-            before, found, after = self._render(marked, tools).rpartition(self._placeholder)
-        except BadRequest:  # some templates want tool calls before the results of tools
+            marked = self._render([*messages[:place], answer, *messages[place + 1 :]], tools)
+        except BadRequest:
             return None
+        before, found, after = marked.rpartition(self._placeholder)
+        if "tool_calls" in answer:  # the template closes the call before it ends the message
+            _, ends, after = after.partition(turn.end)
+            found, after = found and ends, ends + after
         shown = text.removeprefix(turn.prompt).removesuffix(after)
         if not found or not before.startswith(turn.prompt) or len(shown) + len(turn.prompt) + len(after) != len(text):
             return None
-        if _squeezed(self._as_text(turn.answer["content"])) not in _squeezed(shown):  # thinking was removed
-            return None
+        for part in ("content", "reasoning_content"):
+            if _squeezed(self._as_text(turn.answer.get(part, ""))) not in _squeezed(shown):  # thinking was removed
+                return None
         return after.removeprefix(turn.end)
 
     def _render(self, messages: list[Message], tools: Any) -> str:

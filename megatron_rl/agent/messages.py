@@ -1,15 +1,8 @@
-"""Chat messages: their form, and the tool calls in what a model wrote.
-
-A message is a dict of the OpenAI chat format. Tool calls are written as Hermes and Qwen write them,
-`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, or as Llama 3.1 does: the answer is
-`{"name": ..., "parameters": {...}}` and nothing else.
-"""
+"""Chat messages, in one form. A message is a dict of the OpenAI chat format."""
 
 from __future__ import annotations
 
 import json
-import re
-import uuid
 from typing import Any
 
 Message = dict[str, Any]
@@ -19,10 +12,6 @@ MALFORMED = "malformed_tool_call"
 MOST_LEVELS = 100
 """Levels of lists and objects in the arguments of a tool call. Templates and JSON writers fail at some depth."""
 _KEPT = ("role", "content", "reasoning_content", "name", "tool_call_id")
-LLAMA = '{"name": function name, "parameters": dictionary'
-"""What the chat templates of Llama 3.1 and later tell the model about tool calls."""
-_LLAMA_CALL = re.compile(r'\s*{\s*"name"\s*:')
-_TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 class BadRequest(Exception):
@@ -113,12 +102,12 @@ def for_template(message: Message) -> Message:
 
 def _object(arguments: str) -> Any:
     try:
-        return _parsed(arguments)
+        return parsed(arguments)
     except ValueError:
         return arguments
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     """Returns the value of a JSON text. Raises ValueError if it is none, or has more than MOST_LEVELS levels."""
     try:
         value = json.loads(text)
@@ -134,31 +123,3 @@ def _is_deeper(value: Any, levels: int) -> bool:
         return False
     parts = value.values() if isinstance(value, dict) else value
     return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
-
-
-def answer_of(text: str, *, with_tools: bool, llama: bool = False) -> Message:
-    """Returns the message that the model wrote. Tool calls are looked for only if there are tools; a call that is not
-    complete stays text. `llama`: whether an answer that begins as a call of Llama 3.1 is one."""
-    found = _TOOL_CALL.findall(text) if with_tools else []
-    if found:
-        calls = [_written_call(call, "arguments") for call in found]
-        return {"role": "assistant", "content": _TOOL_CALL.sub("", text), "tool_calls": calls}
-    if llama and with_tools and _LLAMA_CALL.match(text):
-        return {"role": "assistant", "content": "", "tool_calls": [_written_call(text.strip(), "parameters")]}
-    return {"role": "assistant", "content": text}
-
-
-def _written_call(text: str, key: str) -> Message:
-    """`key`: what the form calls the arguments."""
-    name, arguments = MALFORMED, text
-    try:
-        value = _parsed(text)
-        if isinstance(value["name"], str) and isinstance(value[key], dict):
-            name, arguments = well_formed(value["name"]), json.dumps(value[key], ensure_ascii=False)
-    except (ValueError, TypeError, KeyError):
-        pass  # the name says so, and the agent answers with an error that the model sees
-    return {
-        "id": f"call_{uuid.uuid4().hex[:24]}",
-        "type": "function",
-        "function": {"name": name, "arguments": well_formed(arguments)},
-    }

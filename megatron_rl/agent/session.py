@@ -85,7 +85,12 @@ class Session:
         except TooLong as error:
             raise self.limit(str(error)) from error
         answer = await self._answer(prompt, max_tokens, stop)
-        message = self._conversation.answered(known, tools, prompt, answer.response, answer.text)
+        whole = (
+            self._text(answer.response, _stop_texts(stop), special=True)
+            if self._conversation.needs_special_tokens
+            else ""
+        )
+        message = self._conversation.answered(known, tools, prompt, answer.response, answer.text, whole)
         self.tool_calls += len(message.get("tool_calls", ()))
         return replace(answer, message=message)
 
@@ -116,8 +121,12 @@ class Session:
         self._vocabulary = max(self._vocabulary, int(response.token_ids.max(initial=0)) + 1)
         self.recording.add(ids, response)
         self._truncated = response.finish_reason == "length"
-        text = str(self.tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True))
-        return Answer(response, text[: _place(text, stop)], len(ids))
+        return Answer(response, self._text(response, stop), len(ids))
+
+    def _text(self, response: Response, stop: Sequence[str], *, special: bool = False) -> str:
+        """The text before a stop text. `special`: with special tokens."""
+        text = str(self.tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=not special))
+        return text[: _place(text, stop)]
 
     def _next(self, prompt_tokens: int, max_tokens: int | None, stop: Sequence[str]) -> SamplingParams:
         """The parameters of the next call."""

@@ -140,6 +140,16 @@ def test_the_example_is_played_to_a_hit(monkeypatch: pytest.MonkeyPatch) -> None
         assert response.reward.score == pytest.approx(0.9 ** (response.turns - 1))
 
 
+def test_the_guessing_game_has_a_fifth_of_each_range_for_evaluation() -> None:
+    def problems(split: str) -> set[tuple[str, int]]:
+        chosen = prompts("higher_lower", size=99, taskset={"highest": 8, "ranges": 12, "split": split})
+        return {(prompt.text, json.loads(prompt.metadata["task"])["secret"]) for prompt in chosen}
+
+    train, test = problems("train"), problems("test")
+    assert (len(train), len(test)) == (77, 19) and not train & test
+    assert ("I think of a number from 12 to 19. Guess it: answer with a number alone.", 14) in test
+
+
 def test_the_seed_chooses_the_tasks_and_errors_come_before_a_run() -> None:
     def letters(**choice: Any) -> list[str]:
         return [json.loads(prompt.metadata["task"])["letter"] for prompt in prompts(**choice)]

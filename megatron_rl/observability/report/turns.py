@@ -15,6 +15,7 @@ ROLES = {
     "model": "assistant",
     "tool": "tool",
     "ipython": "tool",
+    "functions": "tool",
     "observation": "tool",
     "tool_results": "tool",
     "/inst": "assistant",

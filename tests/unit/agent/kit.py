@@ -49,6 +49,8 @@ SPECIAL = (
         "<|end|>",
         "<|return|>",
     ),
+    *("</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+    *("[TOOL_RESULTS]", "[TOOL_CONTENT]", "[/TOOL_RESULTS]"),
 )
 
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "ab", "parameters": {}}}]
@@ -127,15 +129,19 @@ class TextEngines:
 
 def made_up(rng: random.Random, token: str = END) -> Response:
     """An answer of random tokens with thinking or tool calls now and then. It may end at its limit."""
-    kind = rng.choice(("plain", "thinking", "tool", "two tools", "broken tool", "llama", "special"))
+    kinds = ("plain", "thinking", "tool", "two tools", "broken tool", "special")
+    kind = rng.choice((*kinds, "llama", "mistral", "harmony"))
     words = "".join(rng.choice("ab ckothe\n") for _ in range(rng.randint(0, 6)))
+    broken = rng.choice((None, -1))
     text = {
         "plain": words,
         "thinking": f"<think>{words}</think>ab {words}",
         "tool": f"{words}{_call(words)}",
         "two tools": f"{_call('a')}{_call(rng.choice(SPECIAL))}",
         "broken tool": f"<tool_call>{words}</tool_call>",
-        "llama": json.dumps({"name": "f", "parameters": {"x": words}})[: rng.choice((None, -1))],
+        "llama": json.dumps({"name": "f", "parameters": {"x": words}})[:broken],
+        "mistral": f"[TOOL_CALLS]f[ARGS]{json.dumps({'x': words})}"[:broken],
+        "harmony": f"<|channel|>commentary to=functions.f<|message|>{json.dumps({'x': words})}"[:broken],
         "special": f"{words}{rng.choice(SPECIAL)}{words}",
     }[kind]
     return written(text, ends=rng.random() < 0.8, token=token)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.agent.messages import MALFORMED, answer_of
+from megatron_rl.agent.messages import MALFORMED
 from megatron_rl.agent.session import Session
-from megatron_rl.types import AgentResponse, Ids, SamplingParams
+from megatron_rl.agent.tool_calls import Form, answer_of, form_of
+from megatron_rl.types import AgentResponse, Ids, Response, SamplingParams
 from tests.unit.agent.families import FAMILIES
 from tests.unit.agent.kit import ROOM, SPECIAL, end, sampling, tokenizer, written
 
@@ -20,15 +21,25 @@ HARMLESS = "abc"
 Messages = list[dict[str, Any]]
 
 
-def conversation(family: str, answers: list[str], next_messages: Callable[[Messages], Messages], **options: Any) -> Any:
+def spelled(text: str, token: str) -> Response:
+    return written(text, token=token)
+
+
+def conversation(
+    family: str,
+    answers: list[str],
+    next_messages: Callable[[Messages], Messages],
+    encode: Callable[[str, str], Response] = spelled,
+    **options: Any,
+) -> Any:
     """Returns the prompts of the calls of a conversation, and the rollout. `next_messages`: the history before each
-    call, from the one with the last answer."""
+    call, from the one with the last answer. `encode`: gives the tokens of an answer before an end token."""
     prompts: list[Ids] = []
     left = list(answers)
 
     async def sample(prompt: Ids, sampling: SamplingParams) -> Any:
         prompts.append(prompt)
-        return written(left.pop(0), token=FAMILIES[family][1])
+        return encode(left.pop(0), FAMILIES[family][1])
 
     async def talk() -> AgentResponse:
         session = Session(tokenizer(*FAMILIES[family]), sample, sampling(), ROOM)
@@ -103,13 +114,127 @@ def test_calls_in_the_form_of_llama_go_on_in_the_same_sequence(family: str) -> N
     assert rollout.others == () and tokenizer().decode(prompts[-1].tolist()).count("the 9") == 3
 
 
-@pytest.mark.parametrize("text", ['{"x": 3}', 'so {"name": "f", "parameters": {}}', "[]", ""])
-@pytest.mark.parametrize("llama", [True, False])
-def test_other_answers_are_no_calls(text: str, llama: bool) -> None:
-    assert answer_of(text, with_tools=True, llama=llama) == {"role": "assistant", "content": text}
-    call = '{"name": "f", "parameters": {}}'
-    assert answer_of(call, with_tools=False, llama=True)["content"] == call
-    assert answer_of(call, with_tools=True, llama=False)["content"] == call
+THOUGHT = "<|channel|>analysis<|message|>th<|end|><|start|>assistant"
+CALLS = {
+    "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"x": 3}}]',
+    "mistral_v11": '[TOOL_CALLS]f[CALL_ID]abcdef123[ARGS]{"x": 3}',
+    "mistral_v13": '[TOOL_CALLS]f[ARGS]{"x": 3}',
+    "gpt-oss": THOUGHT + '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"x": 3}',
+}
+"""Family -> a call as its model writes it, before the end token."""
+CALLS_OF_FORMS: dict[Form, str] = {
+    "llama": '{"name": "f", "parameters": {}}',
+    "mistral": CALLS["mistral"],
+    "harmony": CALLS["gpt-oss"],
+}
+FINAL = {"gpt-oss": "<|channel|>final<|message|>"}
+BROKEN = {family: call[:-3] for family, call in CALLS.items()}
+
+
+@pytest.mark.parametrize("family", CALLS)
+def test_calls_that_special_tokens_mark_go_on_in_the_same_sequence(family: str) -> None:
+    """Right ones and malformed ones, which the policy hears of."""
+    found: Messages = []
+
+    def ask(history: Messages) -> Messages:
+        if not history:
+            return [{"role": "user", "content": "ab"}]
+        (call,) = history[-1]["tool_calls"]
+        found.append(call)
+        return [*history, {"role": "tool", "tool_call_id": call["id"], "content": "the 9"}]
+
+    answers = [CALLS[family], BROKEN[family], CALLS[family], FINAL.get(family, "") + "ok"]
+    prompts, rollout = conversation(family, answers, ask, encode=sampled, tools=tools("d"))
+    names = [call["function"]["name"] for call in found]
+    assert names == ["f", MALFORMED, "f"] and {len(call["id"]) for call in found} == {9}
+    assert found[0]["function"]["arguments"] == '{"x": 3}'
+    assert rollout.others == () and tokenizer().decode(prompts[-1].tolist()).count("the 9") == 3
+    for prompt, call in zip(prompts[1:], answers, strict=False):  # the template goes on after the end token
+        before, _, _ = tokenizer().decode(prompt.tolist()).rpartition("the 9")
+        assert call + end_of(family) in before
+
+
+def test_thinking_of_gpt_oss_is_apart_from_its_answer_and_gone_at_the_next_question() -> None:
+    def ask(history: Messages) -> Messages:
+        return [*history, {"role": "user", "content": "ab"}]
+
+    answers = [f"{THOUGHT}{FINAL['gpt-oss']}ok", f"{FINAL['gpt-oss']}abc", "a"]
+    prompts, rollout = conversation("gpt-oss", answers, ask, encode=sampled)
+    _, second, third = (tokenizer().decode(prompt.tolist()) for prompt in prompts)
+    assert "<|message|>th<|end|>" not in second and f"{FINAL['gpt-oss']}ok<|end|>" in second
+    assert third.startswith(second) and len(rollout.sequences) == 2
+    message = answer_of("", with_tools=False, form="harmony", spelled=answers[0])
+    assert message == {"role": "assistant", "content": "ok", "reasoning_content": "th"}
+
+
+@pytest.mark.parametrize("text", ['{"x": 3}', 'so {"name": "f", "parameters": {}}', "[]", "", "to=functions.f{}"])
+@pytest.mark.parametrize("form", ["hermes", "llama", "mistral", "harmony"])
+def test_other_answers_are_no_calls(text: str, form: Form) -> None:
+    assert answer_of(text, with_tools=True, form=form, spelled=text) == {"role": "assistant", "content": text}
+    for own, call in CALLS_OF_FORMS.items():
+        assert "tool_calls" not in answer_of(call, with_tools=False, form=own, spelled=call)
+        if own != form:
+            assert "tool_calls" not in answer_of(call, with_tools=True, form=form, spelled=call)
+
+
+LIST = "[TOOL_CALLS] "
+COMMENTARY = "<|channel|>commentary to=functions.f<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "calls"),
+    [
+        ("mistral", LIST + '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]', ["f {}", "g {}"]),
+        ("mistral", LIST + '{"name": "f", "arguments": {}}', ["f {}"]),
+        ("mistral", "ab[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]g[ARGS]{}", ["f {}", "g {}"]),
+        ("mistral", '[TOOL_CALLS]f[CALL_ID]1[ARGS]{"x": "[ARGS]"}', ['f {"x": "[ARGS]"}']),
+        ("harmony", COMMENTARY + "{}", ["f {}"]),
+        ("harmony", " to=functions.f<|channel|>commentary json<|message|>{}<|call|>", ["f {}"]),
+        ("harmony", "<|channel|>analysis to=python code<|message|>1 + 1<|call|>", [f"{MALFORMED} 1 + 1"]),
+    ],
+)
+def test_calls_are_read_in_each_way_to_write_them(form: Form, text: str, calls: list[str]) -> None:
+    message = answer_of(text, with_tools=True, form=form, spelled=text)
+    functions = [call["function"] for call in message["tool_calls"]]
+    assert [f"{function['name']} {function['arguments']}" for function in functions] == calls
+    assert message["content"] == ("ab" if text.startswith("ab") else "")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("", "[]", "[{", "[3]", '[{"name": 3, "arguments": {}}]', '[{"name": "f"}]'),
+        *('[{"name": "f", "arguments": "{}"}]', "f", "f{}", "[ARGS]{}", "f[ARGS]", "f[ARGS][]", "f[ARGS]{} ab"),
+        *("f[ARGS]{'x': 3}", "f[CALL_ID]{}"),
+    ],
+)
+def test_malformed_calls_of_mistral_are_calls_that_the_agent_answers(call: str) -> None:
+    (found,) = answer_of("", with_tools=True, form="mistral", spelled=LIST + call)["tool_calls"]
+    assert found["function"]["name"] == MALFORMED and call in found["function"]["arguments"]
+
+
+@pytest.mark.parametrize("call", ["", "[]", "{", "{} ab", "3", '{"x": 3}}'])
+def test_malformed_calls_of_gpt_oss_are_calls_that_the_agent_answers(call: str) -> None:
+    (found,) = answer_of("", with_tools=True, form="harmony", spelled=COMMENTARY + call)["tool_calls"]
+    assert found["function"] == {"name": MALFORMED, "arguments": call}
+
+
+def test_the_template_says_in_which_form_a_model_calls_tools() -> None:
+    forms = {family: form_of(template) for family, (template, _) in FAMILIES.items()}
+    assert {family for family, form in forms.items() if form == "llama"} == {"llama3_1", "llama3_2"}
+    assert {family for family, form in forms.items() if form == "mistral"} == set(CALLS) - {"gpt-oss"}
+    assert {family for family, form in forms.items() if form == "harmony"} == {"gpt-oss"}
+
+
+def sampled(text: str, token: str) -> Response:
+    """An answer whose special tokens are tokens. Calls of gpt-oss have an end token of their own."""
+    end = "<|call|>" if "to=functions" in text else token
+    ids = tokenizer().encode(text + end, add_special_tokens=False)
+    return Response(ids, [-0.5] * len(ids), "stop", 0)
+
+
+def end_of(family: str) -> str:
+    return "<|call|>" if family == "gpt-oss" else FAMILIES[family][1]
 
 
 @pytest.mark.parametrize("family", ["qwen3"])

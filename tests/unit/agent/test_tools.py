@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.agent.messages import MALFORMED, answer_of
+from megatron_rl.agent.messages import MALFORMED
 from megatron_rl.agent.model import Model, call_tool, schema_of
 from megatron_rl.agent.rollouts import AgentRollouts
+from megatron_rl.agent.tool_calls import answer_of
 from megatron_rl.agent.tools import PythonTool, calculator
 from megatron_rl.config.agent import AgentSettings
 from megatron_rl.config.reward import CodeSettings

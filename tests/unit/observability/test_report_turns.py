@@ -20,6 +20,9 @@ CONVERSATIONS = {
     "<|start_header_id|>;ip;ython;<|end_header_id|>;4;<|eot_id|>;<|start_header_id|>;assistant;<|end_header_id|>;+Four",
     "GLM": "<sop>;<|system|>;<|user|>;2+2;<|assistant|>;+call;+<|observation|>;<|observation|>;4;<|assistant|>;+Four",
     "Mistral": "<s>;[AVAILABLE_TOOLS];tools;[INST];2+2;[/INST];+call;[TOOL_RESULTS];4;[/TOOL_RESULTS];+Four",
+    "gpt-oss": "<|start|>;system;<|message|>;Hi;<|end|>;<|start|>;user;<|message|>;2+2;<|end|>;<|start|>;assistant;"
+    "+<|channel|>;+commentary to=functions.f;+<|message|>;+{};+<|call|>;<|start|>;functions;.f to=assistant;"
+    "<|channel|>;commentary;<|message|>;4;<|end|>;<|start|>;assistant;+<|channel|>;+final;+<|message|>;+Four",
 }
 
 
