@@ -16,6 +16,9 @@ from megatron_rl.batching.sequences import SequenceBatch
 
 PackingForm = Literal["prefix_tree", "packed", "padded"]
 
+FLEX_BLOCK = 128
+"""FlexAttention visits or skips this many queries and keys at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackingSpec:
@@ -24,6 +27,8 @@ class PackingSpec:
     rows: PackingForm = "packed"
     """prefix_tree: all sequences in one tensor row, with each shared prefix only once. packed: all sequences one after
     another in one tensor row, without padding between them. padded: a tensor row per sequence, padded on the right."""
+    flex: bool = False
+    """Whether FlexAttention attends over the prefix trees. s must then be a multiple of `FLEX_BLOCK`."""
     length_multiple: int = 1
     """s is padded to a multiple of this."""
     context_ranks: int = 1

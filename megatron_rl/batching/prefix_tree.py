@@ -89,6 +89,10 @@ class PrefixTree:
             of_depth[shared:] = start  # for earlier sequences, positions below the shared prefix end here
         return ends
 
+    def ends_with_padding(self, size: int) -> Indices:
+        """[size], `ends` followed by those of padding, which attends to padding only."""
+        return np.append(self.ends, np.full(size - self.size, size))
+
     def runs(self, longest: int) -> list[range]:
         """Splits the sorted sequences into runs of neighbours with a common prefix.
 

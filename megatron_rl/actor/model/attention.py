@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_rl.actor.model.tree_attention import TreePacking, tree_packing
+from megatron_rl.actor.model.tree_attention import RunPacking, tree_packing
 from megatron_rl.batching.prefix_tree import PrefixTree
 
 
@@ -39,7 +39,7 @@ class SDPAttention(torch.nn.Module):
         """Attends within each sequence. Raises ValueError if a mask is given.
 
         Packed: query [T, heads, dim], key and value [T, kv_heads, dim] -> [T, heads, dim]. Each sequence attends to
-        itself only, or as a TreePacking specifies. Not packed: [length, batch, heads, dim] -> [length, batch,
+        itself only, or as a RunPacking specifies. Not packed: [length, batch, heads, dim] -> [length, batch,
         heads * dim].
         """
         if attention_mask is not None:
@@ -47,7 +47,7 @@ class SDPAttention(torch.nn.Module):
         if packed_seq_params is None:
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return out.permute(2, 0, 1, 3).flatten(2)
-        if not isinstance(packed_seq_params, TreePacking):
+        if not isinstance(packed_seq_params, RunPacking):
             lengths = packed_seq_params.cu_seqlens_q.diff().cpu().numpy()
             packed_seq_params = tree_packing(PrefixTree.separate(lengths), query.device)
         return packed_seq_params.attention(query, key, value, self._attend_rows)

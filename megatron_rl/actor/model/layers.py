@@ -29,11 +29,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def stage_layers(
-    config: TransformerConfig, output_bias: bool, device: torch.device, chunk: int
+    config: TransformerConfig, output_bias: bool, device: torch.device, chunk: int, flex: bool = False
 ) -> TransformerBlockSubmodules:
     """Returns the layers of this rank's pipeline stage, or of one chunk of it under the interleaved schedule.
 
-    output_bias: whether the attention's output projection has a bias.
+    output_bias: whether the attention's output projection has a bias. flex: whether FlexAttention attends over prefix
+    trees, in place of the attention that belongs to the layers.
     """
     engine = platform.uses_transformer_engine(device, config.params_dtype)
     block = get_gpt_decoder_block_spec(
@@ -51,6 +52,10 @@ def stage_layers(
                 layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if flex:
+            from megatron_rl.actor.model.flex_tree import FlexTreeAttention
+
+            attention.core_attention = FlexTreeAttention
         if output_bias:
             attention.linear_proj = _with_bias(attention.linear_proj)
     if not engine:

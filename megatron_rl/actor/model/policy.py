@@ -75,6 +75,8 @@ class Kernels:
     fp8: Fp8 = "none"
     expert_gemm: ExpertGemm = "auto"
     attention: AttentionBackend = "auto"
+    flex: bool = False
+    """Whether FlexAttention attends over prefix trees; the layers then take nothing else."""
     fusions: Fusions = NO_FUSIONS
     deterministic: bool = False
 
@@ -86,6 +88,7 @@ class Kernels:
             fp8=settings.fp8,
             expert_gemm=settings.expert_gemm,
             attention=platform.attention(settings, device),
+            flex=platform.uses_flex(settings, device),
             fusions=platform.fusions(settings, device, experts=model.experts is not None),
             deterministic=settings.deterministic and device.type == "cuda",
         )
@@ -119,7 +122,7 @@ def build_model(
         rope.scale_attention(config)
     gpt = PolicyModel(
         config,
-        stage_layers(config, model.output_bias, device, chunk),
+        stage_layers(config, model.output_bias, device, chunk, kernels.flex),
         vocab_size=padded_vocabulary(model.vocabulary, layout.tensor),
         max_sequence_length=model.max_positions,
         pre_process=process_groups.is_first_stage() and chunk == 0,

@@ -42,6 +42,11 @@ class Block:
 class TreePacking(PackedSeqParams):
     """Appears to Megatron as one packed sequence, with rotary frequencies selected position by position."""
 
+
+@dataclass(eq=False)
+class RunPacking(TreePacking):
+    """A tree as runs of sequences, for `SDPAttention`."""
+
     blocks: tuple[Block, ...] = ()
     places: Tensor | None = None
     """[s], index of each position among the queries of all blocks, including padding; one of the indices if a position
@@ -53,12 +58,12 @@ class TreePacking(PackedSeqParams):
         return torch.cat(rows)[self.places]
 
 
-def tree_packing(tree: PrefixTree, device: torch.device, padding: int = 0) -> TreePacking:
+def tree_packing(tree: PrefixTree, device: torch.device, padding: int = 0) -> RunPacking:
     """Returns the packing of a tree, followed by positions of padding that attend to padding only."""
     total = tree.size + padding
     bounds = torch.tensor([0, total], dtype=torch.int32, device=device)
     longest = max(int(tree.lengths.max(initial=0)), 1)
-    ends = torch.from_numpy(np.append(tree.ends, np.full(padding, total))).to(device)
+    ends = torch.from_numpy(tree.ends_with_padding(total)).to(device)
     tail = np.arange(tree.size, total)
     similar: dict[tuple[int, int, bool], list[tuple[Indices, Indices]]] = {}
     for queries, keys in [*_runs(tree), (tail, tail)]:
@@ -68,7 +73,7 @@ def tree_packing(tree: PrefixTree, device: torch.device, padding: int = 0) -> Tr
     real = np.concatenate([_padded([queries for queries, _ in runs], -1).ravel() for runs in similar.values()])
     places = np.empty(total, dtype=np.int64)
     places[real[real >= 0]] = np.flatnonzero(real >= 0)
-    return TreePacking(
+    return RunPacking(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,

@@ -86,7 +86,10 @@ def micro_batch(
         predicted = arrays.get("places", np.arange(len(part.targets)))
         arrays["marked"] = np.flatnonzero(part.values[mark][predicted])
         marked_places = predicted[arrays["marked"]]
-    if packed.tree is None and packed.bounds is not None:
+    s = tokens.shape[1]
+    if spec.flex and packed.tree is not None:
+        arrays |= {"bounds": np.array([0, s], np.int32), "ends": packed.tree.ends_with_padding(s).astype(np.int32)}
+    elif packed.bounds is not None:
         arrays["bounds"] = packed.bounds.astype(np.int32)
     if proxy is not None:
         arrays |= {"proxy counts": proxy.counts, "proxy ids": proxy.ids.astype(np.int64), "proxy log_q": proxy.log_q}
@@ -94,9 +97,13 @@ def micro_batch(
     arrays |= {"targets": part.targets.astype(np.int64)}
     arrays |= {"sequence ids": part.per_token(np.asarray(rows, dtype=np.int64))}
     there = to_device(arrays | {f"value {name}": value for name, value in values.items()}, device)
-    packing = None
-    if packed.tree is not None:
-        packing = tree_packing(packed.tree, device, tokens.shape[1] - packed.tree.size)
+    packing: PackedSeqParams | None = None
+    if spec.flex and packed.tree is not None:
+        from megatron_rl.actor.model.flex_tree import flex_packing  # torch's compiler is imported only if it is used
+
+        packing = flex_packing(there["bounds"], there["ends"], max(1, int(packed.tree.lengths.max(initial=0))))
+    elif packed.tree is not None:
+        packing = tree_packing(packed.tree, device, s - packed.tree.size)
     elif packed.bounds is not None:
         packing = _packing(there["bounds"], int(np.diff(packed.bounds).max()), spec.context_ranks > 1)
     return MicroBatch(

@@ -6,6 +6,7 @@ None. Legend: T sampled tokens of the batch, V vocabulary size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from megatron_rl.actor.passes.micro_batch import MicroBatch, micro_batch
 from megatron_rl.actor.passes.on_host import TABLE, Part, Scored, scored_table, table_of, train_result
 from megatron_rl.actor.passes.results import Table, TrainResult
 from megatron_rl.actor.passes.schedule import OnHidden, run_schedule
-from megatron_rl.batching.packing import PackingSpec, packed_length
+from megatron_rl.batching.packing import FLEX_BLOCK, PackingSpec, packed_length
 from megatron_rl.batching.replicas import Batch, Sharing
 from megatron_rl.batching.sequences import SequenceBatch
 from megatron_rl.models.architecture import Architecture
@@ -54,9 +55,12 @@ class Passes:
     ) -> None:
         self.chunks, self.head, self.architecture, self.layout, self.device = chunks, head, architecture, layout, device
         fp8_block = 1 if settings.fp8 == "none" else FP8_BLOCK
+        flex = platform.uses_flex(settings, device)
+        multiple = layout.context * (layout.tensor if layout.sequence_parallel else 1) * fp8_block
         self.spec = PackingSpec(
             rows=platform.packing_form(settings, device),
-            length_multiple=layout.context * (layout.tensor if layout.sequence_parallel else 1) * fp8_block,
+            flex=flex,
+            length_multiple=math.lcm(multiple, FLEX_BLOCK) if flex else multiple,
             context_ranks=layout.context,
             context_rank=process_groups.cp_rank(),
         )

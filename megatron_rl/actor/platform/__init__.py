@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from megatron_rl.batching.packing import PackingForm
     from megatron_rl.config.actor import ActorSettings, AttentionBackend
 
+UNTRIED = "which has not been run on a GPU yet"
+
 _device: torch.device | None = None
 """The device that `prepare` chose."""
 
@@ -61,10 +63,23 @@ def uses_transformer_engine(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def packing_form(settings: ActorSettings, device: torch.device) -> PackingForm:
-    """Returns how the sequences of a micro-batch are packed. Transformer Engine's attention supports no prefix tree."""
-    if settings.rows != "auto":
-        return settings.rows
-    return "packed" if uses_transformer_engine(device, getattr(torch, settings.dtype)) else "prefix_tree"
+    """Returns how the sequences of a micro-batch are packed.
+
+    With Transformer Engine, `auto` means packed until a GPU has judged FlexAttention over prefix trees, and prefix_tree
+    means packed if there is no FlexAttention.
+    """
+    engine = uses_transformer_engine(device, getattr(torch, settings.dtype))
+    if settings.rows == "auto":
+        return "packed" if engine else "prefix_tree"
+    if engine and settings.rows == "prefix_tree" and gpu.missing_flex(settings.attention_backend):
+        return "packed"
+    return settings.rows
+
+
+def uses_flex(settings: ActorSettings, device: torch.device) -> bool:
+    """Returns whether FlexAttention attends over prefix trees, in place of Transformer Engine's attention."""
+    engine = uses_transformer_engine(device, getattr(torch, settings.dtype))
+    return engine and packing_form(settings, device) == "prefix_tree"
 
 
 def fusions(settings: ActorSettings, device: torch.device, *, experts: bool) -> gpu.Fusions:
@@ -101,11 +116,6 @@ def require(device: torch.device, settings: ActorSettings) -> None:
         f"actor.expert_gemm: {settings.expert_gemm}": settings.expert_gemm == "grouped",
     }
     engine = uses_transformer_engine(device, getattr(torch, settings.dtype))
-    if engine and settings.rows == "prefix_tree":
-        raise UserError(
-            "actor.rows: prefix_tree does not work with Transformer Engine, which is installed: its attention does not "
-            "support sequences that share positions. Set actor.rows to auto or packed"
-        )
     for key, asked in wanted.items():
         if asked and not engine:
             raise UserError(
@@ -128,12 +138,15 @@ def describe(settings: ActorSettings, *, experts: bool = False) -> str:
         lines.append(
             f"torch {torch.__version__}, Transformer Engine {versions.installed('transformer-engine') or 'none'}"
         )
-        backend = attention(settings, _device)
-        lines.append(f"attention: {backend if engine else 'scaled dot product of torch'}")
+        backend, flex = attention(settings, _device), uses_flex(settings, _device)
+        chosen = f"FlexAttention over prefix trees, {UNTRIED}" if flex else backend
+        lines.append(f"attention: {chosen if engine else 'scaled dot product of torch'}")
+        if settings.rows == "prefix_tree" and packing_form(settings, _device) == "packed":
+            lines.append(f"actor.rows: packed, not prefix_tree: {gpu.missing_flex(settings.attention_backend)}")
         lines += fusions(settings, _device, experts=experts).lines()
         overlap = overlaps_grad_reduce(settings, _device)
         lines.append(f"sum of gradients overlaps the backward pass: {'on' if overlap else 'off'}")
-        lines += gpu.deterministic_lines(settings.deterministic, backend, engine=engine)
+        lines += gpu.deterministic_lines(settings.deterministic, backend, engine=engine and not flex)
     return "\n  ".join(lines)
 
 

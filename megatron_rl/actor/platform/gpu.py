@@ -127,6 +127,15 @@ def check_attention(backend: AttentionBackend, *, engine: bool, environment: Map
             )
 
 
+def missing_flex(backend: AttentionBackend) -> str | None:
+    """Returns why FlexAttention cannot attend over prefix trees in Transformer Engine's layers; None if it can."""
+    if backend != "auto":
+        return f"actor.attention_backend: {backend} asks for an attention that has no prefix trees"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which compiles FlexAttention, is not installed"
+    return None
+
+
 def prepare(deterministic: bool) -> None:
     """Sets up this process. Call before kernels are compiled.
 
