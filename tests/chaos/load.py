@@ -119,9 +119,8 @@ class Measured:
         step = state(self.folder).get("step", 0)
         if not step:
             return
-        files = {"the run": self.folder, "TMPDIR": self._temporary, "/dev/shm": Path("/dev/shm")}
         sample = {"step": step} | _measured(self._scene)
-        for name, folder in files.items():
+        for name, folder in {"the run": self.folder, "TMPDIR": self._temporary}.items():
             sizes = _sizes(folder)
             sample[f"{name}: files"] = len(sizes)
             sample[f"{name}: MiB"] = sum(sizes) / 2**20
