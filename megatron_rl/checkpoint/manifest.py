@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import HASHING_THREADS, file_sha256
 from megatron_rl.utils.bounded import parse_json_object, read_text
+from megatron_rl.utils.sealed import is_intact, sealed
 
 MANIFEST = "manifest.json"
 RNG = "rng.json"
@@ -34,6 +35,14 @@ RandomState = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """What a run has written to a file that only grows."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class DriverState:
     """State of the driver that a resumed run needs."""
 
@@ -42,6 +51,8 @@ class DriverState:
     cursor: dict[str, Any]
     entropy_coefficient: float | None = None
     """Weight of the entropy bonus in the next update, if the loss adapts it."""
+    metrics_log: Written | None = None
+    """The lines of metrics.jsonl before this step's; None in a checkpoint of an earlier version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +144,9 @@ class Manifest:
 _ADAPTER = TypeAdapter(Manifest)
 
 
-_SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\Z')
-"""The last line of a manifest: the SHA-256 of all the rest, so that a damaged manifest is noticed as well. Manifests of
-earlier versions have none."""
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    content = _ADAPTER.dump_json(manifest, indent=1).removesuffix(b"\n}")
     with (folder / MANIFEST).open("wb") as file:
-        file.write(content + b',\n "sha256": "%s"\n}' % hashlib.sha256(content).hexdigest().encode())
+        file.write(sealed(_ADAPTER.dump_json(manifest, indent=1)))
         file.flush()
         os.fsync(file.fileno())
 
@@ -171,9 +176,7 @@ def _content(path: Path) -> dict[str, Any]:
         found = parse_json_object(text, str(path))
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}): {_ANOTHER}") from error
-    content = text.encode()
-    seal = _SEAL.search(content)
-    if seal and hashlib.sha256(content[: seal.start()]).hexdigest() != seal[1].decode():
+    if not is_intact(text.encode()):
         raise UserError(f"{path} is damaged (wrong SHA-256): {_ANOTHER}")
     return found
 

@@ -53,8 +53,14 @@ LOSS_SECONDS = 10
 """Time in which Ray notices that the process of a rank has ended, after another rank has missed it."""
 
 
+BROKEN_CONNECTION = ("gloo/transport", "ncclRemoteError", "ncclSystemError", "DistNetworkError")
+"""Parts of the errors of torch if a connection between ranks breaks. Those of NCCL are by its documentation; only those
+of gloo have been seen."""
+
+
 class RanksLost(UserError):
-    """Processes of the actor have ended by themselves, perhaps with their node: the same run may succeed later."""
+    """Processes of the actor have ended by themselves, perhaps with their node, or have lost their connections: the
+    same run may succeed later."""
 
     status = 1
 
@@ -282,8 +288,8 @@ class Actors:
 
     @contextmanager
     def losses_named(self) -> Iterator[None]:
-        """Raises RanksLost instead of an error in the block if ranks have ended: the error is often that of another
-        rank, which misses them."""
+        """Raises RanksLost instead of an error in the block if ranks have ended, or cannot reach each other: the error
+        is often that of another rank, which misses them."""
         try:
             yield
         except UserError:
@@ -294,6 +300,12 @@ class Actors:
                 raise RanksLost(
                     f"the process of actor rank {', '.join(map(str, lost))} has ended. Its log may say why: {logs}; "
                     "without a reason there, look for the OOM killer in dmesg"
+                ) from error
+            if any(mark in str(error) for mark in BROKEN_CONNECTION):
+                raise RanksLost(
+                    "a connection between ranks of the actor broke, though the processes of all ranks are there "
+                    f"({str(error).splitlines()[-1][:300]}). Look at the network between their nodes; the logs are "
+                    f"{self._logs}/actor-rank-*.log"
                 ) from error
             raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -9,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.checkpoint.manifest import Written
 from megatron_rl.errors import UserError
 from megatron_rl.observability.sinks import Sink
-from megatron_rl.utils.bounded import read_lines
+from megatron_rl.utils.bounded import open_plain, read_lines
 from megatron_rl.utils.files import atomically, write_error
 
 FILE_NAME = "metrics.jsonl"
@@ -46,6 +48,15 @@ class MetricsLog:
                 "with resume=auto."
             )
         self._sinks = sinks
+        self._bytes, self._hash = 0, hashlib.sha256()
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                self._hash, self._bytes = hashlib.file_digest(file, "sha256"), file.tell()
+
+    @property
+    def written(self) -> Written:
+        """What this run has written so far."""
+        return Written(self._bytes, self._hash.hexdigest())
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Appends one line, which is on disk when this returns. NaN and infinity become null.
@@ -54,13 +65,16 @@ class MetricsLog:
         """
         now = time.time()
         row = {"step": step, "time": round(now, 3)} | {name: _finite(value) for name, value in metrics.items()}
+        line = json.dumps(row, allow_nan=False) + "\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # The file is opened for every line, so that nothing is lost if the run is killed.
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.write(line)
         except OSError as error:
             raise write_error(self._path, error) from error
+        self._bytes += len(line)
+        self._hash.update(line.encode())
         known = {name: value for name, value in metrics.items() if value is not None}
         for sink in self._sinks:
             sink.write(step, now, known)
@@ -76,6 +90,20 @@ def read_metrics(folder: Path) -> list[Row]:
     An incomplete last line (killed run, full disk) is ignored. Raises UserError for a broken line before the last.
     """
     return [row for row, _ in _read_lines(folder / FILE_NAME)]
+
+
+def is_unchanged(folder: Path, written: Written) -> bool:
+    """Returns whether a run's metrics still begin with what the run had written."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return not written.bytes
+    with open_plain(path) as file:
+        return hashlib.sha256(file.read(written.bytes)).hexdigest() == written.sha256
+
+
+def has_metrics(row: Row, metrics: Mapping[str, float | None]) -> bool:
+    """Returns whether a line has these values. Times do not count: a line may be written later than they are."""
+    return all(row.get(name, "") == _finite(value) for name, value in metrics.items() if not name.startswith("perf/"))
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:

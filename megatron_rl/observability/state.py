@@ -27,6 +27,7 @@ from megatron_rl.observability.view import Metrics, PlainView, View
 from megatron_rl.utils.bounded import read_bytes
 from megatron_rl.utils.files import atomically
 from megatron_rl.utils.format import duration, number
+from megatron_rl.utils.sealed import is_intact, sealed
 
 FILE_NAME, LOG = "state.json", "logs/driver.log"
 RECENT_STEPS = 50
@@ -123,7 +124,7 @@ class KeptView(View):
 
     def _write(self) -> None:
         with atomically(self._folder / FILE_NAME) as partial:
-            partial.write_text(json.dumps(asdict(self._state)) + "\n", encoding="utf-8")
+            partial.write_bytes(sealed(json.dumps(asdict(self._state), indent=1).encode()) + b"\n")
 
 
 class _TimedLines:
@@ -158,10 +159,13 @@ def read_state(folder: Path) -> State | None:
     if not path.is_file():
         return None
     try:
-        state = TypeAdapter(State).validate_json(read_bytes(path, LONGEST_LINE))
+        content = read_bytes(path, LONGEST_LINE)
+        state = TypeAdapter(State).validate_json(content)
     except ValidationError as error:
         what = "; ".join(": ".join([*map(str, one["loc"]), one["msg"]]) for one in error.errors())
         raise UserError(f"{path}: not the state of a run ({what}). Move the file away and try again.") from error
+    if not is_intact(content):
+        raise UserError(f"{path}: damaged (wrong SHA-256). Move the file away and try again.")
     if state.ended is None and state.host == socket.gethostname() and not psutil.pid_exists(state.pid):
         return replace(state, ended=f"killed in the phase {state.phase!r}: its process {state.pid} has vanished")
     return state

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_rl.batching.sequences import sequences_of
 from megatron_rl.checkpoint.export import export_hf, largest_logit_difference
+from megatron_rl.errors import UserError
 from megatron_rl.observability.provenance import write_beside_export
 from megatron_rl.observability.report import write_report
 from megatron_rl.plan.memory import TOKENS_OF_EXPORT_CHECK
@@ -42,7 +43,10 @@ def finish(run: Run) -> None:
             f"run.folder={run.folder} resume=auto"
         )
     run.view.phase("writing the report")
-    run.view.message(f"report: {write_report(run.folder)}")
+    try:
+        run.view.message(f"report: {write_report(run.folder)}")
+    except UserError as error:  # such as a damaged rollout dump: everything else of the run is there
+        run.view.message(f"NO REPORT: {error} Later: megatron-rl report {run.folder}")
 
 
 def check_export(run: Run) -> str:

@@ -50,7 +50,7 @@ from megatron_rl.run.prepare import prepare
 from megatron_rl.run.recorder import Recorder
 from megatron_rl.run.reference import find_reference
 from megatron_rl.run.requirements import check_engine, check_gpus, check_trackers
-from megatron_rl.run.resume import check_resumption, data_file, origin_of, resume, same_data
+from megatron_rl.run.resume import changed_metrics, check_resumption, data_file, origin_of, resume, same_data
 from megatron_rl.run.run import Inputs, Run
 from megatron_rl.run.sampling import rollout_sampling, step_sampling
 from megatron_rl.run.stack import check_stack
@@ -129,6 +129,8 @@ def open_run(config: Config) -> Iterator[Run]:
             view.message(line)
         for change in changes:
             view.message(f"resumed with another setting: {change}")
+        for line in changed_metrics(config.run.folder, resumption) if resumption else ():
+            view.message(line)
         last_step = None if config.resume == "never" else (state.step if state else -1)
         sinks = open_sinks(
             config.observability, config.run.name, config.run.folder, config.model_dump(mode="json"), last_step

@@ -16,7 +16,7 @@ from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_format import file_sha256, read_config
-from megatron_rl.observability.metrics import read_metrics
+from megatron_rl.observability.metrics import FILE_NAME, has_metrics, is_unchanged, read_metrics
 from megatron_rl.parallel.layout import layout_of
 from megatron_rl.reward.decode import decoder_of
 from megatron_rl.rollout.buffer import RolloutBuffer
@@ -69,6 +69,21 @@ def same_data(config: Config, data: DataFile, resumption: Resumption) -> bool:
         f"SHA-256 is {data.sha256[:16]}..., there it is {before.sha256[:16]}.... Resume with that file, or begin with "
         "the first prompt of this one by data.allow_changed=true"
     )
+
+
+def changed_metrics(folder: Path, resumption: Resumption) -> list[str]:
+    """Returns a message if the lines of metrics.jsonl up to the checkpoint are not those that the run wrote."""
+    manifest = resumption.manifest
+    written, step = manifest.state.metrics_log, manifest.state.step
+    if written is None or not resumption.checkpoint.resolve().is_relative_to(folder.resolve()):
+        return []
+    last = [row for row in read_metrics(folder) if row["step"] == step]
+    if is_unchanged(folder, written) and all(has_metrics(row, manifest.metrics) for row in last):
+        return []
+    return [
+        f"CHANGED METRICS: {folder / FILE_NAME} is not what the run wrote up to step {step}: lines are missing or have "
+        "other values. Training does not depend on them, and goes on."
+    ]
 
 
 def resume(run: Run, resumption: Resumption, *, with_buffer: bool) -> None:

@@ -194,4 +194,10 @@ class Run:
 
     def _state(self) -> DriverState:
         learner = self.learner
-        return DriverState(self.step, learner.weight_version, self.cursor.state(), learner.entropy_coefficient)
+        return DriverState(
+            self.step,
+            learner.weight_version,
+            self.cursor.state(),
+            learner.entropy_coefficient,
+            self.metrics.written,
+        )

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.chaos.episode import Episode, rows
+from tests.chaos.episode import Episode, Met, rows
 from tests.chaos.faults import FAULTS
 from tests.chaos.files import play as play_files
 from tests.chaos.outcomes import kept, read
@@ -25,12 +25,13 @@ from tests.chaos.world import World
 
 def main() -> int:
     options = _options()
-    world = World(options.out)
+    world = World(options.out, engine=options.engine)
     path = options.out / ("files.jsonl" if options.files else "outcomes.jsonl")
     until = time.monotonic() + 60 * options.minutes
     known = read(path)
     number, count = max((row["episode"] for row in known), default=0), 0
-    bad = []
+    bad: list[Met] = []
+    began = time.monotonic()
     while count < options.faults and time.monotonic() < until:
         number += 1
         most = min(options.per_run, options.faults - count)
@@ -46,7 +47,11 @@ def main() -> int:
         print(f"run {number}: {len(met)} faults, {found[0].verdict if found else 'equal'}", flush=True)
     if options.summary:
         options.summary.write_text(json.dumps(kept(options.out), indent=1) + "\n")
-    print(f"{count} faults, {len(bad)} in runs that did not end as the undisturbed one", flush=True)
+    seconds = (time.monotonic() - began) / max(1, count)
+    print(
+        f"{count} faults, {seconds:.1f} seconds each, {len(bad)} in runs that did not end as the undisturbed one",
+        flush=True,
+    )
     return 1 if bad else 0
 
 
@@ -57,6 +62,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=50, help="number of faults after which it ends")
     parser.add_argument("--minutes", type=float, default=10.0, help="time after which it begins no other run")
     parser.add_argument("--per-run", type=int, default=20, help="largest number of faults of one run")
+    parser.add_argument("--engine", default="transformers", choices=("transformers", "vllm", "sglang", "router"))
     parser.add_argument("--only", nargs="*", default=[], choices=FAULTS, help="kinds of faults")
     parser.add_argument("--files", action="store_true", help="damage files only, and ask their readers, without runs")
     parser.add_argument("--summary", type=Path, help="write the table of all outcomes so far, as JSON")

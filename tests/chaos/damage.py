@@ -80,11 +80,15 @@ def tear_metrics(folder: Path, rng: random.Random) -> tuple[str, str] | None:
     return "tear", "metrics.jsonl"
 
 
-def damage_other(folder: Path, rng: random.Random) -> tuple[str, str] | None:
+def damage_log(folder: Path, rng: random.Random) -> tuple[str, str] | None:
+    return damage_other(folder, rng, dumps=False)
+
+
+def damage_other(folder: Path, rng: random.Random, *, dumps: bool = True) -> tuple[str, str] | None:
     """Damages a file on which nothing may depend when the run goes on."""
     names = ("config.yaml", "state.json", "logs/driver.log", ".lock", "logs/engine-0.log")
     there = [folder / name for name in names if (folder / name).is_file() and (folder / name).stat().st_size]
-    there += sorted((folder / "rollouts").glob("*.parquet"))
+    there += sorted((folder / "rollouts").glob("*.parquet")) if dumps else []
     if not there:
         return None
     path = rng.choice(there)

@@ -20,11 +20,11 @@ from typing import Any
 from megatron_rl.checkpoint.manifest import PARTIAL
 from tests.chaos import damage
 from tests.chaos.faults import FAULTS, Fault, Scene, choose
-from tests.chaos.world import RUN, STEPS, Result, World, state
+from tests.chaos.world import World, state
 from tests.e2e_cpu.conftest import AGENTS, Descendants
 from tests.patience import Patience, Stuck
 
-DISK, SHM = "96m", "512m"
+DISK, SHM = 128 * 2**20, "512m"
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
 MOST_STARTS = 12
 BETWEEN = "between starts"
@@ -72,6 +72,7 @@ class Episode:
         self.log = world.folder / f"runs/episodes/{number}.log"
         self.met: list[Met] = []
         self.root = os.getuid() == 0
+        self.network = f"mrlc-{os.getpid()}-{number}" if self.root else ""
         # Only on request: with libfaketime 0.9.10, Python's own sleep fails with EINVAL.
         self.with_clock = FAKETIME is not None and "clock jump" in only
 
@@ -80,10 +81,14 @@ class Episode:
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir(parents=True)
         self.log.unlink(missing_ok=True)
-        with _small_disk(self.place, DISK, self.root), tempfile.TemporaryDirectory(prefix="mrlc-") as temporary:
+        with (
+            _loop(self.place, self.root),
+            _network(self.network),
+            tempfile.TemporaryDirectory(prefix="mrlc-") as temporary,
+        ):
             shm = Path(temporary, "shm")
             shm.mkdir()
-            with _small_disk(shm, SHM, self.root):
+            with _tmpfs(shm, self.root):
                 problems = self._starts(Path(temporary), shm, until)
                 self._judge(problems + self._left(Path(temporary), shm))
         if all(met.verdict == "equal" for met in self.met):
@@ -106,7 +111,7 @@ class Episode:
                 met.detail = met.detail or _reason(output)
             if effect in ("traceback", "hung"):
                 problems.append(f"{effect}: {_reason(output)}")
-            if status == 0 and state(self.folder).get("step") == STEPS and (self.folder / "hf").is_dir():
+            if status == 0 and state(self.folder).get("step") == self.world.steps and (self.folder / "hf").is_dir():
                 return problems
             if calm and effect != "killed":
                 return [*problems, f"did not come to its end: {_reason(output)}"]
@@ -122,10 +127,18 @@ class Episode:
             variables |= {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
             variables |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         process = self.world.start(
-            self.name, *RUN, "resume=auto", shm=shm if self.root else None, log=self.log, **variables
+            self.name,
+            *self.world.settings,
+            "resume=auto",
+            shm=shm if self.root else None,
+            network=self.network,
+            log=self.log,
+            **variables,
         )
         descendants = Descendants(process.pid)
-        scene = Scene(process.pid, self.folder, shm if self.root else None, self.root, clock, self._second)
+        scene = Scene(
+            process.pid, self.folder, shm if self.root else None, self.root, clock, self._second, self.network
+        )
         status = self._follow(process, scene, calm)
         if status == -1000:
             with contextlib.suppress(ProcessLookupError):
@@ -147,7 +160,9 @@ class Episode:
                 return -1000
             self._went_on()
             if not calm and len(self.met) < self.most and next(moments):
-                self._inject(scene)
+                for _ in range(1 if self.script else self.rng.choice((1, 1, 2, 4))):
+                    if len(self.met) < self.most and process.poll() is None:
+                        self._inject(scene)
                 moments = self._moments()
             time.sleep(0.05)
         return process.returncode
@@ -184,7 +199,7 @@ class Episode:
     def _second(self) -> str:
         log = self.place / "second.log"
         log.unlink(missing_ok=True)
-        second = self.world.start(self.name, *RUN, "resume=auto", log=log)
+        second = self.world.start(self.name, *self.world.settings, "resume=auto", log=log)
         status, text = second.wait(), log.read_text()
         if status == 2 and "another run is in this folder" in text:
             return "refused"
@@ -194,7 +209,8 @@ class Episode:
     def _damage(self) -> None:
         """Damages files between two starts."""
         for _ in range(self.rng.randrange(3)):
-            kind = self.rng.choice((damage.damage_checkpoint, damage.tear_metrics, damage.damage_other))
+            other = damage.damage_other if self.world.embedded else damage.damage_log  # the ledger needs the dumps
+            kind = self.rng.choice((damage.damage_checkpoint, damage.tear_metrics, other))
             kind = kind if self.rng.random() < 0.8 else damage.leave_unfinished
             if done := kind(self.folder, self.rng):
                 step = state(self.folder).get("step", 0) if state(self.folder) else 0
@@ -215,8 +231,10 @@ class Episode:
 
     def _judge(self, problems: list[str]) -> None:
         ended = (self.folder / "hf/model.safetensors").is_file()
-        if ended and (difference := self.world.expected.difference(Result.of(self.folder))):
+        if ended and (difference := self.world.expected.difference(self.world.result(self.folder))):
             problems.append(f"different: {difference}")
+        if not self.met and problems:
+            self.met.append(Met(self.number, "none", "", "", -1))
         for met in self.met:
             met.verdict = "; ".join(problems) or "equal"
 
@@ -243,16 +261,50 @@ def _of_ray(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _small_disk(folder: Path, size: str, root: bool) -> Iterator[None]:
-    """Mounts a small file system of its own on the folder, if this user may."""
+def _loop(folder: Path, root: bool) -> Iterator[None]:
+    """Mounts a small file system of its own on the folder, if this user may: one that can be full, or stand still."""
     if not root:
         yield
         return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    image = folder.with_suffix(".img")
+    with image.open("wb") as file:
+        file.truncate(DISK)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    try:
+        with _mounted(folder, "-o", "loop", str(image)):
+            (folder / "lost+found").rmdir()
+            yield
+    finally:
+        image.unlink()
+
+
+@contextlib.contextmanager
+def _tmpfs(folder: Path, root: bool) -> Iterator[None]:
+    with _mounted(folder, "-t", "tmpfs", "-o", f"size={SHM}", "tmpfs") if root else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, *what: str) -> Iterator[None]:
+    subprocess.run(["mount", *what, folder], check=True)
     try:
         yield
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextlib.contextmanager
+def _network(name: str) -> Iterator[None]:
+    """A network namespace that has a loopback only; none without a name."""
+    if not name:
+        yield
+        return
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        yield
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 def rows(met: list[Met]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import psutil
 
-FATAL = ("driver", "raylet", "gcs")
-"""Processes whose end is also the run's end."""
-TARGETS = ("actor", "actor", "engine", "engine", "reward", "driver", "raylet", "gcs", "agent")
-"""Kinds of processes; those named twice are chosen more often."""
+from megatron_rl.rollout.servers import guard
+
+TARGETS = ("actor", "engine", "server", "server", "router", "guard", "reward", "driver", "raylet", "gcs", "agent")
+"""Kinds of processes; one named twice is chosen more often. `engine` is the embedded engine or a server's client;
+`server` is any process of the server itself; `guard` watches a server or the router."""
+COMPUTING = ("driver", "actor", "engine", "server", "reward")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Scene:
     """The file by which the run's clock is moved, if it can be."""
     second: Callable[[], str] | None = None
     """Starts a second run in the same folder and says how it ended."""
+    network: str = ""
+    """The network namespace that only the run is in, if it has one."""
 
 
 def processes(scene: Scene) -> dict[str, list[psutil.Process]]:
@@ -47,7 +52,7 @@ def processes(scene: Scene) -> dict[str, list[psutil.Process]]:
         hosted = _hosted(scene.folder)
         for process in root.children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                kind = hosted.get(process.pid) or _kind(" ".join(process.cmdline()))
+                kind = hosted.get(process.pid) or _kind(process)
                 if kind and process.status() != psutil.STATUS_ZOMBIE:
                     found.setdefault(kind, []).append(process)
     return found
@@ -61,7 +66,11 @@ def _hosted(folder: Path) -> dict[int, str]:
     return kinds
 
 
-def _kind(command: str) -> str | None:
+def _kind(process: psutil.Process) -> str | None:
+    command = " ".join(process.cmdline())
+    for parent in (process, *process.parents()):
+        if guard.__file__ in (line := parent.cmdline()):
+            return "guard" if parent == process else "router" if "sglang_router" in " ".join(line) else "server"
     marks = {"/raylet/raylet": "raylet", "gcs_server": "gcs", "spawn_main": "reward"}
     marks |= {"dashboard/agent": "agent", "runtime_env": "agent", "DashboardAgent": "agent", "RuntimeEnvAgent": "agent"}
     return next((kind for mark, kind in marks.items() if mark in command), None)
@@ -120,7 +129,7 @@ def kill_several(scene: Scene, rng: random.Random) -> str | None:
 
 def few_descriptors(scene: Scene, rng: random.Random) -> str | None:
     """For a moment, a process can open no more than a few files."""
-    picked = _pick(scene, rng, ("driver", "actor", "engine", "reward"))
+    picked = _pick(scene, rng, COMPUTING)
     if picked is None:
         return None
     return _limited(*picked, resource.RLIMIT_NOFILE, picked[1].num_fds() + rng.randrange(4), rng)
@@ -128,7 +137,7 @@ def few_descriptors(scene: Scene, rng: random.Random) -> str | None:
 
 def little_memory(scene: Scene, rng: random.Random) -> str | None:
     """For a moment, a process can allocate no more than a few megabytes."""
-    picked = _pick(scene, rng, ("driver", "actor", "engine", "reward"))
+    picked = _pick(scene, rng, COMPUTING)
     if picked is None:
         return None
     more = rng.choice((0, 1, 16)) * 2**20
@@ -192,6 +201,59 @@ def read_only(scene: Scene, rng: random.Random) -> str | None:
     return "run folder" if folder == scene.folder else folder.name
 
 
+def stalled_disk(scene: Scene, rng: random.Random) -> str | None:
+    """For a moment, whoever writes to the run's folder waits, as for a network disk that does not answer."""
+    if not scene.small_disk:
+        return None
+    place = scene.folder.parent
+    if subprocess.run(["fsfreeze", "--freeze", place], capture_output=True).returncode:
+        return None
+    try:
+        time.sleep(rng.uniform(0.3, 3.0))
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", place], check=True)
+    return "run folder"
+
+
+def connection_reset(scene: Scene, rng: random.Random) -> str | None:
+    """Resets a TCP connection between processes of the run."""
+    if not scene.network:
+        return None
+    shown = subprocess.run([*_within(scene), "ss", "-Htn", "state", "established"], capture_output=True, text=True)
+    found = sorted(line.split()[2:4] for line in shown.stdout.splitlines())
+    if not found:
+        return None
+    ends = [address.rpartition(":")[2] for address in rng.choice(found)]
+    owners = {port: _listener(scene, port) for port in ends}
+    reset = ["ss", "-K", "-tn", "sport", "=", f":{ends[0]}", "and", "dport", "=", f":{ends[1]}"]
+    subprocess.run([*_within(scene), *reset], check=True, capture_output=True)
+    return next((f"connection to {owner}" for owner in owners.values() if owner), "connection")
+
+
+def _listener(scene: Scene, port: str) -> str | None:
+    """Returns the kind of the process that listens on a port."""
+    shown = subprocess.run([*_within(scene), "ss", "-Htlnp", f"sport = :{port}"], capture_output=True, text=True)
+    owners = {int(pid) for pid in re.findall(r"pid=(\d+)", shown.stdout)}
+    return next((kind for kind, there in processes(scene).items() for one in there if one.pid in owners), None)
+
+
+def network_cut(scene: Scene, rng: random.Random) -> str | None:
+    """For a moment, no packet passes between processes of the run; later, the kernel sends them again."""
+    if not scene.network:
+        return None
+    lost = ["iptables", "INPUT", "-i", "lo", "-j", "DROP"]
+    subprocess.run([*_within(scene), lost[0], "-A", *lost[1:]], check=True)
+    try:
+        time.sleep(rng.choice((0.2, 1.0, 4.0)))
+    finally:
+        subprocess.run([*_within(scene), lost[0], "-D", *lost[1:]], check=True)
+    return "loopback"
+
+
+def _within(scene: Scene) -> tuple[str, ...]:
+    return ("ip", "netns", "exec", scene.network)
+
+
 def other_clock(scene: Scene, rng: random.Random) -> str | None:
     """Moves the clock of the run's processes by up to a day, either way."""
     if scene.clock is None:
@@ -230,10 +292,14 @@ FAULTS: dict[str, Fault] = {
     "full disk": full_disk,
     "full /dev/shm": full_shm,
     "read-only folder": read_only,
+    "stalled disk": stalled_disk,
+    "connection reset": connection_reset,
+    "network cut": network_cut,
     "clock jump": other_clock,
     "second run": second_run,
 }
-WEIGHTS = {"SIGKILL": 6, "SIGSTOP, SIGCONT": 5, "two killed": 1, "clock jump": 4}
+WEIGHTS = {"SIGKILL": 3, "SIGSTOP, SIGCONT": 6, "two killed": 1, "connection reset": 6, "network cut": 4}
+WEIGHTS |= {"stalled disk": 4, "second run": 1, "clock jump": 4}
 """How often a kind is chosen; the others count 2."""
 
 

@@ -10,12 +10,13 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.checkpoint.manifest import checkpoints, verify
+from megatron_rl.checkpoint.manifest import checkpoints, read_manifest, verify
 from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
-from megatron_rl.observability.metrics import read_metrics
+from megatron_rl.observability.metrics import Row, read_metrics
 from megatron_rl.observability.state import read_state
 from megatron_rl.run import folder as run_folder
+from megatron_rl.run.resume import changed_metrics
 from megatron_rl.utils.bounded import read_parquet
 from tests.chaos import damage
 from tests.chaos.episode import Met
@@ -47,9 +48,18 @@ def _created(folder: Path, path: Path) -> list[str]:
     return changes
 
 
+def _metrics(folder: Path, path: Path) -> list[Row]:
+    """Reads the metrics as a run does that is resumed from its newest checkpoint."""
+    rows = read_metrics(folder)
+    newest = checkpoints(folder / "checkpoints")[-1]
+    if found := changed_metrics(folder, run_folder.Resumption(newest, read_manifest(newest))):
+        raise UserError(found[0])
+    return rows
+
+
 KINDS: tuple[tuple[str, str, Reader], ...] = (
     ("checkpoint", "checkpoints/step_000060/*", _resumed),
-    ("metrics.jsonl", "metrics.jsonl", lambda folder, path: read_metrics(folder)),
+    ("metrics.jsonl", "metrics.jsonl", _metrics),
     ("config.yaml", "config.yaml", _created),
     ("state.json", "state.json", lambda folder, path: read_state(folder)),
     ("rollouts", "rollouts/*.parquet", lambda folder, path: read_parquet(path).to_pylist()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.chaos import files
 from tests.chaos.episode import Episode
 from tests.chaos.faults import second_run, signalled
+from tests.chaos.load import slopes
 from tests.chaos.world import World
 from tests.tiers import slow
 
@@ -30,6 +32,17 @@ def test_a_disturbed_run_ends_like_the_undisturbed_one(world: World) -> None:
     met = Episode(world, seed=0, number=1, most=len(script), script=script).play()
     assert [one.target for one in met] == ["refused", "actor", "engine"]
     assert {one.verdict for one in met} == {"equal"} and met[1].effect == "opened again by itself", met
+
+
+def test_slopes_tell_what_grows_from_what_varies() -> None:
+    rng = random.Random(1)
+    samples = [
+        {"step": step, "grows": 0.5 * step + rng.random(), "varies": rng.random()} for step in range(0, 8000, 10)
+    ]
+    found = slopes(samples)
+    assert abs(found["grows"]["slope"] - 500) <= found["grows"]["±"] < 0.1
+    assert abs(found["varies"]["slope"]) <= found["varies"]["±"] < 0.1
+    assert slopes(samples[:40]) == {}, "too few"
 
 
 def test_damaged_files_are_noticed(world: World) -> None:

@@ -8,9 +8,12 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from megatron_rl.data.countdown import write_task
 from megatron_rl.observability.metrics import read_metrics
@@ -27,13 +30,22 @@ SMALL = (
     "observability.view=plain",
     "reward.name=tests.engines.reward:odd",
 )
-RUN = (
-    f"train.steps={STEPS}",
+SETTINGS = (
     f"train.save_every={SAVE_EVERY}",
     "train.keep_checkpoints=3",
     "observability.hang_seconds=60",
     "observability.rollouts_every=1",
 )
+RUN = (f"train.steps={STEPS}", *SETTINGS)
+EMBEDDED = "transformers"
+SERVER_STEPS = 24
+SERVERS = (
+    "actor.tensor_parallel=1",
+    "rollout.server.hang_seconds=20",
+    "rollout.server.request_timeout_seconds=30",
+    "rollout.server.update_timeout_seconds=30",
+)
+ROUTED = "rollout.server.router=round_robin"
 OF_THE_MACHINE = ("time", "perf/", "memory/", "logprob/contract")
 """Beginnings of metrics that differ between equal runs: times, and the contract, which is checked at every start."""
 
@@ -43,9 +55,10 @@ class Result:
     """What a finished run left that must not depend on its faults."""
 
     curve: list[dict[str, Any]]
-    """Rows of metrics.jsonl without those of the machine."""
+    """Rows of metrics.jsonl without those of the machine; of a run with servers, whose log-probs round differently from
+    run to run, the steps and what each has trained on."""
     weights: str
-    """SHA-256 of the exported model."""
+    """SHA-256 of the exported model; "" of a run with servers."""
 
     @classmethod
     def of(cls, folder: Path) -> Result:
@@ -54,6 +67,22 @@ class Result:
             for row in read_metrics(folder)
         ]
         return cls(rows, hashlib.sha256((folder / "hf/model.safetensors").read_bytes()).hexdigest())
+
+    @classmethod
+    def ledger(cls, folder: Path) -> Result:
+        """Of a run with servers: the prompts of each step, their number of samples and the versions of all tokens."""
+        rows = []
+        for row in read_metrics(folder):
+            entry: dict[str, Any] = {"step": row["step"]}
+            if row["step"]:
+                dump = pq.read_table(
+                    folder / f"rollouts/step_{row['step']:06d}.parquet", columns=["prompt_id", "weight_versions"]
+                ).to_pylist()
+                entry["samples of each prompt"] = Counter(str(sample["prompt_id"]) for sample in dump)
+                entry["weight versions"] = sorted({one for sample in dump for one in sample["weight_versions"]})
+                entry["the engine has the actor's weights"] = row["logprob/rollout_actor_abs_diff"] < 1e-4
+            rows.append(entry)
+        return cls(rows, "")
 
     def difference(self, other: Result) -> str:
         """Says how the two differ; "" if they are equal to the bit."""
@@ -69,8 +98,14 @@ class Result:
 class World:
     """A folder with the task, the model, the undisturbed run, and a folder `runs` for the disturbed ones."""
 
-    def __init__(self, folder: Path, *, undisturbed: bool = True) -> None:
-        """undisturbed: whether the undisturbed run is needed, and run where it is missing."""
+    def __init__(self, folder: Path, *, engine: str = EMBEDDED, undisturbed: bool = True) -> None:
+        """engine: transformers, vllm, sglang, or `router` for SGLang behind its router. undisturbed: whether the
+        undisturbed run is needed, and run where it is missing."""
+        self.embedded = engine == EMBEDDED
+        self.engine = "sglang" if engine == "router" else engine
+        self.steps = STEPS if self.embedded else SERVER_STEPS
+        servers = () if self.embedded else (*SERVERS, *([ROUTED] if engine == "router" else []))
+        self.settings = (f"train.steps={self.steps}", *SETTINGS, *servers)
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "runs/countdown-task/train.jsonl").is_file():
@@ -78,21 +113,28 @@ class World:
         if not undisturbed:
             return
         if not (self.folder / "runs/undisturbed/hf").is_dir():
-            self._finish("undisturbed", *RUN)
-        self.expected = Result.of(self.folder / "runs/undisturbed")
+            self._finish("undisturbed", *self.settings)
+        self.expected = self.result(self.folder / "runs/undisturbed")
+
+    def result(self, folder: Path) -> Result:
+        return Result.of(folder) if self.embedded else Result.ledger(folder)
 
     def command(self, name: str, *overrides: str) -> list[str]:
-        program = [sys.executable, "-m", "megatron_rl.cli", "train", str(QUICKSTART)]
+        config = QUICKSTART if self.embedded else QUICKSTART.with_name(f"countdown_{self.engine}.yaml")
+        program = [sys.executable, "-m", "megatron_rl.cli", "train", str(config)]
         return [*program, f"run.name={name}", "warm_start=null", *SMALL, *overrides]
 
     def start(
-        self, name: str, *overrides: str, shm: Path | None = None, log: Path, **variables: str
+        self, name: str, *overrides: str, shm: Path | None = None, network: str = "", log: Path, **variables: str
     ) -> subprocess.Popen[bytes]:
-        """Starts a run. shm: a folder that takes the place of /dev/shm, for which the caller must be root."""
+        """Starts a run. shm: a folder that takes the place of /dev/shm. network: name of a network namespace. Both are
+        for root only."""
         command = self.command(name, *overrides)
         if shm is not None:
             mount = f"mount --bind {shlex.quote(str(shm))} /dev/shm && exec {shlex.join(command)}"
             command = ["unshare", "--mount", "sh", "-c", mount]
+        if network:
+            command = ["ip", "netns", "exec", network, *command]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables}
         with log.open("ab") as output:
             return subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import pickle
 from enum import Enum
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_rl.conversion.torch_dist.keys import INDEX
 from megatron_rl.errors import UserError
-from megatron_rl.utils.bounded import open_plain
+from megatron_rl.utils.bounded import read_bytes
 
 
 class Reader(dcp.FileSystemReader):
@@ -30,8 +31,7 @@ class Reader(dcp.FileSystemReader):
             try:
                 if not path.exists():
                     raise UserError(f"{path} is missing: the checkpoint is unfinished, or was not copied completely.")
-                with open_plain(path) as file:
-                    self._metadata = _IndexUnpickler(file).load()
+                self._metadata = _IndexUnpickler(io.BytesIO(read_bytes(path))).load()
             except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
                 raise UserError(f"{path} is not the index of a distributed checkpoint ({error}).") from error
         return self._metadata

@@ -127,6 +127,10 @@ def test_an_index_with_code_is_refused_without_running_it(
     index.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="is not the index"):
         TorchDistWeights(folder, architecture)
+    with index.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match="larger than 256 MiB"):
+        TorchDistWeights(folder, architecture)
     index.unlink()
     with pytest.raises(UserError, match="is missing"):
         TorchDistWeights(folder, architecture)

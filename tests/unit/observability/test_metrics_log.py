@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_rl.config.observability import ObservabilitySettings
 from megatron_rl.errors import UserError
-from megatron_rl.observability.metrics import MetricsLog, metric_names, read_metrics, series
+from megatron_rl.observability.metrics import MetricsLog, has_metrics, is_unchanged, metric_names, read_metrics, series
 from megatron_rl.observability.sinks import open_sinks
 
 
@@ -80,6 +80,32 @@ def test_resume_drops_lines_after_the_checkpoint(tmp_path: Path, keep: int, expe
 def test_a_run_without_metrics_can_be_resumed(tmp_path: Path) -> None:
     write_steps(tmp_path / "new", range(1, 3), keep_up_to_step=0)
     assert steps_in(tmp_path / "new") == [1, 2]
+
+
+def test_changed_lines_before_a_checkpoint_are_noticed(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(3))
+    log = MetricsLog(tmp_path, keep_up_to_step=2)
+    log.write(3, {"reward/mean": None})
+    written, path = log.written, tmp_path / "metrics.jsonl"
+    assert is_unchanged(tmp_path, written)
+    log.write(4, {"reward/mean": 0.5})
+    content = path.read_bytes()
+    assert is_unchanged(tmp_path, written), "later lines do not count"
+    for place in range(written.bytes):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert not is_unchanged(tmp_path, written)
+    path.write_bytes(content[: written.bytes - 1])
+    assert not is_unchanged(tmp_path, written)
+    path.unlink()
+    assert not is_unchanged(tmp_path, written) and is_unchanged(
+        tmp_path, MetricsLog(tmp_path / "new", keep_up_to_step=None).written
+    )
+
+
+def test_a_line_has_the_metrics_of_its_checkpoint() -> None:
+    row = {"step": 1, "time": 1.0, "a": 0.5, "b": None, "memory/driver": 2.0}
+    assert has_metrics(row, {"a": 0.5, "b": math.nan, "perf/step_seconds": 3.0})
+    assert not has_metrics(row, {"a": 0.25}) and not has_metrics(row, {"c": None})
 
 
 def test_a_new_run_refuses_the_metrics_of_another_run(tmp_path: Path) -> None:

@@ -93,6 +93,25 @@ def test_a_killed_run_is_recognised_by_its_process(tmp_path: Path) -> None:
     assert state is not None and state.ended is None, "a process of another machine cannot be looked for"
 
 
+def test_a_changed_byte_anywhere_in_the_state_is_noticed_or_harmless(tmp_path: Path) -> None:
+    """Harmless is only a change of the lines that hold the SHA-256 of the rest."""
+    with kept(tmp_path) as view:
+        view.open()
+        view.phase("train")
+        path = tmp_path / "state.json"
+        content, state = path.read_bytes(), read_state(tmp_path)
+        for place in range(len(content)):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            try:
+                assert read_state(tmp_path) == state and place >= content.rfind(b',\n "sha256"'), place
+            except UserError as error:
+                assert str(path) in str(error)
+        fields = json.loads(content)
+        assert fields.pop("sha256")
+        path.write_text(json.dumps(fields))
+        assert read_state(tmp_path) == state, "a file of an earlier version has no SHA-256"
+
+
 def test_the_drivers_log_has_messages_phases_steps_and_warnings_with_times(tmp_path: Path) -> None:
     with kept(tmp_path) as view:
         view.open()

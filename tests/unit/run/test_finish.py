@@ -1,4 +1,4 @@
-"""The check of an export compares few enough logits to fit into memory."""
+"""The check of an export compares few enough logits to fit into memory; a missing report ends no run."""
 
 from __future__ import annotations
 
@@ -39,3 +39,12 @@ def test_the_export_is_compared_at_a_few_hundred_tokens(monkeypatch: pytest.Monk
     )
     assert "largest logit difference" in finish.check_export(run)
     assert seen == [TOKENS_OF_EXPORT_CHECK]
+
+
+def test_a_report_that_cannot_be_written_is_announced_and_no_error(tmp_path: Path) -> None:
+    """A damaged rollout dump is in the way of the report only."""
+    (tmp_path / "metrics.jsonl").write_text("broken\n{}\n")
+    messages: list[str] = []
+    view = SimpleNamespace(phase=lambda name: None, message=messages.append)
+    finish.finish(SimpleNamespace(config=None, keeps_weights=False, folder=tmp_path, view=view))  # type: ignore[arg-type]
+    assert messages[-1].startswith("NO REPORT: ") and f"megatron-rl report {tmp_path}" in messages[-1], messages

@@ -12,8 +12,9 @@ import pytest
 
 from megatron_rl.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_rl.errors import UserError
+from megatron_rl.observability.metrics import MetricsLog
 from megatron_rl.run.folder import Resumption
-from megatron_rl.run.resume import data_file, same_data
+from megatron_rl.run.resume import changed_metrics, data_file, same_data
 from tests.unit.checkpoint.conftest import Saving
 
 
@@ -75,3 +76,24 @@ def test_a_checkpoint_of_an_earlier_version_resumes(train: Path, checkpoint: Pat
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     train.write_text("anything")
     assert resumes(train, checkpoint) and resumes(train, checkpoint, allowed=True)
+
+
+def test_metrics_that_have_changed_before_the_checkpoint_are_announced(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, keep_up_to_step=None)
+    log.write(2, {"reward/mean": 0.5})
+    path = Saving(tmp_path / "checkpoints").save(3)
+    older = read_manifest(path)
+    manifest = replace(older, state=replace(older.state, metrics_log=log.written), metrics={"reward/mean": 0.75})
+    log.write(3, manifest.metrics)
+    log.write(4, {"reward/mean": 1.0})
+    assert changed_metrics(tmp_path, Resumption(path, manifest)) == []
+
+    metrics = tmp_path / "metrics.jsonl"
+    content = metrics.read_text()
+    for now in (content.replace("0.5", "0.4"), content.replace("0.75", "0.85"), content.splitlines()[1], ""):
+        metrics.write_text(now)
+        assert changed_metrics(tmp_path, Resumption(path, manifest)), now
+        assert not changed_metrics(tmp_path / "another", Resumption(path, manifest)), "a checkpoint of another run"
+        assert not changed_metrics(tmp_path, Resumption(path, older)), "an older checkpoint does not know"
+    metrics.write_text(content.replace("1.0", "1.5"))
+    assert not changed_metrics(tmp_path, Resumption(path, manifest)), "the line is not kept"
