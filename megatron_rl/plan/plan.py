@@ -92,7 +92,7 @@ class Plan:
             yield f"{self.gpus - used} of {self.gpus} GPUs are not used"
         if transport_of(setup.config) == "delta":
             held = setup.element * model_parameters(setup.model) / GIB
-            yield f"every process of a server holds a copy of the model in host memory, to which changes go: {held:.1f} GiB"
+            yield f"every process of a server holds a copy of the model in host memory, {held:.1f} GiB"
         kind = engine_kind(setup.config.rollout.engine)
         option = kind.memory_option if isinstance(kind, ServerKind) else None
         if setup.placement.shared and self.engine is not None and option and told_share(setup.config) is None:
