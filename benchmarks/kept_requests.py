@@ -1,13 +1,14 @@
 """Tokens that a real server prefills in a step with weight updates: requests aborted, and requests kept.
 
-    .venv-engines/bin/python benchmarks/kept_requests.py [--servers sglang vllm] [--out FILE]
+    .venv-engines/bin/python benchmarks/kept_requests.py [--servers vllm] [--out benchmarks/results/kept_requests.json]
 
 The server holds a small random model on a CPU. A step has 8 prompts of 64 tokens with 8 responses of 384 tokens each,
 and three weight updates at 1/4, 1/2 and 3/4 of the time that a step without updates took, as if responses outlasted
 three steps of an asynchronous run. It runs twice: requests are aborted at each update and continue after another
 prefill (`rollout.recompute_kv_cache: true`), or the server keeps them with their KV cache. The prefilled tokens are the
 server's own count: vLLM's `prompt_tokens_by_source` (local_compute), SGLang's `realtime_tokens_total`
-(prefill_compute). Prefix caching is on in both; what is cached is not computed and not counted.
+(prefill_compute). Prefix caching is on in both; what is cached is not computed and not counted. SGLang is measured on
+request only: our client never lets it keep requests, so that both of its runs abort (`SglangServer.cannot_freeze`).
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ async def measure(kind: str, model: Path, weights: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--servers", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--servers", choices=KINDS, nargs="+", default=["vllm"])
     options = parser.parse_args()
     known = json.loads(options.out.read_text())["cases"] if options.out and options.out.exists() else []
     cases = [case for case in known if case["server"] not in options.servers]  # servers may be measured one by one

@@ -39,6 +39,7 @@ from megatron_rl.utils import rendezvous
 from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.collective import CollectiveTransport
+from megatron_rl.weight_sync.delta import DeltaTransport
 from megatron_rl.weight_sync.folder import FolderTransport, shared_folder
 from megatron_rl.weight_sync.mapped import MappedTransport
 from megatron_rl.weight_sync.relay import FolderRelay
@@ -198,6 +199,8 @@ class MegatronWorker:
             self.transport = FolderTransport(place, stage, bucket_bytes)
         elif place.mapped:
             self.transport = MappedTransport(place, stage, bucket_bytes, self.device)
+        elif place.delta:
+            self.transport = DeltaTransport(place, stage, bucket_bytes)
         else:
             self.transport = CollectiveTransport(place, stage, bucket_bytes)
         self.transport.connect()

@@ -106,6 +106,10 @@ class WeightSync(ABC):
     def _transfer(self, engines: list[Engine], verify: bool) -> Answers:
         """Sends the update to the paused engines."""
 
+    def _forget(self) -> None:
+        """Called after an engine did not get an update: the next attempt sends the whole weights."""
+        return None
+
     @abstractmethod
     def _needed_for(self, awaiting: list[Engine]) -> list[Engine]:
         """Returns the engines that must take part when the awaiting ones get their weights."""
@@ -138,6 +142,8 @@ class WeightSync(ABC):
                 )
             answers |= compared
         failed = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
+        if failed:
+            self._forget()
         self.actors.release_memory()  # before they take memory for their caches
         self.engines.resume([engine for engine in answers if engine not in failed], self.version)
         for engine, failure in failed.items():
@@ -224,10 +230,12 @@ class CollectiveSync(WeightSync):
         bucket_bytes: int,
         update_seconds: Callable[[int], float],
         mapped: bool = False,
+        delta: bool = False,
     ) -> None:
-        """update_seconds: longest time that weights of so many bytes may take. mapped: whether engines map memory."""
+        """update_seconds: longest time that weights of so many bytes may take. mapped: whether engines map memory.
+        delta: whether only changed weights are sent."""
         super().__init__(actors, engines, engine_ranks, notify)
-        self._backend, self._mapped = backend, mapped
+        self._backend, self._mapped, self._delta = backend, mapped, delta
         specs = actors.weight_specs()
         self._bucket_bytes = min(bucket_bytes, max(sum(spec.nbytes for spec in stage) for stage in specs))
         self._buckets = [bucket_specs(stage, bucket_bytes) for stage in specs]
@@ -270,6 +278,10 @@ class CollectiveSync(WeightSync):
         if failed.state != "lost":
             self.engines.ask([failed], RolloutEngine.join_groups, [])
 
+    def _forget(self) -> None:
+        """New groups also begin with the whole weights, if only changed ones are sent."""
+        self._members = set()
+
     def _needed_for(self, awaiting: list[Engine]) -> list[Engine]:
         return self.engines.running if awaiting else []  # a group cannot grow
 
@@ -289,6 +301,7 @@ class CollectiveSync(WeightSync):
                 rank=0,
                 timeout_seconds=self._timeout_seconds,
                 mapped=self._mapped,
+                delta=self._delta,
             )
             for stage, (host, port) in enumerate(self.actors.publishers())
         ]

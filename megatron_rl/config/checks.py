@@ -219,9 +219,9 @@ def _weight_sync(config: Config) -> Iterator[str]:
     transport = config.weight_sync.transport
     if transport == "cuda_ipc":
         yield from _cuda_ipc(config)
-    if transport == "collective" and config.cluster.colocate and config.actor.device != "cpu":
+    if transport in ("collective", "delta") and config.cluster.colocate and config.actor.device != "cpu":
         yield (
-            "weight_sync.transport: collective is not for cluster.colocate: nccl allows one process per GPU; set "
+            f"weight_sync.transport: {transport} is not for cluster.colocate: nccl allows one process per GPU; set "
             "shared_memory or disk"
         )
     if transport == "shared_memory" and config.cluster.nodes > 1 and not config.cluster.colocate:

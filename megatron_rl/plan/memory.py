@@ -58,7 +58,8 @@ def stage_memory(setup: Setup, stage: int) -> RankMemory:
     if transport_of(setup.config) == "cuda_ipc":
         kept |= {"memory mapped by engines": 2.0 * _half(setup, weights)}
     else:
-        buckets = 2 if transport_of(setup.config) == "collective" else 1  # one on its way, and one being filled
+        two = transport_of(setup.config) in ("collective", "delta")  # one on its way, and one being filled
+        buckets = 2 if two else 1
         passing |= {"buckets": buckets * _bucket(setup, weights)}
     forward = _forward(setup, stage)
     phases: dict[str, Parts] = {
@@ -110,7 +111,8 @@ def optimizer_state(setup: Setup, stage: int) -> Parts:
 
 
 def host_bytes(setup: Setup, stage: int) -> float:
-    """Bytes of host memory for one rank: offloaded optimizer state, other policies, a checkpoint being written.
+    """Bytes of host memory for one rank: offloaded optimizer state, other policies, a checkpoint being written, and
+    the weights that were sent last (weight_sync.transport: delta).
 
     Copies of weights and state keep their place, and their pinned memory has their size (`utils/host_memory.py`).
     """
@@ -119,6 +121,8 @@ def host_bytes(setup: Setup, stage: int) -> float:
     passes, settings = passes_of(setup.config), setup.config.actor
     total = state if settings.offload_optimizer else 0.0
     total += weights * (passes.lagged_proxy + passes.reference)
+    if transport_of(setup.config) == "delta":  # the stage's first rank keeps what it sent last
+        total += setup.element * model_parameters(setup.model) / setup.layout.pipeline
     return total + (weights + state if setup.config.train.async_save else 0.0)
 
 

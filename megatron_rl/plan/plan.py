@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megatron_rl.config.transport import transport_of
 from megatron_rl.plan.engines import WORK_SPACE, EngineMemory, colocated_memory, engine_memory, told_share
 from megatron_rl.plan.memory import RankMemory, actor_memory, host_bytes, node_bytes
 from megatron_rl.plan.parameters import model_parameters
@@ -89,6 +90,9 @@ class Plan:
             yield "engines sample while the actor trains, so a step takes the longer of the two"
         if setup.placement.on_gpu and used < self.gpus:
             yield f"{self.gpus - used} of {self.gpus} GPUs are not used"
+        if transport_of(setup.config) == "delta":
+            held = setup.element * model_parameters(setup.model) / GIB
+            yield f"every process of a server holds a copy of the model in host memory, {held:.1f} GiB"
         kind = engine_kind(setup.config.rollout.engine)
         option = kind.memory_option if isinstance(kind, ServerKind) else None
         if setup.placement.shared and self.engine is not None and option and told_share(setup.config) is None:

@@ -133,7 +133,8 @@ def _optimizer_seconds(setup: Setup) -> float:
 def _sync_seconds(setup: Setup) -> float:
     """Seconds of a weight sync.
 
-    collective: each pipeline stage broadcasts its part to all engines at once. cuda_ipc: engines read the complete
+    collective: each pipeline stage broadcasts its part to all engines at once. delta counts as much, which its first
+    update sends. cuda_ipc: engines read the complete
     weights from mapped memory. shared_memory: weights go over PCIe to the host and back; on several nodes the stages
     send theirs to every node, one after the other. disk: each stage writes its part, then every node reads the complete
     weights.

@@ -47,7 +47,7 @@ def faults_of(config: Config, environments: Mapping[str, Environment]) -> dict[s
         for name, environment in environments.items()
         if (mismatch := driver_problem(environment, name))
     }
-    broadcast = ENGINE in environments and transport_of(config) == "collective"
+    broadcast = ENGINE in environments and transport_of(config) in ("collective", "delta")
     if broadcast and (mismatch := nccl_problem(environments[ACTOR], environments[ENGINE])):
         faults["NCCL of both sides"] = mismatch
     return faults

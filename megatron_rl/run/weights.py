@@ -21,7 +21,7 @@ def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: Vie
     ranks = server.tensor_parallel
     bucket_bytes = settings.bucket_megabytes * 2**20
     transport = transport_of(config)
-    if transport in ("collective", "cuda_ipc"):
+    if transport in ("collective", "delta", "cuda_ipc"):
         sync: WeightSync = CollectiveSync(
             actors,
             engines,
@@ -31,6 +31,7 @@ def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: Vie
             bucket_bytes=bucket_bytes,
             update_seconds=server.update_seconds,
             mapped=transport == "cuda_ipc",
+            delta=transport == "delta",
         )
     else:
         folder = None  # one on each node, which the ranks make and remove

@@ -48,10 +48,10 @@ def bucket_specs(specs: Iterable[TensorSpec], limit_bytes: int) -> tuple[tuple[T
     return tuple(tuple(bucket) for bucket in buckets)
 
 
-def bucketed(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int) -> Iterator[tuple[bool, Tensor]]:
-    """Yields each tensor with whether it opens a new bucket, for the buckets of `bucket_specs`."""
+def bucketed(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int) -> Iterator[tuple[bool, str, Tensor]]:
+    """Yields each tensor with whether it opens a new bucket, and its name, for the buckets of `bucket_specs`."""
     pairs = _openings(tensors, lambda pair: (pair[1].nbytes, pair[1].dtype), limit_bytes)
-    return ((opens, tensor) for opens, (_, tensor) in pairs)
+    return ((opens, name, tensor) for opens, (name, tensor) in pairs)
 
 
 def flattened(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int, memory: Memory = fresh) -> Iterator[Tensor]:
@@ -60,7 +60,7 @@ def flattened(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int, memory: M
     A tensor from `tensors` may change once the next one is drawn.
     """
     flat, filled = None, 0
-    for opens, tensor in bucketed(tensors, limit_bytes):
+    for opens, _, tensor in bucketed(tensors, limit_bytes):
         if opens:
             if flat is not None:
                 yield flat[:filled]

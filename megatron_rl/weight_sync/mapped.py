@@ -117,7 +117,7 @@ class MappedTransport:
     def _written(self, tensors: NamedTensors) -> Iterator[int]:
         """Yields the bytes of each portion once written: a bucket, or a piece of a tensor larger than a bucket."""
         filled: int | None = None
-        for opens, tensor in bucketed(tensors, self.bucket_bytes):
+        for opens, _, tensor in bucketed(tensors, self.bucket_bytes):
             pieces = tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(self.bucket_bytes)
             for number, piece in enumerate(pieces):
                 if filled is not None and (opens or number):

@@ -69,6 +69,8 @@ class GroupMember:
     timeout_seconds: float
     mapped: bool = False
     """Weights pass through mapped memory of the sender, and the group only synchronises."""
+    delta: bool = False
+    """Only weights that changed are sent (`delta.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

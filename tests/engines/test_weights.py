@@ -24,6 +24,7 @@ from megatron_rl.utils.rendezvous import open_port
 from megatron_rl.weight_sync.buckets import TensorSpec, bucket_specs
 from megatron_rl.weight_sync.checksums import ChecksumTaker, WeightsDamaged
 from megatron_rl.weight_sync.collective import CollectiveTransport
+from megatron_rl.weight_sync.delta import DeltaTransport
 from megatron_rl.weight_sync.mapped import MappedTransport
 from megatron_rl.weight_sync.transport import (
     CollectiveUpdate,
@@ -61,15 +62,18 @@ def serving(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> I
 class Sender:
     """An actor's rank, which runs in a thread."""
 
-    def __init__(self, model: Path, group: str, *, mapped: bool = False) -> None:
-        """mapped: whether weights go through mapped memory, which on a GPU is the GPU's and here the host's."""
+    def __init__(self, model: Path, group: str, *, mapped: bool = False, delta: bool = False) -> None:
+        """mapped: whether weights go through mapped memory, which on a GPU is the GPU's and here the host's. delta:
+        whether only changed weights are sent."""
         self.model = model
         self.member = GroupMember(
-            group, LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, timeout_seconds=600.0, mapped=mapped
+            group, LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, timeout_seconds=600.0, mapped=mapped, delta=delta
         )
         self.transport: WeightTransport = CollectiveTransport(self.member, 0, BUCKET)
         if mapped:
             self.transport = MappedTransport(self.member, 0, BUCKET, torch.device("cpu"))
+        if delta:
+            self.transport = DeltaTransport(self.member, 0, BUCKET)
 
     def meet(self, engine: HttpEngine, run: Run[Any]) -> None:
         """Makes both sides join the group."""
@@ -165,6 +169,36 @@ def test_weights_over_a_group_twice(engine: HttpEngine, run: Run[Any], model: Pa
         assert checksums and run(engine.verify_weights(version, checksums)) > 10
         run(engine.resume())
         assert_serves(engine, run, source, version)
+    sender.transport.close()
+
+
+def test_changed_weights_over_a_group(
+    engine: HttpEngine, run: Run[Any], model: Path, other: Path, tmp_path: Path
+) -> None:
+    """The whole weights come first, then every fiftieth weight of each tensor, then none."""
+    sender = Sender(model, "weights-delta", delta=True)
+    sender.meet(engine, run)
+    sizes = []
+    for version in (4, 5, 6):
+        if version == 5:
+            sender.model = shutil.copytree(model, tmp_path / "changed")
+            weights = load_file(model / "model.safetensors")
+            for name, tensor in load_file(other / "model.safetensors").items():
+                weights[name].view(-1)[::50] = tensor.view(-1)[::50]
+            save_file(weights, sender.model / "model.safetensors", metadata={"format": "pt"})
+        run(engine.pause())
+        pushed: list[Pushed] = []
+        pushing = threading.Thread(target=sender.push, args=(version, pushed))
+        pushing.start()
+        run(engine.update_weights(sender.update(version)))
+        pushing.join()
+        checksums = pushed[0].checksums
+        assert checksums and run(engine.verify_weights(version, checksums)) > 10
+        sizes.append(pushed[0].bytes)
+        run(engine.resume())
+        if version != 6:
+            assert_serves(engine, run, sender.model, version)
+    assert sizes[2] < sizes[1] < sizes[0] / 10
     sender.transport.close()
 
 

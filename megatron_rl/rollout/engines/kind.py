@@ -31,8 +31,8 @@ class EngineKind:
     """Whether the engine computes in that process and takes a step's prompts in one call. Any other engine has
     coroutines for methods, and gets each prompt as a request of its own."""
     transports: tuple[str, ...] = FOLDERS
-    """Values of `weight_sync.transport` that the engine supports. With `collective` and `cuda_ipc` the engine gets a
-    `CollectiveUpdate`, else a `FolderUpdate`."""
+    """Values of `weight_sync.transport` that the engine supports. With `collective`, `delta` and `cuda_ipc` the engine
+    gets a `CollectiveUpdate`, else a `FolderUpdate`."""
     memory_share: float = 0.9
     """Share of a GPU's memory that the engine takes for weights and KV cache by default, approximately."""
     remedy: str = "read the engine's log"

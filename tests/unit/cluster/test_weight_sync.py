@@ -161,7 +161,9 @@ def opened(request: pytest.FixtureRequest, messages: list[str]) -> Open:
     return open_sync
 
 
-def collective(actors: Any, engines: Any, messages: list[str], *, mapped: bool) -> CollectiveSync:
+def collective(
+    actors: Any, engines: Any, messages: list[str], *, mapped: bool = False, delta: bool = False
+) -> CollectiveSync:
     return CollectiveSync(
         actors,
         engines,
@@ -171,6 +173,7 @@ def collective(actors: Any, engines: Any, messages: list[str], *, mapped: bool) 
         bucket_bytes=9,
         update_seconds=lambda nbytes: 1.0,
         mapped=mapped,
+        delta=delta,
     )
 
 
@@ -194,6 +197,23 @@ def test_the_acceptance_of_drafts_is_over_all_engines(opened: Open) -> None:
     engines.all[0].drafts, engines.all[2].drafts = Drafts(30, 12), Drafts(10, 8)
     metrics = sync.sync(2, verify=False)
     assert (metrics["rollout/drafted_tokens"], metrics["rollout/draft_acceptance"]) == (40, 0.5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_damaged_weights_are_sent_again_in_new_groups(messages: list[str], count: int) -> None:
+    """In new groups the actor sends the whole weights, also if it sends only changed ones otherwise."""
+    engines: Any = Engines(count)
+    sync = collective(Actors(), engines, messages, delta=True)
+    sync.sync(1, verify=False)
+    (first,) = {member.name for member in engines.all[0].groups[:1]}
+    assert all(member.delta for member in engines.all[0].groups)
+    sync.sync(2, verify=False)
+    assert first == engines.all[0].groups[0].name, "the groups stay as long as nothing fails"
+    for engine in engines.all:
+        engine.checks.append(WeightsDamaged("w differs"))
+    sync.sync(3, verify=True)
+    assert first != engines.all[0].groups[0].name
+    assert versions(engines) == [3] * count
 
 
 def test_an_engine_reads_the_folder_of_its_own_node(messages: list[str]) -> None:

@@ -65,6 +65,11 @@ EVALUATION = ("evaluation={every: 5, suites: {a: a.jsonl}}",)
             ["rollout.engine=sglang", "actor.device=cuda", "cluster.colocate=true", "weight_sync.transport=collective"],
             ["weight_sync.transport: collective is not for cluster.colocate"],
         ),
+        (
+            ["rollout.engine=vllm", "actor.device=cuda", "cluster.colocate=true", "weight_sync.transport=delta"],
+            ["weight_sync.transport: delta is not for cluster.colocate"],
+        ),
+        (["weight_sync.transport=delta"], ["weight_sync.transport: delta is for rollout.engine: sglang or vllm"]),
         (["actor.device=cpu", "rollout.engine=vllm", "cluster.colocate=true", "weight_sync.transport=cuda_ipc"],
          ["weight_sync.transport: cuda_ipc is memory of GPUs", "actor.device is cpu"]),
         (["actor.device=cuda", "rollout.engine=vllm", "weight_sync.transport=cuda_ipc"],

@@ -194,6 +194,16 @@ def test_mapped_memory_is_held_in_all_phases(make: Make) -> None:
     assert mapped.seconds["weight sync"] < by_files.seconds["weight sync"]
 
 
+def test_copies_of_the_sent_weights_are_counted(make: Make) -> None:
+    """The first rank of a stage and every process of a server keep what was sent last."""
+    collective, delta = make(), make("weight_sync.transport=delta")
+    weights = 2 * model_parameters(delta.setup.model)
+    (before,), (after,) = ([host_bytes(plan.setup, rank.stage) for rank in plan.actor] for plan in (collective, delta))
+    assert after - before == weights
+    assert any(f"{weights / GIB:.1f} GiB" in remark for remark in delta.remarks)
+    assert delta.seconds["weight sync"] == collective.seconds["weight sync"], "the first update sends all"
+
+
 def test_problems_and_remarks_of_colocated_engines(make: Make) -> None:
     large = make(*COLOCATED, f"model.path={MODELS / 'Qwen2.5-32B'}", "rollout.server.tensor_parallel=1")
     assert any("unset cluster.colocate" in problem for problem in large.problems)

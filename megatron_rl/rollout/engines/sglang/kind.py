@@ -11,7 +11,7 @@ KIND = ServerKind(
     package="sglang",
     releases=">=0.5.23,<0.6",
     router=True,
-    transports=(*FOLDERS, "collective", "cuda_ipc"),
+    transports=(*FOLDERS, "collective", "delta", "cuda_ipc"),
     memory_share=0.85,
     remedy="is SGLang in rollout.server.python, and do rollout.server.arguments suit the GPU and the model?",
     processed_log_probs="start SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB",

@@ -1,4 +1,4 @@
-"""The receiver of mapped weights, which runs inside an SGLang scheduler as a custom weight loader.
+"""The receiver of mapped weights and of changed weights: a custom weight loader inside an SGLang scheduler.
 
     --custom-weight-loader megatron_rl.rollout.engines.sglang.receiver.load
 
@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from megatron_rl.weight_sync.buckets import TensorSpec
+from megatron_rl.weight_sync.delta import DeltaReceiver
 from megatron_rl.weight_sync.mapped import MappedReceiver
 from megatron_rl.weight_sync.transport import GroupMember
 
 LOADER = f"{__name__}.load"
 
-_receivers: dict[str, MappedReceiver] = {}
+_receivers: dict[str, MappedReceiver | DeltaReceiver] = {}
 
 
 class Model(Protocol):
@@ -60,7 +61,8 @@ def load(model: Model, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
         if "members" in order:
             _leave()
             for member in (GroupMember(**fields) for fields in order["members"]):
-                _receivers[member.name] = MappedReceiver(member, order["index"], message.device)
+                kind = DeltaReceiver if member.delta else MappedReceiver
+                _receivers[member.name] = kind(member, order["index"], message.device)
         elif order["group"] not in _receivers:
             raise RuntimeError(f"the receiver is not in the group {order['group']}")
         else:

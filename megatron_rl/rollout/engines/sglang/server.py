@@ -80,8 +80,8 @@ class SglangServer:
     def __init__(self, address: Address) -> None:
         self._http = HttpClient(address)
         self._groups: list[str] = []
-        self._mapped = False
-        """Whether the server is in groups of mapped memory, which our own receiver in SGLang's processes implements."""
+        self._own_receiver = False
+        """Whether the server is in groups of our own receiver in SGLang's processes: mapped memory, changed weights."""
         self._ranks = 0
         self._drafts = Drafts()
         self._folder: Path | None = None
@@ -125,10 +125,10 @@ class SglangServer:
         await self._http.post("/update_weights_from_disk", body, timeout_seconds=timeout_seconds)
 
     async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
-        mapped = [member for member in members if member.mapped]
-        if mapped or self._mapped:
-            await self._join_mapped(mapped, timeout_seconds)
-        members = [member for member in members if not member.mapped]
+        own = [member for member in members if member.mapped or member.delta]
+        if own or self._own_receiver:
+            await self._join_own(own, timeout_seconds)
+        members = [member for member in members if member not in own]
         for name in self._groups:
             await self._http.post(
                 "/destroy_weights_update_group", {"group_name": name}, timeout_seconds=timeout_seconds
@@ -145,9 +145,9 @@ class SglangServer:
             }
             await self._http.post("/init_weights_update_group", body, timeout_seconds=timeout_seconds)
 
-    async def _join_mapped(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
+    async def _join_own(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
         info = await self._http.get("/server_info", timeout_seconds=CONTROL_SECONDS)
-        self._ranks, self._mapped = int(info["tp_size"]), bool(members)
+        self._ranks, self._own_receiver = int(info["tp_size"]), bool(members)
         self._folder = self._folder or owned_folder("megatron-rl-sglang-", Path(tempfile.gettempdir()))
         orders = sglang_receiver.join(members, self._ranks, self._failures)
         await self._begin(timeout_seconds)
@@ -158,7 +158,7 @@ class SglangServer:
 
     async def receive_weights(self, update: CollectiveUpdate, timeout_seconds: float) -> None:
         await self._begin(timeout_seconds)
-        receive = self._receive_mapped if self._mapped else self._receive_broadcast
+        receive = self._receive_own if self._own_receiver else self._receive_broadcast
         try:
             calls = update.portions()
             for number, (group, bucket) in enumerate(calls, start=1):
@@ -181,7 +181,7 @@ class SglangServer:
         }
         await self._http.post("/update_weights_from_distributed", body | ending, timeout_seconds=timeout_seconds)
 
-    async def _receive_mapped(
+    async def _receive_own(
         self, group: str, bucket: Sequence[TensorSpec], ending: dict[str, Any], timeout_seconds: float
     ) -> None:
         orders = sglang_receiver.take(group, bucket, self._ranks, self._failures)

@@ -10,7 +10,7 @@ KIND = ServerKind(
     server="megatron_rl.rollout.engines.vllm.server:VllmServer",
     package="vllm",
     releases=">=0.32,<0.33",
-    transports=(*FOLDERS, "collective", "cuda_ipc"),
+    transports=(*FOLDERS, "collective", "delta", "cuda_ipc"),
     keeps_requests=True,
     memory_share=0.9,
     memory_option="--gpu-memory-utilization",

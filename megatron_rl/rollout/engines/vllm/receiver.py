@@ -16,6 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_rl.weight_sync.buckets import TensorSpec, unflatten
+from megatron_rl.weight_sync.delta import DeltaReceiver
 from megatron_rl.weight_sync.digest_queue import DigestQueue, digests
 from megatron_rl.weight_sync.mapped import MappedReceiver
 from megatron_rl.weight_sync.process_group import BroadcastGroup
@@ -61,7 +62,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
         self.failure: str | None = None
         self.updating = False
         """Between the start and the finish of an update."""
-        self._groups: dict[str, BroadcastGroup | MappedReceiver] = {}
+        self._groups: dict[str, BroadcastGroup | MappedReceiver | DeltaReceiver] = {}
 
     def init_transfer_engine(self, init_info: Groups) -> None:
         self.shutdown()
@@ -71,9 +72,10 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
             for member in members:
                 self._groups[member.name] = self._join(member)
 
-    def _join(self, member: GroupMember) -> BroadcastGroup | MappedReceiver:
-        if member.mapped:
-            return MappedReceiver(member, self.parallel_config.rank, self.device)
+    def _join(self, member: GroupMember) -> BroadcastGroup | MappedReceiver | DeltaReceiver:
+        if member.mapped or member.delta:
+            kind = MappedReceiver if member.mapped else DeltaReceiver
+            return kind(member, self.parallel_config.rank, self.device)
         return BroadcastGroup(member, self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
@@ -111,7 +113,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
         """Gives each tensor memory of its own, which a layer may keep until the rest of the layer has arrived."""
         specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in portion.bucket]
         group = self._groups.get(portion.group)
-        if isinstance(group, MappedReceiver):
+        if isinstance(group, MappedReceiver | DeltaReceiver):
             with group.bucket(specs) as tensors:
                 yield tensors
         elif group is not None:
@@ -156,7 +158,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
     def shutdown(self) -> None:
         groups, self._groups, self._ahead = self._groups, {}, {}
         for group in groups.values():
-            group.close() if isinstance(group, MappedReceiver) else group.leave()
+            group.leave() if isinstance(group, BroadcastGroup) else group.close()
 
 
 class Extension:
