@@ -14,7 +14,7 @@ from megatron_rl.config import Config
 from megatron_rl.doctor.engines import check_engines
 from megatron_rl.doctor.environments import PREFIX, check_environments
 from megatron_rl.doctor.findings import Finding, judged
-from megatron_rl.doctor.machine import check_gpus, check_limits, check_shared_memory
+from megatron_rl.doctor.machine import check_gpus, check_limits, check_shared_memory, shared_weights
 from megatron_rl.doctor.versions import check_versions
 from megatron_rl.errors import UserError
 from megatron_rl.run.stack import ACTOR, ENGINE
@@ -69,7 +69,8 @@ def look_around(config: Config, folder: Path) -> Report:
     seen = (folder / TOKEN).is_file()
     if seen:
         (folder / host).touch()
-    findings = [*check_versions(device), *check_limits(device), check_shared_memory(device), *check_gpus(device)]
+    findings = [*check_versions(device), *check_limits(device), *check_gpus(device)]
+    findings.append(check_shared_memory(device, shared_weights(config)))
     return host, seen, [*findings, *check_environments(config)]
 
 

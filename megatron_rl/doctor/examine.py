@@ -10,7 +10,14 @@ from pathlib import Path
 from megatron_rl.config import Config
 from megatron_rl.data.hub import with_local_copies
 from megatron_rl.doctor.findings import Finding
-from megatron_rl.doctor.machine import check_disk, check_gpus, check_limits, check_ports, check_shared_memory
+from megatron_rl.doctor.machine import (
+    check_disk,
+    check_gpus,
+    check_limits,
+    check_ports,
+    check_shared_memory,
+    shared_weights,
+)
 from megatron_rl.doctor.versions import check_server, check_versions
 from megatron_rl.errors import UserError
 
@@ -29,14 +36,15 @@ def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
     device = config.actor.device if config else "auto"
     if device == "auto":  # asking torch would take seconds
         device = "cuda" if shutil.which("nvidia-smi") else "cpu"
+    decided = config and config.model_copy(update={"actor": config.actor.model_copy(update={"device": device})})
     yield from check_versions(device)
     yield from check_gpus(device)
     yield from check_limits(device)
-    yield check_shared_memory(device)
+    yield check_shared_memory(device, shared_weights(decided) if decided else 0.0)
     if config and (finding := check_server(config.rollout)):
         yield finding
     yield _check_disk(config)
-    if quick or config is None:
+    if quick or not (config and decided):
         return
     if not os.environ.get("RAY_ADDRESS"):
         first = config.cluster.slurm.port
@@ -44,8 +52,7 @@ def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
     from megatron_rl.doctor.cluster import check_cluster
     from megatron_rl.doctor.environments import check_environments
 
-    decided = config.actor.model_copy(update={"device": device})
-    yield from check_environments(config.model_copy(update={"actor": decided}))
+    yield from check_environments(decided)
     yield from check_cluster(config)
 
 

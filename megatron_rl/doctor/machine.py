@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 
+from megatron_rl.config import Config
 from megatron_rl.doctor.findings import Finding, judged
+from megatron_rl.errors import UserError
 from megatron_rl.utils.versions import DRIVERS
 
 GIB = 2**30
@@ -48,15 +50,29 @@ def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else str(value)
 
 
-def check_shared_memory(device: str, path: Path = Path("/dev/shm")) -> Finding:
-    least = SHARED_MEMORY_GIB["cpu" if device == "cpu" else "cuda"]
+def check_shared_memory(device: str, weights: float = 0.0, path: Path = Path("/dev/shm")) -> Finding:
+    """weights: bytes of weights that engines read there, besides what other programs need."""
+    least = SHARED_MEMORY_GIB["cpu" if device == "cpu" else "cuda"] + weights / GIB
     if not path.is_dir():
         return Finding(
             "shared memory", "warning", f"{path} does not exist", "weights go through temporary files instead"
         )
     size = psutil.disk_usage(str(path)).total / GIB
-    remedy = f"provide at least {least} GiB, in Docker with --shm-size or --ipc=host"
+    weights_too = f", {weights / GIB:.1f} of them for weights (weight_sync.transport: shared_memory)" if weights else ""
+    remedy = f"provide at least {least:.1f} GiB{weights_too}, in Docker with --shm-size or --ipc=host"
     return judged("shared memory", size >= least, f"{path}: {size:.1f} GiB", remedy)
+
+
+def shared_weights(config: Config) -> float:
+    """Returns the bytes of weights that engines of a run read in /dev/shm; 0 if the run has no plan, which other checks
+    report."""
+    from megatron_rl.plan.memory import shared_memory_bytes
+    from megatron_rl.plan.setup import setup_of
+
+    try:
+        return shared_memory_bytes(setup_of(config))
+    except UserError:
+        return 0.0
 
 
 def check_disk(folder: Path, needed_bytes: float, what: str) -> Finding:

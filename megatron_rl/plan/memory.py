@@ -126,20 +126,27 @@ def host_bytes(setup: Setup, stage: int) -> float:
     return total + (weights + state if setup.config.train.async_save else 0.0)
 
 
-def node_bytes(setup: Setup) -> Parts:
-    """Bytes of host memory that a run takes on its fullest node, besides its processes.
+def shared_memory_bytes(setup: Setup) -> float:
+    """Bytes of the copy of all weights that every node with engines has in /dev/shm, which is memory of the node, with
+    `weight_sync.transport: shared_memory`; 0 with any other one.
 
-    With `weight_sync.transport: shared_memory`, every node with engines has a copy of all weights in /dev/shm, which is
-    memory of the node. A file is replaced once its successor is complete, so there is a bucket more.
+    A file is replaced once its successor is complete, so there is a bucket more.
     """
+    if transport_of(setup.config) != "shared_memory":
+        return 0.0
+    weights = float(setup.element * model_parameters(setup.model))
+    return weights + min(weights, setup.config.weight_sync.bucket_megabytes * 2.0**20)
+
+
+def node_bytes(setup: Setup) -> Parts:
+    """Bytes of host memory that a run takes on its fullest node, besides its processes."""
     placement = setup.placement
     nodes = []
     for node in placement.nodes:
         ranks = [rank for rank, place in enumerate(placement.actors) if place == node]
         parts = {"its actor ranks": sum(host_bytes(setup, setup.layout.stage_of(rank)) for rank in ranks)}
-        if transport_of(setup.config) == "shared_memory" and node in placement.engines:
-            weights = float(setup.element * model_parameters(setup.model))
-            parts["weights in /dev/shm"] = weights + min(weights, setup.config.weight_sync.bucket_megabytes * 2.0**20)
+        if node in placement.engines:
+            parts["weights in /dev/shm"] = shared_memory_bytes(setup)
         nodes.append(parts)
     return max(nodes, key=lambda parts: sum(parts.values()))
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families import FAMILIES as SUPPORTED_FAMILIES
+from megatron_rl.models.hf_format import read_config
 from tests.rehearsal.cases import BASE, CPU_WITH_ENGINE, FAMILIES, LOCAL, SMOKE, TP_SP, family_config
 from tests.rehearsal.harness import Models, Outcome, assert_alike, pair_name, references, run_cases, steps_of
 from tests.rehearsal.versions import MEGATRONS, NEWEST, PAIRS, Pair
@@ -49,6 +52,11 @@ def rehearsed(
     cases |= {name: steps_of(case, models, count=1) for name, case in SMOKE.items()}
     folder = tmp_path_factory.mktemp("pairs")
     return {pair: run_cases(folder / "-".join(pair), *pair, cases) for pair in PAIRS if pair in chosen(request, "pair")}
+
+
+def test_no_family_is_left_out(families: dict[str, str]) -> None:
+    rehearsed = {Architecture.from_hf(read_config(Path(folder))).family for folder in families.values()}
+    assert rehearsed == set(SUPPORTED_FAMILIES)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=pair_name)

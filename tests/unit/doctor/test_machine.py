@@ -100,7 +100,9 @@ def test_low_limits_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shared_memory_and_disk_space(tmp_path: Path) -> None:
-    assert machine.check_shared_memory("cpu", tmp_path / "absent").state == "warning"
+    assert machine.check_shared_memory("cpu", path=tmp_path / "absent").state == "warning"
+    small = machine.check_shared_memory("cpu", 2.0**60, tmp_path)
+    assert small.state == "failure" and "for weights (weight_sync.transport: shared_memory)" in small.remedy
     assert machine.check_disk(tmp_path / "not/there/yet", 1, "a run").state == "ok"
     full = machine.check_disk(tmp_path, 1e18, "a run")
     assert full.state == "failure" and "train.keep_checkpoints" in full.remedy
