@@ -105,8 +105,9 @@ class ActorSettings(Section):
     """Most tokens, including prompts, in one forward pass. A longer sequence forms a micro-batch of its own."""
     rows: Literal["auto", "prefix_tree", "packed", "padded"] = "auto"
     """Layout of the sequences of a micro-batch. prefix_tree: common prefixes of sequences, prompts above all, are
-    computed once; not available with Transformer Engine. packed: sequences follow each other without padding. padded:
-    one row per sequence, padded to the same length. auto: prefix_tree, or packed with Transformer Engine."""
+    computed once; with Transformer Engine's layers FlexAttention attends to them, which has not been run on a GPU yet.
+    packed: sequences follow each other without padding. padded: one row per sequence, padded to the same length. auto:
+    prefix_tree, or packed with Transformer Engine."""
     lm_head: Literal["fused", "materialised"] = "fused"
     """fused: the loss projects one chunk of sampled tokens at a time and keeps no logits. materialised: the logits of
     all sampled tokens of a micro-batch are held in memory: sampled tokens x vocabulary / tensor_parallel values."""

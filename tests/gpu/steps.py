@@ -59,6 +59,13 @@ STEPS = (
         transformer_engine=True,
     ),
     Step(
+        "prefix tree",
+        "Does FlexAttention over prefix trees take the steps of packed rows, and in how much of their time?",
+        ("tests/gpu/test_prefix_tree_on_cuda.py",),
+        120,
+        transformer_engine=True,
+    ),
+    Step(
         "memory",
         "Does a billion parameters take the memory that plan predicts?",
         ("tests/gpu/test_actor_on_cuda.py", "-k", "billion"),

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_rl.actor import platform
+from megatron_rl.actor.model import flex_tree
 from megatron_rl.actor.optimizer.state import read_state
 from megatron_rl.actor.passes.policy_loss import LossChoice
 from megatron_rl.actor.passes.results import merge_tables
@@ -23,6 +27,7 @@ from megatron_rl.config.actor import ActorSettings, OptimizerSettings
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.models.weight_map import export_hf_weights
 from megatron_rl.parallel.layout import Layout
+from tests import flex_reference
 from tests.meeting import gathered, meeting_point, sent_to
 
 VOCABULARY = 51  # odd, so tensor parallelism pads the vocabulary
@@ -67,6 +72,7 @@ def batch() -> SequenceBatch:
 def steps(rank: int, layout: Layout, variant: dict[str, Any], meeting: Path, folder: Path) -> dict[str, Any] | None:
     """Takes the steps. Returns the results of all ranks on rank 0, None elsewhere."""
     model = folder / variant.pop("model")
+    variant.pop("flex", None)
     settings = ActorSettings.model_validate({"device": "cpu", "micro_batch_tokens": 24} | variant)
     sequence_parallel = settings.sequence_parallel
     worker = MegatronWorker(settings, replace(layout, sequence_parallel=sequence_parallel), rank)
@@ -101,9 +107,20 @@ def steps(rank: int, layout: Layout, variant: dict[str, Any], meeting: Path, fol
 def run_rank(rank: int, layout: Layout, variants: dict[str, dict[str, Any]], folder: Path) -> None:
     platform.prepare("cpu")
     for name, variant in variants.items():
-        found = steps(rank, layout, variant, folder / f"{name}.port", folder)
+        with by_flex() if variant.get("flex") else nullcontext():
+            found = steps(rank, layout, variant, folder / f"{name}.port", folder)
         if found is not None:
             torch.save(as_tensors(found), folder / f"{name}.pt")
+
+
+@contextmanager
+def by_flex() -> Iterator[None]:
+    """Makes the actor attend over prefix trees as it does with Transformer Engine's layers."""
+    with (
+        patch.object(platform, "uses_flex", lambda settings, device: True),
+        patch.object(flex_tree, "kernel", lambda: flex_reference.attend),
+    ):
+        yield
 
 
 def as_tensors(value: Any) -> Any:

@@ -21,6 +21,8 @@ from tests.tiers import chosen, quick_of
 PLAIN = {"rows": "padded", "lm_head": "materialised"}
 PACKED = {"rows": "packed"}
 """Without this setting sequences share positions, which is the default on a CPU."""
+FLEX = {"flex": True}
+"""Sequences share positions, and the attention is that of Transformer Engine's layers, with a reference kernel."""
 FULL = {"recompute": {"granularity": "full"}}
 SELECTIVE = {"recompute": {"granularity": "selective", "modules": ["core_attn", "mlp"]}}
 SP = {"sequence_parallel": True}
@@ -39,6 +41,9 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
             "materialised": {"lm_head": "materialised"},
             "packed, fused": PACKED,
             "padded, fused": {"rows": "padded"},
+            "flex": FLEX,
+            "tied, flex": FLEX | TIED,
+            "experts, flex": FLEX | EXPERTS,
             "full recompute": FULL,
             "selective recompute": SELECTIVE,
             "offloaded optimizer": {"offload_optimizer": True},
@@ -57,6 +62,8 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
             "tp2, sp, fused": SP,
             "tp2, sp, packed, fused": SP | PACKED,
             "tied, tp2, sp, fused": TIED | SP,
+            "tp2, sp, flex": SP | FLEX,
+            "tp2, sp, flex, selective recompute": SP | FLEX | SELECTIVE,
             "tp2, sp, full recompute": SP | FULL,
             "tp2, sp, selective recompute": SP | SELECTIVE,
         },
@@ -67,7 +74,11 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
     ),
     "pp2, interleaved": (
         {"pipeline": 2, "virtual_pipeline": 2},
-        {"pp2, interleaved": {}, "tied, pp2, packed, interleaved": TIED | FULL | PACKED},
+        {
+            "pp2, interleaved": {},
+            "pp2, flex, interleaved": FLEX | FULL,
+            "tied, pp2, packed, interleaved": TIED | FULL | PACKED,
+        },
     ),
     "dp2": (
         {"data": 2},
@@ -75,6 +86,7 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
             "dp2, plain": PLAIN | {"distributed_optimizer": False},
             "dp2, distributed optimizer": {},
             "dp2, packed": PACKED,
+            "dp2, flex": FLEX,
             "dp2, overlapped sum": OVERLAPPED,
             "tied, dp2, overlapped sum": TIED | OVERLAPPED,
             "experts, dp2, overlapped sum": EXPERTS | OVERLAPPED,
@@ -96,7 +108,13 @@ LOSSES = ("supervised", "lp_reg", "entropy_bonus", "gspo")
 
 QUICK = {
     *LAYOUTS["one rank"][1],
-    *("tp2, sp, fused", "tp2, sp, packed, fused", "tied, tp2, sp, fused", "tp2, sp, plain"),
+    *(
+        "tp2, sp, flex, selective recompute",
+        "tp2, sp, fused",
+        "tp2, sp, packed, fused",
+        "tied, tp2, sp, fused",
+        "tp2, sp, plain",
+    ),
     *(
         "tied, pp2, packed, interleaved",
         "dp2, distributed optimizer",

@@ -34,6 +34,7 @@ class Case:
 
 
 TP_SP = {"tensor_parallel": 2, "sequence_parallel": True}
+TREE = {"rows": "prefix_tree"}
 STEPS: dict[str, Case] = {
     "one rank": Case(),
     "no fused kernels": Case(actor=UNFUSED),
@@ -52,6 +53,14 @@ STEPS: dict[str, Case] = {
     "feed-forward recomputed": Case(actor={"recompute": {"granularity": "selective"}}),
     "materialised head": Case(actor={"lm_head": "materialised"}),
     "padded rows": Case(actor={"rows": "padded"}),
+    "prefix tree": Case(actor=TREE),
+    "prefix tree, no fused kernels": Case(actor=TREE | UNFUSED),
+    "prefix tree, tensor and sequence": Case(actor=TREE | TP_SP),
+    "prefix tree, pipeline": Case(actor=TREE | {"pipeline_parallel": 2}),
+    "prefix tree, interleaved pipeline": Case(actor=TREE | {"pipeline_parallel": 2, "virtual_pipeline": 2}),
+    "prefix tree, replicas": Case(actor=TREE | {"data_parallel": 2}),
+    "prefix tree, layers recomputed": Case(actor=TREE | {"recompute": {"granularity": "full"}}),
+    "prefix tree, experts over ranks": Case("experts", TREE | {"data_parallel": 2, "expert_parallel": 2}),
     "qwen2, pipeline": Case("qwen2", {"pipeline_parallel": 2}),
     "llama, tensor and sequence": Case("llama", TP_SP),
     "experts": Case("experts"),
@@ -84,6 +93,7 @@ WAITS = {
     "tensor and sequence": Case(actor=TP_SP),
     "context": Case(actor={"context_parallel": 2}),
     "experts": Case("experts"),
+    "prefix tree": Case(actor=TREE),
 }
 """Layouts under which waits are counted."""
 

@@ -24,7 +24,12 @@ OWNERS = {
     "/megatron/core/": "megatron-core",
     "/transformer_engine/": "transformer-engine",
 }
-STAND_INS = ("/rehearsal/stand_ins/", "/rehearsal/site/moe_permutation.py", "/triton/runtime/interpreter.py")
+STAND_INS = (
+    "/rehearsal/stand_ins/",
+    "/rehearsal/site/moe_permutation.py",
+    "/tests/flex_reference.py",
+    "/triton/runtime/interpreter.py",
+)
 """What these read, the kernels that they stand for read on the GPU."""
 _READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "is_nonzero", "__array__"}
 _SIZED_BY_VALUES = {"nonzero", "masked_select", "unique", "argwhere", "equal", "allclose", "_unique2", "bincount"}

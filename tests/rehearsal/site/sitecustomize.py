@@ -59,11 +59,18 @@ def _permutation(kernels: ModuleType) -> None:
     moe_permutation.replace(kernels)
 
 
+def _flex(flex_tree: ModuleType) -> None:
+    """FlexAttention is a Triton kernel that torch compiles."""
+    from tests.flex_reference import attend
+
+    flex_tree.kernel = lambda: attend  # type: ignore[attr-defined]
+
+
 DEVICE = os.environ.get("MEGATRON_RL_REHEARSAL")
 """`cuda`, or `cpu` to leave torch as it is."""
 if DEVICE:
     for _module, _action in {
-        **({"torch": _cuda} if DEVICE == "cuda" else {}),
+        **({"torch": _cuda, "megatron_rl.actor.model.flex_tree": _flex} if DEVICE == "cuda" else {}),
         "transformer_engine.common": _extension,
         "transformer_engine.pytorch.cpp_extensions": _names,
         "transformer_engine.pytorch.triton.permutation": _permutation,

@@ -161,12 +161,34 @@ def test_prefix_tree_packing_is_the_default_except_with_transformer_engine(monke
             auto, asked = (ActorSettings(dtype="bfloat16", **rows) for rows in ({}, {"rows": "prefix_tree"}))
             assert platform.packing_form(auto, device) == ("packed" if engine else "prefix_tree")
             assert platform.packing_form(asked, device) == "prefix_tree"
-            platform.require(device, auto)
-            if engine:
-                with pytest.raises(UserError, match=r"actor\.rows: prefix_tree does not work with Transformer Engine"):
-                    platform.require(device, asked)
-            else:
-                platform.require(device, asked)
+            assert platform.uses_flex(asked, device) == engine and not platform.uses_flex(auto, device)
+            for settings in (auto, asked):
+                platform.require(device, settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing", "reason"),
+    [
+        ({}, "triton", "Triton, which compiles FlexAttention, is not installed"),
+        (
+            {"attention_backend": "flash"},
+            None,
+            "actor.attention_backend: flash asks for an attention that has no prefix",
+        ),
+    ],
+)
+def test_rows_are_packed_and_the_log_says_why_if_flex_attention_is_missing(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], missing: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(platform, "_device", cuda)
+    asked = ActorSettings(dtype="bfloat16", rows="prefix_tree", **settings)
+    assert platform.packing_form(asked, cuda) == "packed" and not platform.uses_flex(asked, cuda)
+    assert f"actor.rows: packed, not prefix_tree: {reason}" in platform.describe(asked)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    available = platform.describe(ActorSettings(dtype="bfloat16", rows="prefix_tree"))
+    assert "attention: FlexAttention over prefix trees" in available and "not prefix_tree" not in available
 
 
 def test_retargeting_changes_names_constants_and_inner_functions() -> None:
