@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_rl.errors import UserError
 from megatron_rl.observability.method_rules import Watched, filters, less_entropy, more_entropy, selections
-from megatron_rl.observability.metrics import LONGEST_LINE, Row, series
+from megatron_rl.observability.metrics import LONGEST_LINE, Row, metric_names
 from megatron_rl.utils.bounded import parse_json, read_lines
 from megatron_rl.utils.files import atomically, write_error
 from megatron_rl.utils.format import number
@@ -43,13 +45,53 @@ class Finding:
 _FINDING = TypeAdapter(Finding)
 
 
+class Values:
+    """The values of a metric so far, of which only the first and the last `window` are kept: a run may be long."""
+
+    def __init__(self, window: int) -> None:
+        self.count, self.best = 0, -math.inf
+        self.first: list[float] = []
+        self.last: deque[float] = deque(maxlen=window)
+
+    def add(self, value: float) -> None:
+        if len(self.first) < (self.last.maxlen or 0):
+            self.first.append(value)
+        self.last.append(value)
+        self.count, self.best = self.count + 1, max(self.best, value)
+
+
+class History:
+    """The finite values of every metric so far."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._values: dict[str, Values] = {}
+
+    def add(self, row: Row) -> None:
+        """Adds the metrics of the next step."""
+        for name in metric_names([row]):
+            self._values.setdefault(name, Values(self._window)).add(float(row[name]))
+
+    def of(self, metric: str) -> Values:
+        return self._values.get(metric) or Values(self._window)
+
+    def last(self, metric: str) -> list[float]:
+        """Returns the last `window` values; none if there are fewer."""
+        values = self.of(metric)
+        return list(values.last) if values.count >= self._window else []
+
+    def evaluations(self) -> list[Values]:
+        """Returns the values of every suite's accuracy."""
+        return [values for name, values in self._values.items() if name.startswith("eval/") and "/avg@" in name]
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """A condition that a run should not be in."""
 
     name: str
-    holds: Callable[[Sequence[Row], DiagnosisSettings], str | None]
-    """Returns what is wrong after the given rows, or None."""
+    holds: Callable[[History, DiagnosisSettings], str | None]
+    """Returns what is wrong after the steps so far, or None."""
     remedy: str
 
 
@@ -70,8 +112,10 @@ class Diagnosis:
         self._rules = rules_of(algorithm)
         self._path = folder / FILE_NAME
         self._settings = settings
-        self._rows = list(rows)
-        self._holding = {rule for rule in self._rules if rule.holds(self._rows, settings)}
+        self._history = History(settings.window)
+        for row in sorted(rows, key=lambda row: int(row["step"])):
+            self._history.add(row)
+        self._holding = {rule for rule in self._rules if rule.holds(self._history, settings)}
         last = max((row["step"] for row in rows), default=-1)
         kept = [finding for finding in read_findings(folder) if finding.step <= last]
         if self._path.exists():
@@ -80,8 +124,8 @@ class Diagnosis:
 
     def step(self, step: int, metrics: Mapping[str, float | None]) -> list[Finding]:
         """Returns the warnings that start with this step, and appends them to warnings.jsonl in the run folder."""
-        self._rows.append({"step": step, **metrics})
-        what = {rule: text for rule in self._rules if (text := rule.holds(self._rows, self._settings))}
+        self._history.add({"step": step, **metrics})
+        what = {rule: text for rule in self._rules if (text := rule.holds(self._history, self._settings))}
         started = [
             Finding(step, rule.name, text, rule.remedy) for rule, text in what.items() if rule not in self._holding
         ]
@@ -113,57 +157,55 @@ def _line(finding: Finding) -> str:
     return json.dumps(asdict(finding)) + "\n"
 
 
-def _start_and_now(rows: Sequence[Row], metric: str, window: int) -> tuple[float, float] | None:
+def _start_and_now(history: History, metric: str, window: int) -> tuple[float, float] | None:
     """Returns the means of the first and the last `window` values, or None while these windows overlap."""
-    values = series(rows, metric)[1]
-    if len(values) < 2 * window:
+    values = history.of(metric)
+    if values.count < 2 * window:
         return None
-    return sum(values[:window]) / window, sum(values[-window:]) / window
+    return sum(values.first) / window, sum(values.last) / window
 
 
-def _entropy_collapse(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    means = _start_and_now(rows, "entropy/token_mean", settings.window)
+def _entropy_collapse(history: History, settings: DiagnosisSettings) -> str | None:
+    means = _start_and_now(history, "entropy/token_mean", settings.window)
     if means is None or means[1] >= settings.entropy_collapse * means[0]:
         return None
     limit = settings.entropy_collapse * means[0]
     return f"entropy {number(means[1])} fell below {number(limit)}, {settings.entropy_collapse:g} of its initial value"
 
 
-def _entropy_explosion(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    means = _start_and_now(rows, "entropy/token_mean", settings.window)
+def _entropy_explosion(history: History, settings: DiagnosisSettings) -> str | None:
+    means = _start_and_now(history, "entropy/token_mean", settings.window)
     if means is None or means[1] <= settings.entropy_explosion * means[0]:
         return None
     limit = settings.entropy_explosion * means[0]
     return f"entropy {number(means[1])} rose above {number(limit)}, {settings.entropy_explosion:g} x its initial value"
 
 
-def _zero(part: Watched, rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    values = series(rows, part.metric)[1][-settings.window :]
-    if len(values) < settings.window or any(values):
+def _zero(part: Watched, history: History, settings: DiagnosisSettings) -> str | None:
+    values = history.last(part.metric)
+    if not values or any(values):
         return None
     return f"{part.meaning}: {part.metric} has been 0 for {settings.window} steps"
 
 
-def _kept(part: Watched, rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    values = series(rows, part.metric)[1][-settings.window :]
-    if len(values) < settings.window or min(values) <= settings.kept:
+def _kept(part: Watched, history: History, settings: DiagnosisSettings) -> str | None:
+    values = history.last(part.metric)
+    if not values or min(values) <= settings.kept:
         return None
     return f"{part.meaning} keeps at least {number(min(values))} of the tokens, more than {settings.kept:g}"
 
 
-def _truncation_growth(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    means = _start_and_now(rows, "response_length/truncated_fraction", settings.window)
+def _truncation_growth(history: History, settings: DiagnosisSettings) -> str | None:
+    means = _start_and_now(history, "response_length/truncated_fraction", settings.window)
     if means is None or means[1] <= max(settings.truncated, 2 * means[0]):
         return None
     limit = max(settings.truncated, 2 * means[0])
     return f"{number(means[1])} of the responses are truncated, more than {number(limit)}"
 
 
-def _reward_without_accuracy(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    reward = _start_and_now(rows, "reward/mean", settings.window)
-    names = {name for row in rows for name in row if name.startswith("eval/") and "/avg@" in name}
-    evaluations = [series(rows, name)[1] for name in sorted(names)]
-    drops = [max(values) - values[-1] for values in evaluations if len(values) > 1]
+def _reward_without_accuracy(history: History, settings: DiagnosisSettings) -> str | None:
+    reward = _start_and_now(history, "reward/mean", settings.window)
+    drops = [values.best - values.last[-1] for values in history.evaluations() if values.count > 1]
     limit = settings.reward_without_accuracy
     if reward is None or not drops or reward[1] - reward[0] < limit or min(drops) < limit:
         return None
@@ -173,23 +215,23 @@ def _reward_without_accuracy(rows: Sequence[Row], settings: DiagnosisSettings) -
     )
 
 
-def _no_reward(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    values = series(rows, "reward/mean")[1][-settings.window :]
-    if len(values) < settings.window or any(values):
+def _no_reward(history: History, settings: DiagnosisSettings) -> str | None:
+    values = history.last("reward/mean")
+    if not values or any(values):
         return None
     return f"no response has had a reward for {settings.window} steps"
 
 
-def _stale_weights(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
-    values = series(rows, "rollout/staleness_max")[1][-settings.window :]
-    if len(values) < settings.window or min(values) <= settings.staleness:
+def _stale_weights(history: History, settings: DiagnosisSettings) -> str | None:
+    values = history.last("rollout/staleness_max")
+    if not values or min(values) <= settings.staleness:
         return None
     return f"samples are {min(values):.0f} or more weight versions old, more than {settings.staleness}"
 
 
-def _gap_growth(rows: Sequence[Row], settings: DiagnosisSettings) -> str | None:
+def _gap_growth(history: History, settings: DiagnosisSettings) -> str | None:
     """Checks fresh tokens only: for older tokens the gap also grows with the updates of the policy."""
-    means = _start_and_now(rows, "logprob/fresh_abs_diff", settings.window)
+    means = _start_and_now(history, "logprob/fresh_abs_diff", settings.window)
     if means is None or means[1] <= max(settings.gap, settings.gap_growth * means[0]):
         return None
     limit = max(settings.gap, settings.gap_growth * means[0])

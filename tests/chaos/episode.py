@@ -26,6 +26,7 @@ from tests.patience import Patience, Stuck
 
 DISK, SHM = 128 * 2**20, "512m"
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+PROGRAMS = ("ip", "ss", "iptables", "mkfs.ext4", "fsfreeze", "chattr", "losetup", "unshare")
 MOST_STARTS = 12
 BETWEEN = "between starts"
 CALM_STARTS = 2
@@ -71,7 +72,7 @@ class Episode:
         self.folder = self.place / "run"
         self.log = world.folder / f"runs/episodes/{number}.log"
         self.met: list[Met] = []
-        self.root = os.getuid() == 0
+        self.root = _may_isolate()
         self.network = f"mrlc-{os.getpid()}-{number}" if self.root else ""
         # Only on request: with libfaketime 0.9.10, Python's own sleep fails with EINVAL.
         self.with_clock = FAKETIME is not None and "clock jump" in only
@@ -254,6 +255,14 @@ def _effect(status: int, output: str) -> str:
 def _reason(output: str) -> str:
     found = re.findall(r"^(?:error: .*|RESTART .*|\w*(?:Error|Exception)\b.*)$", output, re.MULTILINE)
     return (found[-1] if found else output[-200:])[:500]
+
+
+def _may_isolate() -> bool:
+    """Returns whether this user may give a run a disk, a /dev/shm and a network of its own, and has what that takes."""
+    if os.getuid() or not all(shutil.which(program) for program in PROGRAMS):
+        return False
+    tried = (["losetup", "--find"], ["unshare", "--mount", "--net", "true"])
+    return not any(subprocess.run(one, capture_output=True).returncode for one in tried)
 
 
 def _of_ray(path: Path) -> bool:

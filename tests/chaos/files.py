@@ -23,7 +23,8 @@ from tests.chaos.episode import Met
 from tests.chaos.world import QUICKSTART, RUN, SMALL, World
 
 WHOLE = (damage.remove, damage.swap)
-"""Damage that only a list of the files and their hashes reveals, as checkpoints have one."""
+"""Damage that only the hash of the file reveals, kept elsewhere."""
+WHOLE_KNOWN = ("checkpoint", "metrics.jsonl")
 Reader = Callable[[Path, Path], Any]
 """Reads a file of a run's folder as the product does."""
 
@@ -84,7 +85,7 @@ def _one(folder: Path, number: int, rng: random.Random) -> Met | None:
     path = rng.choice(sorted(path for path in folder.glob(pattern) if path.stat().st_size))
     content = path.read_bytes()
     intact = None if name in ("checkpoint", "config.yaml") else read(folder, path)
-    how = rng.choice([how for how in damage.ANY if how not in WHOLE or name == "checkpoint"])
+    how = rng.choice([how for how in damage.ANY if how not in WHOLE or name in WHOLE_KNOWN])
     how(path, rng)
     if path.exists() and path.read_bytes() == content:
         return None

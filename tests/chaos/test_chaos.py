@@ -47,5 +47,4 @@ def test_slopes_tell_what_grows_from_what_varies() -> None:
 
 def test_damaged_files_are_noticed(world: World) -> None:
     met = files.play(world, seed=0, number=2, most=60)
-    assert len(met) > 50 and {one.verdict for one in met if one.target == "checkpoint"} == {"equal"}, met
-    assert not [one for one in met if one.verdict == "traceback"]
+    assert len(met) > 50 and {one.verdict for one in met} == {"equal"}, met

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.config.algorithm import AlgorithmSettings
 from megatron_rl.config.observability import DiagnosisSettings
-from megatron_rl.observability.diagnosis import Diagnosis, Finding, read_findings, rules_of
+from megatron_rl.observability.diagnosis import Diagnosis, Finding, History, read_findings, rules_of
 from megatron_rl.observability.report import write_report
 
 LP_REG = AlgorithmSettings()
@@ -122,3 +122,14 @@ def test_a_growing_gap_of_older_tokens_gives_no_warning(tmp_path: Path) -> None:
     diagnosis = Diagnosis(tmp_path, DiagnosisSettings(), LP_REG, [])
     moving = {"rollout/staleness_max": 1.0}
     assert go(diagnosis, 1, 60, lambda step: {**moving, "logprob/rollout_actor_abs_diff": 0.004 * 1.2**step}) == []
+
+
+def test_a_long_run_needs_no_more_memory_for_its_diagnosis() -> None:
+    history = History(window=5)
+    for step in range(1000):
+        history.add({"step": step, "time": 1.0, "reward/mean": float(step), "eval/a/avg@8": -float(step), "none": None})
+    values = history.of("reward/mean")
+    assert (values.first, list(values.last), values.count) == ([0, 1, 2, 3, 4], [995, 996, 997, 998, 999], 1000)
+    assert history.last("reward/mean") == list(values.last) and history.last("none") == []
+    (evaluation,) = history.evaluations()
+    assert evaluation.best == 0
