@@ -6,7 +6,8 @@ MODEL: the quickstart's policy, `runs/<name>/hf` of a run, or `runs/cache/warm_s
 A call has 16 prompts of the task's data, 8 responses each, at most 46 tokens, temperature 1, float32, one thread. Both
 take turns on the same prompts, pair after pair. The result is the ratio within a pair (median and quartiles) in process
 time, which other programs disturb least. Tokens are counted up to and including each response's end token. The embedded
-engine also returns log-probs; `generate` does not.
+engine also returns log-probs; `generate` does not. The floor of each is the time of its matrix products alone: those of
+the model's linear layers in one call, repeated on inputs of the same shapes.
 """
 
 from __future__ import annotations
@@ -63,6 +64,26 @@ def theirs(engine: TransformersEngine, prompts: list[list[int]], sampling: Sampl
     return int((ends.cumsum(1) - ends.long() == 0).sum())
 
 
+def products_alone(engine: TransformersEngine, generate: Callable[[], int]) -> tuple[float, int]:
+    """Returns the seconds that a call spends in its linear layers at least, and the positions that these compute."""
+    inputs: list[tuple[torch.nn.Linear, torch.Size]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, given: inputs.append((layer, given[0].shape)))
+        for layer in engine.model.modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    generate()
+    for hook in hooks:
+        hook.remove()
+    positions = sum(shape[:-1].numel() for layer, shape in inputs if layer is inputs[0][0])
+    with torch.inference_mode():
+        products = [(torch.randn(shape), layer.weight) for layer, shape in inputs]
+        start = time.process_time()
+        for given, weight in products:
+            torch.nn.functional.linear(given, weight)
+        return time.process_time() - start, positions
+
+
 def rate(generate: Callable[[], int]) -> float:
     start = time.process_time()
     return generate() / (time.process_time() - start)
@@ -88,17 +109,23 @@ def main() -> None:
             found[generate.__name__] = rate(partial(generate, engine, batch, sampling))
         rates.append((found["ours"], found["theirs"]))
     rates = rates[WARM_UP:]
+    floors = {}
+    for name, generate in (("embedded engine", ours), ("transformers generate", theirs)):
+        call = partial(generate, engine, batch, sampling)
+        seconds, positions = min(products_alone(engine, call) for _ in range(5))
+        floors[name] = {"share": seconds * rate(call) / call(), "positions": positions}
     low, middle, high = statistics.quantiles([own / other for own, other in rates], n=4)
     result = {
         "tokens_per_second": {
             "embedded engine": statistics.median(own for own, _ in rates),
             "transformers generate": statistics.median(other for _, other in rates),
         },
+        "matrix_products_alone": floors,
         "ratio": {"median": middle, "quartiles": [low, high], "pairs": PAIRS},
     }
-    table = Table("", "tokens/s")
+    table = Table("", "tokens/s", "matrix products alone", "positions of a call")
     for name, value in result["tokens_per_second"].items():
-        table.add_row(name, f"{value:,.0f}")
+        table.add_row(name, f"{value:,.0f}", f"{floors[name]['share']:.0%}", f"{floors[name]['positions']:,}")
     table.add_row("ratio", f"{middle:.2f} (quartiles {low:.2f}, {high:.2f})")
     Console().print(table)
     keep(options.out, "embedded_engine", **result)
