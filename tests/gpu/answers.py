@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ def page(machine: dict[str, Any], answers: list[Answer], seconds: float) -> str:
     lines = [f"{where}, in {seconds / 60:.1f} minutes ({versions}).", ""]
     lines += ["| question | answer | measured |", "|---|---|---|"]
     for answer in answers:
-        count = sum(case.outcome == "passed" for case in answer.cases)
-        result = f"{answer.outcome}, {count} tests" if answer.cases else answer.outcome
+        counts = Counter(case.outcome for case in answer.cases)
+        result = f"{answer.outcome}, {counts['passed']} tests" if answer.cases else answer.outcome
+        result += f", {counts['skipped']} skipped" if counts["skipped"] else ""
         found = [f"{name}: {value}" for case in answer.cases for name, value in case.measured.items()]
         lines.append(f"| {answer.question} | {result} | {'; '.join(found or answer.reason.splitlines()[:1])} |")
     return "\n".join(lines) + "\n"

@@ -65,8 +65,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Steps over a file of ordinary tests."""
     file = tmp_path / "test_stand_in.py"
     file.write_text(
-        "import time\n"
+        "import time, pytest\n"
         "def test_good(record_property): record_property('ratio', 1.25)\n"
+        "def test_good_elsewhere(): pytest.skip('needs two GPUs')\n"
         "def test_bad(): assert 1 == 2, 'one is not two'\n"
         "def test_endless(): time.sleep(600)\n"
     )
@@ -94,7 +95,7 @@ def test_each_step_leaves_its_outcome_and_what_it_measured(stand_in: Path) -> No
     assert outcomes == {"good": "passed", "bad": "failed", "endless": "ran out of time", "engine": "left out"}
     assert steps["good"]["cases"][0]["measured"] == {"ratio": "1.25"}
     assert "one is not two" in steps["bad"]["cases"][0]["message"]
-    assert "| Is it good? | passed, 1 tests | ratio: 1.25 |" in page
+    assert "| Is it good? | passed, 1 tests, 1 skipped | ratio: 1.25 |" in page
     assert "one is not two" in (stand_in / "log.txt").read_text()
 
 
