@@ -3,16 +3,17 @@
     python examples/environments/tiny.py
     megatron-rl train examples/environments/tiny_sums.yaml run.name=reasoning-gym-sums
     PYTHONPATH=examples/environments megatron-rl train examples/environments/tiny_guess.yaml run.name=verifiers-guess
-    megatron-rl train examples/agents/calculator.yaml train.steps=60 evaluation.every=60 run.name=embedded-calculator
+    megatron-rl train examples/agents/calculator.yaml train.steps=60 evaluation.every=60 \
+        train.save_every=10 run.name=embedded-calculator
     megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm train.steps=60 evaluation.every=60 \
-        run.name=vllm-calculator
+        train.save_every=10 run.name=vllm-calculator
     megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=12 \
         evaluation.every=12 evaluation.samples_per_prompt=1 observability.rollouts_every=1 rollout.max_staleness=2 \
         rollout.over_sampling=2 rollout.asynchronous=true algorithm.correction.weights=truncated \
         run.name=vllm-asynchronous
     python benchmarks/environments_learn.py RUN... [--out FILE]
 
-Runs of FILE that are not named stay in it.
+Runs of FILE that are not named stay in it; its commit and load are those of the last call.
 The servers are those of `make engines`; verifiers and reasoning-gym those of `make sinks`.
 """
 
