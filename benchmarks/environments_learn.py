@@ -2,22 +2,24 @@
 
     python examples/environments/tiny.py
     megatron-rl train examples/environments/tiny_sums.yaml run.name=reasoning-gym-sums
-    PYTHONPATH=examples/environments megatron-rl train examples/environments/tiny_guess.yaml \
-        run.name=verifiers-guess-lr-1e-3 \
-        actor.optimizer.lr=1e-3 rollout.samples_per_prompt=8 train.steps=25 evaluation.samples_per_prompt=16
-    megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=30 \
-        evaluation.every=30 run.name=vllm-calculator
+    PYTHONPATH=examples/environments megatron-rl train examples/environments/tiny_guess.yaml run.name=verifiers-guess
+    megatron-rl train examples/agents/calculator.yaml train.steps=60 evaluation.every=60 \
+        train.save_every=10 run.name=embedded-calculator
+    megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm train.steps=60 evaluation.every=60 \
+        train.save_every=10 run.name=vllm-calculator
     megatron-rl train examples/agents/calculator.yaml rollout.engine=vllm warm_start.batch_size=64 train.steps=12 \
         evaluation.every=12 evaluation.samples_per_prompt=1 observability.rollouts_every=1 rollout.max_staleness=2 \
         rollout.over_sampling=2 rollout.asynchronous=true algorithm.correction.weights=truncated \
         run.name=vllm-asynchronous
     python benchmarks/environments_learn.py RUN... [--out FILE]
 
+Runs of FILE that are not named stay in it; its commit and load are those of the last call.
 The servers are those of `make engines`; verifiers and reasoning-gym those of `make sinks`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     options = parser.parse_args()
-    found = {"runs": {folder.name: outcome(folder) for folder in options.runs}}
+    kept = json.loads(options.out.read_text())["runs"] if options.out and options.out.is_file() else {}
+    found = {"runs": kept | {folder.name: outcome(folder) for folder in options.runs}}
     print(environments_learn(found))
     keep(options.out, "environments_learn", **found)
 

@@ -71,7 +71,9 @@ def _mistral(part: str) -> list[Message]:
 def _harmony(text: str, spelled: str, *, with_tools: bool) -> Message:
     """The thinking before a call is the content of its message, which the template of gpt-oss shows until the model
     answers. The thinking before an answer is not shown again, and is `reasoning_content`."""
-    thought, said, calls = [], [], []
+    thought: list[str] = []
+    said: list[str] = []
+    calls: list[Message] = []
     for part in spelled.split("<|start|>"):
         header, found, rest = part.partition("<|message|>")
         body = _HARMONY_END.split(rest)[0]
