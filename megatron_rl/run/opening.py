@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -125,11 +125,7 @@ def open_run(config: Config) -> Iterator[Run]:
         decode = decoder_of(inputs.tokenizer)
         grader = stack.enter_context(open_grader(config.reward, config.run.folder / "logs" / "reward.log", decode))
         grading = Grading(grader, config.reward)
-        for line in (f"run folder: {config.run.folder}", _describe(inputs.train), _example(config, inputs.train)):
-            view.message(line)
-        for change in changes:
-            view.message(f"resumed with another setting: {change}")
-        for line in changed_metrics(config.run.folder, resumption) if resumption else ():
+        for line in (*_introduction(config, inputs.train, changes), *changed_metrics(config.run.folder, resumption)):
             view.message(line)
         last_step = None if config.resume == "never" else (state.step if state else -1)
         sinks = open_sinks(
@@ -172,6 +168,11 @@ def open_run(config: Config) -> Iterator[Run]:
         view.phase("sending weights to the engines")
         run.sync_weights()
         yield run
+
+
+def _introduction(config: Config, prompts: PromptSet, changes: Sequence[str]) -> list[str]:
+    lines = [f"run folder: {config.run.folder}", _describe(prompts), _example(config, prompts)]
+    return lines + [f"resumed with another setting: {change}" for change in changes]
 
 
 def _check_machine(config: Config, placement: Placement) -> None:

@@ -71,8 +71,10 @@ def same_data(config: Config, data: DataFile, resumption: Resumption) -> bool:
     )
 
 
-def changed_metrics(folder: Path, resumption: Resumption) -> list[str]:
+def changed_metrics(folder: Path, resumption: Resumption | None) -> list[str]:
     """Returns a message if the lines of metrics.jsonl up to the checkpoint are not those that the run wrote."""
+    if resumption is None:
+        return []
     manifest = resumption.manifest
     written, step = manifest.state.metrics_log, manifest.state.step
     if written is None or not resumption.checkpoint.resolve().is_relative_to(folder.resolve()):
