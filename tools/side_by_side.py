@@ -9,9 +9,11 @@ it starts and one when it ends. What failed targets printed comes last. Ctrl-C i
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -36,12 +38,28 @@ class Part:
             )
         print(f"{target} starts: {self.log}", flush=True)
 
-    def report(self) -> bool:
-        """Prints how the target has ended, and returns whether it has succeeded."""
-        minutes, seconds = divmod(int(time.monotonic() - self.since), 60)
+    def ended(self) -> bool:
+        """Returns whether the target has ended, and if so, prints how."""
+        before = processor_time()
+        if self.process.poll() is None:
+            return False
+        # A process's time is added, with that of all that it has waited for, when it is waited for: by `poll`.
+        took, used = clock(time.monotonic() - self.since), clock(processor_time() - before)
         last = (self.log.read_text(errors="replace").rstrip().splitlines() or [""])[-1].strip("= ")
-        print(f"{self.target} ended after {minutes}:{seconds:02} with {self.process.returncode}: {last}", flush=True)
-        return self.process.returncode == 0
+        status = self.process.returncode
+        print(f"{self.target} ended after {took} ({used} of processor time) with {status}: {last}", flush=True)
+        return True
+
+
+def processor_time() -> float:
+    """Returns the seconds of processor time of all processes that have ended and were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def interrupt(parts: Iterable[Part]) -> None:
@@ -61,28 +79,28 @@ def interrupt(parts: Iterable[Part]) -> None:
         print(f"{part.target} was interrupted", flush=True)
 
 
-def run(targets: Iterable[str]) -> list[Part]:
-    """Runs the targets and returns those that fail. If this function is interrupted, it leaves no target running."""
+def run(targets: Iterable[str], stop: threading.Event) -> list[Part]:
+    """Runs the targets and returns those that fail. If `stop` is set, those that run are interrupted, and fail."""
     waiting, running, failed = deque(targets), list[Part](), list[Part]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < AT_A_TIME:
-                running.append(Part(waiting.popleft()))
-            time.sleep(0.2)
-            for part in [part for part in running if part.process.poll() is not None]:
-                running.remove(part)
-                if not part.report():
-                    failed.append(part)
-    finally:
-        interrupt(running)
-    return failed
+    while (waiting or running) and not stop.is_set():
+        while waiting and len(running) < AT_A_TIME:
+            running.append(Part(waiting.popleft()))
+        time.sleep(0.2)
+        for part in [part for part in running if part.ended()]:
+            running.remove(part)
+            if part.process.returncode:
+                failed.append(part)
+    interrupt(running)
+    return failed + running
 
 
 if __name__ == "__main__":
-    # A shell that starts this script in the background makes it ignore SIGINT, and the parts would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # An exception in the midst of a start would leave a part that nobody knows. A shell that starts this script in the
+    # background makes it ignore SIGINT, and the parts would inherit that.
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
     LOGS.mkdir(parents=True, exist_ok=True)
-    failed = run(sys.argv[1:])
+    failed = run(sys.argv[1:], stop)
     for part in failed:
         print(f"\n{part.log}:\n{part.log.read_text(errors='replace')}\n{part.target} failed", flush=True)
     sys.exit(bool(failed))
