@@ -18,7 +18,6 @@ third of the weights changes.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -43,9 +42,9 @@ ENTRY_BYTES, WEIGHT_BYTES, MANTISSA = 6, 2, 8
 """Bytes of an index and a bf16 value, bytes of a value, and significant bits of bf16."""
 
 
-def mentions_label(sample: Sample) -> float:
-    """A reward for a model that puts no answers in boxes: 1 if the label is among the numbers of the response."""
-    return float(sample.prompt.label in re.findall(r"\d+(?:\.\d+)?", sample.text))
+def digits(sample: Sample) -> float:
+    """A reward that differs between any two responses of a model that cannot do the task: the share of digits."""
+    return sum(map(str.isdigit, sample.text)) / max(1, len(sample.text))
 
 
 def train(folder: Path, config: Path, overrides: Sequence[str], lr: float, steps: int) -> Path:

@@ -85,6 +85,16 @@ def weight_sync(found: Found) -> str:
     return table(("layout", "transport", "GB", "seconds", "GB/s", "bare GB/s", "share"), rows)
 
 
+def changed_weights(found: Found) -> str:
+    head = ("run", "learning rate", "changed", "expected", "most in a tensor", "bytes, of a whole update's")
+    rows = []
+    for run in found["runs"]:
+        mean = run["mean"]
+        shares = (f"{100 * mean[name]:.3f} %" for name in ("changed", "expected", "most_in_a_tensor"))
+        rows.append((run["config"], f"{run['lr']:g}", *shares, f"{100 * run['bytes_over_full']:.2f} %"))
+    return table(head, rows)
+
+
 def start_up(found: Found) -> str:
     rows = []
     for name, row in found["found"].items():
@@ -249,7 +259,7 @@ def evidence(found: Found) -> str:
 TABLES: dict[str, Callable[[Found], str]] = {
     f.__name__: f
     for f in (
-        *(batching, training_step, weight_sync, start_up, driver, scaling, grading),
+        *(batching, training_step, weight_sync, changed_weights, start_up, driver, scaling, grading),
         *(entropy_terms_cpu, countdown_seeds, agent_learns, environments_learn, full_size, evidence),
     )
 }

@@ -164,7 +164,7 @@ def test_killed_and_hung_servers_are_replaced(command_line: CommandLine) -> None
         "failures",
         "rollout.engines=2",
         "rollout.server.hang_seconds=20",
-        "weight_sync.transport=delta",  # a replacement begins with the whole weights
+        "weight_sync.transport=collective",
         "train.steps=2000",  # more steps than the run takes until the servers are back
     )
     run.until("step=1/")
