@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-FINDINGS = 27
+FINDINGS = 28
+"""27 that were found by reading the sources of upstreams, and one that came later."""
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
     for line in (ROOT / "docs/gpu.md").read_text().partition("## The findings")[2].splitlines()
