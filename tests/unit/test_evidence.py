@@ -19,7 +19,7 @@ from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.claims import CLAIMS, Claim, paired
 from benchmarks.evidence.half_push import HalfPush, HalfPushSettings
 from benchmarks.evidence.plan import MAIN, PLANS, Plan, Run, settings_of
-from benchmarks.evidence.statistics import Mean, sign_flip_p
+from benchmarks.evidence.statistics import Mean, sign_flip_p, t95
 from benchmarks.evidence.tables import evidence_tables
 from lpreg import LossInputs
 from megatron_rl.config import load_config
@@ -196,3 +196,8 @@ def test_half_push_halves_the_gradient_of_rare_negative_tokens() -> None:
     output.loss.backward()
     assert log_probs.grad is not None and log_probs.grad.tolist() == pytest.approx([1 / 3, -1 / 3, 1 / 3])
     assert output.metrics["selected_fraction"].value == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (20, 2.086), (21, 2.0796), (34, 2.0322), (120, 1.9799)])
+def test_the_intervals_are_those_of_students_t(freedom: int, t: float) -> None:
+    assert t95(freedom) == pytest.approx(t, abs=5e-4)
