@@ -206,7 +206,8 @@ class MegatronWorker:
         self.transport.connect()
 
     def push_weights(self, version: int, checksums_for: int) -> Pushed | None:
-        """Sends this stage's weights under Hugging Face names, gathered one tensor at a time. Raises WeightsNotSent.
+        """Sends this stage's weights under Hugging Face names, gathered one tensor at a time. Raises WeightsNotSent,
+        or UserError if the folder of weights is full.
 
         checksums_for: number of tensor-parallel ranks per engine; 0 means no checksums.
         """

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron_rl.utils.files import owned_folder
+from megatron_rl.utils.files import owned_folder, write_error
 from megatron_rl.utils.safetensors_files import SafetensorsWriter
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.transport import NamedTensors, Pushed
@@ -35,13 +35,22 @@ class FolderTransport:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
-        """Write one file per bucket, tensor by tensor.
+        """Write one file per bucket, tensor by tensor. Raises UserError if the folder cannot take them, as when it is
+        full.
 
         A complete file replaces the old one instead of overwriting it, as an engine may still have the old one mapped.
         """
+        try:
+            files = self._written(taker.watch(tensors) if taker else tensors)
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+        parts, total = tuple(file.path for file in files), sum(file.size for file in files)
+        return Pushed(self.stage, total, parts, taker.result() if taker else None)
+
+    def _written(self, tensors: NamedTensors) -> list[SafetensorsWriter]:
         files: list[SafetensorsWriter] = []
         dtype = None
-        for name, tensor in taker.watch(tensors) if taker else tensors:
+        for name, tensor in tensors:
             if not files or tensor.dtype != dtype or files[-1].size + tensor.nbytes > self.bucket_bytes:
                 if files:
                     files[-1].close()
@@ -50,8 +59,7 @@ class FolderTransport:
             dtype = tensor.dtype
         if files:
             files[-1].close()
-        parts, total = tuple(file.path for file in files), sum(file.size for file in files)
-        return Pushed(self.stage, total, parts, taker.result() if taker else None)
+        return files
 
     def _path(self, number: int) -> Path:
         return self.folder / f"stage-{self.stage:02}-bucket-{number:03}.safetensors"

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.errors import UserError
 from megatron_rl.parallel import process_groups
 from megatron_rl.utils import heartbeat
 from megatron_rl.utils.memory import Reused
@@ -68,8 +69,8 @@ class FolderRelay:
     def push(
         self, tensors: NamedTensors, shards: Iterator[int], version: int, taker: ChecksumTaker | None = None
     ) -> Pushed | None:
-        """Returns the report of the stage that this rank publishes. Raises OSError if this rank could not write, after
-        it has served the other ranks.
+        """Returns the report of the stage that this rank publishes. Raises UserError if this rank could not write,
+        after it has served the other ranks.
 
         tensors: of the stage that this rank publishes. shards: on a rank that does not publish, `sends_shards`.
         """
@@ -83,7 +84,7 @@ class FolderRelay:
                 try:
                     pushed = stage.folder.push(arriving, version, taker if publishes else None)
                     report = pushed if publishes else report
-                except OSError as error:
+                except UserError as error:
                     failure = failure or error
                 for _ in arriving:  # the other ranks need this one, also if its memory is full
                     pass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.checksums import ChecksumTaker, WeightsDamaged, compare
 from megatron_rl.weight_sync.digest import digest
 from megatron_rl.weight_sync.folder import FolderTransport
@@ -108,3 +111,15 @@ def test_a_tensor_read_before_a_push_keeps_its_values(tmp_path: Path) -> None:
     (_, mapped), *_ = update(transport.push([("w", torch.ones(1000))], 1)).tensors()
     transport.push([("w", torch.zeros(1000))], 2)
     assert mapped.eq(1).all()
+
+
+def test_a_folder_that_cannot_take_the_weights_is_named(tmp_path: Path) -> None:
+    """A limit of the size of files stands in for a file system that is full."""
+    (soft, hard), handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*/made-on-connect: File too large. Free some space"):
+            push(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
