@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import ANY
@@ -81,5 +82,10 @@ def test_the_example_at_its_limits(agent: Any) -> None:
     """The policy calls the tool again and again; a program in another process cannot say that this is the reason."""
     cut = played(agent, lambda text: multiplies(""), max_turns=3)
     assert cut.turns == 3 and (cut.reward is None if agent is solve else cut.reward == RewardResult(0.0, text=ANY))
-    late = played(agent, multiplies, timeout_seconds=0.001)
+
+    def slow(text: str) -> str:
+        time.sleep(0.2)
+        return multiplies(text)
+
+    late = played(agent, slow, timeout_seconds=0.05)
     assert late.reward is not None and late.reward.outcome == "timeout"

@@ -45,6 +45,7 @@ def run_at(folder: Path, step: int, *, keeps_weights: bool = True) -> Any:
         learner=SimpleNamespace(weight_version=2 * step, entropy_coefficient=None),
         cursor=cursor,
         rollouts=SimpleNamespace(pending=[LEFT]),
+        metrics=SimpleNamespace(written=None),
         last_step=None,
         folder=folder,
         saver=Saver(folder / "checkpoints"),
