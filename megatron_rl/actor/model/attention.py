@@ -16,7 +16,7 @@ from megatron_rl.actor.model.tree_attention import RunPacking, tree_packing
 from megatron_rl.batching.prefix_tree import PrefixTree
 
 
-class SDPAttention(torch.nn.Module):
+class CoreAttention(torch.nn.Module):
     """Causal self-attention. Megatron builds and calls this module; unused arguments go to `settings`."""
 
     def __init__(
@@ -24,8 +24,12 @@ class SDPAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         if config.attention_dropout or config.context_parallel_size > 1:
-            raise ValueError("SDPAttention supports neither dropout nor context parallelism")
+            raise ValueError(f"{type(self).__name__} supports neither dropout nor context parallelism")
         self.scale = softmax_scale
+
+
+class SDPAttention(CoreAttention):
+    """Attention by `scaled_dot_product_attention`."""
 
     def forward(
         self,

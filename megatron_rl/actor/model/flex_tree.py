@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from megatron_rl.actor.model.attention import CoreAttention
 from megatron_rl.actor.model.tree_attention import TreePacking
 from megatron_rl.batching.packing import FLEX_BLOCK
 
@@ -77,17 +77,8 @@ def kernel() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
-class FlexTreeAttention(torch.nn.Module):
-    """Causal self-attention in a prefix tree. Megatron builds and calls this module; unused arguments go to
-    `settings`."""
-
-    def __init__(
-        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **settings: object
-    ) -> None:
-        super().__init__()
-        if config.attention_dropout or config.context_parallel_size > 1:
-            raise ValueError("FlexTreeAttention supports neither dropout nor context parallelism")
-        self.scale = softmax_scale
+class FlexTreeAttention(CoreAttention):
+    """Attention in a prefix tree by FlexAttention."""
 
     def forward(
         self,
