@@ -17,7 +17,6 @@ third of the weights changes.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import arguments, keep
+from benchmarks.machine import arguments, keep, kept_before
 from megatron_rl.types import Sample
 
 QUICKSTART = Path("examples/quickstart/countdown.yaml")
@@ -99,7 +98,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-6, 1e-5])
     options = parser.parse_intermixed_args()
     table = Table("lr", "changed", "expected", "most in a tensor", "bytes of a sparse sync over a full one")
-    known = json.loads(options.out.read_text())["runs"] if options.out and options.out.exists() else []
+    known = kept_before(options.out, "runs") or []
     found = [run for run in known if run["config"] != str(options.config)]  # runs may be measured one by one
     for lr in options.lr:
         with tempfile.TemporaryDirectory() as folder:

@@ -264,7 +264,7 @@ def pairs_of(kind: str, before: Path, url: str, count: int) -> dict[str, Any]:
 def main() -> None:
     from rich.console import Console
 
-    from benchmarks.machine import arguments, keep
+    from benchmarks.machine import arguments, keep, kept_before
 
     parser = arguments(__doc__)
     parser.add_argument("--before", default=BEFORE, metavar="COMMIT", help="the commit to compare with")
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--servers", choices=KINDS, nargs="+", default=list(KINDS))
     parser.add_argument("--real", action="store_true", help="real servers in place of the stand-in")
     options = parser.parse_args()
-    known = json.loads(options.out.read_text())["cases"] if options.out and options.out.exists() else []
+    known = kept_before(options.out, "cases") or []
     others = [case for case in known if case["server"] not in options.servers]  # servers may be measured one by one
     with tempfile.TemporaryDirectory() as name:
         before = code_of(options.before, Path(name))

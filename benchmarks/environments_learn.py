@@ -19,7 +19,6 @@ The servers are those of `make engines`; verifiers and reasoning-gym those of `m
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import arguments, keep
+from benchmarks.machine import arguments, keep, kept_before
 from benchmarks.page import environments_learn
 from megatron_rl.observability.metrics import read_metrics
 from megatron_rl.rollout.dump import dumps
@@ -85,7 +84,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     options = parser.parse_args()
-    kept = json.loads(options.out.read_text())["runs"] if options.out and options.out.is_file() else {}
+    kept = kept_before(options.out, "runs") or {}
     found = {"runs": kept | {folder.name: outcome(folder) for folder in options.runs}}
     print(environments_learn(found))
     keep(options.out, "environments_learn", **found)

@@ -14,7 +14,6 @@ request only: our client never lets it keep requests, so that both of its runs a
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import sys
@@ -30,7 +29,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from benchmarks.engine_answers import KINDS, random_model
-from benchmarks.machine import arguments, keep
+from benchmarks.machine import arguments, keep, kept_before
 from megatron_rl.config.rollout import ServerSettings
 from megatron_rl.rollout.engines.interface import EngineLaunch
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
@@ -131,7 +130,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--servers", choices=KINDS, nargs="+", default=["vllm"])
     options = parser.parse_args()
-    known = json.loads(options.out.read_text())["cases"] if options.out and options.out.exists() else []
+    known = kept_before(options.out, "cases") or []
     cases = [case for case in known if case["server"] not in options.servers]  # servers may be measured one by one
     with tempfile.TemporaryDirectory() as folder:
         model = Path(random_model(Path(folder) / "model"))

@@ -40,6 +40,11 @@ def keep(out: Path | None, benchmark: str, **found: Any) -> None:
     out.write_text(json.dumps(kept | {"load_average": os.getloadavg()} | found, indent=1) + "\n")
 
 
+def kept_before(out: Path | None, name: str) -> Any:
+    """Returns what an earlier call wrote to the results file under a name; None without such a file."""
+    return json.loads(out.read_text())[name] if out is not None and out.is_file() else None
+
+
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """Returns a parser with the option `--out`, which all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
