@@ -11,7 +11,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,12 +192,8 @@ def read_only(scene: Scene, rng: random.Random) -> str | None:
     if not there:
         return None
     folder = rng.choice(there)
-    if subprocess.run(["chattr", "+i", folder], capture_output=True).returncode:
+    if not _for_a_moment(["chattr", "+i", folder], ["chattr", "-i", folder], rng.uniform(0.5, 4.0)):
         return None
-    try:
-        time.sleep(rng.uniform(0.5, 4.0))
-    finally:
-        subprocess.run(["chattr", "-i", folder], check=True)
     return "run folder" if folder == scene.folder else folder.name
 
 
@@ -206,13 +202,19 @@ def stalled_disk(scene: Scene, rng: random.Random) -> str | None:
     if not scene.small_disk:
         return None
     place = scene.folder.parent
-    if subprocess.run(["fsfreeze", "--freeze", place], capture_output=True).returncode:
-        return None
+    freeze, thaw = (["fsfreeze", option, place] for option in ("--freeze", "--unfreeze"))
+    return "run folder" if _for_a_moment(freeze, thaw, rng.uniform(0.3, 3.0)) else None
+
+
+def _for_a_moment(begin: Sequence[str | Path], end: Sequence[str | Path], seconds: float) -> bool:
+    """Runs a command, and after so many seconds the one that undoes it. Returns whether the first one succeeded."""
+    if subprocess.run(begin, capture_output=True).returncode:
+        return False
     try:
-        time.sleep(rng.uniform(0.3, 3.0))
+        time.sleep(seconds)
     finally:
-        subprocess.run(["fsfreeze", "--unfreeze", place], check=True)
-    return "run folder"
+        subprocess.run(end, check=True)
+    return True
 
 
 def connection_reset(scene: Scene, rng: random.Random) -> str | None:
@@ -241,12 +243,11 @@ def network_cut(scene: Scene, rng: random.Random) -> str | None:
     """For a moment, no packet passes between processes of the run; later, the kernel sends them again."""
     if not scene.network:
         return None
-    lost = ["iptables", "INPUT", "-i", "lo", "-j", "DROP"]
-    subprocess.run([*_within(scene), lost[0], "-A", *lost[1:]], check=True)
-    try:
-        time.sleep(rng.choice((0.2, 1.0, 4.0)))
-    finally:
-        subprocess.run([*_within(scene), lost[0], "-D", *lost[1:]], check=True)
+    drop, pass_on = (
+        [*_within(scene), "iptables", option, "INPUT", "-i", "lo", "-j", "DROP"] for option in ("-A", "-D")
+    )
+    if not _for_a_moment(drop, pass_on, rng.choice((0.2, 1.0, 4.0))):
+        raise RuntimeError(f"the network of {scene.network} cannot be cut: {' '.join(drop)}")
     return "loopback"
 
 

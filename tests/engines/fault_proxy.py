@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 from megatron_rl.rollout.servers.http_engine import HttpEngine
+from tests.quiet_server import QuietServer
 
 SLOW_SECONDS = 25.0
 """Longer than the time for which the engines of the tests wait for an answer."""
@@ -104,18 +105,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Logs nothing."""
 
 
-class _Proxy(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignores clients that have disconnected."""
-
-
 @contextmanager
 def fault_proxy(script: Script, update_path: str) -> Iterator[str]:
     """Gives the proxy's URL."""
     handler = type("Handler", (_Handler,), {"script": script, "update_path": update_path})
-    proxy = _Proxy(("127.0.0.1", 0), handler)
+    proxy = QuietServer(("127.0.0.1", 0), handler)
     threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{proxy.server_port}"

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from megatron_rl.config.reward import RemoteSettings, RewardSettings
 from megatron_rl.errors import UserError
 from megatron_rl.reward import open_grader
 from megatron_rl.types import Prompt, Response, RewardResult, Sample
+from tests.quiet_server import QuietServer
 
 MakeSample = Callable[..., Sample]
 Answer = Callable[[dict[str, Any], int], tuple[int, bytes] | None]
@@ -47,7 +48,7 @@ class Server:
 
             def log_message(self, *_: object) -> None: ...
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/score"
 
 
