@@ -197,9 +197,9 @@ class MegatronWorker:
         assert not isinstance(place, Mapping)
         if isinstance(place, Path):
             self.transport = FolderTransport(place, stage, bucket_bytes)
-        elif place.mapped:
+        elif place.transport == "cuda_ipc":
             self.transport = MappedTransport(place, stage, bucket_bytes, self.device)
-        elif place.delta:
+        elif place.transport == "delta":
             self.transport = DeltaTransport(place, stage, bucket_bytes)
         else:
             self.transport = CollectiveTransport(place, stage, bucket_bytes)

@@ -26,6 +26,7 @@ from megatron_rl.weight_sync.transport import (
     CollectiveUpdate,
     FolderUpdate,
     GroupMember,
+    GroupTransport,
     NodeFolders,
     Pushed,
     StageBuckets,
@@ -229,13 +230,11 @@ class CollectiveSync(WeightSync):
         backend: str,
         bucket_bytes: int,
         update_seconds: Callable[[int], float],
-        mapped: bool = False,
-        delta: bool = False,
+        transport: GroupTransport = "collective",
     ) -> None:
-        """update_seconds: longest time that weights of so many bytes may take. mapped: whether engines map memory.
-        delta: whether only changed weights are sent."""
+        """update_seconds: longest time that weights of so many bytes may take."""
         super().__init__(actors, engines, engine_ranks, notify)
-        self._backend, self._mapped, self._delta = backend, mapped, delta
+        self._backend, self._transport = backend, transport
         specs = actors.weight_specs()
         self._bucket_bytes = min(bucket_bytes, max(sum(spec.nbytes for spec in stage) for stage in specs))
         self._buckets = [bucket_specs(stage, bucket_bytes) for stage in specs]
@@ -264,7 +263,6 @@ class CollectiveSync(WeightSync):
         if not broken:
             self._pushed(pushing)
         if failure := failure or broken:
-            self._members = set()
             return dict.fromkeys(answers, failure)
         return answers
 
@@ -279,7 +277,8 @@ class CollectiveSync(WeightSync):
             self.engines.ask([failed], RolloutEngine.join_groups, [])
 
     def _forget(self) -> None:
-        """New groups also begin with the whole weights, if only changed ones are sent."""
+        """The engines that are left form new groups, which begin with the whole weights, if only changed ones are
+        sent."""
         self._members = set()
 
     def _needed_for(self, awaiting: list[Engine]) -> list[Engine]:
@@ -287,7 +286,7 @@ class CollectiveSync(WeightSync):
 
     def _meet(self, engines: list[Engine]) -> Answers:
         """Forms new groups, one per stage: the sender is rank 0, the engines' processes follow."""
-        if self._mapped:  # engines unmap memory before its owner frees it
+        if self._transport == "cuda_ipc":  # engines unmap memory before its owner frees it
             self.engines.ask(engines, RolloutEngine.join_groups, [])
         results(self.actors.submit(ActorRank.disconnect_weights))
         meeting = uuid.uuid4().hex[:8]  # a server that an earlier run attached to still knows older names
@@ -300,8 +299,7 @@ class CollectiveSync(WeightSync):
                 size=1 + len(engines) * self.engine_ranks,
                 rank=0,
                 timeout_seconds=self._timeout_seconds,
-                mapped=self._mapped,
-                delta=self._delta,
+                transport=self._transport,
             )
             for stage, (host, port) in enumerate(self.actors.publishers())
         ]

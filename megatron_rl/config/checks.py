@@ -17,6 +17,7 @@ from .passes import passes_of
 from .reward import REMOTE
 from .rollout import ServerSettings
 from .schema import Config
+from .weight_sync import BROADCASTS
 
 
 def contradictions(config: Config) -> list[str]:
@@ -219,7 +220,7 @@ def _weight_sync(config: Config) -> Iterator[str]:
     transport = config.weight_sync.transport
     if transport == "cuda_ipc":
         yield from _cuda_ipc(config)
-    if transport in ("collective", "delta") and config.cluster.colocate and config.actor.device != "cpu":
+    if transport in BROADCASTS and config.cluster.colocate and config.actor.device != "cpu":
         yield (
             f"weight_sync.transport: {transport} is not for cluster.colocate: nccl allows one process per GPU; set "
             "shared_memory or disk"

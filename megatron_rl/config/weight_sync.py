@@ -6,6 +6,9 @@ from typing import Literal
 
 from .fields import Count, FilePath, PositiveInt, Section
 
+BROADCASTS = ("collective", "delta")
+"""Values of `transport` with which weights go over a network to servers that may be on any node."""
+
 
 class WeightSyncSettings(Section):
     """Transport of weights after every step. Engines answer no request while an update is incomplete."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from megatron_rl.config.passes import passes_of
 from megatron_rl.config.transport import transport_of
+from megatron_rl.config.weight_sync import BROADCASTS
 from megatron_rl.plan.activations import FP32, layer_bytes
 from megatron_rl.plan.parameters import model_parameters, rank_parameters, stage_layers, stage_tables
 from megatron_rl.plan.setup import Setup
@@ -58,8 +59,7 @@ def stage_memory(setup: Setup, stage: int) -> RankMemory:
     if transport_of(setup.config) == "cuda_ipc":
         kept |= {"memory mapped by engines": 2.0 * _half(setup, weights)}
     else:
-        two = transport_of(setup.config) in ("collective", "delta")  # one on its way, and one being filled
-        buckets = 2 if two else 1
+        buckets = 2 if transport_of(setup.config) in BROADCASTS else 1  # one on its way, and one being filled
         passing |= {"buckets": buckets * _bucket(setup, weights)}
     forward = _forward(setup, stage)
     phases: dict[str, Parts] = {

@@ -134,10 +134,9 @@ def _sync_seconds(setup: Setup) -> float:
     """Seconds of a weight sync.
 
     collective: each pipeline stage broadcasts its part to all engines at once. delta counts as much, which its first
-    update sends. cuda_ipc: engines read the complete
-    weights from mapped memory. shared_memory: weights go over PCIe to the host and back; on several nodes the stages
-    send theirs to every node, one after the other. disk: each stage writes its part, then every node reads the complete
-    weights.
+    update sends. cuda_ipc: engines read the complete weights from mapped memory. shared_memory: weights go over PCIe to
+    the host and back; on several nodes the stages send theirs to every node, one after the other. disk: each stage
+    writes its part, then every node reads the complete weights.
     """
     total = setup.element * model_parameters(setup.model)
     part = total / setup.layout.pipeline

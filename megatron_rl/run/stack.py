@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from megatron_rl.config import Config
 from megatron_rl.config.transport import transport_of
+from megatron_rl.config.weight_sync import BROADCASTS
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engines.kind import ServerKind, engine_kind
 from megatron_rl.rollout.servers.package import interpreter_of
@@ -47,7 +48,7 @@ def faults_of(config: Config, environments: Mapping[str, Environment]) -> dict[s
         for name, environment in environments.items()
         if (mismatch := driver_problem(environment, name))
     }
-    broadcast = ENGINE in environments and transport_of(config) in ("collective", "delta")
+    broadcast = ENGINE in environments and transport_of(config) in BROADCASTS
     if broadcast and (mismatch := nccl_problem(environments[ACTOR], environments[ENGINE])):
         faults["NCCL of both sides"] = mismatch
     return faults

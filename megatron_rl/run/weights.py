@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import ExitStack
 from functools import partial
+from typing import cast, get_args
 
 from megatron_rl.cluster.actors import Actors
 from megatron_rl.cluster.engines import Engines
@@ -13,6 +14,7 @@ from megatron_rl.config import Config
 from megatron_rl.config.transport import transport_of
 from megatron_rl.observability.view import View
 from megatron_rl.weight_sync.folder import shared_folder
+from megatron_rl.weight_sync.transport import GroupTransport
 
 
 def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: View, stack: ExitStack) -> WeightSync:
@@ -21,7 +23,7 @@ def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: Vie
     ranks = server.tensor_parallel
     bucket_bytes = settings.bucket_megabytes * 2**20
     transport = transport_of(config)
-    if transport in ("collective", "delta", "cuda_ipc"):
+    if transport in get_args(GroupTransport):
         sync: WeightSync = CollectiveSync(
             actors,
             engines,
@@ -30,8 +32,7 @@ def open_weight_sync(config: Config, actors: Actors, engines: Engines, view: Vie
             backend="gloo" if config.actor.device == "cpu" or transport == "cuda_ipc" else "nccl",
             bucket_bytes=bucket_bytes,
             update_seconds=server.update_seconds,
-            mapped=transport == "cuda_ipc",
-            delta=transport == "delta",
+            transport=cast(GroupTransport, transport),
         )
     else:
         folder = None  # one on each node, which the ranks make and remove

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 from megatron_rl.utils import heartbeat
 from megatron_rl.utils.memory import Alternating
+from megatron_rl.weight_sync.broadcast import BroadcastTransport
 from megatron_rl.weight_sync.buckets import flattened
 from megatron_rl.weight_sync.checksums import ChecksumTaker
-from megatron_rl.weight_sync.process_group import BroadcastFailed, BroadcastGroup
+from megatron_rl.weight_sync.process_group import BroadcastFailed
 from megatron_rl.weight_sync.transport import GroupMember, NamedTensors, Pushed, WeightsNotSent
 
 
-class CollectiveTransport:
-    """Implements `WeightTransport`. Each stage is rank 0 of its own process group with all engines.
+class CollectiveTransport(BroadcastTransport):
+    """Implements `WeightTransport`.
 
     The engines learn the buckets beforehand (`CollectiveUpdate`), so only weights are sent. While a bucket is on its
     way, the next one is collected from the stage's ranks into a second buffer.
     """
 
     def __init__(self, member: GroupMember, stage: int, bucket_bytes: int) -> None:
-        self.member, self.stage, self.bucket_bytes = member, stage, bucket_bytes
-        self._group: BroadcastGroup | None = None
+        super().__init__(member, stage, bucket_bytes)
         self._memory = Alternating()
         """Memory of the buckets on a CPU. On a GPU torch's allocator caches freed memory and lends it to training."""
-
-    def connect(self) -> None:
-        """Blocks until all engines have joined. Raises WeightsNotSent if one does not join."""
-        try:
-            self._group = BroadcastGroup(self.member)
-        except RuntimeError as error:
-            raise WeightsNotSent(f"not all engines joined the group {self.member.name}: {error}") from error
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
         assert self._group is not None, "connect() was not called"
@@ -43,13 +36,3 @@ class CollectiveTransport:
         except BroadcastFailed as error:  # the group is closed: engines that wait for the rest see that it is over
             raise WeightsNotSent(f"sending weights of version {version} failed after {total} bytes: {error}") from error
         return Pushed(self.stage, total, checksums=taker.result() if taker else None)
-
-    def stop(self) -> None:
-        """See `WeightTransport`."""
-        if self._group is not None:
-            self._group.stop()
-
-    def close(self) -> None:
-        if self._group is not None:
-            self._group.leave()
-            self._group = None

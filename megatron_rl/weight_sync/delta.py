@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.utils import heartbeat
+from megatron_rl.weight_sync.broadcast import BroadcastTransport
 from megatron_rl.weight_sync.buckets import TensorSpec, bucketed
 from megatron_rl.weight_sync.checksums import ChecksumTaker
 from megatron_rl.weight_sync.digest import digest
@@ -87,20 +88,12 @@ class Copies:
         return self._bits[name]
 
 
-class DeltaTransport:
-    """Implements `WeightTransport`. Each stage is rank 0 of its own process group with all engines."""
+class DeltaTransport(BroadcastTransport):
+    """Implements `WeightTransport`."""
 
     def __init__(self, member: GroupMember, stage: int, bucket_bytes: int) -> None:
-        self.member, self.stage, self.bucket_bytes = member, stage, bucket_bytes
-        self._group: BroadcastGroup | None = None
+        super().__init__(member, stage, bucket_bytes)
         self._sent = Copies()
-
-    def connect(self) -> None:
-        """Blocks until all engines have joined. Raises WeightsNotSent if one does not join."""
-        try:
-            self._group = BroadcastGroup(self.member)
-        except RuntimeError as error:
-            raise WeightsNotSent(f"not all engines joined the group {self.member.name}: {error}") from error
 
     def push(self, tensors: NamedTensors, version: int, taker: ChecksumTaker | None = None) -> Pushed:
         """See `WeightTransport`. `bytes` of the report are those that were sent."""
@@ -129,16 +122,6 @@ class DeltaTransport:
         for part in (part for part in parts if part.numel()):
             self._group.broadcast(part.view(-1).view(torch.uint8))  # gloo knows no int16
         return sum(part.nbytes for part in parts)
-
-    def stop(self) -> None:
-        """See `WeightTransport`."""
-        if self._group is not None:
-            self._group.stop()
-
-    def close(self) -> None:
-        if self._group is not None:
-            self._group.leave()
-            self._group = None
 
 
 class DeltaReceiver:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from safetensors import safe_open
 from torch import Tensor
@@ -20,6 +20,12 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 
 NodeFolders = Mapping[int, Path]
 """Rank of the actor -> the folder of its node into which the rank writes a stage's weights."""
+
+
+GroupTransport = Literal["collective", "delta", "cuda_ipc"]
+"""The values of `weight_sync.transport` for which the actor and the engines form groups: a broadcast of all weights, a
+broadcast of those that changed (`delta.py`), or memory of the sender that the engines map (`mapped.py`), in which case
+the group only synchronises."""
 
 
 class WeightsNotSent(RuntimeError):
@@ -67,10 +73,7 @@ class GroupMember:
     rank: int
     """Rank in the group: 0 for the stage, and for an engine that of its first process."""
     timeout_seconds: float
-    mapped: bool = False
-    """Weights pass through mapped memory of the sender, and the group only synchronises."""
-    delta: bool = False
-    """Only weights that changed are sent (`delta.py`)."""
+    transport: GroupTransport = "collective"
 
 
 @dataclass(frozen=True, slots=True)

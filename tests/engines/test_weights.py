@@ -30,6 +30,7 @@ from megatron_rl.weight_sync.transport import (
     CollectiveUpdate,
     FolderUpdate,
     GroupMember,
+    GroupTransport,
     Pushed,
     StageBuckets,
     WeightTransport,
@@ -62,17 +63,14 @@ def serving(engine: HttpEngine, run: Run[Any], model: Path, tmp_path: Path) -> I
 class Sender:
     """An actor's rank, which runs in a thread."""
 
-    def __init__(self, model: Path, group: str, *, mapped: bool = False, delta: bool = False) -> None:
-        """mapped: whether weights go through mapped memory, which on a GPU is the GPU's and here the host's. delta:
-        whether only changed weights are sent."""
+    def __init__(self, model: Path, group: str, transport: GroupTransport = "collective") -> None:
+        """With `cuda_ipc` the memory is the host's, which on a GPU is the GPU's."""
         self.model = model
-        self.member = GroupMember(
-            group, LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, timeout_seconds=600.0, mapped=mapped, delta=delta
-        )
+        self.member = GroupMember(group, LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, 600.0, transport)
         self.transport: WeightTransport = CollectiveTransport(self.member, 0, BUCKET)
-        if mapped:
+        if transport == "cuda_ipc":
             self.transport = MappedTransport(self.member, 0, BUCKET, torch.device("cpu"))
-        if delta:
+        if transport == "delta":
             self.transport = DeltaTransport(self.member, 0, BUCKET)
 
     def meet(self, engine: HttpEngine, run: Run[Any]) -> None:
@@ -90,6 +88,19 @@ class Sender:
 
     def push(self, version: int, into: list[Pushed], upto: int | None = None) -> None:
         into.append(self.transport.push(iter(tensors(self.model)[:upto]), version, ChecksumTaker(1)))
+
+    def send(self, engine: HttpEngine, run: Run[Any], version: int) -> Pushed:
+        """Brings the model's weights to the engine, which compares them and serves again."""
+        run(engine.pause())
+        pushed: list[Pushed] = []
+        pushing = threading.Thread(target=self.push, args=(version, pushed))
+        pushing.start()
+        run(engine.update_weights(self.update(version)))
+        pushing.join()
+        checksums = pushed[0].checksums
+        assert checksums and run(engine.verify_weights(version, checksums)) > 10
+        run(engine.resume())
+        return pushed[0]
 
 
 def assert_serves(engine: HttpEngine, run: Run[Any], model: Path, version: int) -> None:
@@ -153,21 +164,15 @@ def test_late_requests_do_no_harm(engine: HttpEngine, run: Run[Any], other: Path
     assert_serves(engine, run, other, 3)
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_weights_over_a_group_twice(engine: HttpEngine, run: Run[Any], model: Path, other: Path, mapped: bool) -> None:
-    sender = Sender(other, f"weights-twice-{mapped}", mapped=mapped)
+@pytest.mark.parametrize("transport", ["collective", "cuda_ipc"])
+def test_weights_over_a_group_twice(
+    engine: HttpEngine, run: Run[Any], model: Path, other: Path, transport: GroupTransport
+) -> None:
+    sender = Sender(other, f"weights-twice-{transport}", transport)
     sender.meet(engine, run)
     for version, source in ((4, other), (5, model)):
         sender.model = source
-        run(engine.pause())
-        pushed: list[Pushed] = []
-        pushing = threading.Thread(target=sender.push, args=(version, pushed))
-        pushing.start()
-        run(engine.update_weights(sender.update(version)))
-        pushing.join()
-        checksums = pushed[0].checksums
-        assert checksums and run(engine.verify_weights(version, checksums)) > 10
-        run(engine.resume())
+        sender.send(engine, run, version)
         assert_serves(engine, run, source, version)
     sender.transport.close()
 
@@ -176,7 +181,7 @@ def test_changed_weights_over_a_group(
     engine: HttpEngine, run: Run[Any], model: Path, other: Path, tmp_path: Path
 ) -> None:
     """The whole weights come first, then every fiftieth weight of each tensor, then none."""
-    sender = Sender(model, "weights-delta", delta=True)
+    sender = Sender(model, "weights-delta", "delta")
     sender.meet(engine, run)
     sizes = []
     for version in (4, 5, 6):
@@ -186,16 +191,7 @@ def test_changed_weights_over_a_group(
             for name, tensor in load_file(other / "model.safetensors").items():
                 weights[name].view(-1)[::50] = tensor.view(-1)[::50]
             save_file(weights, sender.model / "model.safetensors", metadata={"format": "pt"})
-        run(engine.pause())
-        pushed: list[Pushed] = []
-        pushing = threading.Thread(target=sender.push, args=(version, pushed))
-        pushing.start()
-        run(engine.update_weights(sender.update(version)))
-        pushing.join()
-        checksums = pushed[0].checksums
-        assert checksums and run(engine.verify_weights(version, checksums)) > 10
-        sizes.append(pushed[0].bytes)
-        run(engine.resume())
+        sizes.append(sender.send(engine, run, version).bytes)
         if version != 6:
             assert_serves(engine, run, sender.model, version)
     assert sizes[2] < sizes[1] < sizes[0] / 10
@@ -214,11 +210,11 @@ def test_a_tensor_that_differs_from_the_sent_one_is_detected(
         run(engine.verify_weights(6, checksums))
 
 
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("transport", ["collective", "cuda_ipc"])
 def test_a_server_with_a_partial_update_serves_nothing_until_it_has_a_complete_one(
-    engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path, mapped: bool
+    engine: HttpEngine, run: Run[Any], other: Path, tmp_path: Path, transport: GroupTransport
 ) -> None:
-    sender = Sender(other, f"weights-broken-{mapped}", mapped=mapped)
+    sender = Sender(other, f"weights-broken-{transport}", transport)
     sender.meet(engine, run)
 
     def half() -> None:

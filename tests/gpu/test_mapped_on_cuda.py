@@ -98,7 +98,7 @@ def test_weights_arrive_unchanged_through_mapped_memory(
     weights = tensors()
     specs = [TensorSpec.of(name, tensor) for name, tensor in weights]
     port = open_port(LOOPBACK)
-    members = [GroupMember("mapped", LOOPBACK, port, "gloo", 2, rank, 120.0, mapped=True) for rank in range(2)]
+    members = [GroupMember("mapped", LOOPBACK, port, "gloo", 2, rank, 120.0, "cuda_ipc") for rank in range(2)]
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=engine, args=(members[1], specs, device, theirs))

@@ -16,7 +16,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.parallel.placement import Placement
 from megatron_rl.rollout.engines.interface import Drafts, RolloutEngine, UpdateFailed
 from megatron_rl.weight_sync.checksums import Checksums, WeightsDamaged
-from megatron_rl.weight_sync.transport import CollectiveUpdate, NodeFolders, Pushed
+from megatron_rl.weight_sync.transport import CollectiveUpdate, GroupTransport, NodeFolders, Pushed
 
 LOST = object()
 LOST_ERROR = RuntimeError("lost")
@@ -148,7 +148,7 @@ def messages() -> list[str]:
 Open = Callable[[int], tuple[WeightSync, Any]]
 
 
-@pytest.fixture(params=["folder", "folder of each node", "collective", "mapped"])
+@pytest.fixture(params=["folder", "folder of each node", "collective", "cuda_ipc"])
 def opened(request: pytest.FixtureRequest, messages: list[str]) -> Open:
     def open_sync(count: int) -> tuple[WeightSync, Any]:
         engines: Any = Engines(count)
@@ -156,13 +156,13 @@ def opened(request: pytest.FixtureRequest, messages: list[str]) -> Open:
         if "folder" in request.param:
             folder = Path("f") if request.param == "folder" else None
             return FolderSync(actors, engines, 1, messages.append, folder=folder, bucket_bytes=9), engines
-        return collective(actors, engines, messages, mapped=request.param == "mapped"), engines
+        return collective(actors, engines, messages, request.param), engines
 
     return open_sync
 
 
 def collective(
-    actors: Any, engines: Any, messages: list[str], *, mapped: bool = False, delta: bool = False
+    actors: Any, engines: Any, messages: list[str], transport: GroupTransport = "collective"
 ) -> CollectiveSync:
     return CollectiveSync(
         actors,
@@ -172,8 +172,7 @@ def collective(
         backend="gloo",
         bucket_bytes=9,
         update_seconds=lambda nbytes: 1.0,
-        mapped=mapped,
-        delta=delta,
+        transport=transport,
     )
 
 
@@ -203,10 +202,10 @@ def test_the_acceptance_of_drafts_is_over_all_engines(opened: Open) -> None:
 def test_damaged_weights_are_sent_again_in_new_groups(messages: list[str], count: int) -> None:
     """In new groups the actor sends the whole weights, also if it sends only changed ones otherwise."""
     engines: Any = Engines(count)
-    sync = collective(Actors(), engines, messages, delta=True)
+    sync = collective(Actors(), engines, messages, "delta")
     sync.sync(1, verify=False)
     (first,) = {member.name for member in engines.all[0].groups[:1]}
-    assert all(member.delta for member in engines.all[0].groups)
+    assert all(member.transport == "delta" for member in engines.all[0].groups)
     sync.sync(2, verify=False)
     assert first == engines.all[0].groups[0].name, "the groups stay as long as nothing fails"
     for engine in engines.all:
@@ -313,7 +312,7 @@ def test_an_engine_that_dies_in_an_update_does_not_block_the_others(opened: Open
 def test_engines_unmap_memory_before_its_owner_frees_it(messages: list[str]) -> None:
     engines: Any = Engines(1)
     actors: Any = Actors()
-    sync = collective(actors, engines, messages, mapped=True)
+    sync = collective(actors, engines, messages, "cuda_ipc")
     held: list[int] = []
     submit = actors.submit
 
@@ -327,7 +326,7 @@ def test_engines_unmap_memory_before_its_owner_frees_it(messages: list[str]) -> 
     engines.all[0].launches += 1
     sync.sync(2, verify=False)
     assert held == [0, 0]
-    assert all(member.mapped for member in engines.all[0].groups)
+    assert all(member.transport == "cuda_ipc" for member in engines.all[0].groups)
 
 
 def test_a_failed_engine_leaves_its_groups_at_once() -> None:

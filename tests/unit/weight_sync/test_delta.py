@@ -118,7 +118,7 @@ def engine(member: GroupMember, spoilt_at: int | None, updates: int, answers: Co
 
 def run(spoilt: Sequence[int | None], updates: int) -> tuple[DeltaTransport, list[Any]]:
     context, port, size, engines = ranks.context(), open_port(LOOPBACK), 1 + len(spoilt), []
-    members = [GroupMember("delta", LOOPBACK, port, "gloo", size, rank, HOUR, delta=True) for rank in range(size)]
+    members = [GroupMember("delta", LOOPBACK, port, "gloo", size, rank, HOUR, "delta") for rank in range(size)]
     for member, spoilt_at in zip(members[1:], spoilt, strict=True):
         ours, theirs = context.Pipe()
         process = context.Process(target=engine, args=(member, spoilt_at, updates, theirs))

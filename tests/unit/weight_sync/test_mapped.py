@@ -109,7 +109,7 @@ def processes(
     def members(rank: int) -> list[GroupMember]:
         size = 1 + len(failures)
         return [
-            GroupMember(f"mapped-{stage}-{port}", LOOPBACK, port, "gloo", size, rank, seconds, mapped=True)
+            GroupMember(f"mapped-{stage}-{port}", LOOPBACK, port, "gloo", size, rank, seconds, "cuda_ipc")
             for stage, port in enumerate(ports)
         ]
 
@@ -249,7 +249,7 @@ def test_errors_of_cuda_are_raised(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_engine_that_does_not_join_is_noticed() -> None:
     with processes([], seconds=1.0) as (transports, _):
-        transports[0].member = GroupMember("mapped", LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, 1.0, mapped=True)
+        transports[0].member = GroupMember("mapped", LOOPBACK, open_port(LOOPBACK), "gloo", 2, 0, 1.0, "cuda_ipc")
         with pytest.raises(WeightsNotSent, match="not all engines joined"):
             transports[0].connect()
 

@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from megatron_rl.weight_sync.buckets import TensorSpec
-from megatron_rl.weight_sync.delta import DeltaReceiver
-from megatron_rl.weight_sync.mapped import MappedReceiver
+from megatron_rl.weight_sync.receivers import RECEIVERS, TensorReceiver
 from megatron_rl.weight_sync.transport import GroupMember
 
 LOADER = f"{__name__}.load"
 
-_receivers: dict[str, MappedReceiver | DeltaReceiver] = {}
+_receivers: dict[str, TensorReceiver] = {}
 
 
 class Model(Protocol):
@@ -61,8 +60,7 @@ def load(model: Model, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
         if "members" in order:
             _leave()
             for member in (GroupMember(**fields) for fields in order["members"]):
-                kind = DeltaReceiver if member.delta else MappedReceiver
-                _receivers[member.name] = kind(member, order["index"], message.device)
+                _receivers[member.name] = RECEIVERS[member.transport](member, order["index"], message.device)
         elif order["group"] not in _receivers:
             raise RuntimeError(f"the receiver is not in the group {order['group']}")
         else:

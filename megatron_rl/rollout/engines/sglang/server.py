@@ -28,6 +28,7 @@ from megatron_rl.utils.nccl import agreed_environment
 from megatron_rl.weight_sync.buckets import TensorSpec
 from megatron_rl.weight_sync.checksums import Checksums, NotComparable, compare
 from megatron_rl.weight_sync.digest import algorithm_on
+from megatron_rl.weight_sync.receivers import RECEIVERS
 from megatron_rl.weight_sync.transport import CollectiveUpdate, FolderUpdate, GroupMember
 
 CONTROL_SECONDS = 60.0
@@ -125,7 +126,7 @@ class SglangServer:
         await self._http.post("/update_weights_from_disk", body, timeout_seconds=timeout_seconds)
 
     async def join_groups(self, members: Sequence[GroupMember], timeout_seconds: float) -> None:
-        own = [member for member in members if member.mapped or member.delta]
+        own = [member for member in members if member.transport in RECEIVERS]
         if own or self._own_receiver:
             await self._join_own(own, timeout_seconds)
         members = [member for member in members if member not in own]

@@ -16,10 +16,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_rl.weight_sync.buckets import TensorSpec, unflatten
-from megatron_rl.weight_sync.delta import DeltaReceiver
 from megatron_rl.weight_sync.digest_queue import DigestQueue, digests
-from megatron_rl.weight_sync.mapped import MappedReceiver
 from megatron_rl.weight_sync.process_group import BroadcastGroup
+from megatron_rl.weight_sync.receivers import RECEIVERS, TensorReceiver
 from megatron_rl.weight_sync.transport import GroupMember
 
 
@@ -62,7 +61,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
         self.failure: str | None = None
         self.updating = False
         """Between the start and the finish of an update."""
-        self._groups: dict[str, BroadcastGroup | MappedReceiver | DeltaReceiver] = {}
+        self._groups: dict[str, BroadcastGroup | TensorReceiver] = {}
 
     def init_transfer_engine(self, init_info: Groups) -> None:
         self.shutdown()
@@ -72,10 +71,9 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
             for member in members:
                 self._groups[member.name] = self._join(member)
 
-    def _join(self, member: GroupMember) -> BroadcastGroup | MappedReceiver | DeltaReceiver:
-        if member.mapped or member.delta:
-            kind = MappedReceiver if member.mapped else DeltaReceiver
-            return kind(member, self.parallel_config.rank, self.device)
+    def _join(self, member: GroupMember) -> BroadcastGroup | TensorReceiver:
+        if member.transport in RECEIVERS:
+            return RECEIVERS[member.transport](member, self.parallel_config.rank, self.device)
         return BroadcastGroup(member, self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
@@ -113,7 +111,7 @@ class Receiver(WeightTransferEngine[Groups, Portion]):
         """Gives each tensor memory of its own, which a layer may keep until the rest of the layer has arrived."""
         specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in portion.bucket]
         group = self._groups.get(portion.group)
-        if isinstance(group, MappedReceiver | DeltaReceiver):
+        if isinstance(group, TensorReceiver):
             with group.bucket(specs) as tensors:
                 yield tensors
         elif group is not None:
