@@ -11,6 +11,7 @@ import torch
 
 from megatron_rl.actor.worker import MegatronWorker
 from megatron_rl.config.actor import ActorSettings
+from megatron_rl.errors import UserError
 from megatron_rl.models.hf_format import open_weights
 from megatron_rl.parallel.layout import layout_of
 from megatron_rl.parallel.placement import Placement
@@ -57,20 +58,20 @@ def run_rank(rank: int, folder: Path, model: Path, actor: dict[str, Any], nodes:
 
 
 def fails_alone(worker: MegatronWorker, rank: int, nodes: tuple[int, ...]) -> bool:
-    """Pushes while the last node's memory is full. Returns whether this rank raised an error."""
+    """Pushes while the last node's memory is full. Returns whether this rank raised an error that names the folder."""
 
-    def full(tensors: Iterator[Any], version: int, taker: Any) -> None:
+    def full(tensors: Iterator[Any]) -> None:
         next(tensors)
         raise OSError("no space left")
 
     assert worker.relay is not None
     if nodes[rank] == nodes[-1]:
         for stage in filter(None, worker.relay._stages):
-            stage.folder.push = full  # type: ignore[assignment, method-assign]
+            stage.folder._written = full  # type: ignore[assignment, method-assign]
     try:
         worker.push_weights(3, 0)
-    except OSError:
-        return True
+    except UserError as error:
+        return f"/{PREFIX}{nodes[rank]}: no space left." in str(error)
     return False
 
 
