@@ -21,8 +21,8 @@ from megatron_rl.doctor.machine import (
 from megatron_rl.doctor.versions import check_server, check_versions
 from megatron_rl.errors import UserError
 
-LEAST_BYTES = 5 * 2**30
-"""Free disk space that a run needs besides its checkpoints, or in all if their size is unknown."""
+SPARE_BYTES = 5 * 2**30
+"""Free disk space that logs, dumps and Ray's files may take besides checkpoints. Small runs take much less."""
 
 
 def examine(config: Config | None, *, quick: bool) -> Iterator[Finding]:
@@ -65,13 +65,14 @@ def _split(problem: str) -> tuple[str, str]:
 def _check_disk(config: Config | None) -> Finding:
     """Check the disk space for the kept checkpoints and the one being written, if the model is known."""
     if config is None:
-        return check_disk(Path("runs"), LEAST_BYTES, "a run")
+        return check_disk(Path("runs"), 0, SPARE_BYTES, "a run")
     from megatron_rl.plan.setup import setup_of
     from megatron_rl.plan.times import checkpoint_bytes
 
     try:
         one = checkpoint_bytes(setup_of(config))
     except UserError:  # the model is not there yet; problems of the layout are reported by another check
-        return check_disk(config.run.folder, LEAST_BYTES, "a run")
+        return check_disk(config.run.folder, 0, SPARE_BYTES, "a run")
     count = (config.train.keep_checkpoints or 1) + 1
-    return check_disk(config.run.folder, LEAST_BYTES + count * one, f"{count} checkpoints of {one / 2**30:.1f} GiB")
+    what = f"{count} checkpoints of {one / 2**30:.1f} GiB and the rest of a run"
+    return check_disk(config.run.folder, count * one, SPARE_BYTES, what)

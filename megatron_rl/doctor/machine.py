@@ -20,6 +20,8 @@ from megatron_rl.utils.versions import DRIVERS
 GIB = 2**30
 OPEN_FILES = 65536
 SHARED_MEMORY_GIB = {"cpu": 1, "cuda": 16}
+LEAST_FREE = 2**30
+"""Bytes on disk without which not even a small run's logs and Ray's files have room."""
 """Shared memory that NCCL and Ray's object store need. Docker gives 64 MiB by default."""
 
 
@@ -75,13 +77,16 @@ def shared_weights(config: Config) -> float:
         return 0.0
 
 
-def check_disk(folder: Path, needed_bytes: float, what: str) -> Finding:
-    """Check the free space for `what` in a folder that may not exist yet."""
+def check_disk(folder: Path, needed_bytes: float, spare_bytes: float, what: str) -> Finding:
+    """Check the free space for `what` in a folder that may not exist yet: a failure if what is surely needed does not
+    fit, or not even `LEAST_FREE` is left beside it, and a warning if what may be needed besides does not."""
     parent = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     free = psutil.disk_usage(str(parent)).free
-    found = f"{parent}: {free / GIB:.1f} GiB free, {needed_bytes / GIB:.1f} GiB needed for {what}"
+    wanted = needed_bytes + spare_bytes
+    found = f"{parent}: {free / GIB:.1f} GiB free, up to {wanted / GIB:.1f} GiB needed for {what}"
     remedy = "free some space, choose another run.folder, or lower train.keep_checkpoints"
-    return judged("disk", free > needed_bytes, found, remedy)
+    fits = free > needed_bytes + LEAST_FREE
+    return judged("disk", free > wanted, found, remedy, otherwise="warning" if fits else "failure")
 
 
 def check_ports(ports: Iterable[int]) -> Finding:

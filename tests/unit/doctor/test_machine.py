@@ -6,6 +6,7 @@ import resource
 import socket
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,13 +100,20 @@ def test_low_limits_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert states(machine.check_limits("cuda")) == {"open files": "ok", "locked memory": "ok"}
 
 
-def test_shared_memory_and_disk_space(tmp_path: Path) -> None:
+def test_shared_memory(tmp_path: Path) -> None:
     assert machine.check_shared_memory("cpu", path=tmp_path / "absent").state == "warning"
     small = machine.check_shared_memory("cpu", 2.0**60, tmp_path)
     assert small.state == "failure" and "for weights (weight_sync.transport: shared_memory)" in small.remedy
-    assert machine.check_disk(tmp_path / "not/there/yet", 1, "a run").state == "ok"
-    full = machine.check_disk(tmp_path, 1e18, "a run")
-    assert full.state == "failure" and "train.keep_checkpoints" in full.remedy
+
+
+@pytest.mark.parametrize(("free_gib", "state"), [(16, "ok"), (14, "warning"), (11.5, "warning"), (10.5, "failure")])
+def test_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gib: float, state: str) -> None:
+    """Ten GiB are sure to be needed, and five more may be: a small run must not be refused on a disk that it fits."""
+    usage = SimpleNamespace(free=free_gib * machine.GIB)
+    monkeypatch.setattr(machine.psutil, "disk_usage", lambda _: usage)
+    found = machine.check_disk(tmp_path / "not/there/yet", 10 * machine.GIB, 5 * machine.GIB, "a run")
+    assert found.state == state
+    assert ("train.keep_checkpoints" in found.remedy) == (state != "ok")
 
 
 def test_a_ray_that_ignores_its_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
